@@ -1,0 +1,13 @@
+"""Native Sparse Attention (https://arxiv.org/abs/2502.11089) for training and inference."""
+
+from nsa.config import NSAConfig
+from nsa.dispatch import explain_backend, forward, select_blocks
+from nsa.validation import UnsupportedError
+
+__all__ = [
+    "NSAConfig",
+    "UnsupportedError",
+    "explain_backend",
+    "forward",
+    "select_blocks",
+]

@@ -1,0 +1,159 @@
+"""NSAConfig: the static choices of Native Sparse Attention, checked once at construction."""
+
+import math
+from dataclasses import dataclass, fields
+
+_CHOICES = {
+    "selection": ("token", "tile"),
+    "tile_summary": ("mean", "first"),
+    "compressed_visibility": ("complete", "started"),
+}
+_NON_NEGATIVE = ("num_initial_blocks", "num_local_blocks")
+_OPTIONAL = ("num_cmp_selected_blocks",)
+
+
+@dataclass(frozen=True)
+class NSAConfig:
+    """Block sizes, counts and rules of one Native Sparse Attention layer. Sizes are in tokens.
+
+    ``NSAConfig()`` selects per tile of 256 queries with blocks of 64 tokens, for long context;
+    :meth:`paper` is the configuration of https://arxiv.org/abs/2502.11089, section 4.1.
+
+    Args:
+        selection: ``"token"`` selects per token and KV head (the paper, strictly causal);
+            ``"tile"`` selects per tile of ``q_tile_size`` queries and per query head.
+        compress_block_size: tokens ``l`` averaged into one compressed token.
+        compress_stride: tokens ``d`` between the starts of compressed blocks, default ``l``.
+            It must divide ``l`` and ``l'``, and be ``l`` in tile mode.
+        select_block_size: tokens ``l'`` of a selection block, default ``l``. In tile mode a
+            multiple of ``l``.
+        num_selected_blocks: blocks ``n`` that a query (or tile) attends, forced ones included.
+        num_initial_blocks: blocks at the start of the sequence that are always selected.
+        num_local_blocks: blocks up to the query's own that are always selected.
+        window_size: keys ``w`` of the sliding window, the query's own included.
+        q_tile_size: queries that share one selection in tile mode.
+        tile_summary: ``"mean"`` scores a tile by the mean of its queries, so that routing (not
+            values) sees up to ``q_tile_size - 1`` tokens ahead; ``"first"`` scores it by its first
+            query and is strictly causal.
+        compressed_visibility: ``"complete"`` lets query ``t`` see compressed blocks that end at or
+            before ``t``. ``"started"`` lets it see blocks that start at or before ``t``: that
+            leaks up to ``l - 1`` future tokens through the mean, and exists only to reproduce
+            published numbers.
+        num_cmp_selected_blocks: groups ``m`` of compressed tokens that a tile attends in the
+            compressed branch (tile mode); ``None`` attends all.
+        cmp_group_size: compressed tokens in such a group.
+        causal: whether a query sees only tokens at or before it.
+        scale: factor on the attention logits, default ``1 / sqrt(D)``.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of range, or fields contradict each other.
+    """
+
+    selection: str = "tile"
+    compress_block_size: int = 64
+    compress_stride: int | None = None
+    select_block_size: int | None = None
+    num_selected_blocks: int = 16
+    num_initial_blocks: int = 0
+    num_local_blocks: int = 0
+    window_size: int = 512
+    q_tile_size: int = 256
+    tile_summary: str = "mean"
+    compressed_visibility: str = "complete"
+    num_cmp_selected_blocks: int | None = None
+    cmp_group_size: int = 128
+    causal: bool = True
+    scale: float | None = None
+
+    def __post_init__(self):
+        for name in ("compress_stride", "select_block_size"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.compress_block_size)
+        self._check_fields()
+        self._check_relations()
+
+    @classmethod
+    def paper(cls, **overrides) -> "NSAConfig":
+        """The paper's configuration (section 4.1); keyword arguments replace single fields."""
+        settings = dict(
+            selection="token",
+            compress_block_size=32,
+            compress_stride=16,
+            select_block_size=64,
+            num_selected_blocks=16,
+            num_initial_blocks=1,
+            num_local_blocks=2,
+            window_size=512,
+        )
+        return cls(**(settings | overrides))
+
+    def softmax_scale(self, head_dim: int) -> float:
+        """The factor on the logits for queries of ``head_dim`` channels."""
+        return head_dim**-0.5 if self.scale is None else float(self.scale)
+
+    def _check_fields(self):
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in _CHOICES:
+                if value not in _CHOICES[name]:
+                    raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
+            elif name == "causal":
+                if not isinstance(value, bool):
+                    raise TypeError(f"causal must be a bool, got {value!r}")
+            elif name == "scale":
+                self._check_scale(value)
+            elif not (value is None and name in _OPTIONAL):
+                _check_int(name, value, minimum=0 if name in _NON_NEGATIVE else 1)
+
+    @staticmethod
+    def _check_scale(value):
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"scale must be a float or None, got {value!r}")
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"scale must be finite and positive, got {value!r}")
+
+    def _check_relations(self):
+        block, stride, select = (
+            self.compress_block_size,
+            self.compress_stride,
+            self.select_block_size,
+        )
+        for name, size in (("compress_block_size", block), ("select_block_size", select)):
+            if size % stride:
+                raise ValueError(
+                    f"compress_stride must divide {name}, got compress_stride={stride} and "
+                    f"{name}={size}"
+                )
+        forced = self.num_initial_blocks + self.num_local_blocks
+        if self.num_selected_blocks < forced:
+            raise ValueError(
+                f"num_selected_blocks must be at least num_initial_blocks + num_local_blocks = "
+                f"{forced}, got {self.num_selected_blocks}"
+            )
+        if self.selection == "token":
+            if self.num_cmp_selected_blocks is not None:
+                raise ValueError(
+                    f"num_cmp_selected_blocks must be None with selection='token', got "
+                    f"{self.num_cmp_selected_blocks}"
+                )
+            return
+        if stride != block:
+            raise ValueError(
+                f"compress_stride must equal compress_block_size={block} with selection='tile', "
+                f"got {stride}"
+            )
+        if select % block:
+            raise ValueError(
+                f"select_block_size must be a multiple of compress_block_size={block} with "
+                f"selection='tile', got {select}"
+            )
+
+
+def _check_int(name: str, value, minimum: int):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")

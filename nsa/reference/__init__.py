@@ -1,0 +1,5 @@
+"""Pure-PyTorch differentiable reference: every input form, any float dtype, CPU and CUDA."""
+
+from nsa.reference.pipeline import forward, select_blocks
+
+__all__ = ["forward", "select_blocks"]

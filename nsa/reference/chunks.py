@@ -1,0 +1,52 @@
+"""Chunks of queries: they bound the memory of every stage and do not change its result."""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 1 << 23
+"""Scores and gathered keys that one chunk may hold."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for 16-bit inputs, else ``dtype`` itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def query_chunks(first: Tensor, end: Tensor, elements_per_key: int) -> list[tuple[int, int]]:
+    """Ranges ``[start, stop)`` of queries whose score matrices fit ``CHUNK_ELEMENTS``.
+
+    Args:
+        first, end: keys ``[first, end)`` of each query ``(Q,)``, both ascending.
+        elements_per_key: scores held for one query and key.
+
+    Returns:
+        At least one range, empty where there is no query, so that callers build a graph anyway.
+    """
+    num_queries = first.shape[0]
+    low, high = first.tolist(), end.tolist()
+    chunks, start = [], 0
+    while start < num_queries:
+        stop = start + 1
+        while stop < num_queries:
+            doubled = min(2 * stop - start, num_queries)
+            keys = max(1, high[doubled - 1] - low[start])
+            if (doubled - start) * keys * elements_per_key > CHUNK_ELEMENTS:
+                break
+            stop = doubled
+        chunks.append((start, stop))
+        start = stop
+    return chunks or [(0, 0)]
+
+
+def covered_range(first: Tensor, end: Tensor, start: int, stop: int) -> tuple[int, int]:
+    """Keys ``[low, high)`` that cover the intervals of queries ``start`` to ``stop``."""
+    if start == stop:
+        return 0, 0
+    low, high = int(first[start]), int(end[stop - 1])
+    return low, max(low, high)
+
+
+def recomputed(function, *args):
+    """Call ``function``; in the backward recompute it instead of keeping its intermediates."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

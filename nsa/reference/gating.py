@@ -1,0 +1,34 @@
+"""Gated sum of the three branches (paper Eq. 5)."""
+
+import torch
+from torch import Tensor
+
+from nsa.reference.chunks import accumulation_dtype
+
+
+def combine_branches(
+    branches: tuple[Tensor, Tensor, Tensor],
+    q: Tensor,
+    gates: Tensor | None,
+    gate_proj_weight: Tensor | None,
+) -> Tensor:
+    """``o = g0 * o_cmp + g1 * o_slc + g2 * o_win``.
+
+    Args:
+        branches: outputs ``(o_cmp, o_slc, o_win)``, each ``(T, H, Dv)``.
+        q: queries ``(T, H, D)``.
+        gates: ``(T, H, 3)``; used as they are.
+        gate_proj_weight: ``(H, 3, D)``; without ``gates``, ``g_i = sigmoid(q . weight[h, i])``.
+            With neither, each gate is 1/3.
+
+    Returns:
+        ``(T, H, Dv)`` in the dtype of ``q``.
+    """
+    dtype = accumulation_dtype(q.dtype)
+    if gates is None and gate_proj_weight is None:
+        return (sum(branch.to(dtype) for branch in branches) / 3).to(q.dtype)
+    if gates is None:
+        logits = torch.einsum("thd,hid->thi", q.to(dtype), gate_proj_weight.to(dtype))
+        gates = logits.sigmoid()
+    weighted = [gates[..., i, None].to(dtype) * o.to(dtype) for i, o in enumerate(branches)]
+    return sum(weighted).to(q.dtype)

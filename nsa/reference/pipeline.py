@@ -1,0 +1,106 @@
+"""The whole of Native Sparse Attention: compress, select, attend in three branches, gate."""
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import Geometry, num_query_tiles
+from nsa.config import NSAConfig
+from nsa.reference.attention import compressed_attention, selected_attention, window_attention
+from nsa.reference.compression import compress
+from nsa.reference.gating import combine_branches
+from nsa.reference.selection import select_blocks as _select_blocks
+from nsa.reference.selection import select_groups
+
+Branches = tuple[Tensor, Tensor, Tensor]
+
+
+def forward(
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    *,
+    config: NSAConfig,
+    gate_proj_weight: Tensor | None = None,
+    gates: Tensor | None = None,
+    compress_k_weight: Tensor | None = None,
+    compress_v_weight: Tensor | None = None,
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    block_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """See :func:`nsa.forward`; arguments are validated, ``k`` and ``v`` have one tensor a branch."""
+    geometry = _geometry(q, cu_seqlens, config)
+    tokens = _flatten(q)
+    k_cmp_in, k_slc, k_win = (_flatten(x) for x in k)
+    v_cmp_in, v_slc, v_win = (_flatten(x) for x in v)
+    if compressed_kv is None:
+        k_cmp = compress(k_cmp_in, compress_k_weight, geometry)
+        v_cmp = compress(v_cmp_in, compress_v_weight, geometry)
+    else:
+        k_cmp, v_cmp = (_flatten(x) for x in compressed_kv)
+    if block_indices is None:
+        indices = _select_blocks(tokens, k_cmp, geometry)
+    else:
+        indices = _flatten_indices(block_indices, config)
+    sparse = config.num_cmp_selected_blocks is not None
+    groups = select_groups(tokens, k_cmp, geometry) if sparse else None
+    branches = (
+        compressed_attention(tokens, k_cmp, v_cmp, groups, geometry),
+        selected_attention(tokens, k_slc, v_slc, indices, geometry),
+        window_attention(tokens, k_win, v_win, geometry),
+    )
+    gates = None if gates is None else _flatten(gates)
+    out = combine_branches(branches, tokens, gates, gate_proj_weight)
+    return out.reshape(*q.shape[:-1], out.shape[-1])
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    config: NSAConfig,
+    compress_k_weight: Tensor | None = None,
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """See :func:`nsa.select_blocks`; arguments are validated, ``k`` is the compressed branch's."""
+    geometry = _geometry(q, cu_seqlens, config)
+    if compressed_kv is None:
+        k_cmp = compress(_flatten(k), compress_k_weight, geometry)
+    else:
+        k_cmp = _flatten(compressed_kv[0])
+    indices = _select_blocks(_flatten(q), k_cmp, geometry)
+    return _unflatten_indices(indices, q, config)
+
+
+def _geometry(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> Geometry:
+    if cu_seqlens is None:
+        lengths = [q.shape[1]] * q.shape[0]
+    else:
+        lengths = cu_seqlens.diff().tolist()
+    return Geometry(tuple(lengths), config, q.device)
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """Batched ``(B, N, H, ...)`` to ``(B * N, H, ...)``; packed ``(T, H, ...)`` stays."""
+    return x.flatten(0, 1) if x.ndim == 4 else x
+
+
+def _flatten_indices(indices: Tensor, config: NSAConfig) -> Tensor:
+    """The caller's ``block_indices`` as ``(T, H_kv, n)`` or ``(tiles, H, n)``."""
+    if config.selection == "token":
+        return _flatten(indices)
+    return indices.transpose(-3, -2).flatten(0, -3)
+
+
+def _unflatten_indices(indices: Tensor, q: Tensor, config: NSAConfig) -> Tensor:
+    """``(T, H_kv, n)`` or ``(tiles, H, n)`` in the form that callers see."""
+    batched = q.ndim == 4
+    if config.selection == "token":
+        return indices.unflatten(0, q.shape[:2]) if batched else indices
+    if batched:
+        indices = indices.unflatten(0, (q.shape[0], num_query_tiles(q.shape[1], config)))
+    return indices.transpose(-3, -2).contiguous()

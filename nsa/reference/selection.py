@@ -1,0 +1,237 @@
+"""Which blocks each query attends (paper section 3.3.2). No gradient passes through here."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import Geometry, Segments, overlap_weights
+from nsa.reference.chunks import accumulation_dtype, covered_range, query_chunks
+
+
+@torch.no_grad()
+def select_blocks(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
+    """Blocks that each token and KV head (token mode) or tile and head (tile mode) attends.
+
+    Args:
+        q: ``(T, H, D)``.
+        k_cmp: ``(sum of N_cmp, H_kv, D)``.
+        geometry: the sequences of the ``T`` tokens.
+
+    Returns:
+        int32 ``(T, H_kv, n)`` or ``(tiles, H, n)``: indices in the sequence, ascending, -1 at the
+        end of the row where fewer exist.
+    """
+    if geometry.config.selection == "token":
+        chunks = _token_block_scores(q, k_cmp, geometry)
+        position, owner = geometry.tokens.local, geometry.tokens.owner
+    else:
+        blocks = geometry.selection
+        size = geometry.config.select_block_size // geometry.config.compress_block_size
+        chunks = _tile_block_scores(q, k_cmp, blocks, size, geometry)
+        position, owner = geometry.tile_last, geometry.tiles.owner
+    taken = []
+    for start, stop, scores, low in chunks:
+        where = (position[start:stop], owner[start:stop], low)
+        taken.append(_take_blocks(scores, *where, geometry).transpose(0, 1))
+    return torch.cat(taken)
+
+
+@torch.no_grad()
+def select_groups(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
+    """Groups of compressed tokens that each tile and head attends (sparse compressed branch).
+
+    Arguments as in :func:`select_blocks`.
+
+    Returns:
+        int32 ``(tiles, H, m)``, ascending, -1 at the end of the row where fewer exist.
+    """
+    config, groups = geometry.config, geometry.groups
+    taken = []
+    for start, stop, scores, low in _tile_block_scores(
+        q, k_cmp, groups, config.cmp_group_size, geometry
+    ):
+        best = _take_top(scores, config.num_cmp_selected_blocks)
+        offset = groups.offset[geometry.tiles.owner[start:stop], None] - low
+        taken.append(torch.where(best >= 0, best - offset, -1).int().transpose(0, 1))
+    return torch.cat(taken)
+
+
+def _token_block_scores(
+    q: Tensor, k_cmp: Tensor, geometry: Geometry
+) -> Iterator[tuple[int, int, Tensor, int]]:
+    """Eq. 8 to 10: yield ``(start, stop, scores, low)`` for tokens start to stop.
+
+    ``scores`` is ``(H_kv, stop - start, blocks)`` of the flat selection blocks from ``low``.
+    """
+    scale = geometry.config.softmax_scale(q.shape[-1])
+    dtype = accumulation_dtype(q.dtype)
+    grouped = q.to(dtype).unflatten(1, (k_cmp.shape[1], -1))  # (T, H_kv, G, D)
+    keys, first_equal = k_cmp.to(dtype), _first_equal_key(k_cmp, geometry.compressed)
+    first, end = geometry.compressed_interval()
+    owner = geometry.tokens.owner
+    for start, stop in _selection_chunks(first, end, owner, geometry.selection, q.shape[1]):
+        low, high = covered_range(first, end, start, stop)
+        rows = grouped[start:stop].transpose(0, 1)  # (H_kv, C, G, D)
+        scores = scale * _dot_products(rows, keys, first_equal, low, high)  # (H_kv, C, G, K)
+        index = torch.arange(low, high, device=q.device)
+        seen = (index >= first[start:stop, None]) & (index < end[start:stop, None])
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        # A query that sees nothing has probability 0 everywhere.
+        probability = torch.where(seen[:, None], scores.softmax(dim=-1), 0)
+        # Term by term: Tensor.sum may round equal columns differently and so break ties.
+        probability = sum(probability.unbind(dim=2))  # (H_kv, C, K)
+        block_range = _block_range(owner[start:stop], geometry.selection)
+        importance = _block_importance(probability, low, block_range, geometry)
+        yield start, stop, importance, block_range.start
+
+
+def _dot_products(
+    rows: Tensor, keys: Tensor, first_equal: Tensor | None, low: int, high: int
+) -> Tensor:
+    """``rows . keys[low:high]``, bit for bit the same for equal keys.
+
+    ``rows`` is ``(H_kv, X, Y, D)`` and ``keys`` is ``(M, H_kv, D)``; returns
+    ``(H_kv, X, Y, high - low)``.
+    """
+    products = rows.flatten(1, 2) @ keys[low:high].permute(1, 2, 0)
+    if first_equal is not None:
+        column = first_equal[:, None, low:high] - low
+        products = products.gather(-1, column.expand_as(products))
+    return products.unflatten(1, rows.shape[1:3])
+
+
+def _first_equal_key(k_cmp: Tensor, compressed: Segments) -> Tensor | None:
+    """For each compressed key the first equal one of its sequence, ``(H_kv, M)``.
+
+    A matrix product may round equal columns differently, which would break ties between repeated
+    keys; taking one column for all of them cannot. None where no key repeats.
+    """
+    index = torch.arange(k_cmp.shape[0], device=k_cmp.device)
+    columns = []
+    for head in range(k_cmp.shape[1] if len(index) else 0):
+        tagged = torch.cat([compressed.owner[:, None].double(), k_cmp[:, head].double()], dim=1)
+        _, group = tagged.unique(dim=0, return_inverse=True)
+        first = torch.full_like(index, len(index)).scatter_reduce(0, group, index, reduce="amin")
+        columns.append(first[group])
+    if all((column == index).all() for column in columns):
+        return None
+    return torch.stack(columns)
+
+
+def _block_importance(
+    probability: Tensor, low: int, block_range: slice, geometry: Geometry
+) -> Tensor:
+    """Sum ``p[j] * |j ∩ J| / d`` over ``j`` for every flat selection block ``J`` of the range.
+
+    ``probability`` is ``(..., K)`` of the flat compressed blocks from ``low``.
+    """
+    config = geometry.config
+    per_select = config.select_block_size // config.compress_stride
+    per_compress = config.compress_block_size // config.compress_stride
+    outside = probability.shape[-1]
+    padded = torch.nn.functional.pad(probability, (0, 1))  # the last slot reads 0
+    owner = geometry.selection.owner[block_range]
+    first = geometry.selection.local[block_range] * per_select - (per_compress - 1)
+    count, offset = geometry.compressed.count[owner], geometry.compressed.offset[owner] - low
+    importance = probability.new_zeros(*probability.shape[:-1], len(owner))
+    # One term after another, so that equal probabilities give equal sums in every block.
+    for shift, weight in enumerate(overlap_weights(config)):
+        local = first + shift
+        slot = local + offset
+        real = (local >= 0) & (local < count) & (slot >= 0) & (slot < outside)
+        importance += weight * padded.index_select(-1, torch.where(real, slot, outside))
+    return importance
+
+
+def _tile_block_scores(
+    q: Tensor, k_cmp: Tensor, blocks: Segments, size: int, geometry: Geometry
+) -> Iterator[tuple[int, int, Tensor, int]]:
+    """Yield ``(start, stop, scores, low)`` for tiles start to stop.
+
+    ``scores`` is ``(H, stop - start, blocks)`` of the flat blocks of ``size`` compressed tokens
+    from ``low``: the largest ``scale * summary . k_cmp`` in the block over compressed blocks
+    complete by the tile's last query (``"first"``: by its first), -inf where there is none.
+    """
+    config, owner = geometry.config, geometry.tiles.owner
+    dtype = accumulation_dtype(q.dtype)
+    summary = _tile_summary(q.to(dtype), geometry).unflatten(1, (k_cmp.shape[1], -1))
+    keys, first_equal = k_cmp.to(dtype), _first_equal_key(k_cmp, geometry.compressed)
+    scale = config.softmax_scale(q.shape[-1])
+    position = geometry.tile_first if config.tile_summary == "first" else geometry.tile_last
+    first = geometry.compressed.offset[owner]
+    end = first + geometry.num_visible(position, owner, "complete")
+    for start, stop in _selection_chunks(first, end, owner, blocks, q.shape[1]):
+        low, high = covered_range(first, end, start, stop)
+        rows = summary[start:stop].permute(1, 2, 0, 3)  # (H_kv, G, C, D)
+        scores = scale * _dot_products(rows, keys, first_equal, low, high)
+        flat = torch.arange(low, high, device=q.device)
+        seen = (flat >= first[start:stop, None]) & (flat < end[start:stop, None])
+        scores = scores.flatten(0, 1).masked_fill(~seen, -torch.inf)  # (H, C, K)
+        block_range = _block_range(owner[start:stop], blocks)
+        block = blocks.offset[geometry.compressed.owner[flat]] - block_range.start
+        block = block + geometry.compressed.local[flat] // size
+        width = block_range.stop - block_range.start
+        best = scores.new_full((*scores.shape[:-1], width), -torch.inf)
+        best = best.scatter_reduce(-1, block.expand_as(scores), scores, reduce="amax")
+        yield start, stop, best, block_range.start
+
+
+def _tile_summary(q: Tensor, geometry: Geometry) -> Tensor:
+    """Mean of each tile's queries, or its first query: ``(tiles, H, D)``."""
+    tiles, tokens = geometry.tiles, geometry.tokens
+    start = tokens.offset[tiles.owner] + geometry.tile_first
+    if geometry.config.tile_summary == "first":
+        return q.index_select(0, start)
+    size = geometry.tile_last - geometry.tile_first + 1
+    tile = torch.arange(tiles.total, device=q.device)
+    tile = torch.repeat_interleave(tile, size, output_size=q.shape[0])
+    total = q.new_zeros(tiles.total, *q.shape[1:]).index_add_(0, tile, q)
+    return total / size[:, None, None]
+
+
+def _selection_chunks(
+    first: Tensor, end: Tensor, owner: Tensor, blocks: Segments, num_heads: int
+) -> list[tuple[int, int]]:
+    """Chunks whose compressed scores and block scores together fit the memory bound."""
+    return query_chunks(first + blocks.offset[owner], end + blocks.offset[owner + 1], num_heads)
+
+
+def _block_range(owner: Tensor, blocks: Segments) -> slice:
+    """The flat blocks of all sequences from ``owner[0]`` to ``owner[-1]``."""
+    if not len(owner):
+        return slice(0, 0)
+    return slice(blocks.offsets[int(owner[0])], blocks.offsets[int(owner[-1]) + 1])
+
+
+def _take_blocks(
+    scores: Tensor, position: Tensor, owner: Tensor, low: int, geometry: Geometry
+) -> Tensor:
+    """Forced blocks and the best candidates, ascending: int32 ``(heads, C, n)``.
+
+    ``scores`` is ``(heads, C, blocks)`` of the flat selection blocks from ``low``; ``position``
+    and ``owner`` ``(C,)`` are those of the query (tile: its last query).
+    """
+    config = geometry.config
+    first, end = (bound[:, None] for bound in geometry.candidate_interval(position, owner))
+    flat = low + torch.arange(scores.shape[-1], device=scores.device)
+    own = first + position[:, None] // config.select_block_size
+    initial = (flat >= first) & (flat < first + config.num_initial_blocks) & (flat <= own)
+    local = (flat >= first) & (flat > own - config.num_local_blocks) & (flat <= own)
+    candidate = (flat >= first) & (flat < end)
+    scores = scores.masked_fill(~candidate, -torch.inf)
+    taken = _take_top(scores.masked_fill(initial | local, torch.inf), config.num_selected_blocks)
+    return torch.where(taken >= 0, taken + low - first, -1).int()
+
+
+def _take_top(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` best scores above -inf, ascending, then -1.
+
+    The sort is stable, so that equal scores go to the lower index.
+    """
+    ranked = scores.sort(dim=-1, descending=True, stable=True)
+    none = scores.shape[-1]
+    best = torch.where(ranked.values > -torch.inf, ranked.indices, none)[..., :count]
+    best = best.sort(dim=-1).values
+    best = torch.where(best < none, best, -1)
+    return torch.nn.functional.pad(best, (0, count - best.shape[-1]), value=-1)

@@ -1,0 +1,68 @@
+"""Input factories and the one assertion helper, for tests and tools."""
+
+import torch
+from torch import Tensor
+
+
+def make_inputs(
+    leading: tuple[int, ...],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    requires_grad: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard normal ``q``, ``k`` and ``v``; ``leading`` is ``(B, N)``, or ``(T,)`` for packed."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    heads = ((num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, value_dim or head_dim))
+    return tuple(
+        torch.randn(*leading, *shape, generator=generator, device=device)
+        .to(dtype)
+        .requires_grad_(requires_grad)
+        for shape in heads
+    )
+
+
+def make_cu_seqlens(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
+    """Boundaries of packed sequences of these lengths, int32 ``(S + 1,)``."""
+    bounds = [0]
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
+    return torch.tensor(bounds, dtype=torch.int32, device=device)
+
+
+def assert_as_accurate(
+    name: str, actual: Tensor, same_dtype: Tensor, exact: Tensor, atol: float = 1e-5
+):
+    """Assert that ``actual`` errs at most twice as much as the reference run in its dtype.
+
+    Args:
+        name: what is compared, for the message.
+        actual: the result to judge.
+        same_dtype: the reference's result for the same inputs in the same dtype.
+        exact: the reference's result in float64.
+        atol: absolute error allowed beside that, as a fraction of the largest exact value.
+
+    Raises:
+        AssertionError: with the largest error and the budget.
+    """
+    if actual.shape != exact.shape or actual.dtype != same_dtype.dtype:
+        raise AssertionError(
+            f"{name}: {tuple(actual.shape)} {actual.dtype}, expected {tuple(exact.shape)} "
+            f"{same_dtype.dtype}"
+        )
+    if exact.numel() == 0:
+        return
+    error = (actual.double() - exact).abs().max().item()
+    reference_error = (same_dtype.double() - exact).abs().max().item()
+    budget = 2 * reference_error + atol * exact.abs().max().item()
+    # Written so that NaN fails.
+    if not error <= budget:
+        raise AssertionError(
+            f"{name}: largest error {error:.3e} exceeds {budget:.3e}, twice the reference's own "
+            f"{reference_error:.3e} plus {atol:g} of the largest value"
+        )

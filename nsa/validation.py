@@ -1,0 +1,284 @@
+"""Shape, dtype, device and value checks that hold for every backend, before any kernel starts.
+
+Every message names the argument, what it was and what it must be.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
+from nsa.config import NSAConfig
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class UnsupportedError(NotImplementedError):
+    """The chosen backend cannot do this; the message names the limit and the remedy."""
+
+
+class Problem(NamedTuple):
+    """The sizes that the arguments of one call agree on."""
+
+    leading: tuple[int, ...]  # (B, N), or (T,) where packed
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    config: NSAConfig
+    cu_seqlens: Tensor | None
+
+    @property
+    def batched(self) -> bool:
+        return len(self.leading) == 2
+
+
+def check_config(config) -> NSAConfig:
+    """The caller's configuration, or the default one for None."""
+    if config is None:
+        return NSAConfig()
+    if not isinstance(config, NSAConfig):
+        raise TypeError(f"config must be an nsa.NSAConfig or None, got {type(config).__name__}")
+    return config
+
+
+def per_branch(name: str, x) -> tuple[Tensor, Tensor, Tensor]:
+    """One tensor for each of (compressed, selected, window) from one tensor or three."""
+    if isinstance(x, Tensor):
+        return (x, x, x)
+    if not isinstance(x, (tuple, list)):
+        raise TypeError(f"{name} must be a tensor or a tuple of three, got {type(x).__name__}")
+    if len(x) != 3:
+        raise ValueError(
+            f"{name} must be one tensor or three (compressed, selected, window), got {len(x)}"
+        )
+    return tuple(x)
+
+
+def check_tensor(name: str, x, like: Tensor | None, shape: tuple[int, ...]):
+    """Check that ``x`` has exactly ``shape`` and the dtype and device of the query ``like``."""
+    _check_kind(name, x, like)
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def _check_kind(name: str, x, like: Tensor | None):
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if like is None:
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must have a dtype of {DTYPES}, got {x.dtype}")
+        return
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of q, {like.dtype}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on the device of q, {like.device}, got {x.device}")
+
+
+def check_qkv(q, k, v, config: NSAConfig, cu_seqlens) -> Problem:
+    """Check queries, keys and (where not None) values; ``k`` and ``v`` hold one a branch."""
+    _check_kind("q", q, None)
+    rank = 4 if cu_seqlens is None else 3
+    form = "(B, N, H, D)" if cu_seqlens is None else "(T, H, D) with cu_seqlens"
+    if q.ndim != rank:
+        raise ValueError(f"q must have shape {form}, got {tuple(q.shape)}")
+    leading, (num_heads, head_dim) = tuple(q.shape[:-2]), q.shape[-2:]
+    if head_dim == 0 or num_heads == 0:
+        raise ValueError(f"q must have at least one head and channel, got {tuple(q.shape)}")
+    num_kv_heads = _check_keys(q, k, leading, form)
+    value_dim = head_dim
+    if v is not None:
+        names = _branch_names("v", v)
+        _check_kind(names[0], v[0], q)
+        if v[0].ndim != rank or v[0].shape[-1] == 0:
+            wanted = (*leading, num_kv_heads)
+            raise ValueError(
+                f"{names[0]} must have shape {wanted} + (Dv,), got {tuple(v[0].shape)}"
+            )
+        value_dim = v[0].shape[-1]
+        for name, x in zip(names, v, strict=True):
+            check_tensor(name, x, q, (*leading, num_kv_heads, value_dim))
+    return Problem(leading, num_heads, num_kv_heads, head_dim, value_dim, config, cu_seqlens)
+
+
+def _check_keys(q: Tensor, k, leading: tuple[int, ...], form: str) -> int:
+    """Check the keys and return H_kv."""
+    names = _branch_names("k", k)
+    _check_kind(names[0], k[0], q)
+    if k[0].ndim != q.ndim:
+        form = form.replace("H,", "H_kv,")
+        raise ValueError(f"{names[0]} must have shape {form}, got {tuple(k[0].shape)}")
+    num_kv_heads = k[0].shape[-2]
+    if num_kv_heads == 0 or q.shape[-2] % num_kv_heads:
+        raise ValueError(
+            f"{names[0]} must have a number of heads that divides the {q.shape[-2]} heads of q, "
+            f"got {num_kv_heads}"
+        )
+    for name, x in zip(names, k, strict=True):
+        check_tensor(name, x, q, (*leading, num_kv_heads, q.shape[-1]))
+    return num_kv_heads
+
+
+def _branch_names(name: str, x: tuple) -> tuple[str, ...]:
+    if all(branch is x[0] for branch in x):
+        return (name,) * len(x)
+    return tuple(f"{name}[{i}]" for i in range(len(x)))
+
+
+def check_cu_seqlens(cu_seqlens, max_seqlen, q: Tensor) -> list[int] | None:
+    """Check sequence boundaries; return the lengths, None where they cannot be read on the host.
+
+    Values are not read while torch.compile traces or a CUDA graph is captured.
+    """
+    if max_seqlen is not None:
+        if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+            raise TypeError(f"max_seqlen must be an int, got {max_seqlen!r}")
+        if cu_seqlens is None:
+            raise ValueError(f"max_seqlen must be None without cu_seqlens, got {max_seqlen}")
+    if cu_seqlens is None:
+        return None
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must have dtype torch.int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(
+            f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}"
+        )
+    if not _values_readable(cu_seqlens):
+        return None
+    return _check_boundaries(cu_seqlens.tolist(), max_seqlen, q)
+
+
+def _check_boundaries(bounds: list[int], max_seqlen: int | None, q: Tensor) -> list[int]:
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
+    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    if any(length < 0 for length in lengths):
+        at = next(i for i, length in enumerate(lengths) if length < 0)
+        raise ValueError(
+            f"cu_seqlens must not decrease, got {bounds[at]} then {bounds[at + 1]} at entry {at}"
+        )
+    total = q.shape[0]
+    if bounds[-1] != total:
+        raise ValueError(f"cu_seqlens must end at the {total} tokens of q, got {bounds[-1]}")
+    longest = max(lengths, default=0)
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(
+            f"max_seqlen must be at least the longest sequence, {longest}, got {max_seqlen}"
+        )
+    return lengths
+
+
+def _values_readable(x: Tensor) -> bool:
+    if x.is_meta or torch.compiler.is_compiling():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_gates(gates, gate_proj_weight, q: Tensor, problem: Problem):
+    """Check ``gates (B, N, H, 3)`` and ``gate_proj_weight (H, 3, D)``."""
+    if gates is not None:
+        check_tensor("gates", gates, q, (*problem.leading, problem.num_heads, 3))
+    if gate_proj_weight is not None:
+        shape = (problem.num_heads, 3, problem.head_dim)
+        check_tensor("gate_proj_weight", gate_proj_weight, q, shape)
+
+
+def check_compression(k_weight, v_weight, compressed_kv, lengths, q: Tensor, problem: Problem):
+    """Check the compress weights ``(H_kv, D, D)``, or the caller's compressed keys and values."""
+    weights = (
+        ("compress_k_weight", k_weight, problem.head_dim),
+        ("compress_v_weight", v_weight, problem.value_dim),
+    )
+    for name, weight, dim in weights:
+        if weight is None:
+            continue
+        if compressed_kv is not None:
+            raise ValueError(f"{name} must be None with compressed_kv, got {type(weight).__name__}")
+        check_tensor(name, weight, q, (problem.num_kv_heads, dim, dim))
+    if compressed_kv is None:
+        return
+    if not isinstance(compressed_kv, (tuple, list)):
+        raise TypeError(
+            f"compressed_kv must be a tuple (k_cmp, v_cmp), got {type(compressed_kv).__name__}"
+        )
+    if len(compressed_kv) != 2:
+        raise ValueError(f"compressed_kv must be (k_cmp, v_cmp), got {len(compressed_kv)} entries")
+    dims = (problem.head_dim, problem.value_dim)
+    for i, (x, dim) in enumerate(zip(compressed_kv, dims, strict=True)):
+        name = f"compressed_kv[{i}]"
+        if problem.batched:
+            counts = (problem.leading[0], num_compressed_blocks(problem.leading[1], problem.config))
+        elif lengths is not None:
+            counts = (sum(num_compressed_blocks(n, problem.config) for n in lengths),)
+        else:
+            _check_kind(name, x, q)
+            counts = tuple(x.shape[:1])
+        check_tensor(name, x, q, (*counts, problem.num_kv_heads, dim))
+
+
+def check_block_indices(indices, lengths, q: Tensor, problem: Problem):
+    """Check the caller's selection: shape, int32, range, ascending with -1 at the end."""
+    if indices is None:
+        return
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"block_indices must be an int32 tensor, got {type(indices).__name__}")
+    if indices.dtype != torch.int32:
+        raise TypeError(f"block_indices must have dtype torch.int32, got {indices.dtype}")
+    if indices.device != q.device:
+        raise ValueError(
+            f"block_indices must be on the device of q, {q.device}, got {indices.device}"
+        )
+    shape = _block_indices_shape(lengths, problem)
+    if shape is not None and tuple(indices.shape) != shape:
+        raise ValueError(
+            f"block_indices must have shape {shape} with selection="
+            f"{problem.config.selection!r}, got {tuple(indices.shape)}"
+        )
+    if shape is not None and indices.numel() and _values_readable(indices):
+        _check_block_values(indices, lengths, problem)
+
+
+def _block_indices_shape(lengths, problem: Problem) -> tuple[int, ...] | None:
+    config = problem.config
+    if config.selection == "token":
+        return (*problem.leading, problem.num_kv_heads, config.num_selected_blocks)
+    if problem.batched:
+        batch, length = problem.leading
+        tiles = num_query_tiles(length, config)
+        return (batch, problem.num_heads, tiles, config.num_selected_blocks)
+    if lengths is None:
+        return None
+    tiles = sum(num_query_tiles(length, config) for length in lengths)
+    return (problem.num_heads, tiles, config.num_selected_blocks)
+
+
+def _check_block_values(indices: Tensor, lengths, problem: Problem):
+    config = problem.config
+    if problem.batched:
+        count = num_selection_blocks(problem.leading[1], config)
+    else:
+        token = config.selection == "token"
+        units = lengths if token else [num_query_tiles(n, config) for n in lengths]
+        blocks = [num_selection_blocks(n, config) for n in lengths]
+        count = torch.repeat_interleave(torch.tensor(blocks), torch.tensor(units))
+        count = count.to(indices.device)[:, None]
+        count = count[:, None] if token else count
+    bad = (indices < -1) | (indices >= count)
+    if bad.any():
+        most = int(torch.as_tensor(count).max())
+        raise ValueError(
+            f"block_indices must lie in [0, blocks of the sequence), at most {most}, or be -1; "
+            f"got {int(indices[bad][0])}"
+        )
+    before, after = indices[..., :-1], indices[..., 1:]
+    bad = (after != -1) & (after <= before) | (after != -1) & (before == -1)
+    if bad.any():
+        raise ValueError(
+            f"block_indices must ascend, with -1 only at the end of a row, got "
+            f"{int(before[bad][0])} before {int(after[bad][0])}"
+        )
