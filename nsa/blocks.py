@@ -14,22 +14,26 @@ from torch import Tensor
 from nsa.config import NSAConfig
 
 
-def num_compressed_blocks(length: int, config: NSAConfig) -> int:
+def num_compressed_blocks(length: int | Tensor, config: NSAConfig) -> int | Tensor:
     """Complete compressed blocks of a sequence: ``max(0, (N - l) // d + 1)``."""
-    return max(0, (length - config.compress_block_size) // config.compress_stride + 1)
+    blocks = length // config.compress_stride
+    extra = config.compress_block_size // config.compress_stride - 1
+    if extra == 0:
+        return blocks
+    return (blocks - extra).clamp(min=0) if isinstance(length, Tensor) else max(0, blocks - extra)
 
 
-def num_selection_blocks(length: int, config: NSAConfig) -> int:
+def num_selection_blocks(length: int | Tensor, config: NSAConfig) -> int | Tensor:
     """Selection blocks of a sequence, the last one possibly short: ``ceil(N / l')``."""
     return -(-length // config.select_block_size)
 
 
-def num_query_tiles(length: int, config: NSAConfig) -> int:
+def num_query_tiles(length: int | Tensor, config: NSAConfig) -> int | Tensor:
     """Query tiles of a sequence, the last one possibly short: ``ceil(N / q_tile_size)``."""
     return -(-length // config.q_tile_size)
 
 
-def num_cmp_groups(length: int, config: NSAConfig) -> int:
+def num_cmp_groups(length: int | Tensor, config: NSAConfig) -> int | Tensor:
     """Groups of compressed tokens of a sequence: ``ceil(N_cmp / cmp_group_size)``."""
     return -(-num_compressed_blocks(length, config) // config.cmp_group_size)
 
@@ -47,81 +51,103 @@ def overlap_weights(config: NSAConfig) -> list[int]:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segments:
     """Items (tokens, blocks or tiles) of consecutive sequences in one flat row.
 
-    ``offsets`` has one entry more than there are sequences; ``owner`` and ``local`` give each
-    item's sequence and its index in that sequence, int64 ``(total,)``.
+    Args:
+        offset: where each sequence starts, then where the last ends; int64 ``(S + 1,)``.
+        total: items of the row, at least ``offset[-1]``; those past it belong to no sequence.
     """
 
-    offsets: list[int]
-    device: torch.device
-
-    @classmethod
-    def from_counts(cls, counts: list[int], device: torch.device) -> "Segments":
-        offsets = [0]
-        for count in counts:
-            offsets.append(offsets[-1] + count)
-        return cls(offsets, device)
-
-    @property
-    def total(self) -> int:
-        return self.offsets[-1]
+    offset: Tensor
+    total: int
 
     @cached_property
-    def counts(self) -> list[int]:
-        return [end - start for start, end in zip(self.offsets, self.offsets[1:], strict=False)]
-
-    @cached_property
-    def offset(self) -> Tensor:
-        return torch.tensor(self.offsets, dtype=torch.int64, device=self.device)
+    def offsets(self) -> list[int]:
+        """``offset`` on the host."""
+        return self.offset.tolist()
 
     @cached_property
     def count(self) -> Tensor:
+        """Items of each sequence, int64 ``(S,)``."""
         return self.offset.diff()
 
     @cached_property
+    def counts(self) -> list[int]:
+        """``count`` on the host."""
+        return self.count.tolist()
+
+    @cached_property
     def owner(self) -> Tensor:
-        ids = torch.arange(len(self.counts), device=self.device)
-        return torch.repeat_interleave(ids, self.count, output_size=self.total)
+        """Each item's sequence, int64 ``(total,)``."""
+        index = torch.arange(self.total, device=self.offset.device)
+        owner = torch.searchsorted(self.offset[1:], index, right=True)
+        return owner.clamp(max=len(self.offset) - 2)
 
     @cached_property
     def local(self) -> Tensor:
-        return torch.arange(self.total, device=self.device) - self.offset[self.owner]
+        """Each item's index in its sequence, int64 ``(total,)``."""
+        return torch.arange(self.total, device=self.offset.device) - self.offset[self.owner]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Geometry:
-    """Where the tokens, blocks and tiles of every sequence lie, and what each query may see."""
+    """Where the tokens, blocks and tiles of every sequence lie, and what each query may see.
 
-    lengths: tuple[int, ...]
+    Args:
+        tokens: the sequences.
+        config: block sizes and rules.
+        exact: whether to count blocks exactly, which reads the lengths on the host; else each kind
+            of block gets an upper bound that follows from the number of tokens and sequences.
+    """
+
+    tokens: Segments
     config: NSAConfig
-    device: torch.device
+    exact: bool = True
 
-    def _segments(self, count) -> Segments:
-        counts = [count(length, self.config) for length in self.lengths]
-        return Segments.from_counts(counts, self.device)
+    @classmethod
+    def of(
+        cls, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig, exact: bool = True
+    ) -> "Geometry":
+        """Geometry of batched ``(B, N, H, D)`` or packed ``(T, H, D)`` queries, flattened."""
+        if cu_seqlens is None:
+            batch, length = q.shape[:2]
+            offset, total = torch.arange(batch + 1, device=q.device) * length, batch * length
+        else:
+            offset, total = cu_seqlens.long(), q.shape[0]
+        return cls(Segments(offset, total), config, exact)
 
-    @cached_property
-    def tokens(self) -> Segments:
-        return Segments.from_counts(list(self.lengths), self.device)
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.offset.device
+
+    def _segments(self, count, bound: int) -> Segments:
+        counts = count(self.tokens.count, self.config)
+        offset = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        if len(counts) == 1:
+            return Segments(offset, count(self.tokens.total, self.config))
+        return Segments(offset, int(offset[-1]) if self.exact else bound)
 
     @cached_property
     def compressed(self) -> Segments:
-        return self._segments(num_compressed_blocks)
+        bound = self.tokens.total // self.config.compress_stride
+        return self._segments(num_compressed_blocks, bound)
 
     @cached_property
     def selection(self) -> Segments:
-        return self._segments(num_selection_blocks)
+        bound = self.tokens.total // self.config.select_block_size + len(self.tokens.count)
+        return self._segments(num_selection_blocks, bound)
 
     @cached_property
     def tiles(self) -> Segments:
-        return self._segments(num_query_tiles)
+        bound = self.tokens.total // self.config.q_tile_size + len(self.tokens.count)
+        return self._segments(num_query_tiles, bound)
 
     @cached_property
     def groups(self) -> Segments:
-        return self._segments(num_cmp_groups)
+        bound = self.compressed.total // self.config.cmp_group_size + len(self.tokens.count)
+        return self._segments(num_cmp_groups, bound)
 
     @cached_property
     def tile_first(self) -> Tensor:
@@ -170,3 +196,20 @@ class Geometry:
         if not self.config.causal:
             return first, first + self.selection.count[owner]
         return first, first + position // self.config.select_block_size + 1
+
+    def block_rules(self, position: Tensor, owner: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Which flat selection ``blocks`` are candidates, and which of them are forced.
+
+        Args:
+            position, owner: position and sequence of each query, or of each tile's last, ``(C,)``.
+            blocks: flat selection blocks ``(X,)``.
+
+        Returns:
+            Two bool tensors ``(C, X)``.
+        """
+        first, end = (bound[:, None] for bound in self.candidate_interval(position, owner))
+        own = first + position[:, None] // self.config.select_block_size
+        candidate = (blocks >= first) & (blocks < end)
+        initial = blocks < first + self.config.num_initial_blocks
+        local = blocks > own - self.config.num_local_blocks
+        return candidate, candidate & (blocks <= own) & (initial | local)

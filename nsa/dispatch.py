@@ -1,7 +1,7 @@
 """The public functions: validate, choose a backend, import it, call it."""
 
 import logging
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -52,8 +52,9 @@ def forward(
         compress_k_weight: ``(H_kv, D, D)``, applied to the mean keys of a block from the right.
         compress_v_weight: ``(H_kv, Dv, Dv)``, likewise.
         compressed_kv: compressed keys and values of a learned compressor instead,
-            ``(B, N_cmp, H_kv, D)`` and ``(B, N_cmp, H_kv, Dv)``, packed ``(sum of N_cmp, H_kv, .)``,
-            with ``N_cmp = max(0, (N - l) // d + 1)`` for each sequence.
+            ``(B, N_cmp, H_kv, D)`` and ``(B, N_cmp, H_kv, Dv)`` with
+            ``N_cmp = max(0, (N - l) // d + 1)``; packed, the blocks of one sequence after another,
+            ``(sum of N_cmp, H_kv, D)`` and ``(sum of N_cmp, H_kv, Dv)``.
         block_indices: int32 blocks to attend instead of selecting them: token mode
             ``(B, N, H_kv, n)`` or ``(T, H_kv, n)``, tile mode ``(B, H, tiles, n)`` or
             ``(H, sum of tiles, n)``; ascending, -1 in empty slots at the end.
@@ -213,6 +214,6 @@ def _backend_module(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAC
     return reference
 
 
-@lru_cache(maxsize=None)
+@cache
 def _log_once(reason: str, level: int):
     _logger.log(level, "backend='auto' uses the reference: %s", reason)

@@ -24,8 +24,9 @@ def compress(x: Tensor, weight: Tensor | None, geometry: Geometry) -> Tensor:
     x32 = x.to(accumulation_dtype(x.dtype))
 
     # Blocks overlap in whole strides, so each is a sum of consecutive stride sums.
-    used = [(count + parts - 1) if count else 0 for count in compressed.counts]
-    strides = Segments.from_counts(used, geometry.device)
+    used = compressed.count + (parts - 1) * (compressed.count > 0)
+    offset = torch.nn.functional.pad(used.cumsum(0), (1, 0))
+    strides = Segments(offset, int(offset[-1]))
     start = geometry.tokens.offset[strides.owner] + strides.local * stride
     index = start[:, None] + torch.arange(stride, device=geometry.device)
     sums = x32.index_select(0, index.flatten()).unflatten(0, index.shape).sum(dim=1)

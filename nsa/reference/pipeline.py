@@ -29,8 +29,8 @@ def forward(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """See :func:`nsa.forward`; arguments are validated, ``k`` and ``v`` have one tensor a branch."""
-    geometry = _geometry(q, cu_seqlens, config)
+    """See :func:`nsa.forward`; arguments are valid, ``k`` and ``v`` hold one tensor a branch."""
+    geometry = Geometry.of(q, cu_seqlens, config)
     tokens = _flatten(q)
     k_cmp_in, k_slc, k_win = (_flatten(x) for x in k)
     v_cmp_in, v_slc, v_win = (_flatten(x) for x in v)
@@ -67,21 +67,13 @@ def select_blocks(
     max_seqlen: int | None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`; arguments are validated, ``k`` is the compressed branch's."""
-    geometry = _geometry(q, cu_seqlens, config)
+    geometry = Geometry.of(q, cu_seqlens, config)
     if compressed_kv is None:
         k_cmp = compress(_flatten(k), compress_k_weight, geometry)
     else:
         k_cmp = _flatten(compressed_kv[0])
     indices = _select_blocks(_flatten(q), k_cmp, geometry)
     return _unflatten_indices(indices, q, config)
-
-
-def _geometry(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> Geometry:
-    if cu_seqlens is None:
-        lengths = [q.shape[1]] * q.shape[0]
-    else:
-        lengths = cu_seqlens.diff().tolist()
-    return Geometry(tuple(lengths), config, q.device)
 
 
 def _flatten(x: Tensor) -> Tensor:

@@ -212,16 +212,12 @@ def _take_blocks(
     ``scores`` is ``(heads, C, blocks)`` of the flat selection blocks from ``low``; ``position``
     and ``owner`` ``(C,)`` are those of the query (tile: its last query).
     """
-    config = geometry.config
-    first, end = (bound[:, None] for bound in geometry.candidate_interval(position, owner))
-    flat = low + torch.arange(scores.shape[-1], device=scores.device)
-    own = first + position[:, None] // config.select_block_size
-    initial = (flat >= first) & (flat < first + config.num_initial_blocks) & (flat <= own)
-    local = (flat >= first) & (flat > own - config.num_local_blocks) & (flat <= own)
-    candidate = (flat >= first) & (flat < end)
-    scores = scores.masked_fill(~candidate, -torch.inf)
-    taken = _take_top(scores.masked_fill(initial | local, torch.inf), config.num_selected_blocks)
-    return torch.where(taken >= 0, taken + low - first, -1).int()
+    first, _ = geometry.candidate_interval(position, owner)
+    blocks = low + torch.arange(scores.shape[-1], device=scores.device)
+    candidate, forced = geometry.block_rules(position, owner, blocks)
+    scores = scores.masked_fill(~candidate, -torch.inf).masked_fill(forced, torch.inf)
+    taken = _take_top(scores, geometry.config.num_selected_blocks)
+    return torch.where(taken >= 0, taken + low - first[:, None], -1).int()
 
 
 def _take_top(scores: Tensor, count: int) -> Tensor:
