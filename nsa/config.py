@@ -1,7 +1,8 @@
 """NSAConfig: the static choices of Native Sparse Attention, checked once at construction."""
 
+import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 _CHOICES = {
     "selection": ("token", "tile"),
@@ -72,6 +73,13 @@ class NSAConfig:
                 object.__setattr__(self, name, self.compress_block_size)
         self._check_fields()
         self._check_relations()
+        # Not a field: the form in which a custom op takes a configuration, made where no tracing is.
+        object.__setattr__(self, "encoded", json.dumps(asdict(self)))
+
+    @classmethod
+    def decode(cls, encoded: str) -> "NSAConfig":
+        """The configuration whose ``encoded`` this is."""
+        return cls(**json.loads(encoded))
 
     @classmethod
     def paper(cls, **overrides) -> "NSAConfig":

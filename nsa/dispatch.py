@@ -186,7 +186,9 @@ def _check_backend(backend) -> str:
 
 def _fused_limit(q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -> str | None:
     """Why the fused backend cannot do this, with the remedy; None where it can."""
-    return "there is no fused backend yet; use backend='reference'"
+    from nsa.fused import constraints
+
+    return constraints.unsupported_reason(q, v[0], config)
 
 
 def _choose(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -> tuple[str, str]:
@@ -204,9 +206,9 @@ def _choose(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -
 def _backend_module(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig):
     name, reason = _choose(_check_backend(backend), q, v, config)
     if name == "fused":
-        from nsa import fused
+        from nsa.fused import interface
 
-        return fused
+        return interface
     if backend == "auto" and not torch.compiler.is_compiling():
         _log_once(reason, logging.WARNING if q.is_cuda else logging.INFO)
     from nsa import reference

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import Geometry, Segments
+from nsa.precision import accumulation_dtype
 from nsa.reference.chunks import (
     CHUNK_ELEMENTS,
-    accumulation_dtype,
     covered_range,
     query_chunks,
     recomputed,

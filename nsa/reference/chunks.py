@@ -8,11 +8,6 @@ CHUNK_ELEMENTS = 1 << 23
 """Scores and gathered keys that one chunk may hold."""
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for 16-bit inputs, else ``dtype`` itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def query_chunks(first: Tensor, end: Tensor, elements_per_key: int) -> list[tuple[int, int]]:
     """Ranges ``[start, stop)`` of queries whose score matrices fit ``CHUNK_ELEMENTS``.
 

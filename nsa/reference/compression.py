@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import Geometry, Segments
-from nsa.reference.chunks import accumulation_dtype
+from nsa.precision import accumulation_dtype
 
 
 def compress(x: Tensor, weight: Tensor | None, geometry: Geometry) -> Tensor:

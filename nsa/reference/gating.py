@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa.reference.chunks import accumulation_dtype
+from nsa.precision import accumulation_dtype
 
 
 def combine_branches(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import Geometry, Segments, overlap_weights
-from nsa.reference.chunks import accumulation_dtype, covered_range, query_chunks
+from nsa.precision import accumulation_dtype
+from nsa.reference.chunks import covered_range, query_chunks
 
 
 @torch.no_grad()

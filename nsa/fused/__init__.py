@@ -1,0 +1,1 @@
+"""FlashAttention-4's kernels and kernels of our own, behind the interface of the reference."""

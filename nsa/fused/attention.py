@@ -1,0 +1,208 @@
+"""The three attention branches (paper section 3.3), forward and backward, on FA4.
+
+Shapes: ``q`` and ``out (B, T, H, D)``, ``k`` and ``v (B, T, H_kv, D)``, ``k_cmp`` and ``v_cmp
+(B, M, H_kv, D)``. The log-sum-exp that a forward returns is in the layout of its kernel and meant
+for its backward alone.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa.fused import fa4
+from nsa.fused.block_lists import compressed_lists, selected_lists, transpose_lists
+from nsa.fused.layout import Plan
+from nsa.fused.seam import BlockLists
+
+
+def compressed_attention(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, groups: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """Attention over the visible compressed tokens, or those of ``groups (B, tiles, H, m)``."""
+    num_kv_heads = k_cmp.shape[2]
+    if k_cmp.shape[1] == 0:
+        return torch.zeros_like(q), q.new_zeros(0)
+    if groups is not None:
+        lists = compressed_lists(groups, plan)
+        k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
+        mask = dict(causal=False, key_limit=_compressed_limit(q, plan))
+        return _sparse_forward(q, k_rows, v_rows, lists, mask, plan)
+    if not plan.config.causal:
+        return _dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan, folded=False))
+    folded = plan.folded.fold(q, num_kv_heads)
+    out, lse = _dense_forward(folded, k_cmp, v_cmp, plan, **_compressed_call(plan, folded=True))
+    return plan.folded.unfold(out, num_kv_heads), lse
+
+
+def compressed_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    groups: Tensor | None,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``."""
+    num_kv_heads = k_cmp.shape[2]
+    if k_cmp.shape[1] == 0:
+        return torch.zeros_like(q), torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
+    if groups is not None:
+        lists = compressed_lists(groups, plan)
+        k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
+        mask = dict(causal=False, key_limit=_compressed_limit(q, plan))
+        dq, dk, dv = _sparse_backward(dout, q, k_rows, v_rows, out, lse, lists, mask, plan)
+        return dq, plan.compressed.unpack(dk), plan.compressed.unpack(dv)
+    if not plan.config.causal:
+        call = _compressed_call(plan, folded=False)
+        return _dense_backward(dout, q, k_cmp, v_cmp, out, lse, plan, **call)
+    call = _compressed_call(plan, folded=True)
+    dout, q, out = (plan.folded.fold(x, num_kv_heads) for x in (dout, q, out))
+    dq, dk, dv = _dense_backward(dout, q, k_cmp, v_cmp, out, lse, plan, **call)
+    return plan.folded.unfold(dq, num_kv_heads), dk, dv
+
+
+def selected_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """Attention over the tokens of the blocks ``(B, tiles, H, n)``."""
+    lists = selected_lists(block_indices, plan)
+    k_rows, v_rows = plan.tokens.pack(k), plan.tokens.pack(v)
+    return _sparse_forward(q, k_rows, v_rows, lists, _selected_mask(q, plan), plan)
+
+
+def selected_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k`` and ``v``."""
+    lists = selected_lists(block_indices, plan)
+    k_rows, v_rows = plan.tokens.pack(k), plan.tokens.pack(v)
+    mask = _selected_mask(q, plan)
+    dq, dk, dv = _sparse_backward(dout, q, k_rows, v_rows, out, lse, lists, mask, plan)
+    return dq, plan.tokens.unpack(dk), plan.tokens.unpack(dv)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Attention over the ``window_size`` last keys, the query's own included."""
+    return _dense_forward(q, k, v, plan, **_window_call(plan))
+
+
+def window_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k`` and ``v``."""
+    return _dense_backward(dout, q, k, v, out, lse, plan, **_window_call(plan))
+
+
+def _window_call(plan: Plan) -> dict:
+    reach = plan.config.window_size - 1
+    return dict(
+        causal=plan.config.causal,
+        window_size=(reach, None if plan.config.causal else reach),
+        cu_seqlens_q=plan.cu_seqlens,
+        cu_seqlens_k=plan.cu_seqlens,
+        max_seqlen_q=plan.max_seqlen,
+        max_seqlen_k=plan.max_seqlen,
+    )
+
+
+def _compressed_call(plan: Plan, folded: bool) -> dict:
+    """Mask and lengths of the dense compressed branch."""
+    started = folded and plan.folded.started
+    call = dict(
+        causal=folded and not started,
+        # N_cmp + 1 rows over N_cmp keys, aligned at the end: row r sees keys up to r.
+        window_size=(None, 1) if started else (None, None),
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+    )
+    if plan.cu_seqlens is None:
+        return call
+    longest = plan.max_compressed()
+    call["cu_seqlens_k"] = plan.geometry.compressed.offset.int()
+    call["max_seqlen_k"] = longest
+    call["cu_seqlens_q"] = plan.folded.rows.offset.int() if folded else plan.cu_seqlens
+    call["max_seqlen_q"] = longest + int(started) if folded else plan.max_seqlen
+    return call
+
+
+def _dense_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, **call) -> tuple[Tensor, Tensor]:
+    scale = plan.config.softmax_scale(q.shape[-1])
+    if plan.cu_seqlens is None:
+        return fa4.dense_forward(q, k, v, scale=scale, **call)
+    out, lse = fa4.dense_forward(q[0], k[0], v[0], scale=scale, **call)
+    return out[None], lse
+
+
+def _dense_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, **call
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = plan.config.softmax_scale(q.shape[-1])
+    tensors = (dout, q, k, v, out)
+    if plan.cu_seqlens is None:
+        return fa4.dense_backward(*tensors, lse, scale=scale, **call)
+    grads = fa4.dense_backward(*(x[0] for x in tensors), lse, scale=scale, **call)
+    return tuple(grad[None] for grad in grads)
+
+
+def _sparse_forward(
+    q: Tensor, k_rows: Tensor, v_rows: Tensor, lists: BlockLists, mask: dict, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    scale = plan.config.softmax_scale(q.shape[-1])
+    q_rows = plan.tokens.pack(q)
+    out, lse = fa4.sparse_forward(q_rows, k_rows, v_rows, lists, scale=scale, **mask)
+    return plan.tokens.unpack(out), lse
+
+
+def _sparse_backward(
+    dout: Tensor,
+    q: Tensor,
+    k_rows: Tensor,
+    v_rows: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: BlockLists,
+    mask: dict,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, and of ``k`` and ``v`` in rows."""
+    scale = plan.config.softmax_scale(q.shape[-1])
+    transposed = transpose_lists(lists, k_rows.shape[1])
+    dout, q, out = (plan.tokens.pack(x) for x in (dout, q, out))
+    dq, dk, dv = fa4.sparse_backward(
+        dout, q, k_rows, v_rows, out, lse, transposed, scale=scale, **mask
+    )
+    return plan.tokens.unpack(dq), dk, dv
+
+
+def _selected_mask(q: Tensor, plan: Plan) -> dict:
+    if plan.config.causal:
+        return dict(causal=True)
+    # The end of each sequence in the row; the causal flag would also hide the padding.
+    rows, owner = plan.tokens, plan.tokens.segments.owner
+    end = rows.segments.offset[owner] + rows.items.count[owner]
+    return dict(causal=False, key_limit=_row_limit(end, q.shape[0], rows.rows, plan))
+
+
+def _compressed_limit(q: Tensor, plan: Plan) -> Tensor:
+    """For each row of queries the row of the first compressed token that it does not see."""
+    geometry, rows = plan.geometry, plan.tokens
+    owner = rows.segments.owner
+    seen = geometry.num_visible(rows.segments.local, owner, plan.config.compressed_visibility)
+    end = plan.compressed.segments.offset[owner] + seen
+    return _row_limit(end, q.shape[0], plan.compressed.rows, plan)
+
+
+def _row_limit(end: Tensor, batch: int, keys_per_entry: int, plan: Plan) -> Tensor:
+    """int32 ``(B * rows,)`` from ``end`` in one entry of the batch; 0 for padding."""
+    offset = torch.arange(batch, device=end.device)[:, None] * keys_per_entry
+    return torch.where(plan.tokens.real, end + offset, 0).flatten().int()

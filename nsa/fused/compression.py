@@ -1,0 +1,66 @@
+"""Compressed keys and values (paper section 3.3.1), forward and backward."""
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import Geometry
+from nsa.fused import kernels
+from nsa.precision import accumulation_dtype
+
+
+def compress(x: Tensor, weight: Tensor | None, geometry: Geometry) -> Tensor:
+    """``x_cmp[j] = mean(x[j*l : (j+1)*l])``, then ``@ weight[kv]`` where given.
+
+    Args:
+        x: keys or values ``(B, T, H_kv, D)``.
+        weight: ``(H_kv, D, D)`` or None.
+        geometry: the sequences in each ``T`` tokens.
+
+    Returns:
+        ``(B, M, H_kv, D)`` in the dtype of ``x``; rows past the last block are 0.
+    """
+    if weight is None:
+        return _mean(x, x.dtype, geometry)
+    mean = _mean(x, accumulation_dtype(x.dtype), geometry)
+    return torch.einsum("bmhd,hde->bmhe", mean, weight.to(mean.dtype)).to(x.dtype)
+
+
+def compress_backward_(
+    dx: Tensor, dx_cmp: Tensor, x: Tensor, weight: Tensor | None, geometry: Geometry
+) -> Tensor | None:
+    """Add the gradient of :func:`compress` to ``dx`` in place and return that of the weight."""
+    dweight = None
+    dmean = dx_cmp
+    if weight is not None:
+        dtype = accumulation_dtype(x.dtype)
+        mean, dout = _mean(x, dtype, geometry), dx_cmp.to(dtype)
+        dweight = torch.einsum("bmhd,bmhe->hde", mean, dout).to(weight.dtype)
+        dmean = torch.einsum("bmhe,hde->bmhd", dout, weight.to(dtype))
+    tokens, compressed = geometry.tokens, geometry.compressed
+    if compressed.total == 0:
+        return dweight
+    size = geometry.config.compress_block_size
+    local = tokens.local // size
+    block = compressed.offset[tokens.owner] + local
+    block = torch.where(local < compressed.count[tokens.owner], block, -1)
+    block = _over_batch(block, dx.shape[0], compressed.total)
+    kernels.mean_backward_(dx.flatten(0, 1), dmean.flatten(0, 1), block, size)
+    return dweight
+
+
+def _mean(x: Tensor, dtype: torch.dtype, geometry: Geometry) -> Tensor:
+    tokens, compressed = geometry.tokens, geometry.compressed
+    if compressed.total == 0:
+        return x.new_empty(x.shape[0], 0, *x.shape[2:], dtype=dtype)
+    size = geometry.config.compress_block_size
+    start = tokens.offset[compressed.owner] + compressed.local * size
+    start = torch.where(compressed.local < compressed.count[compressed.owner], start, -1)
+    start = _over_batch(start, x.shape[0], tokens.total)
+    mean = kernels.mean_forward(x.flatten(0, 1), start, size, dtype)
+    return mean.unflatten(0, (x.shape[0], compressed.total))
+
+
+def _over_batch(index: Tensor, batch: int, stride: int) -> Tensor:
+    """Indices into one entry of the batch, -1 for none, as int32 indices into all entries."""
+    offset = torch.arange(batch, device=index.device)[:, None] * stride
+    return torch.where(index >= 0, index + offset, -1).flatten().int()

@@ -1,0 +1,65 @@
+"""What the fused backend supports. Outside of it :class:`nsa.UnsupportedError` names the limit.
+
+- GPU: compute capability 9.0 (Hopper). The kernels also compile for 10.0.
+- ``selection="tile"``.
+- float16 and bfloat16; ``D`` and ``Dv`` up to 128, any ``G``. Between the kernels' 64, 96 and 128
+  channels are padded with zeros.
+- ``q_tile_size``, ``select_block_size`` and (with a sparse compressed branch) ``cmp_group_size``
+  multiples of 64, the width of a block-sparse tile; any ``compress_block_size``.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.fused import fa4
+
+HEAD_DIMS = (64, 96, 128)
+DTYPES = (torch.float16, torch.bfloat16)
+BLOCK = 64
+_USE_REFERENCE = "use backend='reference'"
+
+
+def kernel_head_dim(head_dim: int, value_dim: int) -> int:
+    """The kernels' head dimension for ``D`` and ``Dv``: the smallest that holds both."""
+    widest = max(head_dim, value_dim)
+    return next((dim for dim in HEAD_DIMS if dim >= widest), widest)
+
+
+def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
+    """The first limit that ``q (.., H, D)``, ``v (.., H_kv, Dv)`` and ``config`` exceed, or None."""
+    return (
+        _config_limit(config) or _tensor_limit(q, v) or _device_limit(q) or fa4.version_problem()
+    )
+
+
+def _config_limit(config: NSAConfig) -> str | None:
+    if config.selection != "tile":
+        return f"it needs selection='tile', got {config.selection!r}; {_USE_REFERENCE}"
+    sizes = ["q_tile_size", "select_block_size"]
+    if config.num_cmp_selected_blocks is not None:
+        sizes.append("cmp_group_size")
+    for name in sizes:
+        size = getattr(config, name)
+        if size % BLOCK:
+            return f"it needs {name} to be a multiple of {BLOCK}, got {size}; {_USE_REFERENCE}"
+    return None
+
+
+def _tensor_limit(q: Tensor, v: Tensor) -> str | None:
+    if q.dtype not in DTYPES:
+        return f"it needs dtype float16 or bfloat16, got {q.dtype}; cast, or {_USE_REFERENCE}"
+    for name, dim in (("D", q.shape[-1]), ("Dv", v.shape[-1])):
+        if dim > HEAD_DIMS[-1]:
+            return f"it needs {name} of at most {HEAD_DIMS[-1]}, got {dim}; {_USE_REFERENCE}"
+    return None
+
+
+def _device_limit(q: Tensor) -> str | None:
+    if not q.is_cuda:
+        return f"it needs a CUDA device, got {q.device}; move the tensors, or {_USE_REFERENCE}"
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability[0] != 9:
+        found = ".".join(map(str, capability))
+        return f"it needs compute capability 9.0, got {found}; {_USE_REFERENCE}"
+    return None

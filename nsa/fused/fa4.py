@@ -1,0 +1,317 @@
+"""The one file that calls FlashAttention-4 (CuTe DSL). What the calls mean: ``nsa.fused.seam``.
+
+Written for flash-attn-4 4.0.0b36 (``WRITTEN_FOR``) and its private entry points
+``_flash_attn_fwd`` and ``_flash_attn_bwd``: the public functions drop the block lists in a packed
+backward, and cannot do 64-key blocks in backward. FA4 is imported on the first call.
+
+Where the kernels are compiled for (FA4 reads the machine's GPU, or FLASH_ATTENTION_ARCH):
+
+- SM90: head dimensions 32, 64, 96, 128 and 256 (backward is wrong or fails to compile at others),
+  128-key blocks only up to 128, and there query blocks that are multiples of 128.
+- SM100: head dimensions up to 128; 128-key blocks and query blocks that are multiples of 256.
+"""
+
+import types
+from functools import lru_cache, partial
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from nsa.fused.seam import BlockLists
+
+WRITTEN_FOR = "4.0.0b36"
+
+
+def version_problem() -> str | None:
+    """Why FlashAttention-4 cannot be used here, with the remedy; None if it is as expected."""
+    try:
+        version = metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:
+        return f"FlashAttention-4 is not installed; pip install flash-attn-4=={WRITTEN_FOR}"
+    if version != WRITTEN_FOR:
+        return (
+            f"flash-attn-4 is {version} and its private functions are used as {WRITTEN_FOR} has "
+            f"them; pip install flash-attn-4=={WRITTEN_FOR}"
+        )
+    return None
+
+
+def dense_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of batched or packed sequences, aligned at their ends.
+
+    Args:
+        q: ``(B, Sq, H, D)``, or ``(Tq, H, D)`` with ``cu_seqlens``; float16 or bfloat16.
+        k: ``(B, Sk, H_kv, D)`` or ``(Tk, H_kv, D)``.
+        v: ``(B, Sk, H_kv, Dv)`` or ``(Tk, H_kv, Dv)``.
+        scale: multiplies ``q @ k^T``.
+        causal: no key after the query.
+        window_size: keys visible to the (left, right) of a query beside its own; None is no bound.
+        cu_seqlens_q: int32 ``(S + 1,)``, and ``cu_seqlens_k`` likewise.
+        max_seqlen_q: an upper bound of the lengths, and ``max_seqlen_k`` likewise.
+
+    Returns:
+        out: ``(B, Sq, H, Dv)`` or ``(Tq, H, Dv)`` in the dtype of ``q``.
+        lse: float32 ``(B, H, Sq)`` or ``(H, Tq)``.
+    """
+    out, lse, *_ = _interface()._flash_attn_fwd(
+        q=q,
+        k=k,
+        v=v,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=window_size[0],
+        window_size_right=window_size[1],
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        return_lse=True,
+    )
+    return out, lse
+
+
+def dense_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`dense_forward`; ``Dv == D`` where several heads share a KV head.
+
+    Args:
+        dout: gradient of ``out``, in its shape and dtype.
+        q, k, v, out, lse: arguments and results of :func:`dense_forward`; the rest as there.
+
+    Returns:
+        dq, dk, dv: in the shapes and dtype of ``q``, ``k`` and ``v``.
+    """
+    _check_backward_dims(q, k, v)
+    return _interface()._flash_attn_bwd(
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        dout=dout,
+        lse=lse,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=window_size[0],
+        window_size_right=window_size[1],
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+
+
+def sparse_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    causal: bool,
+    key_limit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one row of tokens to the listed key blocks.
+
+    Args:
+        q: ``(1, Tq, H, D)``, float16 or bfloat16.
+        k: ``(1, Tk, H_kv, D)``.
+        v: ``(1, Tk, H_kv, Dv)``.
+        lists: key blocks of each query block and head.
+        scale: multiplies ``q @ k^T``.
+        causal: hide keys after the query; needs ``Tq == Tk``, and excludes ``key_limit``.
+        key_limit: int32 ``(Tq,)``: a query sees keys before it.
+
+    Returns:
+        out: ``(1, Tq, H, Dv)`` in the dtype of ``q``.
+        lse: float32 ``(1, H, Tq)``.
+    """
+    _check_mask(q, k, causal, key_limit)
+    out, lse, *_ = _interface()._flash_attn_fwd(
+        q=q,
+        k=k,
+        v=v,
+        softmax_scale=scale,
+        # The lists are by query head; packing would read one head's list for its whole group.
+        pack_gqa=False,
+        block_sparse_tensors=_block_sparse_tensors(lists),
+        return_lse=True,
+        **_mask_arguments(q, causal, key_limit, lists.query_block),
+    )
+    return out, lse
+
+
+def sparse_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    causal: bool,
+    key_limit: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`sparse_forward`; ``Dv == D`` where several heads share a KV head.
+
+    Args:
+        dout: gradient of ``out``, in its shape and dtype.
+        q, k, v, out, lse: arguments and results of :func:`sparse_forward`.
+        lists: the transpose of the forward's: query blocks of each key block and head.
+        scale, causal, key_limit: as in forward.
+
+    Returns:
+        dq, dk, dv: in the shapes and dtype of ``q``, ``k`` and ``v``.
+    """
+    _check_mask(q, k, causal, key_limit)
+    _check_backward_dims(q, k, v)
+    interface = _interface()
+    backward = interface._flash_attn_bwd
+    if lists.key_block == 64 and interface._get_device_arch() // 10 == 9:
+        # With a KV head to each query head, dK and dV leave through shared memory, whose layout
+        # two warp groups cannot split at these head dimensions; transposed they can.
+        swap_dkv = q.shape[-2] == k.shape[-2] and q.shape[-1] in (96, 224)
+        backward = _backward_of_64_key_tiles(swap_dkv)
+    return backward(
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        dout=dout,
+        lse=lse,
+        softmax_scale=scale,
+        block_sparse_tensors=_block_sparse_tensors(lists),
+        **_mask_arguments(q, causal, key_limit, lists.query_block),
+    )
+
+
+@lru_cache(maxsize=None)
+def _interface():
+    # Takes seconds, and needs CUDA libraries: not before the first call.
+    from flash_attn.cute import interface
+
+    return interface
+
+
+def _block_sparse_tensors(lists: BlockLists):
+    return _interface().BlockSparseTensorsTorch(
+        mask_block_cnt=lists.partial_count,
+        mask_block_idx=lists.partial_index,
+        full_block_cnt=lists.full_count,
+        full_block_idx=lists.full_index,
+        block_size=(lists.query_block, lists.key_block),
+    )
+
+
+def _check_mask(q: Tensor, k: Tensor, causal: bool, key_limit: Tensor | None):
+    if causal and key_limit is not None:
+        # FA4 would obey only the limit in forward, and only the causal flag in backward.
+        raise ValueError("causal and key_limit exclude each other")
+    if causal and q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"causal needs as many queries as keys, got q {tuple(q.shape)} and k {tuple(k.shape)}"
+        )
+
+
+def _check_backward_dims(q: Tensor, k: Tensor, v: Tensor):
+    if q.shape[-2] != k.shape[-2] and q.shape[-1] != v.shape[-1]:
+        raise ValueError(
+            "backward with several query heads a KV head needs q and v of one head dimension, got "
+            f"{q.shape[-1]} and {v.shape[-1]}: pad the smaller with zeros"
+        )
+
+
+def _mask_arguments(
+    q: Tensor, causal: bool, key_limit: Tensor | None, query_block: int
+) -> dict[str, object]:
+    if key_limit is None:
+        return {"causal": causal}
+    # The kernels read the limit of each row of a tile, also of rows past the last query.
+    padding = -q.shape[1] % query_block
+    if padding:
+        key_limit = torch.nn.functional.pad(key_limit, (0, padding))
+    return {"mask_mod": _key_limit_mask(), "aux_tensors": [key_limit]}
+
+
+@lru_cache(maxsize=None)
+def _key_limit_mask():
+    """The mask ``key < key_limit[query]`` in the form that FA4 compiles into its kernels."""
+    import cutlass
+    from cutlass import cute
+    from flash_attn.cute.utils import scalar_to_ssa
+
+    @cute.jit
+    def key_limit_mask(batch, head, query, key, seqlen_info, aux_tensors):
+        return key < scalar_to_ssa(aux_tensors[0][query[0]], cutlass.Int32)
+
+    return key_limit_mask
+
+
+def _config_of_64_key_tiles(swap_dkv: bool, head_dim: int, *_args, **_kwargs):
+    """Tiles of 64 queries by 64 keys for FA4's SM90 backward, in place of its own choice.
+
+    FA4 has these for head dimensions above 192. Below that its key tiles are 128 or 96 wide, which
+    cannot follow 64-key blocks. A second stage of Q and dO fits in shared memory up to 192.
+    """
+    stages = 2 if head_dim <= 192 else 1
+    return _interface().BwdConfig(
+        m_block_size=64,
+        n_block_size=64,
+        num_stages_Q=stages,
+        num_stages_dO=stages,
+        num_stages_PdS=1,
+        SdP_swapAB=False,
+        dKV_swapAB=swap_dkv,
+        dQ_swapAB=False,
+        AtomLayoutMSdP=1,
+        AtomLayoutNdKV=1,
+        AtomLayoutMdQ=1,
+    )
+
+
+@lru_cache(maxsize=None)
+def _backward_of_64_key_tiles(swap_dkv: bool):
+    """FA4's ``_flash_attn_bwd`` with :func:`_config_of_64_key_tiles`.
+
+    FA4 offers no argument for it: it overwrites its tile arguments with what the module's
+    ``_tile_size_bwd_sm90`` returns. So this is the same function over a copy of its globals in
+    which that one name differs: FA4 itself stays as it is, for other users and other threads. The
+    two share one compile cache, whose key holds the tile sizes, swaps and atom layouts (the stages
+    of P and dS are not in it, but no other configuration of FA4 with 64 keys has other stages).
+    """
+    interface = _interface()
+    original = interface._flash_attn_bwd
+    names = dict(vars(interface), _tile_size_bwd_sm90=partial(_config_of_64_key_tiles, swap_dkv))
+    function = types.FunctionType(
+        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+    )
+    function.__kwdefaults__ = original.__kwdefaults__
+    return function

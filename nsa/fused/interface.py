@@ -1,0 +1,151 @@
+"""The fused backend's entry points: bring arguments into the kernels' form and call the ops."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nsa.config import NSAConfig
+from nsa.fused import autograd as _autograd  # noqa: F401 (gives the op its derivative)
+from nsa.fused.compression import compress
+from nsa.fused.constraints import kernel_head_dim
+from nsa.fused.layout import make_plan, num_tiles_bound
+from nsa.fused.ops import attention
+from nsa.fused.selection import select
+
+Branches = tuple[Tensor, Tensor, Tensor]
+
+
+def forward(
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    *,
+    config: NSAConfig,
+    gate_proj_weight: Tensor | None = None,
+    gates: Tensor | None = None,
+    compress_k_weight: Tensor | None = None,
+    compress_v_weight: Tensor | None = None,
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    block_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
+    value_dim = v[0].shape[-1]
+    k, v = _drop_repeats(k, v)
+    k_cmp, v_cmp = (None, None)
+    if compressed_kv is not None:
+        k_cmp, v_cmp = (_pad_compressed(x, q, cu_seqlens, config) for x in compressed_kv)
+    names = ("q", "k", "k_slc", "k_win", "v", "v_slc", "v_win", "k_cmp", "v_cmp")
+    tensors = dict(zip(names, (q, *k, *v, k_cmp, v_cmp), strict=True))
+    weights = dict(
+        gate_proj_weight=None if gates is not None else gate_proj_weight,
+        compress_k_weight=compress_k_weight,
+        compress_v_weight=compress_v_weight,
+    )
+    differentiable = (*tensors.values(), *weights.values(), gates)
+    if q.numel() == 0:
+        return _empty_output(q, value_dim, differentiable)
+    dim = kernel_head_dim(q.shape[-1], value_dim)
+    out = attention(
+        **{name: _batched(_widen(x, dim)) for name, x in tensors.items()},
+        **{name: _widen_weight(x, dim) for name, x in weights.items()},
+        gates=_batched(gates),
+        block_indices=_tile_major(block_indices, q, cu_seqlens, config),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        config=config.encoded,
+        scale=config.softmax_scale(q.shape[-1]),
+        save=torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in differentiable),
+    )[0]
+    out = out if q.ndim == 4 else out[0]
+    return out if dim == value_dim else out[..., :value_dim]
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    config: NSAConfig,
+    compress_k_weight: Tensor | None = None,
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """See :func:`nsa.select_blocks`; ``k`` is the compressed branch's."""
+    if q.numel() == 0:
+        tiles = num_tiles_bound(q.shape[-3], None, config)
+        shape = (*q.shape[:-3], q.shape[-2], tiles, config.num_selected_blocks)
+        return torch.full(shape, -1, dtype=torch.int32, device=q.device)
+    rows = _batched(q)
+    plan = make_plan(rows, cu_seqlens, max_seqlen, config)
+    if compressed_kv is None:
+        k_cmp = compress(_batched(k), compress_k_weight, plan.geometry)
+    else:
+        k_cmp = _batched(_pad_compressed(compressed_kv[0], q, cu_seqlens, config))
+    blocks = select(rows, k_cmp, plan, blocks=True, groups=False).blocks.transpose(1, 2)
+    if q.ndim == 4:
+        return blocks.contiguous()
+    return blocks[0, :, : plan.geometry.tiles.offsets[-1]].contiguous()
+
+
+def _drop_repeats(k: Branches, v: Branches) -> tuple[tuple, tuple]:
+    """``(x, None, None)`` for both where the branches share keys and values, else all three."""
+    if all(x is k[0] for x in k) and all(x is v[0] for x in v):
+        return (k[0], None, None), (v[0], None, None)
+    return k, v
+
+
+def _batched(x: Tensor | None) -> Tensor | None:
+    """``(B, T, ...)``, with ``B = 1`` for packed ``(T, H, ...)``; contiguous."""
+    if x is None:
+        return None
+    return (x if x.ndim == 4 else x[None]).contiguous()
+
+
+def _widen(x: Tensor | None, dim: int) -> Tensor | None:
+    """Zero channels up to ``dim``; they change neither logits nor the channels that are kept."""
+    if x is None or x.shape[-1] == dim:
+        return x
+    return pad(x, (0, dim - x.shape[-1]))
+
+
+def _widen_weight(x: Tensor | None, dim: int) -> Tensor | None:
+    """``(H, 3, D)`` or ``(H_kv, D, D)`` with zero channels up to ``dim``; contiguous."""
+    if x is None:
+        return None
+    if x.shape[-2] == x.shape[-1]:
+        x = pad(x, (0, 0, 0, dim - x.shape[-2]))
+    return _widen(x, dim).contiguous()
+
+
+def _pad_compressed(
+    x: Tensor, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig
+) -> Tensor:
+    """Packed compressed tokens with rows up to the bound that the plan counts with."""
+    if cu_seqlens is None or cu_seqlens.shape[0] == 2:
+        return x
+    return pad(x, (0, 0, 0, 0, 0, q.shape[0] // config.compress_stride - x.shape[0]))
+
+
+def _tile_major(
+    indices: Tensor | None, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig
+) -> Tensor | None:
+    """The caller's ``(B, H, tiles, n)`` or ``(H, tiles, n)`` as ``(B, tiles, H, n)``.
+
+    Packed input gets empty tiles up to the bound that :class:`nsa.fused.layout.Plan` counts with.
+    """
+    if indices is None:
+        return None
+    missing = num_tiles_bound(q.shape[-3], cu_seqlens, config) - indices.shape[-2]
+    indices = pad(indices, (0, 0, 0, missing), value=-1)
+    indices = indices if indices.ndim == 4 else indices[None]
+    return indices.transpose(1, 2).contiguous()
+
+
+def _empty_output(q: Tensor, value_dim: int, differentiable: tuple) -> Tensor:
+    """No tokens: an empty output that still sends (zero) gradients to every input."""
+    out = q.new_zeros(*q.shape[:-1], value_dim)
+    return out + sum(x.sum() * 0 for x in differentiable if x is not None)

@@ -1,0 +1,210 @@
+"""How tokens are laid out for the kernels: aligned rows, folded queries, and the plan of a call.
+
+Tensors here are ``(B, T, H, D)``: batched input as it is, packed input with ``B = 1``. Nothing
+reads a length on the host, so sizes that depend on them are upper bounds.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import Geometry, Segments, num_query_tiles
+from nsa.config import NSAConfig
+
+
+class AlignedRows:
+    """All items of a batch in one row, each sequence starting at a multiple of ``alignment``.
+
+    Lists that name only a sequence's own blocks then keep sequences apart, and the padding after a
+    sequence comes after each of its queries.
+
+    Args:
+        items: the sequences in each of the ``B`` entries.
+        alignment: the multiple, in items.
+    """
+
+    def __init__(self, items: Segments, alignment: int):
+        self.items = items
+        self.alignment = alignment
+        self.single = len(items.offset) == 2
+        counts = -(-items.count // alignment) * alignment
+        offset = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        if self.single:
+            rows = -(-items.total // alignment) * alignment
+        else:
+            rows = (items.total // alignment + len(items.count)) * alignment
+        self.segments = Segments(offset, rows)
+        """Where each sequence lies in the row of one entry of the batch."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of one entry of the batch, an upper bound."""
+        return self.segments.total
+
+    @cached_property
+    def _row_of_item(self) -> Tensor:
+        items = self.items
+        return (self.segments.offset[items.owner] + items.local).clamp(max=self.rows - 1)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """Which rows hold an item, bool ``(rows,)``."""
+        return self.segments.local < self.items.count[self.segments.owner]
+
+    @cached_property
+    def item_of_row(self) -> Tensor:
+        """The item that each row holds, any valid index where it holds none, int64 ``(rows,)``."""
+        item = self.items.offset[self.segments.owner] + self.segments.local
+        return torch.where(self.real, item, 0)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``(B, T, ...)`` to ``(1, B * rows, ...)`` with zeros in the padding."""
+        if self.single:
+            missing = self.rows - x.shape[1]
+            if missing:
+                x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
+            return x.reshape(1, -1, *x.shape[2:])
+        rows = x.index_select(1, self.item_of_row)
+        rows.masked_fill_(~self.real.view(-1, *(1,) * (x.ndim - 2)), 0)
+        return rows.flatten(0, 1)[None]
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """``(1, B * rows, ...)`` to ``(B, T, ...)``."""
+        x = rows.unflatten(1, (-1, self.rows))[0]
+        if self.single:
+            return x[:, : self.items.total].contiguous()
+        return x.index_select(1, self._row_of_item)
+
+
+class FoldedQueries:
+    """Queries that see the same compressed blocks, folded into the heads of their KV head.
+
+    With ``d == l`` all queries with the same ``(t + 1) // l`` see the same complete blocks. Row
+    ``r`` of a sequence holds the ``l`` queries that see exactly the blocks ``0 .. r``, so that the
+    complete-block rule is the causal mask of a sequence of ``N_cmp`` rows. Queries that see no
+    block are left out. With started blocks row ``r`` holds the queries with ``t // l == r``, in
+    ``N_cmp + 1`` rows.
+    """
+
+    def __init__(self, geometry: Geometry):
+        self.geometry = geometry
+        self.size = geometry.config.compress_block_size
+        self.started = geometry.config.compressed_visibility == "started"
+        # Position of the first query of row 0.
+        self.lead = 0 if self.started else self.size - 1
+        counts = geometry.compressed.count + int(self.started)
+        offset = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        extra = len(counts) if self.started else 0
+        self.rows = Segments(offset, geometry.compressed.total + extra)
+
+    @cached_property
+    def _token(self) -> tuple[Tensor, Tensor]:
+        """The token of each row and slot, and whether there is one: ``(rows, l)`` each."""
+        tokens, rows = self.geometry.tokens, self.rows
+        slot = torch.arange(self.size, device=rows.offset.device)
+        position = rows.local[:, None] * self.size + self.lead + slot
+        real = position < tokens.count[rows.owner, None]
+        real &= (rows.local < rows.count[rows.owner])[:, None]
+        return torch.where(real, tokens.offset[rows.owner, None] + position, 0), real
+
+    @cached_property
+    def _place(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The row and slot of each token, and whether it has one: ``(T,)`` each."""
+        tokens = self.geometry.tokens
+        position = tokens.local - self.lead
+        real = position >= 0
+        row = self.rows.offset[tokens.owner] + position // self.size
+        return torch.where(real, row, 0), position % self.size, real
+
+    def fold(self, x: Tensor, num_kv_heads: int) -> Tensor:
+        """``(B, T, H, D)`` to ``(B, rows, H_kv * l * G, D)``; empty slots are 0."""
+        token, real = self._token
+        heads = torch.arange(num_kv_heads, device=x.device)[:, None]
+        grouped = x.unflatten(2, (num_kv_heads, -1))
+        folded = grouped[:, token[:, None], heads]  # (B, rows, H_kv, l, G, D)
+        folded.masked_fill_(~real[:, None, :, None, None], 0)
+        return folded.flatten(2, 4)
+
+    def unfold(self, folded: Tensor, num_kv_heads: int) -> Tensor:
+        """``(B, rows, H_kv * l * G, D)`` to ``(B, T, H, D)``; queries left out are 0."""
+        row, slot, real = self._place
+        heads = torch.arange(num_kv_heads, device=folded.device)
+        grouped = folded.unflatten(2, (num_kv_heads, self.size, -1))
+        x = grouped[:, row[:, None], heads, slot[:, None]]  # (B, T, H_kv, G, D)
+        x.masked_fill_(~real[:, None, None, None], 0)
+        return x.flatten(2, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one call computes: the sequences of each entry of the batch, and how they lie.
+
+    ``cu_seqlens`` and ``max_seqlen`` are None for batched input, where each entry is one sequence.
+    """
+
+    geometry: Geometry
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+
+    @property
+    def config(self) -> NSAConfig:
+        return self.geometry.config
+
+    @cached_property
+    def tokens(self) -> AlignedRows:
+        """The tokens, aligned to query tiles."""
+        return AlignedRows(self.geometry.tokens, self.config.q_tile_size)
+
+    @cached_property
+    def folded(self) -> FoldedQueries:
+        return FoldedQueries(self.geometry)
+
+    @property
+    def key_block(self) -> int:
+        """Keys of one entry of a block list of the selected branch."""
+        return _key_block(self.config.select_block_size, self.config.q_tile_size)
+
+    @property
+    def cmp_key_block(self) -> int:
+        """Compressed tokens of one entry of a block list of the sparse compressed branch."""
+        return _key_block(self.config.cmp_group_size, self.config.q_tile_size)
+
+    @cached_property
+    def compressed(self) -> AlignedRows:
+        """The compressed tokens, aligned to blocks of the sparse compressed branch."""
+        return AlignedRows(self.geometry.compressed, self.cmp_key_block)
+
+    def max_compressed(self) -> int | None:
+        """Upper bound of the compressed tokens of a sequence; None for batched input."""
+        if self.max_seqlen is None:
+            return None
+        return self.max_seqlen // self.config.compress_block_size
+
+
+def _key_block(block_size: int, q_tile_size: int) -> int:
+    return 128 if block_size % 128 == 0 and q_tile_size % 128 == 0 else 64
+
+
+def num_tiles_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
+    """Query tiles in ``length`` tokens of one sequence, or at most so many in packed ones."""
+    if cu_seqlens is None or cu_seqlens.shape[0] == 2:
+        return num_query_tiles(length, config)
+    return length // config.q_tile_size + cu_seqlens.shape[0] - 1
+
+
+def make_plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config) -> Plan:
+    """The plan for ``q (B, N, H, D)``, or for packed ``q (1, T, H, D)`` with ``cu_seqlens``."""
+    if cu_seqlens is None:
+        return _batched_plan(q.shape[1], q.device, config)
+    if max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+    tokens = Segments(cu_seqlens.long(), q.shape[1])
+    return Plan(Geometry(tokens, config, exact=False), cu_seqlens, max_seqlen)
+
+
+@lru_cache(maxsize=64)
+def _batched_plan(length: int, device: torch.device, config: NSAConfig) -> Plan:
+    offset = torch.tensor([0, length], device=device)
+    return Plan(Geometry(Segments(offset, length), config, exact=False), None, None)

@@ -1,0 +1,147 @@
+"""The whole of Native Sparse Attention, forward and backward, on tensors ``(B, T, H, D)``."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nsa.fused.attention import (
+    compressed_attention,
+    compressed_attention_backward,
+    selected_attention,
+    selected_attention_backward,
+    window_attention,
+    window_attention_backward,
+)
+from nsa.fused.compression import compress, compress_backward_
+from nsa.fused.gating import combine_branches, combine_branches_backward
+from nsa.fused.layout import Plan
+from nsa.fused.selection import select
+
+
+class Inputs(NamedTuple):
+    """The differentiable arguments of a call; of the optional ones at most those it uses.
+
+    ``k`` and ``v`` are the compressed branch's, and all branches' where ``k_slc`` is None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_slc: Tensor | None
+    v_slc: Tensor | None
+    k_win: Tensor | None
+    v_win: Tensor | None
+    gates: Tensor | None
+    gate_proj_weight: Tensor | None
+    compress_k_weight: Tensor | None
+    compress_v_weight: Tensor | None
+    k_cmp: Tensor | None
+    v_cmp: Tensor | None
+
+    def keys_and_values(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Keys and values of the selected and of the window branch."""
+        k_slc, k_win = (self.k if x is None else x for x in (self.k_slc, self.k_win))
+        v_slc, v_win = (self.v if x is None else x for x in (self.v_slc, self.v_win))
+        return (k_slc, v_slc), (k_win, v_win)
+
+    def compressed(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Compressed keys and values: the caller's or the mean."""
+        if self.k_cmp is not None:
+            return self.k_cmp, self.v_cmp
+        return (
+            compress(self.k, self.compress_k_weight, plan.geometry),
+            compress(self.v, self.compress_v_weight, plan.geometry),
+        )
+
+
+class Saved(NamedTuple):
+    """What a forward leaves for its backward."""
+
+    o_cmp: Tensor
+    lse_cmp: Tensor
+    o_slc: Tensor
+    lse_slc: Tensor
+    o_win: Tensor
+    lse_win: Tensor
+    block_indices: Tensor
+    groups: Tensor | None
+
+
+def forward(inputs: Inputs, block_indices: Tensor | None, plan: Plan) -> tuple[Tensor, Saved]:
+    """Output ``(B, T, H, Dv)``; ``block_indices`` is ``(B, tiles, H, n)`` or None to select."""
+    q = inputs.q
+    (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
+    k_cmp, v_cmp = inputs.compressed(plan)
+    sparse = plan.config.num_cmp_selected_blocks is not None
+    groups = None
+    if block_indices is None or sparse:
+        selection = select(q, k_cmp, plan, blocks=block_indices is None, groups=sparse)
+        block_indices = selection.blocks if block_indices is None else block_indices
+        groups = selection.groups
+    o_cmp, lse_cmp = compressed_attention(q, k_cmp, v_cmp, groups, plan)
+    o_slc, lse_slc = selected_attention(q, k_slc, v_slc, block_indices, plan)
+    o_win, lse_win = window_attention(q, k_win, v_win, plan)
+    out = combine_branches((o_cmp, o_slc, o_win), q, inputs.gates, inputs.gate_proj_weight)
+    return out, Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, groups)
+
+
+def backward(dout: Tensor, inputs: Inputs, saved: Saved, plan: Plan) -> Inputs:
+    """Gradient of each input, None where there is no such input.
+
+    Branches run one after another, each freed before the next; ``dq``, and ``dk`` and ``dv`` where
+    branches share them, are accumulated in place.
+    """
+    q = inputs.q
+    (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
+    gating = combine_branches_backward(
+        dout,
+        (saved.o_cmp, saved.o_slc, saved.o_win),
+        q,
+        inputs.gates,
+        inputs.gate_proj_weight,
+    )
+    branch_grads = list(gating.branches)
+    gate_grads = gating[1:]
+    del gating
+
+    dq, dk_win, dv_win = window_attention_backward(
+        branch_grads.pop(), q, k_win, v_win, saved.o_win, saved.lse_win, plan
+    )
+    if gate_grads[0] is not None:
+        dq += gate_grads[0]
+    grad, dk_slc, dv_slc = selected_attention_backward(
+        branch_grads.pop(), q, k_slc, v_slc, saved.o_slc, saved.lse_slc, saved.block_indices, plan
+    )
+    dq += grad
+    k_cmp, v_cmp = inputs.compressed(plan)
+    grad, dk_cmp, dv_cmp = compressed_attention_backward(
+        branch_grads.pop(), q, k_cmp, v_cmp, saved.o_cmp, saved.lse_cmp, saved.groups, plan
+    )
+    dq += grad
+    del grad
+
+    dk, dk_slc, dk_win = _merge(inputs.k, inputs.k_slc, dk_slc, dk_win)
+    dv, dv_slc, dv_win = _merge(inputs.v, inputs.v_slc, dv_slc, dv_win)
+    dk_weight = dv_weight = None
+    if inputs.k_cmp is None:
+        dk_weight = compress_backward_(
+            dk, dk_cmp, inputs.k, inputs.compress_k_weight, plan.geometry
+        )
+        dv_weight = compress_backward_(
+            dv, dv_cmp, inputs.v, inputs.compress_v_weight, plan.geometry
+        )
+        dk_cmp = dv_cmp = None
+    _, dgates, dgate_weight = gate_grads
+    return Inputs(
+        dq, dk, dv, dk_slc, dv_slc, dk_win, dv_win, dgates, dgate_weight,
+        dk_weight, dv_weight, dk_cmp, dv_cmp,
+    )  # fmt: skip
+
+
+def _merge(x: Tensor, x_slc: Tensor | None, dx_slc: Tensor, dx_win: Tensor):
+    """Gradients of the (compressed, selected, window) branch's tensor, without the compressed."""
+    if x_slc is None:
+        dx_win += dx_slc
+        return dx_win, None, None
+    return torch.zeros_like(x), dx_slc, dx_win
