@@ -2,10 +2,12 @@
 
 from nsa.config import NSAConfig
 from nsa.dispatch import explain_backend, forward, select_blocks
+from nsa.layers import NativeSparseAttention
 from nsa.validation import UnsupportedError
 
 __all__ = [
     "NSAConfig",
+    "NativeSparseAttention",
     "UnsupportedError",
     "explain_backend",
     "forward",

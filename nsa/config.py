@@ -73,7 +73,7 @@ class NSAConfig:
                 object.__setattr__(self, name, self.compress_block_size)
         self._check_fields()
         self._check_relations()
-        # Not a field: the form in which a custom op takes a configuration, made where no tracing is.
+        # Not a field: the form in which a custom op takes a configuration.
         object.__setattr__(self, "encoded", json.dumps(asdict(self)))
 
     @classmethod

@@ -3,6 +3,7 @@
 Every message names the argument, what it was and what it must be.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -156,7 +157,7 @@ def check_cu_seqlens(cu_seqlens, max_seqlen, q: Tensor) -> list[int] | None:
 def _check_boundaries(bounds: list[int], max_seqlen: int | None, q: Tensor) -> list[int]:
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     if any(length < 0 for length in lengths):
         at = next(i for i, length in enumerate(lengths) if length < 0)
         raise ValueError(

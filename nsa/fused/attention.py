@@ -190,7 +190,7 @@ def _selected_mask(q: Tensor, plan: Plan) -> dict:
     # The end of each sequence in the row; the causal flag would also hide the padding.
     rows, owner = plan.tokens, plan.tokens.segments.owner
     end = rows.segments.offset[owner] + rows.items.count[owner]
-    return dict(causal=False, key_limit=_row_limit(end, q.shape[0], rows.rows, plan))
+    return dict(causal=False, key_limit=_row_limit(end, q.shape[0], rows.rows))
 
 
 def _compressed_limit(q: Tensor, plan: Plan) -> Tensor:
@@ -199,10 +199,10 @@ def _compressed_limit(q: Tensor, plan: Plan) -> Tensor:
     owner = rows.segments.owner
     seen = geometry.num_visible(rows.segments.local, owner, plan.config.compressed_visibility)
     end = plan.compressed.segments.offset[owner] + seen
-    return _row_limit(end, q.shape[0], plan.compressed.rows, plan)
+    return _row_limit(end, q.shape[0], plan.compressed.rows)
 
 
-def _row_limit(end: Tensor, batch: int, keys_per_entry: int, plan: Plan) -> Tensor:
-    """int32 ``(B * rows,)`` from ``end`` in one entry of the batch; 0 for padding."""
+def _row_limit(end: Tensor, batch: int, keys_per_entry: int) -> Tensor:
+    """int32 ``(B * rows,)`` from ``end (rows,)`` in one entry of the batch."""
     offset = torch.arange(batch, device=end.device)[:, None] * keys_per_entry
-    return torch.where(plan.tokens.real, end + offset, 0).flatten().int()
+    return (end + offset).flatten().int()

@@ -84,7 +84,9 @@ def _key_blocks(
     real &= tile_real[:, None, None, None]
     block = local + (keys.segments.offset[tiles.owner] // key_block)[:, None, None, None]
     block = block + _batch_offset(block, keys.rows // key_block)
-    return torch.where(real, block, 0).flatten(-2), real.flatten(-2)
+    # At most all blocks of the row are listed, and the kernels take no longer lists.
+    width = keys.rows * block.shape[0] // key_block
+    return torch.where(real, block, 0).flatten(-2)[..., :width], real.flatten(-2)[..., :width]
 
 
 def _batch_offset(block: Tensor, blocks_per_entry: int) -> Tensor:
@@ -99,7 +101,7 @@ def _per_head(x: Tensor) -> Tensor:
 
 def _transpose(count: Tensor, index: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     """Counting sort of the entries by key block; query tiles stay in ascending order."""
-    _, num_heads, num_tiles, width = index.shape
+    num_heads, _, width = index.shape[1:]
     entry = torch.arange(width, device=index.device)
     real = entry < count[0, :, :, None]
     # Entries that do not exist go to one block past the last.

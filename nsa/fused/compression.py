@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import Geometry
-from nsa.fused import kernels
+from nsa.fused import own_kernels
 from nsa.precision import accumulation_dtype
 
 
@@ -29,14 +29,17 @@ def compress_backward_(
     dx: Tensor, dx_cmp: Tensor, x: Tensor, weight: Tensor | None, geometry: Geometry
 ) -> Tensor | None:
     """Add the gradient of :func:`compress` to ``dx`` in place and return that of the weight."""
+    tokens, compressed = geometry.tokens, geometry.compressed
     dweight = None
     dmean = dx_cmp
     if weight is not None:
         dtype = accumulation_dtype(x.dtype)
-        mean, dout = _mean(x, dtype, geometry), dx_cmp.to(dtype)
+        mean = _mean(x, dtype, geometry)
+        # Rows past the last block were never written.
+        real = compressed.local < compressed.count[compressed.owner]
+        dout = dx_cmp.to(dtype).masked_fill_(~real[:, None, None], 0)
         dweight = torch.einsum("bmhd,bmhe->hde", mean, dout).to(weight.dtype)
         dmean = torch.einsum("bmhe,hde->bmhd", dout, weight.to(dtype))
-    tokens, compressed = geometry.tokens, geometry.compressed
     if compressed.total == 0:
         return dweight
     size = geometry.config.compress_block_size
@@ -44,7 +47,7 @@ def compress_backward_(
     block = compressed.offset[tokens.owner] + local
     block = torch.where(local < compressed.count[tokens.owner], block, -1)
     block = _over_batch(block, dx.shape[0], compressed.total)
-    kernels.mean_backward_(dx.flatten(0, 1), dmean.flatten(0, 1), block, size)
+    own_kernels.mean_backward_(dx.flatten(0, 1), dmean.flatten(0, 1), block, size)
     return dweight
 
 
@@ -56,7 +59,7 @@ def _mean(x: Tensor, dtype: torch.dtype, geometry: Geometry) -> Tensor:
     start = tokens.offset[compressed.owner] + compressed.local * size
     start = torch.where(compressed.local < compressed.count[compressed.owner], start, -1)
     start = _over_batch(start, x.shape[0], tokens.total)
-    mean = kernels.mean_forward(x.flatten(0, 1), start, size, dtype)
+    mean = own_kernels.mean_forward(x.flatten(0, 1), start, size, dtype)
     return mean.unflatten(0, (x.shape[0], compressed.total))
 
 

@@ -27,10 +27,8 @@ def kernel_head_dim(head_dim: int, value_dim: int) -> int:
 
 
 def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
-    """The first limit that ``q (.., H, D)``, ``v (.., H_kv, Dv)`` and ``config`` exceed, or None."""
-    return (
-        _config_limit(config) or _tensor_limit(q, v) or _device_limit(q) or fa4.version_problem()
-    )
+    """The first limit that ``q (..., D)``, ``v (..., Dv)`` and ``config`` exceed, or None."""
+    return _config_limit(config) or _tensor_limit(q, v) or _device_limit(q) or fa4.version_problem()
 
 
 def _config_limit(config: NSAConfig) -> str | None:

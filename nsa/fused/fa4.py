@@ -222,13 +222,19 @@ def _interface():
 
 
 def _block_sparse_tensors(lists: BlockLists):
+    full_count, full_index = lists.full_count, lists.full_index
+    if full_count is None:
+        # SM90's forward reads the second list even where it is None.
+        full_count, full_index = torch.zeros_like(lists.partial_count), lists.partial_index
+    tensors = (lists.partial_count, lists.partial_index, full_count, full_index)
     return _interface().BlockSparseTensorsTorch(
-        mask_block_cnt=lists.partial_count,
-        mask_block_idx=lists.partial_index,
-        full_block_cnt=lists.full_count,
-        full_block_idx=lists.full_index,
-        block_size=(lists.query_block, lists.key_block),
+        *map(_unit_stride, tensors), block_size=(lists.query_block, lists.key_block)
     )
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """``x`` with stride 1 in its last dimension, which torch leaves open where its size is 1."""
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _check_mask(q: Tensor, k: Tensor, causal: bool, key_limit: Tensor | None):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nsa.fused import kernels
+from nsa.fused import own_kernels
 
 Branches = tuple[Tensor, Tensor, Tensor]
 
@@ -32,7 +32,7 @@ def combine_branches(
     """
     rows = (x.flatten(0, 1) for x in (*branches, q))
     gates = None if gates is None else gates.flatten(0, 1)
-    out = kernels.gating_forward(*rows, gates, None if gates is not None else gate_proj_weight)
+    out = own_kernels.gating_forward(*rows, gates, None if gates is not None else gate_proj_weight)
     return out.unflatten(0, q.shape[:2])
 
 
@@ -47,7 +47,7 @@ def combine_branches_backward(
     rows = (x.flatten(0, 1) for x in (dout, *branches, q))
     gates = None if gates is None else gates.flatten(0, 1)
     weight = None if gates is not None else gate_proj_weight
-    *dbranches, dq, dgates, dweight = kernels.gating_backward(*rows, gates, weight)
+    *dbranches, dq, dgates, dweight = own_kernels.gating_backward(*rows, gates, weight)
     leading = q.shape[:2]
     return GatingGradients(
         tuple(x.unflatten(0, leading) for x in dbranches),

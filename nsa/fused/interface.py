@@ -38,18 +38,19 @@ def forward(
         k_cmp, v_cmp = (_pad_compressed(x, q, cu_seqlens, config) for x in compressed_kv)
     names = ("q", "k", "k_slc", "k_win", "v", "v_slc", "v_win", "k_cmp", "v_cmp")
     tensors = dict(zip(names, (q, *k, *v, k_cmp, v_cmp), strict=True))
-    weights = dict(
-        gate_proj_weight=None if gates is not None else gate_proj_weight,
-        compress_k_weight=compress_k_weight,
-        compress_v_weight=compress_v_weight,
+    if gates is not None:
+        gate_proj_weight = None
+    compress_weights = dict(
+        compress_k_weight=compress_k_weight, compress_v_weight=compress_v_weight
     )
-    differentiable = (*tensors.values(), *weights.values(), gates)
+    differentiable = (*tensors.values(), *compress_weights.values(), gates, gate_proj_weight)
     if q.numel() == 0:
         return _empty_output(q, value_dim, differentiable)
     dim = kernel_head_dim(q.shape[-1], value_dim)
     out = attention(
         **{name: _batched(_widen(x, dim)) for name, x in tensors.items()},
-        **{name: _widen_weight(x, dim) for name, x in weights.items()},
+        **{name: _widen_square(x, dim) for name, x in compress_weights.items()},
+        gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
         gates=_batched(gates),
         block_indices=_tile_major(block_indices, q, cu_seqlens, config),
         cu_seqlens=cu_seqlens,
@@ -98,11 +99,13 @@ def _drop_repeats(k: Branches, v: Branches) -> tuple[tuple, tuple]:
     return k, v
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _batched(x: Tensor | None) -> Tensor | None:
     """``(B, T, ...)``, with ``B = 1`` for packed ``(T, H, ...)``; contiguous."""
-    if x is None:
-        return None
-    return (x if x.ndim == 4 else x[None]).contiguous()
+    return _contiguous(x if x is None or x.ndim == 4 else x[None])
 
 
 def _widen(x: Tensor | None, dim: int) -> Tensor | None:
@@ -112,18 +115,15 @@ def _widen(x: Tensor | None, dim: int) -> Tensor | None:
     return pad(x, (0, dim - x.shape[-1]))
 
 
-def _widen_weight(x: Tensor | None, dim: int) -> Tensor | None:
-    """``(H, 3, D)`` or ``(H_kv, D, D)`` with zero channels up to ``dim``; contiguous."""
+def _widen_square(x: Tensor | None, dim: int) -> Tensor | None:
+    """``(H_kv, D, D)`` with zero channels up to ``dim`` on both sides; contiguous."""
     if x is None:
         return None
-    if x.shape[-2] == x.shape[-1]:
-        x = pad(x, (0, 0, 0, dim - x.shape[-2]))
-    return _widen(x, dim).contiguous()
+    missing = dim - x.shape[-1]
+    return pad(x, (0, missing, 0, missing)).contiguous()
 
 
-def _pad_compressed(
-    x: Tensor, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig
-) -> Tensor:
+def _pad_compressed(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> Tensor:
     """Packed compressed tokens with rows up to the bound that the plan counts with."""
     if cu_seqlens is None or cu_seqlens.shape[0] == 2:
         return x

@@ -64,7 +64,8 @@ def attention(
 
 @attention.register_fake
 def _(q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight, compress_k_weight,
-      compress_v_weight, k_cmp, v_cmp, block_indices, cu_seqlens, max_seqlen, config, scale, save):  # fmt: skip
+      compress_v_weight, k_cmp, v_cmp, block_indices, cu_seqlens, max_seqlen, config, scale,
+      save):  # fmt: skip
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     if not save:
         return (out, *(q.new_empty(0) for _ in pipeline.Saved._fields))

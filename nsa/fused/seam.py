@@ -8,8 +8,9 @@ functions of that module. For all four:
 - ``scale`` multiplies ``q @ k^T``. Softmax is over the visible keys of a query. A query that sees
   none gets output 0 and ``lse`` -inf, and sends no gradient.
 - ``lse`` is float32: the natural logarithm of the sum of ``exp(scale * q . k)`` over visible keys.
-- Inputs need not be contiguous, but the last dimension must be. Outputs are contiguous, in the
-  dtype of ``q``. Gradients with respect to ``k`` and ``v`` are summed over the heads of a group.
+- Inputs may be strided (copied unless the last dimension is contiguous). ``out`` and ``lse`` are
+  contiguous, a gradient is laid out as its input; all but ``lse`` are in the dtype of ``q``.
+  Gradients with respect to ``k`` and ``v`` are summed over the heads of a group.
 - Forward gives the same bits each time; backward adds into float32 in any order.
 - Values that no query may see must still be finite: they are multiplied by 0, not skipped.
 - Backward takes ``dout`` of ``out`` alone; no gradient flows through ``lse``.
@@ -21,6 +22,7 @@ max_seqlen_k) -> (out, lse)`` and
     Batched ``q (B, Sq, H, D)``, ``k (B, Sk, H_kv, D)``, ``v (B, Sk, H_kv, Dv)``,
     ``out (B, Sq, H, Dv)``, ``lse (B, H, Sq)``. Packed, with ``cu_seqlens_*`` int32 ``(S + 1,)``:
     ``q (Tq, H, D)``, ``k (Tk, H_kv, D)``, ``lse (H, Tq)``; ``max_seqlen_*`` bound the lengths.
+    Sequences may end before the tensors do: results past them are not written.
 
     Positions are aligned at the end: query ``i`` of ``Sq`` stands at key ``p = i + Sk - Sq``.
     ``window_size=(left, right)`` shows it keys ``p - left`` to ``p + right`` inclusive, None is no

@@ -1,6 +1,5 @@
 """Chunks of queries: they bound the memory of every stage and do not change its result."""
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

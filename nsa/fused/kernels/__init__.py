@@ -1,34 +1,7 @@
-"""Our own CuTe DSL kernels, one a file, imported on their first call: CuTe takes seconds to import.
+"""Our own CuTe DSL kernels, one operation a file, and what the files share in ``vectors``.
 
-Callers write ``kernels.gating_forward(...)``, so that a test can replace these functions.
+Each file has the same ladder: a class for a kernel, a cached function that compiles it for a dtype
+and static sizes, the function that allocates and launches, and ``compile_cases`` for a tool that
+compiles everything on a machine without a GPU. Importing a file imports cutlass; importing this
+package does not.
 """
-
-from torch import Tensor
-
-
-def gating_forward(*args) -> Tensor:
-    """See :func:`nsa.fused.kernels.gating.gating_forward`."""
-    from nsa.fused.kernels import gating
-
-    return gating.gating_forward(*args)
-
-
-def gating_backward(*args) -> tuple[Tensor | None, ...]:
-    """See :func:`nsa.fused.kernels.gating.gating_backward`."""
-    from nsa.fused.kernels import gating
-
-    return gating.gating_backward(*args)
-
-
-def mean_forward(*args) -> Tensor:
-    """See :func:`nsa.fused.kernels.compression.mean_forward`."""
-    from nsa.fused.kernels import compression
-
-    return compression.mean_forward(*args)
-
-
-def mean_backward_(*args) -> None:
-    """See :func:`nsa.fused.kernels.compression.mean_backward_`."""
-    from nsa.fused.kernels import compression
-
-    compression.mean_backward_(*args)

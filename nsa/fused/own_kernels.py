@@ -1,0 +1,35 @@
+"""The one file that calls our own CuTe DSL kernels, as ``fa4`` is for FA4's.
+
+A kernel file is imported on its first call, because CuTe takes seconds to import. Callers write
+``own_kernels.gating_forward(...)``, so that a test can replace the functions of this module.
+"""
+
+from torch import Tensor
+
+
+def gating_forward(*args) -> Tensor:
+    """See :func:`nsa.fused.kernels.gating.gating_forward`."""
+    from nsa.fused.kernels import gating
+
+    return gating.gating_forward(*args)
+
+
+def gating_backward(*args) -> tuple[Tensor | None, ...]:
+    """See :func:`nsa.fused.kernels.gating.gating_backward`."""
+    from nsa.fused.kernels import gating
+
+    return gating.gating_backward(*args)
+
+
+def mean_forward(*args) -> Tensor:
+    """See :func:`nsa.fused.kernels.compression.mean_forward`."""
+    from nsa.fused.kernels import compression
+
+    return compression.mean_forward(*args)
+
+
+def mean_backward_(*args) -> None:
+    """See :func:`nsa.fused.kernels.compression.mean_backward_`."""
+    from nsa.fused.kernels import compression
+
+    compression.mean_backward_(*args)

@@ -1,0 +1,310 @@
+"""Native Sparse Attention as a ``torch.nn`` module: projections, compressor and gates.
+
+Around :func:`nsa.forward`, this adds what has weights: the query, key, value and output
+projections, the learned compression ``phi`` of Eq. 7 and the gate MLP of Eq. 5 of
+https://arxiv.org/abs/2502.11089.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nsa import dispatch
+from nsa.blocks import Geometry, num_compressed_blocks
+from nsa.config import NSAConfig
+from nsa.rope import apply_rope
+from nsa.validation import check_config, check_cu_seqlens
+
+_GATES = ("hidden", "q")
+_COMPRESSORS = ("mlp", "mean")
+
+
+class BlockCompressor(nn.Module):
+    """The learned compression ``phi`` of the paper's Eq. 7: a block of ``l`` vectors to one.
+
+    ``phi(x_1 .. x_l) = MLP(concat(x_i + position_i))``, one for all KV heads.
+
+    Args:
+        block_size: vectors ``l`` in a block.
+        dim: channels ``D`` of a vector.
+
+    Linear layers start normal with variance ``1 / fan_in`` (2 for the one before the SiLU), so
+    that a compressed vector starts at about the scale of its tokens; positions start at 0.02.
+    """
+
+    def __init__(self, block_size: int, dim: int):
+        super().__init__()
+        self.position = nn.Parameter(torch.empty(block_size, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(block_size * dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.normal_(self.position, std=0.02)
+        _init_linear(self.mlp[0], gain=2**0.5)
+        _init_linear(self.mlp[2])
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        """``(M, l, H_kv, D)`` to ``(M, H_kv, D)``."""
+        blocks = blocks + self.position.to(blocks.dtype)[:, None]
+        return self.mlp(blocks.transpose(1, 2).flatten(2))
+
+
+class NativeSparseAttention(nn.Module):
+    """Multi-head Native Sparse Attention layer.
+
+    ``y = o_proj(nsa.forward(q, k, v, ...))`` with ``q``, ``k``, ``v`` projected from ``x``.
+
+    Args:
+        dim: channels of the hidden states.
+        num_heads: query heads ``H``.
+        num_kv_heads: KV heads ``H_kv``, a divisor of ``num_heads``.
+        config: block sizes and rules; default ``NSAConfig()``.
+        head_dim: channels ``D`` of queries and keys, default ``dim / num_heads``.
+        value_head_dim: channels ``Dv`` of values, default ``head_dim``.
+        rope_theta: base of the rotary embedding of queries and keys; None for none. Positions
+            count from 0 in each sequence.
+        separate_kv: whether each branch has its own key and value projection, as in the paper.
+        gate: ``"hidden"``: a two-layer MLP on ``x`` and a sigmoid, a gate for each head and branch,
+            as in the paper. ``"q"``: ``gate_proj_weight (H, 3, D)`` on the (rotated) query.
+        compressor: ``"mlp"``: :class:`BlockCompressor`, one for keys and one for values. With RoPE
+            it compresses unrotated keys, and the compressed key is rotated to its block's centre,
+            position ``j * d + (l - 1) / 2``. ``"mean"``: the mean of the (rotated) keys and of the
+            values, with no weights.
+        bias: whether the four projections have a bias.
+        backend: as in :func:`nsa.forward`.
+
+    Initialisation: projections are normal with variance ``1 / fan_in``, so that queries and keys of
+    normalised hidden states start at unit variance; the gate's last layer is small (0.02), so that
+    all gates start near 1/2; biases are 0. No weight starts at exactly 0 in a way that would keep
+    another one's gradient at 0.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        config: NSAConfig | None = None,
+        *,
+        head_dim: int | None = None,
+        value_head_dim: int | None = None,
+        rope_theta: float | None = 10000.0,
+        separate_kv: bool = False,
+        gate: str = "hidden",
+        compressor: str = "mlp",
+        bias: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        for name, value in (
+            ("dim", dim),
+            ("num_heads", num_heads),
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+            ("value_head_dim", value_head_dim),
+        ):
+            _check_size(name, value, optional=name.endswith("head_dim"))
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}")
+        if head_dim is None and dim % num_heads:
+            raise ValueError(
+                f"num_heads must divide dim={dim} where head_dim is not given, got {num_heads}"
+            )
+        _check_choice("gate", gate, _GATES)
+        _check_choice("compressor", compressor, _COMPRESSORS)
+        _check_choice("backend", backend, dispatch.BACKENDS)
+        self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
+        self.config = check_config(config)
+        self.head_dim = head_dim or dim // num_heads
+        self.value_head_dim = value_head_dim or self.head_dim
+        self.rope_theta = _check_rope(rope_theta, self.head_dim)
+        self.num_kv_branches = 3 if separate_kv else 1
+        self.backend = backend
+
+        kv_rows = self.num_kv_branches * num_kv_heads
+        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, kv_rows * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, kv_rows * self.value_head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.value_head_dim, dim, bias=bias)
+        self.gate_mlp = self.gate_proj_weight = None
+        if gate == "hidden":
+            hidden = max(3 * num_heads, dim // 4)
+            self.gate_mlp = nn.Sequential(
+                nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, 3 * num_heads)
+            )
+        else:
+            self.gate_proj_weight = nn.Parameter(torch.empty(num_heads, 3, self.head_dim))
+        self.compress_k = self.compress_v = None
+        if compressor == "mlp":
+            block_size = self.config.compress_block_size
+            self.compress_k = BlockCompressor(block_size, self.head_dim)
+            self.compress_v = BlockCompressor(block_size, self.value_head_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Set every weight to its initial distribution, see the class."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            _init_linear(linear)
+        if self.gate_mlp is not None:
+            _init_linear(self.gate_mlp[0], gain=2**0.5)
+            nn.init.normal_(self.gate_mlp[2].weight, std=0.02)
+            nn.init.zeros_(self.gate_mlp[2].bias)
+        else:
+            nn.init.normal_(self.gate_proj_weight, std=0.02)
+        for compressor in (self.compress_k, self.compress_v):
+            if compressor is not None:
+                compressor.reset_parameters()
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        """Attend within each sequence.
+
+        Args:
+            x: hidden states ``(B, N, dim)``, or packed ``(T, dim)`` with ``cu_seqlens``, in the
+                dtype of the weights (any float dtype under autocast).
+            cu_seqlens: int32 ``(S + 1,)`` boundaries of packed sequences, from 0 to ``T``.
+            max_seqlen: an upper bound of the sequence lengths.
+
+        Returns:
+            The shape of ``x``.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; the message names it.
+            UnsupportedError: ``backend="fused"`` cannot do this.
+        """
+        q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen)
+        gates = gate_proj_weight = None
+        if self.gate_mlp is not None:
+            gates = self.gate_mlp(x).sigmoid().to(q.dtype).unflatten(-1, (self.num_heads, 3))
+        else:
+            gate_proj_weight = self.gate_proj_weight.to(q.dtype)
+        out = dispatch.forward(
+            q,
+            k,
+            v,
+            config=self.config,
+            gates=gates,
+            gate_proj_weight=gate_proj_weight,
+            compressed_kv=compressed_kv,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            backend=self.backend,
+        )
+        return self.o_proj(out.flatten(-2))
+
+    @torch.no_grad()
+    def select_blocks(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        """The blocks that :meth:`forward` attends for the same arguments.
+
+        Returns:
+            int32 indices, in the shapes of :func:`nsa.select_blocks`.
+        """
+        q, k, _, compressed_kv = self._project(x, cu_seqlens, max_seqlen)
+        return dispatch.select_blocks(
+            q,
+            k,
+            config=self.config,
+            compressed_kv=compressed_kv,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, value_head_dim={self.value_head_dim}, "
+            f"rope_theta={self.rope_theta}, separate_kv={self.num_kv_branches == 3}, "
+            f"backend={self.backend!r}, config={self.config}"
+        )
+
+    def _project(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None):
+        """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`."""
+        self._check_input(x, cu_seqlens)
+        check_cu_seqlens(cu_seqlens, max_seqlen, x)
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        branches = (self.num_kv_branches, self.num_kv_heads)
+        k = self.k_proj(x).unflatten(-1, (*branches, self.head_dim)).unbind(-3)
+        v = self.v_proj(x).unflatten(-1, (*branches, self.value_head_dim)).unbind(-3)
+        geometry = Geometry.of(q, cu_seqlens, self.config)
+        compressed_kv = None
+        if self.compress_k is not None:
+            compressed_kv = self._compress(k[0], v[0], geometry)
+        if self.rope_theta is not None:
+            positions = geometry.tokens.local.view(x.shape[:-1])
+            q = apply_rope(q, positions, self.rope_theta)
+            k = tuple(apply_rope(branch, positions, self.rope_theta) for branch in k)
+        if self.num_kv_branches == 1:
+            k, v = k[0], v[0]
+        return q, k, v, compressed_kv
+
+    def _compress(self, k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """Compressed keys, rotated to their blocks' centres, and values."""
+        k_cmp = self.compress_k(_gather_blocks(k, geometry))
+        v_cmp = self.compress_v(_gather_blocks(v, geometry))
+        if self.rope_theta is not None:
+            start = geometry.compressed.local * self.config.compress_stride
+            centre = start + (self.config.compress_block_size - 1) / 2
+            k_cmp = apply_rope(k_cmp, centre, self.rope_theta)
+        if k.ndim == 4:
+            counts = (k.shape[0], num_compressed_blocks(k.shape[1], self.config))
+            k_cmp, v_cmp = (c.unflatten(0, counts) for c in (k_cmp, v_cmp))
+        return k_cmp.to(k.dtype), v_cmp.to(v.dtype)
+
+    def _check_input(self, x, cu_seqlens):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        rank, form = (3, "(B, N, {})") if cu_seqlens is None else (2, "(T, {}) with cu_seqlens")
+        if x.ndim != rank or x.shape[-1] != self.dim:
+            raise ValueError(f"x must have shape {form.format(self.dim)}, got {tuple(x.shape)}")
+        wanted = self.q_proj.weight.dtype
+        if x.dtype != wanted and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")
+
+
+def _gather_blocks(x: Tensor, geometry: Geometry) -> Tensor:
+    """``(B, N, H_kv, D)`` or ``(T, H_kv, D)`` to blocks ``(sum of N_cmp, l, H_kv, D)``."""
+    compressed, config = geometry.compressed, geometry.config
+    start = geometry.tokens.offset[compressed.owner] + compressed.local * config.compress_stride
+    index = start[:, None] + torch.arange(config.compress_block_size, device=x.device)
+    tokens = x.flatten(0, -3)
+    return tokens.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def _init_linear(linear: nn.Linear, gain: float = 1.0):
+    nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def _check_size(name: str, value, optional: bool):
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_choice(name: str, value, choices: tuple[str, ...]):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _check_rope(theta, head_dim: int) -> float | None:
+    if theta is None:
+        return None
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
+        raise TypeError(f"rope_theta must be a float or None, got {theta!r}")
+    if not theta > 0:
+        raise ValueError(f"rope_theta must be positive, got {theta}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even with rope_theta, got {head_dim}")
+    return float(theta)

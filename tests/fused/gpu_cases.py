@@ -1,0 +1,247 @@
+"""Problems for the GPU tests, and how the fused backend is held against the reference."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import nsa
+from nsa import reference
+from nsa.fused import constraints, fa4, interface
+from nsa.fused.layout import make_plan
+from nsa.fused.selection import select
+from nsa.reference import pipeline as reference_pipeline
+from nsa.testing import assert_as_accurate, make_cu_seqlens
+
+
+def missing_reason() -> str | None:
+    """Why this machine cannot run the fused kernels, or None."""
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability()[0] != 9:
+        return "needs compute capability 9.0"
+    return fa4.version_problem()
+
+
+gpu_test = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(missing_reason() is not None, reason=str(missing_reason())),
+    # FA4 and the DSL warn about themselves.
+    pytest.mark.filterwarnings("default"),
+]
+
+
+class Variant(NamedTuple):
+    """What kernels are compiled for; a covering set, since each costs seconds."""
+
+    head_dim: int
+    value_dim: int
+    group: int
+    dtype: torch.dtype
+    block: int  # l
+
+
+_BF16, _FP16 = torch.bfloat16, torch.float16
+VARIANTS = [
+    Variant(64, 64, 1, _BF16, 64),
+    Variant(96, 96, 3, _FP16, 32),
+    Variant(128, 128, 4, _BF16, 64),
+    Variant(128, 128, 6, _BF16, 128),
+    Variant(64, 64, 8, _FP16, 64),
+    Variant(96, 96, 16, _BF16, 128),
+    Variant(128, 128, 1, _FP16, 32),
+    Variant(64, 64, 3, _BF16, 128),
+    Variant(128, 64, 4, _BF16, 64),
+    Variant(64, 128, 16, _BF16, 64),
+    Variant(96, 96, 4, _BF16, 64),
+    Variant(128, 128, 16, _FP16, 64),
+    Variant(64, 64, 6, _BF16, 32),
+    Variant(96, 96, 1, _FP16, 64),
+    Variant(128, 128, 3, _BF16, 64),
+    Variant(128, 128, 8, _BF16, 32),
+]
+LENGTHS = [1, 63, 64, 65, 129, 1000, 4096]
+
+
+class Case(NamedTuple):
+    """A problem by its choices; :func:`make_tensors` draws the numbers."""
+
+    variant: Variant
+    num_kv_heads: int
+    batch: int
+    lengths: tuple[int, ...]  # more than one: packed
+    packed: bool
+    config: nsa.NSAConfig
+    separate: bool
+    gates: str
+    compressor: str
+    seed: int
+
+
+@st.composite
+def configs(draw, block: int) -> nsa.NSAConfig:
+    initial, local = draw(st.integers(0, 1)), draw(st.integers(0, 2))
+    return nsa.NSAConfig(
+        compress_block_size=block,
+        select_block_size=draw(st.sampled_from([n for n in (64, 128, 192) if n % block == 0])),
+        num_selected_blocks=max(1, initial + local + draw(st.integers(0, 4))),
+        num_initial_blocks=initial,
+        num_local_blocks=local,
+        window_size=draw(st.sampled_from([1, 64, 512])),
+        q_tile_size=draw(st.sampled_from([64, 128, 256])),
+        tile_summary=draw(st.sampled_from(["mean", "first"])),
+        compressed_visibility=draw(st.sampled_from(["complete", "complete", "started"])),
+        num_cmp_selected_blocks=draw(st.sampled_from([None, None, 1, 2])),
+        cmp_group_size=draw(st.sampled_from([64, 128])),
+        causal=draw(st.sampled_from([True, True, True, False])),
+        scale=draw(st.sampled_from([None, None, 0.1])),
+    )
+
+
+@st.composite
+def cases(draw, variant: Variant) -> Case:
+    packed = draw(st.booleans())
+    if packed:
+        lengths = draw(st.lists(st.sampled_from([0, 1, 2, 63, 65, 129, 700, 1000]), max_size=6))
+        lengths = [*lengths, draw(st.sampled_from(LENGTHS))]
+    else:
+        lengths = [draw(st.sampled_from(LENGTHS))]
+    return Case(
+        variant=variant,
+        num_kv_heads=draw(st.sampled_from([1, 2])),
+        batch=1 if packed else draw(st.sampled_from([1, 1, 2])),
+        lengths=tuple(lengths),
+        packed=packed,
+        config=draw(configs(variant.block)),
+        separate=draw(st.booleans()),
+        gates=draw(st.sampled_from(["none", "q", "given"])),
+        compressor=draw(st.sampled_from(["mean", "mean", "weights", "given"])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def make_tensors(case: Case, device: str = "cuda") -> dict:
+    """Forward's arguments, in the variant's dtype; names as :func:`nsa.forward` has them."""
+    dim, value_dim, group, dtype, _ = case.variant
+    generator = torch.Generator(device=device).manual_seed(case.seed)
+
+    def draw(*shape: int, gain: float = 1.0) -> Tensor:
+        x = torch.randn(*shape, generator=generator, device=device) * gain
+        return x.to(dtype).requires_grad_()
+
+    heads = case.num_kv_heads * group
+    leading = (sum(case.lengths),) if case.packed else (case.batch, case.lengths[0])
+    copies = 3 if case.separate else 1
+    keys = [draw(*leading, case.num_kv_heads, dim) for _ in range(copies)]
+    values = [draw(*leading, case.num_kv_heads, value_dim) for _ in range(copies)]
+    arguments = {
+        "q": draw(*leading, heads, dim),
+        "k": tuple(keys) if case.separate else keys[0],
+        "v": tuple(values) if case.separate else values[0],
+    }
+    if case.packed:
+        arguments["cu_seqlens"] = make_cu_seqlens(list(case.lengths), device)
+    if case.gates == "q":
+        arguments["gate_proj_weight"] = draw(heads, 3, dim, gain=dim**-0.5)
+    elif case.gates == "given":
+        arguments["gates"] = draw(*leading, heads, 3)
+    if case.compressor == "weights":
+        for name, size in (("compress_k_weight", dim), ("compress_v_weight", value_dim)):
+            arguments[name] = draw(case.num_kv_heads, size, size, gain=size**-0.5)
+    elif case.compressor == "given":
+        counts = [nsa.blocks.num_compressed_blocks(n, case.config) for n in case.lengths]
+        leading = (sum(counts),) if case.packed else (case.batch, counts[0])
+        arguments["compressed_kv"] = (
+            draw(*leading, case.num_kv_heads, dim),
+            draw(*leading, case.num_kv_heads, value_dim),
+        )
+    return arguments
+
+
+def leaves(arguments: dict) -> dict[str, Tensor]:
+    """The differentiable tensors among the arguments, by name."""
+    named = {}
+    for name, x in arguments.items():
+        items = x if isinstance(x, tuple) else (x,)
+        for i, item in enumerate(items):
+            if item is not None and item.is_floating_point():
+                named[name if len(items) == 1 else f"{name}[{i}]"] = item
+    return named
+
+
+def convert(arguments: dict, dtype: torch.dtype) -> dict:
+    """The arguments as fresh leaves of ``dtype``."""
+
+    def one(x):
+        if x is None or not x.is_floating_point():
+            return x
+        return x.detach().to(dtype).requires_grad_()
+
+    return {
+        name: tuple(one(i) for i in x) if isinstance(x, tuple) else one(x)
+        for name, x in arguments.items()
+    }
+
+
+def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
+    """The groups that the fused backend selects, ``(sum of tiles, H, m)``, to hand to both."""
+    if config.num_cmp_selected_blocks is None:
+        return None
+    q, k, cu_seqlens = arguments["q"], arguments["k"], arguments.get("cu_seqlens")
+    rows = q.detach() if q.ndim == 4 else q.detach()[None]
+    plan = make_plan(rows, cu_seqlens, None, config)
+    if "compressed_kv" in arguments:
+        k_cmp = interface._pad_compressed(arguments["compressed_kv"][0], q, cu_seqlens, config)
+        k_cmp = interface._batched(k_cmp.detach())
+    else:
+        k = k[0] if isinstance(k, tuple) else k
+        weight = arguments.get("compress_k_weight")
+        with torch.no_grad():
+            k_cmp = interface.compress(interface._batched(k), weight, plan.geometry)
+    groups = select(rows, k_cmp, plan, blocks=False, groups=True).groups.flatten(0, 1)
+    return groups if cu_seqlens is None else groups[: plan.geometry.tiles.offsets[-1]]
+
+
+def run(backend, arguments: dict, config: nsa.NSAConfig, dout: Tensor) -> dict[str, Tensor]:
+    """Output and every gradient, by name."""
+    named = leaves(arguments)
+    call = dict(arguments)
+    q, k, v = call.pop("q"), call.pop("k"), call.pop("v")
+    k, v = (x if isinstance(x, tuple) else (x, x, x) for x in (k, v))
+    out = backend.forward(q, k, v, config=config, **call)
+    grads = torch.autograd.grad(out, list(named.values()), dout.to(out.dtype), allow_unused=True)
+    zero = (torch.zeros_like(x) for x in named.values())
+    results = {"out": out.detach()}
+    for name, grad, none in zip(named, grads, zero, strict=True):
+        results[f"d{name}"] = none if grad is None else grad
+    return results
+
+
+def check_against_reference(case: Case, monkeypatch) -> None:
+    """Fused output and gradients against float64, with the same block indices and groups."""
+    arguments, config = make_tensors(case), case.config
+    assert constraints.unsupported_reason(arguments["q"], _first(arguments["v"]), config) is None
+    groups = fused_groups(arguments, config)
+    if groups is not None:
+        monkeypatch.setattr(reference_pipeline, "select_groups", lambda *_: groups)
+    select_names = ("compress_k_weight", "compressed_kv", "cu_seqlens")
+    extras = {name: arguments[name] for name in select_names if name in arguments}
+    indices = reference.select_blocks(
+        arguments["q"], _first(arguments["k"]), config=config, **extras
+    )
+    arguments["block_indices"] = indices
+    exact_arguments = convert(arguments, torch.float64)
+    dout = torch.randn_like(
+        arguments["q"][..., :1].expand(*arguments["q"].shape[:-1], case.variant.value_dim)
+    )
+    exact = run(reference, exact_arguments, config, dout)
+    same_dtype = run(reference, convert(arguments, case.variant.dtype), config, dout)
+    actual = run(interface, arguments, config, dout)
+    for name in exact:
+        assert_as_accurate(name, actual[name], same_dtype[name], exact[name])
+
+
+def _first(x):
+    return x[0] if isinstance(x, tuple) else x

@@ -1,0 +1,74 @@
+"""On the GPU: torch.compile of a function and of a model with the layer."""
+
+import pytest
+import torch
+from gpu_cases import gpu_test
+
+import nsa
+from nsa.testing import make_cu_seqlens, make_inputs
+
+pytestmark = gpu_test
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_forward_compiles_once_for_all_lengths(packed):
+    config = nsa.NSAConfig()
+    weight = torch.randn(8, 3, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def loss(q, k, v, weight, cu_seqlens, max_seqlen):
+        out = nsa.forward(
+            q,
+            k,
+            v,
+            config=config,
+            gate_proj_weight=weight,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            backend="fused",
+        )
+        return out.float().square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for index, lengths in enumerate(([1000, 65, 1], [129, 2000, 63], [700, 700, 5])):
+        leading = (sum(lengths),) if packed else (2, lengths[0] + lengths[1])
+        q, k, v = make_inputs(
+            leading, 8, 2, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True, seed=index
+        )
+        extra = (make_cu_seqlens(lengths, "cuda"), max(lengths)) if packed else (None, None)
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            expected, actual = (f(q, k, v, weight, *extra) for f in (loss, compiled))
+            torch.testing.assert_close(actual, expected)
+            wanted = torch.autograd.grad(expected, (q, k, v, weight))
+            grads = torch.autograd.grad(actual, (q, k, v, weight))
+        for grad, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, want, rtol=2e-2, atol=2e-3 * want.abs().max().item())
+
+
+def test_a_model_with_the_layer_compiles():
+    torch.manual_seed(0)
+    layer = nsa.NativeSparseAttention(
+        256, num_heads=4, num_kv_heads=2, config=nsa.NSAConfig(), backend="fused"
+    )
+    model = torch.nn.Sequential(torch.nn.LayerNorm(256), layer, torch.nn.Linear(256, 16))
+    model = model.to("cuda", torch.bfloat16)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for index, length in enumerate((1000, 777)):
+        x = torch.randn(2, length, 256, device="cuda", dtype=torch.bfloat16)
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            results = []
+            for call in (model, compiled):
+                model.zero_grad()
+                out = call(x)
+                out.float().square().mean().backward()
+                results.append((out, [p.grad.clone() for p in model.parameters()]))
+        (expected, wanted), (actual, grads) = results
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+        for grad, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, want, rtol=5e-2, atol=5e-3 * want.abs().max().item())

@@ -1,0 +1,170 @@
+"""The fused pipeline in float64 with emulated kernel calls: equal to the reference, and gradcheck.
+
+Covers layouts, block lists and their transpose, selection, gradients, packed input and the custom
+ops; the kernels themselves are covered by the GPU tests.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import Problem, problems
+
+import nsa
+from nsa.testing import make_cu_seqlens, make_inputs
+
+pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+
+# The fixture replaces functions; nothing of it changes between examples.
+KERNEL_SETTINGS = dict(suppress_health_check=list(HealthCheck), deadline=None)
+
+
+@st.composite
+def kernel_problems(draw, max_tokens: int = 300) -> Problem:
+    """Problems with the block sizes that the kernels have."""
+    block = draw(st.sampled_from([1, 4, 16, 64]))
+    sizes = [size for size in (64, 128, 192) if size % block == 0]
+    return draw(
+        problems(
+            max_tokens,
+            selection="tile",
+            compress_block_size=block,
+            compress_stride=block,
+            select_block_size=draw(st.sampled_from(sizes)),
+            q_tile_size=draw(st.sampled_from([64, 128])),
+            cmp_group_size=draw(st.sampled_from([64, 128])),
+            window_size=draw(st.sampled_from([1, 30, 100])),
+        )
+    )
+
+
+def tensors(problem: Problem) -> list[torch.Tensor]:
+    found = []
+    for x in (problem.q, problem.k, problem.v, *problem.extras.values()):
+        items = x if isinstance(x, tuple) else (x,)
+        found += [i for i in items if isinstance(i, torch.Tensor) and i.is_floating_point()]
+    return found
+
+
+@settings(max_examples=80, **KERNEL_SETTINGS)
+@given(problem=kernel_problems())
+def test_output_and_gradients_equal_reference(problem):
+    inputs = [x.requires_grad_() for x in tensors(problem)]
+    results = []
+    for backend in ("reference", "fused"):
+        out = problem.forward(backend=backend)
+        dout = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        grads = torch.autograd.grad(out, inputs, dout, allow_unused=True)
+        results.append((out, *grads))
+    for expected, actual in zip(*results, strict=True):
+        # An input that is unused has no gradient in one backend and zeros in the other.
+        if expected is None or actual is None:
+            assert all(x is None or not x.any() for x in (expected, actual))
+        else:
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=60, **KERNEL_SETTINGS)
+@given(problem=kernel_problems())
+def test_selection_equals_reference(problem):
+    expected = problem.select_blocks(backend="reference")
+    actual = problem.select_blocks(backend="fused")
+    assert torch.equal(actual, expected)
+
+
+@settings(max_examples=30, **KERNEL_SETTINGS)
+@given(problem=kernel_problems())
+def test_block_indices_of_the_caller(problem):
+    indices = problem.select_blocks(backend="reference")
+    expected = problem.forward(backend="reference", block_indices=indices)
+    actual = problem.forward(backend="fused", block_indices=indices)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+def small_config(**changes) -> nsa.NSAConfig:
+    sizes = dict(
+        compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2,
+        window_size=20,
+    )  # fmt: skip
+    return nsa.NSAConfig(**(sizes | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"causal": False},
+        {"compressed_visibility": "started"},
+        {"num_cmp_selected_blocks": 1, "cmp_group_size": 64, "compress_block_size": 1},
+    ],
+    ids=["default", "non-causal", "started", "sparse compressed"],
+)
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_gradcheck(packed, changes):
+    config = small_config(**changes)
+    lengths = [3, 0, 70, 1]
+    leading = (sum(lengths),) if packed else (1, 67)
+    q, k, v = make_inputs(leading, 2, 1, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    square = [torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    extras = {"cu_seqlens": make_cu_seqlens(lengths)} if packed else {}
+    # Given, so that finite differences do not change the selection.
+    indices = nsa.select_blocks(q, k, config=config, compress_k_weight=square[0], **extras)
+
+    def function(q, k, v, weight, k_weight, v_weight):
+        return nsa.forward(
+            q, k, v, config=config, gate_proj_weight=weight, compress_k_weight=k_weight,
+            compress_v_weight=v_weight, block_indices=indices, backend="fused", **extras,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, (q, k, v, weight, *square), fast_mode=True)
+
+
+def test_gradcheck_of_separate_inputs():
+    """Three keys and values, gates and compressed keys and values of the caller."""
+    config = small_config()
+    q, *_ = make_inputs((1, 67), 2, 1, 2, dtype=torch.float64, requires_grad=True)
+    kv = [torch.randn(1, 67, 1, 2, dtype=torch.float64, requires_grad=True) for _ in range(6)]
+    compressed = [torch.randn(1, 4, 1, 2, dtype=torch.float64, requires_grad=True) for _ in "kv"]
+    gates = torch.randn(1, 67, 2, 3, dtype=torch.float64, requires_grad=True)
+    indices = nsa.select_blocks(q, kv[0], config=config, compressed_kv=tuple(compressed))
+
+    def function(q, gates, k_cmp, v_cmp, *kv):
+        return nsa.forward(
+            q, kv[:3], kv[3:], config=config, gates=gates, compressed_kv=(k_cmp, v_cmp),
+            block_indices=indices, backend="fused",
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, (q, gates, *compressed, *kv), fast_mode=True)
+
+
+def test_double_backward_is_refused():
+    q, k, v = make_inputs((1, 70), 2, 1, 4, dtype=torch.float64, requires_grad=True)
+    out = nsa.forward(q, k, v, config=small_config(), backend="fused")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_backward"):
+        torch.autograd.grad(grad.sum(), k)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_compiles_once_for_all_lengths(packed):
+    torch._dynamo.reset()
+    config = small_config()
+    weight = torch.randn(4, 3, 8, dtype=torch.float64, requires_grad=True)
+
+    def function(q, k, v, cu_seqlens, max_seqlen):
+        return nsa.forward(
+            q, k, v, config=config, gate_proj_weight=weight, cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen, backend="fused",
+        ).sin()  # fmt: skip
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for index, lengths in enumerate(([200, 5, 0], [17, 100, 140], [300, 1, 2])):
+        leading = (sum(lengths),) if packed else (2, sum(lengths))
+        q, k, v = make_inputs(leading, 4, 2, 8, dtype=torch.float64, requires_grad=True)
+        extra = (make_cu_seqlens(lengths), max(lengths)) if packed else (None, None)
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            results = [f(q, k, v, *extra) for f in (function, compiled)]
+        grads = [torch.autograd.grad(out.sum(), (q, k, v, weight)) for out in results]
+        torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
