@@ -137,17 +137,38 @@ def explain_backend(
     v: Tensor | tuple[Tensor, Tensor, Tensor],
     *,
     config: NSAConfig | None = None,
+    gate_proj_weight: Tensor | None = None,
+    gates: Tensor | None = None,
+    compress_k_weight: Tensor | None = None,
+    compress_v_weight: Tensor | None = None,
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    block_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     backend: str = "auto",
-    **arguments,
 ) -> str:
     """Which backend :func:`forward` would use for these arguments, and why not the other.
 
     Raises:
         TypeError, ValueError: as in :func:`forward`.
     """
-    k, v, config = _validate(q, k, v, config, **arguments)
-    name, reason = _choose(_check_backend(backend), q, v, config)
-    return f"backend: {name} ({reason})"
+    _, v, config = _validate(
+        q,
+        k,
+        v,
+        config,
+        gate_proj_weight=gate_proj_weight,
+        gates=gates,
+        compress_k_weight=compress_k_weight,
+        compress_v_weight=compress_v_weight,
+        compressed_kv=compressed_kv,
+        block_indices=block_indices,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+    )
+    limit = _fused_limit(q, v, config)
+    name = _choose(_check_backend(backend), limit)
+    return f"backend: {name or 'none'} ({_describe_limit(limit)})"
 
 
 def _validate(
@@ -191,31 +212,33 @@ def _fused_limit(q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -> str | N
     return constraints.unsupported_reason(q, v[0], config)
 
 
-def _choose(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -> tuple[str, str]:
-    """The backend to use and the reason."""
-    limit = _fused_limit(q, v, config)
-    if backend == "reference":
-        return "reference", "as asked; fused " + ("could do this" if limit is None else limit)
-    if limit is None:
-        return "fused", "reference is slower and for checking"
-    if backend == "fused":
-        raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
-    return "reference", f"fused cannot do this: {limit}"
+def _choose(backend: str, limit: str | None) -> str | None:
+    """The backend to use, given what keeps the fused one from it; None if there is none."""
+    if backend == "auto":
+        return "fused" if limit is None else "reference"
+    return None if backend == "fused" and limit is not None else backend
+
+
+def _describe_limit(limit: str | None) -> str:
+    return "fused can do this" if limit is None else f"fused cannot do this: {limit}"
 
 
 def _backend_module(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig):
-    name, reason = _choose(_check_backend(backend), q, v, config)
+    limit = _fused_limit(q, v, config) if _check_backend(backend) != "reference" else None
+    name = _choose(backend, limit)
+    if name is None:
+        raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
     if name == "fused":
         from nsa.fused import interface
 
         return interface
     if backend == "auto" and not torch.compiler.is_compiling():
-        _log_once(reason, logging.WARNING if q.is_cuda else logging.INFO)
+        _log_once(limit, logging.WARNING if q.is_cuda else logging.INFO)
     from nsa import reference
 
     return reference
 
 
 @cache
-def _log_once(reason: str, level: int):
-    _logger.log(level, "backend='auto' uses the reference: %s", reason)
+def _log_once(limit: str, level: int):
+    _logger.log(level, "backend='auto' uses the reference: %s", _describe_limit(limit))

@@ -1,4 +1,4 @@
-"""The one rule of precision that both backends share."""
+"""The rules of precision that both backends share."""
 
 import torch
 

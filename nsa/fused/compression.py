@@ -5,6 +5,7 @@ from torch import Tensor
 
 from nsa.blocks import Geometry
 from nsa.fused import own_kernels
+from nsa.fused.layout import over_batch
 from nsa.precision import accumulation_dtype
 
 
@@ -46,7 +47,7 @@ def compress_backward_(
     local = tokens.local // size
     block = compressed.offset[tokens.owner] + local
     block = torch.where(local < compressed.count[tokens.owner], block, -1)
-    block = _over_batch(block, dx.shape[0], compressed.total)
+    block = over_batch(block, dx.shape[0], compressed.total)
     own_kernels.mean_backward_(dx.flatten(0, 1), dmean.flatten(0, 1), block, size)
     return dweight
 
@@ -58,12 +59,6 @@ def _mean(x: Tensor, dtype: torch.dtype, geometry: Geometry) -> Tensor:
     size = geometry.config.compress_block_size
     start = tokens.offset[compressed.owner] + compressed.local * size
     start = torch.where(compressed.local < compressed.count[compressed.owner], start, -1)
-    start = _over_batch(start, x.shape[0], tokens.total)
+    start = over_batch(start, x.shape[0], tokens.total)
     mean = own_kernels.mean_forward(x.flatten(0, 1), start, size, dtype)
     return mean.unflatten(0, (x.shape[0], compressed.total))
-
-
-def _over_batch(index: Tensor, batch: int, stride: int) -> Tensor:
-    """Indices into one entry of the batch, -1 for none, as int32 indices into all entries."""
-    offset = torch.arange(batch, device=index.device)[:, None] * stride
-    return torch.where(index >= 0, index + offset, -1).flatten().int()

@@ -8,6 +8,8 @@
   multiples of 64, the width of a block-sparse tile; any ``compress_block_size``.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -56,8 +58,13 @@ def _tensor_limit(q: Tensor, v: Tensor) -> str | None:
 def _device_limit(q: Tensor) -> str | None:
     if not q.is_cuda:
         return f"it needs a CUDA device, got {q.device}; move the tensors, or {_USE_REFERENCE}"
-    capability = torch.cuda.get_device_capability(q.device)
-    if capability[0] != 9:
-        found = ".".join(map(str, capability))
-        return f"it needs compute capability 9.0, got {found}; {_USE_REFERENCE}"
+    capability = _capability(q.device.index)
+    if capability != "9.0":
+        return f"it needs compute capability 9.0, got {capability}; {_USE_REFERENCE}"
     return None
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=None)
+def _capability(device: int) -> str:
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))

@@ -23,6 +23,8 @@ from nsa.fused.seam import BlockLists
 WRITTEN_FOR = "4.0.0b36"
 
 
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=None)
 def version_problem() -> str | None:
     """Why FlashAttention-4 cannot be used here, with the remedy; None if it is as expected."""
     try:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa.blocks import Geometry, Segments, num_query_tiles
 from nsa.config import NSAConfig
+from nsa.fused import own_kernels
 
 
 class AlignedRows:
@@ -45,37 +46,33 @@ class AlignedRows:
 
     @cached_property
     def _row_of_item(self) -> Tensor:
+        """The row that holds each item, -1 for items of no sequence, int64 ``(T,)``."""
         items = self.items
-        return (self.segments.offset[items.owner] + items.local).clamp(max=self.rows - 1)
+        row = self.segments.offset[items.owner] + items.local
+        return torch.where(items.local < items.count[items.owner], row, -1)
 
     @cached_property
-    def real(self) -> Tensor:
-        """Which rows hold an item, bool ``(rows,)``."""
-        return self.segments.local < self.items.count[self.segments.owner]
-
-    @cached_property
-    def item_of_row(self) -> Tensor:
-        """The item that each row holds, any valid index where it holds none, int64 ``(rows,)``."""
-        item = self.items.offset[self.segments.owner] + self.segments.local
-        return torch.where(self.real, item, 0)
+    def _item_of_row(self) -> Tensor:
+        """The item that each row holds, -1 where it holds none, int64 ``(rows,)``."""
+        segments, items = self.segments, self.items
+        item = items.offset[segments.owner] + segments.local
+        return torch.where(segments.local < items.count[segments.owner], item, -1)
 
     def pack(self, x: Tensor) -> Tensor:
-        """``(B, T, ...)`` to ``(1, B * rows, ...)`` with zeros in the padding."""
-        if self.single:
-            missing = self.rows - x.shape[1]
-            if missing:
-                x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
-            return x.reshape(1, -1, *x.shape[2:])
-        rows = x.index_select(1, self.item_of_row)
-        rows.masked_fill_(~self.real.view(-1, *(1,) * (x.ndim - 2)), 0)
-        return rows.flatten(0, 1)[None]
+        """``(B, T, H, D)`` to ``(1, B * rows, H, D)`` with zeros in the padding."""
+        if not self.single:
+            return _gather(x, self._item_of_row).flatten(0, 1)[None]
+        missing = self.rows - x.shape[1]
+        if missing:
+            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
+        return x.reshape(1, -1, *x.shape[2:])
 
     def unpack(self, rows: Tensor) -> Tensor:
-        """``(1, B * rows, ...)`` to ``(B, T, ...)``."""
+        """``(1, B * rows, H, D)`` to ``(B, T, H, D)``."""
         x = rows.unflatten(1, (-1, self.rows))[0]
-        if self.single:
-            return x[:, : self.items.total].contiguous()
-        return x.index_select(1, self._row_of_item)
+        if not self.single:
+            return _gather(x, self._row_of_item)
+        return x[:, : self.items.total].contiguous()
 
 
 class FoldedQueries:
@@ -100,41 +97,56 @@ class FoldedQueries:
         self.rows = Segments(offset, geometry.compressed.total + extra)
 
     @cached_property
-    def _token(self) -> tuple[Tensor, Tensor]:
-        """The token of each row and slot, and whether there is one: ``(rows, l)`` each."""
+    def _token(self) -> Tensor:
+        """The token of each row and slot, -1 where there is none: ``(rows, l)``."""
         tokens, rows = self.geometry.tokens, self.rows
         slot = torch.arange(self.size, device=rows.offset.device)
         position = rows.local[:, None] * self.size + self.lead + slot
         real = position < tokens.count[rows.owner, None]
         real &= (rows.local < rows.count[rows.owner])[:, None]
-        return torch.where(real, tokens.offset[rows.owner, None] + position, 0), real
+        return torch.where(real, tokens.offset[rows.owner, None] + position, -1)
 
     @cached_property
-    def _place(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The row and slot of each token, and whether it has one: ``(T,)`` each."""
+    def _place(self) -> tuple[Tensor, Tensor]:
+        """The row and slot of each token, row -1 where it has none: ``(T,)`` each."""
         tokens = self.geometry.tokens
         position = tokens.local - self.lead
-        real = position >= 0
         row = self.rows.offset[tokens.owner] + position // self.size
-        return torch.where(real, row, 0), position % self.size, real
+        real = (position >= 0) & (tokens.local < tokens.count[tokens.owner])
+        return torch.where(real, row, -1), position % self.size
 
     def fold(self, x: Tensor, num_kv_heads: int) -> Tensor:
         """``(B, T, H, D)`` to ``(B, rows, H_kv * l * G, D)``; empty slots are 0."""
-        token, real = self._token
-        heads = torch.arange(num_kv_heads, device=x.device)[:, None]
-        grouped = x.unflatten(2, (num_kv_heads, -1))
-        folded = grouped[:, token[:, None], heads]  # (B, rows, H_kv, l, G, D)
-        folded.masked_fill_(~real[:, None, :, None, None], 0)
-        return folded.flatten(2, 4)
+        # One row of the gather is a token's group of heads.
+        head = torch.arange(num_kv_heads, device=x.device)[:, None]
+        token = self._token[:, None]
+        index = torch.where(token >= 0, token * num_kv_heads + head, -1)  # (rows, H_kv, l)
+        grouped = x.reshape(x.shape[0], -1, 1, x[0, 0].numel() // num_kv_heads)
+        folded = _gather(grouped, index.flatten())
+        return folded.view(x.shape[0], self.rows.total, -1, x.shape[-1])
 
     def unfold(self, folded: Tensor, num_kv_heads: int) -> Tensor:
         """``(B, rows, H_kv * l * G, D)`` to ``(B, T, H, D)``; queries left out are 0."""
-        row, slot, real = self._place
-        heads = torch.arange(num_kv_heads, device=folded.device)
-        grouped = folded.unflatten(2, (num_kv_heads, self.size, -1))
-        x = grouped[:, row[:, None], heads, slot[:, None]]  # (B, T, H_kv, G, D)
-        x.masked_fill_(~real[:, None, None, None], 0)
-        return x.flatten(2, 3)
+        row, slot = (x[:, None] for x in self._place)
+        head = torch.arange(num_kv_heads, device=folded.device)
+        index = (row * num_kv_heads + head) * self.size + slot  # (T, H_kv)
+        index = torch.where(row >= 0, index, -1)
+        width = folded[0, 0].numel() // (num_kv_heads * self.size)
+        grouped = folded.reshape(folded.shape[0], -1, 1, width)
+        x = _gather(grouped, index.flatten())
+        return x.view(folded.shape[0], len(index), -1, folded.shape[-1])
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Items ``index (R,)``, 0 where -1, of every entry of the batch: ``(B, R, H, D)``."""
+    rows = own_kernels.gather_rows(x.flatten(0, 1).flatten(1), over_batch(index, *x.shape[:2]))
+    return rows.view(x.shape[0], len(index), *x.shape[2:])
+
+
+def over_batch(index: Tensor, batch: int, stride: int) -> Tensor:
+    """Indices into one entry of the batch, -1 for none, as int32 indices into all entries."""
+    offset = torch.arange(batch, device=index.device)[:, None] * stride
+    return torch.where(index >= 0, index + offset, -1).flatten().int()
 
 
 @dataclass(frozen=True, eq=False)

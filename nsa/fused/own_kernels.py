@@ -33,3 +33,16 @@ def mean_backward_(*args) -> None:
     from nsa.fused.kernels import compression
 
     compression.mean_backward_(*args)
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` of ``x``, 0 where -1: a mean over blocks of one.
+
+    Args:
+        x: ``(M, W)``, ``W`` a multiple of 8.
+        index: int32 ``(R,)``.
+
+    Returns:
+        ``(R, W)`` in the dtype of ``x``.
+    """
+    return mean_forward(x[:, None], index, 1, x.dtype)[:, 0]

@@ -13,6 +13,7 @@ from nsa.reference.chunks import (
     query_chunks,
     recomputed,
 )
+from nsa.reference.operands import round_gradient, round_operand
 
 
 class KeyBlocks(NamedTuple):
@@ -74,16 +75,22 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Ten
     return _interval_attention(q, k, v, first, end, geometry)
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """``softmax(scale * q k^T) v`` over keys where ``mask``; a row with no key gives 0."""
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """``softmax(scale * q k^T) v`` over keys where ``mask``; a row with no key gives 0.
+
+    ``dtype`` is that of the operands of products; ``q``, ``k`` and ``v`` may be wider.
+    """
+    products = round_gradient(q @ k.transpose(-1, -2), dtype)
+    scores = (products * scale).masked_fill(~mask, -torch.inf)
     if scores.shape[-1]:
         # A finite floor keeps -inf - top = -inf where a row has no key.
         top = scores.detach().amax(dim=-1, keepdim=True)
         scores = scores - top.clamp(min=torch.finfo(scores.dtype).min)
     weights = scores.exp()
     total = weights.sum(dim=-1, keepdim=True)
-    return (weights @ v) / torch.where(total > 0, total, 1)
+    return (round_operand(weights, dtype) @ v) / torch.where(total > 0, total, 1)
 
 
 def _interval_attention(
@@ -106,6 +113,7 @@ def _interval_attention(
             values[low:high].transpose(0, 1),
             mask.repeat_interleave(rows.shape[2], dim=0),
             scale,
+            q.dtype,
         )
         return out.unflatten(1, rows.shape[1:3]).transpose(0, 1)  # (C, H_kv, G, Dv)
 
@@ -197,7 +205,7 @@ def _listed_attention(
         gathered_k = keys.index_select(0, index.flatten()).unflatten(0, index.shape)
         gathered_v = values.index_select(0, index.flatten()).unflatten(0, index.shape)
         mask = real[:, :, None] & seen
-        return _masked_attention(rows[start:stop], gathered_k, gathered_v, mask, scale)
+        return _masked_attention(rows[start:stop], gathered_k, gathered_v, mask, scale, k.dtype)
 
     width = min(indices.shape[-1], max(table.blocks.counts, default=0)) * table.size
     per_unit = num_lists * width * (dim + value_dim + num_rows)

@@ -161,7 +161,8 @@ def _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
 def _slices(cu_seqlens, total, max_seqlen):
     assert cu_seqlens.dtype == torch.int32, cu_seqlens.dtype
     bounds = cu_seqlens.tolist()
-    assert bounds[0] == 0 and bounds[-1] <= total, (bounds, total)
+    assert bounds[0] == 0, bounds
+    assert bounds[-1] <= total, (bounds, total)
     assert bounds == sorted(bounds), bounds
     assert max_seqlen is None or isinstance(max_seqlen, int), type(max_seqlen)
     slices = [slice(start, stop) for start, stop in pairwise(bounds)]

@@ -233,9 +233,9 @@ def check_against_reference(case: Case, monkeypatch) -> None:
     )
     arguments["block_indices"] = indices
     exact_arguments = convert(arguments, torch.float64)
-    dout = torch.randn_like(
-        arguments["q"][..., :1].expand(*arguments["q"].shape[:-1], case.variant.value_dim)
-    )
+    generator = torch.Generator(device="cuda").manual_seed(case.seed)
+    shape = (*arguments["q"].shape[:-1], case.variant.value_dim)
+    dout = torch.randn(shape, generator=generator, device="cuda").to(case.variant.dtype)
     exact = run(reference, exact_arguments, config, dout)
     same_dtype = run(reference, convert(arguments, case.variant.dtype), config, dout)
     actual = run(interface, arguments, config, dout)

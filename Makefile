@@ -1,0 +1,40 @@
+# Every target sets up what it needs: a virtual environment in $(VENV), once.
+VENV ?= .venv
+PYTHON ?=
+OUTPUT ?= outputs/demo
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint format clean
+
+help:
+	@echo "make demo      train a small byte-level language model with NSA and its dense twin"
+	@echo "make test      run the CPU tests, with coverage"
+	@echo "make test-gpu  run the tests that need an NVIDIA GPU"
+	@echo "make lint      check style; make format mends it"
+	@echo "make clean     remove the virtual environment and outputs"
+
+$(STAMP): pyproject.toml tools/setup_venv.sh
+	@PYTHON="$(PYTHON)" tools/setup_venv.sh "$(VENV)" test,tools,lint
+	@touch $@
+
+demo: $(STAMP)
+	$(PY) tools/train_lm.py --attention both --output $(OUTPUT)
+
+test: $(STAMP)
+	$(PY) -m pytest -q -m "not gpu" -n auto --maxprocesses 8 --benchmark-disable --cov --cov-fail-under=95
+
+test-gpu: $(STAMP)
+	$(PY) -m pytest -q -m gpu
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) outputs

@@ -1,0 +1,155 @@
+"""NSAConfig: defaults, the paper's values, and every value it must refuse."""
+
+import dataclasses
+
+import pytest
+
+import nsa
+
+SIZES = [
+    "compress_block_size",
+    "compress_stride",
+    "select_block_size",
+    "num_selected_blocks",
+    "window_size",
+    "q_tile_size",
+    "num_cmp_selected_blocks",
+    "cmp_group_size",
+]
+FORCED = ["num_initial_blocks", "num_local_blocks"]
+
+
+def test_defaults_are_tile_mode_for_long_context():
+    assert dataclasses.asdict(nsa.NSAConfig()) == {
+        "selection": "tile",
+        "compress_block_size": 64,
+        "compress_stride": 64,
+        "select_block_size": 64,
+        "num_selected_blocks": 16,
+        "num_initial_blocks": 0,
+        "num_local_blocks": 0,
+        "window_size": 512,
+        "q_tile_size": 256,
+        "tile_summary": "mean",
+        "compressed_visibility": "complete",
+        "num_cmp_selected_blocks": None,
+        "cmp_group_size": 128,
+        "causal": True,
+        "scale": None,
+    }
+
+
+def test_paper_is_section_4_1():
+    config = nsa.NSAConfig.paper()
+    assert config.selection == "token"
+    assert (config.compress_block_size, config.compress_stride) == (32, 16)
+    assert (config.select_block_size, config.num_selected_blocks) == (64, 16)
+    assert (config.num_initial_blocks, config.num_local_blocks) == (1, 2)
+    assert config.window_size == 512
+    assert nsa.NSAConfig.paper(window_size=7).window_size == 7
+
+
+def test_stride_and_selection_block_default_to_the_compressed_block():
+    config = nsa.NSAConfig(compress_block_size=16)
+    assert (config.compress_stride, config.select_block_size) == (16, 16)
+
+
+def test_configs_are_frozen_hashable_and_comparable():
+    config = nsa.NSAConfig()
+    assert config == nsa.NSAConfig(compress_stride=64)
+    assert hash(config) == hash(nsa.NSAConfig())
+    assert config != nsa.NSAConfig(window_size=1)
+    assert dataclasses.replace(config, window_size=1) == nsa.NSAConfig(window_size=1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.window_size = 3
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_are_at_least_one(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be at least 1, got {value}"):
+        nsa.NSAConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", FORCED)
+def test_forced_counts_are_not_negative(name):
+    with pytest.raises(ValueError, match=rf"{name} must be at least 0, got -1"):
+        nsa.NSAConfig(**{name: -1})
+
+
+@pytest.mark.parametrize("name", SIZES + FORCED)
+@pytest.mark.parametrize("value", [4.0, "4", True, [4]], ids=repr)
+def test_sizes_are_ints(name, value):
+    with pytest.raises(TypeError, match=rf"{name} must be an int, got "):
+        nsa.NSAConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["num_selected_blocks", "window_size", "q_tile_size"])
+def test_none_is_no_size(name):
+    with pytest.raises(TypeError, match=rf"{name} must be an int, got None"):
+        nsa.NSAConfig(**{name: None})
+
+
+@pytest.mark.parametrize("name", ["selection", "tile_summary", "compressed_visibility"])
+@pytest.mark.parametrize("value", ["both", None, 3], ids=repr)
+def test_choices_list_what_is_valid(name, value):
+    with pytest.raises((ValueError, TypeError), match=rf"{name} must be one of .*'.*got {value!r}"):
+        nsa.NSAConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [1, None, "yes"], ids=repr)
+def test_causal_is_a_bool(value):
+    with pytest.raises(TypeError, match=rf"causal must be a bool, got {value!r}"):
+        nsa.NSAConfig(causal=value)
+
+
+@pytest.mark.parametrize("value", ["1", True, [1.0]], ids=repr)
+def test_scale_is_a_number(value):
+    with pytest.raises(TypeError, match="scale must be a float or None, got "):
+        nsa.NSAConfig(scale=value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0], ids=repr)
+def test_scale_is_finite_and_positive(value):
+    with pytest.raises(ValueError, match=rf"scale must be finite and positive, got {value}"):
+        nsa.NSAConfig(scale=value)
+
+
+RELATIONS = {
+    "stride does not divide l": (
+        dict(selection="token", compress_block_size=30, compress_stride=16, select_block_size=64),
+        r"compress_stride must divide compress_block_size.*16.*30",
+    ),
+    "stride does not divide l'": (
+        dict(selection="token", compress_block_size=32, compress_stride=16, select_block_size=40),
+        r"compress_stride must divide select_block_size.*16.*40",
+    ),
+    "more forced than selected": (
+        dict(num_selected_blocks=3, num_initial_blocks=2, num_local_blocks=2),
+        r"num_selected_blocks must be at least num_initial_blocks \+ num_local_blocks = 4, got 3",
+    ),
+    "overlapping blocks in tile mode": (
+        dict(compress_block_size=32, compress_stride=16, select_block_size=64),
+        r"compress_stride must equal compress_block_size=32 with selection='tile', got 16",
+    ),
+    "l does not divide l' in tile mode": (
+        dict(compress_block_size=32, select_block_size=48),
+        r"compress_stride must divide select_block_size|select_block_size must be a multiple",
+    ),
+    "sparse compressed branch in token mode": (
+        dict(selection="token", num_cmp_selected_blocks=2),
+        r"num_cmp_selected_blocks must be None with selection='token', got 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RELATIONS)
+def test_fields_must_agree(case):
+    settings, message = RELATIONS[case]
+    with pytest.raises(ValueError, match=message):
+        nsa.NSAConfig(**settings)
+
+
+def test_forced_blocks_may_fill_the_selection():
+    config = nsa.NSAConfig(num_selected_blocks=3, num_initial_blocks=1, num_local_blocks=2)
+    assert config.num_selected_blocks == 3

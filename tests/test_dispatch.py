@@ -1,0 +1,133 @@
+"""The choice of backend: explicit requests, auto, and what is said about it."""
+
+import logging
+
+import pytest
+import torch
+
+import nsa
+from nsa import dispatch
+from nsa.testing import make_inputs
+
+CONFIG = nsa.NSAConfig(num_selected_blocks=2)
+
+
+@pytest.fixture
+def inputs():
+    # Only the device keeps the fused backend from these.
+    return make_inputs((1, 200), 4, 2, 64, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def fresh_log():
+    """Reasons are logged once a process: forget what other tests logged."""
+    dispatch._log_once.cache_clear()
+    yield
+    dispatch._log_once.cache_clear()
+
+
+def test_auto_is_the_reference_on_cpu(inputs):
+    auto = nsa.forward(*inputs, config=CONFIG)
+    assert torch.equal(auto, nsa.forward(*inputs, config=CONFIG, backend="reference"))
+    q, k, _ = inputs
+    auto = nsa.select_blocks(q, k, config=CONFIG)
+    assert torch.equal(auto, nsa.select_blocks(q, k, config=CONFIG, backend="reference"))
+
+
+def test_fused_on_cpu_says_why_not_and_what_to_do(inputs):
+    pattern = r"backend='fused'.*CUDA device, got cpu; .*backend='reference'"
+    with pytest.raises(nsa.UnsupportedError, match=pattern):
+        nsa.forward(*inputs, config=CONFIG, backend="fused")
+    with pytest.raises(nsa.UnsupportedError, match=pattern):
+        nsa.select_blocks(*inputs[:2], config=CONFIG, backend="fused")
+    assert issubclass(nsa.UnsupportedError, NotImplementedError)
+
+
+# What no device could change, so told without one.
+LIMITS = {
+    "token mode": (nsa.NSAConfig.paper(), {}, "selection='tile', got 'token'"),
+    "odd tile": (nsa.NSAConfig(q_tile_size=100), {}, "q_tile_size .*64, got 100"),
+    "odd block": (
+        nsa.NSAConfig(compress_block_size=32),
+        {},
+        "select_block_size .*64, got 32",
+    ),
+    "odd group": (
+        nsa.NSAConfig(num_cmp_selected_blocks=1, cmp_group_size=32),
+        {},
+        "cmp_group_size .*64, got 32",
+    ),
+    "float32": (nsa.NSAConfig(), {"dtype": torch.float32}, "float16 or bfloat16, got .*float32"),
+    "wide heads": (nsa.NSAConfig(), {"head_dim": 160}, "128, got 160"),
+    "wide values": (nsa.NSAConfig(), {"value_dim": 192}, "128, got 192"),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_fused_names_the_limit(case):
+    config, changes, limit = LIMITS[case]
+    settings = {"dtype": torch.bfloat16, "head_dim": 64} | changes
+    inputs = make_inputs((1, 10), 4, 2, **settings)
+    with pytest.raises(nsa.UnsupportedError, match=rf"{limit}.*backend='reference'"):
+        nsa.forward(*inputs, config=config, backend="fused")
+    assert nsa.forward(*inputs, config=config).shape[:3] == (1, 10, 4)
+
+
+def test_auto_logs_a_reason_once(inputs, fresh_log, caplog):
+    caplog.set_level(logging.INFO, logger="nsa")
+    for _ in range(3):
+        nsa.forward(*inputs, config=CONFIG)
+    (record,) = caplog.records
+    assert record.name == "nsa"
+    assert "reference" in record.getMessage()
+    assert "got cpu" in record.getMessage()
+    nsa.forward(*inputs, config=nsa.NSAConfig.paper())
+    assert len(caplog.records) == 2
+    assert "token" in caplog.records[1].getMessage()
+
+
+def test_an_explicit_reference_logs_nothing(inputs, fresh_log, caplog):
+    caplog.set_level(logging.DEBUG, logger="nsa")
+    nsa.forward(*inputs, config=CONFIG, backend="reference")
+    assert not caplog.records
+
+
+def test_explain_backend_names_backend_and_reason(inputs):
+    said = nsa.explain_backend(*inputs, config=CONFIG)
+    assert "reference" in said
+    assert "got cpu" in said
+    assert "reference" in nsa.explain_backend(*inputs, config=CONFIG, backend="reference")
+    token = nsa.explain_backend(*inputs, config=nsa.NSAConfig.paper())
+    assert "got 'token'" in token
+
+
+def test_explain_backend_takes_every_argument_of_forward(inputs):
+    q, k, _ = inputs
+    said = nsa.explain_backend(
+        *inputs,
+        config=CONFIG,
+        gates=torch.zeros(1, 200, 4, 3, dtype=q.dtype),
+        gate_proj_weight=torch.zeros(4, 3, 64, dtype=q.dtype),
+        compress_k_weight=torch.zeros(2, 64, 64, dtype=q.dtype),
+        compress_v_weight=torch.zeros(2, 64, 64, dtype=q.dtype),
+        compressed_kv=None,
+        block_indices=nsa.select_blocks(q, k, config=CONFIG),
+        cu_seqlens=None,
+        max_seqlen=None,
+        backend="auto",
+    )
+    assert said.startswith("backend: reference")
+
+
+def test_a_supported_call_goes_to_the_fused_backend(inputs, monkeypatch):
+    from nsa.fused import constraints, interface
+
+    monkeypatch.setattr(constraints, "unsupported_reason", lambda q, v, config: None)
+    monkeypatch.setattr(interface, "forward", lambda *args, **kwargs: "fused")
+    monkeypatch.setattr(interface, "select_blocks", lambda *args, **kwargs: "fused")
+    for backend in ("auto", "fused"):
+        assert nsa.forward(*inputs, config=CONFIG, backend=backend) == "fused"
+        assert nsa.select_blocks(*inputs[:2], config=CONFIG, backend=backend) == "fused"
+    assert "fused" in nsa.explain_backend(*inputs, config=CONFIG)
+    reference = nsa.forward(*inputs, config=CONFIG, backend="reference")
+    assert isinstance(reference, torch.Tensor)

@@ -1,0 +1,84 @@
+"""The reference needs torch alone: fresh interpreters whose import system refuses or spies."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+BLOCK = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"flash_attn", "cutlass", "triton", "quack", "tvm_ffi", "cuda"}:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+USE = """
+import torch
+import nsa
+
+for config in (nsa.NSAConfig(), nsa.NSAConfig.paper()):
+    q = torch.randn(1, 300, 4, 16, requires_grad=True)
+    k, v = (torch.randn(1, 300, 2, 16, requires_grad=True) for _ in range(2))
+    nsa.forward(q, k, v, config=config).sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    assert nsa.select_blocks(q, k, config=config).dtype == torch.int32
+    assert "reference" in nsa.explain_backend(q, k, v, config=config)
+    try:
+        nsa.forward(q, k, v, config=config, backend="fused")
+    except nsa.UnsupportedError:
+        pass
+    else:
+        raise AssertionError("the fused backend cannot have run")
+print("done")
+"""
+
+# Stand-ins that exist, so that importing them by mistake succeeds and shows.
+PRESENT = """
+import importlib.machinery
+import sys
+
+PACKAGES = {"flash_attn", "cutlass", "quack", "tvm_ffi"}
+asked = []
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in PACKAGES:
+            asked.append(name)
+            return importlib.machinery.ModuleSpec(name, self)
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        module.__path__ = []
+
+sys.meta_path.insert(0, Finder())
+import nsa
+assert not asked, asked
+print("done")
+"""
+
+
+def _run(code: str):
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith("done")
+
+
+def test_the_reference_runs_where_every_optional_package_is_absent():
+    _run(BLOCK + USE)
+
+
+def test_import_leaves_optional_packages_alone_where_they_are_present():
+    _run(PRESENT)

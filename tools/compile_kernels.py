@@ -1,0 +1,241 @@
+"""Compiles every kernel of the fused backend for one GPU architecture, with no GPU.
+
+    python tools/compile_kernels.py --arch sm_90a [--jobs 2] [--only sparse] [--list]
+
+The cases (``cases`` below) cover what ``nsa.fused.constraints`` lets through: each option of each
+call, though not each combination. They call ``nsa.fused`` on tensors without data, so what is
+compiled is what runs. Prints a line a case; exits with 1 if any fails. What the kernels compute,
+and whether they fit the GPU's shared memory, only a GPU shows.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from pathlib import Path
+
+NUM_SMS = {"sm_90a": 132, "sm_100a": 148}
+SECONDS_A_CASE = 300
+LENGTH = 1000
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", choices=sorted(NUM_SMS), default="sm_90a")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    arguments = parser.parse_args()
+    chosen = [(n, run) for n, run in cases(arguments.arch) if arguments.only in n]
+    if arguments.list:
+        print("\n".join(name for name, _ in chosen))
+        return
+    start = time.monotonic()
+    target_without_gpu(arguments.arch)
+    failed = compile_all(chosen, arguments.jobs)
+    seconds = time.monotonic() - start
+    compiled = len(chosen) - len(failed)
+    print(f"{compiled} of {len(chosen)} compiled for {arguments.arch}, {seconds:.0f} s")
+    for name in failed:
+        print(f"failed: {name}")
+    sys.exit(bool(failed) or not chosen)
+
+
+def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, what to compile) for each case; the one place to add kernels to."""
+    yield from dense_cases()
+    yield from sparse_cases(arch)
+
+
+def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Window branch, and the compressed branch with queries folded into heads (groups of 64 up)."""
+    for dim in (64, 96, 128):
+        for group, packed, dtype in ((1, True, "bfloat16"), (4, False, "float16")):
+            name = f"window D={dim} G={group} {'packed' if packed else 'batched'} {dtype}"
+            yield name, partial(compile_dense, dim, group, packed, True, (511, None), dtype)
+        for group, packed in ((192, False), (256, True)):
+            name = f"folded D={dim} G={group} {'packed' if packed else 'batched'}"
+            yield name, partial(compile_dense, dim, group, packed, True, (None, None), "bfloat16")
+    # Groups that divide the rows of a tile are loaded by TMA, the others above are not.
+    full_tile = partial(compile_dense, 128, 64, True, True, (None, None), "bfloat16")
+    yield "folded D=128 G=64 packed", full_tile
+    for packed in (False, True):
+        form = "packed" if packed else "batched"
+        visible = partial(compile_dense, 128, 4, packed, False)
+        yield f"compressed non-causal {form}", partial(visible, (None, None), "bfloat16")
+        yield f"window two-sided {form}", partial(visible, (511, 511), "bfloat16")
+        started = partial(compile_dense, 128, 256, packed, False, (None, 1), "bfloat16")
+        yield f"folded started {form}", started
+    many = partial(compile_dense, 128, 4, True, True, (511, None), "bfloat16", sequences=300)
+    yield "window of 300 sequences", many
+    # FA4 has kernels of their own for a single tile.
+    for length in (1, 65):
+        short = partial(compile_dense, 128, 4, True, True, (511, None), "bfloat16", length=length)
+        yield f"window of {length} tokens", short
+
+
+def sparse_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Selected branch (causal) and sparse compressed branch (a limit of keys; some blocks full)."""
+    for dim in (64, 96, 128):
+        for key_block in (64, 128):
+            if key_block == 64 and arch != "sm_90a":
+                continue
+            for group, mask, dtype in ((1, "limit", "float16"), (4, "causal", "bfloat16")):
+                name = f"sparse D={dim} key_block={key_block} G={group} {mask} {dtype}"
+                yield name, partial(compile_sparse, dim, group, 256, key_block, mask, dtype)
+    both = partial(compile_sparse, 128, 4, 256, 128, "limit", "bfloat16")
+    yield "sparse D=128 key_block=128 G=4 limit bfloat16", both
+    if arch == "sm_90a":
+        for query_block in (64, 128, 192):
+            name = f"sparse query_block={query_block}"
+            yield name, partial(compile_sparse, 128, 4, query_block, 64, "causal", "bfloat16")
+    for length in (1, 65):
+        short = partial(compile_sparse, 128, 4, 256, 128, "causal", "bfloat16", length=length)
+        yield f"sparse of {length} tokens", short
+
+
+def compile_dense(dim, group, packed, causal, window, dtype, *, sequences=2, length=LENGTH):
+    """Forward and backward of ``nsa.fused.fa4``'s dense calls, two KV heads."""
+    from nsa.fused import fa4
+
+    heads, dtype = 2 * group, getattr_torch(dtype)
+    leading = (length,) if packed else (2, length)
+    q = fake(*leading, heads, dim, dtype=dtype)
+    k, v = (fake(*leading, 2, dim, dtype=dtype) for _ in range(2))
+    arguments = dict(scale=0.1, causal=causal, window_size=window)
+    if packed:
+        bounds = fake(sequences + 1)
+        arguments |= dict(cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+        arguments |= dict(max_seqlen_q=length, max_seqlen_k=length)
+    out, lse = fa4.dense_forward(q, k, v, **arguments)
+    fa4.dense_backward(out, q, k, v, out, lse, **arguments)
+
+
+def compile_sparse(dim, group, query_block, key_block, mask, dtype, *, length=LENGTH):
+    """Forward and backward of ``nsa.fused.fa4``'s sparse calls, two KV heads."""
+    from nsa.fused import fa4
+
+    heads, dtype = 2 * group, getattr_torch(dtype)
+    q = fake(1, length, heads, dim, dtype=dtype)
+    k, v = (fake(1, length, 2, dim, dtype=dtype) for _ in range(2))
+    lists = [
+        fake_lists(heads, length, query_block, key_block, mask == "limit", transposed)
+        for transposed in (False, True)
+    ]
+    limit = fake(length) if mask == "limit" else None
+    arguments = dict(scale=0.1, causal=mask == "causal", key_limit=limit)
+    out, lse = fa4.sparse_forward(q, k, v, lists[0], **arguments)
+    fa4.sparse_backward(out, q, k, v, out, lse, lists[1], **arguments)
+
+
+def fake_lists(heads, length, query_block, key_block, with_full, transposed):
+    from nsa.fused.seam import BlockLists
+
+    rows, columns = -(-length // query_block), -(-length // key_block)
+    if transposed:
+        rows, columns = columns, rows
+    partial_lists = fake(1, heads, rows), fake(1, heads, rows, min(columns, 4))
+    full_lists = partial_lists if with_full else (None, None)
+    return BlockLists(*partial_lists, *full_lists, query_block, key_block)
+
+
+def fake(*shape, dtype=None):
+    """A CUDA tensor without data, by default int32."""
+    import torch
+
+    return torch.empty(shape, dtype=dtype or torch.int32, device="cuda")
+
+
+def getattr_torch(dtype: str):
+    import torch
+
+    return getattr(torch, dtype)
+
+
+def target_without_gpu(arch: str):
+    """Let FA4 and the CuTe DSL believe in a GPU of ``arch``, and import them."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "FLASH_ATTENTION_ARCH": arch,
+        "CUTE_DSL_ARCH": arch,
+        "FLASH_ATTENTION_NUM_SMS": str(NUM_SMS[arch]),
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
+    }
+    import cutlass.utils
+    from flash_attn.cute import interface, tile_scheduler  # noqa: F401
+
+    # FA4's non-causal forward on SM100 asks the driver how many SMs there are.
+    class HardwareInfo:
+        def __init__(self, *_args, **_kwargs):
+            pass
+
+        def get_device_multiprocessor_count(self) -> int:
+            return NUM_SMS[arch]
+
+        def get_max_active_clusters(self, cluster_size: int) -> int:
+            return NUM_SMS[arch] // cluster_size
+
+    cutlass.utils.HardwareInfo = tile_scheduler.HardwareInfo = HardwareInfo
+
+
+def compile_all(chosen: list[tuple[str, Callable[[], None]]], jobs: int) -> list[str]:
+    """Compile the cases, each in a fork of this process; return the names of those that failed.
+
+    A fork spares the seconds of importing FA4. Its own process, because the DSL's compiler ends the
+    process when it fails internally.
+    """
+    context, waiting, running, failed = get_context("fork"), list(chosen), {}, []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name, run = waiting.pop(0)
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(target=compile_case, args=(run, writer))
+            process.start()
+            writer.close()
+            running[process.sentinel] = name, process, reader, time.monotonic()
+        ended = set(wait(list(running), timeout=1))
+        for sentinel in list(running):
+            name, process, reader, start = running[sentinel]
+            seconds = time.monotonic() - start
+            if sentinel not in ended and seconds < SECONDS_A_CASE:
+                continue
+            process.kill()
+            process.join()
+            try:
+                error = reader.recv()
+            except EOFError:
+                error = f"the process ended with exit code {process.exitcode}"
+            print(f"{'FAIL' if error else 'ok  '} {seconds:5.1f} s  {name}", flush=True)
+            if error:
+                print(error, flush=True)
+                failed.append(name)
+            del running[sentinel]
+    return failed
+
+
+def compile_case(run: Callable[[], None], writer):
+    """In the forked process: send None, or what went wrong."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    torch.set_num_threads(1)
+    # FA4 and the DSL warn of tensors without data.
+    output = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        with FakeTensorMode():
+            run()
+        writer.send(None)
+    except Exception:
+        writer.send(traceback.format_exc(limit=-6))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Train a small byte-level language model with NSA on real text, beside its dense twin.
+
+    python tools/train_lm.py --attention both --output outputs/demo
+
+Writes, into the output folder, a log (CSV), a checkpoint for each attention, a sample of text and
+a picture of the losses and the selected blocks. Stop it at any time: the same command continues
+where it stopped, and ends with the same weights (bit for bit on a CPU).
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+# Before torch starts its threads: on a machine that has other work too, threads that spin while
+# they wait for each other made a step ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import nsa
+from lm.checkpoint import load_checkpoint, save_checkpoint
+from lm.data import Corpus, load_corpus, random_batch
+from lm.model import ByteTransformer, ModelConfig
+from lm.plot import plot_run, selection_map, write_csv
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that defines a run but its text and seed."""
+
+    model: ModelConfig
+    context: int  # bytes of a sequence
+    batch_size: int
+    steps: int
+    learning_rate: float
+
+
+# tile_summary="first" where tiles select: held-out loss must not see what comes next.
+PRESETS = {
+    # A 2-core CPU, some two minutes for both attentions.
+    "demo": Preset(
+        ModelConfig(
+            dim=128,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            nsa_config=nsa.NSAConfig(
+                compress_block_size=16,
+                num_selected_blocks=6,
+                num_initial_blocks=1,
+                num_local_blocks=1,
+                window_size=64,
+                q_tile_size=32,
+                tile_summary="first",
+            ),
+        ),
+        context=512,
+        batch_size=4,
+        steps=250,
+        learning_rate=3e-3,
+    ),
+    "tile": Preset(
+        ModelConfig(
+            dim=1024,
+            num_layers=12,
+            num_heads=16,
+            num_kv_heads=4,
+            nsa_config=nsa.NSAConfig(tile_summary="first"),
+        ),
+        context=8192,
+        batch_size=8,
+        steps=2000,
+        learning_rate=6e-4,
+    ),
+    "paper": Preset(
+        ModelConfig(
+            dim=1024,
+            num_layers=12,
+            num_heads=16,
+            num_kv_heads=1,
+            nsa_config=nsa.NSAConfig.paper(),
+        ),
+        context=8192,
+        batch_size=8,
+        steps=2000,
+        learning_rate=6e-4,
+    ),
+}
+HELDOUT_BATCHES = 4
+FINAL_HELDOUT_BATCHES = 16
+SAMPLE_BYTES = 200
+
+
+class Interrupted(Exception):
+    """The user stopped the run, and all of it is on disk."""
+
+
+class Trainer:
+    """One model's training: it can stop after any step and continue from its checkpoint."""
+
+    def __init__(self, preset: Preset, attention: str, corpus: Corpus, args: argparse.Namespace):
+        torch.manual_seed(args.seed)
+        self.preset, self.attention, self.corpus, self.args = preset, attention, corpus, args
+        self.model = ByteTransformer(preset.model, attention, args.backend).to(args.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), preset.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+        )
+        self.generator = torch.Generator().manual_seed(args.seed)
+        self.step, self.seconds, self.log = 0, 0.0, []
+        self.settings = {
+            "seed": args.seed,
+            "text": corpus.digest,
+            "attention": attention,
+            **{name: value for name, value in asdict(preset).items() if name != "model"},
+            **asdict(preset.model),
+        }
+        self.path = args.output / f"{attention}.pt"
+
+    def resume(self):
+        """Continue from the checkpoint, where there is one."""
+        state = load_checkpoint(self.path, self.settings)
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["rng"])
+        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+
+    def save(self):
+        """Write the checkpoint and the log."""
+        state = {
+            "settings": self.settings,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "rng": torch.get_rng_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "log": self.log,
+        }
+        save_checkpoint(self.path, state)
+        write_csv(self.path.with_suffix(".csv"), self.log)
+
+    def run(self, stop_requested):
+        """Train to the end, or until ``stop_requested()``.
+
+        Raises:
+            Interrupted: it stopped early, with a checkpoint of its last step.
+        """
+        steps = self.preset.steps
+        columns = {} if sys.stderr.isatty() else {"mininterval": 10, "ncols": 80}
+        with tqdm(total=steps, initial=self.step, desc=f"{self.attention:>5}", **columns) as bar:
+            while self.step < steps:
+                started = time.perf_counter()
+                loss = self.train_step()
+                if self.step % self.args.log_every == 0 or self.step == steps:
+                    self.log.append([self.step, loss, self.heldout_loss(HELDOUT_BATCHES), 0.0])
+                self.seconds += time.perf_counter() - started
+                if self.log and self.log[-1][0] == self.step:
+                    self.log[-1][-1] = round(self.seconds, 2)
+                    bar.set_postfix(heldout=f"{self.log[-1][2]:.3f}", refresh=False)
+                bar.update()
+                stopped = stop_requested()
+                if stopped or self.step % self.args.save_every == 0 or self.step == steps:
+                    self.save()
+                if stopped and self.step < steps:
+                    raise Interrupted
+
+    def train_step(self) -> float:
+        """One step of the optimizer; the loss before it, in nats per byte."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        loss = self.loss(self.corpus.train, self.generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return loss.item()
+
+    def learning_rate(self) -> float:
+        """Linear from 0 over the first twentieth, then linear to a tenth."""
+        done = self.step / self.preset.steps
+        return self.preset.learning_rate * min((done + 1 / self.preset.steps) * 20, 1 - 0.9 * done)
+
+    def loss(self, text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Mean loss of a random batch, in nats per byte."""
+        preset, device = self.preset, self.args.device
+        batch = random_batch(text, preset.batch_size, preset.context, generator)
+        inputs, targets = (part.to(device) for part in batch)
+        with autocast(device):
+            logits = self.model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def heldout_loss(self, batches: int) -> float:
+        """Mean loss over the same held-out crops each time, for each attention."""
+        generator = torch.Generator().manual_seed(0)
+        losses = [self.loss(self.corpus.heldout, generator) for _ in range(batches)]
+        return torch.stack(losses).mean().item()
+
+    def sample(self) -> str:
+        """Text that continues the first line of held-out text."""
+        prompt = self.corpus.heldout[:64].long().to(self.args.device)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        with autocast(self.args.device):
+            text = self.model.sample(prompt, SAMPLE_BYTES, self.preset.context, generator)
+        return bytes(torch.cat((prompt, text)).tolist()).decode("utf-8", errors="replace")
+
+    def selection(self):
+        """The map of the blocks that the last layer selects on held-out text."""
+        context = self.preset.context
+        text = self.corpus.heldout[None, :context].long().to(self.args.device)
+        config = self.preset.model.nsa_config
+        with autocast(self.args.device):
+            indices = self.model.selected_blocks(text, layer=self.preset.model.num_layers - 1)
+        return selection_map(indices, text.shape[1], config)
+
+
+def autocast(device: str):
+    """bfloat16 products on a GPU, where the kernels are; plain float32 on a CPU."""
+    if torch.device(device).type == "cpu":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+@contextmanager
+def deferred_signals():
+    """Yields a function that says whether SIGINT or SIGTERM arrived; a second one ends at once."""
+    arrived = []
+
+    def handle(number, frame):
+        if arrived:
+            raise KeyboardInterrupt
+        arrived.append(number)
+
+    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(arrived)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--attention", choices=("nsa", "dense", "both"), default="both")
+    add("--preset", choices=tuple(PRESETS), default="demo", help="model and NSA configuration")
+    add("--text", type=Path, help="a text file or folder (default: Python's standard library)")
+    add("--output", type=Path, default=Path("outputs/lm"), help="folder (default: %(default)s)")
+    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--backend", choices=("auto", "reference", "fused"), default="auto")
+    add("--steps", type=int, help="default: the preset's, as for the next two")
+    add("--context", type=int, help="bytes of a sequence")
+    add("--batch-size", type=int, help="sequences of a step")
+    add("--seed", type=int, default=0)
+    add("--log-every", type=int, default=25, help="steps between losses (default: %(default)s)")
+    add("--save-every", type=int, default=50, help="steps between checkpoints (%(default)s)")
+    add("--fresh", action="store_true", help="ignore the checkpoints of an earlier run")
+    args = parser.parse_args(argv)
+    for name in ("steps", "context", "batch_size", "log_every", "save_every"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    return args
+
+
+def train_all(args: argparse.Namespace, stop_requested) -> dict[str, Trainer]:
+    """Train each attention that was asked for."""
+    sizes = {name: getattr(args, name) for name in ("steps", "context", "batch_size")}
+    preset = replace(PRESETS[args.preset], **{k: v for k, v in sizes.items() if v is not None})
+    corpus = load_corpus(args.text)
+    print(f"text: {corpus.description}")
+    trainers = {}
+    for attention in ("nsa", "dense") if args.attention == "both" else (args.attention,):
+        trainer = trainers[attention] = Trainer(preset, attention, corpus, args)
+        if not args.fresh:
+            trainer.resume()
+        if trainer.step:
+            print(f"{attention}: continuing {trainer.path} after step {trainer.step}")
+        trainer.run(stop_requested)
+    return trainers
+
+
+def report(args: argparse.Namespace, trainers: dict[str, Trainer]):
+    """Write the sample and the picture; print the held-out losses, the last line being theirs."""
+    shown = trainers.get("nsa") or trainers["dense"]
+    sample = shown.sample()
+    (args.output / "sample.txt").write_text(sample, encoding="utf-8")
+    print(f"\nsample of {shown.attention} (64 bytes of held-out text, then its own):\n{sample}\n")
+    picture = args.output / "losses.png"
+    selection = trainers["nsa"].selection() if "nsa" in trainers else None
+    logs = {attention: trainer.log for attention, trainer in trainers.items()}
+    plot_run(picture, logs, selection, shown.preset.model.nsa_config)
+    print(f"picture: {picture}, logs: {', '.join(str(args.output / f'{a}.csv') for a in logs)}")
+    losses = (
+        f"{attention} {trainer.heldout_loss(FINAL_HELDOUT_BATCHES):.3f} ({trainer.seconds:.0f} s)"
+        for attention, trainer in trainers.items()
+    )
+    print(f"held-out loss after {shown.step} steps, nats per byte: {', '.join(losses)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    # Sums over threads in any order would make a resumed run differ in the last bit.
+    torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")
+    with deferred_signals() as stop_requested:
+        try:
+            trainers = train_all(args, stop_requested)
+        except Interrupted:
+            print("interrupted; the same command continues from here")
+            return 130
+        except (FileNotFoundError, ValueError, nsa.UnsupportedError) as error:
+            print(f"train_lm: {error}", file=sys.stderr)
+            return 2
+    report(args, trainers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
