@@ -31,12 +31,12 @@ def main():
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     arguments = parser.parse_args()
+    start = time.monotonic()
+    target_without_gpu(arguments.arch)
     chosen = [(n, run) for n, run in cases(arguments.arch) if arguments.only in n]
     if arguments.list:
         print("\n".join(name for name, _ in chosen))
         return
-    start = time.monotonic()
-    target_without_gpu(arguments.arch)
     failed = compile_all(chosen, arguments.jobs)
     seconds = time.monotonic() - start
     compiled = len(chosen) - len(failed)
@@ -48,13 +48,34 @@ def main():
 
 def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, what to compile) for each case; the one place to add kernels to."""
-    yield from dense_cases()
+    yield from dense_cases(arch)
     yield from sparse_cases(arch)
+    yield from own_cases()
 
 
-def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+def head_dims(arch: str) -> tuple[int, ...]:
+    return (64, 96, 128, 256) if arch == "sm_90a" else (64, 96, 128)
+
+
+def own_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Our own kernels, all forms of a file and dtype in one case."""
+    from nsa.fused.kernels import compression, gating
+
+    for kernels in (gating, compression):
+        for dtype in ("bfloat16", "float16"):
+            forms = [run for name, run in kernels.compile_cases() if f"-{dtype}" in name]
+            file = kernels.__name__.rpartition(".")[2]
+            yield f"{file} {dtype}, {len(forms)} forms", partial(run_all, forms)
+
+
+def run_all(functions: list[Callable[[], object]]):
+    for function in functions:
+        function()
+
+
+def dense_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Window branch, and the compressed branch with queries folded into heads (groups of 64 up)."""
-    for dim in (64, 96, 128):
+    for dim in head_dims(arch):
         for group, packed, dtype in ((1, True, "bfloat16"), (4, False, "float16")):
             name = f"window D={dim} G={group} {'packed' if packed else 'batched'} {dtype}"
             yield name, partial(compile_dense, dim, group, packed, True, (511, None), dtype)
@@ -81,9 +102,9 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def sparse_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Selected branch (causal) and sparse compressed branch (a limit of keys; some blocks full)."""
-    for dim in (64, 96, 128):
+    for dim in head_dims(arch):
         for key_block in (64, 128):
-            if key_block == 64 and arch != "sm_90a":
+            if (key_block == 64 and arch != "sm_90a") or (key_block == 128 and dim > 128):
                 continue
             for group, mask, dtype in ((1, "limit", "float16"), (4, "causal", "bfloat16")):
                 name = f"sparse D={dim} key_block={key_block} G={group} {mask} {dtype}"

@@ -55,7 +55,8 @@ PRESETS = {
                 compress_block_size=16,
                 num_selected_blocks=6,
                 num_initial_blocks=1,
-                num_local_blocks=1,
+                # A tile's own two blocks, which its first query cannot score.
+                num_local_blocks=2,
                 window_size=64,
                 q_tile_size=32,
                 tile_summary="first",
@@ -114,6 +115,7 @@ class Trainer:
         )
         self.generator = torch.Generator().manual_seed(args.seed)
         self.step, self.seconds, self.log = 0, 0.0, []
+        self.recent = []  # losses since the last row of the log
         self.settings = {
             "seed": args.seed,
             "text": corpus.digest,
@@ -133,6 +135,7 @@ class Trainer:
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+        self.recent = state["recent"]
 
     def save(self):
         """Write the checkpoint and the log."""
@@ -145,6 +148,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "log": self.log,
+            "recent": self.recent,
         }
         save_checkpoint(self.path, state)
         write_csv(self.path.with_suffix(".csv"), self.log)
@@ -160,9 +164,12 @@ class Trainer:
         with tqdm(total=steps, initial=self.step, desc=f"{self.attention:>5}", **columns) as bar:
             while self.step < steps:
                 started = time.perf_counter()
-                loss = self.train_step()
+                self.recent.append(self.train_step())
                 if self.step % self.args.log_every == 0 or self.step == steps:
-                    self.log.append([self.step, loss, self.heldout_loss(HELDOUT_BATCHES), 0.0])
+                    train_loss = sum(self.recent) / len(self.recent)
+                    heldout_loss = self.heldout_loss(HELDOUT_BATCHES)
+                    self.log.append([self.step, train_loss, heldout_loss, 0.0])
+                    self.recent = []
                 self.seconds += time.perf_counter() - started
                 if self.log and self.log[-1][0] == self.step:
                     self.log[-1][-1] = round(self.seconds, 2)

@@ -2,8 +2,9 @@
 
 - GPU: compute capability 9.0 (Hopper). The kernels also compile for 10.0.
 - ``selection="tile"``.
-- float16 and bfloat16; ``D`` and ``Dv`` up to 128, any ``G``. Between the kernels' 64, 96 and 128
-  channels are padded with zeros.
+- float16 and bfloat16; ``D`` and ``Dv`` up to 256, any ``G``. Between the kernels' 64, 96, 128 and
+  256 channels are padded with zeros: FA4's backward is silently wrong at D = 80, does not compile
+  with 64-key blocks at 160 and 192, and has no ``Dv != D`` with G > 1.
 - ``q_tile_size``, ``select_block_size`` and (with a sparse compressed branch) ``cmp_group_size``
   multiples of 64, the width of a block-sparse tile; any ``compress_block_size``.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.fused import fa4
 
-HEAD_DIMS = (64, 96, 128)
+HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK = 64
 _USE_REFERENCE = "use backend='reference'"

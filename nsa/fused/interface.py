@@ -81,12 +81,13 @@ def select_blocks(
         shape = (*q.shape[:-3], q.shape[-2], tiles, config.num_selected_blocks)
         return torch.full(shape, -1, dtype=torch.int32, device=q.device)
     rows = _batched(q)
-    plan = make_plan(rows, cu_seqlens, max_seqlen, config)
-    if compressed_kv is None:
-        k_cmp = compress(_batched(k), compress_k_weight, plan.geometry)
-    else:
-        k_cmp = _batched(_pad_compressed(compressed_kv[0], q, cu_seqlens, config))
-    blocks = select(rows, k_cmp, plan, blocks=True, groups=False).blocks.transpose(1, 2)
+    with torch.cuda.device_of(q):
+        plan = make_plan(rows, cu_seqlens, max_seqlen, config)
+        if compressed_kv is None:
+            k_cmp = compress(_batched(k), compress_k_weight, plan.geometry)
+        else:
+            k_cmp = _batched(_pad_compressed(compressed_kv[0], q, cu_seqlens, config))
+        blocks = select(rows, k_cmp, plan, blocks=True, groups=False).blocks.transpose(1, 2)
     if q.ndim == 4:
         return blocks.contiguous()
     return blocks[0, :, : plan.geometry.tiles.offsets[-1]].contiguous()

@@ -157,6 +157,7 @@ class Plan:
     """
 
     geometry: Geometry
+    head_dim: int
     cu_seqlens: Tensor | None
     max_seqlen: int | None
 
@@ -176,27 +177,28 @@ class Plan:
     @property
     def key_block(self) -> int:
         """Keys of one entry of a block list of the selected branch."""
-        return _key_block(self.config.select_block_size, self.config.q_tile_size)
+        return self._key_block(self.config.select_block_size)
 
     @property
     def cmp_key_block(self) -> int:
         """Compressed tokens of one entry of a block list of the sparse compressed branch."""
-        return _key_block(self.config.cmp_group_size, self.config.q_tile_size)
+        return self._key_block(self.config.cmp_group_size)
 
     @cached_property
     def compressed(self) -> AlignedRows:
         """The compressed tokens, aligned to blocks of the sparse compressed branch."""
         return AlignedRows(self.geometry.compressed, self.cmp_key_block)
 
+    def _key_block(self, block_size: int) -> int:
+        # FA4's tiles of 128 keys need as many queries, and channels that fit shared memory.
+        wide = block_size % 128 == 0 and self.config.q_tile_size % 128 == 0
+        return 128 if wide and self.head_dim <= 128 else 64
+
     def max_compressed(self) -> int | None:
         """Upper bound of the compressed tokens of a sequence; None for batched input."""
         if self.max_seqlen is None:
             return None
         return self.max_seqlen // self.config.compress_block_size
-
-
-def _key_block(block_size: int, q_tile_size: int) -> int:
-    return 128 if block_size % 128 == 0 and q_tile_size % 128 == 0 else 64
 
 
 def num_tiles_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
@@ -209,14 +211,14 @@ def num_tiles_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -
 def make_plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config) -> Plan:
     """The plan for ``q (B, N, H, D)``, or for packed ``q (1, T, H, D)`` with ``cu_seqlens``."""
     if cu_seqlens is None:
-        return _batched_plan(q.shape[1], q.device, config)
+        return _batched_plan(q.shape[1], q.shape[-1], q.device, config)
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
     tokens = Segments(cu_seqlens.long(), q.shape[1])
-    return Plan(Geometry(tokens, config, exact=False), cu_seqlens, max_seqlen)
+    return Plan(Geometry(tokens, config, exact=False), q.shape[-1], cu_seqlens, max_seqlen)
 
 
 @lru_cache(maxsize=64)
-def _batched_plan(length: int, device: torch.device, config: NSAConfig) -> Plan:
+def _batched_plan(length: int, head_dim: int, device: torch.device, config: NSAConfig) -> Plan:
     offset = torch.tensor([0, length], device=device)
-    return Plan(Geometry(Segments(offset, length), config, exact=False), None, None)
+    return Plan(Geometry(Segments(offset, length), config, exact=False), head_dim, None, None)

@@ -49,12 +49,13 @@ def attention(
 
     Selected blocks are returned only where the caller gave none.
     """
-    plan = make_plan(q, cu_seqlens, max_seqlen, _config(config, scale))
     inputs = pipeline.Inputs(
         q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight,
         compress_k_weight, compress_v_weight, k_cmp, v_cmp,
     )  # fmt: skip
-    out, saved = pipeline.forward(inputs, block_indices, plan)
+    with torch.cuda.device_of(q):
+        plan = make_plan(q, cu_seqlens, max_seqlen, _config(config, scale))
+        out, saved = pipeline.forward(inputs, block_indices, plan)
     if not save:
         return (out, *(q.new_empty(0) for _ in saved))
     if block_indices is not None:
@@ -137,7 +138,6 @@ def attention_backward(
     groups: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of the first thirteen arguments of :func:`attention`, empty where None."""
-    plan = make_plan(q, cu_seqlens, max_seqlen, _config(config, scale))
     inputs = pipeline.Inputs(
         q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight,
         compress_k_weight, compress_v_weight, k_cmp, v_cmp,
@@ -145,7 +145,9 @@ def attention_backward(
     saved = pipeline.Saved(
         o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, groups
     )  # fmt: skip
-    grads = pipeline.backward(dout, inputs, saved, plan)
+    with torch.cuda.device_of(q):
+        plan = make_plan(q, cu_seqlens, max_seqlen, _config(config, scale))
+        grads = pipeline.backward(dout, inputs, saved, plan)
     return [q.new_empty(0) if grad is None else grad for grad in grads]
 
 

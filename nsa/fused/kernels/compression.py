@@ -199,7 +199,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     for dtype in FLOAT_DTYPES:
         for other in dict.fromkeys((dtype, torch.float32)):
-            for block_size in (16, 32, 64, 128):
+            for block_size in (1, 16, 32, 64, 128):  # 1 gathers rows
                 names = (str(x).removeprefix("torch.") for x in (dtype, other, block_size))
                 name = "-".join(names)
                 arguments = (dtype, other, block_size)
