@@ -51,6 +51,17 @@ def overlap_weights(config: NSAConfig) -> list[int]:
     ]
 
 
+def locate_items(offset: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The sequence of each of ``total`` items, and its index there: int64 ``(total,)`` each.
+
+    ``offset (S + 1,)`` is where each sequence starts, then where the last ends. Items past that
+    count as the last sequence's.
+    """
+    index = torch.arange(total, device=offset.device)
+    owner = torch.searchsorted(offset[1:], index, right=True).clamp(max=offset.shape[0] - 2)
+    return owner, index - offset[owner]
+
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     """Items (tokens, blocks or tiles) of consecutive sequences in one flat row.
@@ -81,14 +92,16 @@ class Segments:
     @cached_property
     def owner(self) -> Tensor:
         """Each item's sequence, int64 ``(total,)``."""
-        index = torch.arange(self.total, device=self.offset.device)
-        owner = torch.searchsorted(self.offset[1:], index, right=True)
-        return owner.clamp(max=len(self.offset) - 2)
+        return self._items[0]
 
     @cached_property
     def local(self) -> Tensor:
         """Each item's index in its sequence, int64 ``(total,)``."""
-        return torch.arange(self.total, device=self.offset.device) - self.offset[self.owner]
+        return self._items[1]
+
+    @cached_property
+    def _items(self) -> tuple[Tensor, Tensor]:
+        return locate_items(self.offset, self.total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +113,13 @@ class Geometry:
         config: block sizes and rules.
         exact: whether to count blocks exactly, which reads the lengths on the host; else each kind
             of block gets an upper bound that follows from the number of tokens and sequences.
+        uniform: number and length of the sequences where all are alike; counts are then exact.
     """
 
     tokens: Segments
     config: NSAConfig
     exact: bool = True
+    uniform: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -113,10 +128,9 @@ class Geometry:
         """Geometry of batched ``(B, N, H, D)`` or packed ``(T, H, D)`` queries, flattened."""
         if cu_seqlens is None:
             batch, length = q.shape[:2]
-            offset, total = torch.arange(batch + 1, device=q.device) * length, batch * length
-        else:
-            offset, total = cu_seqlens.long(), q.shape[0]
-        return cls(Segments(offset, total), config, exact)
+            offset = torch.arange(batch + 1, device=q.device) * length
+            return cls(Segments(offset, batch * length), config, uniform=(batch, length))
+        return cls(Segments(cu_seqlens.long(), q.shape[0]), config, exact)
 
     @property
     def device(self) -> torch.device:
@@ -125,8 +139,9 @@ class Geometry:
     def _segments(self, count, bound: int) -> Segments:
         counts = count(self.tokens.count, self.config)
         offset = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        if len(counts) == 1:
-            return Segments(offset, count(self.tokens.total, self.config))
+        if self.uniform is not None:
+            batch, length = self.uniform
+            return Segments(offset, batch * count(length, self.config))
         return Segments(offset, int(offset[-1]) if self.exact else bound)
 
     @cached_property

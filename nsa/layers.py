@@ -6,10 +6,11 @@ https://arxiv.org/abs/2502.11089.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa import dispatch
-from nsa.blocks import Geometry, num_compressed_blocks
+from nsa.blocks import locate_items, num_compressed_blocks
 from nsa.config import NSAConfig
 from nsa.rope import apply_rope
 from nsa.validation import check_config, check_cu_seqlens
@@ -233,25 +234,31 @@ class NativeSparseAttention(nn.Module):
         branches = (self.num_kv_branches, self.num_kv_heads)
         k = self.k_proj(x).unflatten(-1, (*branches, self.head_dim)).unbind(-3)
         v = self.v_proj(x).unflatten(-1, (*branches, self.value_head_dim)).unbind(-3)
-        geometry = Geometry.of(q, cu_seqlens, self.config)
         compressed_kv = None
         if self.compress_k is not None:
-            compressed_kv = self._compress(k[0], v[0], geometry)
+            compressed_kv = self._compress(k[0], v[0], cu_seqlens)
         if self.rope_theta is not None:
-            positions = geometry.tokens.local.view(x.shape[:-1])
+            positions = torch.arange(x.shape[-2], device=x.device)
+            if cu_seqlens is not None:
+                _, positions = locate_items(cu_seqlens.long(), x.shape[0])
             q = apply_rope(q, positions, self.rope_theta)
             k = tuple(apply_rope(branch, positions, self.rope_theta) for branch in k)
         if self.num_kv_branches == 1:
             k, v = k[0], v[0]
         return q, k, v, compressed_kv
 
-    def _compress(self, k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    def _compress(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compressed keys, rotated to their blocks' centres, and values."""
-        k_cmp = self.compress_k(_gather_blocks(k, geometry))
-        v_cmp = self.compress_v(_gather_blocks(v, geometry))
+        first, local = _block_starts(k, cu_seqlens, self.config)
+        index = first[:, None] + torch.arange(self.config.compress_block_size, device=k.device)
+        # A block that an upper bound counts too many reads anything.
+        index = index.clamp(max=max(0, k.shape[:-2].numel() - 1))
+        k_cmp, v_cmp = (
+            compress(x.flatten(0, -3).index_select(0, index.flatten()).unflatten(0, index.shape))
+            for compress, x in ((self.compress_k, k), (self.compress_v, v))
+        )
         if self.rope_theta is not None:
-            start = geometry.compressed.local * self.config.compress_stride
-            centre = start + (self.config.compress_block_size - 1) / 2
+            centre = local * self.config.compress_stride + (self.config.compress_block_size - 1) / 2
             k_cmp = apply_rope(k_cmp, centre, self.rope_theta)
         if k.ndim == 4:
             counts = (k.shape[0], num_compressed_blocks(k.shape[1], self.config))
@@ -269,13 +276,20 @@ class NativeSparseAttention(nn.Module):
             raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")
 
 
-def _gather_blocks(x: Tensor, geometry: Geometry) -> Tensor:
-    """``(B, N, H_kv, D)`` or ``(T, H_kv, D)`` to blocks ``(sum of N_cmp, l, H_kv, D)``."""
-    compressed, config = geometry.compressed, geometry.config
-    start = geometry.tokens.offset[compressed.owner] + compressed.local * config.compress_stride
-    index = start[:, None] + torch.arange(config.compress_block_size, device=x.device)
-    tokens = x.flatten(0, -3)
-    return tokens.index_select(0, index.flatten()).unflatten(0, index.shape)
+def _block_starts(x: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> tuple[Tensor, Tensor]:
+    """Flat first token, and index in its sequence, of each compressed block: ``(M,)`` each."""
+    stride = config.compress_stride
+    if cu_seqlens is None:
+        batch, length = x.shape[:2]
+        local = torch.arange(num_compressed_blocks(length, config), device=x.device)
+        first = torch.arange(batch, device=x.device)[:, None] * length + local * stride
+        return first.flatten(), local.repeat(batch)
+    bounds = cu_seqlens.long()
+    offset = F.pad(num_compressed_blocks(bounds.diff(), config).cumsum(0), (1, 0))
+    # While torch.compile traces, lengths are unknown: an upper bound.
+    total = x.shape[0] // stride if torch.compiler.is_compiling() else int(offset[-1])
+    owner, local = locate_items(offset, total)
+    return bounds[owner] + local * stride, local
 
 
 def _init_linear(linear: nn.Linear, gain: float = 1.0):

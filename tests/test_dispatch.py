@@ -58,8 +58,8 @@ LIMITS = {
         "cmp_group_size .*64, got 32",
     ),
     "float32": (nsa.NSAConfig(), {"dtype": torch.float32}, "float16 or bfloat16, got .*float32"),
-    "wide heads": (nsa.NSAConfig(), {"head_dim": 160}, "128, got 160"),
-    "wide values": (nsa.NSAConfig(), {"value_dim": 192}, "128, got 192"),
+    "wide heads": (nsa.NSAConfig(), {"head_dim": 264}, "256, got 264"),
+    "wide values": (nsa.NSAConfig(), {"value_dim": 320}, "256, got 320"),
 }
 
 

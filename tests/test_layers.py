@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import nsa
-from nsa.blocks import Geometry
-from nsa.layers import BlockCompressor, _gather_blocks
+from nsa.layers import BlockCompressor, _block_starts
 from nsa.rope import apply_rope
 from nsa.testing import make_cu_seqlens
 
@@ -185,9 +184,9 @@ def test_compressor_starts_at_the_scale_of_its_tokens():
     assert 0.3 < out.std() < 3
 
 
-def test_gather_blocks_of_no_block():
-    geometry = Geometry.of(torch.zeros(1, 3, 1, 2), None, TOKEN)
-    assert _gather_blocks(torch.zeros(1, 3, 1, 2), geometry).shape == (0, 8, 1, 2)
+def test_a_sequence_shorter_than_a_block_has_none():
+    first, local = _block_starts(torch.zeros(1, 3, 1, 2), None, TOKEN)
+    assert first.shape == local.shape == (0,)
 
 
 def test_rope_depends_on_the_difference_of_positions():

@@ -16,7 +16,7 @@ def test_passes_within_twice_the_error_of_the_reference():
 
 @pytest.mark.parametrize("wrong", [[1.0, -2.01], [1.0, torch.nan]])
 def test_fails_beyond_it(wrong):
-    with pytest.raises(AssertionError, match=r"x: largest error .* exceeds 2.0.*e-03"):
+    with pytest.raises(AssertionError, match=r"x: root mean square error .* exceeds 1\.4.*e-03"):
         assert_as_accurate("x", torch.tensor(wrong), SAME_DTYPE, EXACT)
 
 
@@ -24,3 +24,12 @@ def test_fails_beyond_it(wrong):
 def test_fails_on_another_shape_or_dtype(wrong):
     with pytest.raises(AssertionError, match=r"expected \(2,\) torch.float32"):
         assert_as_accurate("x", wrong, SAME_DTYPE, EXACT)
+
+
+def test_fails_on_one_large_error_among_many():
+    exact = torch.linspace(1, 2, 10_000, dtype=torch.float64)
+    same_dtype = exact.to(torch.bfloat16)
+    wrong = same_dtype.clone()
+    wrong[5000] += 0.05
+    with pytest.raises(AssertionError, match="x: largest error 4"):
+        assert_as_accurate("x", wrong, same_dtype, exact)

@@ -73,7 +73,10 @@ PRESETS = {
             num_layers=12,
             num_heads=16,
             num_kv_heads=4,
-            nsa_config=nsa.NSAConfig(tile_summary="first"),
+            # The first query of a tile has no compressed token of its own tile to score.
+            nsa_config=nsa.NSAConfig(
+                tile_summary="first", num_initial_blocks=1, num_local_blocks=4
+            ),
         ),
         context=8192,
         batch_size=8,

@@ -53,13 +53,16 @@ def compressed_attention_backward(
         mask = dict(causal=False, key_limit=_compressed_limit(q, plan))
         dq, dk, dv = _sparse_backward(dout, q, k_rows, v_rows, out, lse, lists, mask, plan)
         return dq, plan.compressed.unpack(dk), plan.compressed.unpack(dv)
-    if not plan.config.causal:
-        call = _compressed_call(plan, folded=False)
-        return _dense_backward(dout, q, k_cmp, v_cmp, out, lse, plan, **call)
-    call = _compressed_call(plan, folded=True)
-    dout, q, out = (plan.folded.fold(x, num_kv_heads) for x in (dout, q, out))
+    call = _compressed_call(plan, folded=plan.config.causal)
+    if plan.config.causal:
+        dout, q, out = (plan.folded.fold(x, num_kv_heads) for x in (dout, q, out))
     dq, dk, dv = _dense_backward(dout, q, k_cmp, v_cmp, out, lse, plan, **call)
-    return plan.folded.unfold(dq, num_kv_heads), dk, dv
+    if plan.packed:
+        # The kernels write nothing past the last sequence's blocks.
+        compressed = plan.geometry.compressed
+        none = compressed.local >= compressed.count[compressed.owner]
+        dk, dv = (x.masked_fill_(none[:, None, None], 0) for x in (dk, dv))
+    return (plan.folded.unfold(dq, num_kv_heads) if plan.config.causal else dq), dk, dv
 
 
 def selected_attention(
@@ -125,9 +128,9 @@ def _compressed_call(plan: Plan, folded: bool) -> dict:
         max_seqlen_q=None,
         max_seqlen_k=None,
     )
-    if plan.cu_seqlens is None:
+    if not plan.packed:
         return call
-    longest = plan.max_compressed()
+    longest = plan.max_compressed
     call["cu_seqlens_k"] = plan.geometry.compressed.offset.int()
     call["max_seqlen_k"] = longest
     call["cu_seqlens_q"] = plan.folded.rows.offset.int() if folded else plan.cu_seqlens
@@ -137,7 +140,7 @@ def _compressed_call(plan: Plan, folded: bool) -> dict:
 
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, **call) -> tuple[Tensor, Tensor]:
     scale = plan.config.softmax_scale(q.shape[-1])
-    if plan.cu_seqlens is None:
+    if not plan.packed:
         return fa4.dense_forward(q, k, v, scale=scale, **call)
     out, lse = fa4.dense_forward(q[0], k[0], v[0], scale=scale, **call)
     return out[None], lse
@@ -148,7 +151,7 @@ def _dense_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale = plan.config.softmax_scale(q.shape[-1])
     tensors = (dout, q, k, v, out)
-    if plan.cu_seqlens is None:
+    if not plan.packed:
         return fa4.dense_backward(*tensors, lse, scale=scale, **call)
     grads = fa4.dense_backward(*(x[0] for x in tensors), lse, scale=scale, **call)
     return tuple(grad[None] for grad in grads)

@@ -36,9 +36,7 @@ def compress_backward_(
     if weight is not None:
         dtype = accumulation_dtype(x.dtype)
         mean = _mean(x, dtype, geometry)
-        # Rows past the last block were never written.
-        real = compressed.local < compressed.count[compressed.owner]
-        dout = dx_cmp.to(dtype).masked_fill_(~real[:, None, None], 0)
+        dout = dx_cmp.to(dtype)
         dweight = torch.einsum("bmhd,bmhe->hde", mean, dout).to(weight.dtype)
         dmean = torch.einsum("bmhe,hde->bmhd", dout, weight.to(dtype))
     if compressed.total == 0:

@@ -9,8 +9,6 @@
   multiples of 64, the width of a block-sparse tile; any ``compress_block_size``.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -66,6 +64,5 @@ def _device_limit(q: Tensor) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=None)
 def _capability(device: int) -> str:
     return ".".join(map(str, torch.cuda.get_device_capability(device)))

@@ -24,9 +24,13 @@ WRITTEN_FOR = "4.0.0b36"
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=None)
 def version_problem() -> str | None:
     """Why FlashAttention-4 cannot be used here, with the remedy; None if it is as expected."""
+    return _version_problem()
+
+
+@lru_cache(maxsize=None)
+def _version_problem() -> str | None:
     try:
         version = metadata.version("flash-attn-4")
     except metadata.PackageNotFoundError:

@@ -126,7 +126,7 @@ def _widen_square(x: Tensor | None, dim: int) -> Tensor | None:
 
 def _pad_compressed(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> Tensor:
     """Packed compressed tokens with rows up to the bound that the plan counts with."""
-    if cu_seqlens is None or cu_seqlens.shape[0] == 2:
+    if cu_seqlens is None:
         return x
     return pad(x, (0, 0, 0, 0, 0, q.shape[0] // config.compress_stride - x.shape[0]))
 

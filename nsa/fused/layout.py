@@ -10,7 +10,13 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from nsa.blocks import Geometry, Segments, num_query_tiles
+from nsa.blocks import (
+    Geometry,
+    Segments,
+    num_compressed_blocks,
+    num_query_tiles,
+    num_selection_blocks,
+)
 from nsa.config import NSAConfig
 from nsa.fused import own_kernels
 
@@ -24,12 +30,13 @@ class AlignedRows:
     Args:
         items: the sequences in each of the ``B`` entries.
         alignment: the multiple, in items.
+        single: whether there is one sequence, of all items.
     """
 
-    def __init__(self, items: Segments, alignment: int):
+    def __init__(self, items: Segments, alignment: int, single: bool):
         self.items = items
         self.alignment = alignment
-        self.single = len(items.offset) == 2
+        self.single = single
         counts = -(-items.count // alignment) * alignment
         offset = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         if self.single:
@@ -165,10 +172,14 @@ class Plan:
     def config(self) -> NSAConfig:
         return self.geometry.config
 
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
     @cached_property
     def tokens(self) -> AlignedRows:
         """The tokens, aligned to query tiles."""
-        return AlignedRows(self.geometry.tokens, self.config.q_tile_size)
+        return AlignedRows(self.geometry.tokens, self.config.q_tile_size, not self.packed)
 
     @cached_property
     def folded(self) -> FoldedQueries:
@@ -187,23 +198,32 @@ class Plan:
     @cached_property
     def compressed(self) -> AlignedRows:
         """The compressed tokens, aligned to blocks of the sparse compressed branch."""
-        return AlignedRows(self.geometry.compressed, self.cmp_key_block)
+        return AlignedRows(self.geometry.compressed, self.cmp_key_block, not self.packed)
 
     def _key_block(self, block_size: int) -> int:
         # FA4's tiles of 128 keys need as many queries, and channels that fit shared memory.
         wide = block_size % 128 == 0 and self.config.q_tile_size % 128 == 0
         return 128 if wide and self.head_dim <= 128 else 64
 
-    def max_compressed(self) -> int | None:
-        """Upper bound of the compressed tokens of a sequence; None for batched input."""
-        if self.max_seqlen is None:
-            return None
-        return self.max_seqlen // self.config.compress_block_size
+    @property
+    def longest(self) -> int:
+        """Upper bound of the tokens of a sequence."""
+        return self.max_seqlen if self.packed else self.geometry.tokens.total
+
+    @property
+    def max_compressed(self) -> int:
+        """Upper bound of the compressed tokens of a sequence."""
+        return num_compressed_blocks(self.longest, self.config)
+
+    @property
+    def max_selection(self) -> int:
+        """Upper bound of the selection blocks of a sequence."""
+        return num_selection_blocks(self.longest, self.config)
 
 
 def num_tiles_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
     """Query tiles in ``length`` tokens of one sequence, or at most so many in packed ones."""
-    if cu_seqlens is None or cu_seqlens.shape[0] == 2:
+    if cu_seqlens is None:
         return num_query_tiles(length, config)
     return length // config.q_tile_size + cu_seqlens.shape[0] - 1
 
@@ -221,4 +241,5 @@ def make_plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, conf
 @lru_cache(maxsize=64)
 def _batched_plan(length: int, head_dim: int, device: torch.device, config: NSAConfig) -> Plan:
     offset = torch.tensor([0, length], device=device)
-    return Plan(Geometry(Segments(offset, length), config, exact=False), head_dim, None, None)
+    geometry = Geometry(Segments(offset, length), config, uniform=(1, length))
+    return Plan(geometry, head_dim, None, None)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.blocks import Segments
 from nsa.fused.layout import Plan
 from nsa.precision import accumulation_dtype
 
@@ -33,24 +32,20 @@ def select(q: Tensor, k_cmp: Tensor, plan: Plan, *, blocks: bool, groups: bool) 
     Returns:
         Indices in the sequence, ascending, -1 at the end of the row where fewer exist.
     """
-    geometry, config = plan.geometry, plan.config
+    config = plan.config
     summary = _tile_summary(q, plan)  # (B, tiles, H, D)
     batch, num_tiles, num_heads = summary.shape[:3]
-    columns = max(1, k_cmp.shape[1], geometry.selection.total)
-    step = max(1, SCORE_ELEMENTS // (batch * num_heads * columns))
+    step = max(1, SCORE_ELEMENTS // (batch * num_heads * max(1, k_cmp.shape[1])))
     per_block = config.select_block_size // config.compress_block_size
     taken_blocks, taken_groups = [], []
     for start in range(0, num_tiles, step):
         tiles = slice(start, start + step)
-        scores = _scores(summary[:, tiles], k_cmp, tiles, plan)  # (B, C, H, M)
+        scores = _scores(summary[:, tiles], k_cmp, tiles, plan)  # (B, C, H, W)
         if blocks:
-            best = _maximum(scores, per_block, geometry.selection, geometry.compressed)
-            taken_blocks.append(_take_blocks(best, tiles, plan))
+            taken_blocks.append(_take_blocks(_maximum(scores, per_block), tiles, plan))
         if groups:
-            best = _maximum(scores, config.cmp_group_size, geometry.groups, geometry.compressed)
-            taken = take_top(best, config.num_cmp_selected_blocks)
-            first = geometry.groups.offset[geometry.tiles.owner[tiles], None, None]
-            taken_groups.append(torch.where(taken >= 0, taken - first, -1).int())
+            best = _maximum(scores, config.cmp_group_size)
+            taken_groups.append(take_top(best, config.num_cmp_selected_blocks).int())
     return Selection(
         torch.cat(taken_blocks, dim=1) if blocks else None,
         torch.cat(taken_groups, dim=1) if groups else None,
@@ -94,50 +89,50 @@ def _tile_summary(q: Tensor, plan: Plan) -> Tensor:
 
 
 def _scores(summary: Tensor, k_cmp: Tensor, tiles: slice, plan: Plan) -> Tensor:
-    """``scale * summary . k_cmp`` ``(B, C, H, M)``; -inf where the tile does not see the block.
+    """``scale * summary . k_cmp[j]`` for the blocks ``j < W`` of each tile's sequence.
 
-    In float32, because a rounding of the summary to 16 bits would reorder close scores.
+    ``(B, C, H, W)`` with ``W`` the most that a sequence has; -inf where the tile does not see the
+    block. In float32, because a rounding of the summary to 16 bits would reorder close scores.
     """
     geometry, config = plan.geometry, plan.config
     num_kv_heads = k_cmp.shape[2]
     rows = summary.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # (B, H_kv, G, C, D)
     keys = k_cmp.to(summary.dtype).permute(0, 2, 3, 1)  # (B, H_kv, D, M)
     scores = rows.flatten(2, 3) @ keys
-    scores *= config.softmax_scale(summary.shape[-1])
-    scores = scores.unflatten(2, rows.shape[2:4]).flatten(1, 2).transpose(1, 2)
+    scores = scores.unflatten(2, rows.shape[2:4]).flatten(1, 2).transpose(1, 2)  # (B, C, H, M)
     owner = geometry.tiles.owner[tiles]
+    index = torch.arange(plan.max_compressed, device=k_cmp.device)
+    if plan.packed:
+        column = geometry.compressed.offset[owner, None] + index
+        column = column.clamp(max=max(0, k_cmp.shape[1] - 1))[:, None]  # (C, 1, W)
+        scores = scores.gather(-1, column.expand(*scores.shape[:3], -1))
     position = geometry.tile_first if config.tile_summary == "first" else geometry.tile_last
-    first = geometry.compressed.offset[owner]
-    end = first + geometry.num_visible(position[tiles], owner, "complete")
-    index = torch.arange(k_cmp.shape[1], device=k_cmp.device)
-    seen = (index >= first[:, None]) & (index < end[:, None])
-    return scores.masked_fill_(~seen[:, None], -torch.inf)
+    seen = geometry.num_visible(position[tiles], owner, "complete")
+    scores = scores * config.softmax_scale(summary.shape[-1])
+    return scores.masked_fill_((index >= seen[:, None])[:, None], -torch.inf)
 
 
-def _maximum(scores: Tensor, size: int, blocks: Segments, compressed: Segments) -> Tensor:
-    """Largest score of each flat block of ``size`` compressed tokens; -inf where it has none."""
-    if size == 1 and blocks.total == scores.shape[-1] and len(blocks.offset) == 2:
+def _maximum(scores: Tensor, size: int) -> Tensor:
+    """Largest score of each block of ``size`` compressed tokens."""
+    if size == 1:
         return scores
-    inside = blocks.local[:, None] * size + torch.arange(size, device=scores.device)
-    column = compressed.offset[blocks.owner, None] + inside
-    none = scores.shape[-1]
-    column = torch.where(inside < compressed.count[blocks.owner, None], column, none)
-    padded = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf)
-    return padded.index_select(-1, column.flatten()).unflatten(-1, column.shape).amax(dim=-1)
+    missing = -scores.shape[-1] % size
+    padded = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
+    return padded.unflatten(-1, (-1, size)).amax(dim=-1)
 
 
 def _take_blocks(scores: Tensor, tiles: slice, plan: Plan) -> Tensor:
     """Forced blocks and the best candidates of ``scores (B, C, H, blocks)``, ascending."""
     geometry = plan.geometry
+    # The last blocks of a sequence may have no score: they are taken only if forced.
+    missing = plan.max_selection - scores.shape[-1]
+    scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
     owner, position = geometry.tiles.owner[tiles], geometry.tile_last[tiles]
-    first, _ = geometry.candidate_interval(position, owner)
-    blocks = torch.arange(scores.shape[-1], device=scores.device)
+    first = geometry.selection.offset[owner, None]
+    blocks = first + torch.arange(scores.shape[-1], device=scores.device)
     candidate, forced = geometry.block_rules(position, owner, blocks)
-    # Padding tiles of packed input own nothing.
-    real = geometry.tiles.local[tiles] < geometry.tiles.count[owner]
-    candidate &= real[:, None]
-    forced &= real[:, None]
-    scores = scores.masked_fill(~candidate[:, None], -torch.inf)
-    scores = scores.masked_fill_(forced[:, None], torch.inf)
-    taken = take_top(scores, plan.config.num_selected_blocks)
-    return torch.where(taken >= 0, taken - first[:, None, None], -1).int()
+    # Tiles past the last sequence own nothing.
+    real = (geometry.tiles.local[tiles] < geometry.tiles.count[owner])[:, None]
+    scores = scores.masked_fill(~(candidate & real)[:, None], -torch.inf)
+    scores = scores.masked_fill_((forced & real)[:, None], torch.inf)
+    return take_top(scores, plan.config.num_selected_blocks).int()

@@ -90,7 +90,8 @@ def _masked_attention(
         scores = scores - top.clamp(min=torch.finfo(scores.dtype).min)
     weights = scores.exp()
     total = weights.sum(dim=-1, keepdim=True)
-    return (round_operand(weights, dtype) @ v) / torch.where(total > 0, total, 1)
+    probability = weights / torch.where(total > 0, total, 1)
+    return round_operand(probability, dtype) @ v
 
 
 def _interval_attention(

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 1 << 23
+CHUNK_ELEMENTS = 1 << 21
 """Scores and gathered keys that one chunk may hold."""
 
 
