@@ -67,6 +67,27 @@ PRESETS = {
         steps=250,
         learning_rate=3e-3,
     ),
+    # One GPU, a minute with the fused backend: for comparing backends.
+    "small": Preset(
+        ModelConfig(
+            dim=256,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            nsa_config=nsa.NSAConfig(
+                num_selected_blocks=8,
+                num_initial_blocks=1,
+                num_local_blocks=2,
+                window_size=128,
+                q_tile_size=128,
+                tile_summary="first",
+            ),
+        ),
+        context=2048,
+        batch_size=8,
+        steps=300,
+        learning_rate=2e-3,
+    ),
     "tile": Preset(
         ModelConfig(
             dim=1024,

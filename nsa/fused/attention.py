@@ -15,17 +15,19 @@ from nsa.fused.seam import BlockLists
 
 
 def compressed_attention(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, groups: Tensor | None, plan: Plan
+    q: Tensor, q_rows: Tensor, k_cmp: Tensor, v_cmp: Tensor, groups: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the visible compressed tokens, or those of ``groups (B, tiles, H, m)``."""
+    """Attention over the visible compressed tokens, or those of ``groups (B, tiles, H, m)``.
+
+    ``q_rows`` are the queries in aligned rows, ``(1, B * rows, H, D)``.
+    """
     num_kv_heads = k_cmp.shape[2]
     if k_cmp.shape[1] == 0:
         return torch.zeros_like(q), q.new_zeros(0)
     if groups is not None:
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
-        mask = dict(causal=False, key_limit=_compressed_limit(q, plan))
-        return _sparse_forward(q, k_rows, v_rows, lists, mask, plan)
+        return _sparse_forward(q_rows, k_rows, v_rows, lists, _compressed_mask(q_rows, plan), plan)
     if not plan.config.causal:
         return _dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan, folded=False))
     folded = plan.folded.fold(q, num_kv_heads)
@@ -50,8 +52,9 @@ def compressed_attention_backward(
     if groups is not None:
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
-        mask = dict(causal=False, key_limit=_compressed_limit(q, plan))
-        dq, dk, dv = _sparse_backward(dout, q, k_rows, v_rows, out, lse, lists, mask, plan)
+        q_rows = plan.tokens.pack(q)
+        mask = _compressed_mask(q_rows, plan)
+        dq, dk, dv = _sparse_backward(dout, q_rows, k_rows, v_rows, out, lse, lists, mask, plan)
         return dq, plan.compressed.unpack(dk), plan.compressed.unpack(dv)
     call = _compressed_call(plan, folded=plan.config.causal)
     if plan.config.causal:
@@ -66,12 +69,15 @@ def compressed_attention_backward(
 
 
 def selected_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, plan: Plan
+    q_rows: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the tokens of the blocks ``(B, tiles, H, n)``."""
+    """Attention over the tokens of the blocks ``(B, tiles, H, n)``.
+
+    ``q_rows`` are the queries in aligned rows, ``(1, B * rows, H, D)``.
+    """
     lists = selected_lists(block_indices, plan)
     k_rows, v_rows = plan.tokens.pack(k), plan.tokens.pack(v)
-    return _sparse_forward(q, k_rows, v_rows, lists, _selected_mask(q, plan), plan)
+    return _sparse_forward(q_rows, k_rows, v_rows, lists, _selected_mask(q_rows, plan), plan)
 
 
 def selected_attention_backward(
@@ -87,8 +93,9 @@ def selected_attention_backward(
     """Gradients of ``q``, ``k`` and ``v``."""
     lists = selected_lists(block_indices, plan)
     k_rows, v_rows = plan.tokens.pack(k), plan.tokens.pack(v)
-    mask = _selected_mask(q, plan)
-    dq, dk, dv = _sparse_backward(dout, q, k_rows, v_rows, out, lse, lists, mask, plan)
+    q_rows = plan.tokens.pack(q)
+    mask = _selected_mask(q_rows, plan)
+    dq, dk, dv = _sparse_backward(dout, q_rows, k_rows, v_rows, out, lse, lists, mask, plan)
     return dq, plan.tokens.unpack(dk), plan.tokens.unpack(dv)
 
 
@@ -158,17 +165,16 @@ def _dense_backward(
 
 
 def _sparse_forward(
-    q: Tensor, k_rows: Tensor, v_rows: Tensor, lists: BlockLists, mask: dict, plan: Plan
+    q_rows: Tensor, k_rows: Tensor, v_rows: Tensor, lists: BlockLists, mask: dict, plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    scale = plan.config.softmax_scale(q.shape[-1])
-    q_rows = plan.tokens.pack(q)
+    scale = plan.config.softmax_scale(q_rows.shape[-1])
     out, lse = fa4.sparse_forward(q_rows, k_rows, v_rows, lists, scale=scale, **mask)
     return plan.tokens.unpack(out), lse
 
 
 def _sparse_backward(
     dout: Tensor,
-    q: Tensor,
+    q_rows: Tensor,
     k_rows: Tensor,
     v_rows: Tensor,
     out: Tensor,
@@ -178,34 +184,35 @@ def _sparse_backward(
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, and of ``k`` and ``v`` in rows."""
-    scale = plan.config.softmax_scale(q.shape[-1])
+    scale = plan.config.softmax_scale(q_rows.shape[-1])
     transposed = transpose_lists(lists, k_rows.shape[1])
-    dout, q, out = (plan.tokens.pack(x) for x in (dout, q, out))
+    dout, out = plan.tokens.pack(dout), plan.tokens.pack(out)
     dq, dk, dv = fa4.sparse_backward(
-        dout, q, k_rows, v_rows, out, lse, transposed, scale=scale, **mask
+        dout, q_rows, k_rows, v_rows, out, lse, transposed, scale=scale, **mask
     )
     return plan.tokens.unpack(dq), dk, dv
 
 
-def _selected_mask(q: Tensor, plan: Plan) -> dict:
+def _selected_mask(q_rows: Tensor, plan: Plan) -> dict:
     if plan.config.causal:
         return dict(causal=True)
     # The end of each sequence in the row; the causal flag would also hide the padding.
     rows, owner = plan.tokens, plan.tokens.segments.owner
     end = rows.segments.offset[owner] + rows.items.count[owner]
-    return dict(causal=False, key_limit=_row_limit(end, q.shape[0], rows.rows))
+    return dict(causal=False, key_limit=_row_limit(end, q_rows, rows.rows))
 
 
-def _compressed_limit(q: Tensor, plan: Plan) -> Tensor:
+def _compressed_mask(q_rows: Tensor, plan: Plan) -> dict:
     """For each row of queries the row of the first compressed token that it does not see."""
     geometry, rows = plan.geometry, plan.tokens
     owner = rows.segments.owner
     seen = geometry.num_visible(rows.segments.local, owner, plan.config.compressed_visibility)
     end = plan.compressed.segments.offset[owner] + seen
-    return _row_limit(end, q.shape[0], plan.compressed.rows)
+    return dict(causal=False, key_limit=_row_limit(end, q_rows, plan.compressed.rows))
 
 
-def _row_limit(end: Tensor, batch: int, keys_per_entry: int) -> Tensor:
+def _row_limit(end: Tensor, q_rows: Tensor, keys_per_entry: int) -> Tensor:
     """int32 ``(B * rows,)`` from ``end (rows,)`` in one entry of the batch."""
+    batch = q_rows.shape[1] // len(end)
     offset = torch.arange(batch, device=end.device)[:, None] * keys_per_entry
     return (end + offset).flatten().int()

@@ -87,7 +87,8 @@ def select_blocks(
             k_cmp = compress(_batched(k), compress_k_weight, plan.geometry)
         else:
             k_cmp = _batched(_pad_compressed(compressed_kv[0], q, cu_seqlens, config))
-        blocks = select(rows, k_cmp, plan, blocks=True, groups=False).blocks.transpose(1, 2)
+        selection = select(plan.tokens.pack(rows), k_cmp, plan, blocks=True, groups=False)
+    blocks = selection.blocks.transpose(1, 2)
     if q.ndim == 4:
         return blocks.contiguous()
     return blocks[0, :, : plan.geometry.tiles.offsets[-1]].contiguous()

@@ -72,16 +72,18 @@ def forward(inputs: Inputs, block_indices: Tensor | None, plan: Plan) -> tuple[T
     """Output ``(B, T, H, Dv)``; ``block_indices`` is ``(B, tiles, H, n)`` or None to select."""
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
+    # The window first: it needs no plan, and runs while the host prepares the rest.
+    o_win, lse_win = window_attention(q, k_win, v_win, plan)
     k_cmp, v_cmp = inputs.compressed(plan)
+    q_rows = plan.tokens.pack(q)
     sparse = plan.config.num_cmp_selected_blocks is not None
     groups = None
     if block_indices is None or sparse:
-        selection = select(q, k_cmp, plan, blocks=block_indices is None, groups=sparse)
+        selection = select(q_rows, k_cmp, plan, blocks=block_indices is None, groups=sparse)
         block_indices = selection.blocks if block_indices is None else block_indices
         groups = selection.groups
-    o_cmp, lse_cmp = compressed_attention(q, k_cmp, v_cmp, groups, plan)
-    o_slc, lse_slc = selected_attention(q, k_slc, v_slc, block_indices, plan)
-    o_win, lse_win = window_attention(q, k_win, v_win, plan)
+    o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
+    o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
     out = combine_branches((o_cmp, o_slc, o_win), q, inputs.gates, inputs.gate_proj_weight)
     return out, Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, groups)
 

@@ -19,11 +19,11 @@ class Selection(NamedTuple):
     groups: Tensor | None
 
 
-def select(q: Tensor, k_cmp: Tensor, plan: Plan, *, blocks: bool, groups: bool) -> Selection:
+def select(q_rows: Tensor, k_cmp: Tensor, plan: Plan, *, blocks: bool, groups: bool) -> Selection:
     """Select per tile of queries and query head.
 
     Args:
-        q: ``(B, T, H, D)``.
+        q_rows: queries in aligned rows, ``(1, B * rows, H, D)``.
         k_cmp: ``(B, M, H_kv, D)``.
         plan: the sequences and how they lie.
         blocks: whether to select blocks for the selected branch.
@@ -33,7 +33,7 @@ def select(q: Tensor, k_cmp: Tensor, plan: Plan, *, blocks: bool, groups: bool) 
         Indices in the sequence, ascending, -1 at the end of the row where fewer exist.
     """
     config = plan.config
-    summary = _tile_summary(q, plan)  # (B, tiles, H, D)
+    summary = _tile_summary(q_rows, plan)  # (B, tiles, H, D)
     batch, num_tiles, num_heads = summary.shape[:3]
     step = max(1, SCORE_ELEMENTS // (batch * num_heads * max(1, k_cmp.shape[1])))
     per_block = config.select_block_size // config.compress_block_size
@@ -76,14 +76,13 @@ def _ranking_keys(scores: Tensor) -> Tensor:
     return (ordered << 32) - torch.arange(scores.shape[-1], device=scores.device)
 
 
-def _tile_summary(q: Tensor, plan: Plan) -> Tensor:
+def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
     """Mean of each tile's queries, or its first query: ``(B, tiles, H, D)``."""
     geometry, size = plan.geometry, plan.config.q_tile_size
-    dtype = accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q_rows.dtype)
+    tiles = q_rows[0].unflatten(0, (-1, geometry.tiles.total, size))  # (B, tiles, size, H, D)
     if plan.config.tile_summary == "first":
-        first = geometry.tokens.offset[geometry.tiles.owner] + geometry.tile_first
-        return q.index_select(1, first.clamp(max=q.shape[1] - 1)).to(dtype)
-    tiles = plan.tokens.pack(q).unflatten(1, (q.shape[0], -1, size))[0]  # (B, tiles, size, H, D)
+        return tiles[:, :, 0].to(dtype)
     count = (geometry.tile_last - geometry.tile_first + 1).clamp(min=1)
     return tiles.sum(dim=2, dtype=dtype) / count[:, None, None]
 

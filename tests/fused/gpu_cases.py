@@ -202,7 +202,8 @@ def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
         weight = arguments.get("compress_k_weight")
         with torch.no_grad():
             k_cmp = interface.compress(interface._batched(k), weight, plan.geometry)
-    groups = select(rows, k_cmp, plan, blocks=False, groups=True).groups.flatten(0, 1)
+    selection = select(plan.tokens.pack(rows), k_cmp, plan, blocks=False, groups=True)
+    groups = selection.groups.flatten(0, 1)
     return groups if cu_seqlens is None else groups[: plan.geometry.tiles.offsets[-1]]
 
 
@@ -242,7 +243,12 @@ def check_against_reference(case: Case, monkeypatch) -> None:
     same_dtype = run(reference, convert(arguments, case.variant.dtype), config, dout)
     actual = run(interface, arguments, config, dout)
     for name in exact:
-        assert_as_accurate(name, actual[name], same_dtype[name], exact[name])
+        if exact[name].any():
+            assert_as_accurate(name, actual[name], same_dtype[name], exact[name])
+        else:
+            # Zero by cancellation, as through a softmax over one key; the kernels leave what
+            # float32 sums of some thousand products of order 1 do not cancel.
+            assert (actual[name].abs() <= 1e-4).all(), name
 
 
 def _first(x):

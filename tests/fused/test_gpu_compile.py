@@ -17,6 +17,12 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+def assert_equal_but_for_rounding(actual, expected):
+    """Within the rounding of bfloat16, which the compiler does at other places."""
+    error = (actual.float() - expected.float()).norm()
+    assert error <= 2e-2 * expected.float().norm()
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_forward_compiles_once_for_all_lengths(packed):
     config = nsa.NSAConfig()
@@ -48,7 +54,7 @@ def test_forward_compiles_once_for_all_lengths(packed):
             wanted = torch.autograd.grad(expected, (q, k, v, weight))
             grads = torch.autograd.grad(actual, (q, k, v, weight))
         for grad, want in zip(grads, wanted, strict=True):
-            torch.testing.assert_close(grad, want, rtol=2e-2, atol=2e-3 * want.abs().max().item())
+            assert_equal_but_for_rounding(grad, want)
 
 
 def test_a_model_with_the_layer_compiles():
@@ -69,6 +75,6 @@ def test_a_model_with_the_layer_compiles():
                 out.float().square().mean().backward()
                 results.append((out, [p.grad.clone() for p in model.parameters()]))
         (expected, wanted), (actual, grads) = results
-        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+        assert_equal_but_for_rounding(actual, expected)
         for grad, want in zip(grads, wanted, strict=True):
-            torch.testing.assert_close(grad, want, rtol=5e-2, atol=5e-3 * want.abs().max().item())
+            assert_equal_but_for_rounding(grad, want)
