@@ -37,7 +37,8 @@ def forward(
     with no key in a branch gets 0 from it. Differentiable in ``q``, ``k``, ``v``, ``gates``,
     ``compressed_kv`` and all weights; no gradient passes through the selection of blocks.
 
-    Query head ``h`` attends KV head ``h // G``, ``G = H / H_kv``.
+    Query head ``h`` attends KV head ``h // G``, ``G = H / H_kv``. Values must be finite: a masked
+    NaN or infinity is multiplied by 0, not skipped, and so reaches other tokens and sequences.
 
     Args:
         q: ``(B, N, H, D)``, or packed ``(T, H, D)`` with ``cu_seqlens``; float16, bfloat16,
