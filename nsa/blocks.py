@@ -164,6 +164,20 @@ class Geometry:
         bound = self.compressed.total // self.config.cmp_group_size + len(self.tokens.count)
         return self._segments(num_cmp_groups, bound)
 
+    @property
+    def units(self) -> Segments:
+        """What selects together: tokens or tiles."""
+        return self.tokens if self.config.selection == "token" else self.tiles
+
+    def first_token_of_unit(self, ranges: list[tuple[int, int]]) -> list[int]:
+        """Flat first token of each range of units ``[start, stop)``, and the end of the last."""
+        starts = [start for start, stop in ranges if stop > start]
+        if self.config.selection == "tile":
+            index = torch.tensor(starts, dtype=torch.int64, device=self.device)
+            starts = self.tokens.offset[self.tiles.owner[index]] + self.tile_first[index]
+            starts = starts.tolist()
+        return [*(starts or [0]), self.tokens.total]
+
     @cached_property
     def tile_first(self) -> Tensor:
         """Position of each tile's first query in its sequence, int64 ``(tiles,)``."""

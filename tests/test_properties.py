@@ -10,6 +10,7 @@ from strategies import problems
 from test_reference import SMALL
 
 import nsa
+from nsa.reference import attention
 from nsa.testing import make_cu_seqlens, make_inputs
 
 F64 = torch.float64
@@ -229,3 +230,18 @@ def test_large_logits_stay_finite(name):
     assert out.isfinite().all()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
     assert out.abs().max() <= v.abs().max() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("selection", ["token", "tile"])
+def test_many_short_sequences_cost_what_their_tokens_do(selection, monkeypatch):
+    """Chunks hold as many sequences as fit: their number follows the tokens, not the sequences."""
+    calls = []
+    original = attention._masked_attention
+    monkeypatch.setattr(
+        attention, "_masked_attention", lambda *args: calls.append(0) or original(*args)
+    )
+    config = nsa.NSAConfig(selection=selection)
+    lengths = [16] * 500 + [700]
+    q, k, v = make_inputs((sum(lengths),), 2, 1, 8)
+    nsa.forward(q, k, v, config=config, cu_seqlens=make_cu_seqlens(lengths), backend="reference")
+    assert len(calls) < 100

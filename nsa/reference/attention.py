@@ -1,5 +1,6 @@
 """The three attention branches (paper section 3.3), in chunks of queries with recomputation."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -7,12 +8,7 @@ from torch import Tensor
 
 from nsa.blocks import Geometry, Segments
 from nsa.precision import accumulation_dtype
-from nsa.reference.chunks import (
-    CHUNK_ELEMENTS,
-    covered_range,
-    query_chunks,
-    recomputed,
-)
+from nsa.reference.chunks import covered_range, fitting_chunks, query_chunks, recomputed
 from nsa.reference.operands import round_gradient, round_operand
 
 
@@ -42,7 +38,7 @@ def compressed_attention(
     if groups is None:
         return _interval_attention(q, k_cmp, v_cmp, first, end, geometry)
     table = KeyBlocks(geometry.compressed, geometry.groups, geometry.config.cmp_group_size)
-    return _tile_attention(q, k_cmp, v_cmp, groups, table, end, geometry)
+    return _listed_attention(q, k_cmp, v_cmp, groups, table, end, geometry)
 
 
 def selected_attention(
@@ -62,8 +58,7 @@ def selected_attention(
     """
     _, end = geometry.token_interval()
     table = KeyBlocks(geometry.tokens, geometry.selection, geometry.config.select_block_size)
-    attend = _token_attention if geometry.config.selection == "token" else _tile_attention
-    return attend(q, k, v, block_indices, table, end, geometry)
+    return _listed_attention(q, k, v, block_indices, table, end, geometry)
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
@@ -103,9 +98,9 @@ def _interval_attention(
     grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))  # (T, H_kv, G, D)
     keys, values = k.to(dtype), v.to(dtype)
 
-    def attend(grouped, keys, values, start, stop):
+    def attend(piece, keys, values, start, stop):
         low, high = covered_range(first, end, start, stop)
-        rows = grouped[start:stop].transpose(0, 1)  # (H_kv, C, G, D)
+        rows = piece.transpose(0, 1)  # (H_kv, C, G, D)
         index = torch.arange(low, high, device=q.device)
         mask = (index >= first[start:stop, None]) & (index < end[start:stop, None])  # (C, K)
         out = _masked_attention(
@@ -119,98 +114,105 @@ def _interval_attention(
         return out.unflatten(1, rows.shape[1:3]).transpose(0, 1)  # (C, H_kv, G, Dv)
 
     chunks = query_chunks(first, end, q.shape[1])
-    out = [recomputed(attend, grouped, keys, values, *chunk) for chunk in chunks]
+    # Pieces by one split, whose gradient is one concatenation.
+    pieces = grouped.split([stop - start for start, stop in chunks])
+    out = [
+        recomputed(attend, piece, keys, values, *chunk)
+        for piece, chunk in zip(pieces, chunks, strict=True)
+    ]
     return torch.cat(out).flatten(1, 2).to(q.dtype)
 
 
-def _token_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    table: KeyBlocks,
-    end: Tensor,
-    geometry: Geometry,
-) -> Tensor:
-    """Attention of each token and KV head over its own blocks; the group's heads are the rows."""
-    rows = q.to(accumulation_dtype(q.dtype)).unflatten(1, (k.shape[1], -1))  # (T, H_kv, G, D)
-    row_end = end[:, None].expand(-1, rows.shape[2])
-    scale = geometry.config.softmax_scale(q.shape[-1])
-    out = _listed_attention(rows, row_end, k, v, indices, table, geometry.tokens.owner, scale)
-    return out.flatten(1, 2).to(q.dtype)
-
-
-def _tile_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    table: KeyBlocks,
-    end: Tensor,
-    geometry: Geometry,
-) -> Tensor:
-    """Attention of each tile and query head over its own blocks; the tile's tokens are the rows."""
-    tiles, tokens = geometry.tiles, geometry.tokens
-    height = min(geometry.config.q_tile_size, max(tokens.counts, default=0))
-    position = geometry.tile_first[:, None] + torch.arange(height, device=q.device)
-    real = position <= geometry.tile_last[:, None]  # (tiles, R)
-    token = torch.where(real, tokens.offset[tiles.owner, None] + position, 0)
-    rows = q.to(accumulation_dtype(q.dtype)).index_select(0, token.flatten())
-    rows = rows.unflatten(0, token.shape).transpose(1, 2)  # (tiles, H, R, D)
-    row_end = torch.where(real, end[token], 0)
-    scale = geometry.config.softmax_scale(q.shape[-1])
-    out = _listed_attention(rows, row_end, k, v, indices, table, tiles.owner, scale)
-    return out.transpose(1, 2)[real].to(q.dtype)  # tiles lie in token order
-
-
 def _listed_attention(
-    rows: Tensor,
-    row_end: Tensor,
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     indices: Tensor,
     table: KeyBlocks,
-    owner: Tensor,
-    scale: float,
+    end: Tensor,
+    geometry: Geometry,
 ) -> Tensor:
-    """Attention of every unit (token or tile) over the keys of its listed blocks.
+    """Attention of every unit, a token or a tile, over the keys of its listed blocks.
+
+    The rows of a list are the heads of a group in token mode, the tokens of a tile in tile mode.
 
     Args:
-        rows: queries ``(U, L, R, D)``; list ``i`` of ``L`` attends KV head ``i * H_kv // L``.
-        row_end: flat key that ends what a row sees, ``(U, R)``.
-        k, v: ``(T, H_kv, D)`` and ``(T, H_kv, Dv)``.
-        indices: blocks ``(U, L, n)`` in their sequence, -1 in empty slots at the end.
-        owner: each unit's sequence ``(U,)``, ascending.
-
-    Returns:
-        ``(U, L, R, Dv)``.
+        indices: blocks ``(units, L, n)`` in their sequence, -1 in empty slots at the end; list
+            ``i`` of ``L`` attends KV head ``i * H_kv // L``.
+        end: flat key that ends what a token sees, ``(T,)``.
     """
-    num_units, num_lists, num_rows, dim = rows.shape
-    num_kv_heads, value_dim = v.shape[1:]
-    keys = k.to(rows.dtype).flatten(0, 1)  # one row a key and KV head
-    values = v.to(rows.dtype).flatten(0, 1)
-    kv_head = torch.arange(num_lists, device=rows.device) * num_kv_heads // num_lists
-    within = torch.arange(table.size, device=rows.device)
+    scale = geometry.config.softmax_scale(q.shape[-1])
+    dtype = accumulation_dtype(q.dtype)
+    num_kv_heads = k.shape[1]
+    keys, values = k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)  # a row a key and KV head
+    arrange = _token_rows if geometry.config.selection == "token" else _tile_rows
 
-    def attend(rows, keys, values, start, stop):
-        sequences = owner[start:stop]
-        counts = table.blocks.counts[sequences[0] : sequences[-1] + 1] if stop > start else [0]
-        width = min(indices.shape[-1], max(counts))  # slots beyond are empty
-        block = indices[start:stop, :, :width, None].long()
-        local = (block * table.size + within).flatten(2)  # (C, L, K)
-        sequence = sequences[:, None, None]
-        real = (local >= 0) & (local < table.keys.count[sequence])
-        flat = torch.where(real, table.keys.offset[sequence] + local, 0)
-        seen = flat[:, :, None] < row_end[start:stop, None, :, None]  # (C, L, R, K)
+    def attend(piece, keys, values, start, stop):
+        owner = geometry.units.owner[start:stop]
+        rows, token, restore = arrange(piece, num_kv_heads, start, stop, geometry)
+        seen_end = torch.where(token >= 0, end[token.clamp(min=0)], 0)  # (C, R)
+        local = _listed_keys(indices[start:stop], owner, table)  # (C, L, K)
+        real = (local >= 0) & (local < table.keys.count[owner, None, None])
+        flat = torch.where(real, table.keys.offset[owner, None, None] + local, 0)
+        mask = real[:, :, None] & (flat[:, :, None] < seen_end[:, None, :, None])
+        kv_head = torch.arange(flat.shape[1], device=q.device) * num_kv_heads // flat.shape[1]
         index = flat * num_kv_heads + kv_head[:, None]
-        gathered_k = keys.index_select(0, index.flatten()).unflatten(0, index.shape)
-        gathered_v = values.index_select(0, index.flatten()).unflatten(0, index.shape)
-        mask = real[:, :, None] & seen
-        return _masked_attention(rows[start:stop], gathered_k, gathered_v, mask, scale, k.dtype)
+        gathered = (
+            x.index_select(0, index.flatten()).unflatten(0, index.shape) for x in (keys, values)
+        )
+        return restore(_masked_attention(rows, *gathered, mask, scale, q.dtype))
 
-    width = min(indices.shape[-1], max(table.blocks.counts, default=0)) * table.size
-    per_unit = num_lists * width * (dim + value_dim + num_rows)
-    step = max(1, CHUNK_ELEMENTS // max(1, per_unit))
-    starts = range(0, max(1, num_units), step)
-    chunks = [(start, min(start + step, num_units)) for start in starts]
-    return torch.cat([recomputed(attend, rows, keys, values, *chunk) for chunk in chunks])
+    chunks = _unit_chunks(q, v, indices, table, geometry)
+    bounds = geometry.first_token_of_unit(chunks)
+    pieces = q.to(dtype).split([stop - start for start, stop in pairwise(bounds)])
+    out = [
+        recomputed(attend, piece, keys, values, *chunk)
+        for piece, chunk in zip(pieces, chunks, strict=True)
+    ]
+    return torch.cat(out).to(q.dtype)
+
+
+def _listed_keys(indices: Tensor, owner: Tensor, table: KeyBlocks) -> Tensor:
+    """Keys of the listed blocks in their sequence, negative in empty slots: ``(C, L, K)``."""
+    counts = table.blocks.counts[owner[0] : owner[-1] + 1] if len(owner) else [0]
+    block = indices[..., : max(counts), None].long()  # slots beyond are empty
+    return (block * table.size + torch.arange(table.size, device=indices.device)).flatten(2)
+
+
+def _token_rows(piece: Tensor, num_kv_heads: int, start: int, stop: int, geometry: Geometry):
+    """Rows ``(C, H_kv, G, D)`` of tokens, the token of each row ``(C, R)``, and the inverse."""
+    rows = piece.unflatten(1, (num_kv_heads, -1))
+    token = torch.arange(start, stop, device=piece.device)[:, None]
+    return rows, token, lambda out: out.flatten(1, 2)
+
+
+def _tile_rows(piece: Tensor, num_kv_heads: int, start: int, stop: int, geometry: Geometry):
+    """Rows ``(C, H, R, D)`` of tiles, the token of each row (-1 for none), and the inverse."""
+    first, last = geometry.tile_first[start:stop], geometry.tile_last[start:stop]
+    height = int((last - first).max()) + 1 if stop > start else 0
+    row = torch.arange(height, device=piece.device)
+    real = row <= (last - first)[:, None]  # (C, R)
+    offset = geometry.tokens.offset[geometry.tiles.owner[start:stop]] + first
+    token = torch.where(real, offset[:, None] + row, -1)
+    inside = (token - offset[:1]).clamp(min=0)
+    rows = piece.index_select(0, inside.flatten()).unflatten(0, inside.shape).transpose(1, 2)
+    return rows, token, lambda out: out.transpose(1, 2)[real]  # tiles lie in token order
+
+
+def _unit_chunks(
+    q: Tensor, v: Tensor, indices: Tensor, table: KeyBlocks, geometry: Geometry
+) -> list[tuple[int, int]]:
+    """Ranges of units whose scores and gathered keys fit ``CHUNK_ELEMENTS``."""
+    num_units, num_lists, num_blocks = indices.shape
+    owner = geometry.units.owner.tolist()
+    heads_of_list = q.shape[1] // num_lists
+
+    def elements(start: int, stop: int) -> int:
+        sequences = slice(owner[start], owner[stop - 1] + 1)
+        width = min(num_blocks, max(table.blocks.counts[sequences])) * table.size
+        rows = heads_of_list
+        if geometry.config.selection == "tile":
+            rows = min(geometry.config.q_tile_size, max(geometry.tokens.counts[sequences]))
+        return (stop - start) * num_lists * width * (q.shape[-1] + v.shape[-1] + rows)
+
+    return fitting_chunks(num_units, elements)

@@ -1,10 +1,31 @@
 """Chunks of queries: they bound the memory of every stage and do not change its result."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 1 << 21
 """Scores and gathered keys that one chunk may hold."""
+
+
+def fitting_chunks(num_items: int, elements: Callable[[int, int], int]) -> list[tuple[int, int]]:
+    """Ranges ``[start, stop)`` of items for which ``elements(start, stop)`` fits the bound.
+
+    Each range doubles while it fits. At least one range, empty where there is no item, so that
+    callers build a graph anyway.
+    """
+    chunks, start = [], 0
+    while start < num_items:
+        stop = start + 1
+        while stop < num_items:
+            doubled = min(2 * stop - start, num_items)
+            if elements(start, doubled) > CHUNK_ELEMENTS:
+                break
+            stop = doubled
+        chunks.append((start, stop))
+        start = stop
+    return chunks or [(0, 0)]
 
 
 def query_chunks(first: Tensor, end: Tensor, elements_per_key: int) -> list[tuple[int, int]]:
@@ -13,24 +34,13 @@ def query_chunks(first: Tensor, end: Tensor, elements_per_key: int) -> list[tupl
     Args:
         first, end: keys ``[first, end)`` of each query ``(Q,)``, both ascending.
         elements_per_key: scores held for one query and key.
-
-    Returns:
-        At least one range, empty where there is no query, so that callers build a graph anyway.
     """
-    num_queries = first.shape[0]
     low, high = first.tolist(), end.tolist()
-    chunks, start = [], 0
-    while start < num_queries:
-        stop = start + 1
-        while stop < num_queries:
-            doubled = min(2 * stop - start, num_queries)
-            keys = max(1, high[doubled - 1] - low[start])
-            if (doubled - start) * keys * elements_per_key > CHUNK_ELEMENTS:
-                break
-            stop = doubled
-        chunks.append((start, stop))
-        start = stop
-    return chunks or [(0, 0)]
+
+    def elements(start: int, stop: int) -> int:
+        return (stop - start) * max(1, high[stop - 1] - low[start]) * elements_per_key
+
+    return fitting_chunks(len(low), elements)
 
 
 def covered_range(first: Tensor, end: Tensor, start: int, stop: int) -> tuple[int, int]:
