@@ -61,7 +61,7 @@ def forward(
             ``(H, sum of tiles, n)``; ascending, -1 in empty slots at the end.
         cu_seqlens: int32 ``(S + 1,)`` boundaries of packed sequences, from 0 to ``T``; sequences
             may have any length, 0 and 1 included.
-        max_seqlen: an upper bound of the sequence lengths, which spares reading ``cu_seqlens``.
+        max_seqlen: an upper bound of the sequence lengths; by default they are read.
         backend: ``"reference"``, ``"fused"``, or ``"auto"``: fused where it can, else reference,
             with the reason logged once.
 
