@@ -25,8 +25,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest -q -m "not gpu" -n auto --maxprocesses 8 --benchmark-disable --cov --cov-fail-under=95
 
+# Eight processes, because most of the time is compiling kernels.
 test-gpu: $(STAMP)
-	$(PY) -m pytest -q -m gpu
+	$(PY) -m pytest -q -m gpu -n 8 --benchmark-disable
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
