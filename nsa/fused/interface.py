@@ -1,5 +1,7 @@
 """The fused backend's entry points: bring arguments into the kernels' form and call the ops."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -80,13 +82,17 @@ def select_blocks(
         tiles = num_tiles_bound(q.shape[-3], None, config)
         shape = (*q.shape[:-3], q.shape[-2], tiles, config.num_selected_blocks)
         return torch.full(shape, -1, dtype=torch.int32, device=q.device)
-    rows = _batched(q)
+    dim = kernel_head_dim(q.shape[-1], q.shape[-1])
+    config = replace(config, scale=config.softmax_scale(q.shape[-1]))
+    rows = _batched(_widen(q, dim))
     with torch.cuda.device_of(q):
         plan = make_plan(rows, cu_seqlens, max_seqlen, config)
         if compressed_kv is None:
-            k_cmp = compress(_batched(k), compress_k_weight, plan.geometry)
+            weight = _widen_square(compress_k_weight, dim)
+            k_cmp = compress(_batched(_widen(k, dim)), weight, plan.geometry)
         else:
-            k_cmp = _batched(_pad_compressed(compressed_kv[0], q, cu_seqlens, config))
+            k_cmp = _pad_compressed(compressed_kv[0], q, cu_seqlens, config)
+            k_cmp = _batched(_widen(k_cmp, dim))
         selection = select(plan.tokens.pack(rows), k_cmp, plan, blocks=True, groups=False)
     blocks = selection.blocks.transpose(1, 2)
     if q.ndim == 4:

@@ -47,6 +47,7 @@ def _gates(o_cmp, q, gates, weight) -> Tensor:
 
 
 def mean_forward(x, start, block_size, out_dtype) -> Tensor:
+    assert x.shape[2] % 8 == 0, "the kernel loads 16 bytes of channels"
     used = start >= 0
     token = start[used].long()[:, None] + torch.arange(block_size, device=x.device)
     dtype = accumulation_dtype(x.dtype)
