@@ -51,6 +51,11 @@ def overlap_weights(config: NSAConfig) -> list[int]:
     ]
 
 
+def prefix_sum(counts: Tensor) -> Tensor:
+    """Where each of consecutive runs starts, then where the last ends: ``(S,)`` to ``(S + 1,)``."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
 def locate_items(offset: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """The sequence of each of ``total`` items, and its index there: int64 ``(total,)`` each.
 
@@ -100,6 +105,11 @@ class Segments:
         return self._items[1]
 
     @cached_property
+    def real(self) -> Tensor:
+        """Which items belong to a sequence, bool ``(total,)``."""
+        return self.local < self.count[self.owner]
+
+    @cached_property
     def _items(self) -> tuple[Tensor, Tensor]:
         return locate_items(self.offset, self.total)
 
@@ -122,15 +132,13 @@ class Geometry:
     uniform: tuple[int, int] | None = None
 
     @classmethod
-    def of(
-        cls, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig, exact: bool = True
-    ) -> "Geometry":
+    def of(cls, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> "Geometry":
         """Geometry of batched ``(B, N, H, D)`` or packed ``(T, H, D)`` queries, flattened."""
         if cu_seqlens is None:
             batch, length = q.shape[:2]
             offset = torch.arange(batch + 1, device=q.device) * length
             return cls(Segments(offset, batch * length), config, uniform=(batch, length))
-        return cls(Segments(cu_seqlens.long(), q.shape[0]), config, exact)
+        return cls(Segments(cu_seqlens.long(), q.shape[0]), config)
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +146,7 @@ class Geometry:
 
     def _segments(self, count, bound: int) -> Segments:
         counts = count(self.tokens.count, self.config)
-        offset = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        offset = prefix_sum(counts)
         if self.uniform is not None:
             batch, length = self.uniform
             return Segments(offset, batch * count(length, self.config))
@@ -168,15 +176,6 @@ class Geometry:
     def units(self) -> Segments:
         """What selects together: tokens or tiles."""
         return self.tokens if self.config.selection == "token" else self.tiles
-
-    def first_token_of_unit(self, ranges: list[tuple[int, int]]) -> list[int]:
-        """Flat first token of each range of units ``[start, stop)``, and the end of the last."""
-        starts = [start for start, stop in ranges if stop > start]
-        if self.config.selection == "tile":
-            index = torch.tensor(starts, dtype=torch.int64, device=self.device)
-            starts = self.tokens.offset[self.tiles.owner[index]] + self.tile_first[index]
-            starts = starts.tolist()
-        return [*(starts or [0]), self.tokens.total]
 
     @cached_property
     def tile_first(self) -> Tensor:

@@ -6,11 +6,10 @@ https://arxiv.org/abs/2502.11089.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa import dispatch
-from nsa.blocks import locate_items, num_compressed_blocks
+from nsa.blocks import locate_items, num_compressed_blocks, prefix_sum
 from nsa.config import NSAConfig
 from nsa.rope import apply_rope
 from nsa.validation import check_config, check_cu_seqlens
@@ -285,7 +284,7 @@ def _block_starts(x: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> tu
         first = torch.arange(batch, device=x.device)[:, None] * length + local * stride
         return first.flatten(), local.repeat(batch)
     bounds = cu_seqlens.long()
-    offset = F.pad(num_compressed_blocks(bounds.diff(), config).cumsum(0), (1, 0))
+    offset = prefix_sum(num_compressed_blocks(bounds.diff(), config))
     # While torch.compile traces, lengths are unknown: an upper bound.
     total = x.shape[0] // stride if torch.compiler.is_compiling() else int(offset[-1])
     owner, local = locate_items(offset, total)

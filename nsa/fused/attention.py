@@ -62,8 +62,7 @@ def compressed_attention_backward(
     dq, dk, dv = _dense_backward(dout, q, k_cmp, v_cmp, out, lse, plan, **call)
     if plan.packed:
         # The kernels write nothing past the last sequence's blocks.
-        compressed = plan.geometry.compressed
-        none = compressed.local >= compressed.count[compressed.owner]
+        none = ~plan.geometry.compressed.real
         dk, dv = (x.masked_fill_(none[:, None, None], 0) for x in (dk, dv))
     return (plan.folded.unfold(dq, num_kv_heads) if plan.config.causal else dq), dk, dv
 

@@ -13,7 +13,7 @@ from nsa.fused.seam import BlockLists
 
 def selected_lists(block_indices: Tensor, plan: Plan) -> BlockLists:
     """Lists of the selected branch from ``block_indices (B, tiles, H, n)`` of each sequence."""
-    block, real = _key_blocks(
+    block, _, real = _key_blocks(
         block_indices, plan.config.select_block_size, plan.key_block, plan.tokens, plan
     )
     # The blocks that exist come first, so the entries to drop are at the end.
@@ -33,13 +33,11 @@ def compressed_lists(groups: Tensor, plan: Plan) -> BlockLists:
     Blocks that the first query of a tile sees whole are full; they come first in each list.
     """
     geometry, key_block = plan.geometry, plan.cmp_key_block
-    block, real = _key_blocks(groups, plan.config.cmp_group_size, key_block, plan.compressed, plan)
-    owner = geometry.tiles.owner
+    block, local, real = _key_blocks(
+        groups, plan.config.cmp_group_size, key_block, plan.compressed, plan
+    )
     visibility = plan.config.compressed_visibility
-    seen = geometry.num_visible(geometry.tile_first, owner, visibility)
-    first = plan.compressed.segments.offset[owner] // key_block
-    batch = _batch_offset(block, plan.compressed.rows // key_block)
-    local = block - batch - first[:, None, None]
+    seen = geometry.num_visible(geometry.tile_first, geometry.tiles.owner, visibility)
     full = (real & ((local + 1) * key_block <= seen[:, None, None])).sum(-1)
     # Entries past the full ones, moved to the front.
     slot = torch.arange(block.shape[-1], device=block.device) + full[..., None]
@@ -69,29 +67,25 @@ def transpose_lists(lists: BlockLists, num_keys: int) -> BlockLists:
 
 def _key_blocks(
     indices: Tensor, block_size: int, key_block: int, keys: AlignedRows, plan: Plan
-) -> tuple[Tensor, Tensor]:
-    """Cut each listed block into key blocks of the row: ``(B, tiles, H, n * parts)`` and validity.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut each listed block into key blocks: in the row, in their sequence, and whether they are.
 
-    Parts that start past the end of the sequence are dropped.
+    Each ``(B, tiles, H, n * parts)``. Parts that start past the end of the sequence are dropped.
     """
     parts = block_size // key_block
     part = torch.arange(parts, device=indices.device)
     tiles = plan.geometry.tiles
     local = indices[..., None].long() * parts + part  # (B, tiles, H, n, parts)
     count = -(-keys.items.count[tiles.owner] // key_block)
-    tile_real = tiles.local < tiles.count[tiles.owner]
     real = (indices[..., None] >= 0) & (local < count[:, None, None, None])
-    real &= tile_real[:, None, None, None]
+    real &= tiles.real[:, None, None, None]
     block = local + (keys.segments.offset[tiles.owner] // key_block)[:, None, None, None]
-    block = block + _batch_offset(block, keys.rows // key_block)
+    batch = torch.arange(len(indices), device=indices.device) * (keys.rows // key_block)
+    block = torch.where(real, block + batch.view(-1, 1, 1, 1, 1), 0)
     # At most all blocks of the row are listed, and the kernels take no longer lists.
     width = keys.rows * block.shape[0] // key_block
-    return torch.where(real, block, 0).flatten(-2)[..., :width], real.flatten(-2)[..., :width]
-
-
-def _batch_offset(block: Tensor, blocks_per_entry: int) -> Tensor:
-    batch = torch.arange(block.shape[0], device=block.device) * blocks_per_entry
-    return batch.view(-1, *(1,) * (block.ndim - 1))
+    block, local, real = (x.flatten(-2)[..., :width] for x in (block, local, real))
+    return block, local, real
 
 
 def _per_head(x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def _mean(x: Tensor, dtype: torch.dtype, geometry: Geometry) -> Tensor:
         return x.new_empty(x.shape[0], 0, *x.shape[2:], dtype=dtype)
     size = geometry.config.compress_block_size
     start = tokens.offset[compressed.owner] + compressed.local * size
-    start = torch.where(compressed.local < compressed.count[compressed.owner], start, -1)
+    start = torch.where(compressed.real, start, -1)
     start = over_batch(start, x.shape[0], tokens.total)
     mean = own_kernels.mean_forward(x.flatten(0, 1), start, size, dtype)
     return mean.unflatten(0, (x.shape[0], compressed.total))

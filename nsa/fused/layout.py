@@ -16,6 +16,7 @@ from nsa.blocks import (
     num_compressed_blocks,
     num_query_tiles,
     num_selection_blocks,
+    prefix_sum,
 )
 from nsa.config import NSAConfig
 from nsa.fused import own_kernels
@@ -38,7 +39,7 @@ class AlignedRows:
         self.alignment = alignment
         self.single = single
         counts = -(-items.count // alignment) * alignment
-        offset = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        offset = prefix_sum(counts)
         if self.single:
             rows = -(-items.total // alignment) * alignment
         else:
@@ -56,7 +57,7 @@ class AlignedRows:
         """The row that holds each item, -1 for items of no sequence, int64 ``(T,)``."""
         items = self.items
         row = self.segments.offset[items.owner] + items.local
-        return torch.where(items.local < items.count[items.owner], row, -1)
+        return torch.where(items.real, row, -1)
 
     @cached_property
     def _item_of_row(self) -> Tensor:
@@ -99,7 +100,7 @@ class FoldedQueries:
         # Position of the first query of row 0.
         self.lead = 0 if self.started else self.size - 1
         counts = geometry.compressed.count + int(self.started)
-        offset = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        offset = prefix_sum(counts)
         extra = len(counts) if self.started else 0
         self.rows = Segments(offset, geometry.compressed.total + extra)
 
@@ -110,7 +111,7 @@ class FoldedQueries:
         slot = torch.arange(self.size, device=rows.offset.device)
         position = rows.local[:, None] * self.size + self.lead + slot
         real = position < tokens.count[rows.owner, None]
-        real &= (rows.local < rows.count[rows.owner])[:, None]
+        real &= rows.real[:, None]
         return torch.where(real, tokens.offset[rows.owner, None] + position, -1)
 
     @cached_property
@@ -119,8 +120,7 @@ class FoldedQueries:
         tokens = self.geometry.tokens
         position = tokens.local - self.lead
         row = self.rows.offset[tokens.owner] + position // self.size
-        real = (position >= 0) & (tokens.local < tokens.count[tokens.owner])
-        return torch.where(real, row, -1), position % self.size
+        return torch.where((position >= 0) & tokens.real, row, -1), position % self.size
 
     def fold(self, x: Tensor, num_kv_heads: int) -> Tensor:
         """``(B, T, H, D)`` to ``(B, rows, H_kv * l * G, D)``; empty slots are 0."""
@@ -238,7 +238,8 @@ def make_plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, conf
     return Plan(Geometry(tokens, config, exact=False), q.shape[-1], cu_seqlens, max_seqlen)
 
 
-@lru_cache(maxsize=64)
+# Few, because each keeps index tensors as long as the sequence on the device.
+@lru_cache(maxsize=8)
 def _batched_plan(length: int, head_dim: int, device: torch.device, config: NSAConfig) -> Plan:
     offset = torch.tensor([0, length], device=device)
     geometry = Geometry(Segments(offset, length), config, uniform=(1, length))

@@ -131,7 +131,7 @@ def _take_blocks(scores: Tensor, tiles: slice, plan: Plan) -> Tensor:
     blocks = first + torch.arange(scores.shape[-1], device=scores.device)
     candidate, forced = geometry.block_rules(position, owner, blocks)
     # Tiles past the last sequence own nothing.
-    real = (geometry.tiles.local[tiles] < geometry.tiles.count[owner])[:, None]
+    real = geometry.tiles.real[tiles, None]
     scores = scores.masked_fill(~(candidate & real)[:, None], -torch.inf)
     scores = scores.masked_fill_((forced & real)[:, None], torch.inf)
     return take_top(scores, plan.config.num_selected_blocks).int()

@@ -163,13 +163,21 @@ def _listed_attention(
         return restore(_masked_attention(rows, *gathered, mask, scale, q.dtype))
 
     chunks = _unit_chunks(q, v, indices, table, geometry)
-    bounds = geometry.first_token_of_unit(chunks)
-    pieces = q.to(dtype).split([stop - start for start, stop in pairwise(bounds)])
+    pieces = q.to(dtype).split(_num_tokens(chunks, geometry))
     out = [
         recomputed(attend, piece, keys, values, *chunk)
         for piece, chunk in zip(pieces, chunks, strict=True)
     ]
     return torch.cat(out).to(q.dtype)
+
+
+def _num_tokens(chunks: list[tuple[int, int]], geometry: Geometry) -> list[int]:
+    """Tokens of each range of units; the ranges follow one another and cover all."""
+    if geometry.config.selection == "token" or not geometry.tiles.total:
+        return [stop - start for start, stop in chunks]
+    start = torch.tensor([start for start, _ in chunks], device=geometry.device)
+    first = geometry.tokens.offset[geometry.tiles.owner[start]] + geometry.tile_first[start]
+    return [stop - start for start, stop in pairwise([*first.tolist(), geometry.tokens.total])]
 
 
 def _listed_keys(indices: Tensor, owner: Tensor, table: KeyBlocks) -> Tensor:

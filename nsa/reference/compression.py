@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa.blocks import Geometry, Segments
+from nsa.blocks import Geometry, Segments, prefix_sum
 from nsa.precision import accumulation_dtype
 
 
@@ -25,7 +25,7 @@ def compress(x: Tensor, weight: Tensor | None, geometry: Geometry) -> Tensor:
 
     # Blocks overlap in whole strides, so each is a sum of consecutive stride sums.
     used = compressed.count + (parts - 1) * (compressed.count > 0)
-    offset = torch.nn.functional.pad(used.cumsum(0), (1, 0))
+    offset = prefix_sum(used)
     strides = Segments(offset, int(offset[-1]))
     start = geometry.tokens.offset[strides.owner] + strides.local * stride
     index = start[:, None] + torch.arange(stride, device=geometry.device)

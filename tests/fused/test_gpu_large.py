@@ -27,7 +27,7 @@ def expected_tail(q, k, v, indices, config, dtype):
     query = position[-LAST:, None]
     blocks = LENGTH // size
     k_cmp, v_cmp = (x[: blocks * size].unflatten(0, (blocks, size)).mean(1) for x in (k, v))
-    if dtype == q.dtype != torch.float64:
+    if dtype != torch.float64:
         k_cmp, v_cmp = k_cmp.to(torch.bfloat16).to(dtype), v_cmp.to(torch.bfloat16).to(dtype)
     last_token = torch.arange(blocks, device="cuda") * size + size - 1
     tile = (query // config.q_tile_size)[:, 0]
