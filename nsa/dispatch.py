@@ -29,6 +29,7 @@ def forward(
     block_indices: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Native Sparse Attention: gated sum of compressed, selected and window attention.
@@ -60,8 +61,18 @@ def forward(
             ``(B, N, H_kv, n)`` or ``(T, H_kv, n)``, tile mode ``(B, H, tiles, n)`` or
             ``(H, sum of tiles, n)``; ascending, -1 in empty slots at the end.
         cu_seqlens: int32 ``(S + 1,)`` boundaries of packed sequences, from 0 to ``T``; sequences
-            may have any length, 0 and 1 included.
-        max_seqlen: an upper bound of the sequence lengths; by default they are read.
+            may have any length, 0 and 1 included. The host reads and checks a tensor's values once,
+            and again after PyTorch has changed them; not while torch.compile traces or a CUDA graph
+            is captured. Give a new tensor where something else changes the values.
+        max_seqlen: an upper bound of the sequence lengths; by default they are read. Needed while a
+            CUDA graph is captured.
+        max_workspace_bytes: how much device memory to use at most beside arguments, output and
+            their gradients; by default most of what is free when the call is made, or all that
+            there is while torch.compile traces or a CUDA graph is captured. The fused backend runs
+            KV heads in chunks to keep to it, and where need be keeps nothing for backward, which
+            then computes the forward of each chunk again. It is an estimate, exceeded where one KV
+            head needs more, and does not change the result beyond rounding. The reference ignores
+            it.
         backend: ``"reference"``, ``"fused"``, or ``"auto"``: fused where it can, else reference,
             with the reason logged once.
 
@@ -82,8 +93,10 @@ def forward(
         block_indices=block_indices,
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
+        max_workspace_bytes=max_workspace_bytes,
     )
-    k, v, config = _validate(q, k, v, config, **arguments)
+    k, v, config, lengths = _validate(q, k, v, config, **arguments)
+    arguments["max_seqlen"] = _longest(max_seqlen, lengths)
     module = _backend_module(backend, q, v, config)
     return module.forward(q, k, v, config=config, **arguments)
 
@@ -128,7 +141,7 @@ def select_blocks(
         compress_k_weight=compress_k_weight,
         compressed_kv=compressed_kv,
         cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
+        max_seqlen=_longest(max_seqlen, lengths),
     )
 
 
@@ -146,6 +159,7 @@ def explain_backend(
     block_indices: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> str:
     """Which backend :func:`forward` would use for these arguments, and why not the other.
@@ -153,7 +167,7 @@ def explain_backend(
     Raises:
         TypeError, ValueError: as in :func:`forward`.
     """
-    _, v, config = _validate(
+    _, v, config, _ = _validate(
         q,
         k,
         v,
@@ -166,6 +180,7 @@ def explain_backend(
         block_indices=block_indices,
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
+        max_workspace_bytes=max_workspace_bytes,
     )
     limit = _fused_limit(q, v, config)
     name = _choose(_check_backend(backend), limit)
@@ -186,8 +201,10 @@ def _validate(
     block_indices=None,
     cu_seqlens=None,
     max_seqlen=None,
+    max_workspace_bytes=None,
 ):
-    """Check forward's arguments; return k and v with one tensor a branch, and the config."""
+    """Check forward's arguments; return k and v with one tensor a branch, the config, and the
+    lengths of packed sequences where they can be read."""
     config = validation.check_config(config)
     k, v = validation.per_branch("k", k), validation.per_branch("v", v)
     problem = validation.check_qkv(q, k, v, config, cu_seqlens)
@@ -197,7 +214,15 @@ def _validate(
         compress_k_weight, compress_v_weight, compressed_kv, lengths, q, problem
     )
     validation.check_block_indices(block_indices, lengths, q, problem)
-    return k, v, config
+    validation.check_max_workspace_bytes(max_workspace_bytes)
+    return k, v, config, lengths
+
+
+def _longest(max_seqlen: int | None, lengths: list[int] | None) -> int | None:
+    """The caller's bound of the lengths, or the longest where they are known."""
+    if max_seqlen is not None or lengths is None:
+        return max_seqlen
+    return max(lengths, default=0)
 
 
 def _check_backend(backend) -> str:

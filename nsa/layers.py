@@ -12,7 +12,7 @@ from nsa import dispatch
 from nsa.blocks import locate_items, num_compressed_blocks, prefix_sum
 from nsa.config import NSAConfig
 from nsa.rope import apply_rope
-from nsa.validation import check_config, check_cu_seqlens
+from nsa.validation import check_config, check_cu_seqlens, check_max_workspace_bytes
 
 _GATES = ("hidden", "q")
 _COMPRESSORS = ("mlp", "mean")
@@ -72,7 +72,7 @@ class NativeSparseAttention(nn.Module):
             position ``j * d + (l - 1) / 2``. ``"mean"``: the mean of the (rotated) keys and of the
             values, with no weights.
         bias: whether the four projections have a bias.
-        backend: as in :func:`nsa.forward`.
+        max_workspace_bytes, backend: as in :func:`nsa.forward`.
 
     Initialisation: projections are normal with variance ``1 / fan_in``, so that queries and keys of
     normalised hidden states start at unit variance; the gate's last layer is small (0.02), so that
@@ -97,6 +97,7 @@ class NativeSparseAttention(nn.Module):
         gate: str = "hidden",
         compressor: str = "mlp",
         bias: bool = False,
+        max_workspace_bytes: int | None = None,
         backend: str = "auto",
     ):
         super().__init__()
@@ -117,12 +118,14 @@ class NativeSparseAttention(nn.Module):
         _check_choice("gate", gate, _GATES)
         _check_choice("compressor", compressor, _COMPRESSORS)
         _check_choice("backend", backend, dispatch.BACKENDS)
+        check_max_workspace_bytes(max_workspace_bytes)
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
         self.config = check_config(config)
         self.head_dim = head_dim or dim // num_heads
         self.value_head_dim = value_head_dim or self.head_dim
         self.rope_theta = _check_rope(rope_theta, self.head_dim)
         self.num_kv_branches = 3 if separate_kv else 1
+        self.max_workspace_bytes = max_workspace_bytes
         self.backend = backend
 
         kv_rows = self.num_kv_branches * num_kv_heads
@@ -193,6 +196,7 @@ class NativeSparseAttention(nn.Module):
             compressed_kv=compressed_kv,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
+            max_workspace_bytes=self.max_workspace_bytes,
             backend=self.backend,
         )
         return self.o_proj(out.flatten(-2))
@@ -228,14 +232,14 @@ class NativeSparseAttention(nn.Module):
     def _project(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None):
         """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`."""
         self._check_input(x, cu_seqlens)
-        check_cu_seqlens(cu_seqlens, max_seqlen, x)
+        lengths = check_cu_seqlens(cu_seqlens, max_seqlen, x)
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         branches = (self.num_kv_branches, self.num_kv_heads)
         k = self.k_proj(x).unflatten(-1, (*branches, self.head_dim)).unbind(-3)
         v = self.v_proj(x).unflatten(-1, (*branches, self.value_head_dim)).unbind(-3)
         compressed_kv = None
         if self.compress_k is not None:
-            compressed_kv = self._compress(k[0], v[0], cu_seqlens)
+            compressed_kv = self._compress(k[0], v[0], cu_seqlens, lengths)
         if self.rope_theta is not None:
             positions = torch.arange(x.shape[-2], device=x.device)
             if cu_seqlens is not None:
@@ -246,9 +250,11 @@ class NativeSparseAttention(nn.Module):
             k, v = k[0], v[0]
         return q, k, v, compressed_kv
 
-    def _compress(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _compress(
+        self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengths: list[int] | None
+    ) -> tuple[Tensor, Tensor]:
         """Compressed keys, rotated to their blocks' centres, and values."""
-        first, local = _block_starts(k, cu_seqlens, self.config)
+        first, local = _block_starts(k, cu_seqlens, self.config, lengths)
         index = first[:, None] + torch.arange(self.config.compress_block_size, device=k.device)
         # A block that an upper bound counts too many reads anything.
         index = index.clamp(max=max(0, k.shape[:-2].numel() - 1))
@@ -275,8 +281,13 @@ class NativeSparseAttention(nn.Module):
             raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")
 
 
-def _block_starts(x: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> tuple[Tensor, Tensor]:
-    """Flat first token, and index in its sequence, of each compressed block: ``(M,)`` each."""
+def _block_starts(
+    x: Tensor, cu_seqlens: Tensor | None, config: NSAConfig, lengths: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Flat first token, and index in its sequence, of each compressed block: ``(M,)`` each.
+
+    Of packed sequences whose ``lengths`` are unknown ``M`` is an upper bound.
+    """
     stride = config.compress_stride
     if cu_seqlens is None:
         batch, length = x.shape[:2]
@@ -285,8 +296,9 @@ def _block_starts(x: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> tu
         return first.flatten(), local.repeat(batch)
     bounds = cu_seqlens.long()
     offset = prefix_sum(num_compressed_blocks(bounds.diff(), config))
-    # While torch.compile traces, lengths are unknown: an upper bound.
-    total = x.shape[0] // stride if torch.compiler.is_compiling() else int(offset[-1])
+    total = x.shape[0] // stride
+    if lengths is not None:
+        total = sum(num_compressed_blocks(length, config) for length in lengths)
     owner, local = locate_items(offset, total)
     return bounds[owner] + local * stride, local
 

@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
 from nsa.config import NSAConfig
+from nsa.tracing import has_readable_values, is_capturing
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -127,10 +129,21 @@ def _branch_names(name: str, x: tuple) -> tuple[str, ...]:
     return tuple(f"{name}[{i}]" for i in range(len(x)))
 
 
+def check_max_workspace_bytes(value):
+    """Check that ``max_workspace_bytes`` is None or a positive int."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"max_workspace_bytes must be an int or None, got {value!r}")
+    if value < 1:
+        raise ValueError(f"max_workspace_bytes must be at least 1, got {value}")
+
+
 def check_cu_seqlens(cu_seqlens, max_seqlen, q: Tensor) -> list[int] | None:
     """Check sequence boundaries; return the lengths, None where they cannot be read on the host.
 
-    Values are not read while torch.compile traces or a CUDA graph is captured.
+    Values are not read while torch.compile traces or a CUDA graph is captured, and else once for
+    each tensor and each change of it by PyTorch.
     """
     if max_seqlen is not None:
         if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
@@ -149,24 +162,14 @@ def check_cu_seqlens(cu_seqlens, max_seqlen, q: Tensor) -> list[int] | None:
         raise ValueError(
             f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}"
         )
-    if not _values_readable(cu_seqlens):
+    if not has_readable_values(cu_seqlens):
+        if max_seqlen is None and is_capturing(cu_seqlens):
+            raise ValueError("max_seqlen must be an int while a CUDA graph is captured, got None")
         return None
-    return _check_boundaries(cu_seqlens.tolist(), max_seqlen, q)
-
-
-def _check_boundaries(bounds: list[int], max_seqlen: int | None, q: Tensor) -> list[int]:
-    if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
-    lengths = [end - start for start, end in pairwise(bounds)]
-    if any(length < 0 for length in lengths):
-        at = next(i for i, length in enumerate(lengths) if length < 0)
-        raise ValueError(
-            f"cu_seqlens must not decrease, got {bounds[at]} then {bounds[at + 1]} at entry {at}"
-        )
-    total = q.shape[0]
-    if bounds[-1] != total:
-        raise ValueError(f"cu_seqlens must end at the {total} tokens of q, got {bounds[-1]}")
-    longest = max(lengths, default=0)
+    lengths = _read_lengths(cu_seqlens)
+    total, longest = sum(lengths), max(lengths, default=0)
+    if total != q.shape[0]:
+        raise ValueError(f"cu_seqlens must end at the {q.shape[0]} tokens of q, got {total}")
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(
             f"max_seqlen must be at least the longest sequence, {longest}, got {max_seqlen}"
@@ -174,10 +177,31 @@ def _check_boundaries(bounds: list[int], max_seqlen: int | None, q: Tensor) -> l
     return lengths
 
 
-def _values_readable(x: Tensor) -> bool:
-    if x.is_meta or torch.compiler.is_compiling():
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+# The lengths in each tensor of boundaries that is alive, because a stack of layers gets the same
+# one again and again; with what changes when PyTorch changes the values.
+_known_lengths = WeakTensorKeyDictionary()
+
+
+def _read_lengths(cu_seqlens: Tensor) -> list[int]:
+    # Tensors made in inference mode count no changes.
+    if cu_seqlens.is_inference():
+        return _check_boundaries(cu_seqlens.tolist())
+    state = (cu_seqlens._version, cu_seqlens.data_ptr())
+    known, lengths = _known_lengths.get(cu_seqlens, (None, None))
+    if known != state:
+        lengths = _check_boundaries(cu_seqlens.tolist())
+        _known_lengths[cu_seqlens] = (state, lengths)
+    return lengths
+
+
+def _check_boundaries(bounds: list[int]) -> list[int]:
+    """The lengths between valid boundaries."""
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
+    for at, (start, end) in enumerate(pairwise(bounds)):
+        if end < start:
+            raise ValueError(f"cu_seqlens must not decrease, got {start} then {end} at entry {at}")
+    return [end - start for start, end in pairwise(bounds)]
 
 
 def check_gates(gates, gate_proj_weight, q: Tensor, problem: Problem):
@@ -240,7 +264,7 @@ def check_block_indices(indices, lengths, q: Tensor, problem: Problem):
             f"block_indices must have shape {shape} with selection="
             f"{problem.config.selection!r}, got {tuple(indices.shape)}"
         )
-    if shape is not None and indices.numel() and _values_readable(indices):
+    if shape is not None and indices.numel() and has_readable_values(indices):
         _check_block_values(indices, lengths, problem)
 
 

@@ -114,6 +114,7 @@ def test_explain_backend_takes_every_argument_of_forward(inputs):
         block_indices=nsa.select_blocks(q, k, config=CONFIG),
         cu_seqlens=None,
         max_seqlen=None,
+        max_workspace_bytes=1 << 30,
         backend="auto",
     )
     assert said.startswith("backend: reference")

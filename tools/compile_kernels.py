@@ -58,14 +58,18 @@ def head_dims(arch: str) -> tuple[int, ...]:
 
 
 def own_cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Our own kernels, all forms of a file and dtype in one case."""
-    from nsa.fused.kernels import compression, gating
+    """Our own kernels, all forms of a file, and dtype where it has one, in one case."""
+    from nsa.fused.kernels import block_lists, compression, gating, query_gradient, top_blocks
 
-    for kernels in (gating, compression):
+    for kernels in (gating, query_gradient, compression):
         for dtype in ("bfloat16", "float16"):
             forms = [run for name, run in kernels.compile_cases() if f"-{dtype}" in name]
             file = kernels.__name__.rpartition(".")[2]
             yield f"{file} {dtype}, {len(forms)} forms", partial(run_all, forms)
+    for kernels in (block_lists, top_blocks):
+        forms = [run for _, run in kernels.compile_cases()]
+        file = kernels.__name__.rpartition(".")[2]
+        yield f"{file}, {len(forms)} forms", partial(run_all, forms)
 
 
 def run_all(functions: list[Callable[[], object]]):
@@ -74,24 +78,26 @@ def run_all(functions: list[Callable[[], object]]):
 
 
 def dense_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Window branch, and the compressed branch with queries folded into heads (groups of 64 up)."""
+    """Window branch, and the compressed branch with queries folded into heads."""
     for dim in head_dims(arch):
         for group, packed, dtype in ((1, True, "bfloat16"), (4, False, "float16")):
             name = f"window D={dim} G={group} {'packed' if packed else 'batched'} {dtype}"
             yield name, partial(compile_dense, dim, group, packed, True, (511, None), dtype)
-        for group, packed in ((192, False), (256, True)):
+        for group, packed in ((64, False), (256, True)):
             name = f"folded D={dim} G={group} {'packed' if packed else 'batched'}"
             yield name, partial(compile_dense, dim, group, packed, True, (None, None), "bfloat16")
-    # Groups that divide the rows of a tile are loaded by TMA, the others above are not.
+    # Groups that divide the rows of a tile are loaded by TMA, others are not.
+    some = partial(compile_dense, 128, 48, False, True, (None, None), "bfloat16")
+    yield "folded D=128 G=48 batched", some
     full_tile = partial(compile_dense, 128, 64, True, True, (None, None), "bfloat16")
     yield "folded D=128 G=64 packed", full_tile
+    started = partial(compile_dense, 128, 256, True, False, (None, 1), "bfloat16")
+    yield "folded started packed", started
     for packed in (False, True):
         form = "packed" if packed else "batched"
         visible = partial(compile_dense, 128, 4, packed, False)
         yield f"compressed non-causal {form}", partial(visible, (None, None), "bfloat16")
         yield f"window two-sided {form}", partial(visible, (511, 511), "bfloat16")
-        started = partial(compile_dense, 128, 256, packed, False, (None, 1), "bfloat16")
-        yield f"folded started {form}", started
     many = partial(compile_dense, 128, 4, True, True, (511, None), "bfloat16", sequences=300)
     yield "window of 300 sequences", many
     # FA4 has kernels of their own for a single tile.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nsa.fused import fa4
 from nsa.fused.block_lists import compressed_lists, selected_lists, transpose_lists
+from nsa.fused.folded_attention import folded_attention, folded_attention_backward
 from nsa.fused.layout import Plan
 from nsa.fused.seam import BlockLists
 
@@ -21,18 +22,15 @@ def compressed_attention(
 
     ``q_rows`` are the queries in aligned rows, ``(1, B * rows, H, D)``.
     """
-    num_kv_heads = k_cmp.shape[2]
     if k_cmp.shape[1] == 0:
         return torch.zeros_like(q), q.new_zeros(0)
     if groups is not None:
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
         return _sparse_forward(q_rows, k_rows, v_rows, lists, _compressed_mask(q_rows, plan), plan)
-    if not plan.config.causal:
-        return _dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan, folded=False))
-    folded = plan.folded.fold(q, num_kv_heads)
-    out, lse = _dense_forward(folded, k_cmp, v_cmp, plan, **_compressed_call(plan, folded=True))
-    return plan.folded.unfold(out, num_kv_heads), lse
+    if plan.config.causal:
+        return folded_attention(q, k_cmp, v_cmp, plan)
+    return _dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan))
 
 
 def compressed_attention_backward(
@@ -45,8 +43,7 @@ def compressed_attention_backward(
     groups: Tensor | None,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``."""
-    num_kv_heads = k_cmp.shape[2]
+    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``, the last two perhaps in float32."""
     if k_cmp.shape[1] == 0:
         return torch.zeros_like(q), torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
     if groups is not None:
@@ -56,15 +53,15 @@ def compressed_attention_backward(
         mask = _compressed_mask(q_rows, plan)
         dq, dk, dv = _sparse_backward(dout, q_rows, k_rows, v_rows, out, lse, lists, mask, plan)
         return dq, plan.compressed.unpack(dk), plan.compressed.unpack(dv)
-    call = _compressed_call(plan, folded=plan.config.causal)
     if plan.config.causal:
-        dout, q, out = (plan.folded.fold(x, num_kv_heads) for x in (dout, q, out))
+        return folded_attention_backward(dout, q, k_cmp, v_cmp, out, lse, plan)
+    call = _compressed_call(plan)
     dq, dk, dv = _dense_backward(dout, q, k_cmp, v_cmp, out, lse, plan, **call)
     if plan.packed:
         # The kernels write nothing past the last sequence's blocks.
         none = ~plan.geometry.compressed.real
         dk, dv = (x.masked_fill_(none[:, None, None], 0) for x in (dk, dv))
-    return (plan.folded.unfold(dq, num_kv_heads) if plan.config.causal else dq), dk, dv
+    return dq, dk, dv
 
 
 def selected_attention(
@@ -122,26 +119,17 @@ def _window_call(plan: Plan) -> dict:
     )
 
 
-def _compressed_call(plan: Plan, folded: bool) -> dict:
-    """Mask and lengths of the dense compressed branch."""
-    started = folded and plan.folded.started
-    call = dict(
-        causal=folded and not started,
-        # N_cmp + 1 rows over N_cmp keys, aligned at the end: row r sees keys up to r.
-        window_size=(None, 1) if started else (None, None),
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-    )
+def _compressed_call(plan: Plan) -> dict:
+    """Mask and lengths of the dense compressed branch where every query sees every block."""
+    call = dict(causal=False, window_size=(None, None))
     if not plan.packed:
         return call
-    longest = plan.max_compressed
-    call["cu_seqlens_k"] = plan.geometry.compressed.offset.int()
-    call["max_seqlen_k"] = longest
-    call["cu_seqlens_q"] = plan.folded.rows.offset.int() if folded else plan.cu_seqlens
-    call["max_seqlen_q"] = longest + int(started) if folded else plan.max_seqlen
-    return call
+    return call | dict(
+        cu_seqlens_q=plan.cu_seqlens,
+        cu_seqlens_k=plan.geometry.compressed.offset.int(),
+        max_seqlen_q=plan.max_seqlen,
+        max_seqlen_k=plan.max_compressed,
+    )
 
 
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, **call) -> tuple[Tensor, Tensor]:

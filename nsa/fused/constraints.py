@@ -7,6 +7,8 @@
   with 64-key blocks at 160 and 192, and has no ``Dv != D`` with G > 1.
 - ``q_tile_size``, ``select_block_size`` and (with a sparse compressed branch) ``cmp_group_size``
   multiples of 64, the width of a block-sparse tile; any ``compress_block_size``.
+- ``num_selected_blocks`` and ``num_cmp_selected_blocks`` up to 256: the best so far lie in the
+  registers of one warp.
 """
 
 import torch
@@ -18,6 +20,7 @@ from nsa.fused import fa4
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK = 64
+MAX_SELECTED = 256
 _USE_REFERENCE = "use backend='reference'"
 
 
@@ -42,6 +45,10 @@ def _config_limit(config: NSAConfig) -> str | None:
         size = getattr(config, name)
         if size % BLOCK:
             return f"it needs {name} to be a multiple of {BLOCK}, got {size}; {_USE_REFERENCE}"
+    for name in ("num_selected_blocks", "num_cmp_selected_blocks"):
+        count = getattr(config, name)
+        if count is not None and count > MAX_SELECTED:
+            return f"it needs {name} of at most {MAX_SELECTED}, got {count}; {_USE_REFERENCE}"
     return None
 
 

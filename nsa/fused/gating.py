@@ -10,16 +10,24 @@ Branches = tuple[Tensor, Tensor, Tensor]
 
 
 class GatingGradients(NamedTuple):
-    """Gradients of the branches ``(B, T, H, D)`` each, and of the rest where there is one."""
+    """Gradients of the branches ``(B, T, H, D)`` each, and of the rest where there is one.
+
+    ``logits (B, T, H, 3)`` are what the sigmoids of ``gate_proj_weight`` take, in float32 for
+    16-bit inputs; :func:`query_gradient` passes their gradient on to ``q``.
+    """
 
     branches: Branches
-    q: Tensor | None
+    logits: Tensor | None
     gates: Tensor | None
     gate_proj_weight: Tensor | None
 
 
 def combine_branches(
-    branches: Branches, q: Tensor, gates: Tensor | None, gate_proj_weight: Tensor | None
+    branches: Branches,
+    q: Tensor,
+    gates: Tensor | None,
+    gate_proj_weight: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``g0 * o_cmp + g1 * o_slc + g2 * o_win``.
 
@@ -29,11 +37,14 @@ def combine_branches(
         gates: ``(B, T, H, 3)``, used as they are.
         gate_proj_weight: ``(H, 3, D)``; without ``gates``, ``g_i = sigmoid(q . weight[h, i])``.
             With neither, each gate is 1/3.
+        out: where to write the result, ``(B, T, H, D)``: contiguous or a slice of the heads of
+            what is. By default new.
     """
     rows = (x.flatten(0, 1) for x in (*branches, q))
     gates = None if gates is None else gates.flatten(0, 1)
-    out = own_kernels.gating_forward(*rows, gates, None if gates is not None else gate_proj_weight)
-    return out.unflatten(0, q.shape[:2])
+    weight = None if gates is not None else gate_proj_weight
+    result = own_kernels.gating_forward(*rows, gates, weight, _rows_of_output(out))
+    return result.unflatten(0, q.shape[:2])
 
 
 def combine_branches_backward(
@@ -47,11 +58,37 @@ def combine_branches_backward(
     rows = (x.flatten(0, 1) for x in (dout, *branches, q))
     gates = None if gates is None else gates.flatten(0, 1)
     weight = None if gates is not None else gate_proj_weight
-    *dbranches, dq, dgates, dweight = own_kernels.gating_backward(*rows, gates, weight)
+    *dbranches, dlogits, dgates, dweight = own_kernels.gating_backward(*rows, gates, weight)
     leading = q.shape[:2]
     return GatingGradients(
         tuple(x.unflatten(0, leading) for x in dbranches),
-        None if dq is None else dq.unflatten(0, leading),
+        None if dlogits is None else dlogits.unflatten(0, leading),
         None if dgates is None else dgates.unflatten(0, leading),
         dweight,
     )
+
+
+def query_gradient(
+    branches: Branches,
+    dlogits: Tensor | None,
+    gate_proj_weight: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient of ``q``: the sum of what the branches' attention and the gates send, rounded once.
+
+    Args:
+        branches: gradients ``(dq_cmp, dq_slc, dq_win)``, each ``(B, T, H, D)``.
+        dlogits: of :func:`combine_branches_backward`; None if the gates do not depend on ``q``.
+        gate_proj_weight: ``(H, 3, D)``; not looked at without ``dlogits``.
+        out: as in :func:`combine_branches`; it may be one of ``branches``.
+    """
+    rows = (x.flatten(0, 1) for x in branches)
+    weight = None if dlogits is None else gate_proj_weight
+    dlogits = None if dlogits is None else dlogits.flatten(0, 1)
+    result = own_kernels.query_gradient(*rows, dlogits, weight, _rows_of_output(out))
+    return result.unflatten(0, branches[0].shape[:2])
+
+
+def _rows_of_output(out: Tensor | None) -> Tensor | None:
+    """``(B, T, H, D)`` as ``(B * T, H, D)``, never a copy, into which results would be lost."""
+    return None if out is None else out.view(-1, *out.shape[2:])

@@ -12,6 +12,7 @@ from nsa.fused.compression import compress
 from nsa.fused.constraints import kernel_head_dim
 from nsa.fused.layout import make_plan, num_tiles_bound
 from nsa.fused.ops import attention
+from nsa.fused.planner import make_schedule
 from nsa.fused.selection import select
 
 Branches = tuple[Tensor, Tensor, Tensor]
@@ -31,6 +32,7 @@ def forward(
     block_indices: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_workspace_bytes: int | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
     value_dim = v[0].shape[-1]
@@ -49,8 +51,20 @@ def forward(
     if q.numel() == 0:
         return _empty_output(q, value_dim, differentiable)
     dim = kernel_head_dim(q.shape[-1], value_dim)
+    tensors = {name: _batched(_widen(x, dim)) for name, x in tensors.items()}
+    save = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in differentiable
+    )
+    schedule = make_schedule(
+        tensors,
+        config,
+        cu_seqlens,
+        max_seqlen,
+        save=save,
+        max_workspace_bytes=max_workspace_bytes,
+    )
     out = attention(
-        **{name: _batched(_widen(x, dim)) for name, x in tensors.items()},
+        **tensors,
         **{name: _widen_square(x, dim) for name, x in compress_weights.items()},
         gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
         gates=_batched(gates),
@@ -59,10 +73,12 @@ def forward(
         max_seqlen=max_seqlen,
         config=config.encoded,
         scale=config.softmax_scale(q.shape[-1]),
-        save=torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in differentiable),
+        chunks=schedule.chunks,
+        save=save,
+        recompute=schedule.recompute,
     )[0]
-    out = out if q.ndim == 4 else out[0]
+    # Not out[0], whose derivative fills a tensor with zeros first.
+    out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim]
 
 
@@ -89,7 +105,7 @@ def select_blocks(
         plan = make_plan(rows, cu_seqlens, max_seqlen, config)
         if compressed_kv is None:
             weight = _widen_square(compress_k_weight, dim)
-            k_cmp = compress(_batched(_widen(k, dim)), weight, plan.geometry)
+            k_cmp = compress(_batched(_widen(k, dim)), weight, plan)
         else:
             k_cmp = _pad_compressed(compressed_kv[0], q, cu_seqlens, config)
             k_cmp = _batched(_widen(k_cmp, dim))

@@ -15,11 +15,12 @@ from nsa.blocks import (
     Segments,
     num_compressed_blocks,
     num_query_tiles,
-    num_selection_blocks,
     prefix_sum,
 )
 from nsa.config import NSAConfig
 from nsa.fused import own_kernels
+from nsa.fused.scoring import Scoring
+from nsa.tracing import is_capturing
 
 
 class AlignedRows:
@@ -152,6 +153,8 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 def over_batch(index: Tensor, batch: int, stride: int) -> Tensor:
     """Indices into one entry of the batch, -1 for none, as int32 indices into all entries."""
+    if batch == 1:
+        return index.int()
     offset = torch.arange(batch, device=index.device)[:, None] * stride
     return torch.where(index >= 0, index + offset, -1).flatten().int()
 
@@ -185,6 +188,22 @@ class Plan:
     def folded(self) -> FoldedQueries:
         return FoldedQueries(self.geometry)
 
+    @cached_property
+    def block_start(self) -> Tensor:
+        """The first token of each compressed block, -1 for blocks of no sequence, int32."""
+        tokens, compressed = self.geometry.tokens, self.geometry.compressed
+        start = tokens.offset[compressed.owner]
+        start = start + compressed.local * self.config.compress_block_size
+        return torch.where(compressed.real, start, -1).int()
+
+    @cached_property
+    def block_of_token(self) -> Tensor:
+        """The compressed block that each token is in, -1 for none, int32."""
+        tokens, compressed = self.geometry.tokens, self.geometry.compressed
+        local = tokens.local // self.config.compress_block_size
+        block = compressed.offset[tokens.owner] + local
+        return torch.where(local < compressed.count[tokens.owner], block, -1).int()
+
     @property
     def key_block(self) -> int:
         """Keys of one entry of a block list of the selected branch."""
@@ -199,6 +218,35 @@ class Plan:
     def compressed(self) -> AlignedRows:
         """The compressed tokens, aligned to blocks of the sparse compressed branch."""
         return AlignedRows(self.geometry.compressed, self.cmp_key_block, not self.packed)
+
+    @cached_property
+    def tile_key_blocks(self) -> tuple[Tensor, Tensor]:
+        """Of each tile's sequence the first key block in the row, and how many there are.
+
+        Int32 ``(tiles,)`` each; tiles of no sequence have none.
+        """
+        return self._tile_blocks(self.tokens, self.key_block)
+
+    @cached_property
+    def tile_cmp_key_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of compressed tokens, and how many blocks the tile's first query sees whole."""
+        geometry = self.geometry
+        seen = geometry.num_visible(
+            geometry.tile_first, geometry.tiles.owner, self.config.compressed_visibility
+        )
+        blocks = self._tile_blocks(self.compressed, self.cmp_key_block)
+        return *blocks, (seen // self.cmp_key_block).int()
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        """What each tile may see and take when it selects."""
+        return Scoring(self.geometry)
+
+    def _tile_blocks(self, keys: AlignedRows, key_block: int) -> tuple[Tensor, Tensor]:
+        tiles = self.geometry.tiles
+        first = keys.segments.offset[tiles.owner] // key_block
+        count = -(-keys.items.count[tiles.owner] // key_block)
+        return first.int(), torch.where(tiles.real, count, 0).int()
 
     def _key_block(self, block_size: int) -> int:
         # FA4's tiles of 128 keys need as many queries, and channels that fit shared memory.
@@ -215,11 +263,6 @@ class Plan:
         """Upper bound of the compressed tokens of a sequence."""
         return num_compressed_blocks(self.longest, self.config)
 
-    @property
-    def max_selection(self) -> int:
-        """Upper bound of the selection blocks of a sequence."""
-        return num_selection_blocks(self.longest, self.config)
-
 
 def num_tiles_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
     """Query tiles in ``length`` tokens of one sequence, or at most so many in packed ones."""
@@ -229,18 +272,31 @@ def num_tiles_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -
 
 
 def make_plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config) -> Plan:
-    """The plan for ``q (B, N, H, D)``, or for packed ``q (1, T, H, D)`` with ``cu_seqlens``."""
+    """The plan for ``q (B, N, H, D)``, or for packed ``q (1, T, H, D)`` with ``cu_seqlens``.
+
+    Reads the lengths on the host where ``max_seqlen`` is None.
+    """
     if cu_seqlens is None:
-        return _batched_plan(q.shape[1], q.shape[-1], q.device, config)
+        # What a plan computes while a graph is captured exists only when the graph is replayed.
+        plan = _batched_plan if is_capturing(q) else _cached_batched_plan
+        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else None
+        return plan(q.shape[1], q.shape[-1], q.device, config, stream)
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
     tokens = Segments(cu_seqlens.long(), q.shape[1])
     return Plan(Geometry(tokens, config, exact=False), q.shape[-1], cu_seqlens, max_seqlen)
 
 
-# Few, because each keeps index tensors as long as the sequence on the device.
-@lru_cache(maxsize=8)
-def _batched_plan(length: int, head_dim: int, device: torch.device, config: NSAConfig) -> Plan:
-    offset = torch.tensor([0, length], device=device)
+def _batched_plan(
+    length: int, head_dim: int, device: torch.device, config: NSAConfig, _stream: int | None
+) -> Plan:
+    """Plan of one length; ``_stream`` because its tensors are computed when first used, in order
+    with the work of that stream alone."""
+    # Not from a list, which would be copied from the host.
+    offset = torch.arange(2, device=device) * length
     geometry = Geometry(Segments(offset, length), config, uniform=(1, length))
     return Plan(geometry, head_dim, None, None)
+
+
+# Few, because each keeps index tensors as long as the sequence on the device.
+_cached_batched_plan = lru_cache(maxsize=8)(_batched_plan)

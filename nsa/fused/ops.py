@@ -1,8 +1,8 @@
 """The fused forward and backward as torch.library custom ops, so that torch.compile can trace them.
 
 Inside an op the code is opaque to tracing; the fake implementations give the shapes. Optional
-tensors that an op returns are empty where there is nothing to return, because an op's outputs are
-always tensors.
+tensors that an op returns, or takes in a list, are empty where there is none, because there an op
+has tensors only.
 """
 
 from dataclasses import replace
@@ -13,8 +13,11 @@ from torch import Tensor
 
 from nsa.blocks import num_compressed_blocks
 from nsa.config import NSAConfig
-from nsa.fused import pipeline
+from nsa.fused import chunks as chunked
+from nsa.fused.chunks import split_heads
+from nsa.fused.folded_attention import lse_shape
 from nsa.fused.layout import make_plan, num_tiles_bound
+from nsa.fused.pipeline import Inputs, Saved
 
 
 @lru_cache(maxsize=64)
@@ -43,49 +46,66 @@ def attention(
     max_seqlen: int | None,
     config: str,
     scale: float,
+    chunks: int,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output ``(B, T, H, Dv)`` and, where ``save``, :class:`nsa.fused.pipeline.Saved`.
+    recompute: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Output ``(B, T, H, Dv)`` and, where ``save``, a :class:`Saved` of each chunk, one by one.
 
-    Selected blocks are returned only where the caller gave none.
+    KV heads are run in ``chunks``, see :mod:`nsa.fused.chunks`. Selected blocks are returned only
+    where the caller gave none, and with ``recompute`` nothing but what was selected.
     """
-    inputs = pipeline.Inputs(
+    inputs = Inputs(
         q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight,
         compress_k_weight, compress_v_weight, k_cmp, v_cmp,
     )  # fmt: skip
     with torch.cuda.device_of(q):
         plan = make_plan(q, cu_seqlens, max_seqlen, _config(config, scale))
-        out, saved = pipeline.forward(inputs, block_indices, plan)
-    if not save:
-        return (out, *(q.new_empty(0) for _ in saved))
+        out, saved = chunked.forward(
+            inputs, block_indices, plan, chunks=chunks, save=save, recompute=recompute
+        )
     if block_indices is not None:
-        saved = saved._replace(block_indices=None)
-    return (out, *(q.new_empty(0) if x is None else x for x in saved))
+        saved = [part._replace(block_indices=None) for part in saved]
+    return out, [q.new_empty(0) if x is None else x for part in saved for x in part]
 
 
 @attention.register_fake
 def _(q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight, compress_k_weight,
       compress_v_weight, k_cmp, v_cmp, block_indices, cu_seqlens, max_seqlen, config, scale,
-      save):  # fmt: skip
+      chunks, save, recompute):  # fmt: skip
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     if not save:
-        return (out, *(q.new_empty(0) for _ in pipeline.Saved._fields))
+        return out, []
     config = _config(config, scale)
-    batch, length, num_heads = q.shape[:3]
-    lse_cmp, lse_slc, lse_win = _lse_shapes(q, cu_seqlens, config)
+    select = block_indices is None
+    saved = []
+    for heads in split_heads(q.shape[2], k.shape[2], chunks):
+        part = out[:, :, heads.query]
+        saved += _fake_saved(part, cu_seqlens, config, select, recompute)
+    return out, saved
+
+
+def _fake_saved(
+    out: Tensor, cu_seqlens: Tensor | None, config: NSAConfig, select: bool, recompute: bool
+) -> list[Tensor]:
+    """:class:`Saved` of a chunk with output ``out``."""
+    batch, length, num_heads = out.shape[:3]
+    tensors = {}
+    if not recompute:
+        lse_shapes = _lse_shapes(out, cu_seqlens, config)
+        for branch, shape in zip(("cmp", "slc", "win"), lse_shapes, strict=True):
+            tensors[f"o_{branch}"] = out.new_empty(out.shape)
+            tensors[f"lse_{branch}"] = out.new_empty(shape, dtype=torch.float32)
     tiles = num_tiles_bound(length, cu_seqlens, config)
-    no_blocks = q.new_empty(0)
-    blocks = (batch, tiles, num_heads, config.num_selected_blocks)
-    groups = (batch, tiles, num_heads, config.num_cmp_selected_blocks)
-    sparse = config.num_cmp_selected_blocks is not None
-    return (
-        out,
-        torch.empty_like(out), q.new_empty(lse_cmp, dtype=torch.float32),
-        torch.empty_like(out), q.new_empty(lse_slc, dtype=torch.float32),
-        torch.empty_like(out), q.new_empty(lse_win, dtype=torch.float32),
-        no_blocks if block_indices is not None else q.new_empty(blocks, dtype=torch.int32),
-        q.new_empty(groups, dtype=torch.int32) if sparse else no_blocks,
-    )  # fmt: skip
+    counts = {
+        "block_indices": config.num_selected_blocks if select else None,
+        "groups": config.num_cmp_selected_blocks,
+    }
+    for name, count in counts.items():
+        if count is not None:
+            tensors[name] = out.new_empty(batch, tiles, num_heads, count, dtype=torch.int32)
+    # An op's outputs share no memory, not even if they are empty.
+    return [tensors[name] if name in tensors else out.new_empty(0) for name in Saved._fields]
 
 
 def _lse_shapes(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> list[tuple]:
@@ -99,10 +119,8 @@ def _lse_shapes(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> list
     elif not config.causal:
         lse_cmp = in_order
     else:
-        folded = num_compressed_blocks(length, config)
-        if config.compressed_visibility == "started":
-            folded = folded + (1 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-        lse_cmp = (*leading, num_heads * config.compress_block_size, folded)
+        sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        lse_cmp = lse_shape(batch, length, num_heads, sequences, config)
     if num_compressed_blocks(length, config) == 0:
         lse_cmp = (0,)
     return [lse_cmp, in_rows, in_order]
@@ -124,31 +142,34 @@ def attention_backward(
     compress_v_weight: Tensor | None,
     k_cmp: Tensor | None,
     v_cmp: Tensor | None,
-    block_indices: Tensor,
+    block_indices: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     config: str,
     scale: float,
-    o_cmp: Tensor,
-    lse_cmp: Tensor,
-    o_slc: Tensor,
-    lse_slc: Tensor,
-    o_win: Tensor,
-    lse_win: Tensor,
-    groups: Tensor | None,
+    chunks: int,
+    recompute: bool,
+    saved: list[Tensor],
 ) -> list[Tensor]:
     """Gradients of the first thirteen arguments of :func:`attention`, empty where None."""
-    inputs = pipeline.Inputs(
+    inputs = Inputs(
         q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight,
         compress_k_weight, compress_v_weight, k_cmp, v_cmp,
     )  # fmt: skip
-    saved = pipeline.Saved(
-        o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, groups
-    )  # fmt: skip
+    size = len(Saved._fields)
+    parts = [_unpack_saved(saved[i : i + size]) for i in range(0, len(saved), size)]
     with torch.cuda.device_of(q):
         plan = make_plan(q, cu_seqlens, max_seqlen, _config(config, scale))
-        grads = pipeline.backward(dout, inputs, saved, plan)
+        grads = chunked.backward(
+            dout, inputs, block_indices, parts, plan, chunks=chunks, recompute=recompute
+        )
     return [q.new_empty(0) if grad is None else grad for grad in grads]
+
+
+def _unpack_saved(tensors: list[Tensor]) -> Saved:
+    saved = Saved(*tensors)
+    blocks, groups = (x if x.numel() else None for x in (saved.block_indices, saved.groups))
+    return saved._replace(block_indices=blocks, groups=groups)
 
 
 @attention_backward.register_fake

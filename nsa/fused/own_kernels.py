@@ -21,6 +21,13 @@ def gating_backward(*args) -> tuple[Tensor | None, ...]:
     return gating.gating_backward(*args)
 
 
+def query_gradient(*args) -> Tensor:
+    """See :func:`nsa.fused.kernels.query_gradient.query_gradient`."""
+    from nsa.fused.kernels import query_gradient as kernel
+
+    return kernel.query_gradient(*args)
+
+
 def mean_forward(*args) -> Tensor:
     """See :func:`nsa.fused.kernels.compression.mean_forward`."""
     from nsa.fused.kernels import compression
@@ -46,3 +53,31 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
         ``(R, W)`` in the dtype of ``x``.
     """
     return mean_forward(x[:, None], index, 1, x.dtype)[:, 0]
+
+
+def list_key_blocks(*args) -> tuple[Tensor | None, ...]:
+    """See :func:`nsa.fused.kernels.block_lists.list_key_blocks`."""
+    from nsa.fused.kernels import block_lists
+
+    return block_lists.list_key_blocks(*args)
+
+
+def count_query_tiles(*args) -> Tensor:
+    """See :func:`nsa.fused.kernels.block_lists.count_query_tiles`."""
+    from nsa.fused.kernels import block_lists
+
+    return block_lists.count_query_tiles(*args)
+
+
+def list_query_tiles(*args) -> tuple[Tensor, Tensor]:
+    """See :func:`nsa.fused.kernels.block_lists.list_query_tiles`."""
+    from nsa.fused.kernels import block_lists
+
+    return block_lists.list_query_tiles(*args)
+
+
+def top_blocks(*args, **kwargs) -> None:
+    """See :func:`nsa.fused.kernels.top_blocks.top_blocks`."""
+    from nsa.fused.kernels import top_blocks as kernel
+
+    kernel.top_blocks(*args, **kwargs)

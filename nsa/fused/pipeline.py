@@ -14,7 +14,7 @@ from nsa.fused.attention import (
     window_attention_backward,
 )
 from nsa.fused.compression import compress, compress_backward_
-from nsa.fused.gating import combine_branches, combine_branches_backward
+from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
 from nsa.fused.layout import Plan
 from nsa.fused.selection import select
 
@@ -50,49 +50,69 @@ class Inputs(NamedTuple):
         if self.k_cmp is not None:
             return self.k_cmp, self.v_cmp
         return (
-            compress(self.k, self.compress_k_weight, plan.geometry),
-            compress(self.v, self.compress_v_weight, plan.geometry),
+            compress(self.k, self.compress_k_weight, plan),
+            compress(self.v, self.compress_v_weight, plan),
         )
 
 
 class Saved(NamedTuple):
-    """What a forward leaves for its backward."""
+    """What a forward leaves for its backward; without the branches to compute them again."""
 
-    o_cmp: Tensor
-    lse_cmp: Tensor
-    o_slc: Tensor
-    lse_slc: Tensor
-    o_win: Tensor
-    lse_win: Tensor
-    block_indices: Tensor
+    o_cmp: Tensor | None
+    lse_cmp: Tensor | None
+    o_slc: Tensor | None
+    lse_slc: Tensor | None
+    o_win: Tensor | None
+    lse_win: Tensor | None
+    block_indices: Tensor | None
     groups: Tensor | None
 
+    def selection(self) -> "Saved":
+        """Only what was selected."""
+        return Saved(*(None,) * 6, self.block_indices, self.groups)
 
-def forward(inputs: Inputs, block_indices: Tensor | None, plan: Plan) -> tuple[Tensor, Saved]:
-    """Output ``(B, T, H, Dv)``; ``block_indices`` is ``(B, tiles, H, n)`` or None to select."""
+
+def forward(
+    inputs: Inputs, block_indices: Tensor | None, plan: Plan, out: Tensor | None = None
+) -> tuple[Tensor, Saved]:
+    """Output ``(B, T, H, Dv)``; ``block_indices`` is ``(B, tiles, H, n)`` or None to select.
+
+    It is written to ``out``, a slice of heads at most, where that is given.
+    """
+    saved = attend(inputs, block_indices, None, plan)
+    branches = (saved.o_cmp, saved.o_slc, saved.o_win)
+    out = combine_branches(branches, inputs.q, inputs.gates, inputs.gate_proj_weight, out)
+    return out, saved
+
+
+def attend(
+    inputs: Inputs, block_indices: Tensor | None, groups: Tensor | None, plan: Plan
+) -> Saved:
+    """The three branches; ``block_indices`` and ``groups``, where needed, are selected if None."""
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
     # The window first: it needs no plan, and runs while the host prepares the rest.
     o_win, lse_win = window_attention(q, k_win, v_win, plan)
     k_cmp, v_cmp = inputs.compressed(plan)
     q_rows = plan.tokens.pack(q)
-    sparse = plan.config.num_cmp_selected_blocks is not None
-    groups = None
-    if block_indices is None or sparse:
-        selection = select(q_rows, k_cmp, plan, blocks=block_indices is None, groups=sparse)
+    select_groups = plan.config.num_cmp_selected_blocks is not None and groups is None
+    if block_indices is None or select_groups:
+        selection = select(q_rows, k_cmp, plan, blocks=block_indices is None, groups=select_groups)
         block_indices = selection.blocks if block_indices is None else block_indices
-        groups = selection.groups
+        groups = selection.groups if groups is None else groups
     o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
     o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
-    out = combine_branches((o_cmp, o_slc, o_win), q, inputs.gates, inputs.gate_proj_weight)
-    return out, Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, groups)
+    return Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, groups)
 
 
-def backward(dout: Tensor, inputs: Inputs, saved: Saved, plan: Plan) -> Inputs:
+def backward(
+    dout: Tensor, inputs: Inputs, saved: Saved, plan: Plan, dq: Tensor | None = None
+) -> Inputs:
     """Gradient of each input, None where there is no such input.
 
-    Branches run one after another, each freed before the next; ``dq``, and ``dk`` and ``dv`` where
-    branches share them, are accumulated in place.
+    That of ``q`` is written to ``dq``, a slice of heads at most, where that is given.
+    Branches run one after another, each freed before the next but for its ``dq``; these are added
+    in one pass at the end. ``dk`` and ``dv``, where branches share them, accumulate in place.
     """
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
@@ -104,37 +124,36 @@ def backward(dout: Tensor, inputs: Inputs, saved: Saved, plan: Plan) -> Inputs:
         inputs.gate_proj_weight,
     )
     branch_grads = list(gating.branches)
-    gate_grads = gating[1:]
+    dlogits, dgates, dgate_weight = gating[1:]
     del gating
 
-    dq, dk_win, dv_win = window_attention_backward(
+    dq_win, dk_win, dv_win = window_attention_backward(
         branch_grads.pop(), q, k_win, v_win, saved.o_win, saved.lse_win, plan
     )
-    if gate_grads[0] is not None:
-        dq += gate_grads[0]
-    grad, dk_slc, dv_slc = selected_attention_backward(
+    dq_slc, dk_slc, dv_slc = selected_attention_backward(
         branch_grads.pop(), q, k_slc, v_slc, saved.o_slc, saved.lse_slc, saved.block_indices, plan
     )
-    dq += grad
     k_cmp, v_cmp = inputs.compressed(plan)
-    grad, dk_cmp, dv_cmp = compressed_attention_backward(
+    dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
         branch_grads.pop(), q, k_cmp, v_cmp, saved.o_cmp, saved.lse_cmp, saved.groups, plan
     )
-    dq += grad
-    del grad
+    dq = query_gradient(
+        (dq_cmp, dq_slc, dq_win),
+        dlogits,
+        inputs.gate_proj_weight,
+        out=dq_win if dq is None else dq,
+    )
+    del dq_cmp, dq_slc, dq_win
 
     dk, dk_slc, dk_win = _merge(inputs.k, inputs.k_slc, dk_slc, dk_win)
     dv, dv_slc, dv_win = _merge(inputs.v, inputs.v_slc, dv_slc, dv_win)
     dk_weight = dv_weight = None
     if inputs.k_cmp is None:
-        dk_weight = compress_backward_(
-            dk, dk_cmp, inputs.k, inputs.compress_k_weight, plan.geometry
-        )
-        dv_weight = compress_backward_(
-            dv, dv_cmp, inputs.v, inputs.compress_v_weight, plan.geometry
-        )
+        dk_weight = compress_backward_(dk, dk_cmp, inputs.k, inputs.compress_k_weight, plan)
+        dv_weight = compress_backward_(dv, dv_cmp, inputs.v, inputs.compress_v_weight, plan)
         dk_cmp = dv_cmp = None
-    _, dgates, dgate_weight = gate_grads
+    else:
+        dk_cmp, dv_cmp = dk_cmp.to(inputs.k_cmp.dtype), dv_cmp.to(inputs.v_cmp.dtype)
     return Inputs(
         dq, dk, dv, dk_slc, dv_slc, dk_win, dv_win, dgates, dgate_weight,
         dk_weight, dv_weight, dk_cmp, dv_cmp,

@@ -16,13 +16,14 @@ functions of that module. For all four:
 - Backward takes ``dout`` of ``out`` alone; no gradient flows through ``lse``.
 
 ``dense_forward(q, k, v, *, scale, causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-max_seqlen_k) -> (out, lse)`` and
-``dense_backward(dout, q, k, v, out, lse, *, ...the same) -> (dq, dk, dv)``
+max_seqlen_k, out, lse) -> (out, lse)`` and
+``dense_backward(dout, q, k, v, out, lse, *, ...the same, dq) -> (dq, dk, dv)``
 
     Batched ``q (B, Sq, H, D)``, ``k (B, Sk, H_kv, D)``, ``v (B, Sk, H_kv, Dv)``,
     ``out (B, Sq, H, Dv)``, ``lse (B, H, Sq)``. Packed, with ``cu_seqlens_*`` int32 ``(S + 1,)``:
     ``q (Tq, H, D)``, ``k (Tk, H_kv, D)``, ``lse (H, Tq)``; ``max_seqlen_*`` bound the lengths.
-    Sequences may end before the tensors do: results past them are not written.
+    Sequences may end before the tensors do: results past them are not written. Results are
+    written to ``out`` and ``lse``, or ``dq``, where given; these may be strided.
 
     Positions are aligned at the end: query ``i`` of ``Sq`` stands at key ``p = i + Sk - Sq``.
     ``window_size=(left, right)`` shows it keys ``p - left`` to ``p + right`` inclusive, None is no

@@ -1,10 +1,13 @@
 """Which blocks and groups each tile attends: one scoring for both (paper section 3.3.2)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nsa.fused import own_kernels
 from nsa.fused.layout import Plan
 from nsa.precision import accumulation_dtype
 
@@ -19,6 +22,7 @@ class Selection(NamedTuple):
     groups: Tensor | None
 
 
+@torch.no_grad()
 def select(q_rows: Tensor, k_cmp: Tensor, plan: Plan, *, blocks: bool, groups: bool) -> Selection:
     """Select per tile of queries and query head.
 
@@ -34,104 +38,128 @@ def select(q_rows: Tensor, k_cmp: Tensor, plan: Plan, *, blocks: bool, groups: b
     """
     config = plan.config
     summary = _tile_summary(q_rows, plan)  # (B, tiles, H, D)
-    batch, num_tiles, num_heads = summary.shape[:3]
-    step = max(1, SCORE_ELEMENTS // (batch * num_heads * max(1, k_cmp.shape[1])))
-    per_block = config.select_block_size // config.compress_block_size
-    taken_blocks, taken_groups = [], []
-    for start in range(0, num_tiles, step):
-        tiles = slice(start, start + step)
-        scores = _scores(summary[:, tiles], k_cmp, tiles, plan)  # (B, C, H, W)
-        if blocks:
-            taken_blocks.append(_take_blocks(_maximum(scores, per_block), tiles, plan))
-        if groups:
-            best = _maximum(scores, config.cmp_group_size)
-            taken_groups.append(take_top(best, config.num_cmp_selected_blocks).int())
-    return Selection(
-        torch.cat(taken_blocks, dim=1) if blocks else None,
-        torch.cat(taken_groups, dim=1) if groups else None,
+    keys = _copy(k_cmp.transpose(1, 2), accumulation_dtype(k_cmp.dtype))  # (B, H_kv, M, D)
+
+    def unwritten(count: int) -> Tensor:
+        return torch.empty((*summary.shape[:3], count), dtype=torch.int32, device=q_rows.device)
+
+    taken = Selection(
+        unwritten(config.num_selected_blocks) if blocks else None,
+        unwritten(config.num_cmp_selected_blocks) if groups else None,
     )
-
-
-def take_top(scores: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` best scores above -inf, ascending, then -1.
-
-    Equal scores go to the lower index. ``scores`` is ``(..., X)``; returns int64 ``(..., count)``.
-    """
-    num_scores = scores.shape[-1]
-    width = min(count, num_scores)
-    if scores.dtype == torch.float32:
-        index = _ranking_keys(scores).topk(width, dim=-1, sorted=False).indices
-    else:
-        index = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    index = torch.where(scores.gather(-1, index) > -torch.inf, index, num_scores)
-    index = index.sort(dim=-1).values
-    index = torch.where(index < num_scores, index, -1)
-    return torch.nn.functional.pad(index, (0, count - width), value=-1)
-
-
-def _ranking_keys(scores: Tensor) -> Tensor:
-    """Distinct int64 keys in the order of (score, lower index first): topk leaves ties open."""
-    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (ordered << 32) - torch.arange(scores.shape[-1], device=scores.device)
+    for tiles, columns in _chunks(summary, keys, plan):
+        scores = _scores(summary, keys, tiles, columns, plan)
+        _take(scores, tiles, columns, taken, plan)
+    return taken
 
 
 def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
-    """Mean of each tile's queries, or its first query: ``(B, tiles, H, D)``."""
-    geometry, size = plan.geometry, plan.config.q_tile_size
-    dtype = accumulation_dtype(q_rows.dtype)
-    tiles = q_rows[0].unflatten(0, (-1, geometry.tiles.total, size))  # (B, tiles, size, H, D)
+    """Sum of each tile's queries over ``q_tile_size``, or its first query: ``(B, tiles, H, D)``."""
+    size, num_tiles = plan.config.q_tile_size, plan.geometry.tiles.total
     if plan.config.tile_summary == "first":
-        return tiles[:, :, 0].to(dtype)
-    count = (geometry.tile_last - geometry.tile_first + 1).clamp(min=1)
-    return tiles.sum(dim=2, dtype=dtype) / count[:, None, None]
+        return q_rows[0].unflatten(0, (-1, num_tiles, size))[:, :, 0]
+    start = torch.arange(0, q_rows.shape[1], size, dtype=torch.int32, device=q_rows.device)
+    mean = own_kernels.mean_forward(q_rows[0], start, size, accumulation_dtype(q_rows.dtype))
+    return mean.unflatten(0, (-1, num_tiles))
 
 
-def _scores(summary: Tensor, k_cmp: Tensor, tiles: slice, plan: Plan) -> Tensor:
-    """``scale * summary . k_cmp[j]`` for the blocks ``j < W`` of each tile's sequence.
+def _chunks(summary: Tensor, keys: Tensor, plan: Plan) -> Iterator[tuple[slice, slice]]:
+    """Chunks of tiles and the columns (compressed tokens) that these may see."""
+    batch, num_tiles, num_heads = summary.shape[:3]
+    of_a_tile = batch * num_heads * max(1, keys.shape[2])
+    step = max(1, SCORE_ELEMENTS // of_a_tile)
+    for start in range(0, num_tiles, step):
+        tiles = slice(start, min(start + step, num_tiles))
+        yield tiles, _visible_columns(tiles, plan)
 
-    ``(B, C, H, W)`` with ``W`` the most that a sequence has; -inf where the tile does not see the
-    block. In float32, because a rounding of the summary to 16 bits would reorder close scores.
+
+def _visible_columns(tiles: slice, plan: Plan) -> slice:
+    """Columns that hold all that the ``tiles`` see, from what the host knows of their sequences.
+
+    At most ``q_tile_size`` tokens are in a tile, and fewer only in the last one of a sequence, so
+    ``tile * q_tile_size`` is at or past the tile's first token by what sequences before it leave
+    empty; and so for compressed tokens.
     """
-    geometry, config = plan.geometry, plan.config
-    num_kv_heads = k_cmp.shape[2]
-    rows = summary.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # (B, H_kv, G, C, D)
-    keys = k_cmp.to(summary.dtype).permute(0, 2, 3, 1)  # (B, H_kv, D, M)
-    scores = rows.flatten(2, 3) @ keys
-    scores = scores.unflatten(2, rows.shape[2:4]).flatten(1, 2).transpose(1, 2)  # (B, C, H, M)
-    owner = geometry.tiles.owner[tiles]
-    index = torch.arange(plan.max_compressed, device=k_cmp.device)
-    if plan.packed:
-        column = geometry.compressed.offset[owner, None] + index
-        column = column.clamp(max=max(0, k_cmp.shape[1] - 1))[:, None]  # (C, 1, W)
-        scores = scores.gather(-1, column.expand(*scores.shape[:3], -1))
-    position = geometry.tile_first if config.tile_summary == "first" else geometry.tile_last
-    seen = geometry.num_visible(position[tiles], owner, "complete")
-    scores = scores * config.softmax_scale(summary.shape[-1])
-    return scores.masked_fill_((index >= seen[:, None])[:, None], -torch.inf)
+    config, tokens = plan.config, plan.geometry.tokens
+    tile, block = config.q_tile_size, config.compress_block_size
+    before = len(tokens.offset) - 2
+    end = tiles.stop * tile if config.causal else (tiles.stop - 1) * tile + plan.longest
+    first = tiles.start * tile - before * (tile - 1) - (plan.longest - 1) - before * (block - 1)
+    return slice(max(0, first) // block, min(end, tokens.total) // block)
 
 
-def _maximum(scores: Tensor, size: int) -> Tensor:
-    """Largest score of each block of ``size`` compressed tokens."""
-    if size == 1:
-        return scores
-    missing = -scores.shape[-1] % size
-    padded = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
-    return padded.unflatten(-1, (-1, size)).amax(dim=-1)
+def _scores(summary: Tensor, keys: Tensor, tiles: slice, columns: slice, plan: Plan) -> Tensor:
+    """``summary . k_cmp`` of some tiles and columns, ``(B, H, C, W)``.
+
+    In float32, because a rounding of the summary to 16 bits would reorder close scores.
+    """
+    rows = summary[:, tiles].transpose(1, 2)  # (B, H, C, D)
+    if plan.config.tile_summary == "first":
+        rows = _copy(rows, keys.dtype)
+    else:
+        out = torch.empty(rows.shape, dtype=keys.dtype, device=rows.device)
+        rows = torch.div(rows, plan.scoring.filled[tiles, None], out=out)
+    keys = keys[:, :, columns].flatten(0, 1)  # (B * H_kv, W, D)
+    shape = (*rows.shape[:3], keys.shape[1])
+    rows = rows.view(len(keys), -1, rows.shape[-1])  # (B * H_kv, G * C, D)
+    scores = torch.empty((*rows.shape[:2], keys.shape[1]), dtype=rows.dtype, device=rows.device)
+    with _exact_products():
+        # With `out`, so that autocast leaves it alone.
+        torch.bmm(rows, keys.mT, out=scores)
+    return scores.view(shape)
 
 
-def _take_blocks(scores: Tensor, tiles: slice, plan: Plan) -> Tensor:
-    """Forced blocks and the best candidates of ``scores (B, C, H, blocks)``, ascending."""
-    geometry = plan.geometry
-    # The last blocks of a sequence may have no score: they are taken only if forced.
-    missing = plan.max_selection - scores.shape[-1]
-    scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
-    owner, position = geometry.tiles.owner[tiles], geometry.tile_last[tiles]
-    first = geometry.selection.offset[owner, None]
-    blocks = first + torch.arange(scores.shape[-1], device=scores.device)
-    candidate, forced = geometry.block_rules(position, owner, blocks)
-    # Tiles past the last sequence own nothing.
-    real = geometry.tiles.real[tiles, None]
-    scores = scores.masked_fill(~(candidate & real)[:, None], -torch.inf)
-    scores = scores.masked_fill_((forced & real)[:, None], torch.inf)
-    return take_top(scores, plan.config.num_selected_blocks).int()
+def _take(scores: Tensor, tiles: slice, columns: slice, taken: Selection, plan: Plan) -> None:
+    """Write the blocks and groups of some tiles."""
+    config, scoring = plan.config, plan.scoring
+    common = dict(
+        tile_offset=tiles.start,
+        column_offset=columns.start,
+        scale=config.softmax_scale(plan.head_dim),
+    )
+    if taken.blocks is not None:
+        own_kernels.top_blocks(
+            scores,
+            scoring.first,
+            scoring.visible,
+            scoring.candidates,
+            scoring.own,
+            taken.blocks,
+            per_block=config.select_block_size // config.compress_block_size,
+            num_initial=config.num_initial_blocks,
+            num_local=config.num_local_blocks,
+            **common,
+        )
+    if taken.groups is not None:
+        own_kernels.top_blocks(
+            scores,
+            scoring.first,
+            scoring.visible,
+            scoring.visible,  # at least the groups that have a score
+            scoring.own,
+            taken.groups,
+            per_block=config.cmp_group_size,
+            num_initial=0,
+            num_local=0,
+            **common,
+        )
+
+
+def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``, contiguous, in one pass."""
+    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+
+
+@contextmanager
+def _exact_products():
+    """Keep float32 matrix products from TF32 (11 bits) where the caller allows it."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision
+    if allowed != "tf32":
+        yield
+        return
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = allowed

@@ -28,6 +28,7 @@ def forward(
     block_indices: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_workspace_bytes: int | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid, ``k`` and ``v`` hold one tensor a branch."""
     geometry = Geometry.of(q, cu_seqlens, config)

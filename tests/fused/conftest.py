@@ -12,7 +12,7 @@ def fused_on_cpu(monkeypatch):
     """The fused backend on a CPU and in any dtype: its kernel calls answered by PyTorch."""
     for name in emulated_kernels.NAMES:
         monkeypatch.setattr(fa4, name, getattr(emulated_kernels, name))
-    for name in ("gating_forward", "gating_backward", "mean_forward", "mean_backward_"):
+    for name in emulated_own_kernels.NAMES:
         monkeypatch.setattr(own_kernels, name, getattr(emulated_own_kernels, name))
     monkeypatch.setattr(constraints, "_tensor_limit", lambda *_: None)
     monkeypatch.setattr(constraints, "_device_limit", lambda *_: None)

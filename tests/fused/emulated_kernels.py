@@ -27,12 +27,19 @@ def dense_forward(
     cu_seqlens_k=None,
     max_seqlen_q=None,
     max_seqlen_k=None,
+    out=None,
+    lse=None,
 ):
     _check_tensors(q, k, v)
     # What lies past the last sequence is not written.
-    out = q.new_full((*q.shape[:-1], v.shape[-1]), torch.nan)
+    if out is None:
+        out = q.new_full((*q.shape[:-1], v.shape[-1]), torch.nan)
     heads_first = out.transpose(-2, -3).shape[:-1]
-    lse = torch.full(heads_first, torch.nan, dtype=_compute_dtype(q), device=q.device)
+    if lse is None:
+        lse = torch.full(heads_first, torch.nan, dtype=_compute_dtype(q), device=q.device)
+    assert lse.shape == heads_first, "lse is (B, H, Sq) or (H, Tq)"
+    for result in (out, lse):
+        assert result.stride(-1) == 1 or result.shape[-1] == 1, "results need stride 1 at the end"
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     for queries, keys in sequences:
         mask = _dense_mask(queries, keys, q, k, causal, window_size)
@@ -55,10 +62,12 @@ def dense_backward(
     cu_seqlens_k=None,
     max_seqlen_q=None,
     max_seqlen_k=None,
+    dq=None,
 ):
     _check_tensors(q, k, v)
     _check_backward(dout, q, k, v, out, lse)
-    dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))
+    dq = torch.full_like(q, torch.nan) if dq is None else dq
+    dk, dv = (torch.full_like(x, torch.nan) for x in (k, v))
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     for queries, keys in sequences:
         mask = _dense_mask(queries, keys, q, k, causal, window_size)

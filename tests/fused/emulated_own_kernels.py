@@ -9,12 +9,27 @@ from torch import Tensor
 
 from nsa.precision import accumulation_dtype
 
+NAMES = (
+    "gating_forward",
+    "gating_backward",
+    "query_gradient",
+    "mean_forward",
+    "mean_backward_",
+    "list_key_blocks",
+    "count_query_tiles",
+    "list_query_tiles",
+    "top_blocks",
+)
+"""The functions of ``nsa.fused.own_kernels`` that are answered here."""
 
-def gating_forward(o_cmp, o_slc, o_win, q, gates, weight) -> Tensor:
+_UNWRITTEN = -7
+
+
+def gating_forward(o_cmp, o_slc, o_win, q, gates, weight, out=None) -> Tensor:
     dtype = accumulation_dtype(o_cmp.dtype)
     branches = torch.stack((o_cmp, o_slc, o_win), dim=2).to(dtype)
     g = _gates(o_cmp, q, gates, weight)
-    return (g[..., None] * branches).sum(dim=2).to(o_cmp.dtype)
+    return _written((g[..., None] * branches).sum(dim=2).to(o_cmp.dtype), out)
 
 
 def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight):
@@ -28,10 +43,22 @@ def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight):
         return (*dbranches, None, dgates.to(gates.dtype).contiguous(), None)
     if weight is None:
         return (*dbranches, None, None, None)
-    dlogits = dgates * g * (1 - g)
-    dq = torch.einsum("rhi,hid->rhd", dlogits, weight.to(dtype)).to(q.dtype).contiguous()
+    dlogits = (dgates * g * (1 - g)).contiguous()
     dweight = torch.einsum("rhi,rhd->hid", dlogits, q.to(dtype)).to(weight.dtype).contiguous()
-    return (*dbranches, dq, None, dweight)
+    return (*dbranches, dlogits, None, dweight)
+
+
+def query_gradient(dq_cmp, dq_slc, dq_win, dlogits, weight, out=None) -> Tensor:
+    dtype = accumulation_dtype(dq_cmp.dtype)
+    dq = dq_cmp.to(dtype) + dq_slc.to(dtype) + dq_win.to(dtype)
+    if weight is not None:
+        assert dlogits.dtype == dtype
+        dq += torch.einsum("rhi,hid->rhd", dlogits, weight.to(dtype))
+    return _written(dq.to(dq_cmp.dtype), out)
+
+
+def _written(result, out) -> Tensor:
+    return result.contiguous() if out is None else out.copy_(result)
 
 
 def _gates(o_cmp, q, gates, weight) -> Tensor:
@@ -61,3 +88,92 @@ def mean_backward_(dx, dmean, block, block_size) -> None:
     dtype = accumulation_dtype(dx.dtype)
     share = dmean[block[used].long()].to(dtype) / block_size
     dx[used] = (dx[used].to(dtype) + share).to(dx.dtype)
+
+
+def list_key_blocks(indices, first, num_blocks, num_full, parts, entry_blocks):
+    batch = len(indices)
+    part = torch.arange(parts, device=indices.device)
+    block = (indices[..., None] * parts + part).flatten(-2)  # (B, tiles, H, n * parts)
+    listed = (block >= 0) & (block < num_blocks[:, None, None])
+    entry = torch.arange(batch, device=indices.device).view(-1, 1, 1, 1)
+    in_row = block + first[:, None, None] + entry * entry_blocks
+    width = min(block.shape[-1], batch * entry_blocks)
+    if num_full is None:
+        return (*_listed_first(in_row, listed, width), None, None)
+    full = listed & (block < num_full[:, None, None])
+    partial = _listed_first(in_row, listed & ~full, width)
+    return (*partial, *_listed_first(in_row, full, width))
+
+
+def _listed_first(block, listed, width):
+    """Count and index of ``(B, tiles, H, ...)`` as ``(1, H, B * tiles, ...)``."""
+    index = block.gather(-1, (~listed).int().argsort(dim=-1, stable=True))
+    count = listed.sum(-1, keepdim=True)
+    used = torch.arange(block.shape[-1], device=block.device) < count
+    index = torch.where(used, index, _UNWRITTEN)[..., :width]
+    return tuple(
+        x.flatten(0, 1).transpose(0, 1).int().contiguous()[None] for x in (count[..., 0], index)
+    )
+
+
+def count_query_tiles(count, index, num_blocks):
+    head, _, block = _entries(count, index)
+    counts = torch.bincount(head * num_blocks + block, minlength=index.shape[1] * num_blocks)
+    return counts.view(1, -1, num_blocks).int()
+
+
+def list_query_tiles(count, index, num_blocks, width):
+    counts = count_query_tiles(count, index, num_blocks)
+    head, tile, block = _entries(count, index)
+    row, order = (head * num_blocks + block).sort(stable=True)
+    start = counts.flatten().cumsum(0) - counts.flatten()
+    rank = torch.arange(len(row), device=row.device) - start[row]
+    tiles = index.new_full((counts.numel(), width), _UNWRITTEN)
+    tiles[row, rank] = tile[order].int()
+    return counts, tiles.view(*counts.shape, width)
+
+
+def _entries(count, index):
+    """Head, tile and key block of each entry, by head and tile."""
+    used = torch.arange(index.shape[-1], device=index.device) < count[0, ..., None]
+    head, tile, _ = used.nonzero(as_tuple=True)
+    return head, tile, index[0][used].long()
+
+
+def top_blocks(
+    scores, first, visible, candidates, own, out,
+    *, tile_offset, column_offset, scale, per_block, num_initial, num_local,
+) -> None:  # fmt: skip
+    assert all(x.is_contiguous() for x in (scores, out))
+    assert out.dtype == torch.int32
+    tiles = slice(tile_offset, tile_offset + scores.shape[2])
+    vectors = (first, visible, candidates, own)
+    assert all(x.dtype == torch.int32 and x.shape == out.shape[1:2] for x in vectors)
+    first, visible, candidates, own = (x[tiles, None].long() for x in vectors)
+    start = first - column_offset
+    used = visible > 0
+    assert (start >= 0)[used].all()
+    assert (start + visible <= scores.shape[-1])[used].all()
+
+    num_blocks = max(int(candidates.max()), -(-int(visible.max()) // per_block))
+    index = torch.arange(num_blocks * per_block, device=scores.device)
+    # One column more, for what is not visible.
+    column = torch.where(index < visible, start + index, scores.shape[-1])
+    scores = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf)
+    scores = scores.gather(-1, column.expand(*scores.shape[:3], -1)) * scale
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    block = torch.arange(num_blocks, device=scores.device)
+    best = scores.unflatten(-1, (num_blocks, per_block)).amax(-1)
+    best = best.masked_fill(block >= candidates, -torch.inf)
+    forced = (block <= own) & (block < candidates)
+    forced &= (block < num_initial) | (block > own - num_local)
+    # By score, then forced ones first; both sorts are stable, so that ties go to the lower index.
+    order = best.sort(dim=-1, descending=True, stable=True).indices
+    forced = forced.expand_as(order)
+    rank = forced.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, rank)[..., : out.shape[-1]]
+    taken = (best.gather(-1, order) > -torch.inf) | forced.gather(-1, order)
+    order = torch.where(taken, order, num_blocks).sort(dim=-1).values
+    order = torch.where(order < num_blocks, order, -1)
+    order = torch.nn.functional.pad(order, (0, out.shape[-1] - order.shape[-1]), value=-1)
+    out[:, tiles] = order.transpose(1, 2).int()

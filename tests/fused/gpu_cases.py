@@ -201,7 +201,7 @@ def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
         k = k[0] if isinstance(k, tuple) else k
         weight = arguments.get("compress_k_weight")
         with torch.no_grad():
-            k_cmp = interface.compress(interface._batched(k), weight, plan.geometry)
+            k_cmp = interface.compress(interface._batched(k), weight, plan)
     selection = select(plan.tokens.pack(rows), k_cmp, plan, blocks=False, groups=True)
     groups = selection.groups.flatten(0, 1)
     return groups if cu_seqlens is None else groups[: plan.geometry.tiles.offsets[-1]]

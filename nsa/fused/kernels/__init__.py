@@ -1,4 +1,4 @@
-"""Our own CuTe DSL kernels, one operation a file, and what the files share in ``vectors``.
+"""Our own CuTe DSL kernels, one operation a file; they share ``vectors`` and ``head_rows``.
 
 Each file has the same ladder: a class for a kernel, a cached function that compiles it for a dtype
 and static sizes, the function that allocates and launches, and ``compile_cases`` for a tool that

@@ -1,7 +1,8 @@
 """Means over blocks of tokens, and their gradient (paper section 3.3.1).
 
-A token is a row of ``H_kv * D`` elements and heads need no distinction. CTAs tile blocks (backward:
-tokens) by columns: 16 threads read 16 * VECTOR consecutive elements of a row.
+A token is a row of ``H_kv * D`` elements and heads need no distinction; rows of ``x`` and ``dx``
+start ``stride`` elements apart. CTAs tile blocks (backward: tokens) by columns: 16 threads read
+16 * VECTOR consecutive elements of a row.
 """
 
 import functools
@@ -19,11 +20,12 @@ from nsa.fused.kernels.vectors import (
     FLOAT_DTYPES,
     VECTOR,
     check_float,
+    check_output,
     check_tensor,
     compile_kernel,
     fake_flat,
     flat,
-    is_aligned,
+    flat_rows,
     load_vector,
     store_vector,
 )
@@ -61,11 +63,12 @@ class MeanForward:
         mMean: cute.Tensor,
         num_blocks: Int32,
         width: Int32,
+        stride: Int64,
         stream,
     ):
         tiles = cute.ceil_div(width, _COLUMNS)
         ctas = cute.ceil_div(num_blocks, self.blocks_per_cta) * tiles
-        self.kernel(mX, mStart, mMean, num_blocks, width, tiles).launch(
+        self.kernel(mX, mStart, mMean, num_blocks, width, stride, tiles).launch(
             grid=[ctas, 1, 1], block=[_THREADS, 1, 1], stream=stream
         )
 
@@ -77,6 +80,7 @@ class MeanForward:
         mMean: cute.Tensor,
         num_blocks: Int32,
         width: Int32,
+        stride: Int64,
         tiles: Int32,
     ):
         tidx, _, _ = cute.arch.thread_idx()
@@ -97,7 +101,7 @@ class MeanForward:
                 loaded = []
                 for u in cutlass.range_constexpr(self.loads):
                     token = start + (step * self.loads + u) * self.splits + split
-                    loaded.append(load_vector(mX, Int64(token) * width + column))
+                    loaded.append(load_vector(mX, Int64(token) * stride + column))
                 for u in cutlass.range_constexpr(self.loads):
                     rSum.store(rSum.load() + loaded[u].load().to(Float32))
 
@@ -130,11 +134,12 @@ class MeanBackward:
         mBlock: cute.Tensor,
         num_tokens: Int32,
         width: Int32,
+        stride: Int64,
         stream,
     ):
         tiles = cute.ceil_div(width, _COLUMNS)
         ctas = cute.ceil_div(num_tokens, self.tokens_per_cta) * tiles
-        self.kernel(mdX, mdMean, mBlock, num_tokens, width, tiles).launch(
+        self.kernel(mdX, mdMean, mBlock, num_tokens, width, stride, tiles).launch(
             grid=[ctas, 1, 1], block=[_THREADS, 1, 1], stream=stream
         )
 
@@ -146,6 +151,7 @@ class MeanBackward:
         mBlock: cute.Tensor,
         num_tokens: Int32,
         width: Int32,
+        stride: Int64,
         tiles: Int32,
     ):
         tidx, _, _ = cute.arch.thread_idx()
@@ -158,7 +164,7 @@ class MeanBackward:
                 token = first + u * _GROUPS
                 # Loads without a condition go out together; what is not wanted is not stored.
                 inside = cutlass.min(token, num_tokens - 1)
-                offset = Int64(inside) * width + column
+                offset = Int64(inside) * stride + column
                 block = mBlock[inside]
                 source = Int64(cutlass.max(block, 0)) * width + column
                 wanted = token < num_tokens and block >= 0
@@ -179,7 +185,7 @@ def compile_forward(dtype: torch.dtype, out_dtype: torch.dtype, block_size: int)
         fake_flat(CUTE_DTYPES[dtype]),
         fake_flat(Int32, alignment=4),
         fake_flat(CUTE_DTYPES[out_dtype]),
-        *(Int32(1), Int32(1)),
+        *(Int32(1), Int32(1), Int64(1)),
     )
 
 
@@ -191,7 +197,7 @@ def compile_backward(dtype: torch.dtype, dmean_dtype: torch.dtype, block_size: i
         fake_flat(CUTE_DTYPES[dtype]),
         fake_flat(CUTE_DTYPES[dmean_dtype]),
         fake_flat(Int32, alignment=4),
-        *(Int32(1), Int32(1)),
+        *(Int32(1), Int32(1), Int64(1)),
     )
 
 
@@ -211,8 +217,8 @@ def mean_forward(x: Tensor, start: Tensor, block_size: int, out_dtype: torch.dty
     """``mean[m] = mean(x[start[m] : start[m] + block_size])``, summed in float32.
 
     Args:
-        x: ``(T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. Copied if it is not
-            contiguous.
+        x: ``(T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. A slice of heads is
+            read where it is; other strides are copied.
         start: int32 ``(M,)``, the first token of each block, -1 for a row that is 0. Not checked:
             a block must end within ``x``. Blocks may overlap.
         block_size: tokens in a block.
@@ -233,7 +239,8 @@ def mean_forward(x: Tensor, start: Tensor, block_size: int, out_dtype: torch.dty
         return mean
     kernel = compile_forward(x.dtype, out_dtype, block_size)
     width = x.shape[1] * x.shape[2]
-    kernel(flat(x), start.contiguous(), mean.view(-1), start.shape[0], width)
+    source, stride = flat_rows(x)
+    kernel(source, start.contiguous(), mean.view(-1), start.shape[0], width, stride)
     return mean
 
 
@@ -241,18 +248,14 @@ def mean_backward_(dx: Tensor, dmean: Tensor, block: Tensor, block_size: int) ->
     """``dx[t] += dmean[block[t]] / block_size`` where ``block[t] >= 0``, in place.
 
     Args:
-        dx: ``(T, H_kv, D)``, bfloat16, float16 or float32, contiguous and 16-byte aligned; D a
-            multiple of 8. The sum is in float32 and rounded once.
+        dx: ``(T, H_kv, D)``, bfloat16, float16 or float32, a slice of heads at most, and 16-byte
+            aligned; D a multiple of 8. The sum is in float32 and rounded once.
         dmean: ``(M, H_kv, D)`` in float32 or the dtype of ``dx``. Copied if it is not contiguous.
         block: int32 ``(T,)``, the one block of each token, -1 for none. Not checked against M.
         block_size: tokens in a block.
     """
     _check("dx", dx, block_size)
-    if not dx.is_contiguous() or not is_aligned(dx):
-        raise ValueError(
-            f"dx has strides {dx.stride()} and address {dx.data_ptr()}; it is added to in "
-            "place and must be contiguous and 16-byte aligned"
-        )
+    check_output("dx", dx)
     if dmean.dtype not in (dx.dtype, torch.float32):
         raise ValueError(f"dmean is {dmean.dtype}; it must be {dx.dtype} or {torch.float32}")
     check_tensor("dmean", dmean, (dmean.shape[0], *dx.shape[1:]), dmean.dtype, dx.device)
@@ -261,7 +264,8 @@ def mean_backward_(dx: Tensor, dmean: Tensor, block: Tensor, block_size: int) ->
         return
     kernel = compile_backward(dx.dtype, dmean.dtype, block_size)
     width = dx.shape[1] * dx.shape[2]
-    kernel(dx.view(-1), flat(dmean), block.contiguous(), dx.shape[0], width)
+    target, stride = flat_rows(dx)
+    kernel(target, flat(dmean), block.contiguous(), dx.shape[0], width, stride)
 
 
 def _check(name: str, x: Tensor, block_size: int) -> None:

@@ -1,8 +1,11 @@
 """What the memory-bound kernels share: 16-byte loads and stores, and how tensors reach them.
 
 A kernel gets each tensor as one flat dimension. Row-major offsets are then computed in 64 bits in
-the kernel, and no stride of a dimension of size 1, which PyTorch leaves free, can mislead it.
+the kernel, and no stride of a dimension of size 1, which PyTorch leaves free, can mislead it. Where
+rows may lie apart, as in a slice of heads, the elements from row to row are an argument.
 """
+
+import math
 
 import cutlass
 import cutlass.cute as cute
@@ -49,11 +52,15 @@ def _vector_view(mX: cute.Tensor, offset: Int64) -> cute.Tensor:
 @cute.jit
 def dot(a: cute.TensorSSA, b: cute.TensorSSA) -> Float32:
     """Sum of products of two float32 vectors."""
-    return (a * b).reduce(cute.ReductionOp.ADD, init_val=Float32(0.0), reduction_profile=0)
+    total = (a * b).reduce(cute.ReductionOp.ADD, init_val=Float32(0.0), reduction_profile=0)
+    return Float32(total)
 
 
 def fake_flat(dtype: type[cutlass.Numeric] | None, alignment: int = _ALIGNMENT):
-    """Stand-in for a flat tensor of any length, to compile with; None for no tensor."""
+    """Stand-in for a flat tensor of any length, to compile with; None for no tensor.
+
+    Tensors of different lengths need one each: where it is used twice, lengths must agree.
+    """
     if dtype is None:
         return None
     shape = (cute.sym_int64(),)
@@ -72,6 +79,38 @@ def flat(x: Tensor | None) -> Tensor | None:
         return None
     x = x.contiguous()
     return (x if is_aligned(x) else x.clone()).view(-1)
+
+
+def flat_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """The memory of ``x (R, H, D)`` as one dimension, and the elements from row to row.
+
+    ``x`` is not empty. It is copied only where the elements of a row are not adjacent or not
+    16-byte aligned; a slice of heads is not copied. None gives (None, 0).
+    """
+    if x is None:
+        return None, 0
+    if not _has_flat_rows(x):
+        x = x.clone(memory_format=torch.contiguous_format)
+    rows, width = x.shape[0], math.prod(x.shape[1:])
+    stride = x.stride(0) if rows > 1 else width
+    return x.as_strided(((rows - 1) * stride + width,), (1,)), stride
+
+
+def _has_flat_rows(x: Tensor) -> bool:
+    rows, heads, head_dim = x.shape
+    adjacent = x.stride(2) == 1 and (heads == 1 or x.stride(1) == head_dim)
+    return adjacent and (rows == 1 or x.stride(0) % VECTOR == 0) and is_aligned(x)
+
+
+def check_output(name: str, x: Tensor) -> None:
+    """Raise unless a kernel can write ``x (R, H, D)`` where it is: rows as in ``flat_rows``."""
+    apart = x.shape[0] <= 1 or x.stride(0) >= math.prod(x.shape[1:])
+    if x.numel() and not (_has_flat_rows(x) and apart):
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, strides {x.stride()} and address {x.data_ptr()}; "
+            "it is written in place: heads and channels must be contiguous, rows must not overlap "
+            f"and start at multiples of {VECTOR} elements, and the address of {_ALIGNMENT} bytes"
+        )
 
 
 def is_aligned(x: Tensor) -> bool:

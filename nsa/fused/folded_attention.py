@@ -1,0 +1,192 @@
+"""The dense causal compressed branch on FA4 by folding (``d == l``).
+
+Queries with the same number of visible compressed blocks are folded into heads, so that the
+complete-block rule is the plain causal mask and FA4 skips tiles, forward and backward. Row ``r`` of
+a sequence holds the ``l`` queries that see the blocks ``0 .. r``.
+
+In a batch, every sequence has its rows at the same places, and folding is a view: the ``l`` queries
+of a row are FA4's heads, and query heads its batch, each with compressed keys and values of its
+own. The last queries, fewer than ``l``, see all blocks and are a call of their own. Packed
+sequences start anywhere; their queries are gathered (:class:`nsa.fused.layout.FoldedQueries`).
+"""
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import num_compressed_blocks
+from nsa.config import NSAConfig
+from nsa.fused import fa4
+from nsa.fused.layout import Plan
+from nsa.precision import accumulation_dtype
+
+
+def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Attention of ``q (B, T, H, D)`` to the visible of ``k_cmp`` and ``v_cmp (B, M, H_kv, D)``.
+
+    Returns:
+        ``out`` like ``q``, 0 for queries that see no block, and the log-sum-exp for the backward.
+    """
+    if plan.packed:
+        return _packed_forward(q, k_cmp, v_cmp, plan)
+    scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows(q.shape[1], plan.config)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out[:, : rows.lead].zero_()
+    lse = q.new_empty(
+        q.shape[0], q.shape[2] * (q.shape[1] - rows.lead), dtype=accumulation_dtype(q.dtype)
+    )
+    if rows.full:
+        for entry in range(len(q)):
+            fa4.dense_forward(
+                rows.view(q[entry]),
+                *(_per_head(x[entry, : rows.full], q.shape[2]) for x in (k_cmp, v_cmp)),
+                scale=scale,
+                causal=True,
+                window_size=(None, None),
+                out=rows.view(out[entry]),
+                lse=rows.lse(lse[entry]),
+            )
+    if rows.tail:
+        fa4.dense_forward(
+            q[:, -rows.tail :],
+            k_cmp,
+            v_cmp,
+            scale=scale,
+            causal=False,
+            window_size=(None, None),
+            out=out[:, -rows.tail :],
+            lse=rows.tail_lse(lse),
+        )
+    return out, lse
+
+
+def folded_attention_backward(
+    dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``."""
+    if plan.packed:
+        return _packed_backward(dout, q, k_cmp, v_cmp, out, lse, plan)
+    scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows(q.shape[1], plan.config)
+    num_heads, num_kv_heads = q.shape[2], k_cmp.shape[2]
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dq[:, : rows.lead].zero_()
+    # Two calls add to these.
+    dtype = accumulation_dtype(q.dtype)
+    dk_cmp, dv_cmp = (torch.zeros_like(x, dtype=dtype) for x in (k_cmp, v_cmp))
+    if rows.full:
+        for entry in range(len(q)):
+            _, *grads = fa4.dense_backward(
+                *(rows.view(x[entry]) for x in (dout, q)),
+                *(_per_head(x[entry, : rows.full], num_heads) for x in (k_cmp, v_cmp)),
+                rows.view(out[entry]),
+                rows.lse(lse[entry]),
+                scale=scale,
+                causal=True,
+                window_size=(None, None),
+                dq=rows.view(dq[entry]),
+            )
+            for total, grad in zip((dk_cmp, dv_cmp), grads, strict=True):
+                grouped = grad.squeeze(2).unflatten(0, (num_kv_heads, -1))  # (H_kv, G, rows, D)
+                total[entry, : rows.full] = grouped.sum(1, dtype=dtype).transpose(0, 1)
+    if rows.tail:
+        tail = slice(-rows.tail, None)
+        _, dk, dv = fa4.dense_backward(
+            dout[:, tail],
+            q[:, tail],
+            k_cmp,
+            v_cmp,
+            out[:, tail],
+            rows.tail_lse(lse),
+            scale=scale,
+            causal=False,
+            window_size=(None, None),
+            dq=dq[:, tail],
+        )
+        dk_cmp += dk
+        dv_cmp += dv
+    return dq, dk_cmp, dv_cmp
+
+
+def lse_shape(
+    batch: int, length: int, num_heads: int, sequences: int | None, config: NSAConfig
+) -> tuple:
+    """Shape of the log-sum-exp that :func:`folded_attention` returns.
+
+    Args:
+        batch, length, num_heads: of the queries.
+        sequences: number of packed sequences, None for a batch.
+        config: block sizes.
+    """
+    if sequences is None:
+        return (batch, num_heads * (length - _Rows(length, config).lead))
+    rows = num_compressed_blocks(length, config)
+    if config.compressed_visibility == "started":
+        rows = rows + sequences
+    return (num_heads * config.compress_block_size, rows)
+
+
+class _Rows:
+    """The rows of one sequence, in place: ``lead`` queries that see no block, ``full`` rows of
+    ``l`` queries, and ``tail`` queries that see all blocks."""
+
+    def __init__(self, length: int, config: NSAConfig):
+        self.size = config.compress_block_size
+        self.lead = 0 if config.compressed_visibility == "started" else self.size - 1
+        self.full = (length - self.lead) // self.size
+        self.tail = (length - self.lead) % self.size
+
+    def view(self, x: Tensor) -> Tensor:
+        """``(T, H, D)`` as FA4's ``(H, rows, l, D)``."""
+        rows = x[self.lead : self.lead + self.full * self.size]
+        return rows.unflatten(0, (self.full, self.size)).permute(2, 0, 1, 3)
+
+    def lse(self, x: Tensor) -> Tensor:
+        """``(H * queries,)`` as FA4's ``(H, l, rows)``."""
+        return x[: x.shape[-1] - self._tail_size(x)].view(-1, self.size, self.full)
+
+    def tail_lse(self, x: Tensor) -> Tensor:
+        """``(B, H * queries)`` as FA4's ``(B, H, tail)``."""
+        return x[:, x.shape[-1] - self._tail_size(x) :].unflatten(1, (-1, self.tail))
+
+    def _tail_size(self, x: Tensor) -> int:
+        return x.shape[-1] // (self.full * self.size + self.tail) * self.tail
+
+
+def _per_head(x: Tensor, num_heads: int) -> Tensor:
+    """``(M, H_kv, D)`` as ``(H, M, 1, D)``, repeated for the heads of each group."""
+    group = num_heads // x.shape[1]
+    return x.transpose(0, 1).repeat_interleave(group, dim=0, output_size=num_heads)[:, :, None]
+
+
+def _packed_forward(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    scale, num_kv_heads = plan.config.softmax_scale(q.shape[-1]), k_cmp.shape[2]
+    folded = plan.folded.fold(q, num_kv_heads)
+    out, lse = fa4.dense_forward(folded[0], k_cmp[0], v_cmp[0], scale=scale, **_packed_call(plan))
+    return plan.folded.unfold(out[None], num_kv_heads), lse
+
+
+def _packed_backward(
+    dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale, num_kv_heads = plan.config.softmax_scale(q.shape[-1]), k_cmp.shape[2]
+    dout, q, out = (plan.folded.fold(x, num_kv_heads)[0] for x in (dout, q, out))
+    dq, dk, dv = fa4.dense_backward(
+        dout, q, k_cmp[0], v_cmp[0], out, lse, scale=scale, **_packed_call(plan)
+    )
+    # The kernels write nothing past the last sequence's blocks.
+    none = ~plan.geometry.compressed.real
+    dk, dv = (x.masked_fill_(none[:, None, None], 0)[None] for x in (dk, dv))
+    return plan.folded.unfold(dq[None], num_kv_heads), dk, dv
+
+
+def _packed_call(plan: Plan) -> dict:
+    started = plan.folded.started
+    longest = plan.max_compressed
+    return dict(
+        causal=not started,
+        # N_cmp + 1 rows over N_cmp keys, aligned at the end: row r sees keys up to r.
+        window_size=(None, 1) if started else (None, None),
+        cu_seqlens_q=plan.folded.rows.offset.int(),
+        cu_seqlens_k=plan.geometry.compressed.offset.int(),
+        max_seqlen_q=longest + int(started),
+        max_seqlen_k=longest,
+    )

@@ -1,0 +1,430 @@
+"""The best-scored blocks of each row of scores (paper Eq. 11), in one pass over memory.
+
+A warp reads one row: the scores of a query tile and head against compressed tokens. Only scores
+that reach the ``n``-th best so far are looked at twice. Blocks that beat it wait in shared memory
+until there are 32 to sort and merge into the best, which lie in registers, the best first.
+
+A block is ranked by one int64, all different: the high half orders the scores, the low half the
+blocks of equal score, the lower index first.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from torch import Tensor
+
+from nsa.fused.kernels.vectors import check_tensor, compile_kernel, fake_flat
+
+MAX_BLOCKS = 256
+"""The most blocks of a row that can be asked for; they lie in the registers of a warp."""
+
+_WARP = 32
+_WARPS = 4
+# Loads that a thread issues together, before it uses the first.
+_LOADS = 16
+
+_LOW_HALF = 0xFFFFFFFF
+_NO_INDEX = 0x7FFFFFFF
+# Ranks above every score's; less the index of the block.
+_FORCED = 0x7FFFFFFFFFFFFFFF
+# Below every finite score of every block, above -inf: what is not above it is not taken.
+_LOWEST = -3.4028234663852886e38
+_NONE = ((-0x00800001) ^ 0x7FFFFFFF) << 32
+
+
+class TopBlocks:
+    """``count`` best of blocks of ``per_block`` scores.
+
+    ``lanes_per_block`` neighbouring lanes share a block, so that a warp's loads are neighbours. In
+    a round each lane has one block (or a part), in a step ``rounds`` of them.
+    """
+
+    def __init__(self, count: int, per_block: int):
+        self.count = count
+        self.per_block = per_block
+        self.lanes_per_block = math.gcd(per_block, _WARP)
+        self.loads = per_block // self.lanes_per_block
+        self.rounds = max(1, _LOADS // self.loads)
+        self.blocks_per_round = _WARP // self.lanes_per_block
+        self.blocks_per_step = self.blocks_per_round * self.rounds
+        # Registers that hold the best: the merge needs a power of two.
+        self.registers = 1 << math.ceil(math.log2(max(1, count / _WARP)))
+
+    @cute.jit
+    def __call__(
+        self,
+        mScores: cute.Tensor,
+        mFirst: cute.Tensor,
+        mVisible: cute.Tensor,
+        mCandidates: cute.Tensor,
+        mOwn: cute.Tensor,
+        mOut: cute.Tensor,
+        sequences: Int32,
+        heads: Int32,
+        tiles: Int32,
+        columns: Int32,
+        total_tiles: Int32,
+        tile_offset: Int32,
+        column_offset: Int32,
+        num_initial: Int32,
+        num_local: Int32,
+        scale: Float32,
+        stream,
+    ):
+        rows = sequences * heads * tiles
+        tensors = (mScores, mFirst, mVisible, mCandidates, mOwn, mOut)
+        sizes = (sequences, heads, tiles, columns, total_tiles, tile_offset, column_offset)
+        self.kernel(*tensors, *sizes, num_initial, num_local, scale).launch(
+            grid=[cute.ceil_div(rows, _WARPS), 1, 1],
+            block=[_WARPS * _WARP, 1, 1],
+            stream=stream,
+            # Without it the compiler saves registers and waits after every few loads.
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mScores: cute.Tensor,
+        mFirst: cute.Tensor,
+        mVisible: cute.Tensor,
+        mCandidates: cute.Tensor,
+        mOwn: cute.Tensor,
+        mOut: cute.Tensor,
+        sequences: Int32,
+        heads: Int32,
+        tiles: Int32,
+        columns: Int32,
+        total_tiles: Int32,
+        tile_offset: Int32,
+        column_offset: Int32,
+        num_initial: Int32,
+        num_local: Int32,
+        scale: Float32,
+    ):
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        warp, lane = cute.arch.make_warp_uniform(tidx // _WARP), tidx % _WARP
+        smem = cutlass.utils.SmemAllocator()
+        layout = cute.make_layout((_WARPS, 2 * _WARP), stride=(2 * _WARP, 1))
+        sWaiting = smem.allocate_tensor(Int64, layout, byte_alignment=16)[warp, None]
+
+        # Past the end, the last row is done again. Late tiles see most and start first; the heads
+        # of a tile are neighbours in the output.
+        sequence_heads = sequences * heads
+        row = cutlass.min(bidx * _WARPS + warp, sequence_heads * tiles - 1)
+        sequence_head, tile = row % sequence_heads, tiles - 1 - row // sequence_heads
+        index = tile_offset + tile
+        start = mFirst[index] - column_offset
+        candidates, own = mCandidates[index], mOwn[index]
+        # Whatever the tensors say, nothing is read outside of the row.
+        visible = cutlass.min(mVisible[index], columns - start) if start >= 0 else Int32(0)
+        offset = (Int64(sequence_head) * tiles + tile) * columns + start
+        mRow = cute.make_tensor(mScores.iterator + offset, cute.make_layout(columns))
+
+        # Forced blocks: 0 .. initial_end - 1 and local_begin .. local_end - 1.
+        local_end = cutlass.min(own + 1, candidates)
+        initial_end = cutlass.max(cutlass.min(num_initial, local_end), 0)
+        local_begin = cutlass.max(own + 1 - num_local, initial_end)
+        num_forced = initial_end + cutlass.max(local_end - local_begin, 0)
+        num_blocks = (cutlass.max(visible, 0) + (self.per_block - 1)) // self.per_block
+        num_blocks = cutlass.min(num_blocks, candidates) if num_forced < self.count else Int32(0)
+        limit = cutlass.min(visible, num_blocks * self.per_block)
+
+        rBest = cute.make_rmem_tensor(self.registers, Int64)
+        for r in cutlass.range_constexpr(self.registers):
+            slot = r * _WARP + lane
+            block = slot if slot < initial_end else local_begin + slot - initial_end
+            rBest[r] = Int64(_FORCED) - block if slot < num_forced else Int64(_NONE)
+
+        # What a block has to reach: rank and score of the last of the ``count`` best.
+        bar, bar_score = Int64(_NONE), Float32(_LOWEST)
+        num_waiting = Int32(0)
+        num_steps = (num_blocks + (self.blocks_per_step - 1)) // self.blocks_per_step
+        for i in cutlass.range(num_steps, unroll=1):
+            # The last step first: it alone may be short, and late blocks often score best.
+            step = num_steps - 1 if i == 0 else i - 1
+            block = step * self.blocks_per_step + lane // self.lanes_per_block
+            flags = Int32(0)
+            if i == 0:
+                flags = self._promising(mRow, block, lane, limit, scale, bar_score)
+            else:
+                flags = self._promising(mRow, block, lane, None, scale, bar_score)
+            flags = cute.arch.warp_redux_sync(flags, "or")
+            while flags != 0:
+                # The lowest bit that is set, then cleared.
+                round_index = cute.arch.popc((flags & -flags) - 1)
+                flags = flags & (flags - 1)
+                seen = block + round_index * self.blocks_per_round
+                score = scale * self._block_maximum(mRow, seen, lane, limit)
+                score = self._over_lanes(score)
+                rank = _rank(score, seen)
+                free = seen >= initial_end and (seen < local_begin or seen >= local_end)
+                # Not true of NaN.
+                wanted = score >= bar_score and rank > bar and free
+                if const_expr(self.lanes_per_block > 1):
+                    wanted = wanted and lane % self.lanes_per_block == 0
+                ballot = cute.arch.vote_ballot_sync(wanted)
+                if wanted:
+                    before = ballot & ((Int32(1) << lane) - 1)
+                    sWaiting[num_waiting + cute.arch.popc(before)] = rank
+                num_waiting += cute.arch.popc(ballot)
+                cute.arch.sync_warp()
+                if num_waiting >= _WARP:
+                    waiting, rest = sWaiting[lane], sWaiting[lane + _WARP]
+                    cute.arch.sync_warp()
+                    num_waiting -= _WARP
+                    if lane < num_waiting:
+                        sWaiting[lane] = rest
+                    self._merge(rBest, waiting, lane)
+                    bar, bar_score = self._bar(rBest)
+        waiting = sWaiting[lane] if lane < num_waiting else Int64(_NONE)
+        self._merge(rBest, waiting, lane)
+
+        out_row = Int64(sequence_head // heads) * total_tiles + index
+        out_offset = (out_row * heads + sequence_head % heads) * self.count
+        self._write(rBest, mOut, out_offset, lane)
+
+    @cute.jit
+    def _promising(
+        self,
+        mRow: cute.Tensor,
+        block: Int32,
+        lane: Int32,
+        limit: Int32 | None,
+        scale: Float32,
+        bar_score: Float32,
+    ) -> Int32:
+        """Rounds of a step, as bits, in which this lane's part of a block reaches ``bar_score``.
+
+        ``block`` is that of the first round. Without a ``limit`` all of the step lies in the row.
+        """
+        stride = const_expr(self.blocks_per_round * self.per_block)
+        loaded = []
+        if const_expr(limit is None):
+            first = block * self.per_block + lane % self.lanes_per_block
+            mStep = cute.make_tensor(mRow.iterator + first, cute.make_layout(stride * self.rounds))
+            for u in cutlass.range_constexpr(self.rounds):
+                loads = range(self.loads)
+                loaded.append([mStep[u * stride + i * self.lanes_per_block] for i in loads])
+        else:
+            for u in cutlass.range_constexpr(self.rounds):
+                seen = block + u * self.blocks_per_round
+                loaded.append(self._load_block(mRow, seen, lane, limit))
+        flags = Int32(0)
+        for u in cutlass.range_constexpr(self.rounds):
+            score = scale * functools.reduce(cute.arch.fmax, loaded[u])
+            flags = flags | (Int32(1 << u) if score >= bar_score else Int32(0))
+        return flags
+
+    def _load_block(self, mRow, block, lane, limit) -> list[Float32]:
+        """This lane's scores of ``block``, -inf past the ``limit``."""
+        first = block * self.per_block + lane % self.lanes_per_block
+        columns = [first + i * self.lanes_per_block for i in range(self.loads)]
+        # Loads without a condition go out together; what is not wanted is replaced.
+        loaded = [mRow[cutlass.min(column, limit - 1)] for column in columns]
+        return [_where(c < limit, x, -math.inf) for c, x in zip(columns, loaded, strict=True)]
+
+    def _block_maximum(self, mRow, block, lane, limit) -> Float32:
+        loaded = self._load_block(mRow, block, lane, limit)
+        return functools.reduce(cute.arch.fmax, loaded)
+
+    def _over_lanes(self, score: Float32) -> Float32:
+        """The largest of the lanes that share a block."""
+        stride = self.lanes_per_block // 2
+        while stride:
+            score = cute.arch.fmax(score, cute.arch.shuffle_sync_bfly(score, offset=stride))
+            stride //= 2
+        return score
+
+    def _merge(self, rBest: cute.Tensor, waiting: Int64, lane: Int32) -> None:
+        """The best of ``rBest`` and a rank in each lane, in the order of ``rBest``."""
+        for size in _powers(2, _WARP):
+            for stride in reversed(_powers(1, size // 2)):
+                larger = ((lane // size) ^ (lane // stride)) & 1 == 0
+                waiting = _exchange(waiting, stride, larger)
+        # Of two sorted sequences, one reversed, the larger at each place are the best, in an order
+        # (bitonic) that the exchanges below sort. All but the last register have nothing to meet.
+        waiting = cute.arch.shuffle_sync(waiting, _WARP - 1 - lane)
+        best = [rBest[r] for r in range(self.registers)]
+        best[-1] = cutlass.max(best[-1], waiting)
+        for stride in reversed(_powers(1, self.registers // 2)):
+            for r in range(self.registers):
+                if r & stride == 0:
+                    low, high = best[r], best[r + stride]
+                    best[r], best[r + stride] = cutlass.max(low, high), cutlass.min(low, high)
+        for stride in reversed(_powers(1, _WARP // 2)):
+            larger = lane & stride == 0
+            best = [_exchange(x, stride, larger) for x in best]
+        for r in range(self.registers):
+            rBest[r] = best[r]
+
+    def _bar(self, rBest: cute.Tensor) -> tuple[Int64, Float32]:
+        """Rank and score of the last of the ``count`` best."""
+        register, lane = divmod(self.count - 1, _WARP)
+        bar = cute.arch.shuffle_sync(rBest[register], lane)
+        return bar, _score(bar)
+
+    @cute.jit
+    def _write(self, rBest: cute.Tensor, mOut: cute.Tensor, offset: Int64, lane: Int32):
+        """The first ``count`` blocks of ``rBest``, by index, -1 where there is none."""
+        blocks = []
+        for r in cutlass.range_constexpr(self.registers):
+            taken = r * _WARP + lane < self.count and rBest[r] > _NONE
+            blocks.append(~rBest[r].to(Int32) if taken else Int32(_NO_INDEX))
+        blocks = self._sorted(blocks, lane)
+        for r in cutlass.range_constexpr(self.registers):
+            slot = r * _WARP + lane
+            if slot < self.count:
+                mOut[offset + slot] = blocks[r] if blocks[r] != _NO_INDEX else Int32(-1)
+
+    def _sorted(self, x: list[Int32], lane: Int32) -> list[Int32]:
+        """``x`` ascending over registers, then lanes, by bitonic sort."""
+        for size in _powers(2, self.registers * _WARP):
+            for stride in reversed(_powers(1, size // 2)):
+                if stride < _WARP:
+                    for r in range(self.registers):
+                        slot = r * _WARP + lane
+                        larger = ((slot // size) ^ (slot // stride)) & 1 == 1
+                        x[r] = _exchange(x[r], stride, larger)
+                    continue
+                for r in range(self.registers):
+                    other = r + stride // _WARP
+                    if r & (stride // _WARP) == 0:
+                        low, high = cutlass.min(x[r], x[other]), cutlass.max(x[r], x[other])
+                        ascending = r * _WARP & size == 0
+                        x[r], x[other] = (low, high) if ascending else (high, low)
+        return x
+
+
+def _powers(first: int, last: int) -> list[int]:
+    """Powers of two from ``first`` to ``last``."""
+    return [1 << e for e in range(first.bit_length() - 1, last.bit_length())]
+
+
+@cute.jit
+def _where(condition: Boolean, x: Float32, y: float) -> Float32:
+    return x if condition else Float32(y)
+
+
+@cute.jit
+def _exchange(x, stride: int, larger: Boolean):
+    """The larger or the smaller of this lane's ``x`` and that of the lane ``stride`` away."""
+    other = cute.arch.shuffle_sync_bfly(x, offset=stride)
+    return other if (other > x) == larger else x
+
+
+@cute.jit
+def _rank(score: Float32, block: Int32) -> Int64:
+    bits = score.bitcast(Int32)
+    bits = Int32(0) if bits == -0x80000000 else bits  # -0.0 is 0.0
+    high = bits if bits >= 0 else bits ^ 0x7FFFFFFF
+    return (Int64(high) << 32) + (Int64(_LOW_HALF) - block)
+
+
+@cute.jit
+def _score(rank: Int64) -> Float32:
+    """The score of a rank; NaN where the block is forced."""
+    high = Int32(rank >> 32)
+    bits = high if high >= 0 else high ^ 0x7FFFFFFF
+    return bits.bitcast(Float32)
+
+
+@functools.lru_cache(maxsize=None)
+def compile_top_blocks(count: int, per_block: int) -> Callable:
+    """The compiled kernel of a number of blocks and a block size."""
+    integers = [fake_flat(Int32, alignment=4) for _ in range(5)]
+    return compile_kernel(
+        TopBlocks(count, per_block),
+        fake_flat(Float32, alignment=4),
+        *integers,
+        *(Int32(1) for _ in range(9)),
+        Float32(1.0),
+    )
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names, and functions that compile what each names; no GPU is needed."""
+    for count in (1, 16, 64, MAX_BLOCKS):
+        for per_block in (1, 3, 4, 128):
+            name = f"top-blocks-{count}-{per_block}"
+            yield name, functools.partial(compile_top_blocks, count, per_block)
+
+
+def top_blocks(
+    scores: Tensor,
+    first: Tensor,
+    visible: Tensor,
+    candidates: Tensor,
+    own: Tensor,
+    out: Tensor,
+    *,
+    tile_offset: int,
+    column_offset: int,
+    scale: float,
+    per_block: int,
+    num_initial: int,
+    num_local: int,
+) -> None:
+    """For ``C`` tiles and each head write the ``n`` best blocks of the tile's sequence to ``out``.
+
+    Block ``J < candidates`` scores the largest ``scale * s[j]`` of the compressed tokens
+    ``J * per_block <= j < (J + 1) * per_block``, ``j < visible``. Blocks ``J <= own`` with
+    ``J < num_initial`` or ``J > own - num_local`` are taken; then the best of the others, equal
+    scores going to the lower index; a block whose every score is -inf or NaN, or that has none, is
+    not.
+
+    Args:
+        scores: float32 ``(B, H, C, W)``, contiguous; ``s[j]`` is in column
+            ``first - column_offset + j``.
+        first: the column of the first compressed token of each tile's sequence, int32 ``(tiles,)``,
+            as are the next three. Columns outside of ``scores`` count as not visible.
+        visible: compressed tokens that are scored.
+        candidates: blocks that may be taken, 0 for a tile of no sequence.
+        own: the block of the tile's last query.
+        out: int32 ``(B, tiles, H, n)``, contiguous, ``n`` up to MAX_BLOCKS, at least
+            ``num_initial + num_local``. Tiles ``tile_offset`` to ``tile_offset + C - 1`` are
+            written: indices in the sequence, ascending, -1 at the end where fewer exist.
+        tile_offset: the tile of ``scores[:, :, 0]``.
+        column_offset: the column of ``scores[..., 0]``.
+        scale: positive.
+        per_block: compressed tokens in a block.
+        num_initial, num_local: first and last blocks that are always taken.
+    """
+    batch, heads, tiles, columns = scores.shape
+    total_tiles, count = out.shape[1], out.shape[-1]
+    device = scores.device
+    check_tensor("scores", scores, scores.shape, torch.float32, device)
+    check_tensor("out", out, (batch, total_tiles, heads, count), torch.int32, device)
+    vectors = dict(first=first, visible=visible, candidates=candidates, own=own)
+    for name, x in vectors.items():
+        check_tensor(name, x, (total_tiles,), torch.int32, device)
+    for name, x in dict(scores=scores, out=out, **vectors).items():
+        if not x.is_contiguous():
+            raise ValueError(f"{name} has strides {x.stride()}; it must be contiguous")
+    if not 1 <= count <= MAX_BLOCKS:
+        raise ValueError(f"out has room for {count} blocks; it must be for 1 to {MAX_BLOCKS}")
+    if num_initial + num_local > count:
+        raise ValueError(
+            f"num_initial + num_local is {num_initial} + {num_local}; it must be at most {count}"
+        )
+    if not 0 <= tile_offset <= total_tiles - tiles:
+        raise ValueError(
+            f"tile_offset is {tile_offset}; it must be 0 to {total_tiles - tiles}, so that {tiles} "
+            f"tiles fit the {total_tiles} of out"
+        )
+    if batch * heads * tiles == 0:
+        return
+    compile_top_blocks(count, per_block)(
+        # A kernel takes no empty tensor; of this one nothing is read.
+        scores.view(-1) if columns else scores.new_empty(1),
+        *vectors.values(),
+        out.view(-1),
+        *(batch, heads, tiles, columns, total_tiles, tile_offset, column_offset),
+        *(num_initial, num_local, scale),
+    )

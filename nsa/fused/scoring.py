@@ -1,0 +1,53 @@
+"""What the tiles of a call may see and take when they select, as the kernel reads it."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import Geometry, num_selection_blocks
+
+
+class Scoring:
+    """One value a tile, int32 ``(tiles,)`` each; see :mod:`nsa.fused.kernels.top_blocks`."""
+
+    def __init__(self, geometry: Geometry):
+        self.geometry = geometry
+
+    @cached_property
+    def first(self) -> Tensor:
+        """The first compressed token of the tile's sequence."""
+        geometry = self.geometry
+        return geometry.compressed.offset[geometry.tiles.owner].int()
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Compressed tokens of the sequence that are scored, 0 for tiles of no sequence."""
+        geometry = self.geometry
+        by_first = geometry.config.tile_summary == "first"
+        position = geometry.tile_first if by_first else geometry.tile_last
+        seen = geometry.num_visible(position, geometry.tiles.owner, "complete")
+        return torch.where(geometry.tiles.real, seen, 0).int()
+
+    @cached_property
+    def candidates(self) -> Tensor:
+        """Selection blocks of the sequence that may be taken, 0 for tiles of no sequence."""
+        geometry = self.geometry
+        if geometry.config.causal:
+            count = self.own + 1
+        else:
+            length = geometry.tokens.count[geometry.tiles.owner]
+            count = num_selection_blocks(length, geometry.config)
+        return torch.where(geometry.tiles.real, count, 0).int()
+
+    @cached_property
+    def own(self) -> Tensor:
+        """The selection block of the tile's last query."""
+        return (self.geometry.tile_last // self.geometry.config.select_block_size).int()
+
+    @cached_property
+    def filled(self) -> Tensor:
+        """The part of the tile's rows that are queries, float32."""
+        geometry = self.geometry
+        count = geometry.tile_last - geometry.tile_first + 1
+        return count.clamp(min=1).float() / geometry.config.q_tile_size

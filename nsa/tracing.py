@@ -1,0 +1,16 @@
+"""When the host may not look at values: torch.compile tracing and CUDA graph capture."""
+
+import torch
+from torch import Tensor
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether work on the device of ``x`` is being captured in a CUDA graph, not run."""
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def has_readable_values(x: Tensor) -> bool:
+    """Whether the host can read values of ``x``; on a GPU it waits for them."""
+    return not (x.is_meta or torch.compiler.is_compiling() or is_capturing(x))

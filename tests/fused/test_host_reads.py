@@ -1,0 +1,156 @@
+"""Nothing makes the host wait for values, so that CUDA graphs can capture forward and backward."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nsa
+from nsa import validation
+from nsa.fused import interface, layout, ops, planner
+from nsa.testing import make_cu_seqlens, make_inputs
+
+pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+
+PACKAGE, TESTS = Path(nsa.__file__).parent, Path(__file__).parent
+LENGTHS = [70, 0, 1, 130]
+
+# What copies from the device, or has a size that depends on values; or, lift_fresh, copies a tensor
+# of Python data to the device.
+READS = {
+    "_local_scalar_dense", "bincount", "equal", "is_nonzero", "lift_fresh", "masked_select",
+    "nonzero", "_unique2", "unique_dim", "unique_consecutive",
+}  # fmt: skip
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises on a read that comes from the package, and not from an emulated kernel."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list) else ()
+        masked = any(x is not None and x.dtype == torch.bool for x in indices)
+        if (name in READS or masked) and _caller().is_relative_to(PACKAGE):
+            raise AssertionError(f"{name} makes the host wait")
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> Path:
+    """The innermost file of the package or of the emulated kernels that is being run."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE) or path.is_relative_to(TESTS):
+            return path
+        frame = frame.f_back
+    return TESTS
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """As while a CUDA graph is captured."""
+    for module in (layout, planner, validation):
+        monkeypatch.setattr(module, "is_capturing", lambda _: True)
+    monkeypatch.setattr(validation, "has_readable_values", lambda _: False)
+
+
+@pytest.fixture
+def backward_too(monkeypatch):
+    """Each call runs forward and backward, within no op, so that dispatch modes see inside."""
+    forward, backward = ops.attention._init_fn, ops.attention_backward._init_fn
+    calls = []
+
+    def attention(**kwargs):
+        kwargs |= dict(save=True)
+        out, saved = forward(**kwargs)
+        kwargs.pop("save")
+        calls.append(backward(torch.ones_like(out), saved=saved, **kwargs))
+        return out, saved
+
+    monkeypatch.setattr(interface, "attention", attention)
+    return calls
+
+
+def make_config(**changes) -> nsa.NSAConfig:
+    sizes = dict(
+        compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2,
+        window_size=20,
+    )  # fmt: skip
+    return nsa.NSAConfig(**(sizes | changes))
+
+
+CONFIGS = {
+    "default": make_config(),
+    "forced blocks": make_config(num_initial_blocks=1, num_local_blocks=1),
+    "non-causal": make_config(causal=False),
+    "started": make_config(compressed_visibility="started", tile_summary="first"),
+    "sparse compressed": make_config(
+        num_cmp_selected_blocks=1, cmp_group_size=64, compress_block_size=1
+    ),
+}
+
+
+@pytest.mark.usefixtures("capturing")
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("limit", [None, 1], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_forward_and_backward(case, limit, packed, backward_too):
+    leading = (sum(LENGTHS),) if packed else (2, 130)
+    q, k, v = make_inputs(leading, 4, 2, 8)
+    weights = [torch.randn(2, 8, 8) for _ in "kv"]
+    extras = {}
+    if packed:
+        extras = dict(cu_seqlens=make_cu_seqlens(LENGTHS), max_seqlen=max(LENGTHS))
+    call = dict(
+        config=CONFIGS[case], gate_proj_weight=torch.randn(4, 3, 8), compress_k_weight=weights[0],
+        compress_v_weight=weights[1], max_workspace_bytes=limit, backend="fused",
+    )  # fmt: skip
+    expected = nsa.forward(q, k, v, **call, **extras)
+    with NoHostReads():
+        out = nsa.forward(q, k, v, **call, **extras)
+    torch.testing.assert_close(out, expected)
+    assert len(backward_too) == 2
+    torch.testing.assert_close(*backward_too)
+
+
+@pytest.mark.usefixtures("capturing")
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("compressor", ["mlp", "mean"])
+def test_layer(compressor, packed, backward_too):
+    layer = nsa.NativeSparseAttention(
+        16, 4, 2, config=make_config(), compressor=compressor, backend="fused"
+    )
+    x = torch.randn(*(sum(LENGTHS),) if packed else (2, 130), 16)
+    extras = (make_cu_seqlens(LENGTHS), max(LENGTHS)) if packed else ()
+    with NoHostReads(), torch.no_grad():
+        layer(x, *extras)
+    assert len(backward_too) == 1
+
+
+@pytest.mark.usefixtures("capturing")
+def test_packed_sequences_need_max_seqlen_to_be_captured():
+    q, k, v = make_inputs((sum(LENGTHS),), 2, 1, 8)
+    with pytest.raises(ValueError, match=r"max_seqlen must be an int while.*captured, got None"):
+        nsa.forward(q, k, v, config=make_config(), cu_seqlens=make_cu_seqlens(LENGTHS))
+
+
+def test_the_mode_sees_reads_of_the_package():
+    q, k, v = make_inputs((sum(LENGTHS),), 2, 1, 8)
+    with NoHostReads(), pytest.raises(AssertionError, match="makes the host wait"):
+        nsa.forward(q, k, v, config=make_config(), cu_seqlens=make_cu_seqlens(LENGTHS))
+
+
+def test_a_captured_plan_is_not_kept(monkeypatch):
+    """Its tensors would hold what no replay outside of its graph computes."""
+    q = torch.zeros(1, 77, 2, 8)
+    config = make_config()
+    kept = layout.make_plan(q, None, None, config)
+    assert layout.make_plan(q, None, None, config) is kept
+    monkeypatch.setattr(layout, "is_capturing", lambda _: True)
+    assert layout.make_plan(q, None, None, config) is not kept
+    q = torch.zeros(1, 78, 2, 8)
+    captured = layout.make_plan(q, None, None, config)
+    monkeypatch.setattr(layout, "is_capturing", lambda _: False)
+    assert layout.make_plan(q, None, None, config) is not captured
