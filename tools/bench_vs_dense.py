@@ -1,176 +1,194 @@
 """Time and peak memory of nsa's fused backend beside FlashAttention-4 dense causal attention.
 
-Same tensors, same run, medians of interleaved repetitions. Nothing is reported unless the fused
-output first passes against the float64 reference. One CSV row for each length and pass.
+    python tools/bench_vs_dense.py --csv dense.csv
+    python tools/bench_vs_dense.py --lengths 8192 32768 --cmp-groups none --csv short.csv
 
-    python tools/bench_vs_dense.py --lengths 8192 32768 131072 --csv dense.csv
+Same tensors, same run, repetitions of all in turn. Nothing is reported unless the fused output and
+gradients first pass against the float64 reference. Times are of the GPU from the first launch to
+the end, so at short lengths they are the host's; up to ``--graphs`` tokens each call is timed as a
+CUDA graph too, which takes the host out. A dense call of more than two seconds is made once.
+
+The CSV has one row for each length, pass and setting of ``--cmp-groups``, written at once:
+
+- tokens, heads, kv_heads, head_dim, dtype: the shape, batch 1
+- cmp_groups: ``num_cmp_selected_blocks``, "none" for the dense compressed branch
+- pass: "forward" (no gradient wanted) or "forward+backward"
+- dense_p20_ms, dense_p50_ms, dense_p80_ms, dense_repeats, and the same of nsa
+- speedup: dense median over nsa's
+- dense_graph_..._ms, nsa_graph_..._ms, graph_speedup: as CUDA graphs; empty where not measured
+- dense_peak_gib, nsa_peak_gib: peak allocated memory without a graph, inputs included
+- note: what could not be measured, and why
+- gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit, time
 """
 
 import argparse
-import csv
-import statistics
-import subprocess
-import time
-from importlib import metadata
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import nsa
-from nsa.testing import assert_as_accurate, make_inputs
+from measuring import environment, timing, work, workloads
+from measuring.gate import check_accuracy
+from measuring.tables import Table, crossover, quantile_columns, ratio_of_medians, rounded
+from measuring.timing import Timing
+from measuring.workloads import PASSES, describe_groups
 
+SIDES = ("dense", "nsa", "dense_graph", "nsa_graph")
 FIELDS = (
-    "tokens", "heads", "kv_heads", "head_dim", "dtype", "cmp_groups", "pass",
-    "dense_p20_ms", "dense_p50_ms", "dense_p80_ms", "nsa_p20_ms", "nsa_p50_ms", "nsa_p80_ms",
-    "speedup", "dense_peak_gib", "nsa_peak_gib", "gpu", "torch", "flash_attn_4", "nsa_commit",
-    "time",
+    "tokens", *workloads.SHAPE_FIELDS, "cmp_groups", "pass",
+    *(f"{side}_{quantile}_ms" for side in SIDES for quantile in ("p20", "p50", "p80")),
+    "dense_repeats", "nsa_repeats", "speedup", "graph_speedup", "dense_peak_gib", "nsa_peak_gib",
+    "note", *environment.FIELDS,
 )  # fmt: skip
+# Operations a second that the estimate of the time assumes.
+DENSE_RATE, NSA_RATE = 600e12, 250e12
 
 
-def main():
-    options = parse_arguments()
-    torch.manual_seed(0)
-    config = nsa.NSAConfig(num_cmp_selected_blocks=options.cmp_groups)
-    check_accuracy(options, config)
+def main(argv: list[str] | None = None):
+    options = parse_arguments(argv)
+    environment.require_gpu()
+    configs = {groups: make_config(groups) for groups in options.cmp_groups}
+    for config in tqdm(configs.values(), desc="accuracy gate", unit="configuration"):
+        check_accuracy(options, config)
+    print(f"about {estimate_seconds(options, configs):.0f} s of GPU time, compiling not counted")
+    table = Table(options.csv, FIELDS)
     rows = []
-    progress = tqdm(options.lengths, unit="length")
-    for length in progress:
-        progress.set_description(f"{length} tokens")
-        for row in bench_length(length, options, config):
+    cases = [(length, name) for length in options.lengths for name in PASSES]
+    for length, name in (progress := tqdm(cases, unit="pass")):
+        progress.set_description(f"{length} tokens, {name}")
+        for row in bench(length, name, configs, options):
+            table.add(row)
             rows.append(row)
-            tqdm.write(describe(row))
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+            tqdm.write(describe(row), file=sys.stdout)
+    print("\n".join(crossovers(rows)))
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--cmp-groups", type=int, help="num_cmp_selected_blocks; default: dense")
+    default_lengths = [8192, 32768, 131072, 524288, 1048576]
+    parser.add_argument("--lengths", type=int, nargs="+", default=default_lengths)
+    workloads.add_shape_arguments(parser)
+    parser.add_argument(
+        "--cmp-groups",
+        type=workloads.groups_argument,
+        nargs="+",
+        default=[None, 16],
+        help="num_cmp_selected_blocks, several to compare; none: the dense compressed branch",
+    )
+    parser.add_argument(
+        "--graphs", type=int, default=131072, metavar="TOKENS", help="CUDA graphs up to this length"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="at most; fewer where one is long")
-    parser.add_argument("--seconds", type=float, default=8, help="for each length and pass")
+    parser.add_argument("--seconds", type=float, default=3, help="for each call and its repeats")
     parser.add_argument("--csv", type=Path, help="write the rows here")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def inputs(length: int, options) -> tuple[torch.Tensor, ...]:
-    dtype = getattr(torch, options.dtype)
-    shape = (options.heads, options.kv_heads, options.head_dim)
-    q, k, v = make_inputs((1, length), *shape, dtype=dtype, device="cuda", requires_grad=True)
-    weight = torch.randn(options.heads, 3, options.head_dim, device="cuda") * options.head_dim**-0.5
-    return q, k, v, weight.to(dtype).requires_grad_()
+def make_config(groups: int | None) -> nsa.NSAConfig:
+    return nsa.NSAConfig(num_cmp_selected_blocks=groups)
 
 
-def check_accuracy(options, config, length: int = 2048):
-    """The gate: fused output and gradients against the reference, with its block indices."""
-    tensors = inputs(length, options)
-    indices = nsa.select_blocks(*tensors[:2], config=config, backend="reference")
-    results = []
-    for dtype, backend in (
-        (torch.float64, "reference"),
-        (tensors[0].dtype, "reference"),
-        (tensors[0].dtype, "fused"),
-    ):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
-        out = nsa.forward(
-            *leaves[:3], config=config, gate_proj_weight=leaves[3], block_indices=indices,
-            backend=backend,
-        )  # fmt: skip
-        results.append((out, *torch.autograd.grad(out.sum(), leaves)))
-    for name, exact, same_dtype, actual in zip(
-        ("out", "dq", "dk", "dv", "dgate_proj_weight"), *results, strict=True
-    ):
-        assert_as_accurate(name, actual, same_dtype, exact)
+def bench(length: int, name: str, configs: dict, options) -> list[dict]:
+    """The rows of one length and pass, one for each configuration."""
+    tensors = workloads.make_tensors((1, length), options, backward=name != "forward")
+    steps = {"dense": workloads.make_step(workloads.dense_attention(tensors), tensors)}
+    for groups, config in configs.items():
+        attention = workloads.nsa_attention(tensors, config)
+        steps[describe_groups(groups)] = workloads.make_step(attention, tensors)
+    timings = timing.measure(
+        steps,
+        repeats=options.repeats,
+        seconds=options.seconds,
+        graphs=length <= options.graphs,
+        once=("dense",),
+    )
+    return [
+        make_row(length, name, groups, timings["dense"], timings[describe_groups(groups)], options)
+        for groups in configs
+    ]
 
 
-def bench_length(length: int, options, config) -> list[dict]:
-    q, k, v, weight = inputs(length, options)
-    dout = torch.randn_like(q)
-    from flash_attn.cute import flash_attn_func
-
-    def dense():
-        return flash_attn_func(q, k, v, causal=True)[0]
-
-    def sparse():
-        return nsa.forward(q, k, v, config=config, gate_proj_weight=weight, backend="fused")
-
-    leaves = (q, k, v, weight)
-
-    def forward(function):
-        with torch.no_grad():
-            function()
-
-    def forward_backward(function):
-        torch.autograd.grad(function(), leaves, dout, allow_unused=True)
-
-    rows = []
-    for name, step in (("forward", forward), ("forward+backward", forward_backward)):
-        times, peaks = measure([lambda: step(dense), lambda: step(sparse)], options)  # noqa: B023
-        rows.append(make_row(length, name, times, peaks, options))
-    return rows
+def make_row(
+    length: int, name: str, groups: int | None, dense: Timing, ours: Timing, options
+) -> dict:
+    """One row of ``FIELDS`` from the measurements of both sides."""
+    row = dict(tokens=length, cmp_groups=describe_groups(groups), **{"pass": name})
+    row |= workloads.shape_columns(options)
+    for side, measured in (("dense", dense), ("nsa", ours)):
+        row |= quantile_columns(side, measured.eager)
+        row |= quantile_columns(f"{side}_graph", measured.graph)
+        row[f"{side}_repeats"] = len(measured.eager)
+        row[f"{side}_peak_gib"] = rounded(measured.peak_gib, 3)
+    row["speedup"] = rounded(ratio_of_medians(dense.eager, ours.eager), 3)
+    row["graph_speedup"] = rounded(ratio_of_medians(dense.graph, ours.graph), 3)
+    notes = (("dense", dense.note), ("nsa", ours.note))
+    row["note"] = "; ".join(f"{side}: {note}" for side, note in notes if note)
+    return row | environment.columns()
 
 
-def measure(functions: list, options) -> tuple[list[list[float]], list[float]]:
-    """Milliseconds of interleaved repetitions, and peak GiB, of each function."""
-    peaks, first = [], []
-    for function in functions:
-        function()  # compiles
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        first.append(timed(function))
-        peaks.append(torch.cuda.max_memory_allocated() / 2**30)
-    repeats = max(3, min(options.repeats, int(options.seconds * 1000 / sum(first))))
-    times = [[] for _ in functions]
-    for _ in range(repeats):
-        for series, function in zip(times, functions, strict=True):
-            series.append(timed(function))
-    return times, peaks
-
-
-def timed(function) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def make_row(length: int, name: str, times, peaks, options) -> dict:
-    quantiles = [statistics.quantiles(series, n=10, method="inclusive") for series in times]
-    (dense, sparse) = [(q[1], q[4], q[7]) for q in quantiles]
-    numbers = [f"{x:.3f}" for x in (*dense, *sparse)]
-    values = (
-        length, options.heads, options.kv_heads, options.head_dim, options.dtype,
-        options.cmp_groups, name, *numbers, f"{dense[1] / sparse[1]:.2f}",
-        *(f"{peak:.2f}" for peak in peaks), torch.cuda.get_device_name(), torch.__version__,
-        metadata.version("flash-attn-4"), commit(), time.strftime("%Y-%m-%dT%H:%M:%S"),
-    )  # fmt: skip
-    return dict(zip(FIELDS, values, strict=True))
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return result.stdout.strip() or "unknown"
+def estimate_seconds(options, configs: dict) -> float:
+    """GPU time of the whole run, from operations at an assumed rate."""
+    total = 0.0
+    for length in options.lengths:
+        sides = [(work.dense_pairs(length), DENSE_RATE, True)]
+        sides += [(sum(work.attended_pairs(length, c)), NSA_RATE, False) for c in configs.values()]
+        for pairs, rate, once in sides:
+            forward, backward = (
+                options.heads * work.attention_flops(pairs, options.head_dim, flag) / rate
+                for flag in (False, True)
+            )
+            for seconds in (forward, forward + backward):
+                repeats = max(3, min(options.repeats, int(options.seconds / seconds)))
+                if once and seconds > timing.LONG_SECONDS:
+                    repeats = 0
+                kinds = 2 if length <= options.graphs else 1
+                total += seconds * (1 + kinds * repeats)
+    return total
 
 
 def describe(row: dict) -> str:
-    return (
-        f"{row['tokens']:>8} tokens {row['pass']:<17} dense {row['dense_p50_ms']:>9} ms "
-        f"{row['dense_peak_gib']:>6} GiB   nsa {row['nsa_p50_ms']:>9} ms "
-        f"{row['nsa_peak_gib']:>6} GiB   {row['speedup']}x"
+    """A line for the terminal."""
+    times = [
+        f"{row[f'{side}_p50_ms'] or '-':>10} ms {row[f'{side}_peak_gib'] or '-':>7} GiB"
+        for side in ("dense", "nsa")
+    ]
+    line = (
+        f"{row['tokens']:>8} tokens {row['pass']:<16} groups {row['cmp_groups']:<4} "
+        f"dense {times[0]}   nsa {times[1]}   {row['speedup'] or '-'}x"
     )
+    if row["graph_speedup"]:
+        line += (
+            f"   graphs {row['dense_graph_p50_ms']} / {row['nsa_graph_p50_ms']} ms "
+            f"{row['graph_speedup']}x"
+        )
+    return line + (f"   ({row['note']})" if row["note"] else "")
+
+
+def crossovers(rows: list[dict]) -> list[str]:
+    """For each pass and configuration, from which length on nsa is faster."""
+    lines = []
+    for name, groups in dict.fromkeys((row["pass"], row["cmp_groups"]) for row in rows):
+        for kind, column in (("eager", "speedup"), ("CUDA graphs", "graph_speedup")):
+            points = [
+                (row["tokens"], float(row[column]))
+                for row in rows
+                if (row["pass"], row["cmp_groups"]) == (name, groups) and row[column]
+            ]
+            if not points:
+                continue
+            length = crossover(points)
+            if length is not None:
+                found = f"faster than dense from {length:.0f} tokens on"
+            elif min(ratio for _, ratio in points) >= 1:
+                found = "faster than dense at every length measured"
+            else:
+                found = "no crossover among the lengths measured"
+            lines.append(f"{name}, groups {groups}, {kind}: {found}")
+    return lines
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     main()

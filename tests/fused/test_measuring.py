@@ -1,0 +1,73 @@
+"""What the measuring tools put around the fused pipeline, on the emulated kernels."""
+
+import argparse
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+
+import nsa
+from measuring import gate, stages, work, workloads
+from nsa.fused import own_kernels, pipeline
+
+OPTIONS = argparse.Namespace(heads=4, kv_heads=2, head_dim=16, dtype="bfloat16")
+CONFIG = nsa.NSAConfig(
+    compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2
+)
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(fused_on_cpu, monkeypatch):
+    monkeypatch.setattr(workloads, "DEVICE", "cpu")
+
+
+def test_gate_passes_and_refuses(monkeypatch):
+    lengths = [1, 130, 0, 64]
+    gate.check_accuracy(OPTIONS, CONFIG, lengths=lengths)
+    right = own_kernels.gating_forward
+    monkeypatch.setattr(own_kernels, "gating_forward", lambda *args: right(*args) * 1.02)
+    with pytest.raises(AssertionError, match="out: "):
+        gate.check_accuracy(OPTIONS, CONFIG, lengths=lengths)
+
+
+def test_gate_checks_a_choice_among_groups():
+    gate.check_accuracy(OPTIONS, replace(CONFIG, num_cmp_selected_blocks=4, cmp_group_size=64))
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_stages_of_a_pass_and_nothing_left_behind(parts):
+    before = dict(vars(pipeline))
+    tensors = workloads.make_tensors((1, 200), OPTIONS, backward=True)
+    ticks = count()
+    times = stages.StageTimes(lambda: next(ticks))
+    times.run(workloads.make_step(workloads.nsa_attention(tensors, CONFIG), tensors), parts=parts)
+    assert vars(pipeline) == before
+    totals = times.milliseconds(stages.between_host)
+    assert totals[()] == next(ticks) - 1
+    # Every stage is met, and the counts of work are of stages that there are.
+    names = {function.__name__ for function in stages.stage_functions()}
+    assert {path[0] for path in totals if len(path) == 1} >= names
+    met = {"/".join(path) for path in totals}
+    for name in work.stage_work(200, OPTIONS, CONFIG):
+        assert name in met or ("/" in name and not parts), name
+    assert any(len(path) > 1 for path in totals) == parts
+
+
+def test_results_of_a_function():
+    q, k, v = workloads.make_tensors((1, 100), OPTIONS, backward=False)[:3]
+    with stages.results_of(pipeline.select) as results:
+        nsa.forward(q, k, v, config=CONFIG, backend="fused")
+    nsa.forward(q, k, v, config=CONFIG, backend="fused")
+    assert len(results) == 1
+    assert results[0].blocks.dtype == torch.int32
+
+
+def test_reshaped_tensors_share_memory():
+    packed = workloads.make_tensors((200,), OPTIONS, backward=True, lengths=[150, 50])
+    batched = workloads.reshaped(packed, (2, 100))
+    assert batched.q.shape == (2, 100, 4, 16)
+    assert batched.dout.data_ptr() == packed.dout.data_ptr()
+    assert batched.k.data_ptr() == packed.k.data_ptr()
+    assert all(x.is_leaf and x.requires_grad for x in batched.leaves)
+    assert batched.extra == {}

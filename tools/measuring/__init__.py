@@ -1,0 +1,1 @@
+"""What the measuring tools share: inputs, the accuracy gate, timing, stages, work, tables."""

@@ -1,0 +1,144 @@
+"""Times of GPU work: interleaved repetitions, with and without a CUDA graph, and peak memory."""
+
+import contextlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+
+from measuring.variants import kernel_variants
+
+LONG_SECONDS = 2.0
+"""A call that takes longer may be measured once."""
+
+Step = Callable[[], object]
+
+
+@dataclass
+class Timing:
+    """Milliseconds of each repetition, and the peak memory of one of them, inputs included.
+
+    Attributes:
+        eager: launched from Python.
+        graph: replayed as a CUDA graph; empty where not asked for or not possible.
+        peak_gib: None where the call did not fit.
+        note: what went wrong, if anything.
+    """
+
+    eager: list[float] = field(default_factory=list)
+    graph: list[float] = field(default_factory=list)
+    peak_gib: float | None = None
+    note: str = ""
+
+
+def measure(
+    steps: dict[str, Step],
+    *,
+    repeats: int,
+    seconds: float,
+    graphs: bool = False,
+    once: Collection[str] = (),
+) -> dict[str, Timing]:
+    """Time some steps, their repetitions interleaved.
+
+    Args:
+        steps: what to time, by name.
+        repeats: repetitions of each, at most.
+        seconds: for each step: fewer repetitions, but at least 3, where these would take longer.
+        graphs: whether to time each step as a CUDA graph too.
+        once: names of steps that are called only once where that takes over ``LONG_SECONDS``.
+    """
+    timings = {name: Timing() for name in steps}
+    counts = {}
+    for name, step in steps.items():
+        first = _first_call(step, timings[name])
+        if first is None:
+            continue
+        counts[name] = max(3, min(repeats, int(1000 * seconds / first)))
+        if name in once and first > 1000 * LONG_SECONDS:
+            timings[name].eager.append(first)
+            counts[name] = 0
+    _interleave({name: steps[name] for name in counts}, counts, timings, "eager")
+    if graphs:
+        replays = {}
+        for name in (name for name, count in counts.items() if count):
+            try:
+                replays[name] = capture(steps[name])
+            except RuntimeError as error:
+                timings[name].note = f"no CUDA graph: {error}"
+        _interleave(replays, counts, timings, "graph")
+    return timings
+
+
+def timed(step: Step) -> float:
+    """Milliseconds between the start and the end of the GPU's work."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def timed_with_peak(step: Step) -> tuple[float, float]:
+    """Milliseconds of one call, and the peak of allocated memory in GiB."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    milliseconds = timed(step)
+    return milliseconds, torch.cuda.max_memory_allocated() / 2**30
+
+
+def capture(step: Step) -> Step:
+    """The replay of ``step`` as a CUDA graph.
+
+    Raises:
+        RuntimeError: the step does what a graph cannot hold, such as waiting for the GPU.
+    """
+    stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(stream)
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    stream.wait_stream(side)
+    torch.cuda.synchronize()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+    except RuntimeError as error:
+        # PyTorch leaves a failed capture's stream current and its pool open.
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch.cuda.synchronize()
+        # Ending the capture fails too, and says less than what made it fail.
+        cause = error.__context__ or error
+        raise RuntimeError(str(cause).partition("\n")[0]) from None
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def _first_call(step: Step, timing: Timing) -> float | None:
+    """Warm up, note the peak, and return the time; None where memory does not suffice."""
+    variants = kernel_variants()
+    try:
+        milliseconds, timing.peak_gib = timed_with_peak(step)
+        if kernel_variants() != variants:
+            # The time was the compiler's.
+            milliseconds, timing.peak_gib = timed_with_peak(step)
+        return milliseconds
+    except torch.OutOfMemoryError:
+        timing.note = "out of memory"
+    torch.cuda.empty_cache()
+    return None
+
+
+def _interleave(
+    steps: dict[str, Step], counts: dict[str, int], timings: dict[str, Timing], kind: str
+):
+    for repeat in range(max((counts[name] for name in steps), default=0)):
+        for name, step in steps.items():
+            if repeat < counts[name]:
+                getattr(timings[name], kind).append(timed(step))

@@ -1,0 +1,104 @@
+"""How much work a call is, from its shape alone: attended pairs, operations and bytes.
+
+All counts are of causal attention in tile mode, and the least that the method needs: no padding of
+blocks to tiles, every tensor read or written once, 16-bit elements.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+import nsa
+from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
+
+ELEMENT = 2  # bytes
+
+
+class Pairs(NamedTuple):
+    """(query, key) pairs of one head in each branch."""
+
+    compressed: int
+    selected: int
+    window: int
+
+
+class Work(NamedTuple):
+    """Bytes moved and floating-point operations of matrix products."""
+
+    bytes: int
+    flops: int
+
+
+def attended_pairs(length: int, config: nsa.NSAConfig) -> Pairs:
+    """Pairs of one head in one sequence, at most: a chosen block may end after the query."""
+    seen = torch.arange(1, length + 1)
+    compressed = seen // config.compress_block_size
+    if config.num_cmp_selected_blocks is not None:
+        compressed = compressed.clamp(max=config.num_cmp_selected_blocks * config.cmp_group_size)
+    selected = seen.clamp(max=config.num_selected_blocks * config.select_block_size)
+    window = seen.clamp(max=config.window_size)
+    return Pairs(*(int(x.sum()) for x in (compressed, selected, window)))
+
+
+def dense_pairs(length: int) -> int:
+    """Pairs of one head in causal attention over everything."""
+    return length * (length + 1) // 2
+
+
+def attention_flops(pairs: int, head_dim: int, backward: bool) -> int:
+    """Two products in forward; backward, which computes the scores again, has five."""
+    return (10 if backward else 4) * head_dim * pairs
+
+
+def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
+    """The least work of each stage of ``nsa.fused.pipeline`` for one sequence, by its name.
+
+    Args:
+        length: tokens.
+        options: heads, kv_heads and head_dim.
+        config: block sizes and counts.
+    """
+    heads, dim = options.heads, options.head_dim
+    query = length * heads * dim * ELEMENT
+    key = length * options.kv_heads * dim * ELEMENT
+    compressed_key = num_compressed_blocks(length, config) * options.kv_heads * dim * ELEMENT
+    tiles = num_query_tiles(length, config)
+    pairs = attended_pairs(length, config)
+    # A tile scores the compressed tokens that its last query sees.
+    scored = heads * tiles * num_compressed_blocks(length, config) // 2
+    listed = heads * tiles * min(config.num_selected_blocks, num_selection_blocks(length, config))
+    work = {
+        "compress": Work(2 * (key + compressed_key), 0),
+        "select": Work(query + compressed_key + 4 * listed, 2 * dim * scored),
+        "combine_branches": Work(5 * query, 0),
+        "combine_branches_backward": Work(8 * query, 0),
+        "query_gradient": Work(4 * query, 0),
+        "compress_backward_": Work(2 * (2 * key + compressed_key), 0),
+        # int32 entries, read and written.
+        "selected_attention/selected_lists": Work(8 * listed, 0),
+        "selected_attention_backward/selected_lists": Work(8 * listed, 0),
+        "selected_attention_backward/transpose_lists": Work(8 * listed, 0),
+    }
+    branches = dict(
+        compressed_attention=(pairs.compressed, compressed_key),
+        selected_attention=(pairs.selected, key),
+        window_attention=(pairs.window, key),
+    )
+    for name, (count, keys) in branches.items():
+        flops = [attention_flops(heads * count, dim, backward) for backward in (False, True)]
+        work[name] = Work(2 * query + 2 * keys, flops[0])
+        # q, out, dout and dq; keys, values and their gradients.
+        work[f"{name}_backward"] = Work(4 * query + 4 * keys, flops[1])
+    return work
+
+
+def floor_milliseconds(work: Work, terabytes: float, teraflops: float) -> tuple[float, str]:
+    """The time that a roofline allows, and which of its limits that is, "bytes" or "flops".
+
+    Args:
+        work: of one stage.
+        terabytes: memory bandwidth a second.
+        teraflops: rate of matrix products a second.
+    """
+    by_bytes, by_flops = work.bytes / terabytes / 1e9, work.flops / teraflops / 1e9
+    return max((by_bytes, "bytes"), (by_flops, "flops"))
