@@ -74,10 +74,12 @@ class Segments:
     Args:
         offset: where each sequence starts, then where the last ends; int64 ``(S + 1,)``.
         total: items of the row, at least ``offset[-1]``; those past it belong to no sequence.
+        single: whether there is one sequence, of all items.
     """
 
     offset: Tensor
     total: int
+    single: bool = False
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -107,10 +109,15 @@ class Segments:
     @cached_property
     def real(self) -> Tensor:
         """Which items belong to a sequence, bool ``(total,)``."""
+        if self.single:
+            return torch.ones(self.total, dtype=torch.bool, device=self.offset.device)
         return self.local < self.count[self.owner]
 
     @cached_property
     def _items(self) -> tuple[Tensor, Tensor]:
+        if self.single:
+            index = torch.arange(self.total, device=self.offset.device)
+            return torch.zeros_like(index), index
         return locate_items(self.offset, self.total)
 
 
@@ -149,7 +156,7 @@ class Geometry:
         offset = prefix_sum(counts)
         if self.uniform is not None:
             batch, length = self.uniform
-            return Segments(offset, batch * count(length, self.config))
+            return Segments(offset, batch * count(length, self.config), single=batch == 1)
         return Segments(offset, int(offset[-1]) if self.exact else bound)
 
     @cached_property

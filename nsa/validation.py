@@ -37,10 +37,14 @@ class Problem(NamedTuple):
         return len(self.leading) == 2
 
 
+# Made once, because to check and to encode it takes time in each call.
+_DEFAULT = NSAConfig()
+
+
 def check_config(config) -> NSAConfig:
     """The caller's configuration, or the default one for None."""
     if config is None:
-        return NSAConfig()
+        return _DEFAULT
     if not isinstance(config, NSAConfig):
         raise TypeError(f"config must be an nsa.NSAConfig or None, got {type(config).__name__}")
     return config

@@ -32,20 +32,19 @@ class AlignedRows:
     Args:
         items: the sequences in each of the ``B`` entries.
         alignment: the multiple, in items.
-        single: whether there is one sequence, of all items.
     """
 
-    def __init__(self, items: Segments, alignment: int, single: bool):
+    def __init__(self, items: Segments, alignment: int):
         self.items = items
         self.alignment = alignment
-        self.single = single
+        self.single = items.single
         counts = -(-items.count // alignment) * alignment
         offset = prefix_sum(counts)
         if self.single:
             rows = -(-items.total // alignment) * alignment
         else:
             rows = (items.total // alignment + len(items.count)) * alignment
-        self.segments = Segments(offset, rows)
+        self.segments = Segments(offset, rows, self.single)
         """Where each sequence lies in the row of one entry of the batch."""
 
     @property
@@ -182,7 +181,7 @@ class Plan:
     @cached_property
     def tokens(self) -> AlignedRows:
         """The tokens, aligned to query tiles."""
-        return AlignedRows(self.geometry.tokens, self.config.q_tile_size, not self.packed)
+        return AlignedRows(self.geometry.tokens, self.config.q_tile_size)
 
     @cached_property
     def folded(self) -> FoldedQueries:
@@ -217,7 +216,7 @@ class Plan:
     @cached_property
     def compressed(self) -> AlignedRows:
         """The compressed tokens, aligned to blocks of the sparse compressed branch."""
-        return AlignedRows(self.geometry.compressed, self.cmp_key_block, not self.packed)
+        return AlignedRows(self.geometry.compressed, self.cmp_key_block)
 
     @cached_property
     def tile_key_blocks(self) -> tuple[Tensor, Tensor]:
@@ -294,7 +293,7 @@ def _batched_plan(
     with the work of that stream alone."""
     # Not from a list, which would be copied from the host.
     offset = torch.arange(2, device=device) * length
-    geometry = Geometry(Segments(offset, length), config, uniform=(1, length))
+    geometry = Geometry(Segments(offset, length, single=True), config, uniform=(1, length))
     return Plan(geometry, head_dim, None, None)
 
 

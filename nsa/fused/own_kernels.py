@@ -4,6 +4,7 @@ A kernel file is imported on its first call, because CuTe takes seconds to impor
 ``own_kernels.gating_forward(...)``, so that a test can replace the functions of this module.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -81,3 +82,11 @@ def top_blocks(*args, **kwargs) -> None:
     from nsa.fused.kernels import top_blocks as kernel
 
     kernel.top_blocks(*args, **kwargs)
+
+
+def float32_products(a: Tensor, b: Tensor) -> Tensor:
+    """``a (X, R, K) @ b (X, K, W)`` of bfloat16, summed and returned in float32.
+
+    No kernel of ours, but PyTorch has this product on a GPU only.
+    """
+    return torch.bmm(a, b, out_dtype=torch.float32)

@@ -38,7 +38,11 @@ def select(q_rows: Tensor, k_cmp: Tensor, plan: Plan, *, blocks: bool, groups: b
     """
     config = plan.config
     summary = _tile_summary(q_rows, plan)  # (B, tiles, H, D)
-    keys = _copy(k_cmp.transpose(1, 2), accumulation_dtype(k_cmp.dtype))  # (B, H_kv, M, D)
+    keys = k_cmp.transpose(1, 2)  # (B, H_kv, M, D)
+    if k_cmp.dtype == torch.bfloat16 and summary[..., 0].numel() * k_cmp.shape[1] > SCORE_ELEMENTS:
+        keys = keys.repeat(1, 1, 1, 3)
+    else:
+        keys = _copy(keys, accumulation_dtype(k_cmp.dtype))
 
     def unwritten(count: int) -> Tensor:
         return torch.empty((*summary.shape[:3], count), dtype=torch.int32, device=q_rows.device)
@@ -91,22 +95,35 @@ def _visible_columns(tiles: slice, plan: Plan) -> slice:
 def _scores(summary: Tensor, keys: Tensor, tiles: slice, columns: slice, plan: Plan) -> Tensor:
     """``summary . k_cmp`` of some tiles and columns, ``(B, H, C, W)``.
 
-    In float32, because a rounding of the summary to 16 bits would reorder close scores.
+    In float32, because a rounding of the summary to 16 bits would reorder close scores. Many
+    scores come from tensor cores: three bfloat16 numbers add up to a float32 of the summary, so
+    their products with keys repeated three times (``(B, H_kv, M, 3 * D)``) do to the float32 ones.
     """
     rows = summary[:, tiles].transpose(1, 2)  # (B, H, C, D)
+    dtype = accumulation_dtype(keys.dtype)
     if plan.config.tile_summary == "first":
-        rows = _copy(rows, keys.dtype)
+        rows = _copy(rows, dtype)
     else:
-        out = torch.empty(rows.shape, dtype=keys.dtype, device=rows.device)
+        out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
         rows = torch.div(rows, plan.scoring.filled[tiles, None], out=out)
     keys = keys[:, :, columns].flatten(0, 1)  # (B * H_kv, W, D)
     shape = (*rows.shape[:3], keys.shape[1])
     rows = rows.view(len(keys), -1, rows.shape[-1])  # (B * H_kv, G * C, D)
+    if keys.dtype == torch.bfloat16:
+        return own_kernels.float32_products(_bfloat16_parts(rows), keys.mT).view(shape)
     scores = torch.empty((*rows.shape[:2], keys.shape[1]), dtype=rows.dtype, device=rows.device)
     with _exact_products():
         # With `out`, so that autocast leaves it alone.
         torch.bmm(rows, keys.mT, out=scores)
     return scores.view(shape)
+
+
+def _bfloat16_parts(x: Tensor) -> Tensor:
+    """Three bfloat16 numbers that add up to each of float32 ``x (..., D)``: ``(..., 3 * D)``."""
+    high = x.bfloat16()
+    rest = x - high
+    middle = rest.bfloat16()
+    return torch.cat((high, middle, (rest - middle).bfloat16()), dim=-1)
 
 
 def _take(scores: Tensor, tiles: slice, columns: slice, taken: Selection, plan: Plan) -> None:

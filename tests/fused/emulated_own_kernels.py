@@ -19,6 +19,7 @@ NAMES = (
     "count_query_tiles",
     "list_query_tiles",
     "top_blocks",
+    "float32_products",
 )
 """The functions of ``nsa.fused.own_kernels`` that are answered here."""
 
@@ -177,3 +178,8 @@ def top_blocks(
     order = torch.where(order < num_blocks, order, -1)
     order = torch.nn.functional.pad(order, (0, out.shape[-1] - order.shape[-1]), value=-1)
     out[:, tiles] = order.transpose(1, 2).int()
+
+
+def float32_products(a, b) -> Tensor:
+    assert a.dtype == b.dtype == torch.bfloat16
+    return a.float() @ b.float()

@@ -7,7 +7,9 @@ import pytest
 import torch
 from gpu_cases import gpu_test
 
-from nsa.fused import own_kernels
+import nsa
+from nsa.fused import own_kernels, selection
+from nsa.testing import make_inputs
 
 pytestmark = gpu_test
 
@@ -66,3 +68,10 @@ def test_top_blocks(count, per_block, kind):
         emulated_own_kernels.top_blocks(scores, *vectors, expected, **rules)
         own_kernels.top_blocks(scores, *vectors, actual, **rules)
         assert torch.equal(actual, expected), width
+
+
+def test_bfloat16_parts_score_as_float32(monkeypatch):
+    q, k, _ = make_inputs((2, 5000), 8, 2, 128, dtype=torch.bfloat16, device="cuda")
+    expected = nsa.select_blocks(q, k, backend="fused")
+    monkeypatch.setattr(selection, "SCORE_ELEMENTS", 1000)
+    assert torch.equal(nsa.select_blocks(q, k, backend="fused"), expected)

@@ -142,3 +142,14 @@ def test_selection_is_limited_to_what_the_kernel_holds():
         config=nsa.NSAConfig(num_selected_blocks=257),
     )
     assert "num_selected_blocks of at most 256, got 257" in str(reason)
+
+
+@pytest.mark.parametrize("tile_summary", ["mean", "first"])
+def test_bfloat16_parts_score_as_float32(fused_on_cpu, monkeypatch, tile_summary):
+    q, k, _ = make_inputs((2, 700), 4, 2, 16, dtype=torch.bfloat16)
+    config = small_config(tile_summary=tile_summary)
+    expected = nsa.select_blocks(q, k, config=config, backend="fused")
+    rows = torch.randn(3, 5, 16)
+    assert torch.equal(selection._bfloat16_parts(rows).float().unflatten(-1, (3, -1)).sum(-2), rows)
+    monkeypatch.setattr(selection, "SCORE_ELEMENTS", 1)
+    assert torch.equal(nsa.select_blocks(q, k, config=config, backend="fused"), expected)

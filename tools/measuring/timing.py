@@ -1,4 +1,4 @@
-"""Times of GPU work: interleaved repetitions, with and without a CUDA graph, and peak memory."""
+"""Times of GPU work: blocks of repetitions in turn, with and without a CUDA graph; peak memory."""
 
 import contextlib
 from collections.abc import Callable, Collection
@@ -10,6 +10,16 @@ from measuring.variants import kernel_variants
 
 LONG_SECONDS = 2.0
 """A call that takes longer may be measured once."""
+
+BLOCKS = 2
+"""Blocks of repetitions that each step gets, in turn with the others."""
+
+SETTLE_MILLISECONDS = 100
+"""Calls before a block that are not timed. The GPU's clock follows the power it drew before: a
+short call just after a long one of another step runs at the clock that the other one left."""
+
+SETTLE_CALLS = 20
+"""At most so many calls to settle."""
 
 Step = Callable[[], object]
 
@@ -39,7 +49,7 @@ def measure(
     graphs: bool = False,
     once: Collection[str] = (),
 ) -> dict[str, Timing]:
-    """Time some steps, their repetitions interleaved.
+    """Time some steps, each in blocks of repetitions that alternate with the others'.
 
     Args:
         steps: what to time, by name.
@@ -58,7 +68,7 @@ def measure(
         if name in once and first > 1000 * LONG_SECONDS:
             timings[name].eager.append(first)
             counts[name] = 0
-    _interleave({name: steps[name] for name in counts}, counts, timings, "eager")
+    _alternate({name: steps[name] for name in counts}, counts, timings, "eager")
     if graphs:
         replays = {}
         for name in (name for name, count in counts.items() if count):
@@ -66,7 +76,7 @@ def measure(
                 replays[name] = capture(steps[name])
             except RuntimeError as error:
                 timings[name].note = f"no CUDA graph: {error}"
-        _interleave(replays, counts, timings, "graph")
+        _alternate(replays, counts, timings, "graph")
     return timings
 
 
@@ -135,10 +145,17 @@ def _first_call(step: Step, timing: Timing) -> float | None:
     return None
 
 
-def _interleave(
+def _alternate(
     steps: dict[str, Step], counts: dict[str, int], timings: dict[str, Timing], kind: str
 ):
-    for repeat in range(max((counts[name] for name in steps), default=0)):
+    for block in range(BLOCKS):
         for name, step in steps.items():
-            if repeat < counts[name]:
-                getattr(timings[name], kind).append(timed(step))
+            repeats = counts[name] // BLOCKS + (block < counts[name] % BLOCKS)
+            if not repeats:
+                continue
+            settled = 0.0
+            for _ in range(SETTLE_CALLS):
+                settled += timed(step)
+                if settled > SETTLE_MILLISECONDS:
+                    break
+            getattr(timings[name], kind).extend(timed(step) for _ in range(repeats))
