@@ -50,23 +50,35 @@ def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, what to compile) for each case; the one place to add kernels to."""
     yield from dense_cases(arch)
     yield from sparse_cases(arch)
-    yield from own_cases()
+    yield from own_cases(arch)
 
 
 def head_dims(arch: str) -> tuple[int, ...]:
     return (64, 96, 128, 256) if arch == "sm_90a" else (64, 96, 128)
 
 
-def own_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Our own kernels, all forms of a file, and dtype where it has one, in one case."""
     from nsa.fused.kernels import block_lists, compression, gating, query_gradient, top_blocks
 
-    for kernels in (gating, query_gradient, compression):
+    by_dtype, others = [gating, query_gradient, compression], [block_lists, top_blocks]
+    if arch == "sm_90a":
+        # Those of token mode, on Hopper's matrix instructions.
+        from nsa.fused.kernels import (
+            importance,
+            inverted_index,
+            selected_backward,
+            selected_forward,
+        )
+
+        by_dtype += [importance, selected_forward, selected_backward]
+        others.append(inverted_index)
+    for kernels in by_dtype:
         for dtype in ("bfloat16", "float16"):
             forms = [run for name, run in kernels.compile_cases() if f"-{dtype}" in name]
             file = kernels.__name__.rpartition(".")[2]
             yield f"{file} {dtype}, {len(forms)} forms", partial(run_all, forms)
-    for kernels in (block_lists, top_blocks):
+    for kernels in others:
         forms = [run for _, run in kernels.compile_cases()]
         file = kernels.__name__.rpartition(".")[2]
         yield f"{file}, {len(forms)} forms", partial(run_all, forms)
@@ -83,7 +95,7 @@ def dense_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         for group, packed, dtype in ((1, True, "bfloat16"), (4, False, "float16")):
             name = f"window D={dim} G={group} {'packed' if packed else 'batched'} {dtype}"
             yield name, partial(compile_dense, dim, group, packed, True, (511, None), dtype)
-        for group, packed in ((64, False), (256, True)):
+        for group, packed in ((16, False), (64, False), (256, True)):
             name = f"folded D={dim} G={group} {'packed' if packed else 'batched'}"
             yield name, partial(compile_dense, dim, group, packed, True, (None, None), "bfloat16")
     # Groups that divide the rows of a tile are loaded by TMA, others are not.

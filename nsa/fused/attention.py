@@ -2,7 +2,8 @@
 
 Shapes: ``q`` and ``out (B, T, H, D)``, ``k`` and ``v (B, T, H_kv, D)``, ``k_cmp`` and ``v_cmp
 (B, M, H_kv, D)``. The log-sum-exp that a forward returns is in the layout of its kernel and meant
-for its backward alone.
+for its backward alone. So are, of packed input in tile mode, the outputs and gradients of queries
+of the compressed and selected branch; :func:`query_placements` says where in them a token is.
 """
 
 import torch
@@ -10,20 +11,51 @@ from torch import Tensor
 
 from nsa.fused import fa4
 from nsa.fused.block_lists import compressed_lists, selected_lists, transpose_lists
-from nsa.fused.folded_attention import folded_attention, folded_attention_backward
+from nsa.fused.folded_attention import (
+    folded_attention,
+    folded_attention_backward,
+    lse_in_order,
+)
 from nsa.fused.layout import Plan
+from nsa.fused.placement import IN_ORDER, Placements
 from nsa.fused.seam import BlockLists
+from nsa.precision import accumulation_dtype
+
+
+def query_placements(q: Tensor, num_kv_heads: int, plan: Plan) -> Placements:
+    """Where ``q (B, T, H, D)`` lies in outputs and gradients of the compressed and selected branch.
+
+    A batch is in token order, and so is everything in token mode. Packed tiles are as the kernels
+    have them: the selected, and the sparse compressed, in aligned rows, and the dense causal
+    compressed folded.
+    """
+    if plan.in_order:
+        return IN_ORDER
+    num_heads = q.shape[2]
+    selected = plan.tokens.placement(num_heads)
+    if plan.geometry.compressed.total == 0:
+        return None, selected
+    if plan.config.num_cmp_selected_blocks is not None:
+        return selected, selected
+    if plan.config.causal:
+        return plan.folded.placement(num_heads, num_kv_heads), selected
+    return None, selected
 
 
 def compressed_attention(
-    q: Tensor, q_rows: Tensor, k_cmp: Tensor, v_cmp: Tensor, groups: Tensor | None, plan: Plan
+    q: Tensor,
+    q_rows: Tensor | None,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    groups: Tensor | None,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the visible compressed tokens, or those of ``groups (B, tiles, H, m)``.
 
-    ``q_rows`` are the queries in aligned rows, ``(1, B * rows, H, D)``.
+    ``q_rows``, needed with ``groups``, are the queries in aligned rows, ``(1, B * rows, H, D)``.
     """
     if k_cmp.shape[1] == 0:
-        return torch.zeros_like(q), q.new_zeros(0)
+        return torch.zeros_like(q), q.new_zeros(0, dtype=accumulation_dtype(q.dtype))
     if groups is not None:
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
@@ -31,6 +63,18 @@ def compressed_attention(
     if plan.config.causal:
         return folded_attention(q, k_cmp, v_cmp, plan)
     return _dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan))
+
+
+def compressed_lse(lse: Tensor, q: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
+    """The log-sum-exp of :func:`compressed_attention` without groups, as ``(B, H, T)``.
+
+    Of queries that see no compressed token it is undefined.
+    """
+    if k_cmp.shape[1] == 0:
+        return lse.new_zeros(q.shape[0], q.shape[2], q.shape[1])
+    if plan.config.causal:
+        return lse_in_order(lse, q, k_cmp.shape[2], plan)
+    return lse[None] if plan.packed else lse
 
 
 def compressed_attention_backward(
@@ -156,7 +200,7 @@ def _sparse_forward(
 ) -> tuple[Tensor, Tensor]:
     scale = plan.config.softmax_scale(q_rows.shape[-1])
     out, lse = fa4.sparse_forward(q_rows, k_rows, v_rows, lists, scale=scale, **mask)
-    return plan.tokens.unpack(out), lse
+    return plan.query_rows(out), lse
 
 
 def _sparse_backward(
@@ -173,11 +217,12 @@ def _sparse_backward(
     """Gradients of ``q``, and of ``k`` and ``v`` in rows."""
     scale = plan.config.softmax_scale(q_rows.shape[-1])
     transposed = transpose_lists(lists, k_rows.shape[1])
-    dout, out = plan.tokens.pack(dout), plan.tokens.pack(out)
+    if plan.in_order:
+        dout, out = plan.tokens.pack(dout), plan.tokens.pack(out)
     dq, dk, dv = fa4.sparse_backward(
         dout, q_rows, k_rows, v_rows, out, lse, transposed, scale=scale, **mask
     )
-    return plan.tokens.unpack(dq), dk, dv
+    return plan.query_rows(dq), dk, dv
 
 
 def _selected_mask(q_rows: Tensor, plan: Plan) -> dict:

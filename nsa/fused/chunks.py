@@ -25,9 +25,15 @@ class Heads(NamedTuple):
     kv: slice
     query: slice
 
-    def of_queries(self, x: Tensor | None) -> Tensor | None:
+    def of_queries(self, x: Tensor) -> Tensor:
         """The part of ``x (B, T, H, ...)``."""
-        return None if x is None else x[:, :, self.query]
+        return x[:, :, self.query]
+
+    def of_indices(self, indices: Tensor | None, plan: Plan) -> Tensor | None:
+        """The part of the caller's ``block_indices``."""
+        if indices is None:
+            return None
+        return indices[:, :, self.kv if plan.config.selection == "token" else self.query]
 
     def of(self, inputs: Inputs) -> Inputs:
         """The part of each input, or of each gradient."""
@@ -71,7 +77,7 @@ def forward(
     out = q.new_empty(*q.shape[:-1], inputs.v.shape[-1])
     kept = []
     for heads in parts:
-        blocks, target = heads.of_queries(block_indices), heads.of_queries(out)
+        blocks, target = heads.of_indices(block_indices, plan), heads.of_queries(out)
         _, saved = pipeline.forward(heads.of(inputs), blocks, plan, target)
         if save:
             kept.append(_kept(saved, recompute))
@@ -103,7 +109,7 @@ def backward(
         return _backward(dout, inputs, block_indices, saved[0], plan, recompute)
     grads = Inputs(*(None if x is None else x.new_empty(x.shape) for x in inputs))
     for heads, part in zip(parts, saved, strict=True):
-        blocks, targets = heads.of_queries(block_indices), heads.of(grads)
+        blocks, targets = heads.of_indices(block_indices, plan), heads.of(grads)
         results = _backward(
             heads.of_queries(dout), heads.of(inputs), blocks, part, plan, recompute, targets.q
         )

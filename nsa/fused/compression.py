@@ -9,7 +9,7 @@ from nsa.precision import accumulation_dtype
 
 
 def compress(x: Tensor, weight: Tensor | None, plan: Plan) -> Tensor:
-    """``x_cmp[j] = mean(x[j*l : (j+1)*l])``, then ``@ weight[kv]`` where given.
+    """``x_cmp[j] = mean(x[j*d : j*d + l])``, then ``@ weight[kv]`` where given.
 
     Args:
         x: keys or values ``(B, T, H_kv, D)``.
@@ -39,9 +39,10 @@ def compress_backward_(
         dmean = torch.einsum("bmhe,hde->bmhd", dout, weight.to(dtype))
     if compressed.total == 0:
         return dweight
-    block = over_batch(plan.block_of_token, dx.shape[0], compressed.total)
+    blocks = plan.blocks_of_token
+    blocks = over_batch(blocks.flatten(), dx.shape[0], compressed.total).view(-1, blocks.shape[1])
     size = plan.config.compress_block_size
-    own_kernels.mean_backward_(dx.flatten(0, 1), dmean.flatten(0, 1), block, size)
+    own_kernels.mean_backward_(dx.flatten(0, 1), dmean.flatten(0, 1), blocks, size)
     return dweight
 
 

@@ -1,14 +1,18 @@
 """What the fused backend supports. Outside of it :class:`nsa.UnsupportedError` names the limit.
 
 - GPU: compute capability 9.0 (Hopper). The kernels also compile for 10.0.
-- ``selection="tile"``.
 - float16 and bfloat16; ``D`` and ``Dv`` up to 256, any ``G``. Between the kernels' 64, 96, 128 and
   256 channels are padded with zeros: FA4's backward is silently wrong at D = 80, does not compile
   with 64-key blocks at 160 and 192, and has no ``Dv != D`` with G > 1.
-- ``q_tile_size``, ``select_block_size`` and (with a sparse compressed branch) ``cmp_group_size``
-  multiples of 64, the width of a block-sparse tile; any ``compress_block_size``.
-- ``num_selected_blocks`` and ``num_cmp_selected_blocks`` up to 256: the best so far lie in the
+- Tile mode: ``q_tile_size``, ``select_block_size`` and (with a sparse compressed branch)
+  ``cmp_group_size`` multiples of 64, the width of a block-sparse tile; any ``compress_block_size``.
+  ``num_selected_blocks`` and ``num_cmp_selected_blocks`` up to 256: the best so far lie in the
   registers of one warp.
+- Token mode, so far only where ``TOKEN_MODE`` is set: ``select_block_size`` 32 or 64, the keys that
+  a query row meets at a time; ``num_selected_blocks`` up to 64, whose weights lie in the registers
+  of one thread; ``G`` up to 32, the heads whose probabilities one thread adds up;
+  ``compress_block_size`` up to some 60 strides, because a tile of 64 compressed tokens overlaps
+  only the next one's selection blocks.
 """
 
 import torch
@@ -16,11 +20,19 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused import fa4
+from nsa.fused.importance import MAX_GROUP, Rule
 
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK = 64
 MAX_SELECTED = 256
+TOKEN_BLOCKS = (32, 64)
+MAX_TOKEN_SELECTED = 64
+TOKEN_MODE = False
+"""Whether ``selection="token"`` may be used.
+
+Its GPU tests have not all passed yet (FINDINGS.md).
+"""
 _USE_REFERENCE = "use backend='reference'"
 
 
@@ -32,12 +44,43 @@ def kernel_head_dim(head_dim: int, value_dim: int) -> int:
 
 def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
     """The first limit that ``q (..., D)``, ``v (..., Dv)`` and ``config`` exceed, or None."""
-    return _config_limit(config) or _tensor_limit(q, v) or _device_limit(q) or fa4.version_problem()
+    token = config.selection == "token"
+    return (
+        (_token_limit(q, v, config) if token else _tile_limit(config))
+        or _tensor_limit(q, v)
+        or _device_limit(q)
+        or fa4.version_problem()
+    )
 
 
-def _config_limit(config: NSAConfig) -> str | None:
-    if config.selection != "tile":
+def _token_limit(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
+    if not TOKEN_MODE:
         return f"it needs selection='tile', got {config.selection!r}; {_USE_REFERENCE}"
+    size, rule, group = config.select_block_size, Rule.of(config), q.shape[-2] // v.shape[-2]
+    if size not in TOKEN_BLOCKS:
+        return (
+            f"it needs select_block_size of {TOKEN_BLOCKS} with selection='token', got {size}; "
+            f"{_USE_REFERENCE}"
+        )
+    if config.num_selected_blocks > MAX_TOKEN_SELECTED:
+        return (
+            f"it needs num_selected_blocks of at most {MAX_TOKEN_SELECTED} with "
+            f"selection='token', got {config.num_selected_blocks}; {_USE_REFERENCE}"
+        )
+    if group > MAX_GROUP:
+        return (
+            f"it needs at most {MAX_GROUP} query heads to a KV head with selection='token', got "
+            f"{group}; {_USE_REFERENCE}"
+        )
+    if rule.carried > rule.rows:
+        return (
+            f"it needs compress_block_size of at most {rule.rows + 1} strides with "
+            f"selection='token', got {rule.per_compress}; {_USE_REFERENCE}"
+        )
+    return None
+
+
+def _tile_limit(config: NSAConfig) -> str | None:
     sizes = ["q_tile_size", "select_block_size"]
     if config.num_cmp_selected_blocks is not None:
         sizes.append("cmp_group_size")

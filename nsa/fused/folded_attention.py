@@ -1,13 +1,14 @@
-"""The dense causal compressed branch on FA4 by folding (``d == l``).
+"""The dense causal compressed branch on FA4 by folding.
 
 Queries with the same number of visible compressed blocks are folded into heads, so that the
 complete-block rule is the plain causal mask and FA4 skips tiles, forward and backward. Row ``r`` of
-a sequence holds the ``l`` queries that see the blocks ``0 .. r``.
+a sequence holds the ``d`` queries that see the blocks ``0 .. r``.
 
-In a batch, every sequence has its rows at the same places, and folding is a view: the ``l`` queries
+In a batch, every sequence has its rows at the same places, and folding is a view: the ``d`` queries
 of a row are FA4's heads, and query heads its batch, each with compressed keys and values of its
-own. The last queries, fewer than ``l``, see all blocks and are a call of their own. Packed
-sequences start anywhere; their queries are gathered (:class:`nsa.fused.layout.FoldedQueries`).
+own. The last queries, which see all blocks, are a call of their own. Packed sequences start
+anywhere; their queries are gathered (:class:`nsa.fused.layout.FoldedQueries`), and in tile mode
+outputs and gradients of queries stay folded.
 """
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from nsa.blocks import num_compressed_blocks
 from nsa.config import NSAConfig
 from nsa.fused import fa4
-from nsa.fused.layout import Plan
+from nsa.fused.layout import Plan, extra_rows
 from nsa.precision import accumulation_dtype
 
 
@@ -24,7 +25,9 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
     """Attention of ``q (B, T, H, D)`` to the visible of ``k_cmp`` and ``v_cmp (B, M, H_kv, D)``.
 
     Returns:
-        ``out`` like ``q``, 0 for queries that see no block, and the log-sum-exp for the backward.
+        ``out`` like ``q``, 0 for queries that see no block, or where not ``plan.in_order``
+        ``(1, rows, H_kv * d * G, D)`` as ``FoldedQueries.placement`` says; and the log-sum-exp for
+        the backward.
     """
     if plan.packed:
         return _packed_forward(q, k_cmp, v_cmp, plan)
@@ -62,7 +65,7 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
 def folded_attention_backward(
     dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``."""
+    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``; ``dout`` and that of ``q`` lie as ``out``."""
     if plan.packed:
         return _packed_backward(dout, q, k_cmp, v_cmp, out, lse, plan)
     scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows(q.shape[1], plan.config)
@@ -118,29 +121,54 @@ def lse_shape(
     """
     if sequences is None:
         return (batch, num_heads * (length - _Rows(length, config).lead))
-    rows = num_compressed_blocks(length, config)
-    if config.compressed_visibility == "started":
-        rows = rows + sequences
-    return (num_heads * config.compress_block_size, rows)
+    return (num_heads * config.compress_stride, num_folded_rows(length, sequences, config))
+
+
+def num_folded_rows(length: int, sequences: int, config: NSAConfig) -> int:
+    """Upper bound of the rows of packed sequences with ``length`` tokens together."""
+    return length // config.compress_stride + extra_rows(config) * sequences
+
+
+def lse_in_order(lse: Tensor, q: Tensor, num_kv_heads: int, plan: Plan) -> Tensor:
+    """The log-sum-exp of :func:`folded_attention` for ``q (B, T, H, D)`` as ``(B, H, T)``.
+
+    Of queries that see no block it is undefined.
+    """
+    if plan.packed:
+        return plan.folded.unfold_lse(lse, num_kv_heads)
+    rows, (batch, length, num_heads) = _Rows(q.shape[1], plan.config), q.shape[:3]
+    out = lse.new_zeros(batch, num_heads, length)
+    full = slice(rows.lead, length - rows.tail)
+    if rows.full:
+        by_row = lse[:, : num_heads * rows.full * rows.size].unflatten(
+            1, (num_heads, rows.size, rows.full)
+        )
+        out[..., full].unflatten(2, (rows.full, rows.size)).copy_(by_row.transpose(2, 3))
+    if rows.tail:
+        out[..., length - rows.tail :] = rows.tail_lse(lse)
+    return out
 
 
 class _Rows:
     """The rows of one sequence, in place: ``lead`` queries that see no block, ``full`` rows of
-    ``l`` queries, and ``tail`` queries that see all blocks."""
+    ``d`` queries, and ``tail`` queries that see all blocks."""
 
     def __init__(self, length: int, config: NSAConfig):
-        self.size = config.compress_block_size
-        self.lead = 0 if config.compressed_visibility == "started" else self.size - 1
-        self.full = (length - self.lead) // self.size
-        self.tail = (length - self.lead) % self.size
+        started = config.compressed_visibility == "started"
+        self.size = config.compress_stride
+        self.lead = 0 if started else config.compress_block_size - 1
+        queries = length - self.lead
+        # Complete: the last block is seen by the tail alone, where there is one.
+        self.full = num_compressed_blocks(length, config) if started else queries // self.size
+        self.tail = queries - self.full * self.size
 
     def view(self, x: Tensor) -> Tensor:
-        """``(T, H, D)`` as FA4's ``(H, rows, l, D)``."""
+        """``(T, H, D)`` as FA4's ``(H, rows, d, D)``."""
         rows = x[self.lead : self.lead + self.full * self.size]
         return rows.unflatten(0, (self.full, self.size)).permute(2, 0, 1, 3)
 
     def lse(self, x: Tensor) -> Tensor:
-        """``(H * queries,)`` as FA4's ``(H, l, rows)``."""
+        """``(H * queries,)`` as FA4's ``(H, d, rows)``."""
         return x[: x.shape[-1] - self._tail_size(x)].view(-1, self.size, self.full)
 
     def tail_lse(self, x: Tensor) -> Tensor:
@@ -161,32 +189,34 @@ def _packed_forward(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tupl
     scale, num_kv_heads = plan.config.softmax_scale(q.shape[-1]), k_cmp.shape[2]
     folded = plan.folded.fold(q, num_kv_heads)
     out, lse = fa4.dense_forward(folded[0], k_cmp[0], v_cmp[0], scale=scale, **_packed_call(plan))
-    return plan.folded.unfold(out[None], num_kv_heads), lse
+    return plan.folded_queries(out[None], num_kv_heads), lse
 
 
 def _packed_backward(
     dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale, num_kv_heads = plan.config.softmax_scale(q.shape[-1]), k_cmp.shape[2]
-    dout, q, out = (plan.folded.fold(x, num_kv_heads)[0] for x in (dout, q, out))
+    if plan.in_order:
+        dout, out = (plan.folded.fold(x, num_kv_heads) for x in (dout, out))
+    tensors = (dout, plan.folded.fold(q, num_kv_heads), k_cmp, v_cmp, out)
     dq, dk, dv = fa4.dense_backward(
-        dout, q, k_cmp[0], v_cmp[0], out, lse, scale=scale, **_packed_call(plan)
+        *(x[0] for x in tensors), lse, scale=scale, **_packed_call(plan)
     )
     # The kernels write nothing past the last sequence's blocks.
     none = ~plan.geometry.compressed.real
     dk, dv = (x.masked_fill_(none[:, None, None], 0)[None] for x in (dk, dv))
-    return plan.folded.unfold(dq[None], num_kv_heads), dk, dv
+    return plan.folded_queries(dq[None], num_kv_heads), dk, dv
 
 
 def _packed_call(plan: Plan) -> dict:
-    started = plan.folded.started
+    started, extra = plan.folded.started, plan.folded.extra
     longest = plan.max_compressed
     return dict(
         causal=not started,
-        # N_cmp + 1 rows over N_cmp keys, aligned at the end: row r sees keys up to r.
-        window_size=(None, 1) if started else (None, None),
+        # N_cmp + extra rows over N_cmp keys, aligned at the end: row r sees keys up to r.
+        window_size=(None, extra) if started else (None, None),
         cu_seqlens_q=plan.folded.rows.offset.int(),
         cu_seqlens_k=plan.geometry.compressed.offset.int(),
-        max_seqlen_q=longest + int(started),
+        max_seqlen_q=longest + extra,
         max_seqlen_k=longest,
     )

@@ -5,12 +5,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nsa.fused import own_kernels
+from nsa.fused.placement import IN_ORDER, Placements
 
 Branches = tuple[Tensor, Tensor, Tensor]
 
 
 class GatingGradients(NamedTuple):
-    """Gradients of the branches ``(B, T, H, D)`` each, and of the rest where there is one.
+    """Gradients of the branches, laid out as these, and of the rest where there is one.
 
     ``logits (B, T, H, 3)`` are what the sigmoids of ``gate_proj_weight`` take, in float32 for
     16-bit inputs; :func:`query_gradient` passes their gradient on to ``q``.
@@ -28,22 +29,25 @@ def combine_branches(
     gates: Tensor | None,
     gate_proj_weight: Tensor | None,
     out: Tensor | None = None,
+    placements: Placements = IN_ORDER,
 ) -> Tensor:
     """``g0 * o_cmp + g1 * o_slc + g2 * o_win``.
 
     Args:
-        branches: outputs ``(o_cmp, o_slc, o_win)``, each ``(B, T, H, D)``.
+        branches: outputs ``(o_cmp, o_slc, o_win)``, each ``(B, T, H, D)`` but those with a
+            placement, which are any contiguous ``(1, rows, heads, D)``.
         q: ``(B, T, H, D)``.
         gates: ``(B, T, H, 3)``, used as they are.
         gate_proj_weight: ``(H, 3, D)``; without ``gates``, ``g_i = sigmoid(q . weight[h, i])``.
             With neither, each gate is 1/3.
         out: where to write the result, ``(B, T, H, D)``: contiguous or a slice of the heads of
             what is. By default new.
+        placements: where the tokens of the first two branches lie.
     """
     rows = (x.flatten(0, 1) for x in (*branches, q))
     gates = None if gates is None else gates.flatten(0, 1)
     weight = None if gates is not None else gate_proj_weight
-    result = own_kernels.gating_forward(*rows, gates, weight, _rows_of_output(out))
+    result = own_kernels.gating_forward(*rows, gates, weight, _rows_of_output(out), placements)
     return result.unflatten(0, q.shape[:2])
 
 
@@ -53,15 +57,17 @@ def combine_branches_backward(
     q: Tensor,
     gates: Tensor | None,
     gate_proj_weight: Tensor | None,
+    placements: Placements = IN_ORDER,
 ) -> GatingGradients:
     """Gradients of :func:`combine_branches` for ``dout (B, T, H, D)``."""
     rows = (x.flatten(0, 1) for x in (dout, *branches, q))
     gates = None if gates is None else gates.flatten(0, 1)
     weight = None if gates is not None else gate_proj_weight
-    *dbranches, dlogits, dgates, dweight = own_kernels.gating_backward(*rows, gates, weight)
+    results = own_kernels.gating_backward(*rows, gates, weight, placements)
+    *dbranches, dlogits, dgates, dweight = results
     leading = q.shape[:2]
     return GatingGradients(
-        tuple(x.unflatten(0, leading) for x in dbranches),
+        tuple(dx.view(x.shape) for dx, x in zip(dbranches, branches, strict=True)),
         None if dlogits is None else dlogits.unflatten(0, leading),
         None if dgates is None else dgates.unflatten(0, leading),
         dweight,
@@ -73,20 +79,22 @@ def query_gradient(
     dlogits: Tensor | None,
     gate_proj_weight: Tensor | None,
     out: Tensor | None = None,
+    placements: Placements = IN_ORDER,
 ) -> Tensor:
     """Gradient of ``q``: the sum of what the branches' attention and the gates send, rounded once.
 
     Args:
-        branches: gradients ``(dq_cmp, dq_slc, dq_win)``, each ``(B, T, H, D)``.
+        branches: gradients ``(dq_cmp, dq_slc, dq_win)``, as in :func:`combine_branches`.
         dlogits: of :func:`combine_branches_backward`; None if the gates do not depend on ``q``.
         gate_proj_weight: ``(H, 3, D)``; not looked at without ``dlogits``.
-        out: as in :func:`combine_branches`; it may be one of ``branches``.
+        out: as in :func:`combine_branches`; it may be one of ``branches`` without placement.
+        placements: where the tokens of the first two branches lie.
     """
     rows = (x.flatten(0, 1) for x in branches)
     weight = None if dlogits is None else gate_proj_weight
     dlogits = None if dlogits is None else dlogits.flatten(0, 1)
-    result = own_kernels.query_gradient(*rows, dlogits, weight, _rows_of_output(out))
-    return result.unflatten(0, branches[0].shape[:2])
+    result = own_kernels.query_gradient(*rows, dlogits, weight, _rows_of_output(out), placements)
+    return result.unflatten(0, branches[2].shape[:2])
 
 
 def _rows_of_output(out: Tensor | None) -> Tensor | None:

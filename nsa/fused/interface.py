@@ -8,12 +8,14 @@ from torch.nn.functional import pad
 
 from nsa.config import NSAConfig
 from nsa.fused import autograd as _autograd  # noqa: F401 (gives the op its derivative)
+from nsa.fused.attention import compressed_attention, compressed_lse
 from nsa.fused.compression import compress
 from nsa.fused.constraints import kernel_head_dim
-from nsa.fused.layout import make_plan, num_tiles_bound
+from nsa.fused.layout import Plan, make_plan, num_units_bound
 from nsa.fused.ops import attention
 from nsa.fused.planner import make_schedule
 from nsa.fused.selection import select
+from nsa.fused.token_selection import select_tokens
 
 Branches = tuple[Tensor, Tensor, Tensor]
 
@@ -68,7 +70,7 @@ def forward(
         **{name: _widen_square(x, dim) for name, x in compress_weights.items()},
         gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
         gates=_batched(gates),
-        block_indices=_tile_major(block_indices, q, cu_seqlens, config),
+        block_indices=_unit_major(block_indices, q, cu_seqlens, config),
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
         config=config.encoded,
@@ -94,9 +96,11 @@ def select_blocks(
     max_seqlen: int | None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`; ``k`` is the compressed branch's."""
+    token = config.selection == "token"
     if q.numel() == 0:
-        tiles = num_tiles_bound(q.shape[-3], None, config)
-        shape = (*q.shape[:-3], q.shape[-2], tiles, config.num_selected_blocks)
+        units = num_units_bound(q.shape[-3], None, config)
+        shape = (units, k.shape[-2]) if token else (q.shape[-2], units)
+        shape = (*q.shape[:-3], *shape, config.num_selected_blocks)
         return torch.full(shape, -1, dtype=torch.int32, device=q.device)
     dim = kernel_head_dim(q.shape[-1], q.shape[-1])
     config = replace(config, scale=config.softmax_scale(q.shape[-1]))
@@ -109,11 +113,20 @@ def select_blocks(
         else:
             k_cmp = _pad_compressed(compressed_kv[0], q, cu_seqlens, config)
             k_cmp = _batched(_widen(k_cmp, dim))
+        if token:
+            blocks = _select_tokens(rows, k_cmp, plan)
+            return blocks if q.ndim == 4 else blocks[0]
         selection = select(plan.tokens.pack(rows), k_cmp, plan, blocks=True, groups=False)
     blocks = selection.blocks.transpose(1, 2)
     if q.ndim == 4:
         return blocks.contiguous()
     return blocks[0, :, : plan.geometry.tiles.offsets[-1]].contiguous()
+
+
+def _select_tokens(q: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
+    # For its log-sum-exp; the values do not matter.
+    _, lse = compressed_attention(q, None, k_cmp, k_cmp, None, plan)
+    return select_tokens(q, k_cmp, compressed_lse(lse, q, k_cmp, plan), plan)
 
 
 def _drop_repeats(k: Branches, v: Branches) -> tuple[tuple, tuple]:
@@ -154,16 +167,17 @@ def _pad_compressed(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, config: NSA
     return pad(x, (0, 0, 0, 0, 0, q.shape[0] // config.compress_stride - x.shape[0]))
 
 
-def _tile_major(
+def _unit_major(
     indices: Tensor | None, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig
 ) -> Tensor | None:
     """The caller's ``(B, H, tiles, n)`` or ``(H, tiles, n)`` as ``(B, tiles, H, n)``.
 
     Packed input gets empty tiles up to the bound that :class:`nsa.fused.layout.Plan` counts with.
+    In token mode ``(B, T, H_kv, n)`` or ``(T, H_kv, n)`` becomes the former.
     """
-    if indices is None:
-        return None
-    missing = num_tiles_bound(q.shape[-3], cu_seqlens, config) - indices.shape[-2]
+    if indices is None or config.selection == "token":
+        return _batched(indices)
+    missing = num_units_bound(q.shape[-3], cu_seqlens, config) - indices.shape[-2]
     indices = pad(indices, (0, 0, 0, missing), value=-1)
     indices = indices if indices.ndim == 4 else indices[None]
     return indices.transpose(1, 2).contiguous()

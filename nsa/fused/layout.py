@@ -4,8 +4,9 @@ Tensors here are ``(B, T, H, D)``: batched input as it is, packed input with ``B
 reads a length on the host, so sizes that depend on them are upper bounds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -15,11 +16,15 @@ from nsa.blocks import (
     Segments,
     num_compressed_blocks,
     num_query_tiles,
+    num_selection_blocks,
     prefix_sum,
 )
 from nsa.config import NSAConfig
 from nsa.fused import own_kernels
+from nsa.fused.importance import TokenTiles, make_token_tiles
+from nsa.fused.placement import Placement
 from nsa.fused.scoring import Scoring
+from nsa.fused.token_blocks import TokenBlocks, make_token_blocks
 from nsa.tracing import is_capturing
 
 
@@ -82,31 +87,37 @@ class AlignedRows:
             return _gather(x, self._row_of_item)
         return x[:, : self.items.total].contiguous()
 
+    def placement(self, num_heads: int) -> Placement:
+        """Where the heads of each item lie in the rows of a batch of one."""
+        return Placement(self._row_of_item.int(), num_heads, num_heads, 0)
+
 
 class FoldedQueries:
     """Queries that see the same compressed blocks, folded into the heads of their KV head.
 
-    With ``d == l`` all queries with the same ``(t + 1) // l`` see the same complete blocks. Row
-    ``r`` of a sequence holds the ``l`` queries that see exactly the blocks ``0 .. r``, so that the
+    All queries with the same ``(t + 1 - l) // d`` see the same complete blocks. Row ``r`` of a
+    sequence holds the ``d`` queries that see exactly the blocks ``0 .. r``, so that the
     complete-block rule is the causal mask of a sequence of ``N_cmp`` rows. Queries that see no
-    block are left out. With started blocks row ``r`` holds the queries with ``t // l == r``, in
-    ``N_cmp + 1`` rows.
+    block are left out. With started blocks row ``r`` holds the queries with ``t // d == r``, in
+    ``N_cmp + l / d`` rows; the last of them see all blocks.
     """
 
     def __init__(self, geometry: Geometry):
         self.geometry = geometry
-        self.size = geometry.config.compress_block_size
-        self.started = geometry.config.compressed_visibility == "started"
+        config = geometry.config
+        self.size = config.compress_stride
+        self.started = config.compressed_visibility == "started"
         # Position of the first query of row 0.
-        self.lead = 0 if self.started else self.size - 1
-        counts = geometry.compressed.count + int(self.started)
-        offset = prefix_sum(counts)
-        extra = len(counts) if self.started else 0
-        self.rows = Segments(offset, geometry.compressed.total + extra)
+        self.lead = 0 if self.started else config.compress_block_size - 1
+        self.extra = extra_rows(config)
+        """Rows of a sequence beyond its blocks."""
+        counts = geometry.compressed.count + self.extra
+        total = geometry.compressed.total + self.extra * len(counts)
+        self.rows = Segments(prefix_sum(counts), total)
 
     @cached_property
     def _token(self) -> Tensor:
-        """The token of each row and slot, -1 where there is none: ``(rows, l)``."""
+        """The token of each row and slot, -1 where there is none: ``(rows, d)``."""
         tokens, rows = self.geometry.tokens, self.rows
         slot = torch.arange(self.size, device=rows.offset.device)
         position = rows.local[:, None] * self.size + self.lead + slot
@@ -123,17 +134,17 @@ class FoldedQueries:
         return torch.where((position >= 0) & tokens.real, row, -1), position % self.size
 
     def fold(self, x: Tensor, num_kv_heads: int) -> Tensor:
-        """``(B, T, H, D)`` to ``(B, rows, H_kv * l * G, D)``; empty slots are 0."""
+        """``(B, T, H, D)`` to ``(B, rows, H_kv * d * G, D)``; empty slots are 0."""
         # One row of the gather is a token's group of heads.
         head = torch.arange(num_kv_heads, device=x.device)[:, None]
         token = self._token[:, None]
-        index = torch.where(token >= 0, token * num_kv_heads + head, -1)  # (rows, H_kv, l)
+        index = torch.where(token >= 0, token * num_kv_heads + head, -1)  # (rows, H_kv, d)
         grouped = x.reshape(x.shape[0], -1, 1, x[0, 0].numel() // num_kv_heads)
         folded = _gather(grouped, index.flatten())
         return folded.view(x.shape[0], self.rows.total, -1, x.shape[-1])
 
     def unfold(self, folded: Tensor, num_kv_heads: int) -> Tensor:
-        """``(B, rows, H_kv * l * G, D)`` to ``(B, T, H, D)``; queries left out are 0."""
+        """``(B, rows, H_kv * d * G, D)`` to ``(B, T, H, D)``; queries left out are 0."""
         row, slot = (x[:, None] for x in self._place)
         head = torch.arange(num_kv_heads, device=folded.device)
         index = (row * num_kv_heads + head) * self.size + slot  # (T, H_kv)
@@ -142,6 +153,33 @@ class FoldedQueries:
         grouped = folded.reshape(folded.shape[0], -1, 1, width)
         x = _gather(grouped, index.flatten())
         return x.view(folded.shape[0], len(index), -1, folded.shape[-1])
+
+    def placement(self, num_heads: int, num_kv_heads: int) -> Placement:
+        """Where :meth:`fold` puts the heads of each token; queries left out have no place."""
+        group = num_heads // num_kv_heads
+        row, slot = self._place
+        place = torch.where(row >= 0, row * (num_kv_heads * self.size) + slot, -1)
+        return Placement(place.int(), group, group, self.size * group)
+
+    def unfold_lse(self, lse: Tensor, num_kv_heads: int) -> Tensor:
+        """``(H_kv * d * G, rows)`` to ``(1, H, T)``; undefined for queries left out."""
+        row, slot = self._place
+        index = slot * self.rows.total + row.clamp(min=0)
+        by_head = lse.unflatten(0, (num_kv_heads, self.size, -1)).transpose(1, 2).flatten(2)
+        return by_head.index_select(2, index).flatten(0, 1)[None]
+
+
+def extra_rows(config: NSAConfig) -> int:
+    """Rows that :class:`FoldedQueries` has in a sequence beside one for each compressed block."""
+    started = config.compressed_visibility == "started"
+    return config.compress_block_size // config.compress_stride if started else 0
+
+
+def num_compressed_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
+    """Compressed blocks in ``length`` tokens of one sequence, or at most so many in packed ones."""
+    if cu_seqlens is None:
+        return num_compressed_blocks(length, config)
+    return length // config.compress_stride
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -187,21 +225,42 @@ class Plan:
     def folded(self) -> FoldedQueries:
         return FoldedQueries(self.geometry)
 
+    @property
+    def in_order(self) -> bool:
+        """Whether outputs and gradients of queries are ``(B, T, H, D)`` in every branch.
+
+        Else the compressed and selected branch have them as their kernels do, and the gates read
+        them through a :class:`Placement`.
+        """
+        return not self.packed or self.config.selection == "token"
+
+    def query_rows(self, x: Tensor) -> Tensor:
+        """A branch's ``(1, B * rows, H, D)`` as the gates take it."""
+        return self.tokens.unpack(x) if self.in_order else x
+
+    def folded_queries(self, x: Tensor, num_kv_heads: int) -> Tensor:
+        """A branch's ``(1, rows, H_kv * d * G, D)`` as the gates take it."""
+        return self.folded.unfold(x, num_kv_heads) if self.in_order else x
+
     @cached_property
     def block_start(self) -> Tensor:
         """The first token of each compressed block, -1 for blocks of no sequence, int32."""
         tokens, compressed = self.geometry.tokens, self.geometry.compressed
         start = tokens.offset[compressed.owner]
-        start = start + compressed.local * self.config.compress_block_size
+        start = start + compressed.local * self.config.compress_stride
         return torch.where(compressed.real, start, -1).int()
 
     @cached_property
-    def block_of_token(self) -> Tensor:
-        """The compressed block that each token is in, -1 for none, int32."""
-        tokens, compressed = self.geometry.tokens, self.geometry.compressed
-        local = tokens.local // self.config.compress_block_size
-        block = compressed.offset[tokens.owner] + local
-        return torch.where(local < compressed.count[tokens.owner], block, -1).int()
+    def blocks_of_token(self) -> Tensor:
+        """The compressed blocks that each token is in, -1 for none, int32 ``(T, l / d)``."""
+        config, tokens, compressed = self.config, self.geometry.tokens, self.geometry.compressed
+        # The one that starts last at or before the token, and those before it.
+        overlap = config.compress_block_size // config.compress_stride
+        earlier = torch.arange(overlap, device=self.geometry.device)
+        owner = tokens.owner[:, None]
+        local = tokens.local[:, None] // config.compress_stride - earlier
+        inside = (local >= 0) & (local < compressed.count[owner])
+        return torch.where(inside, compressed.offset[owner] + local, -1).int()
 
     @property
     def key_block(self) -> int:
@@ -237,6 +296,24 @@ class Plan:
         return *blocks, (seen // self.cmp_key_block).int()
 
     @cached_property
+    def token_blocks(self) -> Callable[[int], TokenBlocks]:
+        """Function of the entries of the batch: what each token may attend in token mode."""
+        return lru_cache(maxsize=1)(partial(make_token_blocks, self.geometry))
+
+    @cached_property
+    def token_tiles(self) -> Callable[[int, int], TokenTiles]:
+        """Function of the tokens of a tile and of a chunk: the tiles of the importance kernel."""
+        return lru_cache(maxsize=1)(partial(make_token_tiles, self.geometry))
+
+    @cached_property
+    def token_candidates(self) -> tuple[Tensor, Tensor]:
+        """Each token's own selection block, and how many it may take, int32 ``(T,)`` each."""
+        tokens, config = self.geometry.tokens, self.config
+        own = tokens.local // config.select_block_size
+        count = own + 1 if config.causal else self.geometry.selection.count[tokens.owner]
+        return own.int(), torch.where(tokens.real, count, 0).int()
+
+    @cached_property
     def scoring(self) -> Scoring:
         """What each tile may see and take when it selects."""
         return Scoring(self.geometry)
@@ -262,12 +339,23 @@ class Plan:
         """Upper bound of the compressed tokens of a sequence."""
         return num_compressed_blocks(self.longest, self.config)
 
+    @property
+    def max_selection_blocks(self) -> int:
+        """Upper bound of the selection blocks of a sequence."""
+        return num_selection_blocks(self.longest, self.config)
+
 
 def num_tiles_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
     """Query tiles in ``length`` tokens of one sequence, or at most so many in packed ones."""
     if cu_seqlens is None:
         return num_query_tiles(length, config)
     return length // config.q_tile_size + cu_seqlens.shape[0] - 1
+
+
+def num_units_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
+    """What selects together in ``length`` tokens: the tokens, or the tiles that there may be."""
+    token = config.selection == "token"
+    return length if token else num_tiles_bound(length, cu_seqlens, config)
 
 
 def make_plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config) -> Plan:

@@ -11,12 +11,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nsa.blocks import num_compressed_blocks
 from nsa.config import NSAConfig
 from nsa.fused import chunks as chunked
 from nsa.fused.chunks import split_heads
-from nsa.fused.folded_attention import lse_shape
-from nsa.fused.layout import make_plan, num_tiles_bound
+from nsa.fused.folded_attention import lse_shape, num_folded_rows
+from nsa.fused.layout import make_plan, num_compressed_bound, num_tiles_bound, num_units_bound
 from nsa.fused.pipeline import Inputs, Saved
 
 
@@ -80,50 +79,83 @@ def _(q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight, compress_k_w
     select = block_indices is None
     saved = []
     for heads in split_heads(q.shape[2], k.shape[2], chunks):
-        part = out[:, :, heads.query]
-        saved += _fake_saved(part, cu_seqlens, config, select, recompute)
+        part, lists = out[:, :, heads.query], heads.query
+        if config.selection == "token":
+            lists = heads.kv
+        num_lists = lists.stop - lists.start
+        saved += _fake_saved(part, num_lists, cu_seqlens, config, select, recompute)
     return out, saved
 
 
 def _fake_saved(
-    out: Tensor, cu_seqlens: Tensor | None, config: NSAConfig, select: bool, recompute: bool
+    out: Tensor,
+    num_lists: int,
+    cu_seqlens: Tensor | None,
+    config: NSAConfig,
+    select: bool,
+    recompute: bool,
 ) -> list[Tensor]:
-    """:class:`Saved` of a chunk with output ``out``."""
-    batch, length, num_heads = out.shape[:3]
+    """:class:`Saved` of a chunk with output ``out``, whose units select ``num_lists`` times."""
+    batch, length = out.shape[:2]
     tensors = {}
     if not recompute:
+        shapes = _out_shapes(out, cu_seqlens, config)
         lse_shapes = _lse_shapes(out, cu_seqlens, config)
-        for branch, shape in zip(("cmp", "slc", "win"), lse_shapes, strict=True):
-            tensors[f"o_{branch}"] = out.new_empty(out.shape)
-            tensors[f"lse_{branch}"] = out.new_empty(shape, dtype=torch.float32)
-    tiles = num_tiles_bound(length, cu_seqlens, config)
+        for branch, shape, lse in zip(("cmp", "slc", "win"), shapes, lse_shapes, strict=True):
+            tensors[f"o_{branch}"] = out.new_empty(shape)
+            tensors[f"lse_{branch}"] = out.new_empty(lse, dtype=torch.float32)
+    units = num_units_bound(length, cu_seqlens, config)
     counts = {
         "block_indices": config.num_selected_blocks if select else None,
         "groups": config.num_cmp_selected_blocks,
     }
     for name, count in counts.items():
         if count is not None:
-            tensors[name] = out.new_empty(batch, tiles, num_heads, count, dtype=torch.int32)
+            tensors[name] = out.new_empty(batch, units, num_lists, count, dtype=torch.int32)
     # An op's outputs share no memory, not even if they are empty.
     return [tensors[name] if name in tensors else out.new_empty(0) for name in Saved._fields]
+
+
+def _out_shapes(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> list[tuple]:
+    """Shapes of the output of each branch, see :func:`nsa.fused.attention.query_placements`."""
+    length, num_heads, dim = q.shape[1:]
+    in_order = tuple(q.shape)
+    if cu_seqlens is None or config.selection == "token":
+        return [in_order] * 3
+    rows = num_tiles_bound(length, cu_seqlens, config) * config.q_tile_size
+    in_rows = (1, rows, num_heads, dim)
+    if num_compressed_bound(length, cu_seqlens, config) == 0:
+        out_cmp = in_order
+    elif config.num_cmp_selected_blocks is not None:
+        out_cmp = in_rows
+    elif not config.causal:
+        out_cmp = in_order
+    else:
+        folded = num_folded_rows(length, cu_seqlens.shape[0] - 1, config)
+        out_cmp = (1, folded, num_heads * config.compress_stride, dim)
+    return [out_cmp, in_rows, in_order]
 
 
 def _lse_shapes(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> list[tuple]:
     """Shapes of the log-sum-exp of each branch, in the layouts of :mod:`nsa.fused.attention`."""
     batch, length, num_heads = q.shape[:3]
     leading = (batch,) if cu_seqlens is None else ()
-    rows = num_tiles_bound(length, cu_seqlens, config) * config.q_tile_size
-    in_rows, in_order = (1, num_heads, batch * rows), (*leading, num_heads, length)
+    in_order = (*leading, num_heads, length)
+    if config.selection == "token":
+        lse_slc = (batch * length, num_heads)
+    else:
+        rows = num_units_bound(length, cu_seqlens, config) * config.q_tile_size
+        lse_slc = (1, num_heads, batch * rows)
     if config.num_cmp_selected_blocks is not None:
-        lse_cmp = in_rows
+        lse_cmp = lse_slc
     elif not config.causal:
         lse_cmp = in_order
     else:
         sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
         lse_cmp = lse_shape(batch, length, num_heads, sequences, config)
-    if num_compressed_blocks(length, config) == 0:
+    if num_compressed_bound(length, cu_seqlens, config) == 0:
         lse_cmp = (0,)
-    return [lse_cmp, in_rows, in_order]
+    return [lse_cmp, lse_slc, in_order]
 
 
 @torch.library.custom_op("nsa::attention_backward", mutates_args=())

@@ -77,6 +77,27 @@ def list_query_tiles(*args) -> tuple[Tensor, Tensor]:
     return block_lists.list_query_tiles(*args)
 
 
+def importance_scores(*args) -> None:
+    """See :func:`nsa.fused.kernels.importance.importance_scores`."""
+    from nsa.fused.kernels import importance
+
+    importance.importance_scores(*args)
+
+
+def selected_forward(*args) -> tuple[Tensor, Tensor]:
+    """See :func:`nsa.fused.kernels.selected_forward.selected_forward`."""
+    from nsa.fused.kernels import selected_forward as kernel
+
+    return kernel.selected_forward(*args)
+
+
+def selected_backward(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`nsa.fused.kernels.selected_backward.selected_backward`."""
+    from nsa.fused.kernels import selected_backward as kernel
+
+    return kernel.selected_backward(*args)
+
+
 def top_blocks(*args, **kwargs) -> None:
     """See :func:`nsa.fused.kernels.top_blocks.top_blocks`."""
     from nsa.fused.kernels import top_blocks as kernel

@@ -8,6 +8,8 @@ from torch import Tensor
 from nsa.fused.attention import (
     compressed_attention,
     compressed_attention_backward,
+    compressed_lse,
+    query_placements,
     selected_attention,
     selected_attention_backward,
     window_attention,
@@ -17,6 +19,8 @@ from nsa.fused.compression import compress, compress_backward_
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
 from nsa.fused.layout import Plan
 from nsa.fused.selection import select
+from nsa.fused.token_attention import token_attention, token_attention_backward
+from nsa.fused.token_selection import select_tokens
 
 
 class Inputs(NamedTuple):
@@ -56,7 +60,10 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a forward leaves for its backward; without the branches to compute them again."""
+    """What a forward leaves for its backward; without the branches to compute them again.
+
+    Outputs lie as :func:`nsa.fused.attention.query_placements` says.
+    """
 
     o_cmp: Tensor | None
     lse_cmp: Tensor | None
@@ -75,13 +82,20 @@ class Saved(NamedTuple):
 def forward(
     inputs: Inputs, block_indices: Tensor | None, plan: Plan, out: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
-    """Output ``(B, T, H, Dv)``; ``block_indices`` is ``(B, tiles, H, n)`` or None to select.
+    """Output ``(B, T, H, Dv)``; ``block_indices`` is None to select.
 
+    In tile mode they are ``(B, tiles, H, n)``, in token mode ``(B, T, H_kv, n)``.
     It is written to ``out``, a slice of heads at most, where that is given.
     """
     saved = attend(inputs, block_indices, None, plan)
-    branches = (saved.o_cmp, saved.o_slc, saved.o_win)
-    out = combine_branches(branches, inputs.q, inputs.gates, inputs.gate_proj_weight, out)
+    out = combine_branches(
+        (saved.o_cmp, saved.o_slc, saved.o_win),
+        inputs.q,
+        inputs.gates,
+        inputs.gate_proj_weight,
+        out,
+        query_placements(inputs.q, inputs.k.shape[2], plan),
+    )
     return out, saved
 
 
@@ -94,6 +108,12 @@ def attend(
     # The window first: it needs no plan, and runs while the host prepares the rest.
     o_win, lse_win = window_attention(q, k_win, v_win, plan)
     k_cmp, v_cmp = inputs.compressed(plan)
+    if plan.config.selection == "token":
+        o_cmp, lse_cmp = compressed_attention(q, None, k_cmp, v_cmp, None, plan)
+        if block_indices is None:
+            block_indices = select_tokens(q, k_cmp, compressed_lse(lse_cmp, q, k_cmp, plan), plan)
+        o_slc, lse_slc = token_attention(q, k_slc, v_slc, block_indices, plan)
+        return Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, None)
     q_rows = plan.tokens.pack(q)
     select_groups = plan.config.num_cmp_selected_blocks is not None and groups is None
     if block_indices is None or select_groups:
@@ -116,12 +136,14 @@ def backward(
     """
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
+    placements = query_placements(q, inputs.k.shape[2], plan)
     gating = combine_branches_backward(
         dout,
         (saved.o_cmp, saved.o_slc, saved.o_win),
         q,
         inputs.gates,
         inputs.gate_proj_weight,
+        placements,
     )
     branch_grads = list(gating.branches)
     dlogits, dgates, dgate_weight = gating[1:]
@@ -130,7 +152,9 @@ def backward(
     dq_win, dk_win, dv_win = window_attention_backward(
         branch_grads.pop(), q, k_win, v_win, saved.o_win, saved.lse_win, plan
     )
-    dq_slc, dk_slc, dv_slc = selected_attention_backward(
+    token = plan.config.selection == "token"
+    selected_backward = token_attention_backward if token else selected_attention_backward
+    dq_slc, dk_slc, dv_slc = selected_backward(
         branch_grads.pop(), q, k_slc, v_slc, saved.o_slc, saved.lse_slc, saved.block_indices, plan
     )
     k_cmp, v_cmp = inputs.compressed(plan)
@@ -142,6 +166,7 @@ def backward(
         dlogits,
         inputs.gate_proj_weight,
         out=dq_win if dq is None else dq,
+        placements=placements,
     )
     del dq_cmp, dq_slc, dq_win
 

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.blocks import num_compressed_blocks, num_query_tiles
+from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.fused.block_lists import BOUNDED_BYTES
 from nsa.fused.selection import SCORE_ELEMENTS
+from nsa.fused.token_blocks import WORKSPACE_BYTES, choose_chunk_tokens
+from nsa.fused.token_selection import chunk_tokens
 from nsa.tracing import is_capturing
 
 ALWAYS_FITS = 1 << 30
@@ -125,7 +127,8 @@ def choose(problem: Problem, save: bool, limit: int) -> Schedule:
 
 def workspace_bytes(problem: Problem, kv_heads: int, *, save: bool, recompute: bool) -> int:
     """Workspace with ``kv_heads`` KV heads at a time, of forward and, where ``save``, backward."""
-    chunk, every = _Chunk(problem, kv_heads), _Chunk(problem, problem.num_kv_heads)
+    kind = _TokenChunk if problem.config.selection == "token" else _Chunk
+    chunk, every = kind(problem, kv_heads), kind(problem, problem.num_kv_heads)
     if not save:
         return chunk.branches + chunk.forward
     backward = chunk.branches + max(chunk.forward, chunk.backward)
@@ -164,7 +167,8 @@ class _Chunk:
     @property
     def branches(self) -> int:
         """Outputs and log-sum-exps of the three branches."""
-        return 3 * self.query + (2 * self.tokens + self.rows) * self.heads * 4
+        selected = self.query_rows if self.problem.packed else self.query
+        return 2 * self.query + selected + (2 * self.tokens + self.rows) * self.heads * 4
 
     @property
     def selected(self) -> int:
@@ -180,7 +184,7 @@ class _Chunk:
         scores = min(SCORE_ELEMENTS, summaries * self.compressed)
         in_float32 = (2 * summaries + self.compressed * self.kv_heads) * self._dim * 4
         select = scores * BYTES_PER_SCORE + in_float32
-        attend_cmp = self._compressed_copies(queries=2)
+        attend_cmp = self._compressed_copies(queries=1 if self.problem.packed else 2)
         attend_slc = self.query_copy + 2 * self.key_copy
         # Of what is selected there are indices and lists.
         held = 2 * self.key_cmp + self.query_copy + 2 * self.selected
@@ -215,19 +219,25 @@ class _Chunk:
         group = self.heads // self.kv_heads
         return queries * self.query if p.packed else 2 * group * self.key_cmp
 
-    def _compressed_backward(self) -> int:
-        """The compressed branch's copies, accumulators and gradients of queries and keys."""
+    def _compressed_backward(self, queries: int = 1) -> int:
+        """The compressed branch's copies, accumulators and gradients of queries and keys.
+
+        ``queries`` are the tensors of queries that are folded or unfolded by a copy.
+        """
         p = self.problem
         if p.config.num_cmp_selected_blocks is not None:
             return self._sparse(self.key_cmp, self.key_cmp, self.compressed)
-        copies = self._compressed_copies(queries=4)
+        copies = self._compressed_copies(queries)
         # Gradients of each query head's own keys, where it has them, and their sum in float32.
         gradients = self.query + 4 * self.key_cmp + (0 if p.packed else copies)
         return copies + gradients + self._accumulators(self.tokens, self.compressed)
 
     def _sparse(self, keys: int, key_copy: int, num_keys: int) -> int:
-        """A sparse backward: copies of q, out and dout, gradients, accumulators and lists."""
-        copies = 3 * self.query_copy + 2 * key_copy
+        """A sparse backward: copies, gradients, accumulators and lists.
+
+        Copied are q, keys and values; of a batch out and dout too, which packed lie in rows.
+        """
+        copies = (1 if self.problem.packed else 3) * self.query_copy + 2 * key_copy
         gradients = self.query_rows + 2 * keys
         lists = self.selected + self._transposed(num_keys)
         return copies + gradients + lists + self._accumulators(self.rows, num_keys)
@@ -245,6 +255,63 @@ class _Chunk:
         if rows * p.tiles * 4 <= BOUNDED_BYTES:
             return rows * p.tiles * 4
         return rows * num_query_tiles(p.longest, p.config) * 4
+
+
+class _TokenChunk(_Chunk):
+    """The same in token mode, where nothing is aligned to tiles."""
+
+    def __init__(self, problem: Problem, kv_heads: int):
+        super().__init__(problem, kv_heads)
+        self.rows, self.query_rows, self.key_rows = self.tokens, self.query, self.key
+        self.query_copy = self.key_copy = 0
+
+    @property
+    def selected(self) -> int:
+        """Indices of blocks."""
+        return self._pairs * 4
+
+    @property
+    def forward(self) -> int:
+        """Peak of a forward beside the branches."""
+        attend_cmp = self._compressed_copies(queries=2)
+        # The scores of a step and the log-sum-exp in order.
+        select = self._scores * 4 + self.tokens * self.heads * 4
+        return 2 * self.key_cmp + self.selected + max(attend_cmp, select, self._pair_results)
+
+    @property
+    def backward(self) -> int:
+        """As of tiles; the selected branch has an inverted index and accumulates in float32."""
+        grads = self.query + 2 * self.key
+        logits = self.tokens * self.heads * 3 * 4
+        window = 3 * self.query + grads + self._accumulators(self.tokens, self.tokens)
+        sums = self.tokens * (self.heads * (self._dim + 2) + 2 * self.kv_heads * self._dim) * 4
+        selected = 2 * self.query + 2 * grads + 3 * self.selected + sums
+        compressed = self.query + 2 * grads + 2 * self.key_cmp
+        compressed += self._compressed_backward(queries=4)
+        return logits + max(window, selected, compressed)
+
+    @property
+    def _pairs(self) -> int:
+        return self.tokens * self.kv_heads * self.problem.config.num_selected_blocks
+
+    @property
+    def _scores(self) -> int:
+        p = self.problem
+        width = num_selection_blocks(p.longest, p.config)
+        chunk, _ = chunk_tokens(p.batch, p.length, self.heads, self.kv_heads, self._dim, width)
+        return p.batch * self.kv_heads * chunk * width
+
+    @property
+    def _pair_results(self) -> int:
+        """The inverted index, and the partial results of a wave."""
+        p, group = self.problem, self.heads // self.kv_heads
+        slots, blocks = p.config.num_selected_blocks, num_selection_blocks(self.tokens, p.config)
+        chunk = choose_chunk_tokens(self.tokens, group, blocks, slots, 2 * self._dim)
+        of_token = slots * group * (self._dim * p.itemsize + 4)
+        # At least a unit; the last chunk is not shorter than the others.
+        wave = max(WORKSPACE_BYTES, chunk * of_token)
+        results = min(wave, self.kv_heads * (self.tokens + chunk) * of_token)
+        return 3 * self._pairs * 4 + results
 
 
 def _free_bytes(device: torch.device) -> int:

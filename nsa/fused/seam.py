@@ -22,8 +22,9 @@ max_seqlen_k, out, lse) -> (out, lse)`` and
     Batched ``q (B, Sq, H, D)``, ``k (B, Sk, H_kv, D)``, ``v (B, Sk, H_kv, Dv)``,
     ``out (B, Sq, H, Dv)``, ``lse (B, H, Sq)``. Packed, with ``cu_seqlens_*`` int32 ``(S + 1,)``:
     ``q (Tq, H, D)``, ``k (Tk, H_kv, D)``, ``lse (H, Tq)``; ``max_seqlen_*`` bound the lengths.
-    Sequences may end before the tensors do: results past them are not written. Results are
-    written to ``out`` and ``lse``, or ``dq``, where given; these may be strided.
+    Sequences may end before the tensors do: results past them are not written, nor is ``out`` read
+    there by backward. Results are written to ``out`` and ``lse``, or ``dq``, where given; these may
+    be strided.
 
     Positions are aligned at the end: query ``i`` of ``Sq`` stands at key ``p = i + Sk - Sq``.
     ``window_size=(left, right)`` shows it keys ``p - left`` to ``p + right`` inclusive, None is no

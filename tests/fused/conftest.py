@@ -2,6 +2,7 @@
 
 import emulated_kernels
 import emulated_own_kernels
+import emulated_token_kernels
 import pytest
 
 from nsa.fused import constraints, fa4, own_kernels
@@ -12,8 +13,10 @@ def fused_on_cpu(monkeypatch):
     """The fused backend on a CPU and in any dtype: its kernel calls answered by PyTorch."""
     for name in emulated_kernels.NAMES:
         monkeypatch.setattr(fa4, name, getattr(emulated_kernels, name))
-    for name in emulated_own_kernels.NAMES:
-        monkeypatch.setattr(own_kernels, name, getattr(emulated_own_kernels, name))
+    for module in (emulated_own_kernels, emulated_token_kernels):
+        for name in module.NAMES:
+            monkeypatch.setattr(own_kernels, name, getattr(module, name))
+    monkeypatch.setattr(constraints, "TOKEN_MODE", True)
     monkeypatch.setattr(constraints, "_tensor_limit", lambda *_: None)
     monkeypatch.setattr(constraints, "_device_limit", lambda *_: None)
     monkeypatch.setattr(fa4, "version_problem", lambda: None)

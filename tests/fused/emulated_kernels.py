@@ -71,6 +71,7 @@ def dense_backward(
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     for queries, keys in sequences:
         mask = _dense_mask(queries, keys, q, k, causal, window_size)
+        assert out[queries].isfinite().all()
         dq[queries], dk[keys], dv[keys] = _backward(
             *(x[queries] for x in (dout, q)),
             *(x[keys] for x in (k, v)),
@@ -86,12 +87,13 @@ def sparse_forward(q, k, v, lists, *, scale, causal, key_limit=None):
     _check_tensors(q, k, v)
     mask = _sparse_mask(q, k, lists, causal, key_limit, transposed=False)
     out, lse = _forward(q[0], k[0], v[0], mask, scale)
-    return out[None], lse[None]
+    return out[None].contiguous(), lse[None].contiguous()
 
 
 def sparse_backward(dout, q, k, v, out, lse, lists, *, scale, causal, key_limit=None):
     _check_tensors(q, k, v)
     _check_backward(dout, q, k, v, out, lse)
+    assert out.isfinite().all()
     mask = _sparse_mask(q, k, lists, causal, key_limit, transposed=True)
     gradients = _backward(dout[0], q[0], k[0], v[0], out[0], lse[0], mask, scale)
     # The kernels lay a gradient out as its input.
@@ -268,4 +270,4 @@ def _check_backward(dout, q, k, v, out, lse):
     assert dout.dtype == out.dtype == q.dtype, (dout.dtype, out.dtype)
     assert lse.shape == out.transpose(-2, -3).shape[:-1], lse.shape
     assert lse.dtype == _compute_dtype(q), lse.dtype
-    assert (dout.isfinite() & out.isfinite()).all(), "hidden values must be finite"
+    assert dout.isfinite().all(), "hidden values must be finite"

@@ -26,19 +26,26 @@ NAMES = (
 _UNWRITTEN = -7
 
 
-def gating_forward(o_cmp, o_slc, o_win, q, gates, weight, out=None) -> Tensor:
+def gating_forward(
+    o_cmp, o_slc, o_win, q, gates, weight, out=None, placements=(None, None)
+) -> Tensor:
     dtype = accumulation_dtype(o_cmp.dtype)
+    o_cmp, o_slc = (_read(x, p, o_win) for x, p in zip((o_cmp, o_slc), placements, strict=True))
     branches = torch.stack((o_cmp, o_slc, o_win), dim=2).to(dtype)
     g = _gates(o_cmp, q, gates, weight)
     return _written((g[..., None] * branches).sum(dim=2).to(o_cmp.dtype), out)
 
 
-def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight):
+def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight, placements=(None, None)):
     dtype = accumulation_dtype(o_cmp.dtype)
+    placed = (o_cmp, o_slc)
+    o_cmp, o_slc = (_read(x, p, o_win) for x, p in zip(placed, placements, strict=True))
     branches = torch.stack((o_cmp, o_slc, o_win), dim=2).to(dtype)
     g = _gates(o_cmp, q, gates, weight)
     dbranches = (g[..., None] * dout[:, :, None].to(dtype)).to(o_cmp.dtype)
-    dbranches = tuple(x.contiguous() for x in dbranches.unbind(dim=2))
+    dbranches = [x.contiguous() for x in dbranches.unbind(dim=2)]
+    for i, (x, placement) in enumerate(zip(placed, placements, strict=True)):
+        dbranches[i] = _write(dbranches[i], placement, x)
     dgates = torch.einsum("rhd,rhid->rhi", dout.to(dtype), branches)
     if gates is not None:
         return (*dbranches, None, dgates.to(gates.dtype).contiguous(), None)
@@ -49,13 +56,48 @@ def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight):
     return (*dbranches, dlogits, None, dweight)
 
 
-def query_gradient(dq_cmp, dq_slc, dq_win, dlogits, weight, out=None) -> Tensor:
+def query_gradient(
+    dq_cmp, dq_slc, dq_win, dlogits, weight, out=None, placements=(None, None)
+) -> Tensor:
     dtype = accumulation_dtype(dq_cmp.dtype)
+    branches = zip((dq_cmp, dq_slc), placements, strict=True)
+    dq_cmp, dq_slc = (_read(x, placement, dq_win) for x, placement in branches)
     dq = dq_cmp.to(dtype) + dq_slc.to(dtype) + dq_win.to(dtype)
     if weight is not None:
         assert dlogits.dtype == dtype
         dq += torch.einsum("rhi,hid->rhd", dlogits, weight.to(dtype))
     return _written(dq.to(dq_cmp.dtype), out)
+
+
+def _vectors(placement, heads) -> Tensor:
+    """The vector of each token and head, -1 for none: ``(R, H)``."""
+    place = placement.place.long()[:, None]
+    head = torch.arange(heads, device=place.device)
+    in_place = head // placement.group * placement.group_stride + head % placement.group
+    return torch.where(place >= 0, place * placement.unit + in_place, -1)
+
+
+def _read(x, placement, like) -> Tensor:
+    """``x`` as ``like (R, H, D)``."""
+    if placement is None:
+        return x
+    assert x.is_contiguous()
+    assert placement.place.dtype == torch.int32
+    index = _vectors(placement, like.shape[1])
+    vectors = x.view(-1, x.shape[-1])[index.clamp(min=0)]
+    return torch.where(index[..., None] >= 0, vectors, 0)
+
+
+def _write(rows, placement, like) -> Tensor:
+    """``rows (R, H, D)`` as ``like``, with zeros between."""
+    if placement is None:
+        return rows
+    index = _vectors(placement, rows.shape[1])
+    used = index >= 0
+    assert index[used].unique().numel() == used.sum(), "tokens share a vector"
+    result = torch.zeros(like.shape, dtype=rows.dtype, device=rows.device)
+    result.view(-1, rows.shape[-1])[index[used]] = rows[used]
+    return result
 
 
 def _written(result, out) -> Tensor:
@@ -84,11 +126,13 @@ def mean_forward(x, start, block_size, out_dtype) -> Tensor:
     return mean.to(out_dtype)
 
 
-def mean_backward_(dx, dmean, block, block_size) -> None:
-    used = block >= 0
+def mean_backward_(dx, dmean, blocks, block_size) -> None:
+    used = blocks >= 0
     dtype = accumulation_dtype(dx.dtype)
-    share = dmean[block[used].long()].to(dtype) / block_size
-    dx[used] = (dx[used].to(dtype) + share).to(dx.dtype)
+    share = dmean[blocks.long().clamp(min=0)].to(dtype)
+    share = share.masked_fill(~used[..., None, None], 0).sum(dim=1) / block_size
+    used = used.any(dim=1)
+    dx[used] = (dx[used].to(dtype) + share[used]).to(dx.dtype)
 
 
 def list_key_blocks(indices, first, num_blocks, num_full, parts, entry_blocks):

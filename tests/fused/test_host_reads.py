@@ -89,6 +89,8 @@ CONFIGS = {
     "sparse compressed": make_config(
         num_cmp_selected_blocks=1, cmp_group_size=64, compress_block_size=1
     ),
+    "token": nsa.NSAConfig.paper(num_selected_blocks=4, window_size=20),
+    "token non-causal": nsa.NSAConfig.paper(num_selected_blocks=4, causal=False),
 }
 
 
@@ -118,9 +120,10 @@ def test_forward_and_backward(case, limit, packed, backward_too):
 @pytest.mark.usefixtures("capturing")
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 @pytest.mark.parametrize("compressor", ["mlp", "mean"])
-def test_layer(compressor, packed, backward_too):
+@pytest.mark.parametrize("case", ["default", "token"])
+def test_layer(case, compressor, packed, backward_too):
     layer = nsa.NativeSparseAttention(
-        16, 4, 2, config=make_config(), compressor=compressor, backend="fused"
+        16, 4, 2, config=CONFIGS[case], compressor=compressor, backend="fused"
     )
     x = torch.randn(*(sum(LENGTHS),) if packed else (2, 130), 16)
     extras = (make_cu_seqlens(LENGTHS), max(LENGTHS)) if packed else ()

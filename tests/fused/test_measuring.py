@@ -15,6 +15,7 @@ OPTIONS = argparse.Namespace(heads=4, kv_heads=2, head_dim=16, dtype="bfloat16")
 CONFIG = nsa.NSAConfig(
     compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2
 )
+TOKEN = nsa.NSAConfig.paper(num_selected_blocks=4)
 
 
 @pytest.fixture(autouse=True)
@@ -37,21 +38,25 @@ def test_gate_checks_a_choice_among_groups():
 
 @pytest.mark.parametrize("parts", [False, True])
 def test_stages_of_a_pass_and_nothing_left_behind(parts):
-    before = dict(vars(pipeline))
-    tensors = workloads.make_tensors((1, 200), OPTIONS, backward=True)
-    ticks = count()
-    times = stages.StageTimes(lambda: next(ticks))
-    times.run(workloads.make_step(workloads.nsa_attention(tensors, CONFIG), tensors), parts=parts)
-    assert vars(pipeline) == before
-    totals = times.milliseconds(stages.between_host)
-    assert totals[()] == next(ticks) - 1
-    # Every stage is met, and the counts of work are of stages that there are.
-    names = {function.__name__ for function in stages.stage_functions()}
-    assert {path[0] for path in totals if len(path) == 1} >= names
-    met = {"/".join(path) for path in totals}
-    for name in work.stage_work(200, OPTIONS, CONFIG):
-        assert name in met or ("/" in name and not parts), name
-    assert any(len(path) > 1 for path in totals) == parts
+    unmet = {function.__name__ for function in stages.stage_functions()}
+    for config in (CONFIG, TOKEN):
+        before = dict(vars(pipeline))
+        tensors = workloads.make_tensors((1, 200), OPTIONS, backward=True)
+        ticks = count()
+        times = stages.StageTimes(lambda ticks=ticks: next(ticks))
+        attention = workloads.nsa_attention(tensors, config)
+        times.run(workloads.make_step(attention, tensors), parts=parts)
+        assert vars(pipeline) == before
+        totals = times.milliseconds(stages.between_host)
+        assert totals[()] == next(ticks) - 1
+        unmet -= {path[0] for path in totals if len(path) == 1}
+        # The counts of work are of stages that there are.
+        met = {"/".join(path) for path in totals}
+        for name in work.stage_work(200, OPTIONS, config):
+            assert name in met or ("/" in name and not parts), name
+        # Emulated kernels are no parts, and batched token mode has no others.
+        assert any(len(path) > 1 for path in totals) == (parts and config is CONFIG)
+    assert not unmet
 
 
 def test_results_of_a_function():

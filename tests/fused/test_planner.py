@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nsa
+from nsa.blocks import num_compressed_blocks
 from nsa.fused import autograd, interface, planner
 from nsa.fused.planner import Problem, Schedule, choose, workspace_bytes
 from nsa.testing import make_cu_seqlens, make_inputs
@@ -23,6 +24,8 @@ def small_config(**changes) -> nsa.NSAConfig:
 
 
 SPARSE = small_config(num_cmp_selected_blocks=1, cmp_group_size=64, compress_block_size=1)
+TOKEN = nsa.NSAConfig.paper(num_selected_blocks=4, window_size=20)
+TOKEN_NON_CAUSAL = nsa.NSAConfig.paper(num_selected_blocks=4, causal=False)
 FORMS = {
     "shared k and v": {},
     "k and v of each branch": {"separate": True},
@@ -33,7 +36,14 @@ FORMS = {
     "sparse compressed": {"config": SPARSE, "weight": True},
     "non-causal": {"config": small_config(causal=False), "compress": True},
     "block_indices": {"indices": True, "separate": True},
+    "token": {"config": TOKEN, "weight": True, "compress": True},
+    "token, block_indices": {"config": TOKEN, "indices": True},
+    "token, compressed_kv": {"config": TOKEN, "compressed_kv": True},
+    "token, non-causal": {"config": TOKEN_NON_CAUSAL, "gates": True},
 }
+
+
+TOKEN_FORMS = [form for form in FORMS if form.startswith("token")]
 
 
 def make_problem(packed, *, config=None, separate=False, gates=False, weight=False, compress=False,
@@ -59,7 +69,7 @@ def make_problem(packed, *, config=None, separate=False, gates=False, weight=Fal
         leaves["compress_v_weight"] = draw(KV_HEADS, DIM, DIM)
     if compressed_kv:
         lengths = LENGTHS if packed else LENGTHS[-1:]
-        counts = [n // config.compress_block_size for n in lengths]
+        counts = [num_compressed_blocks(n, config) for n in lengths]
         shape = (sum(counts),) if packed else (2, *counts)
         leaves |= {f"{name}_cmp": draw(*shape, KV_HEADS, DIM) for name in "kv"}
     extras = {"cu_seqlens": make_cu_seqlens(LENGTHS)} if packed else {}
@@ -131,7 +141,9 @@ def test_what_is_kept_for_backward(schedule, scheduled, monkeypatch):
 @pytest.mark.usefixtures("fused_on_cpu")
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 @pytest.mark.parametrize("schedule", [(1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("form", ["gates", "sparse compressed", "non-causal", "block_indices"])
+@pytest.mark.parametrize(
+    "form", ["gates", "sparse compressed", "non-causal", "block_indices", *TOKEN_FORMS]
+)
 def test_fakes_agree_with_the_ops(form, schedule, packed, scheduled, monkeypatch):
     calls = []
     for module, name in ((interface, "attention"), (autograd, "attention_backward")):
@@ -210,6 +222,9 @@ PROBLEMS = {
     "sparse compressed": problem(config=nsa.NSAConfig(num_cmp_selected_blocks=16)),
     "non-causal": problem(config=nsa.NSAConfig(causal=False)),
     "seven KV heads": problem(num_heads=28, num_kv_heads=7),
+    "token": problem(config=nsa.NSAConfig.paper()),
+    "token, packed": problem(config=nsa.NSAConfig.paper(), sequences=100, longest=50_000),
+    "token, batch of 4": problem(1 << 16, config=nsa.NSAConfig.paper(), batch=4),
 }
 
 
@@ -254,6 +269,19 @@ def test_estimate_by_hand():
     assert workspace_bytes(sizes, 1, save=True, recompute=True) == one * mib
     # With all branches saved, those of the other head too.
     assert workspace_bytes(sizes, 1, save=True, recompute=False) == (one + branches / 2) * mib
+
+
+def test_token_estimate_by_hand():
+    """One sequence of 64K tokens, G = 16: queries 1 GiB, keys 64 MiB, compressed keys 4."""
+    config = nsa.NSAConfig.paper()
+    sizes = problem(1 << 16, num_heads=64, num_kv_heads=4, config=config)
+    mib = 1 << 20
+    branches = 3 * 1024 + 3 * 16
+    # A GiB of queries has 16 GiB of results of pairs, of which there are 2 GiB at a time; the index
+    # has three numbers a pair, beside what was selected.
+    forward = branches + 16 + 2048 + 3 * 16
+    keys = 2 * num_compressed_blocks(1 << 16, config) * 4 * 128 * 2
+    assert workspace_bytes(sizes, 4, save=False, recompute=False) == forward * mib + keys
 
 
 @pytest.mark.parametrize("case", PROBLEMS)

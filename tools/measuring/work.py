@@ -1,6 +1,6 @@
 """How much work a call is, from its shape alone: attended pairs, operations and bytes.
 
-All counts are of causal attention in tile mode, and the least that the method needs: no padding of
+All counts are of causal attention, and the least that the method needs: no padding of
 blocks to tiles, every tensor read or written once, 16-bit elements.
 """
 
@@ -32,7 +32,8 @@ class Work(NamedTuple):
 def attended_pairs(length: int, config: nsa.NSAConfig) -> Pairs:
     """Pairs of one head in one sequence, at most: a chosen block may end after the query."""
     seen = torch.arange(1, length + 1)
-    compressed = seen // config.compress_block_size
+    block, stride = config.compress_block_size, config.compress_stride
+    compressed = ((seen - block) // stride + 1).clamp(min=0)
     if config.num_cmp_selected_blocks is not None:
         compressed = compressed.clamp(max=config.num_cmp_selected_blocks * config.cmp_group_size)
     selected = seen.clamp(max=config.num_selected_blocks * config.select_block_size)
@@ -62,28 +63,38 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
     query = length * heads * dim * ELEMENT
     key = length * options.kv_heads * dim * ELEMENT
     compressed_key = num_compressed_blocks(length, config) * options.kv_heads * dim * ELEMENT
-    tiles = num_query_tiles(length, config)
     pairs = attended_pairs(length, config)
-    # A tile scores the compressed tokens that its last query sees.
-    scored = heads * tiles * num_compressed_blocks(length, config) // 2
-    listed = heads * tiles * min(config.num_selected_blocks, num_selection_blocks(length, config))
+    token = config.selection == "token"
+    if token:
+        lists, scored = options.kv_heads * length, heads * pairs.compressed
+    else:
+        lists = heads * num_query_tiles(length, config)
+        # A tile scores the compressed tokens that its last query sees.
+        scored = lists * num_compressed_blocks(length, config) // 2
+    listed = lists * min(config.num_selected_blocks, num_selection_blocks(length, config))
+    select, attend = (
+        ("select_tokens", "token_attention") if token else ("select", "selected_attention")
+    )
     work = {
         "compress": Work(2 * (key + compressed_key), 0),
-        "select": Work(query + compressed_key + 4 * listed, 2 * dim * scored),
+        select: Work(query + compressed_key + 4 * listed, 2 * dim * scored),
         "combine_branches": Work(5 * query, 0),
         "combine_branches_backward": Work(8 * query, 0),
         "query_gradient": Work(4 * query, 0),
         "compress_backward_": Work(2 * (2 * key + compressed_key), 0),
-        # int32 entries, read and written.
-        "selected_attention/selected_lists": Work(8 * listed, 0),
-        "selected_attention_backward/selected_lists": Work(8 * listed, 0),
-        "selected_attention_backward/transpose_lists": Work(8 * listed, 0),
     }
-    branches = dict(
-        compressed_attention=(pairs.compressed, compressed_key),
-        selected_attention=(pairs.selected, key),
-        window_attention=(pairs.window, key),
-    )
+    if not token:
+        # int32 entries, read and written.
+        work |= {
+            "selected_attention/selected_lists": Work(8 * listed, 0),
+            "selected_attention_backward/selected_lists": Work(8 * listed, 0),
+            "selected_attention_backward/transpose_lists": Work(8 * listed, 0),
+        }
+    branches = {
+        "compressed_attention": (pairs.compressed, compressed_key),
+        attend: (pairs.selected, key),
+        "window_attention": (pairs.window, key),
+    }
     for name, (count, keys) in branches.items():
         flops = [attention_flops(heads * count, dim, backward) for backward in (False, True)]
         work[name] = Work(2 * query + 2 * keys, flops[0])

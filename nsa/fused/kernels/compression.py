@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
 from nsa.fused.kernels.vectors import (
@@ -120,10 +120,11 @@ class MeanForward:
 
 
 class MeanBackward:
-    """``dx[t] += dmean[block[t]] / block_size``, 4 tokens of a column a thread."""
+    """``dx[t] += sum_i dmean[blocks[t, i]] / block_size``, 4 tokens of a column a thread."""
 
-    def __init__(self, block_size: int):
+    def __init__(self, block_size: int, overlap: int):
         self.block_size = block_size
+        self.overlap = overlap
         self.tokens_per_cta = _GROUPS * _BACKWARD_TOKENS
 
     @cute.jit
@@ -131,7 +132,7 @@ class MeanBackward:
         self,
         mdX: cute.Tensor,
         mdMean: cute.Tensor,
-        mBlock: cute.Tensor,
+        mBlocks: cute.Tensor,
         num_tokens: Int32,
         width: Int32,
         stride: Int64,
@@ -139,7 +140,7 @@ class MeanBackward:
     ):
         tiles = cute.ceil_div(width, _COLUMNS)
         ctas = cute.ceil_div(num_tokens, self.tokens_per_cta) * tiles
-        self.kernel(mdX, mdMean, mBlock, num_tokens, width, stride, tiles).launch(
+        self.kernel(mdX, mdMean, mBlocks, num_tokens, width, stride, tiles).launch(
             grid=[ctas, 1, 1], block=[_THREADS, 1, 1], stream=stream
         )
 
@@ -148,7 +149,7 @@ class MeanBackward:
         self,
         mdX: cute.Tensor,
         mdMean: cute.Tensor,
-        mBlock: cute.Tensor,
+        mBlocks: cute.Tensor,
         num_tokens: Int32,
         width: Int32,
         stride: Int64,
@@ -165,16 +166,24 @@ class MeanBackward:
                 # Loads without a condition go out together; what is not wanted is not stored.
                 inside = cutlass.min(token, num_tokens - 1)
                 offset = Int64(inside) * stride + column
-                block = mBlock[inside]
-                source = Int64(cutlass.max(block, 0)) * width + column
-                wanted = token < num_tokens and block >= 0
-                loaded.append((wanted, offset, load_vector(mdX, offset), source))
-            dmeans = [load_vector(mdMean, source) for _, _, _, source in loaded]
+                blocks = [mBlocks[Int64(inside) * self.overlap + i] for i in range(self.overlap)]
+                loaded.append((token < num_tokens, offset, load_vector(mdX, offset), blocks))
+            dmeans = [
+                [load_vector(mdMean, Int64(cutlass.max(x, 0)) * width + column) for x in blocks]
+                for *_, blocks in loaded
+            ]
             for u in cutlass.range_constexpr(_BACKWARD_TOKENS):
-                wanted, offset, rdX, _ = loaded[u]
+                inside, offset, rdX, blocks = loaded[u]
+                share = cute.make_rmem_tensor(VECTOR, Float32)
+                share.fill(0.0)
+                wanted = Boolean(False)
+                for i in cutlass.range_constexpr(self.overlap):
+                    if blocks[i] >= 0:
+                        share.store(share.load() + dmeans[u][i].load().to(Float32))
+                        wanted = inside
                 if wanted:
-                    share = dmeans[u].load().to(Float32) * (1.0 / self.block_size)
-                    store_vector(rdX.load().to(Float32) + share, mdX, offset)
+                    dx = rdX.load().to(Float32) + share.load() * (1.0 / self.block_size)
+                    store_vector(dx, mdX, offset)
 
 
 @functools.lru_cache(maxsize=None)
@@ -190,10 +199,12 @@ def compile_forward(dtype: torch.dtype, out_dtype: torch.dtype, block_size: int)
 
 
 @functools.lru_cache(maxsize=None)
-def compile_backward(dtype: torch.dtype, dmean_dtype: torch.dtype, block_size: int) -> Callable:
-    """The compiled backward kernel of two dtypes and a block size."""
+def compile_backward(
+    dtype: torch.dtype, dmean_dtype: torch.dtype, block_size: int, overlap: int = 1
+) -> Callable:
+    """The compiled backward kernel of two dtypes, a block size and the blocks of a token."""
     return compile_kernel(
-        MeanBackward(block_size),
+        MeanBackward(block_size, overlap),
         fake_flat(CUTE_DTYPES[dtype]),
         fake_flat(CUTE_DTYPES[dmean_dtype]),
         fake_flat(Int32, alignment=4),
@@ -211,6 +222,9 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 arguments = (dtype, other, block_size)
                 yield f"mean-forward-{name}", functools.partial(compile_forward, *arguments)
                 yield f"mean-backward-{name}", functools.partial(compile_backward, *arguments)
+                if block_size == 32:
+                    overlapping = functools.partial(compile_backward, *arguments, 2)
+                    yield f"mean-backward-{name}-2", overlapping
 
 
 def mean_forward(x: Tensor, start: Tensor, block_size: int, out_dtype: torch.dtype) -> Tensor:
@@ -244,14 +258,15 @@ def mean_forward(x: Tensor, start: Tensor, block_size: int, out_dtype: torch.dty
     return mean
 
 
-def mean_backward_(dx: Tensor, dmean: Tensor, block: Tensor, block_size: int) -> None:
-    """``dx[t] += dmean[block[t]] / block_size`` where ``block[t] >= 0``, in place.
+def mean_backward_(dx: Tensor, dmean: Tensor, blocks: Tensor, block_size: int) -> None:
+    """``dx[t] += sum_i dmean[blocks[t, i]] / block_size`` where these are not negative, in place.
 
     Args:
         dx: ``(T, H_kv, D)``, bfloat16, float16 or float32, a slice of heads at most, and 16-byte
             aligned; D a multiple of 8. The sum is in float32 and rounded once.
         dmean: ``(M, H_kv, D)`` in float32 or the dtype of ``dx``. Copied if it is not contiguous.
-        block: int32 ``(T,)``, the one block of each token, -1 for none. Not checked against M.
+        blocks: int32 ``(T, overlap)``, the blocks of each token, -1 for none. Not checked
+            against M.
         block_size: tokens in a block.
     """
     _check("dx", dx, block_size)
@@ -259,13 +274,13 @@ def mean_backward_(dx: Tensor, dmean: Tensor, block: Tensor, block_size: int) ->
     if dmean.dtype not in (dx.dtype, torch.float32):
         raise ValueError(f"dmean is {dmean.dtype}; it must be {dx.dtype} or {torch.float32}")
     check_tensor("dmean", dmean, (dmean.shape[0], *dx.shape[1:]), dmean.dtype, dx.device)
-    check_tensor("block", block, (dx.shape[0],), torch.int32, dx.device)
+    check_tensor("blocks", blocks, (dx.shape[0], blocks.shape[-1]), torch.int32, dx.device)
     if dx.numel() == 0 or dmean.numel() == 0:
         return
-    kernel = compile_backward(dx.dtype, dmean.dtype, block_size)
+    kernel = compile_backward(dx.dtype, dmean.dtype, block_size, blocks.shape[1])
     width = dx.shape[1] * dx.shape[2]
     target, stride = flat_rows(dx)
-    kernel(target, flat(dmean), block.contiguous(), dx.shape[0], width, stride)
+    kernel(target, flat(dmean), blocks.contiguous().view(-1), dx.shape[0], width, stride)
 
 
 def _check(name: str, x: Tensor, block_size: int) -> None:

@@ -16,7 +16,16 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
-from nsa.fused.kernels.head_rows import THREADS, HeadRows, check_head_rows
+from nsa.fused.kernels.head_rows import (
+    PLACED,
+    THREADS,
+    HeadRows,
+    are_placed,
+    check_branch,
+    check_head_rows,
+    fake_places,
+    place_arguments,
+)
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     FLOAT_DTYPES,
@@ -31,6 +40,7 @@ from nsa.fused.kernels.vectors import (
     load_vector,
     store_vector,
 )
+from nsa.fused.placement import IN_ORDER, Placements
 
 FORMS = ("weight", "gates", "mean")
 
@@ -39,7 +49,10 @@ _ROWS_IN_FLIGHT = 2
 
 
 class _Gating(HeadRows):
-    """The gates, common to both directions. ``strides`` are the elements from row to row."""
+    """The gates, common to both directions. ``strides`` are the elements from row to row.
+
+    That of a branch with a placement is not looked at.
+    """
 
     def __init__(self, head_dim: int, form: str):
         super().__init__(head_dim, _ROWS_IN_FLIGHT)
@@ -52,12 +65,11 @@ class _Gating(HeadRows):
             value = value if active else Float32(0.0)
         return cute.arch.warp_reduction(value, operator.add, threads_in_group=self.threads_per_row)
 
-    def _load_row(self, sources, strides, mGates, row: Int64, row_head: Int64, in_row: Int32):
+    def _load_row(self, sources, offsets, mGates, row_head: Int64):
         """The three gates of one row where they are given, and its vectors of ``sources``."""
         given = None
         if self.form == "gates":
             given = tuple(mGates[row_head * 3 + i] for i in range(3))
-        offsets = [row * stride + in_row for stride in strides]
         return given, tuple(map(load_vector, sources, offsets))
 
     def _gates(self, given, q, rW: cute.Tensor, active: Boolean) -> list[Float32]:
@@ -85,6 +97,10 @@ class GatingForward(_Gating):
         mOut: cute.Tensor,
         mGates: cute.Tensor | None,
         mWeight: cute.Tensor | None,
+        mCmpPlace: cute.Tensor | None,
+        mSlcPlace: cute.Tensor | None,
+        cmp_layout: cute.Stride | None,
+        slc_layout: cute.Stride | None,
         strides: cute.Stride,
         rows: Int32,
         heads: Int32,
@@ -92,7 +108,8 @@ class GatingForward(_Gating):
         stream,
     ):
         tensors = (mCmp, mSlc, mWin, mQ, mOut, mGates, mWeight)
-        self.kernel(*tensors, strides, rows, heads, chunks).launch(
+        places = (mCmpPlace, mSlcPlace, cmp_layout, slc_layout)
+        self.kernel(*tensors, *places, strides, rows, heads, chunks).launch(
             grid=[chunks * heads, 1, 1], block=[THREADS, 1, 1], stream=stream
         )
 
@@ -106,6 +123,10 @@ class GatingForward(_Gating):
         mOut: cute.Tensor,
         mGates: cute.Tensor | None,
         mWeight: cute.Tensor | None,
+        mCmpPlace: cute.Tensor | None,
+        mSlcPlace: cute.Tensor | None,
+        cmp_layout: cute.Stride | None,
+        slc_layout: cute.Stride | None,
         strides: cute.Stride,
         rows: Int32,
         heads: Int32,
@@ -114,29 +135,37 @@ class GatingForward(_Gating):
         head, chunk, first, column, active = self.place(heads)
         in_row = head * self.head_dim + column
         rW = self.load_weight(mWeight, head, column)
-        sources, source_strides = (mCmp, mSlc, mWin), strides[:3]
+        sources = (mCmp, mSlc, mWin)
         if const_expr(self.form == "weight"):
-            sources, source_strides = (mCmp, mSlc, mWin, mQ), strides[:4]
+            sources = (mCmp, mSlc, mWin, mQ)
+        layouts = (cmp_layout, slc_layout, None, None)
+        columns = tuple(self.in_place(layouts[i], head, column) for i in range(4))
         for step in cutlass.range(chunk, cute.ceil_div(rows, self.rows_per_step), chunks):
+            placed = self.load_places((mCmpPlace, mSlcPlace), step, first, rows)
             loaded = []
             for u in cutlass.range_constexpr(self.rows_in_flight):
                 row = step * self.rows_per_step + u * self.rows_in_parallel + first
                 # Past the end, the last row is read again: a load under a condition would wait.
                 source = Int64(cutlass.min(row, rows - 1))
+                places = (*placed[u], None, None)
+                offsets = [
+                    self.offset(places[i], layouts[i], source, strides[i], columns[i])
+                    for i in range(len(sources))
+                ]
                 row_head = source * heads + head
-                fragments = self._load_row(
-                    sources, source_strides, mGates, source, row_head, in_row
-                )
-                loaded.append((row, source, *fragments))
+                given, fragments = self._load_row(sources, offsets, mGates, row_head)
+                loaded.append((row, source, places, given, fragments))
             # All gates before the first store, so that their sums over threads overlap.
             gates = []
             for u in cutlass.range_constexpr(self.rows_in_flight):
-                _, _, given, fragments = loaded[u]
+                _, _, _, given, fragments = loaded[u]
                 q = fragments[3].load().to(Float32) if const_expr(self.form == "weight") else None
                 gates.append(self._gates(given, q, rW, active))
             for u in cutlass.range_constexpr(self.rows_in_flight):
-                row, source, _, fragments = loaded[u]
+                row, source, places, _, fragments = loaded[u]
                 if row < rows and active:
+                    for i in cutlass.range_constexpr(2):
+                        self.clear_unplaced(fragments[i], places[i])
                     out = cute.full(VECTOR, 0.0, Float32)
                     for i in cutlass.range_constexpr(3):
                         out = out + fragments[i].load().to(Float32) * gates[u][i]
@@ -165,6 +194,10 @@ class GatingBackward(_Gating):
         mdWin: cute.Tensor,
         mdGates: cute.Tensor | None,
         mPartial: cute.Tensor | None,
+        mCmpPlace: cute.Tensor | None,
+        mSlcPlace: cute.Tensor | None,
+        cmp_layout: cute.Stride | None,
+        slc_layout: cute.Stride | None,
         strides: cute.Stride,
         rows: Int32,
         heads: Int32,
@@ -173,7 +206,8 @@ class GatingBackward(_Gating):
     ):
         inputs = (mdOut, mCmp, mSlc, mWin, mQ, mGates, mWeight)
         outputs = (mdCmp, mdSlc, mdWin, mdGates, mPartial)
-        self.kernel(*inputs, *outputs, strides, rows, heads, chunks).launch(
+        places = (mCmpPlace, mSlcPlace, cmp_layout, slc_layout)
+        self.kernel(*inputs, *outputs, *places, strides, rows, heads, chunks).launch(
             grid=[chunks * heads, 1, 1], block=[THREADS, 1, 1], stream=stream
         )
 
@@ -192,13 +226,16 @@ class GatingBackward(_Gating):
         mdWin: cute.Tensor,
         mdGates: cute.Tensor | None,
         mPartial: cute.Tensor | None,
+        mCmpPlace: cute.Tensor | None,
+        mSlcPlace: cute.Tensor | None,
+        cmp_layout: cute.Stride | None,
+        slc_layout: cute.Stride | None,
         strides: cute.Stride,
         rows: Int32,
         heads: Int32,
         chunks: Int32,
     ):
         head, chunk, first, column, active = self.place(heads)
-        in_row = head * self.head_dim + column
         lane = cute.arch.thread_idx()[0] % self.threads_per_row
         rW = self.load_weight(mWeight, head, column)
         rdW = cute.make_rmem_tensor((VECTOR, 3), Float32)
@@ -210,23 +247,33 @@ class GatingBackward(_Gating):
             sources = (mdOut, mCmp, mSlc, mWin)
         if const_expr(self.form == "weight"):
             sources = (mdOut, mCmp, mSlc, mWin, mQ)
+        layouts = (None, cmp_layout, slc_layout, None, None)
+        columns = tuple(self.in_place(layouts[i], head, column) for i in range(5))
         for step in cutlass.range(chunk, cute.ceil_div(rows, self.rows_per_step), chunks):
+            placed = self.load_places((mCmpPlace, mSlcPlace), step, first, rows)
             loaded = []
             for u in cutlass.range_constexpr(self.rows_in_flight):
                 row = step * self.rows_per_step + u * self.rows_in_parallel + first
                 source = Int64(cutlass.min(row, rows - 1))
+                places = (None, *placed[u], None, None)
+                offsets = [
+                    self.offset(places[i], layouts[i], source, strides[i], columns[i])
+                    for i in range(len(sources))
+                ]
                 row_head = source * heads + head
-                fragments = self._load_row(sources, strides, mGates, source, row_head, in_row)
-                loaded.append((row, row_head, *fragments))
+                given, fragments = self._load_row(sources, offsets, mGates, row_head)
+                loaded.append((row, row_head, places, given, fragments))
             # As in forward: all sums over threads before the first store.
             gates, dgates = [], []
             for u in cutlass.range_constexpr(self.rows_in_flight):
-                _, _, given, fragments = loaded[u]
+                _, _, places, given, fragments = loaded[u]
+                for i in cutlass.range_constexpr(1, min(3, len(sources))):
+                    self.clear_unplaced(fragments[i], places[i])
                 q = fragments[4].load().to(Float32) if const_expr(self.form == "weight") else None
                 gates.append(self._gates(given, q, rW, active))
                 dgates.append(self._dgates(fragments, gates[u], active))
             for u in cutlass.range_constexpr(self.rows_in_flight):
-                row, row_head, _, fragments = loaded[u]
+                row, row_head, places, _, fragments = loaded[u]
                 if const_expr(self.form == "weight"):
                     q = fragments[4].load().to(Float32)
                     for i in cutlass.range_constexpr(3):
@@ -241,8 +288,15 @@ class GatingBackward(_Gating):
                 if row < rows and active:
                     dout = fragments[0].load().to(Float32)
                     for i in cutlass.range_constexpr(3):
+                        # New gradients are contiguous, whatever their branches are.
                         offset = row_head * self.head_dim + column
-                        store_vector(dout * gates[u][i], dbranches[i], offset)
+                        if const_expr(places[i + 1] is None):
+                            store_vector(dout * gates[u][i], dbranches[i], offset)
+                        else:
+                            place, layout = places[i + 1], layouts[i + 1]
+                            if place >= 0:
+                                offset = self.offset(place, layout, None, None, columns[i + 1])
+                                store_vector(dout * gates[u][i], dbranches[i], offset)
         if const_expr(self.form == "weight"):
             self._store_partial(rdW, mPartial, chunk * heads + head, first, column, active)
 
@@ -285,21 +339,29 @@ class GatingBackward(_Gating):
 
 
 @functools.lru_cache(maxsize=None)
-def compile_forward(dtype: torch.dtype, head_dim: int, form: str) -> Callable:
-    """The compiled forward kernel of a dtype, head dimension and form (one of FORMS)."""
+def compile_forward(
+    dtype: torch.dtype, head_dim: int, form: str, placed: tuple[bool, bool]
+) -> Callable:
+    """The compiled forward kernel of a dtype, head dimension and form (one of FORMS).
+
+    ``placed`` says which of the compressed and selected branch have a placement.
+    """
     vectors = (fake_flat(CUTE_DTYPES[dtype]) for _ in range(3))
     q, gates, weight = _fake_inputs(dtype, form)
     return compile_kernel(
         GatingForward(head_dim, form),
         *(*vectors, q, fake_flat(CUTE_DTYPES[dtype]), gates, weight),
+        *fake_places(placed),
         (Int64(1),) * 5,
         *(Int32(1), Int32(1), Int32(1)),
     )
 
 
 @functools.lru_cache(maxsize=None)
-def compile_backward(dtype: torch.dtype, head_dim: int, form: str) -> Callable:
-    """The compiled backward kernel of a dtype, head dimension and form (one of FORMS)."""
+def compile_backward(
+    dtype: torch.dtype, head_dim: int, form: str, placed: tuple[bool, bool]
+) -> Callable:
+    """The compiled backward kernel; arguments as in :func:`compile_forward`."""
     inputs = (fake_flat(CUTE_DTYPES[dtype]) for _ in range(4))
     outputs = (fake_flat(CUTE_DTYPES[dtype]) for _ in range(3))
     gate_dtype = {"weight": Float32, "gates": CUTE_DTYPES[dtype], "mean": None}[form]
@@ -307,6 +369,7 @@ def compile_backward(dtype: torch.dtype, head_dim: int, form: str) -> Callable:
         GatingBackward(head_dim, form),
         *(*inputs, *_fake_inputs(dtype, form)),
         *(*outputs, fake_flat(gate_dtype), fake_flat(Float32 if form == "weight" else None)),
+        *fake_places(placed),
         (Int64(1),) * 5,
         *(Int32(1), Int32(1), Int32(1)),
     )
@@ -323,10 +386,11 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in FLOAT_DTYPES:
         for head_dim in (64, 96, 128, 192, 256):
             for form in FORMS:
-                name = f"{str(dtype).removeprefix('torch.')}-{head_dim}-{form}"
-                arguments = (dtype, head_dim, form)
-                yield f"gating-forward-{name}", functools.partial(compile_forward, *arguments)
-                yield f"gating-backward-{name}", functools.partial(compile_backward, *arguments)
+                for placed in PLACED:
+                    name = f"{str(dtype).removeprefix('torch.')}-{head_dim}-{form}-{sum(placed)}"
+                    arguments = (dtype, head_dim, form, placed)
+                    yield f"gating-forward-{name}", functools.partial(compile_forward, *arguments)
+                    yield f"gating-backward-{name}", functools.partial(compile_backward, *arguments)
 
 
 def gating_forward(
@@ -337,35 +401,39 @@ def gating_forward(
     gates: Tensor | None,
     weight: Tensor | None,
     out: Tensor | None = None,
+    placements: Placements = IN_ORDER,
 ) -> Tensor:
     """``g0 * o_cmp + g1 * o_slc + g2 * o_win``, computed in float32.
 
     Args:
         o_cmp, o_slc, o_win: ``(R, H, D)``, bfloat16, float16 or float32; D a multiple of 8 up to
-            256. Slices of heads are read where they are; other strides are copied.
+            256. Slices of heads are read where they are; other strides are copied. With a
+            placement ``(N, ., D)``, contiguous and not empty.
         q: ``(R, H, D)``; with ``weight`` only, else not looked at.
         gates: ``(R, H, 3)`` or None; used as they are.
         weight: ``(H, 3, D)`` or None: ``g_i = sigmoid(<q, weight[h, i]>)``. With neither gates nor
             weight each gate is 1/3; both is an error.
-        out: where to write the result: like ``o_cmp``, a slice of heads at most. By default new.
+        out: where to write the result: like ``o_win``, a slice of heads at most. By default new.
+        placements: where the rows of ``o_cmp`` and ``o_slc`` lie.
 
     Returns:
-        ``(R, H, D)`` in the dtype of ``o_cmp``: ``out`` where it is given.
+        ``(R, H, D)`` in the dtype of ``o_win``: ``out`` where it is given.
     """
-    form = _check((o_cmp, o_slc, o_win), q, gates, weight)
+    form = _check((o_cmp, o_slc, o_win), q, gates, weight, placements)
     if out is None:
-        out = torch.empty(o_cmp.shape, dtype=o_cmp.dtype, device=o_cmp.device)
+        out = torch.empty(o_win.shape, dtype=o_win.dtype, device=o_win.device)
     else:
-        check_tensor("out", out, o_cmp.shape, o_cmp.dtype, o_cmp.device)
+        check_tensor("out", out, o_win.shape, o_win.dtype, o_win.device)
         check_output("out", out)
     if out.numel() == 0:
         return out
-    rows, heads, head_dim = o_cmp.shape
+    rows, heads, head_dim = o_win.shape
     q = q if form == "weight" else None
     tensors, strides = zip(*map(flat_rows, (o_cmp, o_slc, o_win, q, out)), strict=True)
-    kernel = compile_forward(o_cmp.dtype, head_dim, form)
-    chunks = _Gating(head_dim, form).num_chunks(o_cmp)
-    kernel(*tensors, flat(gates), flat(weight), strides, rows, heads, chunks)
+    kernel = compile_forward(o_win.dtype, head_dim, form, are_placed(placements))
+    chunks = _Gating(head_dim, form).num_chunks(o_win)
+    places = place_arguments(placements)
+    kernel(*tensors, flat(gates), flat(weight), *places, strides, rows, heads, chunks)
     return out
 
 
@@ -377,6 +445,7 @@ def gating_backward(
     q: Tensor,
     gates: Tensor | None,
     weight: Tensor | None,
+    placements: Placements = IN_ORDER,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of :func:`gating_forward`, in one pass; the same bits each time on a device.
 
@@ -391,46 +460,54 @@ def gating_backward(
     Returns:
         ``(do_cmp, do_slc, do_win, dlogits, dgates, dweight)``: ``dlogits`` float32 ``(R, H, 3)``,
         the others in the shape and dtype of what they are the gradient of. ``dlogits`` and
-        ``dweight`` are None without ``weight``, ``dgates`` without ``gates``.
+        ``dweight`` are None without ``weight``, ``dgates`` without ``gates``. A gradient with a
+        placement is 0 where no row lies.
     """
-    form = _check((o_cmp, o_slc, o_win), q, gates, weight)
-    check_tensor("dout", dout, o_cmp.shape, o_cmp.dtype, o_cmp.device)
-    rows, heads, head_dim = o_cmp.shape
-    new = functools.partial(torch.empty, dtype=o_cmp.dtype, device=o_cmp.device)
-    dbranches = [new(o_cmp.shape) for _ in range(3)]
+    form = _check((o_cmp, o_slc, o_win), q, gates, weight, placements)
+    check_tensor("dout", dout, o_win.shape, o_win.dtype, o_win.device)
+    rows, heads, head_dim = o_win.shape
+    new = functools.partial(torch.empty, dtype=o_win.dtype, device=o_win.device)
+    dbranches = [
+        new(x.shape) if placement is None else new(x.shape).zero_()
+        for x, placement in zip((o_cmp, o_slc, o_win), (*placements, None), strict=True)
+    ]
     dlogits = new((rows, heads, 3), dtype=torch.float32) if form == "weight" else None
     dgates = new(gates.shape) if form == "gates" else None
-    if o_cmp.numel() == 0:
+    if o_win.numel() == 0:
         dweight = torch.zeros_like(weight) if form == "weight" else None
         return (*dbranches, dlogits, dgates, dweight)
-    chunks = _Gating(head_dim, form).num_chunks(o_cmp)
+    chunks = _Gating(head_dim, form).num_chunks(o_win)
     partial = None
     if form == "weight":
         partial = new((chunks, heads, 3, head_dim), dtype=torch.float32)
     q = q if form == "weight" else None
     tensors, strides = zip(*map(flat_rows, (dout, o_cmp, o_slc, o_win, q)), strict=True)
     outputs = (*dbranches, dlogits if form == "weight" else dgates, partial)
-    kernel = compile_backward(o_cmp.dtype, head_dim, form)
-    kernel(*tensors, *map(flat, (gates, weight, *outputs)), strides, rows, heads, chunks)
+    kernel = compile_backward(o_win.dtype, head_dim, form, are_placed(placements))
+    flattened = map(flat, (gates, weight, *outputs))
+    places = place_arguments(placements)
+    kernel(*tensors, *flattened, *places, strides, rows, heads, chunks)
     dweight = None if partial is None else partial.sum(0).to(weight.dtype)
     return (*dbranches, dlogits, dgates, dweight)
 
 
-def _check(branches, q: Tensor, gates: Tensor | None, weight: Tensor | None) -> str:
+def _check(
+    branches, q: Tensor, gates: Tensor | None, weight: Tensor | None, placements: Placements
+) -> str:
     """Raise on what the kernels cannot take, and return the form of the gates."""
     o_cmp, o_slc, o_win = branches
-    check_head_rows("o_cmp", o_cmp)
-    rows, heads, head_dim = o_cmp.shape
-    like = (o_cmp.dtype, o_cmp.device)
-    for name, x in (("o_slc", o_slc), ("o_win", o_win)):
-        check_tensor(name, x, o_cmp.shape, *like)
+    check_head_rows("o_win", o_win)
+    rows, heads, head_dim = o_win.shape
+    like = (o_win.dtype, o_win.device)
+    for name, x, placement in zip(("o_cmp", "o_slc"), (o_cmp, o_slc), placements, strict=True):
+        check_branch(name, x, placement, o_win)
     if gates is not None and weight is not None:
         raise ValueError("gates and weight are both given; at most one of them may be")
     if gates is not None:
         check_tensor("gates", gates, (rows, heads, 3), *like)
         return "gates"
     if weight is not None:
-        check_tensor("q", q, o_cmp.shape, *like)
+        check_tensor("q", q, o_win.shape, *like)
         check_tensor("weight", weight, (heads, 3, head_dim), *like)
         return "weight"
     return "mean"

@@ -3,6 +3,10 @@
 A CTA keeps to one head, so that what belongs to the head stays in registers. ``threads_per_row``
 neighbouring threads share a row, VECTOR elements each; a CTA handles ``rows_per_step`` rows at once
 and ``chunks`` CTAs of a head take the steps in turn.
+
+A tensor may have a :class:`nsa.fused.placement.Placement`: its rows then lie where an index says.
+In a kernel that is the flat index, ``mPlace``, and a layout ``(unit, group, group_stride)``; None
+twice for rows that follow each other.
 """
 
 import math
@@ -13,7 +17,8 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
-from nsa.fused.kernels.vectors import VECTOR, check_float, load_vector
+from nsa.fused.kernels.vectors import VECTOR, check_float, check_tensor, fake_flat, load_vector
+from nsa.fused.placement import Placement, Placements
 
 MAX_HEAD_DIM = 32 * VECTOR
 THREADS = 128
@@ -55,6 +60,44 @@ class HeadRows:
         # Neighbouring CTAs take neighbouring heads, which are neighbours in memory.
         return bidx % heads, bidx // heads, tidx // self.threads_per_row, column, active
 
+    def load_places(self, mPlaces, step: Int32, first: Int32, rows: Int32) -> list[tuple]:
+        """The places of each row of a step, None for a tensor whose rows follow each other.
+
+        Loaded together and first, because the loads of vectors wait for them.
+        """
+
+        def load(mPlace, u: int):
+            if mPlace is None:
+                return None
+            row = step * self.rows_per_step + u * self.rows_in_parallel + first
+            return mPlace[Int64(cutlass.min(row, rows - 1))]
+
+        return [tuple(load(x, u) for x in mPlaces) for u in range(self.rows_in_flight)]
+
+    def in_place(self, layout, head: Int32, column: Int32) -> Int32:
+        """Elements from a row's place to this thread's column of its head."""
+        if layout is None:
+            return head * self.head_dim + column
+        _, group, group_stride = layout
+        return (head // group * group_stride + head % group) * self.head_dim + column
+
+    def offset(self, place, layout, row: Int64, stride: Int64, in_place: Int32) -> Int64:
+        """Where this thread's vector of a row is; at place 0 where the row has none."""
+        if place is None:
+            return row * stride + in_place
+        return Int64(cutlass.max(place, 0)) * (layout[0] * self.head_dim) + in_place
+
+    @cute.jit
+    def clear_unplaced(self, fragment: cute.Tensor, place: Int32 | None):
+        """Make what was loaded for a row without a place 0.
+
+        After the load, not instead: a load under a condition would wait. What it read may be NaN.
+        """
+        if const_expr(place is not None):
+            words = cute.recast_tensor(fragment, Int32)
+            for i in cutlass.range_constexpr(cute.size(words)):
+                words[i] = words[i] if place >= 0 else Int32(0)
+
     @cute.jit
     def load_weight(self, mWeight: cute.Tensor | None, head: Int32, column: Int32) -> cute.Tensor:
         """The three vectors of ``weight (H, 3, D)`` at this thread's place, in float32; or 0."""
@@ -74,4 +117,44 @@ def check_head_rows(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}; it must be (R, H, D) with D a multiple of "
             f"{VECTOR} up to {MAX_HEAD_DIM}"
+        )
+
+
+PLACED = ((False, False), (False, True), (True, True))
+"""Which of the compressed and selected branch may have a placement."""
+
+
+def fake_places(placed: tuple[bool, bool]) -> tuple:
+    """Stand-ins for the indices and the numbers of the placements, in that order."""
+    indices = tuple(fake_flat(Int32, alignment=4) if is_placed else None for is_placed in placed)
+    return *indices, *((Int32(1),) * 3 if is_placed else None for is_placed in placed)
+
+
+def place_arguments(placements: Placements) -> tuple:
+    """What :func:`fake_places` stands for."""
+    indices = tuple(None if p is None else p.place for p in placements)
+    return *indices, *(None if p is None else tuple(p[1:]) for p in placements)
+
+
+def are_placed(placements: Placements) -> tuple[bool, bool]:
+    return tuple(p is not None for p in placements)
+
+
+def check_branch(name: str, x: Tensor, placement: Placement | None, like: Tensor) -> None:
+    """Raise unless ``x`` is as ``like (R, H, D)``, or with a placement contiguous ``(N, ., D)``.
+
+    Places are not looked at: they are on the GPU.
+    """
+    if placement is None:
+        check_tensor(name, x, like.shape, like.dtype, like.device)
+        return
+    rows, heads, head_dim = like.shape
+    check_tensor(name, x, (*x.shape[:2], head_dim), like.dtype, like.device)
+    check_tensor(f"the place of {name}", placement.place, (rows,), torch.int32, like.device)
+    if not (x.is_contiguous() and placement.place.is_contiguous()):
+        raise ValueError(f"{name} and its place must be contiguous; strides are {x.stride()}")
+    if heads % placement.group or not x.numel():
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} has groups of {placement.group} heads; it must not "
+            f"be empty, and {heads} heads be so many groups"
         )

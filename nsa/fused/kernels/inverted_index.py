@@ -1,0 +1,313 @@
+"""Which tokens selected each block: the inverse of the block indices, cut into work items.
+
+A *pair* is a token and one of its selected blocks, for one KV head. Tokens are cut into *chunks*,
+small enough that the queries of one KV head and chunk stay in L2. The pairs of a KV head and chunk
+lie together in the *list*, sorted by block: pair at ``position`` p is token ``tokens[p]``. A *work
+item* is a run of at most ``ITEM_TOKENS`` pairs of one block. (KV head, chunk) are numbered
+``unit = kv_head * chunks + chunk``; consecutive units form a *wave*, whose partial results fit a
+workspace.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Int32, Int64
+from quack.utils import warp_prefix_sum
+from torch import Tensor
+
+from nsa.fused.kernels.vectors import compile_kernel, fake_flat
+from nsa.fused.token_blocks import TokenBlocks
+
+ITEM_TOKENS = 512
+"""The most pairs of a work item."""
+
+ITEM_FIELDS = 4
+"""Of a work item: first position, pairs, first key (token), keys."""
+
+_THREADS = 256
+_SCAN_THREADS = 1024
+_WARP = 32
+
+
+class InvertIndex:
+    """Three kernels: count the pairs of each block, add up, write the list."""
+
+    @cute.jit
+    def __call__(
+        self,
+        mIndices: cute.Tensor,
+        mBase: cute.Tensor,
+        mLimit: cute.Tensor,
+        mFirst: cute.Tensor,
+        mKeys: cute.Tensor,
+        mCount: cute.Tensor,
+        mPosition: cute.Tensor,
+        mTokens: cute.Tensor,
+        mItems: cute.Tensor,
+        mNumItems: cute.Tensor,
+        pairs: Int32,
+        slots: Int32,
+        kv_heads: Int32,
+        blocks: Int32,
+        chunks: Int32,
+        chunk_tokens: Int32,
+        wave_units: Int32,
+        wave_items: Int32,
+        stream,
+    ):
+        sizes = (pairs, slots, kv_heads, blocks, chunks, chunk_tokens)
+        grid = [cute.ceil_div(pairs, _THREADS), 1, 1]
+        self.count(mIndices, mBase, mLimit, mCount, mPosition, *sizes).launch(
+            grid=grid, block=[_THREADS, 1, 1], stream=stream
+        )
+        capacity = chunk_tokens * slots
+        self.add_up(
+            mFirst, mKeys, mCount, mItems, mNumItems, blocks, capacity, wave_units, wave_items
+        ).launch(grid=[kv_heads * chunks, 1, 1], block=[_SCAN_THREADS, 1, 1], stream=stream)
+        self.write(mIndices, mBase, mCount, mPosition, mTokens, *sizes).launch(
+            grid=grid, block=[_THREADS, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def count(
+        self,
+        mIndices: cute.Tensor,
+        mBase: cute.Tensor,
+        mLimit: cute.Tensor,
+        mCount: cute.Tensor,
+        mPosition: cute.Tensor,
+        pairs: Int32,
+        slots: Int32,
+        kv_heads: Int32,
+        blocks: Int32,
+        chunks: Int32,
+        chunk_tokens: Int32,
+    ):
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        pair = bidx * _THREADS + tidx
+        if pair < pairs:
+            block = mIndices[pair]
+            token, unit = self._unit(pair, slots, kv_heads, chunks, chunk_tokens)
+            rank = Int32(-1)
+            if block >= 0 and block < mLimit[token]:
+                counter = Int64(unit) * blocks + (mBase[token] + block)
+                rank = cute.arch.atomic_add((mCount.iterator + counter).llvm_ptr, Int32(1))
+            mPosition[pair] = rank
+
+    @cute.kernel
+    def add_up(
+        self,
+        mFirst: cute.Tensor,
+        mKeys: cute.Tensor,
+        mCount: cute.Tensor,
+        mItems: cute.Tensor,
+        mNumItems: cute.Tensor,
+        blocks: Int32,
+        capacity: Int32,
+        wave_units: Int32,
+        wave_items: Int32,
+    ):
+        """``count`` becomes where each block's pairs start in the unit; emits the work items."""
+        tidx, _, _ = cute.arch.thread_idx()
+        unit, _, _ = cute.arch.block_idx()
+        warp, lane = cute.arch.make_warp_uniform(tidx // _WARP), tidx % _WARP
+        warps = _SCAN_THREADS // _WARP
+        smem = cutlass.utils.SmemAllocator()
+        sTotals = smem.allocate_tensor(Int32, cute.make_layout((2, warps)), byte_alignment=16)
+        sSlot = smem.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16)
+
+        wave = unit // wave_units
+        start = Int32(0)
+        for i in cutlass.range(cute.ceil_div(blocks, _SCAN_THREADS), unroll=1):
+            block = i * _SCAN_THREADS + tidx
+            counter = Int64(unit) * blocks + block
+            count = Int32(0)
+            if block < blocks:
+                count = mCount[counter]
+            items = (count + (ITEM_TOKENS - 1)) // ITEM_TOKENS
+            pairs_through = warp_prefix_sum(count, lane)
+            items_through = warp_prefix_sum(items, lane)
+            if lane == _WARP - 1:
+                sTotals[0, warp] = pairs_through
+                sTotals[1, warp] = items_through
+            cute.arch.barrier()
+            pairs_before, pairs_total = Int32(0), Int32(0)
+            items_before, items_total = Int32(0), Int32(0)
+            for w in cutlass.range_constexpr(warps):
+                pairs_before += sTotals[0, w] if w < warp else Int32(0)
+                items_before += sTotals[1, w] if w < warp else Int32(0)
+                pairs_total += sTotals[0, w]
+                items_total += sTotals[1, w]
+            if tidx == 0:
+                sSlot[0] = cute.arch.atomic_add((mNumItems.iterator + wave).llvm_ptr, items_total)
+            cute.arch.barrier()
+            offset = start + pairs_before + pairs_through - count
+            slot = wave * wave_items + sSlot[0] + items_before + items_through - items
+            if block < blocks:
+                mCount[counter] = offset
+            first, keys = Int32(0), Int32(0)
+            if items > 0:
+                first, keys = mFirst[block], mKeys[block]
+            for item in cutlass.range(items, unroll=1):
+                done = item * ITEM_TOKENS
+                field = Int64(slot + item) * ITEM_FIELDS
+                mItems[field] = unit * capacity + offset + done
+                mItems[field + 1] = cutlass.min(count - done, ITEM_TOKENS)
+                mItems[field + 2] = first
+                mItems[field + 3] = keys
+            start += pairs_total
+
+    @cute.kernel
+    def write(
+        self,
+        mIndices: cute.Tensor,
+        mBase: cute.Tensor,
+        mCount: cute.Tensor,
+        mPosition: cute.Tensor,
+        mTokens: cute.Tensor,
+        pairs: Int32,
+        slots: Int32,
+        kv_heads: Int32,
+        blocks: Int32,
+        chunks: Int32,
+        chunk_tokens: Int32,
+    ):
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        pair = bidx * _THREADS + tidx
+        if pair < pairs:
+            rank = mPosition[pair]
+            if rank >= 0:
+                token, unit = self._unit(pair, slots, kv_heads, chunks, chunk_tokens)
+                counter = Int64(unit) * blocks + (mBase[token] + mIndices[pair])
+                position = unit * (chunk_tokens * slots) + mCount[counter] + rank
+                mTokens[position] = token
+                mPosition[pair] = position
+
+    @cute.jit
+    def _unit(
+        self, pair: Int32, slots: Int32, kv_heads: Int32, chunks: Int32, chunk_tokens: Int32
+    ) -> tuple[Int32, Int32]:
+        row = pair // slots
+        token = row // kv_heads
+        return token, row % kv_heads * chunks + token // chunk_tokens
+
+
+@functools.lru_cache(maxsize=None)
+def compile_invert_index() -> Callable:
+    tensors = [fake_flat(Int32, alignment=4) for _ in range(10)]
+    return compile_kernel(InvertIndex(), *tensors, *(Int32(1) for _ in range(8)))
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names, and functions that compile what each names; no GPU is needed."""
+    yield "invert-index", compile_invert_index
+
+
+@dataclass(frozen=True, eq=False)
+class InvertedIndex:
+    """The pairs of every block.
+
+    Attributes:
+        tokens: int32 ``(units * chunk_tokens * slots,)``, the list; entries of no item are
+            undefined.
+        position: int32 ``(T, H_kv, slots)``, where each pair stands in the list, -1 for no pair.
+        items: int32 ``(waves, wave_items, 4)``, see ``ITEM_FIELDS``.
+        num_items: int32 ``(waves,)``, the items of each wave, at most ``wave_items``.
+        chunks: chunks of the tokens.
+        chunk_tokens: tokens of a chunk.
+        wave_units: units of a wave, the last may have fewer.
+    """
+
+    tokens: Tensor
+    position: Tensor
+    items: Tensor
+    num_items: Tensor
+    chunks: int
+    chunk_tokens: int
+    wave_units: int
+
+    @property
+    def slots(self) -> int:
+        return self.position.shape[2]
+
+    @property
+    def units(self) -> int:
+        return self.position.shape[1] * self.chunks
+
+
+def invert_index(
+    block_indices: Tensor,
+    blocks: TokenBlocks,
+    block_size: int,
+    causal: bool,
+    chunk_tokens: int,
+    wave_units: int,
+) -> InvertedIndex:
+    """Invert int32 ``block_indices (T, H_kv, slots)``; -1, and what a token cannot see, drop out.
+
+    Args:
+        blocks: of the ``T`` tokens.
+        block_size: tokens of a block.
+        causal: whether a token sees only blocks that start at or before it.
+        chunk_tokens: tokens of a chunk.
+        wave_units: units of a wave, at most.
+    """
+    total, kv_heads, slots = block_indices.shape
+    chunks = -(-total // chunk_tokens)
+    units = kv_heads * chunks
+    wave_units = min(wave_units, units)
+    waves = -(-units // wave_units)
+    if units * chunk_tokens * slots >= 1 << 31:
+        raise ValueError(f"{total} tokens x {kv_heads} KV heads x {slots} blocks exceed 2^31 pairs")
+    base, limit, first, keys, sequences = blocks
+    num_blocks = len(first)
+    bounds = item_bounds(total, sequences, num_blocks, block_size, causal, chunk_tokens, slots)
+    by_unit = bounds * kv_heads
+    wave_items = max(sum(by_unit[w : w + wave_units]) for w in range(0, units, wave_units))
+
+    empty = functools.partial(torch.empty, dtype=torch.int32, device=block_indices.device)
+    zeros = torch.zeros(units * num_blocks + waves, dtype=torch.int32, device=base.device)
+    count, num_items = zeros[: units * num_blocks], zeros[units * num_blocks :]
+    position, listed = empty(total * kv_heads * slots), empty(units * chunk_tokens * slots)
+    items = empty(waves * wave_items * ITEM_FIELDS)
+    compile_invert_index()(
+        block_indices.reshape(-1),
+        *(base, limit, first, keys, count, position, listed, items, num_items),
+        *(position.numel(), slots, kv_heads, num_blocks, chunks, chunk_tokens),
+        *(wave_units, wave_items),
+    )
+    return InvertedIndex(
+        listed,
+        position.view(total, kv_heads, slots),
+        items.view(waves, wave_items, ITEM_FIELDS),
+        num_items,
+        chunks,
+        chunk_tokens,
+        wave_units,
+    )
+
+
+def item_bounds(
+    total: int,
+    sequences: int,
+    blocks: int,
+    block_size: int,
+    causal: bool,
+    chunk_tokens: int,
+    slots: int,
+) -> list[int]:
+    """For each chunk, a number of work items of a KV head that is never exceeded."""
+    bounds = []
+    for start in range(0, total, chunk_tokens):
+        end = min(start + chunk_tokens, total)
+        pairs = (end - start) * slots
+        # A sequence starts at most one block that is not full before the chunk ends.
+        visible = min(blocks, end // block_size + sequences) if causal else blocks
+        bounds.append(min(visible, pairs) + pairs // ITEM_TOKENS)
+    return bounds

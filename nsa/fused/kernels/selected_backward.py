@@ -1,0 +1,709 @@
+"""Selected branch of token mode, backward: each block's keys meet the queries that selected it.
+
+A CTA takes one work item of the inverted index. A block's K and V stay in shared memory, dK and dV
+in registers, while query rows and output gradients of the item's pairs stream past, 64 at a time
+(row r is query head ``r % G`` of pair ``r // G``, as in the forward). Scores are computed
+transposed, keys by rows, so that P and dS are in registers what dV and dK multiply; dS goes through
+shared memory for dQ alone. dQ, dK and dV are added in float32 to buffers in global memory, 16 bytes
+at a time, so the order of the sums, and the last bits of the result, vary from run to run. Within
+each 16 columns the buffers hold them in the order in which a thread of wgmma has them; the
+conversion to the dtype of q restores it.
+
+One warpgroup computes a tile. Where dK and dV do not fit its registers there are two: both compute
+P and dS, and each half the columns of dK, dV and dQ.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.utils import LayoutEnum, hopper_helpers
+from flash_attn.cute import utils
+from flash_attn.cute.copy_utils import atomic_add_fp32x4
+from quack import copy_utils, layout_utils, sm90_utils
+from torch import Tensor
+
+from nsa.fused.kernels.inverted_index import ITEM_FIELDS, ITEM_TOKENS, invert_index
+from nsa.fused.kernels.selected_forward import async_row_copy, row_lanes
+from nsa.fused.kernels.vectors import (
+    CUTE_DTYPES,
+    VECTOR,
+    compile_kernel,
+    dot,
+    fake_flat,
+    flat_rows,
+    load_vector,
+    store_vector,
+)
+from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens
+
+_WARPGROUP = 128
+_WARP = 32
+# Query rows of a tile, and keys of a CTA: rows of wgmma.
+_ROWS = 64
+_KEYS = 64
+_WARP_ROWS = 16
+_SHARED_BYTES = 227 * 1024
+_LOG2_E = math.log2(math.e)
+_THREADS = 256
+# Columns that a quad of threads adds together, 4 each.
+_QUAD = 16
+
+
+class SelectedBackward:
+    """Adds what each pair contributes to dQ, dK and dV; scores are not scaled in dQ and dK."""
+
+    def __init__(
+        self,
+        dtype: type[cutlass.Numeric],
+        head_dim: int,
+        head_dim_v: int,
+        group: int,
+        block_size: int,
+        causal: bool,
+    ):
+        self.dtype = dtype
+        self.head_dim = head_dim
+        self.head_dim_v = head_dim_v
+        self.group = group
+        self.block_size = block_size
+        self.causal = causal
+        # dK and dV take (D + Dv) / 2 registers of a warpgroup's threads.
+        self.warpgroups = 1 if head_dim + head_dim_v <= 320 else 2
+        self.threads = _WARPGROUP * self.warpgroups
+        # With more than 128 registers for them, S and dP are not computed at once, nor dQ and dK.
+        self.overlap = (head_dim + head_dim_v) // self.warpgroups <= 256
+        columns = head_dim // self.warpgroups
+        self.dq_columns = 64 if columns % 64 == 0 else columns
+        self.dq_parts = columns // self.dq_columns
+        row_bytes = 2 * (head_dim + head_dim_v)
+        fixed = _KEYS * row_bytes + _ROWS * _KEYS * 2 + ITEM_TOKENS * 4 + 4096
+        stage = _ROWS * row_bytes
+        self.ctas = 2 if self.warpgroups == 1 else 1
+        self.stages = 2 if fixed + 2 * stage <= _SHARED_BYTES // self.ctas else 1
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mdO: cute.Tensor,
+        mLse: cute.Tensor,
+        mDelta: cute.Tensor,
+        mTokens: cute.Tensor,
+        mItems: cute.Tensor,
+        mNumItems: cute.Tensor,
+        mdQ: cute.Tensor,
+        mdK: cute.Tensor,
+        mdV: cute.Tensor,
+        q_stride: Int64,
+        k_stride: Int64,
+        v_stride: Int64,
+        do_stride: Int64,
+        kv_heads: Int32,
+        waves: Int32,
+        wave_items: Int32,
+        unit_pairs: Int32,
+        chunks: Int32,
+        chunk_tokens: Int32,
+        scale_log2: Float32,
+        stream,
+    ):
+        # Row-major; a warpgroup's columns are whole swizzle atoms.
+        make_layout = functools.partial(
+            sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
+        )
+        atom, atom_v = self.dq_columns, self.head_dim_v // self.warpgroups
+        q_smem = make_layout((_ROWS, self.head_dim), stage=self.stages, major_mode_size=atom)
+        do_smem = make_layout((_ROWS, self.head_dim_v), stage=self.stages, major_mode_size=atom_v)
+        k_smem = make_layout((_KEYS, self.head_dim), major_mode_size=atom)
+        v_smem = make_layout((_KEYS, self.head_dim_v), major_mode_size=atom_v)
+        ds_smem = make_layout((_ROWS, _KEYS))
+        make_mma = functools.partial(
+            hopper_helpers.make_trivial_tiled_mma,
+            self.dtype,
+            self.dtype,
+            OperandMajorMode.K,
+            acc_dtype=Float32,
+            atom_layout_mnk=(1, 1, 1),
+        )
+        mma_s = make_mma(b_leading_mode=OperandMajorMode.K, tiler_mn=(_KEYS, _ROWS))
+        mma_dk, mma_dv = (
+            make_mma(
+                b_leading_mode=OperandMajorMode.MN,
+                tiler_mn=(_KEYS, width // self.warpgroups),
+                a_source=warpgroup.OperandSource.RMEM,
+            )
+            for width in (self.head_dim, self.head_dim_v)
+        )
+        mma_dq = make_mma(b_leading_mode=OperandMajorMode.MN, tiler_mn=(_ROWS, self.dq_columns))
+        tensors = (mQ, mK, mV, mdO, mLse, mDelta, mTokens, mItems, mNumItems, mdQ, mdK, mdV)
+        strides = (q_stride, k_stride, v_stride, do_stride)
+        sizes = (kv_heads, wave_items, unit_pairs, chunks, chunk_tokens)
+        layouts = (mma_s, mma_dk, mma_dv, mma_dq, q_smem, do_smem, k_smem, v_smem, ds_smem)
+        self.kernel(*tensors, *strides, *sizes, scale_log2, *layouts).launch(
+            grid=[wave_items, waves, -(-self.block_size // _KEYS)],
+            block=[self.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=self.ctas,
+            preferred_smem_carveout=100,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mdO: cute.Tensor,
+        mLse: cute.Tensor,
+        mDelta: cute.Tensor,
+        mTokens: cute.Tensor,
+        mItems: cute.Tensor,
+        mNumItems: cute.Tensor,
+        mdQ: cute.Tensor,
+        mdK: cute.Tensor,
+        mdV: cute.Tensor,
+        q_stride: Int64,
+        k_stride: Int64,
+        v_stride: Int64,
+        do_stride: Int64,
+        kv_heads: Int32,
+        wave_items: Int32,
+        unit_pairs: Int32,
+        chunks: Int32,
+        chunk_tokens: Int32,
+        scale_log2: Float32,
+        mma_s: cute.TiledMma,
+        mma_dk: cute.TiledMma,
+        mma_dv: cute.TiledMma,
+        mma_dq: cute.TiledMma,
+        q_smem: cute.ComposedLayout,
+        do_smem: cute.ComposedLayout,
+        k_smem: cute.ComposedLayout,
+        v_smem: cute.ComposedLayout,
+        ds_smem: cute.ComposedLayout,
+    ):
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, wave, part = cute.arch.block_idx()
+        begin, count, first, keys = Int32(0), Int32(0), Int32(0), Int32(0)
+        if bidx < mNumItems[wave]:
+            field = (Int64(wave) * wave_items + bidx) * ITEM_FIELDS
+            begin, count = mItems[field], mItems[field + 1]
+            first = mItems[field + 2] + part * _KEYS
+            keys = cutlass.min(mItems[field + 3] - part * _KEYS, _KEYS)
+        if keys > 0:
+            unit = begin // unit_pairs
+            kv_head, chunk_start = unit // chunks, unit % chunks * chunk_tokens
+            warp_in_cta = cute.arch.make_warp_uniform(tidx // _WARP)
+            wg, warp = warp_in_cta // 4, warp_in_cta % 4
+            lane = tidx % _WARP
+
+            smem = cutlass.utils.SmemAllocator()
+            sK, sV, sQ, sdO, sdS = (
+                smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
+                for x in (k_smem, v_smem, q_smem, do_smem, ds_smem)
+            )
+            sTokens = smem.allocate_tensor(Int32, cute.make_layout(ITEM_TOKENS), 16)
+            # Log-sum-exp, then delta, of the rows of a stage.
+            statistics_layout = cute.make_layout((_ROWS, 2, self.stages))
+            sStatistics = smem.allocate_tensor(Float32, statistics_layout, 16)
+
+            for i in cutlass.range(tidx, count, self.threads, unroll=1):
+                sTokens[i] = mTokens[begin + i]
+            self._load_block(mK, sK, k_stride, kv_head * self.head_dim, first, keys, tidx)
+            self._load_block(mV, sV, v_stride, kv_head * self.head_dim_v, first, keys, tidx)
+            cute.arch.barrier()
+            load_rows = functools.partial(self._load_rows, sTokens, kv_head, count, tidx)
+            load_statistics = functools.partial(
+                self._load_statistics,
+                *(mLse, mDelta, sStatistics, sTokens, kv_heads, kv_head, count, tidx),
+            )
+            load_rows(mQ, sQ, q_stride, Int32(0), Int32(0))
+            load_rows(mdO, sdO, do_stride, Int32(0), Int32(0))
+            load_statistics(Int32(0), Int32(0))
+            cute.arch.cp_async_commit_group()
+
+            thr_s, thr_dk, thr_dv, thr_dq = (
+                mma.get_slice(0) for mma in (mma_s, mma_dk, mma_dv, mma_dq)
+            )
+            columns = const_expr(self.head_dim // self.warpgroups)
+            columns_v = const_expr(self.head_dim_v // self.warpgroups)
+            partition = sm90_utils.partition_fragment_ABC
+            _, tSrK, tSrQ = partition(thr_s, (_KEYS, _ROWS, self.head_dim), sK, sQ)
+            _, tPrV, tPrdO = partition(thr_s, (_KEYS, _ROWS, self.head_dim_v), sV, sdO)
+            sQt = self._columns_of(layout_utils.transpose_view(sQ), columns, wg)
+            sdOt = self._columns_of(layout_utils.transpose_view(sdO), columns_v, wg)
+            acc_dK, _, tdKrQt = partition(thr_dk, (_KEYS, columns, _ROWS), None, sQt)
+            acc_dV, _, tdVrdOt = partition(thr_dv, (_KEYS, columns_v, _ROWS), None, sdOt)
+            sKt = layout_utils.transpose_view(sK)
+            tdQrKt = []
+            for i in cutlass.range_constexpr(self.dq_parts):
+                slice_of_K = cute.local_tile(
+                    sKt, (self.dq_columns, _KEYS), (wg * self.dq_parts + i, 0)
+                )
+                _, tdQrdS, fragment = partition(
+                    thr_dq, (_ROWS, self.dq_columns, _KEYS), sdS, slice_of_K
+                )
+                tdQrKt.append(fragment)
+            acc_dK.fill(0.0)
+            acc_dV.fill(0.0)
+
+            thr_mma = mma_s.get_slice(tidx % _WARPGROUP)
+            store_ds, _, _ = copy_utils.get_smem_store_C(
+                mma_s,
+                layout_utils.transpose_view(sdS),
+                tidx % _WARPGROUP,
+                transpose=True,
+                position_independent=True,
+            )
+            tScS = layout_utils.reshape_acc_to_mn(
+                thr_mma.partition_C(cute.make_identity_tensor((_KEYS, _ROWS)))
+            )
+            tLse, tDelta = (
+                layout_utils.mma_partition_C_vec(
+                    sStatistics[None, i, None], thr_mma, expand_shape=_KEYS, is_colvec=False
+                )
+                for i in range(2)
+            )
+
+            rows = count * self.group
+            hidden = keys < _KEYS
+            if const_expr(self.causal):
+                # Tokens of the item do not come before its chunk.
+                hidden = keys < _KEYS or first + (_KEYS - 1) > chunk_start
+            tiles = cute.ceil_div(rows, _ROWS)
+            for tile in cutlass.range(tiles, unroll=1):
+                stage = tile % self.stages
+                if const_expr(self.stages == 1):  # noqa: SIM102 (one is decided at compile time)
+                    if tile > 0:
+                        cute.arch.barrier()
+                        load_rows(mQ, sQ, q_stride, tile, Int32(0))
+                        load_rows(mdO, sdO, do_stride, tile, Int32(0))
+                        load_statistics(tile, Int32(0))
+                        cute.arch.cp_async_commit_group()
+                # Also orders what was done in the other stage before it is loaded again.
+                cute.arch.cp_async_wait_group(0)
+                cute.arch.fence_view_async_shared()
+                cute.arch.barrier()
+                if const_expr(self.stages == 2):
+                    if tile + 1 < tiles:
+                        load_rows(mQ, sQ, q_stride, tile + 1, 1 - stage)
+                        load_rows(mdO, sdO, do_stride, tile + 1, 1 - stage)
+                        load_statistics(tile + 1, 1 - stage)
+                    cute.arch.cp_async_commit_group()
+
+                scores = functools.partial(
+                    sm90_utils.gemm_zero_init, mma_s, (_KEYS, _ROWS), B_idx=stage
+                )
+                acc_S = scores(tSrK, tSrQ, wg_wait=-1 if self.overlap else 0)
+                if const_expr(self.overlap):
+                    acc_dP = scores(tPrV, tPrdO, wg_wait=1)
+                if hidden or (tile + 1) * _ROWS > rows:
+                    self._mask(acc_S, tScS, sTokens, tile, first, keys, count)
+                acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
+                lse = copy_utils.load_s2r(tLse[None, stage])
+                for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
+                    for r in cutlass.range_constexpr(2):
+                        acc_S_mn[r, c] = cute.math.exp2(
+                            acc_S_mn[r, c] * scale_log2 - lse[c], fastmath=True
+                        )
+                rP = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), self.dtype)
+                tdVrdOt_stage = tdVrdOt[None, None, None, stage]
+                if const_expr(self.overlap):
+                    sm90_utils.gemm(mma_dv, acc_dV, rP, tdVrdOt_stage, wg_wait=1)
+                else:
+                    sm90_utils.gemm(mma_dv, acc_dV, rP, tdVrdOt_stage, wg_wait=0)
+                    acc_dP = scores(tPrV, tPrdO, wg_wait=0)
+
+                acc_dP_mn = layout_utils.reshape_acc_to_mn(acc_dP)
+                delta = copy_utils.load_s2r(tDelta[None, stage])
+                for c in cutlass.range_constexpr(cute.size(acc_dP_mn, mode=[1])):
+                    for r in cutlass.range_constexpr(2):
+                        acc_dP_mn[r, c] = acc_S_mn[r, c] * (acc_dP_mn[r, c] - delta[c])
+                rdS = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_dP), self.dtype)
+                if const_expr(self.warpgroups == 1):
+                    store_ds(rdS)
+                else:
+                    if wg == 0:
+                        store_ds(rdS)
+                cute.arch.fence_view_async_shared()
+                cute.arch.barrier()
+
+                tdKrQt_stage = tdKrQt[None, None, None, stage]
+                if const_expr(not self.overlap):
+                    sm90_utils.gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=0)
+                offsets = self._row_offsets(sTokens, kv_heads, kv_head, tile, warp, lane, count)
+                for i in cutlass.range_constexpr(self.dq_parts):
+                    acc_dQ = sm90_utils.gemm_zero_init(
+                        mma_dq, (_ROWS, self.dq_columns), tdQrdS, tdQrKt[i], wg_wait=-1
+                    )
+                    if const_expr(self.overlap and i == 0):
+                        sm90_utils.gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=1)
+                    else:
+                        warpgroup.wait_group(0)
+                    column = (wg * self.dq_parts + i) * self.dq_columns
+                    for r in cutlass.range_constexpr(2):
+                        if offsets[r] >= 0:
+                            self._add_row(acc_dQ, r, mdQ, offsets[r] + column, lane)
+                warpgroup.wait_group(0)
+
+            for acc, mX, width in ((acc_dK, mdK, columns), (acc_dV, mdV, columns_v)):
+                for r in cutlass.range_constexpr(2):
+                    key = warp * _WARP_ROWS + lane // 4 + 8 * r
+                    if key < keys:
+                        row = Int64(first + key) * kv_heads + kv_head
+                        offset = (row * self.warpgroups + wg) * width
+                        self._add_row(acc, r, mX, offset, lane)
+
+    @cute.jit
+    def _columns_of(self, x: cute.Tensor, width: cutlass.Constexpr[int], wg: Int32) -> cute.Tensor:
+        """The warpgroup's rows of ``x``, of shape (width * warpgroups, 64, stages)."""
+        if const_expr(self.warpgroups == 1):
+            return x
+        return cute.local_tile(x, (width, _ROWS, self.stages), (wg, 0, 0))
+
+    @cute.jit
+    def _load_block(
+        self,
+        mX: cute.Tensor,
+        sX: cute.Tensor,
+        stride: Int64,
+        column: Int32,
+        first: Int32,
+        keys: Int32,
+        tidx: Int32,
+    ):
+        """Rows past the block's keys repeat its last one: they are masked, but must be finite."""
+        lanes = const_expr(row_lanes(cute.size(sX, mode=[1])))
+        thr_copy = async_row_copy(self.dtype, lanes, self.threads).get_slice(tidx)
+        tXsX = copy_utils.partition_D_position_independent(thr_copy, sX)
+        for m in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
+            row = first + cutlass.min(tidx // lanes + m * (self.threads // lanes), keys - 1)
+            offset = Int64(row) * stride + column + tidx % lanes * VECTOR
+            self._copy_row(mX, tXsX[None, m, None], offset, lanes, thr_copy)
+
+    @cute.jit
+    def _load_rows(
+        self,
+        sTokens: cute.Tensor,
+        kv_head: Int32,
+        count: Int32,
+        tidx: Int32,
+        mX: cute.Tensor,
+        sX: cute.Tensor,
+        stride: Int64,
+        tile: Int32,
+        stage: Int32,
+    ):
+        """Rows of q or dO. Those past the item's pairs repeat heads of its last one."""
+        width = const_expr(cute.size(sX, mode=[1]))
+        lanes = const_expr(row_lanes(width))
+        thr_copy = async_row_copy(self.dtype, lanes, self.threads).get_slice(tidx)
+        tXsX = copy_utils.partition_D_position_independent(thr_copy, sX)[None, None, None, stage]
+        for m in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
+            row = tile * _ROWS + tidx // lanes + m * (self.threads // lanes)
+            token, head = self._token_and_head(sTokens, row, kv_head, count)
+            offset = Int64(token) * stride + head * width + tidx % lanes * VECTOR
+            self._copy_row(mX, tXsX[None, m, None], offset, lanes, thr_copy)
+
+    @cute.jit
+    def _load_statistics(
+        self,
+        mLse: cute.Tensor,
+        mDelta: cute.Tensor,
+        sStatistics: cute.Tensor,
+        sTokens: cute.Tensor,
+        kv_heads: Int32,
+        kv_head: Int32,
+        count: Int32,
+        tidx: Int32,
+        tile: Int32,
+        stage: Int32,
+    ):
+        """The first 64 threads load the log-sum-exp of a row each, the next 64 its delta."""
+        row = tidx % _ROWS
+        token, head = self._token_and_head(sTokens, tile * _ROWS + row, kv_head, count)
+        offset = Int64(token) * (kv_heads * self.group) + head
+        atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
+        for i, mX in ((0, mLse), (1, mDelta)):
+            if tidx // _ROWS == i:
+                source = cute.make_tensor(mX.iterator + offset, cute.make_layout(1))
+                target = sStatistics.iterator + sStatistics.layout((row, i, stage))
+                cute.copy(atom, source, cute.make_tensor(target, cute.make_layout(1)))
+
+    @cute.jit
+    def _token_and_head(
+        self, sTokens: cute.Tensor, row: Int32, kv_head: Int32, count: Int32
+    ) -> tuple[Int32, Int32]:
+        token = sTokens[cutlass.min(row // self.group, count - 1)]
+        return token, kv_head * self.group + row % self.group
+
+    @cute.jit
+    def _copy_row(
+        self,
+        mX: cute.Tensor,
+        sRow: cute.Tensor,
+        offset: Int64,
+        lanes: cutlass.Constexpr[int],
+        thr_copy: cute.ThrCopy,
+    ):
+        for k in cutlass.range_constexpr(cute.size(sRow, mode=[1])):
+            pointer = mX.iterator + cute.assume(offset + k * lanes * VECTOR, divby=VECTOR)
+            source = cute.make_tensor(pointer, cute.make_layout(((VECTOR, 1),)))
+            cute.copy(thr_copy, source, sRow[None, k])
+
+    @cute.jit
+    def _mask(
+        self,
+        acc_S: cute.Tensor,
+        tScS: cute.Tensor,
+        sTokens: cute.Tensor,
+        tile: Int32,
+        first: Int32,
+        keys: Int32,
+        count: Int32,
+    ):
+        """-inf for keys past the block or after the token, and for rows past the item's pairs."""
+        acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
+        for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
+            pair = (tile * _ROWS + tScS[0, c][1]) // self.group
+            limit = keys
+            if const_expr(self.causal):
+                token = sTokens[cutlass.min(pair, count - 1)]
+                limit = cutlass.min(keys, token - first + 1)
+            limit = limit if pair < count else 0
+            for r in cutlass.range_constexpr(2):
+                visible = tScS[r, c][0] < limit
+                acc_S_mn[r, c] = acc_S_mn[r, c] if visible else -Float32.inf
+
+    @cute.jit
+    def _row_offsets(
+        self,
+        sTokens: cute.Tensor,
+        kv_heads: Int32,
+        kv_head: Int32,
+        tile: Int32,
+        warp: Int32,
+        lane: Int32,
+        count: Int32,
+    ) -> tuple[Int64, Int64]:
+        """Where the thread's two rows of dQ start, -1 for one past the item's pairs."""
+        offsets = []
+        for r in cutlass.range_constexpr(2):
+            row = tile * _ROWS + warp * _WARP_ROWS + lane // 4 + 8 * r
+            token, head = self._token_and_head(sTokens, row, kv_head, count)
+            offset = (Int64(token) * (kv_heads * self.group) + head) * self.head_dim
+            offsets.append(offset if row < count * self.group else Int64(-1))
+        return offsets[0], offsets[1]
+
+    @cute.jit
+    def _add_row(
+        self,
+        acc: cute.Tensor,
+        r: cutlass.Constexpr[int],
+        mX: cute.Tensor,
+        offset: Int64,
+        lane: Int32,
+    ):
+        """Add row ``r`` of the accumulator; of 16 columns a thread has 4, which lie together."""
+        row = layout_utils.reshape_acc_to_mn(acc)[r, None]
+        pointer = mX.iterator + (offset + lane % 4 * 4)
+        for i in cutlass.range_constexpr(cute.size(row) // 4):
+            values = tuple(row[4 * i + j] for j in range(4))
+            atomic_add_fp32x4(*values, pointer + i * _QUAD)
+
+
+class RowStatistics:
+    """``lse * log2(e)``, and delta, the sum of ``dout * out``, of each row and head."""
+
+    def __init__(self, head_dim_v: int):
+        self.head_dim_v = head_dim_v
+        self.lanes = row_lanes(head_dim_v)
+
+    @cute.jit
+    def __call__(
+        self,
+        mdO: cute.Tensor,
+        mO: cute.Tensor,
+        mLse: cute.Tensor,
+        mLse2: cute.Tensor,
+        mDelta: cute.Tensor,
+        do_stride: Int64,
+        o_stride: Int64,
+        rows: Int32,
+        heads: Int32,
+        stream,
+    ):
+        grid = [cute.ceil_div(rows, _THREADS // self.lanes), 1, 1]
+        self.kernel(mdO, mO, mLse, mLse2, mDelta, do_stride, o_stride, rows, heads).launch(
+            grid=grid, block=[_THREADS, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mdO: cute.Tensor,
+        mO: cute.Tensor,
+        mLse: cute.Tensor,
+        mLse2: cute.Tensor,
+        mDelta: cute.Tensor,
+        do_stride: Int64,
+        o_stride: Int64,
+        rows: Int32,
+        heads: Int32,
+    ):
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        row, lane = bidx * (_THREADS // self.lanes) + tidx // self.lanes, tidx % self.lanes
+        # Past the end, the last row again: all threads of a warp take part in the sum.
+        source = cutlass.min(row, rows - 1)
+        token, column = Int64(source // heads), source % heads * self.head_dim_v + lane * VECTOR
+        loaded = []
+        for k in cutlass.range_constexpr(self.head_dim_v // (self.lanes * VECTOR)):
+            at = column + k * self.lanes * VECTOR
+            pair = load_vector(mdO, token * do_stride + at), load_vector(mO, token * o_stride + at)
+            loaded.append(pair)
+        delta = Float32(0.0)
+        for rdO, rO in loaded:
+            delta += dot(rdO.load().to(Float32), rO.load().to(Float32))
+        delta = cute.arch.warp_reduction_sum(delta, threads_in_group=self.lanes)
+        if lane == 0 and row < rows:
+            mLse2[row] = mLse[row] * _LOG2_E
+            mDelta[row] = delta
+
+
+class Convert:
+    """The sums of SelectedBackward, times a factor, in a dtype and the order of the columns."""
+
+    @cute.jit
+    def __call__(self, mSum: cute.Tensor, mX: cute.Tensor, quads: Int32, factor: Float32, stream):
+        self.kernel(mSum, mX, quads, factor).launch(
+            grid=[cute.ceil_div(quads, _THREADS), 1, 1], block=[_THREADS, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, mSum: cute.Tensor, mX: cute.Tensor, quads: Int32, factor: Float32):
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        quad = bidx * _THREADS + tidx
+        if quad < quads:
+            offset = Int64(quad) * _QUAD
+            halves = [load_vector(mSum, offset + i * VECTOR) for i in range(2)]
+            for i in cutlass.range_constexpr(2):
+                # Column 8 i + 2 t + c stands at 4 t + 2 i + c: thread t of the quad had it.
+                out = cute.make_rmem_tensor(VECTOR, Float32)
+                for t in cutlass.range_constexpr(4):
+                    for c in cutlass.range_constexpr(2):
+                        out[2 * t + c] = halves[t // 2][t % 2 * 4 + 2 * i + c]
+                store_vector(out.load() * factor, mX, offset + i * VECTOR)
+
+
+@functools.lru_cache(maxsize=None)
+def compile_backward(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    group: int,
+    block_size: int,
+    causal: bool,
+) -> Callable:
+    cute_dtype = CUTE_DTYPES[dtype]
+    return compile_kernel(
+        SelectedBackward(cute_dtype, head_dim, head_dim_v, group, block_size, causal),
+        *(fake_flat(cute_dtype) for _ in range(4)),
+        *(fake_flat(Float32, alignment=4) for _ in range(2)),
+        *(fake_flat(Int32, alignment=4) for _ in range(3)),
+        *(fake_flat(Float32) for _ in range(3)),
+        *(Int64(1) for _ in range(4)),
+        *(Int32(1) for _ in range(6)),
+        Float32(1.0),
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def compile_statistics(dtype: torch.dtype, head_dim_v: int) -> Callable:
+    return compile_kernel(
+        RowStatistics(head_dim_v),
+        *(fake_flat(CUTE_DTYPES[dtype]) for _ in range(2)),
+        *(fake_flat(Float32, alignment=4) for _ in range(3)),
+        *(Int64(1), Int64(1), Int32(1), Int32(1)),
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def compile_convert(dtype: torch.dtype) -> Callable:
+    tensors = fake_flat(Float32), fake_flat(CUTE_DTYPES[dtype])
+    return compile_kernel(Convert(), *tensors, Int32(1), Float32(1.0))
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names, and functions that compile what each names; no GPU is needed."""
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        for dim, group, size in ((64, 1, 64), (96, 3, 32), (128, 16, 64), (256, 6, 64)):
+            for causal in (True, False) if dim == 128 else (True,):
+                arguments = (dtype, dim, dim, group, size, causal)
+                form = f"{name}-{dim}-{group}-{size}{'' if causal else '-all'}"
+                yield f"selected-backward-{form}", functools.partial(compile_backward, *arguments)
+            statistics = functools.partial(compile_statistics, dtype, dim)
+            yield f"row-statistics-{name}-{dim}", statistics
+        yield f"convert-{name}", functools.partial(compile_convert, dtype)
+
+
+def selected_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    blocks: TokenBlocks,
+    block_size: int,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in the dtype of q; their last bits vary from run to run.
+
+    Args:
+        dout: ``(T, H, Dv)``, the gradient of ``out``.
+        out, lse: as the forward gave them.
+        q, k, v, and the others: as the forward took them.
+    """
+    total, heads, head_dim = q.shape
+    kv_heads, head_dim_v = v.shape[1:]
+    group = heads // kv_heads
+    # Of a chunk, q, dout and the sums of dq stay in L2. There are no partial results, so one wave.
+    chunk = choose_chunk_tokens(
+        total, group, len(blocks.first), block_indices.shape[2], 6 * head_dim + 2 * head_dim_v
+    )
+    units = kv_heads * -(-total // chunk)
+    index = invert_index(block_indices, blocks, block_size, causal, chunk, units)
+    shapes = (q.shape, k.shape, v.shape)
+    sizes = [math.prod(shape) for shape in shapes]
+    sums = torch.zeros(sum(sizes), dtype=torch.float32, device=q.device).split(sizes)
+    statistics = torch.empty(2, total * heads, dtype=torch.float32, device=q.device)
+    lse2, delta = statistics
+
+    rows = [flat_rows(x) for x in (q, k, v, dout, out)]
+    (q, q_stride), (k, k_stride), (v, v_stride), (dout, do_stride), (out, out_stride) = rows
+    compile_statistics(q.dtype, head_dim_v)(
+        *(dout, out, lse.view(-1), lse2, delta, do_stride, out_stride, total * heads, heads)
+    )
+    waves, wave_items, _ = index.items.shape
+    compile_backward(q.dtype, head_dim, head_dim_v, group, block_size, causal)(
+        *(q, k, v, dout, lse2, delta, index.tokens, index.items.view(-1), index.num_items, *sums),
+        *(q_stride, k_stride, v_stride, do_stride, kv_heads, waves, wave_items),
+        *(index.chunk_tokens * index.slots, index.chunks, index.chunk_tokens, scale * _LOG2_E),
+    )
+    gradients = [torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes]
+    for summed, gradient, factor in zip(sums, gradients, (scale, scale, 1.0), strict=True):
+        compile_convert(q.dtype)(summed, gradient.view(-1), summed.numel() // _QUAD, factor)
+    return tuple(gradients)

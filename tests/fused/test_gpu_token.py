@@ -1,0 +1,284 @@
+"""On the GPU: token mode against the float64 reference, what it selects, and that it is causal."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from gpu_cases import Case, Variant, check_against_reference, gpu_test, make_tensors, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_gpu_graph import Call, assert_equal_but_for_rounding, check
+from token_cases import assert_same_selection
+
+import nsa
+from nsa import reference
+from nsa.blocks import Geometry
+from nsa.fused import constraints, interface
+from nsa.fused.layout import make_plan
+from nsa.fused.token_selection import select_tokens
+from nsa.reference.compression import compress
+from nsa.testing import make_cu_seqlens
+
+pytestmark = gpu_test
+
+
+@pytest.fixture(autouse=True)
+def token_mode(monkeypatch):
+    monkeypatch.setattr(constraints, "TOKEN_MODE", True)
+
+
+class Form(NamedTuple):
+    """What kernels are compiled for; a covering set, since each costs seconds."""
+
+    head_dim: int
+    value_dim: int
+    group: int
+    dtype: torch.dtype
+    changes: dict  # of the paper's configuration
+
+
+_BF16, _FP16 = torch.bfloat16, torch.float16
+NO_OVERLAP = dict(compress_block_size=32, compress_stride=32)
+FORMS = [
+    Form(128, 128, 16, _BF16, {}),
+    Form(64, 64, 1, _BF16, {}),
+    Form(96, 96, 3, _FP16, {}),
+    Form(128, 128, 4, _BF16, dict(select_block_size=32)),
+    Form(128, 128, 6, _FP16, {}),
+    Form(64, 64, 8, _BF16, NO_OVERLAP),
+    Form(192, 128, 16, _BF16, {}),
+    Form(128, 64, 4, _BF16, {}),
+    Form(64, 128, 3, _FP16, dict(compressed_visibility="started")),
+    Form(128, 128, 16, _BF16, dict(causal=False)),
+    Form(256, 256, 6, _BF16, {}),
+    Form(64, 64, 32, _BF16, {}),
+    Form(80, 48, 4, _BF16, dict(compress_block_size=64, compress_stride=16, select_block_size=32)),
+    Form(128, 128, 1, _FP16, dict(compress_block_size=16, compress_stride=8, select_block_size=64)),
+]
+LENGTHS = [1, 31, 63, 64, 65, 129, 1000, 4096]
+
+
+def form_id(form: Form) -> str:
+    changes = "".join(f"-{name}={value}" for name, value in form.changes.items())
+    dtype = str(form.dtype).removeprefix("torch.")
+    return f"D{form.head_dim}-Dv{form.value_dim}-G{form.group}-{dtype}{changes}"
+
+
+@st.composite
+def cases(draw, form: Form) -> Case:
+    initial, local = draw(st.integers(0, 1)), draw(st.integers(0, 2))
+    config = nsa.NSAConfig.paper(
+        **form.changes,
+        num_initial_blocks=initial,
+        num_local_blocks=local,
+        num_selected_blocks=max(1, initial + local + draw(st.sampled_from([0, 1, 4, 13]))),
+        window_size=draw(st.sampled_from([1, 64, 512])),
+        scale=draw(st.sampled_from([None, None, 0.1])),
+    )
+    packed = draw(st.booleans())
+    lengths = [draw(st.sampled_from(LENGTHS))]
+    if packed:
+        some = st.sampled_from([0, 0, 1, 31, 33, 65, 129, 700, 1000])
+        lengths = [*draw(st.lists(some, max_size=6)), *lengths]
+    return Case(
+        variant=Variant(form.head_dim, form.value_dim, form.group, form.dtype, 0),
+        num_kv_heads=draw(st.sampled_from([1, 2])),
+        batch=1 if packed else draw(st.sampled_from([1, 1, 2])),
+        lengths=tuple(lengths),
+        packed=packed,
+        config=config,
+        separate=draw(st.booleans()),
+        gates=draw(st.sampled_from(["none", "q", "given"])),
+        compressor=draw(st.sampled_from(["mean", "mean", "weights", "given"])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+# 14 forms of 16 examples: 224 in one run.
+@pytest.mark.parametrize("form", FORMS, ids=form_id)
+def test_output_and_gradients(form):
+    @settings(
+        max_examples=16, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(case=cases(form))
+    def check_case(case):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            check_against_reference(case, monkeypatch)
+
+    check_case()
+
+
+def default_case(**changes) -> Case:
+    settings = dict(
+        variant=Variant(128, 128, 16, _BF16, 0),
+        num_kv_heads=2,
+        batch=1,
+        lengths=(1000,),
+        packed=False,
+        config=nsa.NSAConfig.paper(),
+        separate=False,
+        gates="q",
+        compressor="mean",
+        seed=0,
+    )
+    return Case(**(settings | changes))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=form_id)
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@torch.no_grad()
+def test_selection_equals_reference(form, packed):
+    """The same compressed keys on both sides, so that scores differ by float32 rounding alone."""
+    lengths = (3000, 1, 0, 700, 31, 33) if packed else (4097,)
+    config = nsa.NSAConfig.paper(**form.changes, num_selected_blocks=7)
+    variant = Variant(form.head_dim, form.value_dim, form.group, form.dtype, 0)
+    case = default_case(
+        variant=variant, lengths=lengths, packed=packed, compressor="given", config=config
+    )
+    arguments = make_tensors(case)
+    q, k, k_cmp = arguments["q"], arguments["k"], arguments["compressed_kv"][0]
+    extras = {"compressed_kv": arguments["compressed_kv"]}
+    if packed:
+        extras["cu_seqlens"] = arguments["cu_seqlens"]
+    expected = reference.select_blocks(q, k, config=config, **extras)
+    actual = nsa.select_blocks(q, k, config=config, backend="fused", **extras)
+    assert (actual == expected).float().mean() > 0.999
+    # A score is a sum over the group of weighted probabilities.
+    atol = 1e-4 * form.group
+    assert_same_selection(actual, expected, q, k_cmp, extras.get("cu_seqlens"), config, atol)
+
+
+@torch.no_grad()
+def test_equal_scores_go_to_the_lower_index():
+    config = nsa.NSAConfig.paper(num_selected_blocks=7)
+    arguments = make_tensors(default_case(config=config, lengths=(3000,)))
+    keys = arguments["k"][:, :1].expand_as(arguments["k"])
+    actual, expected = (
+        nsa.select_blocks(arguments["q"], keys, config=config, backend=backend)
+        for backend in ("fused", "reference")
+    )
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@torch.no_grad()
+def test_forward_selects_as_select_blocks(packed):
+    lengths = (700, 0, 1, 4096) if packed else (4096,)
+    case = default_case(lengths=lengths, packed=packed)
+    arguments = make_tensors(case)
+    extras = {"cu_seqlens": arguments["cu_seqlens"]} if packed else {}
+    q, k = arguments["q"], arguments["k"]
+    indices = nsa.select_blocks(q, k, config=case.config, backend="fused", **extras)
+    call = dict(arguments, config=case.config, backend="fused")
+    outs = [nsa.forward(**call), nsa.forward(**call, block_indices=indices), nsa.forward(**call)]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2]), "forward gives the same bits each time"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@torch.no_grad()
+def test_later_tokens_change_nothing(packed):
+    """Strictly causal, routing included: to the bit."""
+    length = 3000
+    case = default_case(lengths=(length,), packed=packed)
+    arguments, others = make_tensors(case), make_tensors(case._replace(seed=1))
+    call = dict(config=case.config, backend="fused")
+    expected = nsa.forward(**arguments, **call)
+    for cut in (1, 31, 32, 64, 65, 1000, 2048, length - 1):
+        mixed = dict(arguments)
+        for name in ("q", "k", "v"):
+            x, y = arguments[name], others[name]
+            mixed[name] = torch.cat([x.narrow(-3, 0, cut), y.narrow(-3, cut, length - cut)], -3)
+        actual = nsa.forward(**mixed, **call)
+        assert torch.equal(actual.narrow(-3, 0, cut), expected.narrow(-3, 0, cut)), cut
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_nothing_is_left_unwritten(packed, monkeypatch):
+    """Uninitialised memory is NaN, or the largest integer."""
+    lengths = (700, 0, 1, 65, 4096, 31) if packed else (1000,)
+    case = default_case(lengths=lengths, packed=packed)
+    arguments = make_tensors(case)
+    dout = torch.randn_like(arguments["q"])
+    clean = run(interface, arguments, case.config, dout)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    poisoned_run = run(interface, arguments, case.config, dout)
+    assert torch.equal(clean["out"], poisoned_run["out"])
+    for name, x in poisoned_run.items():
+        assert x.isfinite().all(), name
+
+
+def poisoned(allocate):
+    def empty(*args, **kwargs):
+        x = allocate(*args, **kwargs)
+        if not x.is_cuda:
+            return x
+        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+    return empty
+
+
+@pytest.mark.parametrize("heads", [(64, 4), (32, 8)], ids=str)
+@torch.no_grad()
+def test_selection_of_64k_tokens_takes_2_gib_at_most(heads):
+    config, length = nsa.NSAConfig.paper(), 1 << 16
+    q = torch.randn(1, length, heads[0], 128, device="cuda", dtype=_BF16)
+    k = torch.randn(1, length, heads[1], 128, device="cuda", dtype=_BF16)
+    geometry = Geometry.of(q, None, config)
+    k_cmp = compress(k[0], None, geometry)[None]
+    lse = torch.randn(1, heads[0], length, device="cuda").add(9)
+    plan = make_plan(q, None, None, config)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    taken = select_tokens(q, k_cmp, lse, plan)
+    extra = torch.cuda.max_memory_allocated() - before - taken.nbytes
+    assert extra <= 2 << 30
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@torch.no_grad()
+def test_results_do_not_depend_on_the_schedule(packed):
+    """Chunks of KV heads: slices of heads are read where they are."""
+    lengths = (700, 0, 1, 2000) if packed else (2000,)
+    case = default_case(lengths=lengths, packed=packed, num_kv_heads=3)
+    arguments = make_tensors(case)
+    call = dict(arguments, config=case.config, backend="fused")
+    outs = [nsa.forward(**call, max_workspace_bytes=limit) for limit in (None, 1)]
+    assert_equal_but_for_rounding(*outs)
+
+
+PACKS = [[700, 0, 1, 65, 3330], [1, 1300, 63, 2000, 732]]
+
+
+@pytest.mark.parametrize("passes", ["forward_only", "forward_and_backward"])
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_cuda_graph(passes, packed):
+    config, packs, extra = nsa.NSAConfig.paper(), (None, None), ()
+    leading = (sum(PACKS[0]),) if packed else (2, 1000)
+    if packed:
+        packs = [make_cu_seqlens(lengths, "cuda") for lengths in PACKS]
+        extra = (packs[0].clone(), max(map(max, PACKS)))
+    call = Call(leading, 128, config, *extra)
+    check(call, getattr(call, passes), packs)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_layer_trains(packed):
+    """Also as torch.compile sees it."""
+    torch._dynamo.reset()
+    layer = nsa.NativeSparseAttention(
+        512, num_heads=8, num_kv_heads=2, config=nsa.NSAConfig.paper(), backend="fused"
+    )
+    layer = layer.to("cuda", _BF16)
+    lengths = [1000, 1, 0, 300]
+    x = torch.randn(*(sum(lengths),) if packed else (2, 700), 512, device="cuda", dtype=_BF16)
+    extra = (make_cu_seqlens(lengths, "cuda"), max(lengths)) if packed else ()
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True, dynamic=True)):
+        layer.zero_grad()
+        out = call(x, *extra)
+        out.float().square().mean().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in layer.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        assert_equal_but_for_rounding(actual, expected)

@@ -1,0 +1,221 @@
+"""Token mode in the fused pipeline, in float64 with emulated kernel calls, as in test_pipeline."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import Problem, problems
+from test_pipeline import KERNEL_SETTINGS, tensors
+from token_cases import assert_same_selection
+
+import nsa
+from nsa.blocks import Geometry
+from nsa.reference.compression import compress
+from nsa.testing import make_cu_seqlens, make_inputs
+
+pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+
+
+@st.composite
+def token_problems(draw, max_tokens: int = 330) -> Problem:
+    """Problems with the block sizes that the kernels have, with overlap and without."""
+    size = draw(st.sampled_from([32, 64]))
+    stride = draw(st.sampled_from([4, 16, 32]))
+    initial, local = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    return draw(
+        problems(
+            max_tokens,
+            selection="token",
+            compress_block_size=stride * draw(st.integers(1, 3)),
+            compress_stride=stride,
+            select_block_size=size,
+            num_initial_blocks=initial,
+            num_local_blocks=local,
+            num_selected_blocks=max(1, initial + local + draw(st.integers(0, 2))),
+            window_size=draw(st.sampled_from([1, 30, 100])),
+        )
+    )
+
+
+def compressed_keys(problem: Problem) -> torch.Tensor:
+    if "compressed_kv" in problem.extras:
+        return problem.extras["compressed_kv"][0]
+    k = problem.k[0] if isinstance(problem.k, tuple) else problem.k
+    geometry = Geometry.of(problem.q, problem.extras.get("cu_seqlens"), problem.config)
+    flat = k.flatten(0, 1) if k.ndim == 4 else k
+    k_cmp = compress(flat, problem.extras.get("compress_k_weight"), geometry)
+    return k_cmp.unflatten(0, (len(k), -1)) if k.ndim == 4 and len(k) else k_cmp
+
+
+@settings(max_examples=120, **KERNEL_SETTINGS)
+@given(problem=token_problems())
+def test_selection_equals_reference(problem):
+    expected = problem.select_blocks(backend="reference")
+    actual = problem.select_blocks(backend="fused")
+    call = (problem.q, compressed_keys(problem), problem.extras.get("cu_seqlens"), problem.config)
+    assert_same_selection(actual, expected, *call, atol=1e-12)
+
+
+@settings(max_examples=120, **KERNEL_SETTINGS)
+@given(problem=token_problems())
+def test_output_and_gradients_equal_reference(problem):
+    inputs = [x.requires_grad_() for x in tensors(problem)]
+    # Ties may be broken otherwise; forward must select what select_blocks does.
+    indices = problem.select_blocks(backend="fused")
+    results = []
+    for call in (dict(backend="reference", block_indices=indices), dict(backend="fused")):
+        out = problem.forward(**call)
+        dout = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        grads = torch.autograd.grad(out, inputs, dout, allow_unused=True)
+        results.append((out, *grads))
+    for expected, actual in zip(*results, strict=True):
+        if expected is None or actual is None:
+            assert all(x is None or not x.any() for x in (expected, actual))
+        else:
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=20, **KERNEL_SETTINGS)
+@given(problem=token_problems())
+def test_block_indices_of_the_caller(problem):
+    indices = problem.select_blocks(backend="reference")
+    expected = problem.forward(backend="reference", block_indices=indices)
+    actual = problem.forward(backend="fused", block_indices=indices)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+def small_config(**changes) -> nsa.NSAConfig:
+    return nsa.NSAConfig.paper(**(dict(num_selected_blocks=3, window_size=20) | changes))
+
+
+FORMS = {
+    "paper": {},
+    "non-causal": {"causal": False},
+    "started": {"compressed_visibility": "started"},
+    "no overlap": {"compress_block_size": 16, "select_block_size": 32, "num_local_blocks": 1},
+    "wide overlap": {"compress_block_size": 64, "compress_stride": 8},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_gradcheck(packed, form):
+    config = small_config(**FORMS[form])
+    lengths = [3, 0, 290, 1]
+    leading = (sum(lengths),) if packed else (1, 270)
+    q, k, v = make_inputs(leading, 2, 1, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    square = [torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    extras = {"cu_seqlens": make_cu_seqlens(lengths)} if packed else {}
+    # Given, so that finite differences do not change the selection.
+    indices = nsa.select_blocks(q, k, config=config, compress_k_weight=square[0], **extras)
+
+    def function(q, k, v, weight, k_weight, v_weight):
+        return nsa.forward(
+            q, k, v, config=config, gate_proj_weight=weight, compress_k_weight=k_weight,
+            compress_v_weight=v_weight, block_indices=indices, backend="fused", **extras,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, (q, k, v, weight, *square), fast_mode=True)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("heads", [(16, 1), (6, 2), (3, 3)], ids=str)
+def test_paper_config_equals_reference(heads, packed):
+    config = nsa.NSAConfig.paper(num_selected_blocks=5)
+    lengths = [700, 0, 31, 64, 1]
+    leading = (sum(lengths),) if packed else (2, 500)
+    q, k, v = make_inputs(leading, *heads, 6, 4, dtype=torch.float64)
+    extras = {"cu_seqlens": make_cu_seqlens(lengths)} if packed else {}
+    expected, actual = (
+        nsa.select_blocks(q, k, config=config, backend=b, **extras) for b in ("reference", "fused")
+    )
+    assert torch.equal(actual, expected)
+    expected, actual = (
+        nsa.forward(q, k, v, config=config, backend=b, **extras) for b in ("reference", "fused")
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(chunk=st.sampled_from([1, 5000, 70_000]), packed=st.booleans())
+def test_selection_does_not_depend_on_chunks(chunk, packed):
+    from nsa.fused import token_selection
+
+    config = nsa.NSAConfig.paper(num_selected_blocks=4)
+    lengths = [70, 0, 300, 1]
+    leading = (sum(lengths),) if packed else (2, 371)
+    q, k, _ = make_inputs(leading, 4, 2, 8, dtype=torch.float64)
+    extras = {"cu_seqlens": make_cu_seqlens(lengths)} if packed else {}
+    expected = nsa.select_blocks(q, k, config=config, backend="reference", **extras)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_selection, "SCORE_ELEMENTS", chunk)
+        actual = nsa.select_blocks(q, k, config=config, backend="fused", **extras)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_later_tokens_change_nothing(packed):
+    """Strictly causal, routing included."""
+    config = nsa.NSAConfig.paper(num_selected_blocks=4)
+    leading = (400,) if packed else (1, 400)
+    extras = {"cu_seqlens": make_cu_seqlens([400])} if packed else {}
+    inputs = make_inputs(leading, 4, 2, 8, dtype=torch.float64)
+    others = make_inputs(leading, 4, 2, 8, dtype=torch.float64, seed=1)
+    for cut in (1, 31, 32, 200, 399):
+        mixed = [
+            torch.cat([x.narrow(-3, 0, cut), y.narrow(-3, cut, 400 - cut)], -3)
+            for x, y in zip(inputs, others, strict=True)
+        ]
+        outs = [
+            nsa.forward(*x, config=config, backend="fused", **extras).narrow(-3, 0, cut)
+            for x in (inputs, mixed)
+        ]
+        torch.testing.assert_close(*outs, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_compiles_once_for_all_lengths(packed):
+    torch._dynamo.reset()
+    config = nsa.NSAConfig.paper(num_selected_blocks=4, window_size=20)
+    weight = torch.randn(4, 3, 8, dtype=torch.float64, requires_grad=True)
+
+    def function(q, k, v, cu_seqlens, max_seqlen):
+        return nsa.forward(
+            q, k, v, config=config, gate_proj_weight=weight, cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen, backend="fused",
+        ).sin()  # fmt: skip
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for index, lengths in enumerate(([200, 5, 0], [17, 100, 140], [300, 1, 2])):
+        leading = (sum(lengths),) if packed else (2, sum(lengths))
+        q, k, v = make_inputs(leading, 4, 2, 8, dtype=torch.float64, requires_grad=True)
+        extra = (make_cu_seqlens(lengths), max(lengths)) if packed else (None, None)
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            results = [f(q, k, v, *extra) for f in (function, compiled)]
+        grads = [torch.autograd.grad(out.sum(), (q, k, v, weight)) for out in results]
+        torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("compressor", ["mlp", "mean"])
+def test_layer_equals_reference(compressor):
+    """Also what it compiles to, for packed sequences some of which have no compressed block."""
+    torch._dynamo.reset()
+    config = nsa.NSAConfig.paper(num_selected_blocks=4, window_size=20)
+    layer = nsa.NativeSparseAttention(
+        32, num_heads=4, num_kv_heads=2, config=config, compressor=compressor,
+        head_dim=8, value_head_dim=6,
+    ).double()  # fmt: skip
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    lengths = [100, 3, 0, 270]
+    x = torch.randn(sum(lengths), 32, dtype=torch.float64)
+    results = []
+    for backend, call in (("reference", layer), ("fused", layer), ("fused", compiled)):
+        layer.backend = backend
+        layer.zero_grad()
+        out = call(x, make_cu_seqlens(lengths), max(lengths))
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in layer.parameters())])
+    for actual in results[1:]:
+        torch.testing.assert_close(actual, results[0], rtol=0, atol=1e-9)
