@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import bench_selected
 import bench_varlen
 import bench_vs_dense
 import cold_start
@@ -28,18 +29,20 @@ GPU_TOOLS = (
     "diagnose_memory",
     "cold_start",
 )
+# These take their shapes in another form, or none.
+OTHER_TOOLS = ("bench_selected",)
 
 
 @pytest.mark.parametrize("name", GPU_TOOLS)
 def test_defaults_are_the_shape_that_all_tools_measure(name):
     options = importlib.import_module(name).parse_arguments([])
     assert workloads.shape_columns(options) == dict(
-        heads=32, kv_heads=8, head_dim=128, dtype="bfloat16"
+        selection="tile", heads=32, kv_heads=8, head_dim=128, dtype="bfloat16"
     )
     assert options.csv is None
 
 
-@pytest.mark.parametrize("name", [*GPU_TOOLS, "plot_performance"])
+@pytest.mark.parametrize("name", [*GPU_TOOLS, *OTHER_TOOLS, "plot_performance"])
 def test_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(name).main(["--help"])
@@ -48,7 +51,7 @@ def test_help(name, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", GPU_TOOLS)
+@pytest.mark.parametrize("name", [*GPU_TOOLS, *OTHER_TOOLS])
 def test_without_a_gpu_the_tools_say_so(name):
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
         importlib.import_module(name).main([])
@@ -169,7 +172,7 @@ def test_search_for_the_longest(most, halvings, longest, tried):
 
 def test_default_benchmark_fits_ten_minutes():
     options = bench_vs_dense.parse_arguments([])
-    configs = {groups: bench_vs_dense.make_config(groups) for groups in options.cmp_groups}
+    configs = bench_vs_dense.make_configs(options)
     assert list(configs) == [None, 16]
     assert 60 < bench_vs_dense.estimate_seconds(options, configs) < 500
 
@@ -285,6 +288,36 @@ def test_rows_and_what_the_terminal_says_of_them():
     assert row["time_ratio"] == "1.2000"
     assert float(row["pair_ratio"]) < 1.2  # of two unequal lengths one attends more
     assert "1.2000" in bench_varlen.describe(row)
+
+
+def test_rows_of_the_selected_branch_alone():
+    options = bench_selected.parse_arguments(["--shapes", "64/4", "32/8"])
+    assert options.shapes == [(64, 4), (32, 8)]
+    options.heads, options.kv_heads = options.shapes[0]
+    config = nsa.NSAConfig.paper()
+    timings = dict(nsa=Timing([10.0]), fla=Timing([25.0]))
+    row = bench_selected.make_row("forward", timings, 2.0, config, options)
+    assert set(row) == set(bench_selected.FIELDS)
+    assert (row["ratio"], row["gib_per_s"], row["blocks"]) == ("2.500", "200", 16)
+    assert "2.500x" in bench_selected.describe(row)
+    alone = bench_selected.make_row("forward", dict(nsa=Timing([10.0])), 2.0, config, options)
+    assert alone["ratio"] is None
+    assert "fla - ms" in bench_selected.describe(alone)
+    x = torch.ones(2)
+    with pytest.raises(AssertionError, match="dq differs by"):
+        bench_selected.check_agreement((x, x, x, x), (x, 2 * x, x, x))
+
+
+def test_random_blocks_are_distinct_and_causal(monkeypatch):
+    monkeypatch.setattr(workloads, "DEVICE", "cpu")
+    config = nsa.NSAConfig.paper(num_selected_blocks=4, select_block_size=32)
+    taken = bench_selected.random_blocks(200, 3, config)
+    assert taken.shape == (1, 200, 3, 4)
+    own = torch.arange(200)[:, None] // 32
+    real = taken[0] >= 0
+    assert torch.equal(real.sum(-1), (own + 1).clamp(max=4).expand(200, 3))
+    assert (taken[0].amax(-1) <= own).all()
+    assert (taken[0].diff(dim=-1) > 0)[real[..., 1:]].all()
 
 
 def test_rows_of_a_profile():

@@ -12,7 +12,7 @@ The CSV has one row for each case, baseline and pass, written at once:
 
 - case, sequences, shortest, longest, tokens: the packed side
 - batch, length: the batched side, of as many tokens
-- heads, kv_heads, head_dim, dtype, cmp_groups, pass
+- selection, heads, kv_heads, head_dim, dtype, cmp_groups, pass
 - packed_gpairs, batched_gpairs: attended pairs of all heads, in billions
 - packed_p20_ms, packed_p50_ms, packed_p80_ms, packed_repeats, and the same of batched
 - time_ratio: packed median over batched; pair_ratio: the same of time for a pair
@@ -49,7 +49,7 @@ GATE_LENGTHS = [1, 700, 0, 64, 1283]
 def main(argv: list[str] | None = None):
     options = parse_arguments(argv)
     environment.require_gpu()
-    config = nsa.NSAConfig(num_cmp_selected_blocks=options.cmp_groups)
+    config = workloads.make_config(options, options.cmp_groups)
     check_accuracy(options, config, lengths=GATE_LENGTHS)
     table = Table(options.csv, FIELDS)
     cases = [(case, name) for case in make_cases(options) for name in PASSES]

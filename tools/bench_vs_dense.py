@@ -2,6 +2,7 @@
 
     python tools/bench_vs_dense.py --csv dense.csv
     python tools/bench_vs_dense.py --lengths 8192 32768 --cmp-groups none --csv short.csv
+    python tools/bench_vs_dense.py --selection token --heads 64 --kv-heads 4 --csv token.csv
 
 Same tensors, same run, blocks of repetitions in turn. Nothing is reported unless the fused output
 and gradients first pass against the float64 reference. Times are of the GPU from the first launch
@@ -10,7 +11,7 @@ a CUDA graph too, which takes the host out. A dense call of more than two second
 
 The CSV has one row for each length, pass and setting of ``--cmp-groups``, written at once:
 
-- tokens, heads, kv_heads, head_dim, dtype: the shape, batch 1
+- tokens, selection, heads, kv_heads, head_dim, dtype: the shape, batch 1
 - cmp_groups: ``num_cmp_selected_blocks``, "none" for the dense compressed branch
 - pass: "forward" (no gradient wanted) or "forward+backward"
 - dense_p20_ms, dense_p50_ms, dense_p80_ms, dense_repeats, and the same of nsa
@@ -49,7 +50,7 @@ DENSE_RATE, NSA_RATE = 600e12, 250e12
 def main(argv: list[str] | None = None):
     options = parse_arguments(argv)
     environment.require_gpu()
-    configs = {groups: make_config(groups) for groups in options.cmp_groups}
+    configs = make_configs(options)
     for config in tqdm(configs.values(), desc="accuracy gate", unit="configuration"):
         check_accuracy(options, config)
     print(f"about {estimate_seconds(options, configs):.0f} s of GPU time, compiling not counted")
@@ -75,7 +76,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=workloads.groups_argument,
         nargs="+",
         default=[None, 16],
-        help="num_cmp_selected_blocks, several to compare; none: the dense compressed branch",
+        help="num_cmp_selected_blocks in tile mode, several to compare; none: the dense branch",
     )
     parser.add_argument(
         "--graphs", type=int, default=131072, metavar="TOKENS", help="CUDA graphs up to this length"
@@ -86,8 +87,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_config(groups: int | None) -> nsa.NSAConfig:
-    return nsa.NSAConfig(num_cmp_selected_blocks=groups)
+def make_configs(options) -> dict[int | None, nsa.NSAConfig]:
+    """What is measured, by ``num_cmp_selected_blocks``."""
+    groups = [None] if options.selection == "token" else options.cmp_groups
+    return {m: workloads.make_config(options, m) for m in groups}
 
 
 def bench(length: int, name: str, configs: dict, options) -> list[dict]:

@@ -18,8 +18,8 @@ The CSV has one row for each training step, and for each kind of start:
   the first forward, CUDA context included; output_s: from the start of the process to that output;
   backward_s: the first forward with backward, after it; again_ms: a second one
 - cache_mib: the cache on disk afterwards
-- heads, kv_heads, head_dim, dtype, gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit,
-  time
+- selection, heads, kv_heads, head_dim, dtype, gpu, host, torch, cuda, flash_attn_4, cutlass_dsl,
+  nsa_commit, time
 """
 
 import argparse
@@ -37,7 +37,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import nsa
 from measuring import environment, workloads
 from measuring.gate import check_accuracy
 from measuring.tables import Table, rounded
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None):
     environment.require_gpu()
     # Before all else: later the gate's kernels would count too.
     training, grown = train(options)
-    check_accuracy(options, nsa.NSAConfig())
+    check_accuracy(options, workloads.make_config(options))
     table = Table(options.csv, FIELDS)
     for row in training:
         table.add(row)
@@ -92,7 +91,7 @@ def make_batches(tokens: int, steps: int) -> Iterator[tuple[str, tuple[int, ...]
 
 def train(options) -> tuple[list[dict], list[str]]:
     """The rows of the training steps, and what was compiled after the first two of a kind."""
-    config = nsa.NSAConfig()
+    config = workloads.make_config(options)
     rows, grown, steps = [], [], {}
     batches = list(make_batches(options.tokens, options.steps))
     known = kernel_variants()

@@ -16,7 +16,7 @@ Prints, after the accuracy gate:
 The CSV has one row for each line:
 
 - section: "stage", "planned", "saved", "device" or "disk"; name
-- tokens, heads, kv_heads, head_dim, dtype, cmp_groups: batch 1
+- tokens, selection, heads, kv_heads, head_dim, dtype, cmp_groups: batch 1
 - before_gib, peak_gib (above before), after_gib; where there is one size, it is after_gib
 - gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit, time
 """
@@ -31,7 +31,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import nsa
 from measuring import environment, stages, workloads
 from measuring.gate import check_accuracy
 from measuring.tables import Table, rounded
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None):
 def diagnose(options, announce: Callable[[str], object]) -> list[tuple]:
     """(section, name, bytes before, peak above that, bytes after) of each line of the report."""
     torch.cuda.init()
-    config = nsa.NSAConfig(num_cmp_selected_blocks=options.cmp_groups)
+    config = workloads.make_config(options, options.cmp_groups)
     device = [("CUDA context, before the first kernel", unaccounted_bytes())]
     announce("accuracy gate")
     check_accuracy(options, config)

@@ -19,7 +19,7 @@ from measuring.workloads import PASSES
 COLORS = {"dense": "#6b6b6b", "none": "#1f6fb4", "sparse": "#d1603d", "packed": "#2f8f4e"}
 STYLES = dict(zip(PASSES, ("--", "-"), strict=True))
 # Columns that all rows must share: one chart is of one shape on one GPU.
-SHARED = ("gpu", "heads", "kv_heads", "head_dim", "dtype")
+SHARED = ("gpu", "selection", "heads", "kv_heads", "head_dim", "dtype")
 
 
 def main(argv: list[str] | None = None):

@@ -11,7 +11,7 @@ first one compiled.
 
 The CSV has one row for each length tried, written at once:
 
-- tokens, heads, kv_heads, head_dim, dtype, cmp_groups, pass: batch 1
+- tokens, selection, heads, kv_heads, head_dim, dtype, cmp_groups, pass: batch 1
 - max_workspace_gib: ``max_workspace_bytes`` of nsa.forward, empty for its default
 - fits: "yes" or "no"
 - ms, peak_gib: of the second call, inputs included; reserved_gib: held by PyTorch's allocator
@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import nsa
 from measuring import environment, workloads
 from measuring.gate import check_accuracy
 from measuring.tables import Table
@@ -130,7 +129,7 @@ def run_child(length: int, options, argv: list[str], *, gate: bool) -> dict:
 
 def run_single(options) -> dict:
     """Measure one length in this process."""
-    config = nsa.NSAConfig(num_cmp_selected_blocks=options.cmp_groups)
+    config = workloads.make_config(options, options.cmp_groups)
     if options.gate:
         check_accuracy(options, config)
     extra = {}

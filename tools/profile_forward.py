@@ -14,7 +14,7 @@ counts both from the shape, with every tensor moved once and no padding.
 
 The CSV has one row for each length and stage:
 
-- tokens, heads, kv_heads, head_dim, dtype, cmp_groups, pass: batch 1
+- tokens, selection, heads, kv_heads, head_dim, dtype, cmp_groups, pass: batch 1
 - stage: "stage", "stage/part", "rest" (between the stages) or "total"
 - calls; gpu_ms and host_ms, medians, parts included; percent of the GPU time
 - floor_ms, bound ("bytes" or "flops") and reached (floor over time), where the floor is known
@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import nsa
 from measuring import environment, stages, workloads
 from measuring.gate import check_accuracy
 from measuring.tables import Table, rounded
@@ -48,7 +47,7 @@ SLEEP_CYCLES = 100_000_000
 def main(argv: list[str] | None = None):
     options = parse_arguments(argv)
     environment.require_gpu()
-    config = nsa.NSAConfig(num_cmp_selected_blocks=options.cmp_groups)
+    config = workloads.make_config(options, options.cmp_groups)
     check_accuracy(options, config)
     table = Table(options.csv, FIELDS)
     for length in (progress := tqdm(options.lengths, unit="length")):

@@ -12,6 +12,7 @@ from nsa.testing import make_cu_seqlens
 
 PASSES = ("forward", "forward+backward")
 DEVICE = "cuda"
+PRESETS = {"tile": nsa.NSAConfig, "token": nsa.NSAConfig.paper}
 
 
 class Tensors(NamedTuple):
@@ -30,7 +31,13 @@ class Tensors(NamedTuple):
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser):
-    """Heads, channels and dtype."""
+    """What is selected for whom, heads, channels and dtype."""
+    parser.add_argument(
+        "--selection",
+        choices=tuple(PRESETS),
+        default="tile",
+        help="tile: NSAConfig(); token: NSAConfig.paper()",
+    )
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -42,7 +49,12 @@ def shape_columns(options) -> dict:
     return {name: getattr(options, name) for name in SHAPE_FIELDS}
 
 
-SHAPE_FIELDS = ("heads", "kv_heads", "head_dim", "dtype")
+SHAPE_FIELDS = ("selection", "heads", "kv_heads", "head_dim", "dtype")
+
+
+def make_config(options, groups: int | None = None) -> nsa.NSAConfig:
+    """The preset of ``--selection``, with ``num_cmp_selected_blocks=groups``."""
+    return PRESETS[options.selection](num_cmp_selected_blocks=groups)
 
 
 def groups_argument(text: str) -> int | None:
