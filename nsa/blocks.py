@@ -63,7 +63,8 @@ def locate_items(offset: Tensor, total: int) -> tuple[Tensor, Tensor]:
     count as the last sequence's.
     """
     index = torch.arange(total, device=offset.device)
-    owner = torch.searchsorted(offset[1:], index, right=True).clamp(max=offset.shape[0] - 2)
+    # Of the whole offset: torch.compile for GPUs cannot search in a slice.
+    owner = torch.searchsorted(offset, index, right=True).clamp(max=offset.shape[0] - 1) - 1
     return owner, index - offset[owner]
 
 
