@@ -265,12 +265,12 @@ class Plan:
     @property
     def key_block(self) -> int:
         """Keys of one entry of a block list of the selected branch."""
-        return self._key_block(self.config.select_block_size)
+        return choose_key_block(self.config.select_block_size, self.config, self.head_dim)
 
     @property
     def cmp_key_block(self) -> int:
         """Compressed tokens of one entry of a block list of the sparse compressed branch."""
-        return self._key_block(self.config.cmp_group_size)
+        return choose_key_block(self.config.cmp_group_size, self.config, self.head_dim)
 
     @cached_property
     def compressed(self) -> AlignedRows:
@@ -324,11 +324,6 @@ class Plan:
         count = -(-keys.items.count[tiles.owner] // key_block)
         return first.int(), torch.where(tiles.real, count, 0).int()
 
-    def _key_block(self, block_size: int) -> int:
-        # FA4's tiles of 128 keys need as many queries, and channels that fit shared memory.
-        wide = block_size % 128 == 0 and self.config.q_tile_size % 128 == 0
-        return 128 if wide and self.head_dim <= 128 else 64
-
     @property
     def longest(self) -> int:
         """Upper bound of the tokens of a sequence."""
@@ -343,6 +338,13 @@ class Plan:
     def max_selection_blocks(self) -> int:
         """Upper bound of the selection blocks of a sequence."""
         return num_selection_blocks(self.longest, self.config)
+
+
+def choose_key_block(block_size: int, config: NSAConfig, head_dim: int) -> int:
+    """Keys of an entry of a block list, for blocks or groups of ``block_size``."""
+    # FA4's tiles of 128 keys need as many queries, and channels that fit shared memory.
+    wide = block_size % 128 == 0 and config.q_tile_size % 128 == 0
+    return 128 if wide and head_dim <= 128 else 64
 
 
 def num_tiles_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
