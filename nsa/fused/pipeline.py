@@ -163,18 +163,21 @@ def backward(
     dlogits, dgates, dgate_weight = gating[1:]
     del gating
 
+    beside_window = Beside(q)
     dq_win, dk_win, dv_win = window_attention_backward(
         branch_grads.pop(), q, k_win, v_win, saved.o_win, saved.lse_win, plan
     )
     token = plan.config.selection == "token"
     selected_backward = token_attention_backward if token else selected_attention_backward
-    dq_slc, dk_slc, dv_slc = selected_backward(
-        branch_grads.pop(), q, k_slc, v_slc, saved.o_slc, saved.lse_slc, saved.block_indices, plan
-    )
-    k_cmp, v_cmp = inputs.compressed(plan)
-    dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
-        branch_grads.pop(), q, k_cmp, v_cmp, saved.o_cmp, saved.lse_cmp, saved.groups, plan
-    )
+    with beside_window:
+        dq_slc, dk_slc, dv_slc = selected_backward(
+            branch_grads.pop(), q, k_slc, v_slc, saved.o_slc, saved.lse_slc, saved.block_indices,
+            plan,
+        )  # fmt: skip
+        k_cmp, v_cmp = inputs.compressed(plan)
+        dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
+            branch_grads.pop(), q, k_cmp, v_cmp, saved.o_cmp, saved.lse_cmp, saved.groups, plan
+        )
     dq = query_gradient(
         (dq_cmp, dq_slc, dq_win),
         dlogits,
