@@ -1,6 +1,7 @@
 """What the tiles of a call may see and take when they select, as the kernel reads it."""
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -46,6 +47,16 @@ class Scoring:
     def own(self) -> Tensor:
         """The selection block of the tile's last query."""
         return (self.geometry.tile_last // self.geometry.config.select_block_size).int()
+
+    @cached_property
+    def tile_start(self) -> Callable[[int], Tensor]:
+        """Function of the entries of the batch: the first aligned row of each of their tiles."""
+        return lru_cache(maxsize=1)(self._tile_start)
+
+    def _tile_start(self, batch: int) -> Tensor:
+        size, tiles = self.geometry.config.q_tile_size, self.geometry.tiles
+        end = batch * tiles.total * size
+        return torch.arange(0, end, size, dtype=torch.int32, device=tiles.device)
 
     @cached_property
     def filled(self) -> Tensor | None:

@@ -62,7 +62,7 @@ def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
     size, num_tiles = plan.config.q_tile_size, plan.geometry.tiles.total
     if plan.config.tile_summary == "first":
         return q_rows[0].unflatten(0, (-1, num_tiles, size))[:, :, 0]
-    start = torch.arange(0, q_rows.shape[1], size, dtype=torch.int32, device=q_rows.device)
+    start = plan.scoring.tile_start(q_rows.shape[1] // (num_tiles * size))
     mean = own_kernels.mean_forward(q_rows[0], start, size, accumulation_dtype(q_rows.dtype))
     return mean.unflatten(0, (-1, num_tiles))
 
