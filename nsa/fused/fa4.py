@@ -2,7 +2,8 @@
 
 Written for flash-attn-4 4.0.0b36 (``WRITTEN_FOR``) and its private entry points
 ``_flash_attn_fwd`` and ``_flash_attn_bwd``: the public functions take neither tiles nor buffers for
-results. FA4 is imported on the first call.
+results. FA4 is imported on the first call. Forwards that are not packed go through
+:mod:`nsa.fused.fa4_replay`, which spares the host most of FA4's Python.
 
 Where the kernels are compiled for (FA4 reads the machine's GPU, or FLASH_ATTENTION_ARCH):
 
@@ -18,7 +19,9 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
+from nsa.fused import fa4_replay
 from nsa.fused.seam import BlockLists
+from nsa.tracing import is_capturing
 
 WRITTEN_FOR = "4.0.0b36"
 
@@ -75,22 +78,28 @@ def dense_forward(
         out: ``(B, Sq, H, Dv)`` or ``(Tq, H, Dv)`` in the dtype of ``q``.
         lse: float32 ``(B, H, Sq)`` or ``(H, Tq)``.
     """
+    options = dict(
+        causal=causal,
+        window_size_left=window_size[0],
+        window_size_right=window_size[1],
+        tile_mn=_dense_forward_tile(q, k, window_size),
+    )
+    if cu_seqlens_q is None:
+        tensors = fa4_replay.Tensors(q, k, v, out, lse, scale)
+        return fa4_replay.forward(_interface(), tensors, **options)
     out, lse, *_ = _interface()._flash_attn_fwd(
         q=q,
         k=k,
         v=v,
         softmax_scale=scale,
-        causal=causal,
-        window_size_left=window_size[0],
-        window_size_right=window_size[1],
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         out=out,
         lse=lse,
-        tile_mn=_dense_forward_tile(q, k, window_size),
         return_lse=True,
+        **options,
     )
     return out, lse
 
@@ -168,18 +177,13 @@ def sparse_forward(
         lse: float32 ``(1, H, Tq)``.
     """
     _check_mask(q, k, causal, key_limit)
-    out, lse, *_ = _interface()._flash_attn_fwd(
-        q=q,
-        k=k,
-        v=v,
-        softmax_scale=scale,
-        # The lists are by query head; packing would read one head's list for its whole group.
-        pack_gqa=False,
-        block_sparse_tensors=_block_sparse_tensors(lists),
-        return_lse=True,
-        **_mask_arguments(q, causal, key_limit, lists.query_block),
+    options = _mask_arguments(q, causal, key_limit, lists.query_block)
+    tensors = fa4_replay.Tensors(
+        q, k, v, None, None, scale, _list_tensors(lists), options.pop("aux_tensors", None)
     )
-    return out, lse
+    # The lists are by query head; packing would read one head's list for its whole group.
+    options |= dict(pack_gqa=False, block_size=(lists.query_block, lists.key_block))
+    return fa4_replay.forward(_interface(), tensors, **options)
 
 
 def sparse_backward(
@@ -251,14 +255,33 @@ def _dense_forward_tile(
 
 
 def _block_sparse_tensors(lists: BlockLists):
+    return _interface().BlockSparseTensorsTorch(
+        *_list_tensors(lists), block_size=(lists.query_block, lists.key_block)
+    )
+
+
+def _list_tensors(lists: BlockLists) -> tuple[Tensor, ...]:
+    """Count and index of the partial blocks, then of the full ones, as FA4 takes them."""
     full_count, full_index = lists.full_count, lists.full_index
     if full_count is None:
         # SM90's forward reads the second list even where it is None.
-        full_count, full_index = torch.zeros_like(lists.partial_count), lists.partial_index
+        full_count, full_index = _zero_count(lists.partial_count), lists.partial_index
     tensors = (lists.partial_count, lists.partial_index, full_count, full_index)
-    return _interface().BlockSparseTensorsTorch(
-        *map(_unit_stride, tensors), block_size=(lists.query_block, lists.key_block)
-    )
+    return tuple(map(_unit_stride, tensors))
+
+
+def _zero_count(count: Tensor) -> Tensor:
+    if _interface().is_fake_mode() or is_capturing(count):
+        # Tensors without data are not for later, and a graph must hold what it reads.
+        return torch.zeros_like(count)
+    # Zeros are there only for what comes later on their stream.
+    stream = torch.cuda.current_stream(count.device).cuda_stream if count.is_cuda else None
+    return _zeros(count.shape, count.device, stream)
+
+
+@lru_cache(maxsize=8)
+def _zeros(shape: torch.Size, device: torch.device, _stream: int | None) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32, device=device)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
