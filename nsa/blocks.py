@@ -68,19 +68,25 @@ def locate_items(offset: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return owner, index - offset[owner]
 
 
-@dataclass(frozen=True, eq=False)
 class Segments:
     """Items (tokens, blocks or tiles) of consecutive sequences in one flat row.
 
     Args:
         offset: where each sequence starts, then where the last ends; int64 ``(S + 1,)``.
         total: items of the row, at least ``offset[-1]``; those past it belong to no sequence.
-        single: whether there is one sequence, of all items.
     """
 
-    offset: Tensor
-    total: int
-    single: bool = False
+    single = False
+    """Whether there is one sequence, of all items."""
+
+    def __init__(self, offset: Tensor, total: int):
+        self.offset = offset
+        self.total = total
+        self.device = offset.device
+
+    @property
+    def num_sequences(self) -> int:
+        return self.offset.shape[0] - 1
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -110,16 +116,53 @@ class Segments:
     @cached_property
     def real(self) -> Tensor:
         """Which items belong to a sequence, bool ``(total,)``."""
-        if self.single:
-            return torch.ones(self.total, dtype=torch.bool, device=self.offset.device)
         return self.local < self.count[self.owner]
+
+    def count_of(self, owner: Tensor) -> Tensor | int:
+        """Items of the sequence of each ``owner``; an int where there is one sequence."""
+        return self.count[owner]
+
+    def only_real(self, x: Tensor) -> Tensor:
+        """``x``, one value an item, with 0 for items of no sequence."""
+        return torch.where(self.real, x, 0)
 
     @cached_property
     def _items(self) -> tuple[Tensor, Tensor]:
-        if self.single:
-            index = torch.arange(self.total, device=self.offset.device)
-            return torch.zeros_like(index), index
         return locate_items(self.offset, self.total)
+
+
+class SingleSegment(Segments):
+    """Items of one sequence alone, which need no looking up: fewer kernels, or none."""
+
+    single = True
+    num_sequences = 1
+
+    def __init__(self, total: int, device: torch.device):
+        self.total = total
+        self.device = device
+
+    @cached_property
+    def offset(self) -> Tensor:
+        # Not from a list, which would be copied from the host.
+        return torch.arange(2, device=self.device) * self.total
+
+    @cached_property
+    def owner(self) -> Tensor:
+        return torch.zeros((), dtype=torch.int64, device=self.device).expand(self.total)
+
+    @cached_property
+    def local(self) -> Tensor:
+        return torch.arange(self.total, device=self.device)
+
+    @cached_property
+    def real(self) -> Tensor:
+        return torch.ones(self.total, dtype=torch.bool, device=self.device)
+
+    def count_of(self, owner: Tensor) -> int:
+        return self.total
+
+    def only_real(self, x: Tensor) -> Tensor:
+        return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,24 +183,32 @@ class Geometry:
     uniform: tuple[int, int] | None = None
 
     @classmethod
+    def single(cls, length: int, device: torch.device, config: NSAConfig) -> "Geometry":
+        """Geometry of one sequence."""
+        return cls(SingleSegment(length, device), config)
+
+    @classmethod
     def of(cls, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> "Geometry":
         """Geometry of batched ``(B, N, H, D)`` or packed ``(T, H, D)`` queries, flattened."""
         if cu_seqlens is None:
             batch, length = q.shape[:2]
+            if batch == 1:
+                return cls.single(length, q.device, config)
             offset = torch.arange(batch + 1, device=q.device) * length
             return cls(Segments(offset, batch * length), config, uniform=(batch, length))
         return cls(Segments(cu_seqlens.long(), q.shape[0]), config)
 
     @property
     def device(self) -> torch.device:
-        return self.tokens.offset.device
+        return self.tokens.device
 
     def _segments(self, count, bound: int) -> Segments:
-        counts = count(self.tokens.count, self.config)
-        offset = prefix_sum(counts)
+        if self.tokens.single:
+            return SingleSegment(count(self.tokens.total, self.config), self.device)
+        offset = prefix_sum(count(self.tokens.count, self.config))
         if self.uniform is not None:
             batch, length = self.uniform
-            return Segments(offset, batch * count(length, self.config), single=batch == 1)
+            return Segments(offset, batch * count(length, self.config))
         return Segments(offset, int(offset[-1]) if self.exact else bound)
 
     @cached_property
@@ -167,17 +218,17 @@ class Geometry:
 
     @cached_property
     def selection(self) -> Segments:
-        bound = self.tokens.total // self.config.select_block_size + len(self.tokens.count)
+        bound = self.tokens.total // self.config.select_block_size + self.tokens.num_sequences
         return self._segments(num_selection_blocks, bound)
 
     @cached_property
     def tiles(self) -> Segments:
-        bound = self.tokens.total // self.config.q_tile_size + len(self.tokens.count)
+        bound = self.tokens.total // self.config.q_tile_size + self.tokens.num_sequences
         return self._segments(num_query_tiles, bound)
 
     @cached_property
     def groups(self) -> Segments:
-        bound = self.compressed.total // self.config.cmp_group_size + len(self.tokens.count)
+        bound = self.compressed.total // self.config.cmp_group_size + self.tokens.num_sequences
         return self._segments(num_cmp_groups, bound)
 
     @property
@@ -193,17 +244,18 @@ class Geometry:
     @cached_property
     def tile_last(self) -> Tensor:
         """Position of each tile's last query in its sequence, int64 ``(tiles,)``."""
-        last = self.tile_first + self.config.q_tile_size
-        return torch.minimum(last, self.tokens.count[self.tiles.owner]) - 1
+        last = self.tile_first + (self.config.q_tile_size - 1)
+        return last.clamp(max=self.tokens.count_of(self.tiles.owner) - 1)
 
     def num_visible(self, position: Tensor, owner: Tensor, visibility: str) -> Tensor:
         """Compressed blocks that a query at ``position`` of sequence ``owner`` sees."""
-        config, count = self.config, self.compressed.count[owner]
+        config = self.config
         if not config.causal:
-            return count
+            return self.compressed.count[owner]
         covered = config.compress_block_size if visibility == "complete" else 1
-        visible = (position + 1 - covered).div(config.compress_stride, rounding_mode="floor") + 1
-        return torch.minimum(visible.clamp(min=0), count)
+        visible = position + (config.compress_stride + 1 - covered)
+        visible = visible.div(config.compress_stride, rounding_mode="floor").clamp(min=0)
+        return visible.clamp(max=self.compressed.count_of(owner))
 
     def compressed_interval(self) -> tuple[Tensor, Tensor]:
         """Flat compressed blocks ``[first, end)`` that each token sees."""

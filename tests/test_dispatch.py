@@ -45,7 +45,21 @@ def test_fused_on_cpu_says_why_not_and_what_to_do(inputs):
 
 # What no device could change, so told without one.
 LIMITS = {
-    "token mode": (nsa.NSAConfig.paper(), {}, "selection='tile', got 'token'"),
+    "odd block of a token": (
+        nsa.NSAConfig.paper(select_block_size=128),
+        {},
+        r"select_block_size of \(32, 64\) with selection='token', got 128",
+    ),
+    "many blocks of a token": (
+        nsa.NSAConfig.paper(num_selected_blocks=65),
+        {},
+        "num_selected_blocks of at most 64 with selection='token', got 65",
+    ),
+    "long compressed blocks of a token": (
+        nsa.NSAConfig.paper(compress_block_size=2048),
+        {},
+        "compress_block_size of at most 65 strides with selection='token', got 128",
+    ),
     "odd tile": (nsa.NSAConfig(q_tile_size=100), {}, "q_tile_size .*64, got 100"),
     "odd block": (
         nsa.NSAConfig(compress_block_size=32),
@@ -73,6 +87,12 @@ def test_fused_names_the_limit(case):
     assert nsa.forward(*inputs, config=config).shape[:3] == (1, 10, 4)
 
 
+def test_fused_names_the_limit_of_a_group():
+    inputs = make_inputs((1, 10), 33, 1, dtype=torch.bfloat16, head_dim=64)
+    with pytest.raises(nsa.UnsupportedError, match=r"at most 32 query heads .*'token', got 33"):
+        nsa.forward(*inputs, config=nsa.NSAConfig.paper(), backend="fused")
+
+
 def test_auto_logs_a_reason_once(inputs, fresh_log, caplog):
     caplog.set_level(logging.INFO, logger="nsa")
     for _ in range(3):
@@ -81,9 +101,9 @@ def test_auto_logs_a_reason_once(inputs, fresh_log, caplog):
     assert record.name == "nsa"
     assert "reference" in record.getMessage()
     assert "got cpu" in record.getMessage()
-    nsa.forward(*inputs, config=nsa.NSAConfig.paper())
+    nsa.forward(*inputs, config=nsa.NSAConfig.paper(num_selected_blocks=65))
     assert len(caplog.records) == 2
-    assert "token" in caplog.records[1].getMessage()
+    assert "got 65" in caplog.records[1].getMessage()
 
 
 def test_an_explicit_reference_logs_nothing(inputs, fresh_log, caplog):
@@ -97,8 +117,8 @@ def test_explain_backend_names_backend_and_reason(inputs):
     assert "reference" in said
     assert "got cpu" in said
     assert "reference" in nsa.explain_backend(*inputs, config=CONFIG, backend="reference")
-    token = nsa.explain_backend(*inputs, config=nsa.NSAConfig.paper())
-    assert "got 'token'" in token
+    many = nsa.explain_backend(*inputs, config=nsa.NSAConfig.paper(num_selected_blocks=65))
+    assert "got 65" in many
 
 
 def test_explain_backend_takes_every_argument_of_forward(inputs):

@@ -63,15 +63,17 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
     by_dtype, others = [gating, query_gradient, compression], [block_lists, top_blocks]
     if arch == "sm_90a":
-        # Those of token mode, on Hopper's matrix instructions.
+        # On Hopper's matrix instructions.
         from nsa.fused.kernels import (
+            float_sums,
             importance,
             inverted_index,
+            listed_backward,
             selected_backward,
             selected_forward,
         )
 
-        by_dtype += [importance, selected_forward, selected_backward]
+        by_dtype += [importance, selected_forward, selected_backward, listed_backward, float_sums]
         others.append(inverted_index)
     for kernels in by_dtype:
         for dtype in ("bfloat16", "float16"):
@@ -156,8 +158,9 @@ def compile_dense(dim, group, packed, causal, window, dtype, *, sequences=2, len
 
 
 def compile_sparse(dim, group, query_block, key_block, mask, dtype, *, length=LENGTH):
-    """Forward and backward of ``nsa.fused.fa4``'s sparse calls, two KV heads."""
+    """Forward, and backward where it is FA4's, of ``nsa.fused.fa4``'s calls, two KV heads."""
     from nsa.fused import fa4
+    from nsa.fused.block_lists import goes_by_query
 
     heads, dtype = 2 * group, getattr_torch(dtype)
     q = fake(1, length, heads, dim, dtype=dtype)
@@ -169,7 +172,8 @@ def compile_sparse(dim, group, query_block, key_block, mask, dtype, *, length=LE
     limit = fake(length) if mask == "limit" else None
     arguments = dict(scale=0.1, causal=mask == "causal", key_limit=limit)
     out, lse = fa4.sparse_forward(q, k, v, lists[0], **arguments)
-    fa4.sparse_backward(out, q, k, v, out, lse, lists[1], **arguments)
+    if not goes_by_query(key_block, dim):
+        fa4.sparse_backward(out, q, k, v, out, lse, lists[1], **arguments)
 
 
 def fake_lists(heads, length, query_block, key_block, with_full, transposed):

@@ -9,8 +9,13 @@ of the compressed and selected branch; :func:`query_placements` says where in th
 import torch
 from torch import Tensor
 
-from nsa.fused import fa4
-from nsa.fused.block_lists import compressed_lists, selected_lists, transpose_lists
+from nsa.fused import fa4, own_kernels
+from nsa.fused.block_lists import (
+    compressed_lists,
+    goes_by_query,
+    selected_lists,
+    transpose_lists,
+)
 from nsa.fused.folded_attention import (
     folded_attention,
     folded_attention_backward,
@@ -216,12 +221,16 @@ def _sparse_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, and of ``k`` and ``v`` in rows."""
     scale = plan.config.softmax_scale(q_rows.shape[-1])
-    transposed = transpose_lists(lists, k_rows.shape[1])
     if plan.in_order:
         dout, out = plan.tokens.pack(dout), plan.tokens.pack(out)
-    dq, dk, dv = fa4.sparse_backward(
-        dout, q_rows, k_rows, v_rows, out, lse, transposed, scale=scale, **mask
-    )
+    tensors = (dout, q_rows, k_rows, v_rows, out)
+    if goes_by_query(lists.key_block, q_rows.shape[-1]):
+        rows = (x[0] for x in tensors)
+        grads = own_kernels.listed_backward(*rows, lse, lists, scale, mask.get("key_limit"))
+        dq, dk, dv = (x[None] for x in grads)
+    else:
+        transposed = transpose_lists(lists, k_rows.shape[1])
+        dq, dk, dv = fa4.sparse_backward(*tensors, lse, transposed, scale=scale, **mask)
     return plan.query_rows(dq), dk, dv
 
 

@@ -47,6 +47,14 @@ def compressed_lists(groups: Tensor, plan: Plan) -> BlockLists:
     return BlockLists(*lists, config.q_tile_size, key_block)
 
 
+def goes_by_query(key_block: int, head_dim: int) -> bool:
+    """Whether the backward goes by query tile, on a kernel of our own, and needs no transpose.
+
+    FA4's goes by key block. Up to 128 channels it has none of 64 keys.
+    """
+    return key_block == 64 and head_dim <= 128
+
+
 def transpose_lists(lists: BlockLists, num_keys: int) -> BlockLists:
     """For each key block the query tiles that attend it, in ascending order.
 

@@ -2,17 +2,16 @@
 
 - GPU: compute capability 9.0 (Hopper). The kernels also compile for 10.0.
 - float16 and bfloat16; ``D`` and ``Dv`` up to 256, any ``G``. Between the kernels' 64, 96, 128 and
-  256 channels are padded with zeros: FA4's backward is silently wrong at D = 80, does not compile
-  with 64-key blocks at 160 and 192, and has no ``Dv != D`` with G > 1.
+  256 channels are padded with zeros: FA4's backward is silently wrong at D = 80, and has no
+  ``Dv != D`` with G > 1.
 - Tile mode: ``q_tile_size``, ``select_block_size`` and (with a sparse compressed branch)
   ``cmp_group_size`` multiples of 64, the width of a block-sparse tile; any ``compress_block_size``.
   ``num_selected_blocks`` and ``num_cmp_selected_blocks`` up to 256: the best so far lie in the
   registers of one warp.
-- Token mode, so far only where ``TOKEN_MODE`` is set: ``select_block_size`` 32 or 64, the keys that
-  a query row meets at a time; ``num_selected_blocks`` up to 64, whose weights lie in the registers
-  of one thread; ``G`` up to 32, the heads whose probabilities one thread adds up;
-  ``compress_block_size`` up to some 60 strides, because a tile of 64 compressed tokens overlaps
-  only the next one's selection blocks.
+- Token mode: ``select_block_size`` 32 or 64, the keys that a query row meets at a time;
+  ``num_selected_blocks`` up to 64, whose weights lie in the registers of one thread; ``G`` up to
+  32, the heads whose probabilities one thread adds up; ``compress_block_size`` up to some 60
+  strides, because a tile of 64 compressed tokens overlaps only the next one's selection blocks.
 """
 
 import torch
@@ -28,11 +27,6 @@ BLOCK = 64
 MAX_SELECTED = 256
 TOKEN_BLOCKS = (32, 64)
 MAX_TOKEN_SELECTED = 64
-TOKEN_MODE = False
-"""Whether ``selection="token"`` may be used.
-
-Its GPU tests have not all passed yet (FINDINGS.md).
-"""
 _USE_REFERENCE = "use backend='reference'"
 
 
@@ -54,8 +48,6 @@ def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
 
 
 def _token_limit(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
-    if not TOKEN_MODE:
-        return f"it needs selection='tile', got {config.selection!r}; {_USE_REFERENCE}"
     size, rule, group = config.select_block_size, Rule.of(config), q.shape[-2] // v.shape[-2]
     if size not in TOKEN_BLOCKS:
         return (

@@ -1,24 +1,27 @@
 """The one file that calls FlashAttention-4 (CuTe DSL). What the calls mean: ``nsa.fused.seam``.
 
 Written for flash-attn-4 4.0.0b36 (``WRITTEN_FOR``) and its private entry points
-``_flash_attn_fwd`` and ``_flash_attn_bwd``: the public functions drop the block lists in a packed
-backward, and cannot do 64-key blocks in backward. FA4 is imported on the first call.
+``_flash_attn_fwd`` and ``_flash_attn_bwd``: the public functions take neither tiles nor buffers for
+results. FA4 is imported on the first call. Forwards that are not packed go through
+:mod:`nsa.fused.fa4_replay`, which spares the host most of FA4's Python.
 
 Where the kernels are compiled for (FA4 reads the machine's GPU, or FLASH_ATTENTION_ARCH):
 
-- SM90: head dimensions 32, 64, 96, 128 and 256 (backward is wrong or fails to compile at others),
-  128-key blocks only up to 128, and there query blocks that are multiples of 128.
+- SM90: head dimensions 32, 64, 96, 128 and 256 (backward is wrong or fails to compile at others).
+  Key blocks in backward are of 128 keys up to head dimension 128, and there query blocks are
+  multiples of 128; of 64 keys above.
 - SM100: head dimensions up to 128; 128-key blocks and query blocks that are multiples of 256.
 """
 
-import types
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import metadata
 
 import torch
 from torch import Tensor
 
+from nsa.fused import fa4_replay
 from nsa.fused.seam import BlockLists
+from nsa.tracing import is_capturing
 
 WRITTEN_FOR = "4.0.0b36"
 
@@ -75,22 +78,28 @@ def dense_forward(
         out: ``(B, Sq, H, Dv)`` or ``(Tq, H, Dv)`` in the dtype of ``q``.
         lse: float32 ``(B, H, Sq)`` or ``(H, Tq)``.
     """
+    options = dict(
+        causal=causal,
+        window_size_left=window_size[0],
+        window_size_right=window_size[1],
+        tile_mn=_dense_forward_tile(q, k, window_size),
+    )
+    if cu_seqlens_q is None:
+        tensors = fa4_replay.Tensors(q, k, v, out, lse, scale)
+        return fa4_replay.forward(_interface(), tensors, **options)
     out, lse, *_ = _interface()._flash_attn_fwd(
         q=q,
         k=k,
         v=v,
         softmax_scale=scale,
-        causal=causal,
-        window_size_left=window_size[0],
-        window_size_right=window_size[1],
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         out=out,
         lse=lse,
-        tile_mn=_dense_forward_tile(q, k, window_size),
         return_lse=True,
+        **options,
     )
     return out, lse
 
@@ -168,18 +177,13 @@ def sparse_forward(
         lse: float32 ``(1, H, Tq)``.
     """
     _check_mask(q, k, causal, key_limit)
-    out, lse, *_ = _interface()._flash_attn_fwd(
-        q=q,
-        k=k,
-        v=v,
-        softmax_scale=scale,
-        # The lists are by query head; packing would read one head's list for its whole group.
-        pack_gqa=False,
-        block_sparse_tensors=_block_sparse_tensors(lists),
-        return_lse=True,
-        **_mask_arguments(q, causal, key_limit, lists.query_block),
+    options = _mask_arguments(q, causal, key_limit, lists.query_block)
+    tensors = fa4_replay.Tensors(
+        q, k, v, None, None, scale, _list_tensors(lists), options.pop("aux_tensors", None)
     )
-    return out, lse
+    # The lists are by query head; packing would read one head's list for its whole group.
+    options |= dict(pack_gqa=False, block_size=(lists.query_block, lists.key_block))
+    return fa4_replay.forward(_interface(), tensors, **options)
 
 
 def sparse_backward(
@@ -208,14 +212,7 @@ def sparse_backward(
     """
     _check_mask(q, k, causal, key_limit)
     _check_backward_dims(q, k, v)
-    interface = _interface()
-    backward = interface._flash_attn_bwd
-    if lists.key_block == 64 and _is_sm90():
-        # With a KV head to each query head, dK and dV leave through shared memory, whose layout
-        # two warp groups cannot split at these head dimensions; transposed they can.
-        swap_dkv = q.shape[-2] == k.shape[-2] and q.shape[-1] in (96, 224)
-        backward = _backward_of_64_key_tiles(swap_dkv)
-    return backward(
+    return _interface()._flash_attn_bwd(
         q=q,
         k=k,
         v=v,
@@ -246,24 +243,45 @@ def _dense_forward_tile(
     """(queries, keys) of a tile where FA4's own choice, of 128 by 128, is not the best.
 
     A window of some hundred keys takes 0.69 ms instead of 0.82 (32K tokens, H=32, H_kv=8, w=512) if
-    192 rows of several heads share it; of one head, 128 by 128 is better.
+    192 rows of several heads share it; of one head, 128 by 128 is better. Without a window, folded
+    queries take 14.2 ms instead of 15.4 (256K tokens, l=64).
     """
     group = q.shape[-2] // k.shape[-2]
-    narrow = window_size[0] is not None and 96 < q.shape[-1] <= 128
-    if narrow and group > 1 and 192 % group == 0 and _is_sm90():
-        return (192, 80)
-    return None
+    if group == 1 or not 96 < q.shape[-1] <= 128 or not _is_sm90():
+        return None
+    if window_size == (None, None):
+        return (128, 160)
+    return (192, 80) if window_size[0] is not None and 192 % group == 0 else None
 
 
 def _block_sparse_tensors(lists: BlockLists):
+    return _interface().BlockSparseTensorsTorch(
+        *_list_tensors(lists), block_size=(lists.query_block, lists.key_block)
+    )
+
+
+def _list_tensors(lists: BlockLists) -> tuple[Tensor, ...]:
+    """Count and index of the partial blocks, then of the full ones, as FA4 takes them."""
     full_count, full_index = lists.full_count, lists.full_index
     if full_count is None:
         # SM90's forward reads the second list even where it is None.
-        full_count, full_index = torch.zeros_like(lists.partial_count), lists.partial_index
+        full_count, full_index = _zero_count(lists.partial_count), lists.partial_index
     tensors = (lists.partial_count, lists.partial_index, full_count, full_index)
-    return _interface().BlockSparseTensorsTorch(
-        *map(_unit_stride, tensors), block_size=(lists.query_block, lists.key_block)
-    )
+    return tuple(map(_unit_stride, tensors))
+
+
+def _zero_count(count: Tensor) -> Tensor:
+    if _interface().is_fake_mode() or is_capturing(count):
+        # Tensors without data are not for later, and a graph must hold what it reads.
+        return torch.zeros_like(count)
+    # Zeros are there only for what comes later on their stream.
+    stream = torch.cuda.current_stream(count.device).cuda_stream if count.is_cuda else None
+    return _zeros(count.shape, count.device, stream)
+
+
+@lru_cache(maxsize=8)
+def _zeros(shape: torch.Size, device: torch.device, _stream: int | None) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32, device=device)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -313,48 +331,3 @@ def _key_limit_mask():
         return key < scalar_to_ssa(aux_tensors[0][query[0]], cutlass.Int32)
 
     return key_limit_mask
-
-
-def _config_of_64_key_tiles(
-    swap_dkv: bool, head_dim: int, *_args, sparse_block_size_q: int, **_kwargs
-):
-    """Tiles of 64 keys for FA4's SM90 backward, in place of its own choice.
-
-    FA4 has these for head dimensions above 192. Below that its key tiles are 128 or 96 wide, which
-    cannot follow 64-key blocks. Twice the queries take 10% less time, where shared memory holds
-    their dQ in float32 too; it does not beside transposed dK and dV, nor with all stages at 128.
-    """
-    rows = 2 if head_dim <= 128 and sparse_block_size_q % 128 == 0 and not swap_dkv else 1
-    return _interface().BwdConfig(
-        m_block_size=64 * rows,
-        n_block_size=64,
-        num_stages_Q=2 if head_dim <= 192 else 1,
-        num_stages_dO=1 if head_dim > 192 or (rows == 2 and head_dim > 96) else 2,
-        num_stages_PdS=1,
-        SdP_swapAB=False,
-        dKV_swapAB=swap_dkv,
-        dQ_swapAB=False,
-        AtomLayoutMSdP=rows,
-        AtomLayoutNdKV=1,
-        AtomLayoutMdQ=rows,
-    )
-
-
-@lru_cache(maxsize=None)
-def _backward_of_64_key_tiles(swap_dkv: bool):
-    """FA4's ``_flash_attn_bwd`` with :func:`_config_of_64_key_tiles`.
-
-    FA4 offers no argument for it: it overwrites its tile arguments with what the module's
-    ``_tile_size_bwd_sm90`` returns. So this is the same function over a copy of its globals in
-    which that one name differs: FA4 itself stays as it is, for other users and other threads. The
-    two share one compile cache, whose key holds the tile sizes, swaps and atom layouts (the stages
-    of P and dS are not in it, but no other configuration of FA4 with 64 keys has other stages).
-    """
-    interface = _interface()
-    original = interface._flash_attn_bwd
-    names = dict(vars(interface), _tile_size_bwd_sm90=partial(_config_of_64_key_tiles, swap_dkv))
-    function = types.FunctionType(
-        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
-    )
-    function.__kwdefaults__ = original.__kwdefaults__
-    return function

@@ -14,6 +14,7 @@ from torch import Tensor
 from nsa.blocks import (
     Geometry,
     Segments,
+    SingleSegment,
     num_compressed_blocks,
     num_query_tiles,
     num_selection_blocks,
@@ -43,14 +44,15 @@ class AlignedRows:
         self.items = items
         self.alignment = alignment
         self.single = items.single
-        counts = -(-items.count // alignment) * alignment
-        offset = prefix_sum(counts)
-        if self.single:
-            rows = -(-items.total // alignment) * alignment
-        else:
-            rows = (items.total // alignment + len(items.count)) * alignment
-        self.segments = Segments(offset, rows, self.single)
+        self.segments = self._align(items, alignment)
         """Where each sequence lies in the row of one entry of the batch."""
+
+    @staticmethod
+    def _align(items: Segments, alignment: int) -> Segments:
+        if items.single:
+            return SingleSegment(-(-items.total // alignment) * alignment, items.device)
+        offset = prefix_sum(-(-items.count // alignment) * alignment)
+        return Segments(offset, (items.total // alignment + items.num_sequences) * alignment)
 
     @property
     def rows(self) -> int:
@@ -119,7 +121,7 @@ class FoldedQueries:
     def _token(self) -> Tensor:
         """The token of each row and slot, -1 where there is none: ``(rows, d)``."""
         tokens, rows = self.geometry.tokens, self.rows
-        slot = torch.arange(self.size, device=rows.offset.device)
+        slot = torch.arange(self.size, device=rows.device)
         position = rows.local[:, None] * self.size + self.lead + slot
         real = position < tokens.count[rows.owner, None]
         real &= rows.real[:, None]
@@ -246,8 +248,11 @@ class Plan:
     def block_start(self) -> Tensor:
         """The first token of each compressed block, -1 for blocks of no sequence, int32."""
         tokens, compressed = self.geometry.tokens, self.geometry.compressed
-        start = tokens.offset[compressed.owner]
-        start = start + compressed.local * self.config.compress_stride
+        stride = self.config.compress_stride
+        if compressed.single:
+            end, device = compressed.total * stride, self.geometry.device
+            return torch.arange(0, end, stride, dtype=torch.int32, device=device)
+        start = tokens.offset[compressed.owner] + compressed.local * stride
         return torch.where(compressed.real, start, -1).int()
 
     @cached_property
@@ -265,12 +270,12 @@ class Plan:
     @property
     def key_block(self) -> int:
         """Keys of one entry of a block list of the selected branch."""
-        return self._key_block(self.config.select_block_size)
+        return choose_key_block(self.config.select_block_size, self.config, self.head_dim)
 
     @property
     def cmp_key_block(self) -> int:
         """Compressed tokens of one entry of a block list of the sparse compressed branch."""
-        return self._key_block(self.config.cmp_group_size)
+        return choose_key_block(self.config.cmp_group_size, self.config, self.head_dim)
 
     @cached_property
     def compressed(self) -> AlignedRows:
@@ -320,14 +325,12 @@ class Plan:
 
     def _tile_blocks(self, keys: AlignedRows, key_block: int) -> tuple[Tensor, Tensor]:
         tiles = self.geometry.tiles
+        if tiles.single:
+            count = -(-keys.items.total // key_block)
+            return self.scoring.first, torch.full_like(self.scoring.first, count)
         first = keys.segments.offset[tiles.owner] // key_block
         count = -(-keys.items.count[tiles.owner] // key_block)
         return first.int(), torch.where(tiles.real, count, 0).int()
-
-    def _key_block(self, block_size: int) -> int:
-        # FA4's tiles of 128 keys need as many queries, and channels that fit shared memory.
-        wide = block_size % 128 == 0 and self.config.q_tile_size % 128 == 0
-        return 128 if wide and self.head_dim <= 128 else 64
 
     @property
     def longest(self) -> int:
@@ -343,6 +346,13 @@ class Plan:
     def max_selection_blocks(self) -> int:
         """Upper bound of the selection blocks of a sequence."""
         return num_selection_blocks(self.longest, self.config)
+
+
+def choose_key_block(block_size: int, config: NSAConfig, head_dim: int) -> int:
+    """Keys of an entry of a block list, for blocks or groups of ``block_size``."""
+    # FA4's tiles of 128 keys need as many queries, and channels that fit shared memory.
+    wide = block_size % 128 == 0 and config.q_tile_size % 128 == 0
+    return 128 if wide and head_dim <= 128 else 64
 
 
 def num_tiles_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
@@ -379,10 +389,7 @@ def _batched_plan(
 ) -> Plan:
     """Plan of one length; ``_stream`` because its tensors are computed when first used, in order
     with the work of that stream alone."""
-    # Not from a list, which would be copied from the host.
-    offset = torch.arange(2, device=device) * length
-    geometry = Geometry(Segments(offset, length, single=True), config, uniform=(1, length))
-    return Plan(geometry, head_dim, None, None)
+    return Plan(Geometry.single(length, device, config), head_dim, None, None)
 
 
 # Few, because each keeps index tensors as long as the sequence on the device.

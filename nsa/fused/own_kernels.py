@@ -77,6 +77,13 @@ def list_query_tiles(*args) -> tuple[Tensor, Tensor]:
     return block_lists.list_query_tiles(*args)
 
 
+def listed_backward(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`nsa.fused.kernels.listed_backward.listed_backward`."""
+    from nsa.fused.kernels import listed_backward as kernel
+
+    return kernel.listed_backward(*args)
+
+
 def importance_scores(*args) -> None:
     """See :func:`nsa.fused.kernels.importance.importance_scores`."""
     from nsa.fused.kernels import importance

@@ -19,6 +19,7 @@ from nsa.fused.compression import compress, compress_backward_
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
 from nsa.fused.layout import Plan
 from nsa.fused.selection import select
+from nsa.fused.streams import Beside
 from nsa.fused.token_attention import token_attention, token_attention_backward
 from nsa.fused.token_selection import select_tokens
 
@@ -105,24 +106,37 @@ def attend(
     """The three branches; ``block_indices`` and ``groups``, where needed, are selected if None."""
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
-    # The window first: it needs no plan, and runs while the host prepares the rest.
+    beside_window = Beside(q)
+    # The window first: it computes nothing of the plan, and runs while the host prepares the rest.
     o_win, lse_win = window_attention(q, k_win, v_win, plan)
-    k_cmp, v_cmp = inputs.compressed(plan)
     if plan.config.selection == "token":
-        o_cmp, lse_cmp = compressed_attention(q, None, k_cmp, v_cmp, None, plan)
-        if block_indices is None:
-            block_indices = select_tokens(q, k_cmp, compressed_lse(lse_cmp, q, k_cmp, plan), plan)
+        with beside_window:
+            k_cmp, v_cmp = inputs.compressed(plan)
+            o_cmp, lse_cmp = compressed_attention(q, None, k_cmp, v_cmp, None, plan)
+            if block_indices is None:
+                lse = compressed_lse(lse_cmp, q, k_cmp, plan)
+                block_indices = select_tokens(q, k_cmp, lse, plan)
         o_slc, lse_slc = token_attention(q, k_slc, v_slc, block_indices, plan)
         return Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, None)
-    q_rows = plan.tokens.pack(q)
-    select_groups = plan.config.num_cmp_selected_blocks is not None and groups is None
-    if block_indices is None or select_groups:
-        selection = select(q_rows, k_cmp, plan, blocks=block_indices is None, groups=select_groups)
-        block_indices = selection.blocks if block_indices is None else block_indices
-        groups = selection.groups if groups is None else groups
-    o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
+    with beside_window:
+        k_cmp, v_cmp = inputs.compressed(plan)
+        q_rows = plan.tokens.pack(q)
+        block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
+        o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
     o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
     return Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, groups)
+
+
+def _select_missing(
+    q_rows: Tensor, k_cmp: Tensor, blocks: Tensor | None, groups: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """Blocks and, where needed, groups; those that are None are selected."""
+    select_groups = plan.config.num_cmp_selected_blocks is not None and groups is None
+    if blocks is None or select_groups:
+        selection = select(q_rows, k_cmp, plan, blocks=blocks is None, groups=select_groups)
+        blocks = selection.blocks if blocks is None else blocks
+        groups = selection.groups if groups is None else groups
+    return blocks, groups
 
 
 def backward(
@@ -149,18 +163,21 @@ def backward(
     dlogits, dgates, dgate_weight = gating[1:]
     del gating
 
+    beside_window = Beside(q)
     dq_win, dk_win, dv_win = window_attention_backward(
         branch_grads.pop(), q, k_win, v_win, saved.o_win, saved.lse_win, plan
     )
     token = plan.config.selection == "token"
     selected_backward = token_attention_backward if token else selected_attention_backward
-    dq_slc, dk_slc, dv_slc = selected_backward(
-        branch_grads.pop(), q, k_slc, v_slc, saved.o_slc, saved.lse_slc, saved.block_indices, plan
-    )
-    k_cmp, v_cmp = inputs.compressed(plan)
-    dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
-        branch_grads.pop(), q, k_cmp, v_cmp, saved.o_cmp, saved.lse_cmp, saved.groups, plan
-    )
+    with beside_window:
+        dq_slc, dk_slc, dv_slc = selected_backward(
+            branch_grads.pop(), q, k_slc, v_slc, saved.o_slc, saved.lse_slc, saved.block_indices,
+            plan,
+        )  # fmt: skip
+        k_cmp, v_cmp = inputs.compressed(plan)
+        dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
+            branch_grads.pop(), q, k_cmp, v_cmp, saved.o_cmp, saved.lse_cmp, saved.groups, plan
+        )
     dq = query_gradient(
         (dq_cmp, dq_slc, dq_win),
         dlogits,

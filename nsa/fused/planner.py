@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
 from nsa.config import NSAConfig
-from nsa.fused.block_lists import BOUNDED_BYTES
+from nsa.fused.block_lists import BOUNDED_BYTES, goes_by_query
+from nsa.fused.layout import choose_key_block
 from nsa.fused.selection import SCORE_ELEMENTS
 from nsa.fused.token_blocks import WORKSPACE_BYTES, choose_chunk_tokens
 from nsa.fused.token_selection import chunk_tokens
@@ -200,7 +201,9 @@ class _Chunk:
         grads = self.query + 2 * self.key
         logits = self.tokens * self.heads * 3 * 4
         window = 3 * self.query + grads + self._accumulators(self.tokens, self.tokens)
-        selected = 2 * self.query + grads + self._sparse(self.key_rows, self.key_copy, self.rows)
+        size = self.problem.config.select_block_size
+        selected = self._sparse(self.key_rows, self.key_copy, self.rows, size)
+        selected += 2 * self.query + grads
         compressed = self.query + 2 * grads + 2 * self.key_cmp + self._compressed_backward()
         return logits + max(window, selected, compressed)
 
@@ -226,27 +229,34 @@ class _Chunk:
         """
         p = self.problem
         if p.config.num_cmp_selected_blocks is not None:
-            return self._sparse(self.key_cmp, self.key_cmp, self.compressed)
+            size = p.config.cmp_group_size
+            return self._sparse(self.key_cmp, self.key_cmp, self.compressed, size)
         copies = self._compressed_copies(queries)
         # Gradients of each query head's own keys, where it has them, and their sum in float32.
         gradients = self.query + 4 * self.key_cmp + (0 if p.packed else copies)
         return copies + gradients + self._accumulators(self.tokens, self.compressed)
 
-    def _sparse(self, keys: int, key_copy: int, num_keys: int) -> int:
+    def _sparse(self, keys: int, key_copy: int, num_keys: int, block_size: int) -> int:
         """A sparse backward: copies, gradients, accumulators and lists.
 
         Copied are q, keys and values; of a batch out and dout too, which packed lie in rows.
         """
         copies = (1 if self.problem.packed else 3) * self.query_copy + 2 * key_copy
         gradients = self.query_rows + 2 * keys
-        lists = self.selected + self._transposed(num_keys)
-        return copies + gradients + lists + self._accumulators(self.rows, num_keys)
+        total = copies + gradients + self.selected
+        key_block = choose_key_block(block_size, self.problem.config, self._dim)
+        if goes_by_query(key_block, self._dim):
+            return total + self._key_sums(num_keys)
+        return total + self._transposed(num_keys) + self._accumulators(self.rows, num_keys)
 
     def _accumulators(self, queries: int, keys: int) -> int:
         """FA4's, in float32: dq and two numbers a query; with grouped heads also dk and dv."""
         of_queries = queries * self.heads * (self._dim + 2) * 4
-        grouped = self.heads != self.kv_heads
-        return of_queries + (2 * keys * self.kv_heads * self._dim * 4 if grouped else 0)
+        return of_queries + (self._key_sums(keys) if self.heads != self.kv_heads else 0)
+
+    def _key_sums(self, keys: int) -> int:
+        """dk and dv in float32."""
+        return 2 * keys * self.kv_heads * self._dim * 4
 
     def _transposed(self, num_keys: int) -> int:
         """Lists by key block, each as long as the longest: at most all tiles of a sequence."""

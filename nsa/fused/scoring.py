@@ -1,6 +1,7 @@
 """What the tiles of a call may see and take when they select, as the kernel reads it."""
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ class Scoring:
     @cached_property
     def first(self) -> Tensor:
         """The first compressed token of the tile's sequence."""
-        geometry = self.geometry
-        return geometry.compressed.offset[geometry.tiles.owner].int()
+        tiles, compressed = self.geometry.tiles, self.geometry.compressed
+        if tiles.single:
+            return torch.zeros(tiles.total, dtype=torch.int32, device=self.geometry.device)
+        return compressed.offset[tiles.owner].int()
 
     @cached_property
     def visible(self) -> Tensor:
@@ -27,7 +30,7 @@ class Scoring:
         by_first = geometry.config.tile_summary == "first"
         position = geometry.tile_first if by_first else geometry.tile_last
         seen = geometry.num_visible(position, geometry.tiles.owner, "complete")
-        return torch.where(geometry.tiles.real, seen, 0).int()
+        return geometry.tiles.only_real(seen).int()
 
     @cached_property
     def candidates(self) -> Tensor:
@@ -38,7 +41,7 @@ class Scoring:
         else:
             length = geometry.tokens.count[geometry.tiles.owner]
             count = num_selection_blocks(length, geometry.config)
-        return torch.where(geometry.tiles.real, count, 0).int()
+        return geometry.tiles.only_real(count).int()
 
     @cached_property
     def own(self) -> Tensor:
@@ -46,8 +49,20 @@ class Scoring:
         return (self.geometry.tile_last // self.geometry.config.select_block_size).int()
 
     @cached_property
-    def filled(self) -> Tensor:
-        """The part of the tile's rows that are queries, float32."""
+    def tile_start(self) -> Callable[[int], Tensor]:
+        """Function of the entries of the batch: the first aligned row of each of their tiles."""
+        return lru_cache(maxsize=1)(self._tile_start)
+
+    def _tile_start(self, batch: int) -> Tensor:
+        size, tiles = self.geometry.config.q_tile_size, self.geometry.tiles
+        end = batch * tiles.total * size
+        return torch.arange(0, end, size, dtype=torch.int32, device=tiles.device)
+
+    @cached_property
+    def filled(self) -> Tensor | None:
+        """The part of each tile's rows that are queries, float32; None where every tile is full."""
         geometry = self.geometry
+        if geometry.tiles.single and geometry.tokens.total % geometry.config.q_tile_size == 0:
+            return None
         count = geometry.tile_last - geometry.tile_first + 1
         return count.clamp(min=1).float() / geometry.config.q_tile_size

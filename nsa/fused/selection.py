@@ -62,7 +62,7 @@ def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
     size, num_tiles = plan.config.q_tile_size, plan.geometry.tiles.total
     if plan.config.tile_summary == "first":
         return q_rows[0].unflatten(0, (-1, num_tiles, size))[:, :, 0]
-    start = torch.arange(0, q_rows.shape[1], size, dtype=torch.int32, device=q_rows.device)
+    start = plan.scoring.tile_start(q_rows.shape[1] // (num_tiles * size))
     mean = own_kernels.mean_forward(q_rows[0], start, size, accumulation_dtype(q_rows.dtype))
     return mean.unflatten(0, (-1, num_tiles))
 
@@ -86,7 +86,7 @@ def _visible_columns(tiles: slice, plan: Plan) -> slice:
     """
     config, tokens = plan.config, plan.geometry.tokens
     tile, block = config.q_tile_size, config.compress_block_size
-    before = len(tokens.offset) - 2
+    before = tokens.num_sequences - 1
     end = tiles.stop * tile if config.causal else (tiles.stop - 1) * tile + plan.longest
     first = tiles.start * tile - before * (tile - 1) - (plan.longest - 1) - before * (block - 1)
     return slice(max(0, first) // block, min(end, tokens.total) // block)
@@ -101,11 +101,12 @@ def _scores(summary: Tensor, keys: Tensor, tiles: slice, columns: slice, plan: P
     """
     rows = summary[:, tiles].transpose(1, 2)  # (B, H, C, D)
     dtype = accumulation_dtype(keys.dtype)
-    if plan.config.tile_summary == "first":
+    filled = None if plan.config.tile_summary == "first" else plan.scoring.filled
+    if filled is None:
         rows = _copy(rows, dtype)
     else:
         out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        rows = torch.div(rows, plan.scoring.filled[tiles, None], out=out)
+        rows = torch.div(rows, filled[tiles, None], out=out)
     keys = keys[:, :, columns].flatten(0, 1)  # (B * H_kv, W, D)
     shape = (*rows.shape[:3], keys.shape[1])
     rows = rows.view(len(keys), -1, rows.shape[-1])  # (B * H_kv, G * C, D)

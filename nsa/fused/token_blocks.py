@@ -55,7 +55,7 @@ def make_token_blocks(geometry: Geometry, batch: int) -> TokenBlocks:
 
 
 def _repeat(items: Segments, times: int) -> Segments:
-    offset = torch.arange(times + 1, device=items.offset.device) * items.total
+    offset = torch.arange(times + 1, device=items.device) * items.total
     return Segments(offset, times * items.total)
 
 

@@ -16,7 +16,6 @@ def fused_on_cpu(monkeypatch):
     for module in (emulated_own_kernels, emulated_token_kernels):
         for name in module.NAMES:
             monkeypatch.setattr(own_kernels, name, getattr(module, name))
-    monkeypatch.setattr(constraints, "TOKEN_MODE", True)
     monkeypatch.setattr(constraints, "_tensor_limit", lambda *_: None)
     monkeypatch.setattr(constraints, "_device_limit", lambda *_: None)
     monkeypatch.setattr(fa4, "version_problem", lambda: None)

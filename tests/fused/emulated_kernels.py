@@ -91,10 +91,18 @@ def sparse_forward(q, k, v, lists, *, scale, causal, key_limit=None):
 
 
 def sparse_backward(dout, q, k, v, out, lse, lists, *, scale, causal, key_limit=None):
+    arguments = dict(scale=scale, causal=causal, key_limit=key_limit, transposed=True)
+    return listed_gradients(dout, q, k, v, out, lse, lists, **arguments)
+
+
+def listed_gradients(
+    dout, q, k, v, out, lse, lists, *, scale, causal, key_limit=None, transposed=False
+):
+    """Gradients of ``sparse_forward`` by its own lists, or by transposed ones."""
     _check_tensors(q, k, v)
     _check_backward(dout, q, k, v, out, lse)
     assert out.isfinite().all()
-    mask = _sparse_mask(q, k, lists, causal, key_limit, transposed=True)
+    mask = _sparse_mask(q, k, lists, causal, key_limit, transposed)
     gradients = _backward(dout[0], q[0], k[0], v[0], out[0], lse[0], mask, scale)
     # The kernels lay a gradient out as its input.
     return tuple(

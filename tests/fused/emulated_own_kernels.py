@@ -4,6 +4,7 @@ Same names and arguments; results are contiguous, as the kernels' are. Sums are 
 16-bit inputs, else in the dtype of the inputs, so that float64 stays float64.
 """
 
+import emulated_kernels
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ NAMES = (
     "list_key_blocks",
     "count_query_tiles",
     "list_query_tiles",
+    "listed_backward",
     "top_blocks",
     "float32_products",
 )
@@ -54,6 +56,19 @@ def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight, placements=(Non
     dlogits = (dgates * g * (1 - g)).contiguous()
     dweight = torch.einsum("rhi,rhd->hid", dlogits, q.to(dtype)).to(weight.dtype).contiguous()
     return (*dbranches, dlogits, None, dweight)
+
+
+def listed_backward(dout, q, k, v, out, lse, lists, scale, key_limit):
+    """By query tile, on the forward's lists, what ``sparse_backward`` does by key block."""
+    assert lists.key_block == 64
+    assert q.shape[0] % lists.query_block == 0, (q.shape, lists.query_block)
+    assert k.shape[0] % lists.key_block == 0, k.shape
+    assert k.shape == v.shape, (k.shape, v.shape)
+    batched = (x[None] for x in (dout, q, k, v, out))
+    grads = emulated_kernels.listed_gradients(
+        *batched, lse, lists, scale=scale, causal=key_limit is None, key_limit=key_limit
+    )
+    return tuple(x[0].contiguous() for x in grads)
 
 
 def query_gradient(

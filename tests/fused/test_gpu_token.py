@@ -13,18 +13,13 @@ from token_cases import assert_same_selection
 import nsa
 from nsa import reference
 from nsa.blocks import Geometry
-from nsa.fused import constraints, interface
+from nsa.fused import interface
 from nsa.fused.layout import make_plan
 from nsa.fused.token_selection import select_tokens
 from nsa.reference.compression import compress
 from nsa.testing import make_cu_seqlens
 
 pytestmark = gpu_test
-
-
-@pytest.fixture(autouse=True)
-def token_mode(monkeypatch):
-    monkeypatch.setattr(constraints, "TOKEN_MODE", True)
 
 
 class Form(NamedTuple):

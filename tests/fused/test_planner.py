@@ -259,10 +259,10 @@ def test_estimate_by_hand():
     # float32 summaries twice and compressed keys; indices and lists.
     forward = branches + 2 * 8 + (2 * 0.5 + 0.5) + 2 * 0.25 + 2 * 0.125
     assert workspace_bytes(sizes, 2, save=False, recompute=False) == forward * mib
-    # In the selected branch: gradients of two outputs; of q, k and v of the window branch and of
-    # its own; FA4's accumulators of them with two numbers a query; lists both ways; dlogits.
+    # In the window branch: gradients of three outputs, and of q, k and v; FA4's accumulators of
+    # them with two numbers a query; dlogits; what was selected.
     accumulators = 128 + 2 * 2 + 2 * 32
-    backward = 2 * 64 + 2 * (64 + 2 * 16) + accumulators + 2 * 0.125 + 8 + 6
+    backward = 3 * 64 + (64 + 2 * 16) + accumulators + 6 + 0.125
     assert workspace_bytes(sizes, 2, save=True, recompute=False) == (branches + backward) * mib
     # One of the two KV heads holds half of that, but all that was selected.
     one = (branches + backward + 0.125) / 2

@@ -88,7 +88,6 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
         work |= {
             "selected_attention/selected_lists": Work(8 * listed, 0),
             "selected_attention_backward/selected_lists": Work(8 * listed, 0),
-            "selected_attention_backward/transpose_lists": Work(8 * listed, 0),
         }
     branches = {
         "compressed_attention": (pairs.compressed, compressed_key),

@@ -5,9 +5,7 @@ in registers, while query rows and output gradients of the item's pairs stream p
 (row r is query head ``r % G`` of pair ``r // G``, as in the forward). Scores are computed
 transposed, keys by rows, so that P and dS are in registers what dV and dK multiply; dS goes through
 shared memory for dQ alone. dQ, dK and dV are added in float32 to buffers in global memory, 16 bytes
-at a time, so the order of the sums, and the last bits of the result, vary from run to run. Within
-each 16 columns the buffers hold them in the order in which a thread of wgmma has them; the
-conversion to the dtype of q restores it.
+at a time, so the order of the sums, and the last bits of the result, vary from run to run.
 
 One warpgroup computes a tile. Where dK and dV do not fit its registers there are two: both compute
 P and dS, and each half the columns of dK, dV and dQ.
@@ -24,10 +22,10 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import LayoutEnum, hopper_helpers
 from flash_attn.cute import utils
-from flash_attn.cute.copy_utils import atomic_add_fp32x4
 from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.inverted_index import ITEM_FIELDS, ITEM_TOKENS, invert_index
 from nsa.fused.kernels.selected_forward import async_row_copy, row_lanes
 from nsa.fused.kernels.vectors import (
@@ -38,7 +36,6 @@ from nsa.fused.kernels.vectors import (
     fake_flat,
     flat_rows,
     load_vector,
-    store_vector,
 )
 from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens
 
@@ -51,8 +48,6 @@ _WARP_ROWS = 16
 _SHARED_BYTES = 227 * 1024
 _LOG2_E = math.log2(math.e)
 _THREADS = 256
-# Columns that a quad of threads adds together, 4 each.
-_QUAD = 16
 
 
 class SelectedBackward:
@@ -351,7 +346,7 @@ class SelectedBackward:
                     column = (wg * self.dq_parts + i) * self.dq_columns
                     for r in cutlass.range_constexpr(2):
                         if offsets[r] >= 0:
-                            self._add_row(acc_dQ, r, mdQ, offsets[r] + column, lane)
+                            add_row(acc_dQ, r, mdQ, offsets[r] + column, lane)
                 warpgroup.wait_group(0)
 
             for acc, mX, width in ((acc_dK, mdK, columns), (acc_dV, mdV, columns_v)):
@@ -360,7 +355,7 @@ class SelectedBackward:
                     if key < keys:
                         row = Int64(first + key) * kv_heads + kv_head
                         offset = (row * self.warpgroups + wg) * width
-                        self._add_row(acc, r, mX, offset, lane)
+                        add_row(acc, r, mX, offset, lane)
 
     @cute.jit
     def _columns_of(self, x: cute.Tensor, width: cutlass.Constexpr[int], wg: Int32) -> cute.Tensor:
@@ -503,22 +498,6 @@ class SelectedBackward:
             offsets.append(offset if row < count * self.group else Int64(-1))
         return offsets[0], offsets[1]
 
-    @cute.jit
-    def _add_row(
-        self,
-        acc: cute.Tensor,
-        r: cutlass.Constexpr[int],
-        mX: cute.Tensor,
-        offset: Int64,
-        lane: Int32,
-    ):
-        """Add row ``r`` of the accumulator; of 16 columns a thread has 4, which lie together."""
-        row = layout_utils.reshape_acc_to_mn(acc)[r, None]
-        pointer = mX.iterator + (offset + lane % 4 * 4)
-        for i in cutlass.range_constexpr(cute.size(row) // 4):
-            values = tuple(row[4 * i + j] for j in range(4))
-            atomic_add_fp32x4(*values, pointer + i * _QUAD)
-
 
 class RowStatistics:
     """``lse * log2(e)``, and delta, the sum of ``dout * out``, of each row and head."""
@@ -579,32 +558,6 @@ class RowStatistics:
             mDelta[row] = delta
 
 
-class Convert:
-    """The sums of SelectedBackward, times a factor, in a dtype and the order of the columns."""
-
-    @cute.jit
-    def __call__(self, mSum: cute.Tensor, mX: cute.Tensor, quads: Int32, factor: Float32, stream):
-        self.kernel(mSum, mX, quads, factor).launch(
-            grid=[cute.ceil_div(quads, _THREADS), 1, 1], block=[_THREADS, 1, 1], stream=stream
-        )
-
-    @cute.kernel
-    def kernel(self, mSum: cute.Tensor, mX: cute.Tensor, quads: Int32, factor: Float32):
-        tidx, _, _ = cute.arch.thread_idx()
-        bidx, _, _ = cute.arch.block_idx()
-        quad = bidx * _THREADS + tidx
-        if quad < quads:
-            offset = Int64(quad) * _QUAD
-            halves = [load_vector(mSum, offset + i * VECTOR) for i in range(2)]
-            for i in cutlass.range_constexpr(2):
-                # Column 8 i + 2 t + c stands at 4 t + 2 i + c: thread t of the quad had it.
-                out = cute.make_rmem_tensor(VECTOR, Float32)
-                for t in cutlass.range_constexpr(4):
-                    for c in cutlass.range_constexpr(2):
-                        out[2 * t + c] = halves[t // 2][t % 2 * 4 + 2 * i + c]
-                store_vector(out.load() * factor, mX, offset + i * VECTOR)
-
-
 @functools.lru_cache(maxsize=None)
 def compile_backward(
     dtype: torch.dtype,
@@ -637,12 +590,6 @@ def compile_statistics(dtype: torch.dtype, head_dim_v: int) -> Callable:
     )
 
 
-@functools.lru_cache(maxsize=None)
-def compile_convert(dtype: torch.dtype) -> Callable:
-    tensors = fake_flat(Float32), fake_flat(CUTE_DTYPES[dtype])
-    return compile_kernel(Convert(), *tensors, Int32(1), Float32(1.0))
-
-
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -654,7 +601,6 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"selected-backward-{form}", functools.partial(compile_backward, *arguments)
             statistics = functools.partial(compile_statistics, dtype, dim)
             yield f"row-statistics-{name}-{dim}", statistics
-        yield f"convert-{name}", functools.partial(compile_convert, dtype)
 
 
 def selected_backward(
@@ -703,7 +649,7 @@ def selected_backward(
         *(q_stride, k_stride, v_stride, do_stride, kv_heads, waves, wave_items),
         *(index.chunk_tokens * index.slots, index.chunks, index.chunk_tokens, scale * _LOG2_E),
     )
-    gradients = [torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes]
-    for summed, gradient, factor in zip(sums, gradients, (scale, scale, 1.0), strict=True):
-        compile_convert(q.dtype)(summed, gradient.view(-1), summed.numel() // _QUAD, factor)
-    return tuple(gradients)
+    return tuple(
+        convert_sums(x, shape, q.dtype, factor)
+        for x, shape, factor in zip(sums, shapes, (scale, scale, 1.0), strict=True)
+    )

@@ -89,9 +89,11 @@ def flat_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
     """
     if x is None:
         return None, 0
+    rows, width = x.shape[0], math.prod(x.shape[1:])
+    if x.is_contiguous() and is_aligned(x):
+        return x.view(-1), width
     if not _has_flat_rows(x):
         x = x.clone(memory_format=torch.contiguous_format)
-    rows, width = x.shape[0], math.prod(x.shape[1:])
     stride = x.stride(0) if rows > 1 else width
     return x.as_strided(((rows - 1) * stride + width,), (1,)), stride
 

@@ -1,0 +1,558 @@
+"""Attention of query tiles to listed 64-key blocks, backward: a tile's queries meet its blocks.
+
+A CTA has up to 256 query rows of one head: their Q and dO stay in shared memory, their dQ in
+registers, while the K and V of the listed blocks stream past. dK and dV of a block are added in
+float32 to buffers in global memory (as in :mod:`nsa.fused.kernels.selected_backward`, so their last
+bits vary from run to run). A block costs 64 KiB of such additions, whatever the rows; going by key
+block, as FlashAttention-4 does, costs Q, dO and twice a float32 dQ of each tile instead, and needs
+the lists transposed.
+
+Each warpgroup has one or two units of 64 rows. For each it computes S, P, dP and dS, adds dS K to
+its dQ, and leaves P and dS in shared memory. With two warpgroups one then computes dV of the block
+from all rows, the other dK.
+
+What a row's dO and O add up to (delta) is computed at the start, while Q and dO are on their way.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.utils import LayoutEnum, hopper_helpers
+from flash_attn.cute import utils
+from quack import copy_utils, layout_utils, sm90_utils
+from torch import Tensor
+
+from nsa.fused.kernels.float_sums import add_row, convert_sums
+from nsa.fused.kernels.selected_forward import async_row_copy, row_copy, row_lanes
+from nsa.fused.kernels.vectors import (
+    CUTE_DTYPES,
+    VECTOR,
+    compile_kernel,
+    dot,
+    fake_flat,
+    flat_rows,
+    load_vector,
+)
+from nsa.fused.seam import BlockLists
+
+_WARPGROUP = 128
+_WARP = 32
+_WARP_ROWS = 16
+# Rows of a unit, and keys of a block: rows of wgmma.
+_ROWS = 64
+_KEYS = 64
+_LOG2_E = math.log2(math.e)
+
+
+class ListedBackward:
+    """Writes dQ, adds to dV and dK; scores are not scaled in dK.
+
+    ``rows`` of a CTA are 64, 128 or 256; with ``limited`` a row sees keys before a limit of its own
+    instead of those up to itself.
+    """
+
+    def __init__(
+        self,
+        dtype: type[cutlass.Numeric],
+        head_dim: int,
+        group: int,
+        rows: int,
+        limited: bool,
+    ):
+        self.dtype = dtype
+        self.head_dim = head_dim
+        self.group = group
+        self.rows = rows
+        self.limited = limited
+        self.stages = rows // _ROWS
+        self.warpgroups = min(2, self.stages)
+        self.units = self.stages // self.warpgroups
+        self.threads = _WARPGROUP * self.warpgroups
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mdO: cute.Tensor,
+        mO: cute.Tensor,
+        mLse: cute.Tensor,
+        mLimit: cute.Tensor | None,
+        mCount: cute.Tensor,
+        mIndex: cute.Tensor,
+        mFullCount: cute.Tensor | None,
+        mFullIndex: cute.Tensor | None,
+        mdQ: cute.Tensor,
+        mdV: cute.Tensor,
+        mdK: cute.Tensor,
+        q_stride: Int64,
+        k_stride: Int64,
+        v_stride: Int64,
+        do_stride: Int64,
+        o_stride: Int64,
+        num_rows: Int32,
+        kv_heads: Int32,
+        parts: Int32,
+        width: Int32,
+        full_width: Int32,
+        scale: Float32,
+        stream,
+    ):
+        make_layout = functools.partial(
+            sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
+        )
+        # dO, then Q; and P, then dS.
+        rows_smem = make_layout((_ROWS, self.head_dim), stage=2 * self.stages)
+        ds_smem = make_layout((_ROWS, _KEYS), stage=2 * self.stages)
+        keys_smem = make_layout((_KEYS, self.head_dim))
+        make_mma = functools.partial(
+            hopper_helpers.make_trivial_tiled_mma,
+            self.dtype,
+            self.dtype,
+            acc_dtype=Float32,
+            atom_layout_mnk=(1, 1, 1),
+        )
+        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
+        mma_s = make_mma(k_major, k_major, tiler_mn=(_ROWS, _KEYS))
+        mma_dq = make_mma(
+            k_major,
+            mn_major,
+            tiler_mn=(_ROWS, self.head_dim),
+            a_source=warpgroup.OperandSource.RMEM,
+        )
+        mma_dkv = make_mma(mn_major, mn_major, tiler_mn=(_KEYS, self.head_dim))
+        tensors = (mQ, mK, mV, mdO, mO, mLse, mLimit, mCount, mIndex, mFullCount, mFullIndex)
+        strides = (q_stride, k_stride, v_stride, do_stride, o_stride)
+        sizes = (num_rows, kv_heads, parts, width, full_width, scale)
+        layouts = (mma_s, mma_dq, mma_dkv, rows_smem, keys_smem, ds_smem)
+        self.kernel(*tensors, mdQ, mdV, mdK, *strides, *sizes, *layouts).launch(
+            grid=[num_rows // self.rows, kv_heads * self.group, 1],
+            block=[self.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            preferred_smem_carveout=100,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mdO: cute.Tensor,
+        mO: cute.Tensor,
+        mLse: cute.Tensor,
+        mLimit: cute.Tensor | None,
+        mCount: cute.Tensor,
+        mIndex: cute.Tensor,
+        mFullCount: cute.Tensor | None,
+        mFullIndex: cute.Tensor | None,
+        mdQ: cute.Tensor,
+        mdV: cute.Tensor,
+        mdK: cute.Tensor,
+        q_stride: Int64,
+        k_stride: Int64,
+        v_stride: Int64,
+        do_stride: Int64,
+        o_stride: Int64,
+        num_rows: Int32,
+        kv_heads: Int32,
+        parts: Int32,
+        width: Int32,
+        full_width: Int32,
+        scale: Float32,
+        mma_s: cute.TiledMma,
+        mma_dq: cute.TiledMma,
+        mma_dkv: cute.TiledMma,
+        rows_smem: cute.ComposedLayout,
+        keys_smem: cute.ComposedLayout,
+        ds_smem: cute.ComposedLayout,
+    ):
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, head, _ = cute.arch.block_idx()
+        first_row = bidx * self.rows
+        kv_head = head // self.group
+        warp_in_cta = cute.arch.make_warp_uniform(tidx // _WARP)
+        wg, warp = warp_in_cta // 4, warp_in_cta % 4
+        lane, thread = tidx % _WARP, tidx % _WARPGROUP
+
+        smem = cutlass.utils.SmemAllocator()
+        sRows, sdS, sK, sV = (
+            smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
+            for x in (rows_smem, ds_smem, keys_smem, keys_smem)
+        )
+        sLse, sDelta = (
+            smem.allocate_tensor(Float32, cute.make_layout(self.rows), 16) for _ in range(2)
+        )
+
+        # A list is of `parts` CTAs.
+        tiles = num_rows // (self.rows * parts)
+        listed = Int64(head) * tiles + bidx // parts
+        entries = mCount[listed]
+        partial = entries
+        if const_expr(mFullCount is not None):
+            entries += mFullCount[listed]
+        block_of = functools.partial(
+            self._block, mIndex, mFullIndex, listed * width, listed * full_width, partial
+        )
+        load_rows = functools.partial(self._load_rows, tidx)
+        k_column = kv_head * self.head_dim
+        block = Int32(0)
+        if entries > 0:
+            block = block_of(Int32(0))
+            load_rows(mK, sK, k_stride, k_column, block * _KEYS)
+            load_rows(mV, sV, v_stride, k_column, block * _KEYS)
+        q_column = head * self.head_dim
+        for i in cutlass.range_constexpr(self.stages):
+            row = first_row + i * _ROWS
+            load_rows(mdO, sRows[None, None, i], do_stride, q_column, row)
+            load_rows(mQ, sRows[None, None, self.stages + i], q_stride, q_column, row)
+        cute.arch.cp_async_commit_group()
+        self._row_statistics(
+            *(mdO, mO, mLse, sLse, sDelta, do_stride, o_stride, q_column),
+            *(Int64(head) * num_rows, first_row, tidx),
+        )
+
+        thr_s, thr_dq, thr_dkv = (mma.get_slice(0) for mma in (mma_s, mma_dq, mma_dkv))
+        partition = sm90_utils.partition_fragment_ABC
+        _, tSrRows, tSrK = partition(thr_s, (_ROWS, _KEYS, self.head_dim), sRows, sK)
+        _, _, tPrV = partition(thr_s, (_ROWS, _KEYS, self.head_dim), sRows, sV)
+        shape = (_ROWS, self.head_dim, _KEYS)
+        _, _, tdQrKt = partition(thr_dq, shape, None, layout_utils.transpose_view(sK))
+        _, tdKVrdSt, tdKVrRowst = partition(
+            thr_dkv,
+            (_KEYS, self.head_dim, _ROWS),
+            layout_utils.transpose_view(sdS),
+            layout_utils.transpose_view(sRows),
+        )
+        acc_dQ = [
+            cute.make_rmem_tensor(thr_dq.partition_shape_C((_ROWS, self.head_dim)), Float32)
+            for _ in range(self.units)
+        ]
+        for acc in acc_dQ:
+            acc.fill(0.0)
+        store_ds, _, _ = copy_utils.get_smem_store_C(mma_s, sdS, thread, position_independent=True)
+        tScS = layout_utils.reshape_acc_to_mn(
+            mma_s.get_slice(thread).partition_C(cute.make_identity_tensor((_ROWS, _KEYS)))
+        )
+
+        scale_log2 = scale * _LOG2_E
+        for entry in cutlass.range(entries, unroll=1):
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.fence_view_async_shared()
+            # Also: what reads P and dS of the last block is done.
+            cute.arch.barrier()
+            first_key = block * _KEYS
+            if entry + 1 < entries:
+                block = block_of(entry + 1)
+            for u in cutlass.range_constexpr(self.units):
+                unit = wg * self.units + u
+                scores = functools.partial(
+                    sm90_utils.gemm_zero_init, mma_s, (_ROWS, _KEYS), tSrRows
+                )
+                acc_S = scores(tSrK, A_idx=self.stages + unit, wg_wait=-1)
+                acc_dP = scores(tPrV, A_idx=unit, wg_wait=1)
+                acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
+                row = unit * _ROWS + tScS[0, 0][0]
+                self._mask(acc_S_mn, tScS, mLimit, first_row + row, first_key)
+                for r in cutlass.range_constexpr(2):
+                    lse = sLse[row + 8 * r]
+                    for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
+                        acc_S_mn[r, c] = cute.math.exp2(
+                            acc_S_mn[r, c] * scale_log2 - lse, fastmath=True
+                        )
+                rP = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), self.dtype)
+                store_ds(rP, dst_idx=unit)
+
+                warpgroup.wait_group(0)
+                acc_dP_mn = layout_utils.reshape_acc_to_mn(acc_dP)
+                for r in cutlass.range_constexpr(2):
+                    delta = sDelta[row + 8 * r]
+                    for c in cutlass.range_constexpr(cute.size(acc_dP_mn, mode=[1])):
+                        acc_dP_mn[r, c] = acc_S_mn[r, c] * (acc_dP_mn[r, c] - delta)
+                rdS = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_dP), self.dtype)
+                store_ds(rdS, dst_idx=self.stages + unit)
+                sm90_utils.gemm(mma_dq, acc_dQ[u], rdS, tdQrKt, wg_wait=-1)
+            warpgroup.wait_group(0)
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier()
+
+            # The first warpgroup has dV, from P and dO; the second dK, from dS and Q.
+            for i in cutlass.range_constexpr(2 // self.warpgroups):
+                which = wg + i
+                acc = cute.make_rmem_tensor(
+                    thr_dkv.partition_shape_C((_KEYS, self.head_dim)), Float32
+                )
+                for stage in cutlass.range_constexpr(self.stages):
+                    at = which * self.stages + stage
+                    sm90_utils.gemm(
+                        mma_dkv,
+                        acc,
+                        tdKVrdSt[None, None, None, at],
+                        tdKVrRowst[None, None, None, at],
+                        zero_init=stage == 0,
+                        wg_wait=-1,
+                    )
+                if const_expr(i == 0):
+                    if entry + 1 < entries:
+                        load_rows(mK, sK, k_stride, k_column, block * _KEYS)
+                        load_rows(mV, sV, v_stride, k_column, block * _KEYS)
+                    cute.arch.cp_async_commit_group()
+                warpgroup.wait_group(0)
+                for r in cutlass.range_constexpr(2):
+                    key = Int64(first_key + (warp * _WARP_ROWS + lane // 4 + 8 * r))
+                    offset = (key * kv_heads + kv_head) * self.head_dim
+                    if which == 0:
+                        add_row(acc, r, mdV, offset, lane)
+                    else:
+                        add_row(acc, r, mdK, offset, lane)
+
+        # All have read Q; its place takes dQ.
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.barrier()
+        store_dq, _, _ = copy_utils.get_smem_store_C(
+            mma_dq, sRows, thread, position_independent=True
+        )
+        for u in cutlass.range_constexpr(self.units):
+            unit = wg * self.units + u
+            acc_dQ[u].store(acc_dQ[u].load() * scale)
+            store_dq(utils.cvt_f16(acc_dQ[u], self.dtype), dst_idx=self.stages + unit)
+            cute.arch.sync_warp()
+            row = Int64(first_row + unit * _ROWS + warp * _WARP_ROWS)
+            heads = kv_heads * self.group
+            self._store_rows(
+                sRows[None, None, self.stages + unit],
+                mdQ,
+                (row * heads + head) * self.head_dim,
+                Int64(heads) * self.head_dim,
+                warp,
+                lane,
+            )
+
+    @cute.jit
+    def _block(
+        self,
+        mIndex: cute.Tensor,
+        mFullIndex: cute.Tensor | None,
+        start: Int64,
+        full_start: Int64,
+        partial: Int32,
+        entry: Int32,
+    ) -> Int32:
+        """The key block of an entry: those of the full list come after the partial ones."""
+        block = Int32(0)
+        if const_expr(mFullIndex is None):
+            block = mIndex[start + entry]
+        else:
+            if entry < partial:
+                block = mIndex[start + entry]
+            else:
+                block = mFullIndex[full_start + (entry - partial)]
+        return block
+
+    @cute.jit
+    def _load_rows(
+        self,
+        tidx: Int32,
+        mX: cute.Tensor,
+        sX: cute.Tensor,
+        stride: Int64,
+        column: Int32,
+        first: Int32,
+    ):
+        """64 rows from ``first`` on."""
+        lanes = const_expr(row_lanes(self.head_dim))
+        thr_copy = async_row_copy(self.dtype, lanes, self.threads).get_slice(tidx)
+        tXsX = copy_utils.partition_D_position_independent(thr_copy, sX)
+        for m in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
+            row = first + tidx // lanes + m * (self.threads // lanes)
+            offset = Int64(row) * stride + column + tidx % lanes * VECTOR
+            for k in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+                pointer = mX.iterator + cute.assume(offset + k * lanes * VECTOR, divby=VECTOR)
+                source = cute.make_tensor(pointer, cute.make_layout(((VECTOR, 1),)))
+                cute.copy(thr_copy, source, tXsX[None, m, k])
+
+    @cute.jit
+    def _row_statistics(
+        self,
+        mdO: cute.Tensor,
+        mO: cute.Tensor,
+        mLse: cute.Tensor,
+        sLse: cute.Tensor,
+        sDelta: cute.Tensor,
+        do_stride: Int64,
+        o_stride: Int64,
+        column: Int32,
+        lse_start: Int64,
+        first_row: Int32,
+        tidx: Int32,
+    ):
+        """``lse * log2(e)``, inf for a row that saw no key, and delta, the sum of dO * O."""
+        lanes = const_expr(row_lanes(self.head_dim))
+        lane = tidx % lanes
+        for i in cutlass.range_constexpr(self.rows * lanes // self.threads):
+            local = i * (self.threads // lanes) + tidx // lanes
+            row = Int64(first_row + local)
+            delta = Float32(0.0)
+            for k in cutlass.range_constexpr(self.head_dim // (lanes * VECTOR)):
+                at = column + lane * VECTOR + k * lanes * VECTOR
+                rdO = load_vector(mdO, row * do_stride + at)
+                rO = load_vector(mO, row * o_stride + at)
+                delta += dot(rdO.load().to(Float32), rO.load().to(Float32))
+            delta = cute.arch.warp_reduction_sum(delta, threads_in_group=lanes)
+            if lane == 0:
+                lse = mLse[lse_start + row]
+                sLse[local] = Float32.inf if lse == -Float32.inf else lse * _LOG2_E
+                sDelta[local] = delta
+
+    @cute.jit
+    def _mask(
+        self,
+        acc_S_mn: cute.Tensor,
+        tScS: cute.Tensor,
+        mLimit: cute.Tensor | None,
+        row: Int32,
+        first_key: Int32,
+    ):
+        """-inf for keys that the thread's two rows, ``row`` and eight after, do not see."""
+        limits = cute.make_rmem_tensor(2, Int32)
+        for r in cutlass.range_constexpr(2):
+            limit = row + 8 * r + 1
+            if const_expr(self.limited):
+                limit = mLimit[row + 8 * r]
+            limits[r] = limit - first_key
+        if cutlass.min(limits[0], limits[1]) < _KEYS:
+            for r in cutlass.range_constexpr(2):
+                for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
+                    visible = tScS[r, c][1] < limits[r]
+                    acc_S_mn[r, c] = acc_S_mn[r, c] if visible else -Float32.inf
+
+    @cute.jit
+    def _store_rows(
+        self,
+        sX: cute.Tensor,
+        mX: cute.Tensor,
+        start: Int64,
+        stride: Int64,
+        warp: Int32,
+        lane: Int32,
+    ):
+        """The warp's 16 rows of a unit, in whole lines."""
+        lanes = const_expr(row_lanes(self.head_dim))
+        thr_copy = row_copy(self.dtype, lanes, _WARP, cute.nvgpu.CopyUniversalOp()).get_slice(lane)
+        tile = cute.local_tile(sX, (_WARP_ROWS, self.head_dim), (warp, 0))
+        tXsX = thr_copy.partition_S(tile)
+        for m in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
+            row = lane // lanes + m * (_WARP // lanes)
+            offset = start + row * stride + lane % lanes * VECTOR
+            for k in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+                rX = cute.make_rmem_tensor(((VECTOR, 1),), self.dtype)
+                cute.autovec_copy(tXsX[None, m, k], rX)
+                pointer = mX.iterator + cute.assume(offset + k * lanes * VECTOR, divby=VECTOR)
+                cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(((VECTOR, 1),))))
+
+
+@functools.lru_cache(maxsize=None)
+def compile_backward(
+    dtype: torch.dtype, head_dim: int, group: int, rows: int, limited: bool, has_full: bool
+) -> Callable:
+    cute_dtype = CUTE_DTYPES[dtype]
+
+    def ints(wanted: bool = True):
+        return fake_flat(Int32 if wanted else None, alignment=4)
+
+    return compile_kernel(
+        ListedBackward(cute_dtype, head_dim, group, rows, limited),
+        *(fake_flat(cute_dtype) for _ in range(5)),
+        fake_flat(Float32, alignment=4),
+        ints(limited),
+        *(ints(), ints(), ints(has_full), ints(has_full)),
+        fake_flat(cute_dtype),
+        *(fake_flat(Float32) for _ in range(2)),
+        *(Int64(1) for _ in range(5)),
+        *(Int32(1) for _ in range(5)),
+        Float32(1.0),
+    )
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names, and functions that compile what each names; no GPU is needed."""
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        for dim, group, rows in ((64, 1, 256), (96, 3, 128), (128, 4, 64), (128, 4, 256)):
+            for limited, has_full in ((False, False), (True, True)):
+                form = f"{name}-{dim}-{group}-{rows}{'-limit' if limited else ''}"
+                arguments = (dtype, dim, group, rows, limited, has_full)
+                yield f"listed-backward-{form}", functools.partial(compile_backward, *arguments)
+
+
+def listed_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_limit: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of attention to listed key blocks; the last bits of dk and dv vary.
+
+    Args:
+        dout: ``(Tq, H, D)``, the gradient of ``out``.
+        q: ``(Tq, H, D)``, bfloat16 or float16. Slices of heads are read where they are, as of the
+            others. ``Tq`` is a multiple of ``lists.query_block``.
+        k, v: ``(Tk, H_kv, D)``, ``Tk`` a multiple of 64.
+        out, lse: as :func:`nsa.fused.fa4.sparse_forward` gave them, ``lse (1, H, Tq)``.
+        lists: the forward's, of 64-key blocks.
+        scale: positive.
+        key_limit: int32 ``(Tq,)``, at most ``Tk``: a query sees keys before it; None: those up to
+            its own row.
+
+    Returns:
+        dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous.
+    """
+    (num_rows, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    _check(q, k, v, lists)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sums = torch.zeros(2, k.numel(), dtype=torch.float32, device=q.device)
+    if dq.numel():
+        rows = next(x for x in (256, 128, 64) if lists.query_block % x == 0)
+        has_full = lists.full_count is not None
+        kernel = compile_backward(
+            q.dtype, head_dim, heads // kv_heads, rows, key_limit is not None, has_full
+        )
+        flattened, strides = zip(*map(flat_rows, (q, k, v, dout, out)), strict=True)
+        entries = [None if x is None else x.contiguous().view(-1) for x in lists[:4]]
+        widths = [0 if x is None else x.shape[-1] for x in (lists.partial_index, lists.full_index)]
+        kernel(
+            *(*flattened, lse.contiguous().view(-1), key_limit, *entries, dq.view(-1), *sums),
+            *(*strides, num_rows, kv_heads, lists.query_block // rows, *widths, scale),
+        )
+    dv, dk = (
+        convert_sums(x, like.shape, q.dtype, factor)
+        for x, like, factor in zip(sums, (v, k), (1.0, scale), strict=True)
+    )
+    return dq, dk, dv
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> None:
+    """Raise on what the kernel cannot take."""
+    if k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[2] not in (64, 96, 128):
+        raise ValueError(
+            f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; they must "
+            "have the same 64, 96 or 128 channels"
+        )
+    if lists.key_block != _KEYS:
+        raise ValueError(f"lists are of {lists.key_block}-key blocks; they must be of {_KEYS}")
+    for name, x, multiple in (("q", q, lists.query_block), ("k", k, _KEYS)):
+        if x.shape[0] % multiple:
+            raise ValueError(f"{name} has {x.shape[0]} rows; it must have a multiple of {multiple}")

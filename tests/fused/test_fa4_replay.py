@@ -1,0 +1,139 @@
+"""FA4's own Python, as it is, with stand-ins for its compiled kernels: replays pass the same."""
+
+import pytest
+import torch
+
+from nsa.fused import fa4, fa4_replay
+from nsa.fused.seam import BlockLists
+
+interface = pytest.importorskip("flash_attn.cute.interface")
+
+if fa4.version_problem():
+    pytest.skip(fa4.version_problem(), allow_module_level=True)
+
+ROWS, HEADS, KV_HEADS, DIM = 256, 8, 2, 128
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says so to FA4's checks."""
+
+    is_cuda = True
+
+
+class Kernels:
+    """A compile cache that has a kernel for everything, and keeps what these are called with."""
+
+    def __init__(self):
+        self.calls, self.lookups = [], 0
+
+    def __contains__(self, key) -> bool:
+        return True
+
+    def __getitem__(self, key):
+        self.lookups += 1
+        return lambda *arguments: self.calls.append(arguments)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    cache = Kernels()
+    monkeypatch.setattr(interface._flash_attn_fwd, "compile_cache", cache)
+    monkeypatch.setattr(interface, "_get_device_arch", lambda: 90)
+    monkeypatch.setattr(interface, "get_num_sms_for_selection", lambda *_: 132)
+    monkeypatch.setattr(fa4_replay, "_known", {})
+    monkeypatch.setattr(fa4, "_zero_count", torch.zeros_like)
+    return cache
+
+
+def make(*shape, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype).as_subclass(OnGpu)
+
+
+def window():
+    q, k, v = make(1, ROWS, HEADS, DIM), *(make(1, ROWS, KV_HEADS, DIM) for _ in range(2))
+    return fa4.dense_forward(q, k, v, scale=0.1, causal=True, window_size=(63, None))
+
+
+def into_slices():
+    """As folding has it: permuted views of what is written, a batch of heads."""
+    q, out = (make(ROWS, HEADS, DIM).unflatten(0, (-1, 64)).permute(2, 0, 1, 3) for _ in range(2))
+    k, v = (make(HEADS, ROWS // 64, 1, DIM) for _ in range(2))
+    lse = make(HEADS, 64, ROWS // 64, dtype=torch.float32)
+    mask = dict(scale=0.2, causal=True, window_size=(None, None))
+    return fa4.dense_forward(q, k, v, out=out, lse=lse, **mask)
+
+
+def sparse(**mask):
+    q, k, v = make(1, ROWS, HEADS, DIM), *(make(1, ROWS, KV_HEADS, DIM) for _ in range(2))
+    lists = (make(1, HEADS, 2, dtype=torch.int32), make(1, HEADS, 2, 2, dtype=torch.int32))
+    lists = BlockLists(*lists, None, None, 128, 128)
+    return fa4.sparse_forward(q, k, v, lists, scale=0.1, **mask)
+
+
+def sparse_causal():
+    return sparse(causal=True)
+
+
+def sparse_limit():
+    return sparse(causal=False, key_limit=make(ROWS, dtype=torch.int32))
+
+
+CALLS = [window, into_slices, sparse_causal, sparse_limit]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_replays_pass_what_fa4_passes(call, kernels):
+    results = [call(), call()]
+    # Looked up for the first call alone.
+    assert kernels.lookups == 1
+    first, second = map(describe, kernels.calls)
+    assert first == second
+    for arguments, (out, lse) in zip(kernels.calls, results, strict=True):
+        assert arguments[3].data_ptr() == out.data_ptr()
+        assert arguments[4].data_ptr() == lse.data_ptr()
+    assert [describe(x) for x in results[0]] == [describe(x) for x in results[1]]
+
+
+def describe(x):
+    """All of an argument but where it lies."""
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.stride(), x.dtype, x.requires_grad
+    return tuple(map(describe, x)) if isinstance(x, (tuple, list)) else x
+
+
+def test_other_layouts_and_options_are_other_calls(kernels):
+    for call in (*CALLS, *CALLS):
+        call()
+    assert kernels.lookups == len(CALLS)
+    q, k = make(1, ROWS, HEADS, DIM), make(1, ROWS, KV_HEADS, DIM)
+    mask = dict(scale=0.1, causal=True, window_size=(63, None))
+    wide = make(1, ROWS, HEADS, 2 * DIM)[..., :DIM]
+    for arguments in ((q, k[:, :64], k[:, :64]), (wide, k, k)):
+        fa4.dense_forward(*arguments, **mask)
+    fa4.dense_forward(q, k, k, **(mask | dict(window_size=(62, None))))
+    fa4.dense_forward(q, k, k, **(mask | dict(causal=False)))
+    assert kernels.lookups == len(CALLS) + 4
+
+
+def test_what_fa4_copies_is_never_replayed(kernels):
+    k = make(1, ROWS, KV_HEADS, DIM)
+    q = make(ROWS * HEADS * DIM + 1)[1:].view(1, ROWS, HEADS, DIM)
+    for _ in range(2):
+        fa4.dense_forward(q, k, k, scale=0.1, causal=True, window_size=(None, None))
+    assert kernels.lookups == 2
+    for arguments in kernels.calls:
+        assert arguments[0].data_ptr() % 16 == 0
+
+
+def test_another_gpu_is_never_replayed(kernels, monkeypatch):
+    monkeypatch.setattr(interface, "_get_device_arch", lambda: 100)
+    for _ in range(2):
+        window()
+    assert kernels.lookups == 2
+
+
+def test_known_calls_are_bounded(kernels, monkeypatch):
+    monkeypatch.setattr(fa4_replay, "MAX_KNOWN", 2)
+    for call in CALLS:
+        call()
+    assert len(fa4_replay._known) <= 2
