@@ -318,8 +318,8 @@ class _TokenChunk(_Chunk):
         slots, blocks = p.config.num_selected_blocks, num_selection_blocks(self.tokens, p.config)
         chunk = choose_chunk_tokens(self.tokens, group, blocks, slots, 2 * self._dim)
         of_token = slots * group * (self._dim * p.itemsize + 4)
-        # At least a unit in each of two buffers; the last chunk is not shorter than the others.
-        wave = max(WORKSPACE_BYTES, 2 * chunk * of_token)
+        # At least a unit; the last chunk is not shorter than the others.
+        wave = max(WORKSPACE_BYTES, chunk * of_token)
         results = min(wave, self.kv_heads * (self.tokens + chunk) * of_token)
         return 3 * self._pairs * 4 + results
 

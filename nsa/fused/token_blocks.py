@@ -67,7 +67,7 @@ def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_byt
     return 1 << min(max(fits, enough, 64) - 1, max(total - 1, 63)).bit_length()
 
 
-def units_of_wave(chunk_tokens: int, slots: int, group: int, head_dim_v: int, buffers: int) -> int:
-    """How many units' partial results fit one of the buffers of the workspace."""
+def units_of_wave(chunk_tokens: int, slots: int, group: int, head_dim_v: int) -> int:
+    """How many units' partial results fit the workspace."""
     pair_bytes = group * (2 * head_dim_v + 4)
-    return max(1, WORKSPACE_BYTES // buffers // (chunk_tokens * slots * pair_bytes))
+    return max(1, WORKSPACE_BYTES // (chunk_tokens * slots * pair_bytes))

@@ -29,7 +29,7 @@ from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
 from nsa.fused.kernels.float_sums import add_row, convert_sums
-from nsa.fused.kernels.selected_forward import async_row_copy, row_copy, row_lanes
+from nsa.fused.kernels.rows import load_rows, row_copy, row_lanes
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
@@ -202,18 +202,18 @@ class ListedBackward:
         block_of = functools.partial(
             self._block, mIndex, mFullIndex, listed * width, listed * full_width, partial
         )
-        load_rows = functools.partial(self._load_rows, tidx)
+        load = functools.partial(self._load, tidx)
         k_column = kv_head * self.head_dim
         block = Int32(0)
         if entries > 0:
             block = block_of(Int32(0))
-            load_rows(mK, sK, k_stride, k_column, block * _KEYS)
-            load_rows(mV, sV, v_stride, k_column, block * _KEYS)
+            load(mK, sK, k_stride, k_column, block * _KEYS)
+            load(mV, sV, v_stride, k_column, block * _KEYS)
         q_column = head * self.head_dim
         for i in cutlass.range_constexpr(self.stages):
             row = first_row + i * _ROWS
-            load_rows(mdO, sRows[None, None, i], do_stride, q_column, row)
-            load_rows(mQ, sRows[None, None, self.stages + i], q_stride, q_column, row)
+            load(mdO, sRows[None, None, i], do_stride, q_column, row)
+            load(mQ, sRows[None, None, self.stages + i], q_stride, q_column, row)
         cute.arch.cp_async_commit_group()
         self._row_statistics(
             *(mdO, mO, mLse, sLse, sDelta, do_stride, o_stride, q_column),
@@ -302,8 +302,8 @@ class ListedBackward:
                     )
                 if const_expr(i == 0):
                     if entry + 1 < entries:
-                        load_rows(mK, sK, k_stride, k_column, block * _KEYS)
-                        load_rows(mV, sV, v_stride, k_column, block * _KEYS)
+                        load(mK, sK, k_stride, k_column, block * _KEYS)
+                        load(mV, sV, v_stride, k_column, block * _KEYS)
                     cute.arch.cp_async_commit_group()
                 warpgroup.wait_group(0)
                 for r in cutlass.range_constexpr(2):
@@ -358,7 +358,7 @@ class ListedBackward:
         return block
 
     @cute.jit
-    def _load_rows(
+    def _load(
         self,
         tidx: Int32,
         mX: cute.Tensor,
@@ -368,16 +368,7 @@ class ListedBackward:
         first: Int32,
     ):
         """64 rows from ``first`` on."""
-        lanes = const_expr(row_lanes(self.head_dim))
-        thr_copy = async_row_copy(self.dtype, lanes, self.threads).get_slice(tidx)
-        tXsX = copy_utils.partition_D_position_independent(thr_copy, sX)
-        for m in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
-            row = first + tidx // lanes + m * (self.threads // lanes)
-            offset = Int64(row) * stride + column + tidx % lanes * VECTOR
-            for k in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
-                pointer = mX.iterator + cute.assume(offset + k * lanes * VECTOR, divby=VECTOR)
-                source = cute.make_tensor(pointer, cute.make_layout(((VECTOR, 1),)))
-                cute.copy(thr_copy, source, tXsX[None, m, k])
+        load_rows(mX, sX, stride, lambda i: (first + i, column), tidx, self.threads)
 
     @cute.jit
     def _row_statistics(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.inverted_index import ITEM_FIELDS, ITEM_TOKENS, invert_index
-from nsa.fused.kernels.selected_forward import async_row_copy, row_lanes
+from nsa.fused.kernels.rows import block_rows, load_rows, pair_rows, row_lanes, token_and_head
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
@@ -212,16 +212,20 @@ class SelectedBackward:
 
             for i in cutlass.range(tidx, count, self.threads, unroll=1):
                 sTokens[i] = mTokens[begin + i]
-            self._load_block(mK, sK, k_stride, kv_head * self.head_dim, first, keys, tidx)
-            self._load_block(mV, sV, v_stride, kv_head * self.head_dim_v, first, keys, tidx)
+            for mX, sX, stride, width in (
+                (mK, sK, k_stride, self.head_dim),
+                (mV, sV, v_stride, self.head_dim_v),
+            ):
+                place = block_rows(first, keys, kv_head * width)
+                load_rows(mX, sX, stride, place, tidx, self.threads)
             cute.arch.barrier()
-            load_rows = functools.partial(self._load_rows, sTokens, kv_head, count, tidx)
+            load_pairs = functools.partial(self._load_pairs, sTokens, kv_head, count, tidx)
             load_statistics = functools.partial(
                 self._load_statistics,
                 *(mLse, mDelta, sStatistics, sTokens, kv_heads, kv_head, count, tidx),
             )
-            load_rows(mQ, sQ, q_stride, Int32(0), Int32(0))
-            load_rows(mdO, sdO, do_stride, Int32(0), Int32(0))
+            load_pairs(mQ, sQ, q_stride, Int32(0), Int32(0))
+            load_pairs(mdO, sdO, do_stride, Int32(0), Int32(0))
             load_statistics(Int32(0), Int32(0))
             cute.arch.cp_async_commit_group()
 
@@ -279,8 +283,8 @@ class SelectedBackward:
                 if const_expr(self.stages == 1):  # noqa: SIM102 (one is decided at compile time)
                     if tile > 0:
                         cute.arch.barrier()
-                        load_rows(mQ, sQ, q_stride, tile, Int32(0))
-                        load_rows(mdO, sdO, do_stride, tile, Int32(0))
+                        load_pairs(mQ, sQ, q_stride, tile, Int32(0))
+                        load_pairs(mdO, sdO, do_stride, tile, Int32(0))
                         load_statistics(tile, Int32(0))
                         cute.arch.cp_async_commit_group()
                 # Also orders what was done in the other stage before it is loaded again.
@@ -289,8 +293,8 @@ class SelectedBackward:
                 cute.arch.barrier()
                 if const_expr(self.stages == 2):
                     if tile + 1 < tiles:
-                        load_rows(mQ, sQ, q_stride, tile + 1, 1 - stage)
-                        load_rows(mdO, sdO, do_stride, tile + 1, 1 - stage)
+                        load_pairs(mQ, sQ, q_stride, tile + 1, 1 - stage)
+                        load_pairs(mdO, sdO, do_stride, tile + 1, 1 - stage)
                         load_statistics(tile + 1, 1 - stage)
                     cute.arch.cp_async_commit_group()
 
@@ -365,27 +369,7 @@ class SelectedBackward:
         return cute.local_tile(x, (width, _ROWS, self.stages), (wg, 0, 0))
 
     @cute.jit
-    def _load_block(
-        self,
-        mX: cute.Tensor,
-        sX: cute.Tensor,
-        stride: Int64,
-        column: Int32,
-        first: Int32,
-        keys: Int32,
-        tidx: Int32,
-    ):
-        """Rows past the block's keys repeat its last one: they are masked, but must be finite."""
-        lanes = const_expr(row_lanes(cute.size(sX, mode=[1])))
-        thr_copy = async_row_copy(self.dtype, lanes, self.threads).get_slice(tidx)
-        tXsX = copy_utils.partition_D_position_independent(thr_copy, sX)
-        for m in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
-            row = first + cutlass.min(tidx // lanes + m * (self.threads // lanes), keys - 1)
-            offset = Int64(row) * stride + column + tidx % lanes * VECTOR
-            self._copy_row(mX, tXsX[None, m, None], offset, lanes, thr_copy)
-
-    @cute.jit
-    def _load_rows(
+    def _load_pairs(
         self,
         sTokens: cute.Tensor,
         kv_head: Int32,
@@ -397,16 +381,10 @@ class SelectedBackward:
         tile: Int32,
         stage: Int32,
     ):
-        """Rows of q or dO. Those past the item's pairs repeat heads of its last one."""
+        """Rows of q or dO."""
         width = const_expr(cute.size(sX, mode=[1]))
-        lanes = const_expr(row_lanes(width))
-        thr_copy = async_row_copy(self.dtype, lanes, self.threads).get_slice(tidx)
-        tXsX = copy_utils.partition_D_position_independent(thr_copy, sX)[None, None, None, stage]
-        for m in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
-            row = tile * _ROWS + tidx // lanes + m * (self.threads // lanes)
-            token, head = self._token_and_head(sTokens, row, kv_head, count)
-            offset = Int64(token) * stride + head * width + tidx % lanes * VECTOR
-            self._copy_row(mX, tXsX[None, m, None], offset, lanes, thr_copy)
+        place = pair_rows(sTokens, tile, kv_head, self.group, count, width)
+        load_rows(mX, sX, stride, place, tidx, self.threads, stage)
 
     @cute.jit
     def _load_statistics(
@@ -424,7 +402,7 @@ class SelectedBackward:
     ):
         """The first 64 threads load the log-sum-exp of a row each, the next 64 its delta."""
         row = tidx % _ROWS
-        token, head = self._token_and_head(sTokens, tile * _ROWS + row, kv_head, count)
+        token, head = token_and_head(sTokens, tile * _ROWS + row, kv_head, self.group, count)
         offset = Int64(token) * (kv_heads * self.group) + head
         atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
         for i, mX in ((0, mLse), (1, mDelta)):
@@ -432,27 +410,6 @@ class SelectedBackward:
                 source = cute.make_tensor(mX.iterator + offset, cute.make_layout(1))
                 target = sStatistics.iterator + sStatistics.layout((row, i, stage))
                 cute.copy(atom, source, cute.make_tensor(target, cute.make_layout(1)))
-
-    @cute.jit
-    def _token_and_head(
-        self, sTokens: cute.Tensor, row: Int32, kv_head: Int32, count: Int32
-    ) -> tuple[Int32, Int32]:
-        token = sTokens[cutlass.min(row // self.group, count - 1)]
-        return token, kv_head * self.group + row % self.group
-
-    @cute.jit
-    def _copy_row(
-        self,
-        mX: cute.Tensor,
-        sRow: cute.Tensor,
-        offset: Int64,
-        lanes: cutlass.Constexpr[int],
-        thr_copy: cute.ThrCopy,
-    ):
-        for k in cutlass.range_constexpr(cute.size(sRow, mode=[1])):
-            pointer = mX.iterator + cute.assume(offset + k * lanes * VECTOR, divby=VECTOR)
-            source = cute.make_tensor(pointer, cute.make_layout(((VECTOR, 1),)))
-            cute.copy(thr_copy, source, sRow[None, k])
 
     @cute.jit
     def _mask(
@@ -493,7 +450,7 @@ class SelectedBackward:
         offsets = []
         for r in cutlass.range_constexpr(2):
             row = tile * _ROWS + warp * _WARP_ROWS + lane // 4 + 8 * r
-            token, head = self._token_and_head(sTokens, row, kv_head, count)
+            token, head = token_and_head(sTokens, row, kv_head, self.group, count)
             offset = (Int64(token) * (kv_heads * self.group) + head) * self.head_dim
             offsets.append(offset if row < count * self.group else Int64(-1))
         return offsets[0], offsets[1]

@@ -1,0 +1,117 @@
+"""What the forward kernels of token mode do with a tile of 64 rows, by one warpgroup.
+
+Outputs leave the registers as wgmma has them, in vectors of 16 bytes: the columns of V are permuted
+within groups of 32 when it enters shared memory, so that the 8 columns of a group that a thread
+gets are neighbours.
+"""
+
+import functools
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.utils import hopper_helpers
+from flash_attn.cute import utils
+from quack import copy_utils
+
+from nsa.fused.kernels.rows import Place
+from nsa.fused.kernels.vectors import VECTOR, load_vector
+
+QUAD = 4
+"""Neighbouring threads that share a row of wgmma's registers."""
+
+_THREADS = 128
+_ROWS = 64
+# Columns of which each thread of a quad holds a vector.
+_GROUP = QUAD * VECTOR
+
+
+def make_mmas(
+    dtype: type[cutlass.Numeric], keys: int, head_dim_v: int
+) -> tuple[cute.TiledMma, cute.TiledMma]:
+    """Of the scores of 64 rows and ``keys`` keys, and of the output from P in registers."""
+    make_mma = functools.partial(
+        hopper_helpers.make_trivial_tiled_mma,
+        dtype,
+        dtype,
+        OperandMajorMode.K,
+        acc_dtype=Float32,
+        atom_layout_mnk=(1, 1, 1),
+    )
+    mma_qk = make_mma(b_leading_mode=OperandMajorMode.K, tiler_mn=(_ROWS, keys))
+    mma_pv = make_mma(
+        b_leading_mode=OperandMajorMode.MN,
+        tiler_mn=(_ROWS, head_dim_v),
+        a_source=warpgroup.OperandSource.RMEM,
+    )
+    return mma_qk, mma_pv
+
+
+@cute.jit
+def load_values(
+    mV: cute.Tensor, sV: cute.Tensor, stride: Int64, place: Place, tidx: Int32
+) -> cute.Tensor:
+    """A thread's groups of columns of what is to fill ``sV``: (words, vectors, groups)."""
+    groups = const_expr(cute.size(sV) // _GROUP)
+    values = cute.make_rmem_tensor((QUAD, QUAD, cute.ceil_div(groups, _THREADS)), Int32)
+    for i in cutlass.range_constexpr(cute.size(values, mode=[2])):
+        if groups % _THREADS == 0 or i * _THREADS + tidx < groups:
+            key, group = _row_and_group(sV, i * _THREADS + tidx)
+            row, column = place(key)
+            offset = Int64(row) * stride + (column + group * _GROUP)
+            for v in cutlass.range_constexpr(QUAD):
+                vector = load_vector(mV, offset + v * VECTOR)
+                values[None, v, i].store(cute.recast_tensor(vector, Int32).load())
+    return values
+
+
+@cute.jit
+def store_values(values: cute.Tensor, sV: cute.Tensor, tidx: Int32):
+    """In each group, word ``w`` of vector ``v`` (two columns) becomes word ``v`` of vector ``w``.
+
+    In a row of the output, the words that wgmma gives one thread are then a vector.
+    """
+    groups = const_expr(cute.size(sV) // _GROUP)
+    for i in cutlass.range_constexpr(cute.size(values, mode=[2])):
+        if groups % _THREADS == 0 or i * _THREADS + tidx < groups:
+            key, group = _row_and_group(sV, i * _THREADS + tidx)
+            for w in cutlass.range_constexpr(QUAD):
+                vector = cute.make_rmem_tensor(VECTOR, sV.element_type)
+                cute.recast_tensor(vector, Int32).store(values[w, None, i].load())
+                target = cute.local_tile(sV, (1, VECTOR), (key, group * QUAD + w))
+                cute.autovec_copy(vector, cute.group_modes(target, 0, 2))
+
+
+def _row_and_group(sV: cute.Tensor, index: Int32) -> tuple[Int32, Int32]:
+    """Neighbours differ in the banks of shared memory."""
+    keys, head_dim = (cute.size(sV, mode=[mode]) for mode in range(2))
+    side = 2 if head_dim % (2 * _GROUP) == 0 else 1
+    return index // side % keys, index // (side * keys) * side + index % side
+
+
+@cute.jit
+def store_row(rO: cute.Tensor, r: cutlass.Constexpr[int], mOut: cute.Tensor, offset: Int64):
+    """Row ``r`` of the thread's two, to ``offset`` on: in registers, their words alternate.
+
+    The stores are to leave L2 first, of which partial results exceed the size.
+    """
+    words = cute.recast_tensor(cute.make_tensor(rO.iterator, cute.size(rO)), Int32)
+    tidx, _, _ = cute.arch.thread_idx()
+    offset += tidx % QUAD * VECTOR
+    for group in cutlass.range_constexpr(cute.size(words) // (2 * QUAD)):
+        vector = [words[2 * (group * QUAD + w) + r] for w in range(QUAD)]
+        pointer = mOut.iterator + (offset + group * _GROUP)
+        copy_utils.store_v4(pointer, *vector, cop="cs")
+
+
+@cute.jit
+def softmax(row: cute.Tensor, scale_log2: Float32) -> tuple[Float32, Float32]:
+    """``row`` becomes ``exp2(scale_log2 * (row - its largest))``; 1 / sum, log2 of the sum."""
+    scores = row.load()
+    largest = cute.arch.warp_reduction_max(utils.fmax_reduce(scores), threads_in_group=QUAD)
+    offset = largest * scale_log2
+    scores = cute.math.exp2(scores * scale_log2 - offset, fastmath=True)
+    row.store(scores)
+    total = cute.arch.warp_reduction_sum(utils.fadd_reduce(scores), threads_in_group=QUAD)
+    return cute.arch.rcp_approx(total), offset + cute.math.log2(total, fastmath=True)
