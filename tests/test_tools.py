@@ -293,14 +293,17 @@ def test_rows_and_what_the_terminal_says_of_them():
 def test_rows_of_the_selected_branch_alone():
     options = bench_selected.parse_arguments(["--shapes", "64/4", "32/8"])
     assert options.shapes == [(64, 4), (32, 8)]
+    assert options.indices == "both"
     options.heads, options.kv_heads = options.shapes[0]
     config = nsa.NSAConfig.paper()
     timings = dict(nsa=Timing([10.0]), fla=Timing([25.0]))
-    row = bench_selected.make_row("forward", timings, 2.0, config, options)
+    row = bench_selected.make_row("forward", "forced", timings, 2.0, config, options)
     assert set(row) == set(bench_selected.FIELDS)
     assert (row["ratio"], row["gib_per_s"], row["blocks"]) == ("2.500", "200", 16)
+    assert (row["indices"], row["pass"]) == ("forced", "forward")
     assert "2.500x" in bench_selected.describe(row)
-    alone = bench_selected.make_row("forward", dict(nsa=Timing([10.0])), 2.0, config, options)
+    timings = dict(nsa=Timing([10.0]))
+    alone = bench_selected.make_row("forward", "random", timings, 2.0, config, options)
     assert alone["ratio"] is None
     assert "fla - ms" in bench_selected.describe(alone)
     x = torch.ones(2)
@@ -308,16 +311,20 @@ def test_rows_of_the_selected_branch_alone():
         bench_selected.check_agreement((x, x, x, x), (x, 2 * x, x, x))
 
 
-def test_random_blocks_are_distinct_and_causal(monkeypatch):
+@pytest.mark.parametrize("forced", [False, True])
+def test_random_blocks_are_distinct_and_causal(forced, monkeypatch):
     monkeypatch.setattr(workloads, "DEVICE", "cpu")
     config = nsa.NSAConfig.paper(num_selected_blocks=4, select_block_size=32)
-    taken = bench_selected.random_blocks(200, 3, config)
+    taken = bench_selected.random_blocks(200, 3, config, forced=forced)
     assert taken.shape == (1, 200, 3, 4)
     own = torch.arange(200)[:, None] // 32
     real = taken[0] >= 0
     assert torch.equal(real.sum(-1), (own + 1).clamp(max=4).expand(200, 3))
     assert (taken[0].amax(-1) <= own).all()
     assert (taken[0].diff(dim=-1) > 0)[real[..., 1:]].all()
+    paper = [own * 0, (own - 1).clamp(min=0), own]
+    has_all = all((taken[0] == block[..., None]).any(-1).all() for block in paper)
+    assert has_all == forced
 
 
 def test_rows_of_a_profile():

@@ -3,14 +3,17 @@
     pip install fla-core==0.6.0
     python tools/bench_selected.py --csv selected.csv
 
-Each token and KV head attends blocks drawn at random among those that start at or before it. Ours
-is what ``nsa.fused.token_attention`` does, the inverted index included; the peer is the function
-under ``fla.ops.nsa.parallel_nsa``, which takes 16 query heads to a KV head or more. Its output and
-gradients must agree with ours first. The backward is timed alone, on what one forward left.
+Each token and KV head attends blocks drawn at random among those that start at or before it: with
+those of the paper's rule always among them ("forced"), the first block and the last ones, or by no
+rule ("random"). Ours is what ``nsa.fused.token_attention`` does, the inverted index included; the
+peer is the function under ``fla.ops.nsa.parallel_nsa``, which takes 16 query heads to a KV head or
+more. Its output and gradients must agree with ours first. The backward is timed alone, on what one
+forward left.
 
 The CSV has one row for each shape and pass:
 
 - tokens, selection, heads, kv_heads, head_dim, dtype, blocks: the shape, batch 1
+- indices: "forced" or "random"
 - pass: "forward" or "backward"
 - fla_p20_ms, fla_p50_ms, fla_p80_ms and the same of nsa; empty where the peer does not run
 - ratio: the peer's median over ours
@@ -34,10 +37,11 @@ from nsa.fused.layout import make_plan
 from nsa.fused.token_attention import token_attention, token_attention_backward
 
 FIELDS = (
-    "tokens", *workloads.SHAPE_FIELDS, "blocks", "pass",
+    "tokens", *workloads.SHAPE_FIELDS, "blocks", "indices", "pass",
     *(f"{side}_{quantile}_ms" for side in ("fla", "nsa") for quantile in ("p20", "p50", "p80")),
     "ratio", "gib", "gib_per_s", *environment.FIELDS,
 )  # fmt: skip
+INDICES = ("forced", "random")
 PEER_GROUP = 16
 # Of two results in 16 bits, in norm.
 AGREEMENT = 2e-2
@@ -49,9 +53,10 @@ def main(argv: list[str] | None = None):
     table = Table(options.csv, FIELDS)
     for heads, kv_heads in options.shapes:
         options.heads, options.kv_heads = heads, kv_heads
-        for row in bench(options):
-            table.add(row)
-            print(describe(row))
+        for indices in INDICES if options.indices == "both" else (options.indices,):
+            for row in bench(indices, options):
+                table.add(row)
+                print(describe(row))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,6 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--indices", choices=(*INDICES, "both"), default="both")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=3, help="for each call and its repeats")
     parser.add_argument("--csv", type=Path, help="write the rows here")
@@ -81,8 +87,11 @@ def shape_argument(text: str) -> tuple[int, int]:
     return heads, kv_heads
 
 
-def random_blocks(length: int, kv_heads: int, config) -> Tensor:
-    """Distinct blocks at or before each token, ascending, -1 at the end: ``(1, N, H_kv, n)``."""
+def random_blocks(length: int, kv_heads: int, config, *, forced: bool = False) -> Tensor:
+    """Distinct blocks at or before each token, ascending, -1 at the end: ``(1, N, H_kv, n)``.
+
+    With ``forced`` those that ``config`` forces are among them.
+    """
     slots, size = config.num_selected_blocks, config.select_block_size
     blocks = -(-length // size)
     taken = torch.empty(1, length, kv_heads, slots, dtype=torch.int32, device=workloads.DEVICE)
@@ -92,7 +101,11 @@ def random_blocks(length: int, kv_heads: int, config) -> Tensor:
         rows = torch.arange(start, min(start + step, length), device=workloads.DEVICE)
         draw = torch.rand(len(rows), kv_heads, blocks, device=rows.device, generator=generator)
         block = torch.arange(blocks, device=rows.device)
-        draw.masked_fill_(block > (rows // size)[:, None, None], -1)
+        own = (rows // size)[:, None, None]
+        if forced:
+            local = block > own - config.num_local_blocks
+            draw.masked_fill_(local | (block < config.num_initial_blocks), 2)
+        draw.masked_fill_(block > own, -1)
         value, index = draw.topk(min(slots, blocks), dim=-1)
         index = index.masked_fill(value < 0, blocks).sort(-1).values
         index = torch.nn.functional.pad(index, (0, slots - index.shape[-1]), value=blocks)
@@ -100,11 +113,12 @@ def random_blocks(length: int, kv_heads: int, config) -> Tensor:
     return taken
 
 
-def bench(options) -> list[dict]:
-    """The rows of one shape."""
+def bench(indices: str, options) -> list[dict]:
+    """The rows of one shape and kind of ``INDICES``."""
     config = workloads.make_config(options)
     tensors = workloads.make_tensors((1, options.length), options, backward=True)
-    blocks = random_blocks(options.length, options.kv_heads, config)
+    forced = indices == "forced"
+    blocks = random_blocks(options.length, options.kv_heads, config, forced=forced)
     steps = {"nsa": our_steps(tensors, blocks, config)}
     if find_spec("fla") and options.heads // options.kv_heads >= PEER_GROUP:
         steps["fla"] = peer_steps(tensors, blocks, config)
@@ -118,7 +132,7 @@ def bench(options) -> list[dict]:
             repeats=options.repeats,
             seconds=options.seconds,
         )
-        rows.append(make_row(name, timings, gib, config, options))
+        rows.append(make_row(name, indices, timings, gib, config, options))
     return rows
 
 
@@ -179,9 +193,10 @@ def check_agreement(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]):
             raise AssertionError(f"{name} differs by {difference:.3g}, want below {AGREEMENT}")
 
 
-def make_row(name: str, timings: dict, gib: float, config, options) -> dict:
+def make_row(name: str, indices: str, timings: dict, gib: float, config, options) -> dict:
     """One row of ``FIELDS``."""
-    row = dict(tokens=options.length, blocks=config.num_selected_blocks, **{"pass": name})
+    row = dict(tokens=options.length, blocks=config.num_selected_blocks, indices=indices)
+    row["pass"] = name
     row |= workloads.shape_columns(options)
     ours, theirs = timings["nsa"].eager, timings["fla"].eager if "fla" in timings else []
     row |= quantile_columns("fla", theirs) | quantile_columns("nsa", ours)
@@ -194,7 +209,8 @@ def make_row(name: str, timings: dict, gib: float, config, options) -> dict:
 def describe(row: dict) -> str:
     """A line for the terminal."""
     return (
-        f"{row['tokens']} tokens, {row['heads']} heads, {row['kv_heads']} KV heads, {row['pass']}: "
+        f"{row['tokens']} tokens, {row['heads']} heads, {row['kv_heads']} KV heads, "
+        f"{row['indices']} blocks, {row['pass']}: "
         f"fla {row['fla_p50_ms'] or '-'} ms, nsa {row['nsa_p50_ms']} ms, {row['ratio'] or '-'}x, "
         f"{row['gib_per_s']} GiB/s"
     )

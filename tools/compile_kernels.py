@@ -65,6 +65,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     if arch == "sm_90a":
         # On Hopper's matrix instructions.
         from nsa.fused.kernels import (
+            band_forward,
             float_sums,
             importance,
             inverted_index,
@@ -73,7 +74,8 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
             selected_forward,
         )
 
-        by_dtype += [importance, selected_forward, selected_backward, listed_backward, float_sums]
+        by_dtype += [importance, selected_forward, band_forward]
+        by_dtype += [selected_backward, listed_backward, float_sums]
         others.append(inverted_index)
     for kernels in by_dtype:
         for dtype in ("bfloat16", "float16"):

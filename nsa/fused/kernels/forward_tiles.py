@@ -106,12 +106,22 @@ def store_row(rO: cute.Tensor, r: cutlass.Constexpr[int], mOut: cute.Tensor, off
 
 
 @cute.jit
-def softmax(row: cute.Tensor, scale_log2: Float32) -> tuple[Float32, Float32]:
-    """``row`` becomes ``exp2(scale_log2 * (row - its largest))``; 1 / sum, log2 of the sum."""
+def softmax(
+    row: cute.Tensor, scale_log2: Float32, empty: cutlass.Constexpr[bool] = False
+) -> tuple[Float32, Float32]:
+    """``row`` becomes ``exp2(scale_log2 * (row - its largest))``; 1 / sum, log2 of the sum.
+
+    With ``empty`` all of a row may be -inf, which gives 0 and -inf.
+    """
     scores = row.load()
     largest = cute.arch.warp_reduction_max(utils.fmax_reduce(scores), threads_in_group=QUAD)
     offset = largest * scale_log2
+    if const_expr(empty):
+        offset = Float32(0.0) if largest == -Float32.inf else offset
     scores = cute.math.exp2(scores * scale_log2 - offset, fastmath=True)
     row.store(scores)
     total = cute.arch.warp_reduction_sum(utils.fadd_reduce(scores), threads_in_group=QUAD)
-    return cute.arch.rcp_approx(total), offset + cute.math.log2(total, fastmath=True)
+    inverse = cute.arch.rcp_approx(total)
+    if const_expr(empty):
+        inverse = Float32(0.0) if total == 0.0 else inverse
+    return inverse, offset + cute.math.log2(total, fastmath=True)

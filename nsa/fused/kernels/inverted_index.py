@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, const_expr
 from quack.utils import warp_prefix_sum
 from torch import Tensor
 
@@ -34,7 +34,13 @@ _WARP = 32
 
 
 class InvertIndex:
-    """Three kernels: count the pairs of each block, add up, write the list."""
+    """Three kernels: count the pairs of each block, add up, write the list.
+
+    With ``band``, pairs of :mod:`nsa.fused.kernels.band_forward` are left out.
+    """
+
+    def __init__(self, band: bool):
+        self.band = band
 
     @cute.jit
     def __call__(
@@ -57,11 +63,12 @@ class InvertIndex:
         chunk_tokens: Int32,
         wave_units: Int32,
         wave_items: Int32,
+        block_size: Int32,
         stream,
     ):
         sizes = (pairs, slots, kv_heads, blocks, chunks, chunk_tokens)
         grid = [cute.ceil_div(pairs, _THREADS), 1, 1]
-        self.count(mIndices, mBase, mLimit, mCount, mPosition, *sizes).launch(
+        self.count(mIndices, mBase, mLimit, mFirst, mCount, mPosition, *sizes, block_size).launch(
             grid=grid, block=[_THREADS, 1, 1], stream=stream
         )
         capacity = chunk_tokens * slots
@@ -78,6 +85,7 @@ class InvertIndex:
         mIndices: cute.Tensor,
         mBase: cute.Tensor,
         mLimit: cute.Tensor,
+        mFirst: cute.Tensor,
         mCount: cute.Tensor,
         mPosition: cute.Tensor,
         pairs: Int32,
@@ -86,6 +94,7 @@ class InvertIndex:
         blocks: Int32,
         chunks: Int32,
         chunk_tokens: Int32,
+        block_size: Int32,
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
@@ -94,7 +103,12 @@ class InvertIndex:
             block = mIndices[pair]
             token, unit = self._unit(pair, slots, kv_heads, chunks, chunk_tokens)
             rank = Int32(-1)
-            if block >= 0 and block < mLimit[token]:
+            listed = block >= 0 and block < mLimit[token]
+            if const_expr(self.band):  # noqa: SIM102 (one is decided at compile time)
+                if listed:
+                    own = (token - mFirst[mBase[token]]) // block_size
+                    listed = block > 0 and (block < own - 1 or block > own)
+            if listed:
                 counter = Int64(unit) * blocks + (mBase[token] + block)
                 rank = cute.arch.atomic_add((mCount.iterator + counter).llvm_ptr, Int32(1))
             mPosition[pair] = rank
@@ -199,14 +213,16 @@ class InvertIndex:
 
 
 @functools.lru_cache(maxsize=None)
-def compile_invert_index() -> Callable:
+def compile_invert_index(band: bool) -> Callable:
     tensors = [fake_flat(Int32, alignment=4) for _ in range(10)]
-    return compile_kernel(InvertIndex(), *tensors, *(Int32(1) for _ in range(8)))
+    return compile_kernel(InvertIndex(band), *tensors, *(Int32(1) for _ in range(9)))
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
-    yield "invert-index", compile_invert_index
+    for band in (False, True):
+        name = f"invert-index{'-band' if band else ''}"
+        yield name, functools.partial(compile_invert_index, band)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +232,8 @@ class InvertedIndex:
     Attributes:
         tokens: int32 ``(units * chunk_tokens * slots,)``, the list; entries of no item are
             undefined.
-        position: int32 ``(T, H_kv, slots)``, where each pair stands in the list, -1 for no pair.
+        position: int32 ``(T, H_kv, slots)``, where each pair stands in the list, -1 for no pair or
+            one of the band.
         items: int32 ``(waves, wave_items, 4)``, see ``ITEM_FIELDS``.
         num_items: int32 ``(waves,)``, the items of each wave, at most ``wave_items``.
         chunks: chunks of the tokens.
@@ -248,6 +265,7 @@ def invert_index(
     causal: bool,
     chunk_tokens: int,
     wave_units: int,
+    band: bool = False,
 ) -> InvertedIndex:
     """Invert int32 ``block_indices (T, H_kv, slots)``; -1, and what a token cannot see, drop out.
 
@@ -257,6 +275,8 @@ def invert_index(
         causal: whether a token sees only blocks that start at or before it.
         chunk_tokens: tokens of a chunk.
         wave_units: units of a wave, at most.
+        band: whether to leave out, of each token, the first block of its sequence, its own and the
+            one before.
     """
     total, kv_heads, slots = block_indices.shape
     chunks = -(-total // chunk_tokens)
@@ -276,11 +296,11 @@ def invert_index(
     count, num_items = zeros[: units * num_blocks], zeros[units * num_blocks :]
     position, listed = empty(total * kv_heads * slots), empty(units * chunk_tokens * slots)
     items = empty(waves * wave_items * ITEM_FIELDS)
-    compile_invert_index()(
+    compile_invert_index(band)(
         block_indices.reshape(-1),
         *(base, limit, first, keys, count, position, listed, items, num_items),
         *(position.numel(), slots, kv_heads, num_blocks, chunks, chunk_tokens),
-        *(wave_units, wave_items),
+        *(wave_units, wave_items, block_size),
     )
     return InvertedIndex(
         listed,

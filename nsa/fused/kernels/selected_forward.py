@@ -4,7 +4,9 @@ A CTA is one warpgroup and takes one work item of the inverted index: a block's 
 shared memory while query rows of the item's pairs stream past, 64 at a time. Row r of an item is
 query head ``r % G`` of pair ``r // G``, so any group size fills the tiles. Each pair gives a
 partial output (normalised, rounded to the dtype of q) and the log-sum-exp of its scores, stored in
-the order of the list; a second kernel adds up the pairs of each token.
+the order of the list; a second kernel adds up the pairs of each token. The blocks that a token has
+in common with its neighbours are left to :mod:`nsa.fused.kernels.band_forward`, and give one
+partial result together.
 
 The rows of the next tile are gathered by cp.async in the place of this one's, once its scores are
 computed. Four CTAs share an SM at head dimension 128 and hide each other's latencies; there is no
@@ -25,6 +27,7 @@ from flash_attn.cute import utils
 from quack import layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.kernels.band_forward import band_fits, compile_band
 from nsa.fused.kernels.forward_tiles import (
     QUAD,
     load_values,
@@ -44,6 +47,9 @@ from nsa.fused.kernels.vectors import (
     store_vector,
 )
 from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens, units_of_wave
+
+BAND = True
+"""Whether there is a band; without it all blocks are alike, and only rounding differs."""
 
 _THREADS = 128
 # Rows of wgmma.
@@ -260,13 +266,14 @@ class CombinePartials:
 
     A CTA takes a tile of consecutive rows (query heads of tokens), a thread ``VECTOR`` columns of
     one. All that a thread loads but the positions is under way together, so that few threads keep
-    the memory busy.
+    the memory busy. With ``band`` the outputs are another partial result, which is replaced.
     """
 
-    def __init__(self, head_dim_v: int, group: int, slots: int):
+    def __init__(self, head_dim_v: int, group: int, slots: int, band: bool):
         self.head_dim_v = head_dim_v
         self.group = group
         self.slots = slots
+        self.band = band
         self.lanes = head_dim_v // VECTOR
         self.loads = min(_LOADS, slots)
 
@@ -278,6 +285,7 @@ class CombinePartials:
         mPosition: cute.Tensor,
         mOut: cute.Tensor,
         mLse: cute.Tensor,
+        mBandLse: cute.Tensor | None,
         wave_start: Int32,
         first_unit: Int32,
         units: Int32,
@@ -287,7 +295,7 @@ class CombinePartials:
         kv_heads: Int32,
         stream,
     ):
-        tensors = (mPartial, mPartialLse, mPosition, mOut, mLse)
+        tensors = (mPartial, mPartialLse, mPosition, mOut, mLse, mBandLse)
         sizes = (wave_start, first_unit, units, chunks, chunk_tokens, num_tokens, kv_heads)
         self.kernel(*tensors, *sizes).launch(
             grid=[self._tiles_of_unit(chunk_tokens) * units, 1, 1],
@@ -303,6 +311,7 @@ class CombinePartials:
         mPosition: cute.Tensor,
         mOut: cute.Tensor,
         mLse: cute.Tensor,
+        mBandLse: cute.Tensor | None,
         wave_start: Int32,
         first_unit: Int32,
         units: Int32,
@@ -330,32 +339,41 @@ class CombinePartials:
             for i in cutlass.range_constexpr(self.slots):
                 present = wanted and position[i] >= 0
                 position[i] = position[i] - wave_start if present else Int32(-1)
-            # Loads have no condition, which would hold up the next. Where there is no pair, they
-            # are of the first in the workspace, perhaps not written, and what comes is dropped.
+            out_row = token_row * self.group + head
             # Partial results pass through shared memory, and warps synchronise, for else the
             # compiler puts loads off until their results are needed, to save registers.
-            layout = cute.make_ordered_layout((self.loads, _THREADS, (VECTOR, 1)), order=(2, 1, 0))
+            shape = (self.loads + self.band, _THREADS, (VECTOR, 1))
+            layout = cute.make_ordered_layout(shape, order=(2, 1, 0))
             smem = cutlass.utils.SmemAllocator()
             sPartial = smem.allocate_tensor(mPartial.element_type, layout, 128)[None, tidx, None]
             load_partials = functools.partial(
                 self._load_partials,
                 *(mPartial, sPartial, position, head * self.head_dim_v + column),
             )
+            if const_expr(self.band):
+                sBand = sPartial[self.loads, None]
+                self._load_vector(mOut, out_row * self.head_dim_v + column, sBand, wanted)
             load_partials(0)
             cute.arch.sync_warp()
             weight = cute.make_rmem_tensor(self.slots, Float32)
             for i in cutlass.range_constexpr(self.slots):
+                # Where there is no pair, of the first in the workspace, for a condition would hold
+                # up the next load.
                 source = cutlass.max(position[i], 0)
                 weight[i] = mPartialLse[Int64(source) * self.group + head]
+            band_weight = -Float32.inf
+            if const_expr(self.band):
+                band_weight = mBandLse[out_row]
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(self.slots):
                 weight[i] = weight[i] if position[i] >= 0 else -Float32.inf
-            largest = weight[0]
-            for i in cutlass.range_constexpr(1, self.slots):
+            largest = band_weight
+            for i in cutlass.range_constexpr(self.slots):
                 largest = utils.fmax(largest, weight[i])
             # Of a token with no pair, all weights are then 0.
             reference = Float32(0.0) if largest == -Float32.inf else largest
-            total = Float32(0.0)
+            band_weight = cute.math.exp2(band_weight - reference, fastmath=True)
+            total = band_weight
             for i in cutlass.range_constexpr(self.slots):
                 weight[i] = cute.math.exp2(weight[i] - reference, fastmath=True)
                 total += weight[i]
@@ -367,11 +385,13 @@ class CombinePartials:
                 if const_expr(start > 0):
                     load_partials(start)
                 cute.arch.cp_async_wait_group(0)
+                if const_expr(self.band and start == 0):  # noqa: SIM102 (one is decided at compile time)
+                    # Tokens of no sequence have no output yet, perhaps NaN.
+                    if band_weight > 0.0:
+                        self._accumulate(out, sBand, band_weight * inverse)
                 for i in cutlass.range_constexpr(start, min(start + _LOADS, self.slots)):
-                    share = weight[i] * inverse
-                    self._accumulate(out, sPartial[i - start, None], position[i], share)
+                    self._accumulate(out, sPartial[i - start, None], weight[i] * inverse)
             if wanted:
-                out_row = token_row * self.group + head
                 store_vector(out.load(), mOut, out_row * self.head_dim_v + column)
                 if column == 0:
                     # log2 of 0 is -inf.
@@ -382,14 +402,9 @@ class CombinePartials:
         return cute.ceil_div(chunk_tokens * (self.group * self.lanes), _THREADS)
 
     @cute.jit
-    def _accumulate(self, out: cute.Tensor, sVector: cute.Tensor, position: Int32, share: Float32):
+    def _accumulate(self, out: cute.Tensor, sVector: cute.Tensor, share: Float32):
         vector = cute.make_rmem_tensor(VECTOR, sVector.element_type)
         cute.autovec_copy(cute.group_modes(sVector, 0, 1), vector)
-        # All ones with a pair, else zeros: what is not written may be NaN.
-        mask = ~(position >> 31)
-        words = cute.recast_tensor(vector, Int32)
-        for w in cutlass.range_constexpr(cute.size(words)):
-            words[w] = words[w] & mask
         out.store(out.load() + vector.load().to(Float32) * share)
 
     @cute.jit
@@ -401,17 +416,26 @@ class CombinePartials:
         column: Int32,
         start: cutlass.Constexpr[int],
     ):
-        """Those of the slots from ``start`` on; a thread reads what it loaded itself."""
-        operation = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
-        bits = const_expr(VECTOR * mPartial.element_type.width)
-        atom = cute.make_copy_atom(operation, mPartial.element_type, num_bits_per_copy=bits)
+        """Those of the slots from ``start`` on, 0 for no pair; a thread reads what it loaded."""
         for i in cutlass.range_constexpr(start, min(start + _LOADS, self.slots)):
             source = cutlass.max(position[i], 0)
             offset = Int64(source) * (self.group * self.head_dim_v) + column
-            pointer = mPartial.iterator + cute.assume(offset, divby=VECTOR)
-            vector = cute.make_tensor(pointer, cute.make_layout(((VECTOR, 1),)))
-            cute.copy(atom, vector, sPartial[i - start, None])
+            self._load_vector(mPartial, offset, sPartial[i - start, None], position[i] >= 0)
         cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def _load_vector(
+        self, mX: cute.Tensor, offset: Int64, sVector: cute.Tensor, wanted: cutlass.Boolean
+    ):
+        """Start to copy a vector to shared memory, or zeros."""
+        operation = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
+        bits = const_expr(VECTOR * mX.element_type.width)
+        atom = cute.make_copy_atom(operation, mX.element_type, num_bits_per_copy=bits)
+        pointer = mX.iterator + cute.assume(offset, divby=VECTOR)
+        vector = cute.make_tensor(pointer, cute.make_layout(((VECTOR, 1),)))
+        predicate = cute.make_rmem_tensor(1, cutlass.Boolean)
+        predicate[0] = wanted
+        cute.copy(atom, vector, sVector, pred=predicate)
 
 
 @functools.lru_cache(maxsize=None)
@@ -436,15 +460,18 @@ def compile_forward(
 
 
 @functools.lru_cache(maxsize=None)
-def compile_combine(dtype: torch.dtype, head_dim_v: int, group: int, slots: int) -> Callable:
+def compile_combine(
+    dtype: torch.dtype, head_dim_v: int, group: int, slots: int, band: bool
+) -> Callable:
     cute_dtype = CUTE_DTYPES[dtype]
     return compile_kernel(
-        CombinePartials(head_dim_v, group, slots),
+        CombinePartials(head_dim_v, group, slots, band),
         fake_flat(cute_dtype),
         fake_flat(Float32, alignment=4),
         fake_flat(Int32),
         fake_flat(cute_dtype),
         fake_flat(Float32, alignment=4),
+        fake_flat(Float32 if band else None, alignment=4),
         *(Int32(1) for _ in range(7)),
     )
 
@@ -466,8 +493,10 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 arguments = (dtype, dim, dim_v, group, size, causal)
                 form = f"{name}-{dim}-{dim_v}-{group}-{size}{'' if causal else '-all'}"
                 yield f"selected-forward-{form}", functools.partial(compile_forward, *arguments)
-            combine = functools.partial(compile_combine, dtype, dim_v, group, slots)
-            yield f"combine-partials-{name}-{dim_v}-{group}-{slots}", combine
+            for band in (False, True):
+                form = f"{name}-{dim_v}-{group}-{slots}{'-band' if band else ''}"
+                combine = functools.partial(compile_combine, dtype, dim_v, group, slots, band)
+                yield f"combine-partials-{form}", combine
 
 
 def selected_forward(
@@ -500,32 +529,42 @@ def selected_forward(
     total, heads, head_dim = q.shape
     kv_heads, head_dim_v = v.shape[1:]
     group, slots = heads // kv_heads, block_indices.shape[2]
+    form = (q.dtype, head_dim, head_dim_v, group, block_size, causal)
+    band = BAND and band_fits(head_dim, head_dim_v, block_size)
+    block_indices = block_indices.contiguous()
     chunk = choose_chunk_tokens(total, group, len(blocks.first), slots, 2 * head_dim)
     wave = units_of_wave(chunk, slots, group, head_dim_v)
-    index = invert_index(block_indices, blocks, block_size, causal, chunk, wave)
+    index = invert_index(block_indices, blocks, block_size, causal, chunk, wave, band)
     out = torch.empty(total, heads, head_dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(total, heads, dtype=torch.float32, device=q.device)
-    forward = compile_forward(q.dtype, head_dim, head_dim_v, group, block_size, causal)
-    combine = compile_combine(q.dtype, head_dim_v, group, slots)
     (q, q_stride), (k, k_stride), (v, v_stride) = flat_rows(q), flat_rows(k), flat_rows(v)
+    rows, strides, scale_log2 = (q, k, v), (q_stride, k_stride, v_stride), scale * _LOG2_E
+    band_lse = None
+    if band:
+        # The band has no results for tokens of no sequence.
+        band_lse = torch.full((total * heads,), -torch.inf, dtype=torch.float32, device=q.device)
+        compile_band(*form)(
+            *(*rows, block_indices.view(-1), blocks.base, blocks.first, blocks.keys),
+            *(out.view(-1), band_lse, *strides, len(blocks.first), slots, kv_heads, scale_log2),
+        )
 
+    forward, combine = compile_forward(*form), compile_combine(q.dtype, *form[2:4], slots, band)
     unit_pairs = index.chunk_tokens * slots
     waves, wave_items, _ = index.items.shape
-    rows = min(index.wave_units, index.units) * unit_pairs * group
-    partial = torch.empty(rows * head_dim_v, dtype=q.dtype, device=q.device)
-    partial_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+    partial_rows = min(index.wave_units, index.units) * unit_pairs * group
+    partial = torch.empty(partial_rows * head_dim_v, dtype=q.dtype, device=q.device)
+    partial_lse = torch.empty(partial_rows, dtype=torch.float32, device=q.device)
     items, position = index.items.view(-1), index.position.view(-1)
     for wave in range(waves):
         first_unit = wave * index.wave_units
         wave_start = first_unit * unit_pairs
         forward(
-            *(q, k, v, index.tokens, items, index.num_items, partial, partial_lse),
-            *(q_stride, k_stride, v_stride, wave, wave_items, wave_start, unit_pairs),
-            *(index.chunks, scale * _LOG2_E),
+            *(*rows, index.tokens, items, index.num_items, partial, partial_lse, *strides),
+            *(wave, wave_items, wave_start, unit_pairs, index.chunks, scale_log2),
         )
         combine(
-            *(partial, partial_lse, position, out.view(-1), lse.view(-1), wave_start, first_unit),
-            min(index.wave_units, index.units - first_unit),
+            *(partial, partial_lse, position, out.view(-1), lse.view(-1), band_lse, wave_start),
+            *(first_unit, min(index.wave_units, index.units - first_unit)),
             *(index.chunks, index.chunk_tokens, total, kv_heads),
         )
     return out, lse
