@@ -311,11 +311,16 @@ def test_rows_of_the_selected_branch_alone():
         bench_selected.check_agreement((x, x, x, x), (x, 2 * x, x, x))
 
 
-@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("forced", [0, 1])
 def test_random_blocks_are_distinct_and_causal(forced, monkeypatch):
     monkeypatch.setattr(workloads, "DEVICE", "cpu")
-    config = nsa.NSAConfig.paper(num_selected_blocks=4, select_block_size=32)
-    taken = bench_selected.random_blocks(200, 3, config, forced=forced)
+    config = nsa.NSAConfig.paper(
+        num_selected_blocks=4,
+        select_block_size=32,
+        num_initial_blocks=forced,
+        num_local_blocks=2 * forced,
+    )
+    taken = bench_selected.random_blocks(200, 3, config)
     assert taken.shape == (1, 200, 3, 4)
     own = torch.arange(200)[:, None] // 32
     real = taken[0] >= 0

@@ -24,6 +24,7 @@ The CSV has one row for each shape and pass:
 
 import argparse
 import statistics
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -87,10 +88,10 @@ def shape_argument(text: str) -> tuple[int, int]:
     return heads, kv_heads
 
 
-def random_blocks(length: int, kv_heads: int, config, *, forced: bool = False) -> Tensor:
+def random_blocks(length: int, kv_heads: int, config) -> Tensor:
     """Distinct blocks at or before each token, ascending, -1 at the end: ``(1, N, H_kv, n)``.
 
-    With ``forced`` those that ``config`` forces are among them.
+    Those that ``config`` forces are among them.
     """
     slots, size = config.num_selected_blocks, config.select_block_size
     blocks = -(-length // size)
@@ -102,9 +103,8 @@ def random_blocks(length: int, kv_heads: int, config, *, forced: bool = False) -
         draw = torch.rand(len(rows), kv_heads, blocks, device=rows.device, generator=generator)
         block = torch.arange(blocks, device=rows.device)
         own = (rows // size)[:, None, None]
-        if forced:
-            local = block > own - config.num_local_blocks
-            draw.masked_fill_(local | (block < config.num_initial_blocks), 2)
+        local = block > own - config.num_local_blocks
+        draw.masked_fill_(local | (block < config.num_initial_blocks), 2)
         draw.masked_fill_(block > own, -1)
         value, index = draw.topk(min(slots, blocks), dim=-1)
         index = index.masked_fill(value < 0, blocks).sort(-1).values
@@ -117,8 +117,9 @@ def bench(indices: str, options) -> list[dict]:
     """The rows of one shape and kind of ``INDICES``."""
     config = workloads.make_config(options)
     tensors = workloads.make_tensors((1, options.length), options, backward=True)
-    forced = indices == "forced"
-    blocks = random_blocks(options.length, options.kv_heads, config, forced=forced)
+    if indices == "random":
+        config = replace(config, num_initial_blocks=0, num_local_blocks=0)
+    blocks = random_blocks(options.length, options.kv_heads, config)
     steps = {"nsa": our_steps(tensors, blocks, config)}
     if find_spec("fla") and options.heads // options.kv_heads >= PEER_GROUP:
         steps["fla"] = peer_steps(tensors, blocks, config)

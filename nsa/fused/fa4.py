@@ -25,6 +25,9 @@ from nsa.tracing import is_capturing
 
 WRITTEN_FOR = "4.0.0b36"
 
+SEVERAL_TILES = 257
+"""Tokens that no tile of FA4's kernels holds, of queries or of keys."""
+
 
 @torch.compiler.assume_constant_result
 def version_problem() -> str | None:
@@ -94,8 +97,8 @@ def dense_forward(
         softmax_scale=scale,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=_bound(max_seqlen_q),
+        max_seqlen_k=_bound(max_seqlen_k),
         out=out,
         lse=lse,
         return_lse=True,
@@ -145,8 +148,8 @@ def dense_backward(
         window_size_right=window_size[1],
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=_bound(max_seqlen_q),
+        max_seqlen_k=_bound(max_seqlen_k),
         dq=dq,
     )
 
@@ -235,6 +238,12 @@ def _interface():
 
 def _is_sm90() -> bool:
     return _interface()._get_device_arch() // 10 == 9
+
+
+def _bound(max_seqlen: int | None) -> int | None:
+    """The same upper bound, but not one of a single tile, for which FA4 compiles kernels of their
+    own: a pack of short sequences would wait for these in the middle of training."""
+    return None if max_seqlen is None else max(max_seqlen, SEVERAL_TILES)
 
 
 def _dense_forward_tile(

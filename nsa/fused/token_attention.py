@@ -14,7 +14,9 @@ def token_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of each token over its selected blocks; the log-sum-exp is ``(B * T, H)``."""
     rows = (x.flatten(0, 1) for x in (q, k, v))
-    out, lse = own_kernels.selected_forward(*rows, *_selected(q, block_indices, plan))
+    forced = plan.config.num_initial_blocks + plan.config.num_local_blocks
+    selected = _selected(q, block_indices, plan)
+    out, lse = own_kernels.selected_forward(*rows, *selected, forced > 0)
     return out.unflatten(0, q.shape[:2]), lse
 
 

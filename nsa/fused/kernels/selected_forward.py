@@ -4,9 +4,9 @@ A CTA is one warpgroup and takes one work item of the inverted index: a block's 
 shared memory while query rows of the item's pairs stream past, 64 at a time. Row r of an item is
 query head ``r % G`` of pair ``r // G``, so any group size fills the tiles. Each pair gives a
 partial output (normalised, rounded to the dtype of q) and the log-sum-exp of its scores, stored in
-the order of the list; a second kernel adds up the pairs of each token. The blocks that a token has
-in common with its neighbours are left to :mod:`nsa.fused.kernels.band_forward`, and give one
-partial result together.
+the order of the list; a second kernel adds up the pairs of each token. Where every token selects
+the blocks that it has in common with its neighbours, these are left to
+:mod:`nsa.fused.kernels.band_forward` and give one partial result together.
 
 The rows of the next tile are gathered by cp.async in the place of this one's, once its scores are
 computed. Four CTAs share an SM at head dimension 128 and hide each other's latencies; there is no
@@ -47,9 +47,6 @@ from nsa.fused.kernels.vectors import (
     store_vector,
 )
 from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens, units_of_wave
-
-BAND = True
-"""Whether there is a band; without it all blocks are alike, and only rounding differs."""
 
 _THREADS = 128
 # Rows of wgmma.
@@ -508,6 +505,7 @@ def selected_forward(
     block_size: int,
     scale: float,
     causal: bool,
+    band: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each token over the keys of its blocks.
 
@@ -521,6 +519,8 @@ def selected_forward(
         block_size: tokens of a block, 32 or 64.
         scale: positive.
         causal: whether a token sees only keys at or before it.
+        band: whether most lists name the first block of the sequence, the token's own and the one
+            before, so that a kernel of their own pays. It changes the rounding alone.
 
     Returns:
         out: ``(T, H, Dv)`` in the dtype of q, 0 for a token with no block.
@@ -530,7 +530,7 @@ def selected_forward(
     kv_heads, head_dim_v = v.shape[1:]
     group, slots = heads // kv_heads, block_indices.shape[2]
     form = (q.dtype, head_dim, head_dim_v, group, block_size, causal)
-    band = BAND and band_fits(head_dim, head_dim_v, block_size)
+    band = band and band_fits(head_dim, head_dim_v, block_size)
     block_indices = block_indices.contiguous()
     chunk = choose_chunk_tokens(total, group, len(blocks.first), slots, 2 * head_dim)
     wave = units_of_wave(chunk, slots, group, head_dim_v)
