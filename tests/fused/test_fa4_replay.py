@@ -24,13 +24,17 @@ class Kernels:
     """A compile cache that has a kernel for everything, and keeps what these are called with."""
 
     def __init__(self):
-        self.calls, self.lookups = [], 0
+        self.calls, self.keys = [], []
+
+    @property
+    def lookups(self) -> int:
+        return len(self.keys)
 
     def __contains__(self, key) -> bool:
         return True
 
     def __getitem__(self, key):
-        self.lookups += 1
+        self.keys.append(key)
         return lambda *arguments: self.calls.append(arguments)
 
 
@@ -137,3 +141,25 @@ def test_known_calls_are_bounded(kernels, monkeypatch):
     for call in CALLS:
         call()
     assert len(fa4_replay._known) <= 2
+
+
+def test_packs_of_all_lengths_have_the_same_kernels(kernels, monkeypatch):
+    """FA4 compiles others where a bound of the lengths is one tile."""
+    backward = Kernels()
+    for name, cache in (
+        ("_flash_attn_bwd", backward),
+        ("_bwd_preprocess", Kernels()),
+        ("_bwd_postprocess_convert", Kernels()),
+    ):
+        monkeypatch.setattr(getattr(interface, name), "compile_cache", cache)
+    for total, longest in ((4000, 3000), (4000, 100), (65, 64), (1, 1)):
+        q, k = make(total, HEADS, DIM), make(total, KV_HEADS, DIM)
+        bounds = make(3, dtype=torch.int32)
+        call = dict(scale=0.1, causal=True, window_size=(63, None))
+        call |= dict(cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+        call |= dict(max_seqlen_q=longest, max_seqlen_k=longest)
+        out, lse = (x.as_subclass(OnGpu) for x in fa4.dense_forward(q, k, k, **call))
+        fa4.dense_backward(out, q, k, k, out, lse, **call)
+    for cache in (kernels, backward):
+        assert cache.lookups == 4
+        assert len(set(cache.keys)) == 1

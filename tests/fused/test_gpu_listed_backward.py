@@ -27,9 +27,9 @@ FORMS = [
 ]
 
 
-def random_lists(heads, tiles, blocks, query_block, limit) -> tuple[BlockLists, torch.Tensor]:
+def random_lists(heads, tiles, blocks, query_block, limit) -> BlockLists:
     """Some blocks of each tile, those of which it sees every key in the full list if there is a
-    limit; some lists are empty. And whether a head's tile attends a block."""
+    limit; some lists are empty."""
     chosen = torch.rand(heads, tiles, blocks) < 0.5
     chosen[0, 0] = False
     if limit is None:
@@ -42,15 +42,14 @@ def random_lists(heads, tiles, blocks, query_block, limit) -> tuple[BlockLists, 
 
     def compact(x):
         count = x.sum(-1)
-        order = torch.where(x, torch.arange(blocks), blocks).sort(-1).values
+        width = max(1, int(count.max()))
+        order = torch.where(x, torch.arange(blocks), blocks).sort(-1).values[..., :width]
         # What is past the count is not read.
-        index = order[..., : max(1, int(count.max()))].masked_fill(
-            torch.arange(max(1, int(count.max()))) >= count[..., None], -(10**6)
-        )
+        index = order.masked_fill(torch.arange(width) >= count[..., None], -(10**6))
         return count[None].int().cuda(), index[None].int().contiguous().cuda()
 
     lists = (*compact(chosen & ~full), *(compact(full) if limit is not None else (None, None)))
-    return BlockLists(*lists, query_block, 64), chosen
+    return BlockLists(*lists, query_block, 64)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -64,7 +63,7 @@ def test_gradients(form):
         if limited:
             limit = torch.randint(0, num_keys + 1, (num_rows,), dtype=torch.int32)
             limit[-query_block:] = num_keys
-        lists, _ = random_lists(heads, tiles, num_keys // 64, query_block, limit)
+        lists = random_lists(heads, tiles, num_keys // 64, query_block, limit)
         limit = None if limit is None else limit.cuda()
         q, dout = (
             torch.randn(1, num_rows, heads, head_dim, device="cuda", dtype=dtype) for _ in range(2)
