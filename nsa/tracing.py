@@ -4,6 +4,19 @@ import torch
 from torch import Tensor
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether something looks at each operation and must see custom ops instead of kernels.
+
+    That is torch.compile, a dispatch mode (such as that of fake tensors or of selective
+    checkpointing), or ``x`` itself, of a subclass.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def is_capturing(x: Tensor) -> bool:
     """Whether work on the device of ``x`` is being captured in a CUDA graph, not run."""
     if torch.compiler.is_compiling() or not x.is_cuda:

@@ -1,9 +1,74 @@
-"""The derivative of ``nsa::attention``: one autograd node over the whole."""
+"""One autograd node over the whole: of the custom op, where something traces, or of its own.
 
-from nsa.fused.ops import attention, attention_backward
-from nsa.fused.pipeline import Inputs
+A custom op takes the host some 0.1 ms more a pass, which short sequences wait for.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa.fused import ops
+from nsa.fused.call import Call, with_scale
+from nsa.fused.pipeline import Inputs, Saved
+from nsa.tracing import is_traced
 
 NUM_INPUTS = len(Inputs._fields)
+
+
+def attention(inputs: Inputs, call: Call, scale: float, save: bool) -> Tensor:
+    """Output ``(B, T, H, Dv)``, differentiable once where ``save``.
+
+    Args:
+        inputs: the differentiable arguments.
+        call: what to compute of them; its ``config`` is the caller's.
+        scale: for the ``config``.
+        save: whether there will be a backward.
+    """
+    if is_traced(inputs.q):
+        *indices, config, chunks, recompute = call
+        rest = (config.encoded, scale, chunks, save, recompute)
+        return ops.attention(*inputs, *indices, *rest)[0]
+    call = call._replace(config=with_scale(call.config, scale))
+    if not save:
+        return call.forward(inputs, save)[0]
+    return _Attention.apply(call, *inputs)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: Call, *inputs):
+        out, saved = call.forward(Inputs(*inputs), save=True)
+        ctx.save_for_backward(
+            *inputs, call.block_indices, call.cu_seqlens, *(x for part in saved for x in part)
+        )
+        ctx.call = call._replace(block_indices=None, cu_seqlens=None)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        inputs, block_indices, cu_seqlens, saved = _split(ctx.saved_tensors)
+        call = ctx.call._replace(block_indices=block_indices, cu_seqlens=cu_seqlens)
+        size = len(Saved._fields)
+        parts = [Saved(*saved[i : i + size]) for i in range(0, len(saved), size)]
+        return None, *_Gradients.apply(call, parts, dout.contiguous(), *inputs)
+
+
+class _Gradients(torch.autograd.Function):
+    """A node of its own, so that with ``create_graph`` it refuses to be differentiated."""
+
+    @staticmethod
+    def forward(_, call: Call, saved: list[Saved], dout: Tensor, *inputs):
+        return tuple(call.backward(dout, Inputs(*inputs), saved))
+
+    @staticmethod
+    def backward(_, *__):
+        raise RuntimeError(
+            "nsa.forward can be differentiated once, not twice: its gradients have no derivative"
+        )
+
+
+def _split(tensors: tuple) -> tuple[tuple, Tensor | None, Tensor | None, tuple]:
+    """Inputs, ``block_indices``, ``cu_seqlens`` and the rest of what either node saves."""
+    return tensors[:NUM_INPUTS], *tensors[NUM_INPUTS : NUM_INPUTS + 2], tensors[NUM_INPUTS + 2 :]
 
 
 def _setup_context(ctx, inputs, output):
@@ -23,20 +88,14 @@ def _backward(ctx, dout, _):
         return (None,) * NUM_INPUTS + none
     if not ctx.saved:
         raise RuntimeError("nsa::attention was called with save=False, so it has no backward")
-    saved = ctx.saved_tensors
-    tensors, (block_indices, cu_seqlens) = saved[:NUM_INPUTS], saved[NUM_INPUTS : NUM_INPUTS + 2]
-    grads = attention_backward(
-        dout.contiguous(),
-        *tensors,
-        block_indices,
-        cu_seqlens,
-        *ctx.plan,
-        list(saved[NUM_INPUTS + 2 :]),
+    inputs, block_indices, cu_seqlens, saved = _split(ctx.saved_tensors)
+    grads = ops.attention_backward(
+        dout.contiguous(), *inputs, block_indices, cu_seqlens, *ctx.plan, list(saved)
     )
     return (
-        *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)),
+        *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True)),
         *none,
     )
 
 
-attention.register_autograd(_backward, setup_context=_setup_context)
+ops.attention.register_autograd(_backward, setup_context=_setup_context)

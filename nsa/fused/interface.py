@@ -7,12 +7,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nsa.config import NSAConfig
-from nsa.fused import autograd as _autograd  # noqa: F401 (gives the op its derivative)
 from nsa.fused.attention import compressed_attention, compressed_lse
+from nsa.fused.autograd import attention
+from nsa.fused.call import Call
 from nsa.fused.compression import compress
 from nsa.fused.constraints import kernel_head_dim
 from nsa.fused.layout import Plan, make_plan, num_units_bound
-from nsa.fused.ops import attention
+from nsa.fused.pipeline import Inputs
 from nsa.fused.planner import make_schedule
 from nsa.fused.selection import select
 from nsa.fused.token_selection import select_tokens
@@ -65,20 +66,15 @@ def forward(
         save=save,
         max_workspace_bytes=max_workspace_bytes,
     )
-    out = attention(
+    inputs = Inputs(
         **tensors,
         **{name: _widen_square(x, dim) for name, x in compress_weights.items()},
         gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
         gates=_batched(gates),
-        block_indices=_unit_major(block_indices, q, cu_seqlens, config),
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
-        config=config.encoded,
-        scale=config.softmax_scale(q.shape[-1]),
-        chunks=schedule.chunks,
-        save=save,
-        recompute=schedule.recompute,
-    )[0]
+    )
+    block_indices = _unit_major(block_indices, q, cu_seqlens, config)
+    call = Call(block_indices, cu_seqlens, max_seqlen, config, *schedule)
+    out = attention(inputs, call, config.softmax_scale(q.shape[-1]), save)
     # Not out[0], whose derivative fills a tensor with zeros first.
     out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim]

@@ -5,24 +5,22 @@ tensors that an op returns, or takes in a list, are empty where there is none, b
 has tensors only.
 """
 
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.fused import chunks as chunked
+from nsa.fused.call import Call, with_scale
 from nsa.fused.chunks import split_heads
 from nsa.fused.folded_attention import lse_shape, num_folded_rows
-from nsa.fused.layout import make_plan, num_compressed_bound, num_tiles_bound, num_units_bound
+from nsa.fused.layout import num_compressed_bound, num_tiles_bound, num_units_bound
 from nsa.fused.pipeline import Inputs, Saved
 
 
 @lru_cache(maxsize=64)
 def _config(encoded: str, scale: float) -> NSAConfig:
-    # The scale is explicit because padding changes the head dimension it would follow from.
-    return replace(NSAConfig.decode(encoded), scale=scale)
+    return with_scale(NSAConfig.decode(encoded), scale)
 
 
 @torch.library.custom_op("nsa::attention", mutates_args=())
@@ -58,13 +56,8 @@ def attention(
         q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight,
         compress_k_weight, compress_v_weight, k_cmp, v_cmp,
     )  # fmt: skip
-    with torch.cuda.device_of(q):
-        plan = make_plan(q, cu_seqlens, max_seqlen, _config(config, scale))
-        out, saved = chunked.forward(
-            inputs, block_indices, plan, chunks=chunks, save=save, recompute=recompute
-        )
-    if block_indices is not None:
-        saved = [part._replace(block_indices=None) for part in saved]
+    call = Call(block_indices, cu_seqlens, max_seqlen, _config(config, scale), chunks, recompute)
+    out, saved = call.forward(inputs, save)
     return out, [q.new_empty(0) if x is None else x for part in saved for x in part]
 
 
@@ -190,11 +183,8 @@ def attention_backward(
     )  # fmt: skip
     size = len(Saved._fields)
     parts = [_unpack_saved(saved[i : i + size]) for i in range(0, len(saved), size)]
-    with torch.cuda.device_of(q):
-        plan = make_plan(q, cu_seqlens, max_seqlen, _config(config, scale))
-        grads = chunked.backward(
-            dout, inputs, block_indices, parts, plan, chunks=chunks, recompute=recompute
-        )
+    call = Call(block_indices, cu_seqlens, max_seqlen, _config(config, scale), chunks, recompute)
+    grads = call.backward(dout, inputs, parts)
     return [q.new_empty(0) if grad is None else grad for grad in grads]
 
 

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa
 from nsa import validation
-from nsa.fused import interface, layout, ops, planner
+from nsa.fused import interface, layout, planner
+from nsa.fused.call import with_scale
 from nsa.testing import make_cu_seqlens, make_inputs
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
@@ -59,15 +60,14 @@ def capturing(monkeypatch):
 @pytest.fixture
 def backward_too(monkeypatch):
     """Each call runs forward and backward, within no op, so that dispatch modes see inside."""
-    forward, backward = ops.attention._init_fn, ops.attention_backward._init_fn
     calls = []
 
-    def attention(**kwargs):
-        kwargs |= dict(save=True)
-        out, saved = forward(**kwargs)
-        kwargs.pop("save")
-        calls.append(backward(torch.ones_like(out), saved=saved, **kwargs))
-        return out, saved
+    def attention(inputs, call, scale, save):
+        call = call._replace(config=with_scale(call.config, scale))
+        out, saved = call.forward(inputs, save=True)
+        grads = call.backward(torch.ones_like(out), inputs, saved)
+        calls.append([x for x in grads if x is not None])
+        return out
 
     monkeypatch.setattr(interface, "attention", attention)
     return calls

@@ -9,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import Problem, problems
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
@@ -142,8 +144,36 @@ def test_double_backward_is_refused():
     q, k, v = make_inputs((1, 70), 2, 1, 4, dtype=torch.float64, requires_grad=True)
     out = nsa.forward(q, k, v, config=small_config(), backend="fused")
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="attention_backward"):
+    with pytest.raises(RuntimeError, match="twice"):
         torch.autograd.grad(grad.sum(), k)
+
+
+class Names(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_traces_sees_the_whole_as_one_operation():
+    q, k, v = make_inputs((1, 70), 2, 1, 4, dtype=torch.float64, requires_grad=True)
+
+    def loss(q):
+        return nsa.forward(q, k, v, config=small_config(), backend="fused").sin().sum()
+
+    expected = torch.autograd.grad(loss(q), q)[0]
+    with Names() as names:
+        grad = torch.autograd.grad(loss(q), q)[0]
+    assert {"nsa::attention", "nsa::attention_backward"} < set(names.seen)
+    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-12)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(q.detach())
+        assert nsa.forward(fake, fake[:, :, :1], fake[:, :, :1], backend="fused").shape == q.shape
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
