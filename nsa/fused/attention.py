@@ -225,9 +225,8 @@ def _sparse_backward(
         dout, out = plan.tokens.pack(dout), plan.tokens.pack(out)
     tensors = (dout, q_rows, k_rows, v_rows, out)
     if goes_by_query(lists.key_block, q_rows.shape[-1]):
-        rows = (x[0] for x in tensors)
-        grads = own_kernels.listed_backward(*rows, lse, lists, scale, mask.get("key_limit"))
-        dq, dk, dv = (x[None] for x in grads)
+        limit = mask.get("key_limit")
+        dq, dk, dv = own_kernels.listed_backward(*tensors, lse, lists, scale, limit)
     else:
         transposed = transpose_lists(lists, k_rows.shape[1])
         dq, dk, dv = fa4.sparse_backward(*tensors, lse, transposed, scale=scale, **mask)

@@ -2,7 +2,7 @@
 
 Written for flash-attn-4 4.0.0b36 (``WRITTEN_FOR``) and its private entry points
 ``_flash_attn_fwd`` and ``_flash_attn_bwd``: the public functions take neither tiles nor buffers for
-results. FA4 is imported on the first call. Forwards that are not packed go through
+results. FA4 is imported on the first call. Calls that are not packed go through
 :mod:`nsa.fused.fa4_replay`, which spares the host most of FA4's Python.
 
 Where the kernels are compiled for (FA4 reads the machine's GPU, or FLASH_ATTENTION_ARCH):
@@ -135,6 +135,10 @@ def dense_backward(
         dq, dk, dv: in the shapes and dtype of ``q``, ``k`` and ``v``.
     """
     _check_backward_dims(q, k, v)
+    options = dict(causal=causal, window_size_left=window_size[0], window_size_right=window_size[1])
+    if cu_seqlens_q is None:
+        tensors = fa4_replay.BackwardTensors(dout, q, k, v, out, lse, dq, scale)
+        return fa4_replay.backward(_interface(), tensors, **options)
     return _interface()._flash_attn_bwd(
         q=q,
         k=k,
@@ -143,14 +147,12 @@ def dense_backward(
         dout=dout,
         lse=lse,
         softmax_scale=scale,
-        causal=causal,
-        window_size_left=window_size[0],
-        window_size_right=window_size[1],
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=_bound(max_seqlen_q),
         max_seqlen_k=_bound(max_seqlen_k),
         dq=dq,
+        **options,
     )
 
 

@@ -1,12 +1,13 @@
-"""FA4's forward without most of its host work: a part of ``fa4``, and like it of one version.
+"""FA4's batched calls without most of their host work: a part of ``fa4``, and of one version too.
 
-``_flash_attn_fwd`` checks its arguments, chooses tiles and looks a compiled kernel up by some 80
-values: 0.1 ms and more a call, which short sequences wait for. All of that follows from shapes,
-strides and options. So a call with new ones is FA4's own, and it is noted which kernel that calls
-with what; calls alike then call the kernel. Where FA4 passes the kernel anything but what
-:meth:`Tensors.arguments` expects (it copied a tensor, or the GPU is another), no call is replayed.
+``_flash_attn_fwd`` and ``_flash_attn_bwd`` check their arguments, choose tiles and look compiled
+kernels up by some 80 values: 0.1 to 0.25 ms a call, which short sequences wait for. All of that
+follows from shapes, strides and options. So a call with new ones is FA4's own, and it is noted
+which kernels that calls with what; calls alike then call the kernels. Where FA4 passes a kernel
+anything but what is expected here (it copied a tensor, or the GPU is another), no call is replayed.
 """
 
+import math
 import types
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,8 +20,9 @@ MAX_KNOWN = 1024
 
 _ALIGNMENT = 16
 
-# Where the window is in a kernel's arguments.
-_WINDOW = slice(11, 13)
+# Where the window is in the arguments of the forward and of the backward kernel.
+_FORWARD_WINDOW = slice(11, 13)
+_BACKWARD_WINDOW = slice(14, 16)
 
 
 class Tensors(NamedTuple):
@@ -67,11 +69,57 @@ class Tensors(NamedTuple):
         return (*inputs, *results, *unused, *window, None, sparse, aux, None, None)
 
 
-class _Call(NamedTuple):
-    """A compiled kernel, and the window as FA4 passes it on."""
+class BackwardTensors(NamedTuple):
+    """The same of ``_flash_attn_bwd``, without lists."""
+
+    dout: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    dq: Tensor | None
+    scale: float
+
+    def layouts(self) -> tuple:
+        return tuple(map(_layout, self[:-1]))
+
+
+class _Sums(NamedTuple):
+    """FA4's float32 buffers of a backward; ``dk`` and ``dv`` where heads share a KV head."""
+
+    softmax: Tensor
+    lse_log2: Tensor
+    dq: Tensor
+    dk: Tensor | None
+    dv: Tensor | None
+
+    @classmethod
+    def new(cls, shapes: tuple, like: Tensor) -> "_Sums":
+        """Of these shapes, in two or three allocations, where FA4 makes three or five."""
+        _, rows, dq, dk, dv = shapes
+        empty = dict(dtype=torch.float32, device=like.device)
+        zeros = (None, None)
+        if dk is not None:
+            sizes = math.prod(dk), math.prod(dv)
+            zeros = torch.zeros(sum(sizes), **empty).split(sizes)
+            zeros = (x.view(shape) for x, shape in zip(zeros, (dk, dv), strict=True))
+        return cls(*torch.empty((2, *rows), **empty), torch.empty(dq, **empty), *zeros)
+
+
+class _Note(NamedTuple):
+    """A call of a compiled kernel."""
 
     kernel: Callable
+    arguments: tuple
+
+
+class _Call(NamedTuple):
+    """Compiled kernels, the window as FA4 passes it on, and the shapes of :class:`_Sums`."""
+
+    kernels: list[Callable]
     window: tuple
+    sums: tuple = ()
 
 
 _known: dict[tuple, _Call] = {}
@@ -85,34 +133,97 @@ def forward(interface, tensors: Tensors, **options) -> tuple[Tensor, Tensor]:
     """
     if interface.is_fake_mode():
         # Tensors without data, to compile kernels with.
-        return _full_call(interface, interface._flash_attn_fwd, tensors, options)
+        return _full_forward(interface, interface._flash_attn_fwd, tensors, options)
     key = (tensors.scale, tensors.layouts(), *options.items())
     call = _known.get(key)
     if call is None:
-        return _noted_call(interface, key, tensors, options)
+        return _noted_forward(interface, key, tensors, options)
     tensors = tensors.with_results()
-    call.kernel(*tensors.arguments(call.window, interface.AuxData))
+    call.kernels[0](*tensors.arguments(call.window, interface.AuxData))
     return tensors.out, tensors.lse
 
 
-def _noted_call(interface, key: tuple, tensors: Tensors, options: dict) -> tuple[Tensor, Tensor]:
-    original = interface._flash_attn_fwd
-    notes = _NotingCache(original.compile_cache)
-    # FA4's function over a copy of its globals, in which the name that leads to its cache differs.
-    names = dict(vars(interface), _flash_attn_fwd=types.SimpleNamespace(compile_cache=notes))
-    function = types.FunctionType(
-        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+def backward(interface, tensors: BackwardTensors, **options) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``interface._flash_attn_bwd``; ``options`` are its other arguments."""
+    if interface.is_fake_mode():
+        return _full_backward(interface._flash_attn_bwd, tensors, options)
+    key = (tensors.scale, tensors.layouts(), *options.items())
+    call = _known.get(key)
+    if call is None:
+        return _noted_backward(interface, key, tensors, options)
+    grads = (
+        torch.empty_like(tensors.q) if tensors.dq is None else tensors.dq,
+        torch.empty_like(tensors.k),
+        torch.empty_like(tensors.v),
     )
-    out, lse = _full_call(interface, function, tensors, options)
-    call = notes.call_for(tensors._replace(out=out, lse=lse), interface.AuxData)
-    if call is not None:
-        if len(_known) >= MAX_KNOWN:
-            _known.clear()
-        _known[key] = call
+    sums = _Sums.new(call.sums, tensors.q)
+    steps = _backward_arguments(tensors, grads, sums, call.window, interface.AuxData)
+    for kernel, arguments in zip(call.kernels, steps, strict=True):
+        kernel(*arguments)
+    return grads
+
+
+def _backward_arguments(
+    tensors: BackwardTensors,
+    grads: tuple[Tensor, Tensor, Tensor],
+    sums: _Sums,
+    window: tuple,
+    aux_data: Callable,
+) -> list[tuple]:
+    """What FA4 passes to its kernels for SM90; not in packed input."""
+    dout, q, k, v, out, lse, _, scale = tensors
+    dq, dk, dv = grads
+    none = (None,) * 8
+    inputs = (*(x.detach() for x in (q, k, v)), dout, sums.lse_log2, sums.softmax, sums.dq)
+    shared = sums.dk is not None
+    main = (
+        *(*inputs, *(sums[3:] if shared else (dk, dv)), scale, *none[:4], *window, *none[:3]),
+        *(aux_data(None, None), None, None),
+    )
+    preprocess = (out, dout, sums.softmax, lse, *sums[1:3], *none[:5], 1.0, *none[:2])
+    converts = [(sums.dq, dq, scale)]
+    if shared:
+        converts += [(sums.dk, dk, scale), (sums.dv, dv, 1.0)]
+    return [preprocess, main, *((*convert, *none[:4]) for convert in converts)]
+
+
+def _noted_forward(interface, key: tuple, tensors: Tensors, options: dict) -> tuple[Tensor, Tensor]:
+    function, notes = _noting(interface, "_flash_attn_fwd")
+    out, lse = _full_forward(interface, function, tensors, options)
+    if len(notes) == 1:
+        ((kernel, arguments),) = notes
+        window = tuple(arguments[_FORWARD_WINDOW])
+        results = tensors._replace(out=out, lse=lse)
+        if _same(arguments, results.arguments(window, interface.AuxData)):
+            _remember(key, _Call([kernel], window))
     return out, lse
 
 
-def _full_call(
+def _noted_backward(
+    interface, key: tuple, tensors: BackwardTensors, options: dict
+) -> tuple[Tensor, Tensor, Tensor]:
+    names = ("_bwd_preprocess", "_bwd_postprocess_convert", "_flash_attn_bwd")
+    function, notes = _noting(interface, *names)
+    grads = _full_backward(function, tensors, options)
+    if len(notes) in (3, 5):
+        preprocess, main, *converts = (note.arguments for note in notes)
+        shared = main[7:9] if len(converts) == 3 else (None, None)
+        sums = _Sums(preprocess[2], *preprocess[4:6], *shared)
+        window = tuple(main[_BACKWARD_WINDOW])
+        steps = _backward_arguments(tensors, grads, sums, window, interface.AuxData)
+        if _same([note.arguments for note in notes], steps):
+            shapes = tuple(None if x is None else x.shape for x in sums)
+            _remember(key, _Call([note.kernel for note in notes], window, shapes))
+    return grads
+
+
+def _remember(key: tuple, call: _Call):
+    if len(_known) >= MAX_KNOWN:
+        _known.clear()
+    _known[key] = call
+
+
+def _full_forward(
     interface, function: Callable, tensors: Tensors, options: dict
 ) -> tuple[Tensor, Tensor]:
     options, sparse = dict(options), None
@@ -134,12 +245,33 @@ def _full_call(
     return out, lse
 
 
-class _NotingCache:
-    """FA4's cache of compiled kernels, with the last call of a kernel out of it."""
+def _full_backward(
+    function: Callable, tensors: BackwardTensors, options: dict
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = tensors._asdict()
+    return function(softmax_scale=arguments.pop("scale"), **arguments, **options)
 
-    def __init__(self, cache):
-        self.cache = cache
-        self.kernel, self.arguments = None, ()
+
+def _noting(interface, *names: str) -> tuple[Callable, list[_Note]]:
+    """The last of the named functions, and where it notes the kernels that any of them call."""
+    # Over a copy of FA4's globals, in which the names that lead to its caches differ.
+    notes, variables = [], dict(vars(interface))
+    for name in names:
+        original = getattr(interface, name)
+        function = types.FunctionType(
+            original.__code__, variables, name, original.__defaults__, original.__closure__
+        )
+        function.__kwdefaults__ = original.__kwdefaults__
+        function.compile_cache = _NotingCache(original.compile_cache, notes)
+        variables[name] = function
+    return function, notes
+
+
+class _NotingCache:
+    """FA4's cache of compiled kernels, noting the calls of those out of it."""
+
+    def __init__(self, cache, notes: list[_Note]):
+        self.cache, self.notes = cache, notes
 
     def __contains__(self, key) -> bool:
         return key in self.cache
@@ -151,17 +283,10 @@ class _NotingCache:
         kernel = self.cache[key]
 
         def noted(*arguments):
-            self.kernel, self.arguments = kernel, arguments
+            self.notes.append(_Note(kernel, arguments))
             return kernel(*arguments)
 
         return noted
-
-    def call_for(self, tensors: Tensors, aux_data: Callable) -> _Call | None:
-        """The call, if there was one with the arguments that are expected for the tensors."""
-        window = tuple(self.arguments[_WINDOW])
-        if _same(self.arguments, tensors.arguments(window, aux_data)):
-            return _Call(self.kernel, window)
-        return None
 
 
 def _layout(x: Tensor | None) -> tuple | None:

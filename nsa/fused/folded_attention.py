@@ -74,7 +74,7 @@ def folded_attention_backward(
     dq[:, : rows.lead].zero_()
     # Two calls add to these.
     dtype = accumulation_dtype(q.dtype)
-    dk_cmp, dv_cmp = (torch.zeros_like(x, dtype=dtype) for x in (k_cmp, v_cmp))
+    dk_cmp, dv_cmp = k_cmp.new_zeros(2, *k_cmp.shape, dtype=dtype)
     if rows.full:
         for entry in range(len(q)):
             _, *grads = fa4.dense_backward(
@@ -88,8 +88,9 @@ def folded_attention_backward(
                 dq=rows.view(dq[entry]),
             )
             for total, grad in zip((dk_cmp, dv_cmp), grads, strict=True):
-                grouped = grad.squeeze(2).unflatten(0, (num_kv_heads, -1))  # (H_kv, G, rows, D)
-                total[entry, : rows.full] = grouped.sum(1, dtype=dtype).transpose(0, 1)
+                grouped = grad.view(num_kv_heads, -1, *grad.shape[1:])  # (H_kv, G, rows, 1, D)
+                target = total[entry, : rows.full].transpose(0, 1)
+                torch.sum(grouped, (1, 3), dtype=dtype, out=target)
     if rows.tail:
         tail = slice(-rows.tail, None)
         _, dk, dv = fa4.dense_backward(

@@ -44,11 +44,8 @@ def combine_branches(
             what is. By default new.
         placements: where the tokens of the first two branches lie.
     """
-    rows = (x.flatten(0, 1) for x in (*branches, q))
-    gates = None if gates is None else gates.flatten(0, 1)
     weight = None if gates is not None else gate_proj_weight
-    result = own_kernels.gating_forward(*rows, gates, weight, _rows_of_output(out), placements)
-    return result.unflatten(0, q.shape[:2])
+    return own_kernels.gating_forward(*branches, q, gates, weight, out, placements)
 
 
 def combine_branches_backward(
@@ -60,18 +57,9 @@ def combine_branches_backward(
     placements: Placements = IN_ORDER,
 ) -> GatingGradients:
     """Gradients of :func:`combine_branches` for ``dout (B, T, H, D)``."""
-    rows = (x.flatten(0, 1) for x in (dout, *branches, q))
-    gates = None if gates is None else gates.flatten(0, 1)
     weight = None if gates is not None else gate_proj_weight
-    results = own_kernels.gating_backward(*rows, gates, weight, placements)
-    *dbranches, dlogits, dgates, dweight = results
-    leading = q.shape[:2]
-    return GatingGradients(
-        tuple(dx.view(x.shape) for dx, x in zip(dbranches, branches, strict=True)),
-        None if dlogits is None else dlogits.unflatten(0, leading),
-        None if dgates is None else dgates.unflatten(0, leading),
-        dweight,
-    )
+    results = own_kernels.gating_backward(dout, *branches, q, gates, weight, placements)
+    return GatingGradients(tuple(results[:3]), *results[3:])
 
 
 def query_gradient(
@@ -90,13 +78,5 @@ def query_gradient(
         out: as in :func:`combine_branches`; it may be one of ``branches`` without placement.
         placements: where the tokens of the first two branches lie.
     """
-    rows = (x.flatten(0, 1) for x in branches)
     weight = None if dlogits is None else gate_proj_weight
-    dlogits = None if dlogits is None else dlogits.flatten(0, 1)
-    result = own_kernels.query_gradient(*rows, dlogits, weight, _rows_of_output(out), placements)
-    return result.unflatten(0, branches[2].shape[:2])
-
-
-def _rows_of_output(out: Tensor | None) -> Tensor | None:
-    """``(B, T, H, D)`` as ``(B * T, H, D)``, never a copy, into which results would be lost."""
-    return None if out is None else out.view(-1, *out.shape[2:])
+    return own_kernels.query_gradient(*branches, dlogits, weight, out, placements)

@@ -195,7 +195,8 @@ def backward(
         dv_weight = compress_backward_(dv, dv_cmp, inputs.v, inputs.compress_v_weight, plan)
         dk_cmp = dv_cmp = None
     else:
-        dk_cmp, dv_cmp = dk_cmp.to(inputs.k_cmp.dtype), dv_cmp.to(inputs.v_cmp.dtype)
+        # Copies, because both may lie in one tensor, and a custom op's results may not.
+        dk_cmp, dv_cmp = (x.to(inputs.k_cmp.dtype, copy=True) for x in (dk_cmp, dv_cmp))
     return Inputs(
         dq, dk, dv, dk_slc, dv_slc, dk_win, dv_win, dgates, dgate_weight,
         dk_weight, dv_weight, dk_cmp, dv_cmp,

@@ -33,42 +33,42 @@ def gating_forward(
 ) -> Tensor:
     dtype = accumulation_dtype(o_cmp.dtype)
     o_cmp, o_slc = (_read(x, p, o_win) for x, p in zip((o_cmp, o_slc), placements, strict=True))
-    branches = torch.stack((o_cmp, o_slc, o_win), dim=2).to(dtype)
+    branches = torch.stack((o_cmp, o_slc, o_win), dim=-2).to(dtype)
     g = _gates(o_cmp, q, gates, weight)
-    return _written((g[..., None] * branches).sum(dim=2).to(o_cmp.dtype), out)
+    return _written((g[..., None] * branches).sum(dim=-2).to(o_cmp.dtype), out)
 
 
 def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight, placements=(None, None)):
     dtype = accumulation_dtype(o_cmp.dtype)
     placed = (o_cmp, o_slc)
     o_cmp, o_slc = (_read(x, p, o_win) for x, p in zip(placed, placements, strict=True))
-    branches = torch.stack((o_cmp, o_slc, o_win), dim=2).to(dtype)
+    branches = torch.stack((o_cmp, o_slc, o_win), dim=-2).to(dtype)
     g = _gates(o_cmp, q, gates, weight)
-    dbranches = (g[..., None] * dout[:, :, None].to(dtype)).to(o_cmp.dtype)
-    dbranches = [x.contiguous() for x in dbranches.unbind(dim=2)]
+    dbranches = (g[..., None] * dout[..., None, :].to(dtype)).to(o_cmp.dtype)
+    dbranches = [x.contiguous() for x in dbranches.unbind(dim=-2)]
     for i, (x, placement) in enumerate(zip(placed, placements, strict=True)):
         dbranches[i] = _write(dbranches[i], placement, x)
-    dgates = torch.einsum("rhd,rhid->rhi", dout.to(dtype), branches)
+    dgates = torch.einsum("...hd,...hid->...hi", dout.to(dtype), branches)
     if gates is not None:
         return (*dbranches, None, dgates.to(gates.dtype).contiguous(), None)
     if weight is None:
         return (*dbranches, None, None, None)
     dlogits = (dgates * g * (1 - g)).contiguous()
-    dweight = torch.einsum("rhi,rhd->hid", dlogits, q.to(dtype)).to(weight.dtype).contiguous()
+    rows = (x.flatten(0, -3) for x in (dlogits, q.to(dtype)))
+    dweight = torch.einsum("rhi,rhd->hid", *rows).to(weight.dtype).contiguous()
     return (*dbranches, dlogits, None, dweight)
 
 
 def listed_backward(dout, q, k, v, out, lse, lists, scale, key_limit):
     """By query tile, on the forward's lists, what ``sparse_backward`` does by key block."""
     assert lists.key_block == 64
-    assert q.shape[0] % lists.query_block == 0, (q.shape, lists.query_block)
-    assert k.shape[0] % lists.key_block == 0, k.shape
+    assert q.shape[1] % lists.query_block == 0, (q.shape, lists.query_block)
+    assert k.shape[1] % lists.key_block == 0, k.shape
     assert k.shape == v.shape, (k.shape, v.shape)
-    batched = (x[None] for x in (dout, q, k, v, out))
     grads = emulated_kernels.listed_gradients(
-        *batched, lse, lists, scale=scale, causal=key_limit is None, key_limit=key_limit
+        dout, q, k, v, out, lse, lists, scale=scale, causal=key_limit is None, key_limit=key_limit
     )
-    return tuple(x[0].contiguous() for x in grads)
+    return tuple(x.contiguous() for x in grads)
 
 
 def query_gradient(
@@ -80,7 +80,7 @@ def query_gradient(
     dq = dq_cmp.to(dtype) + dq_slc.to(dtype) + dq_win.to(dtype)
     if weight is not None:
         assert dlogits.dtype == dtype
-        dq += torch.einsum("rhi,hid->rhd", dlogits, weight.to(dtype))
+        dq += torch.einsum("...hi,hid->...hd", dlogits, weight.to(dtype))
     return _written(dq.to(dq_cmp.dtype), out)
 
 
@@ -93,20 +93,21 @@ def _vectors(placement, heads) -> Tensor:
 
 
 def _read(x, placement, like) -> Tensor:
-    """``x`` as ``like (R, H, D)``."""
+    """``x`` as ``like (..., H, D)``."""
     if placement is None:
         return x
     assert x.is_contiguous()
     assert placement.place.dtype == torch.int32
-    index = _vectors(placement, like.shape[1])
+    index = _vectors(placement, like.shape[-2])
     vectors = x.view(-1, x.shape[-1])[index.clamp(min=0)]
-    return torch.where(index[..., None] >= 0, vectors, 0)
+    return torch.where(index[..., None] >= 0, vectors, 0).view(like.shape)
 
 
 def _write(rows, placement, like) -> Tensor:
-    """``rows (R, H, D)`` as ``like``, with zeros between."""
+    """``rows (..., H, D)`` as ``like``, with zeros between."""
     if placement is None:
         return rows
+    rows = rows.flatten(0, -3)
     index = _vectors(placement, rows.shape[1])
     used = index >= 0
     assert index[used].unique().numel() == used.sum(), "tokens share a vector"
@@ -120,15 +121,15 @@ def _written(result, out) -> Tensor:
 
 
 def _gates(o_cmp, q, gates, weight) -> Tensor:
-    """``(R, H, 3)``."""
+    """``(..., H, 3)``."""
     dtype = accumulation_dtype(o_cmp.dtype)
     if gates is not None and weight is not None:
         raise ValueError("gates and weight are both given; at most one of them may be")
     if gates is not None:
         return gates.to(dtype)
     if weight is not None:
-        return torch.einsum("rhd,hid->rhi", q.to(dtype), weight.to(dtype)).sigmoid()
-    return torch.full((*o_cmp.shape[:2], 3), 1 / 3, dtype=dtype, device=o_cmp.device)
+        return torch.einsum("...hd,hid->...hi", q.to(dtype), weight.to(dtype)).sigmoid()
+    return torch.full((*o_cmp.shape[:-1], 3), 1 / 3, dtype=dtype, device=o_cmp.device)
 
 
 def mean_forward(x, start, block_size, out_dtype) -> Tensor:

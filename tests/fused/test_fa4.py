@@ -48,13 +48,6 @@ def test_no_bound_of_packed_sequences_is_of_one_tile(calls, longest, bound):
     assert len(calls) == 2
 
 
-def test_a_batch_has_no_bounds(calls):
-    q, k = torch.randn(1, 10, 4, 64), torch.randn(1, 10, 2, 64)
-    call = dict(scale=1.0, causal=True, window_size=(None, None))
-    fa4.dense_backward(q, q, k, k, q, torch.randn(1, 4, 10), **call)
-    assert calls[0]["max_seqlen_q"] is calls[0]["max_seqlen_k"] is None
-
-
 @pytest.mark.parametrize(
     ("group", "dim", "window", "tile"),
     [

@@ -12,6 +12,7 @@ if fa4.version_problem():
     pytest.skip(fa4.version_problem(), allow_module_level=True)
 
 ROWS, HEADS, KV_HEADS, DIM = 256, 8, 2, 128
+FUNCTIONS = ("_flash_attn_fwd", "_flash_attn_bwd", "_bwd_preprocess", "_bwd_postprocess_convert")
 
 
 class OnGpu(torch.Tensor):
@@ -41,7 +42,8 @@ class Kernels:
 @pytest.fixture
 def kernels(monkeypatch):
     cache = Kernels()
-    monkeypatch.setattr(interface._flash_attn_fwd, "compile_cache", cache)
+    for name in FUNCTIONS:
+        monkeypatch.setattr(getattr(interface, name), "compile_cache", cache)
     monkeypatch.setattr(interface, "_get_device_arch", lambda: 90)
     monkeypatch.setattr(interface, "get_num_sms_for_selection", lambda *_: 132)
     monkeypatch.setattr(fa4_replay, "_known", {})
@@ -105,6 +107,65 @@ def describe(x):
     return tuple(map(describe, x)) if isinstance(x, (tuple, list)) else x
 
 
+def window_backward(kv_heads=KV_HEADS, **dq):
+    q, out, dout = (make(1, ROWS, HEADS, DIM) for _ in range(3))
+    k, v = (make(1, ROWS, kv_heads, DIM) for _ in range(2))
+    lse = make(1, HEADS, ROWS, dtype=torch.float32)
+    mask = dict(scale=0.1, causal=True, window_size=(63, None))
+    return fa4.dense_backward(dout, q, k, v, out, lse, **mask, **dq)
+
+
+def backward_of_every_head():
+    return window_backward(HEADS)
+
+
+def backward_into_slices():
+    shape = (ROWS, HEADS, DIM)
+    q, out, dout, dq = (make(*shape).unflatten(0, (-1, 64)).permute(2, 0, 1, 3) for _ in range(4))
+    k, v = (make(HEADS, ROWS // 64, 1, DIM) for _ in range(2))
+    lse = make(HEADS, 64, ROWS // 64, dtype=torch.float32)
+    mask = dict(scale=0.2, causal=True, window_size=(None, None))
+    grads = fa4.dense_backward(dout, q, k, v, out, lse, dq=dq, **mask)
+    assert grads[0].data_ptr() == dq.data_ptr()
+    return grads
+
+
+@pytest.mark.parametrize(
+    ("call", "steps"),
+    [(window_backward, 5), (backward_of_every_head, 3), (backward_into_slices, 5)],
+)
+def test_replays_of_backward_pass_what_fa4_passes(call, steps, kernels):
+    results = [call(), call()]
+    assert kernels.lookups == steps
+    first, second = kernels.calls[:steps], kernels.calls[steps:]
+    assert describe(first) == describe(second)
+    assert [describe(x) for x in results[0]] == [describe(x) for x in results[1]]
+    for arguments, grads in zip((first, second), results, strict=True):
+        assert same_memory(arguments) == same_memory(first)
+        written = {arguments[2][1].data_ptr()} | {
+            x.data_ptr() for x in (*arguments[1][7:9], *(step[1] for step in arguments[3:]))
+        }
+        assert {x.data_ptr() for x in grads} <= written
+        for total in arguments[1][7:9] if steps == 5 else ():
+            assert not total.any()
+
+
+def same_memory(steps) -> list[int]:
+    """Of each tensor the first one at the same place, so that what is passed on is seen."""
+    places = [x.data_ptr() for step in steps for x in step if isinstance(x, torch.Tensor)]
+    return list(map(places.index, places))
+
+
+def test_backward_of_what_fa4_copies_is_never_replayed(kernels):
+    wide = make(1, ROWS, DIM, HEADS).transpose(2, 3)
+    q, k = make(1, ROWS, HEADS, DIM), make(1, ROWS, KV_HEADS, DIM)
+    lse = make(1, HEADS, ROWS, dtype=torch.float32)
+    mask = dict(scale=0.1, causal=True, window_size=(63, None))
+    for _ in range(2):
+        fa4.dense_backward(wide, q, k, k, q, lse, **mask)
+    assert kernels.lookups == 10
+
+
 def test_other_layouts_and_options_are_other_calls(kernels):
     for call in (*CALLS, *CALLS):
         call()
@@ -145,12 +206,8 @@ def test_known_calls_are_bounded(kernels, monkeypatch):
 
 def test_packs_of_all_lengths_have_the_same_kernels(kernels, monkeypatch):
     """FA4 compiles others where a bound of the lengths is one tile."""
-    backward = Kernels()
-    for name, cache in (
-        ("_flash_attn_bwd", backward),
-        ("_bwd_preprocess", Kernels()),
-        ("_bwd_postprocess_convert", Kernels()),
-    ):
+    caches = [Kernels() for _ in FUNCTIONS]
+    for name, cache in zip(FUNCTIONS, caches, strict=True):
         monkeypatch.setattr(getattr(interface, name), "compile_cache", cache)
     for total, longest in ((4000, 3000), (4000, 100), (65, 64), (1, 1)):
         q, k = make(total, HEADS, DIM), make(total, KV_HEADS, DIM)
@@ -160,6 +217,6 @@ def test_packs_of_all_lengths_have_the_same_kernels(kernels, monkeypatch):
         call |= dict(max_seqlen_q=longest, max_seqlen_k=longest)
         out, lse = (x.as_subclass(OnGpu) for x in fa4.dense_forward(q, k, k, **call))
         fa4.dense_backward(out, q, k, k, out, lse, **call)
-    for cache in (kernels, backward):
+    for cache in caches[:2]:
         assert cache.lookups == 4
         assert len(set(cache.keys)) == 1

@@ -406,18 +406,18 @@ def gating_forward(
     """``g0 * o_cmp + g1 * o_slc + g2 * o_win``, computed in float32.
 
     Args:
-        o_cmp, o_slc, o_win: ``(R, H, D)``, bfloat16, float16 or float32; D a multiple of 8 up to
+        o_cmp, o_slc, o_win: ``(..., H, D)``, bfloat16, float16 or float32; D a multiple of 8 up to
             256. Slices of heads are read where they are; other strides are copied. With a
-            placement ``(N, ., D)``, contiguous and not empty.
-        q: ``(R, H, D)``; with ``weight`` only, else not looked at.
-        gates: ``(R, H, 3)`` or None; used as they are.
+            placement any ``(..., D)``, contiguous and not empty.
+        q: ``(..., H, D)``; with ``weight`` only, else not looked at.
+        gates: ``(..., H, 3)`` or None; used as they are.
         weight: ``(H, 3, D)`` or None: ``g_i = sigmoid(<q, weight[h, i]>)``. With neither gates nor
             weight each gate is 1/3; both is an error.
         out: where to write the result: like ``o_win``, a slice of heads at most. By default new.
         placements: where the rows of ``o_cmp`` and ``o_slc`` lie.
 
     Returns:
-        ``(R, H, D)`` in the dtype of ``o_win``: ``out`` where it is given.
+        ``(..., H, D)`` in the dtype of ``o_win``: ``out`` where it is given.
     """
     form = _check((o_cmp, o_slc, o_win), q, gates, weight, placements)
     if out is None:
@@ -427,12 +427,13 @@ def gating_forward(
         check_output("out", out)
     if out.numel() == 0:
         return out
-    rows, heads, head_dim = o_win.shape
+    *leading, heads, head_dim = o_win.shape
     q = q if form == "weight" else None
     tensors, strides = zip(*map(flat_rows, (o_cmp, o_slc, o_win, q, out)), strict=True)
     kernel = compile_forward(o_win.dtype, head_dim, form, are_placed(placements))
     chunks = _Gating(head_dim, form).num_chunks(o_win)
     places = place_arguments(placements)
+    rows = math.prod(leading)
     kernel(*tensors, flat(gates), flat(weight), *places, strides, rows, heads, chunks)
     return out
 
@@ -455,23 +456,23 @@ def gating_backward(
     :func:`nsa.fused.kernels.query_gradient.query_gradient`.
 
     Args:
-        dout: ``(R, H, D)``; the rest as in forward.
+        dout: ``(..., H, D)``; the rest as in forward.
 
     Returns:
-        ``(do_cmp, do_slc, do_win, dlogits, dgates, dweight)``: ``dlogits`` float32 ``(R, H, 3)``,
+        ``(do_cmp, do_slc, do_win, dlogits, dgates, dweight)``: ``dlogits`` float32 ``(..., H, 3)``,
         the others in the shape and dtype of what they are the gradient of. ``dlogits`` and
         ``dweight`` are None without ``weight``, ``dgates`` without ``gates``. A gradient with a
         placement is 0 where no row lies.
     """
     form = _check((o_cmp, o_slc, o_win), q, gates, weight, placements)
     check_tensor("dout", dout, o_win.shape, o_win.dtype, o_win.device)
-    rows, heads, head_dim = o_win.shape
+    *leading, heads, head_dim = o_win.shape
     new = functools.partial(torch.empty, dtype=o_win.dtype, device=o_win.device)
     dbranches = [
         new(x.shape) if placement is None else new(x.shape).zero_()
         for x, placement in zip((o_cmp, o_slc, o_win), (*placements, None), strict=True)
     ]
-    dlogits = new((rows, heads, 3), dtype=torch.float32) if form == "weight" else None
+    dlogits = new((*leading, heads, 3), dtype=torch.float32) if form == "weight" else None
     dgates = new(gates.shape) if form == "gates" else None
     if o_win.numel() == 0:
         dweight = torch.zeros_like(weight) if form == "weight" else None
@@ -486,6 +487,7 @@ def gating_backward(
     kernel = compile_backward(o_win.dtype, head_dim, form, are_placed(placements))
     flattened = map(flat, (gates, weight, *outputs))
     places = place_arguments(placements)
+    rows = math.prod(leading)
     kernel(*tensors, *flattened, *places, strides, rows, heads, chunks)
     dweight = None if partial is None else partial.sum(0).to(weight.dtype)
     return (*dbranches, dlogits, dgates, dweight)
@@ -497,14 +499,14 @@ def _check(
     """Raise on what the kernels cannot take, and return the form of the gates."""
     o_cmp, o_slc, o_win = branches
     check_head_rows("o_win", o_win)
-    rows, heads, head_dim = o_win.shape
+    *leading, heads, head_dim = o_win.shape
     like = (o_win.dtype, o_win.device)
     for name, x, placement in zip(("o_cmp", "o_slc"), (o_cmp, o_slc), placements, strict=True):
         check_branch(name, x, placement, o_win)
     if gates is not None and weight is not None:
         raise ValueError("gates and weight are both given; at most one of them may be")
     if gates is not None:
-        check_tensor("gates", gates, (rows, heads, 3), *like)
+        check_tensor("gates", gates, (*leading, heads, 3), *like)
         return "gates"
     if weight is not None:
         check_tensor("q", q, o_win.shape, *like)

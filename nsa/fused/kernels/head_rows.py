@@ -9,6 +9,7 @@ In a kernel that is the flat index, ``mPlace``, and a layout ``(unit, group, gro
 twice for rows that follow each other.
 """
 
+import functools
 import math
 
 import cutlass
@@ -40,11 +41,10 @@ class HeadRows:
         self.rows_per_step = self.rows_in_parallel * rows_in_flight
 
     def num_chunks(self, x: Tensor) -> int:
-        """CTAs of a head of ``x (R, H, D)``: enough for the GPU, no more than steps of rows."""
-        rows, heads, _ = x.shape
-        sm_count = torch.cuda.get_device_properties(x.device).multi_processor_count
+        """CTAs of a head of ``x (..., H, D)``: enough for the GPU, no more than steps of rows."""
+        rows, heads = math.prod(x.shape[:-2]), x.shape[-2]
         steps = math.ceil(rows / self.rows_per_step)
-        return min(steps, max(1, sm_count * _CTAS_PER_SM // heads))
+        return min(steps, max(1, _sm_count(x.device) * _CTAS_PER_SM // heads))
 
     @cute.jit
     def place(self, heads: Int32) -> tuple[Int32, Int32, Int32, Int32, Boolean]:
@@ -110,12 +110,17 @@ class HeadRows:
         return rW
 
 
+@functools.lru_cache(maxsize=None)
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def check_head_rows(name: str, x: Tensor) -> None:
-    """Raise unless ``x`` is ``(R, H, D)`` in a dtype and head dimension that the kernels have."""
+    """Raise unless ``x`` is ``(..., H, D)`` in a dtype and head dimension that the kernels have."""
     check_float(name, x)
-    if x.ndim != 3 or x.shape[2] % VECTOR or not 0 < x.shape[2] <= MAX_HEAD_DIM:
+    if x.ndim < 3 or x.shape[-1] % VECTOR or not 0 < x.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; it must be (R, H, D) with D a multiple of "
+            f"{name} has shape {tuple(x.shape)}; it must be (..., H, D) with D a multiple of "
             f"{VECTOR} up to {MAX_HEAD_DIM}"
         )
 
@@ -141,16 +146,17 @@ def are_placed(placements: Placements) -> tuple[bool, bool]:
 
 
 def check_branch(name: str, x: Tensor, placement: Placement | None, like: Tensor) -> None:
-    """Raise unless ``x`` is as ``like (R, H, D)``, or with a placement contiguous ``(N, ., D)``.
+    """Raise unless ``x`` is as ``like (..., H, D)``, or with a placement contiguous ``(..., D)``.
 
     Places are not looked at: they are on the GPU.
     """
     if placement is None:
         check_tensor(name, x, like.shape, like.dtype, like.device)
         return
-    rows, heads, head_dim = like.shape
-    check_tensor(name, x, (*x.shape[:2], head_dim), like.dtype, like.device)
-    check_tensor(f"the place of {name}", placement.place, (rows,), torch.int32, like.device)
+    *leading, heads, head_dim = like.shape
+    check_tensor(name, x, (*x.shape[:-1], head_dim), like.dtype, like.device)
+    rows = (math.prod(leading),)
+    check_tensor(f"the place of {name}", placement.place, rows, torch.int32, like.device)
     if not (x.is_contiguous() and placement.place.is_contiguous()):
         raise ValueError(f"{name} and its place must be contiguous; strides are {x.stride()}")
     if heads % placement.group or not x.numel():

@@ -498,10 +498,10 @@ def listed_backward(
     """Gradients of attention to listed key blocks; the last bits of dk and dv vary.
 
     Args:
-        dout: ``(Tq, H, D)``, the gradient of ``out``.
-        q: ``(Tq, H, D)``, bfloat16 or float16. Slices of heads are read where they are, as of the
-            others. ``Tq`` is a multiple of ``lists.query_block``.
-        k, v: ``(Tk, H_kv, D)``, ``Tk`` a multiple of 64.
+        dout: ``(1, Tq, H, D)``, the gradient of ``out``.
+        q: ``(1, Tq, H, D)``, bfloat16 or float16. Slices of heads are read where they are, as of
+            the others. ``Tq`` is a multiple of ``lists.query_block``.
+        k, v: ``(1, Tk, H_kv, D)``, ``Tk`` a multiple of 64.
         out, lse: as :func:`nsa.fused.fa4.sparse_forward` gave them, ``lse (1, H, Tq)``.
         lists: the forward's, of 64-key blocks.
         scale: positive.
@@ -511,7 +511,7 @@ def listed_backward(
     Returns:
         dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous.
     """
-    (num_rows, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    (_, num_rows, heads, head_dim), kv_heads = q.shape, k.shape[2]
     _check(q, k, v, lists)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sums = torch.zeros(2, k.numel(), dtype=torch.float32, device=q.device)
@@ -537,7 +537,7 @@ def listed_backward(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> None:
     """Raise on what the kernel cannot take."""
-    if k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[2] not in (64, 96, 128):
+    if k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape[3] not in (64, 96, 128):
         raise ValueError(
             f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; they must "
             "have the same 64, 96 or 128 channels"
@@ -545,5 +545,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> None:
     if lists.key_block != _KEYS:
         raise ValueError(f"lists are of {lists.key_block}-key blocks; they must be of {_KEYS}")
     for name, x, multiple in (("q", q, lists.query_block), ("k", k, _KEYS)):
-        if x.shape[0] % multiple:
-            raise ValueError(f"{name} has {x.shape[0]} rows; it must have a multiple of {multiple}")
+        if x.shape[1] % multiple:
+            raise ValueError(f"{name} has {x.shape[1]} rows; it must have a multiple of {multiple}")

@@ -6,6 +6,7 @@ the sigmoids take. Tiled as :mod:`nsa.fused.kernels.head_rows` says.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import cutlass
@@ -177,30 +178,30 @@ def query_gradient(
     """``dq_cmp + dq_slc + dq_win + sum_i dlogits[..., i] * weight[:, i]``, rounded once.
 
     Args:
-        dq_cmp, dq_slc, dq_win: ``(R, H, D)``, bfloat16, float16 or float32; D a multiple of 8 up
+        dq_cmp, dq_slc, dq_win: ``(..., H, D)``, bfloat16, float16 or float32; D a multiple of 8 up
             to 256. Slices of heads are read where they are; other strides are copied. With a
-            placement ``(N, ., D)``, contiguous and not empty.
-        dlogits: float32 ``(R, H, 3)``, or None without ``weight``.
+            placement any ``(..., D)``, contiguous and not empty.
+        dlogits: float32 ``(..., H, 3)``, or None without ``weight``.
         weight: ``(H, 3, D)`` in the dtype of ``dq_win``, or None: the plain sum of three.
         out: where to write the result: like ``dq_win``, a slice of heads at most. It may be one of
             the gradients without a placement; it must not overlap any otherwise. By default new.
         placements: where the rows of ``dq_cmp`` and ``dq_slc`` lie.
 
     Returns:
-        ``(R, H, D)`` in the dtype of ``dq_win``: ``out`` where it is given.
+        ``(..., H, D)`` in the dtype of ``dq_win``: ``out`` where it is given.
     """
     _check(dq_cmp, dq_slc, dq_win, dlogits, weight, out, placements)
     if out is None:
         out = torch.empty(dq_win.shape, dtype=dq_win.dtype, device=dq_win.device)
     if out.numel() == 0:
         return out
-    rows, heads, head_dim = dq_win.shape
+    *leading, heads, head_dim = dq_win.shape
     tensors, strides = zip(*map(flat_rows, (dq_cmp, dq_slc, dq_win, out)), strict=True)
     *branches, dq = tensors
     placed = are_placed(placements)
     kernel = compile_query_gradient(dq_win.dtype, head_dim, weight is not None, placed)
     chunks = QueryGradient(head_dim).num_chunks(dq_win)
-    places = place_arguments(placements)
+    places, rows = place_arguments(placements), math.prod(leading)
     kernel(*branches, flat(dlogits), flat(weight), dq, *places, strides, rows, heads, chunks)
     return out
 
@@ -208,7 +209,7 @@ def query_gradient(
 def _check(dq_cmp, dq_slc, dq_win, dlogits, weight, out, placements) -> None:
     """Raise on what the kernel cannot take."""
     check_head_rows("dq_win", dq_win)
-    rows, heads, head_dim = dq_win.shape
+    *leading, heads, head_dim = dq_win.shape
     like = (dq_win.dtype, dq_win.device)
     for name, x, placement in zip(("dq_cmp", "dq_slc"), (dq_cmp, dq_slc), placements, strict=True):
         check_branch(name, x, placement, dq_win)
@@ -216,7 +217,7 @@ def _check(dq_cmp, dq_slc, dq_win, dlogits, weight, out, placements) -> None:
         missing = "dlogits" if dlogits is None else "weight"
         raise ValueError(f"{missing} is None; dlogits and weight must both be given or neither")
     if weight is not None:
-        check_tensor("dlogits", dlogits, (rows, heads, 3), torch.float32, dq_win.device)
+        check_tensor("dlogits", dlogits, (*leading, heads, 3), torch.float32, dq_win.device)
         check_tensor("weight", weight, (heads, 3, head_dim), *like)
     if out is not None:
         check_tensor("out", out, dq_win.shape, *like)
