@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
 from flash_attn.cute import utils
@@ -120,9 +120,7 @@ class BandForward:
             sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
         )
         q_smem = make_layout((_ROWS, self.head_dim), stage=self.warpgroups)
-        k_smem, v_smem = (
-            make_layout((self.keys, dim)) for dim in (self.head_dim, self.head_dim_v)
-        )
+        k_smem, v_smem = (make_layout((self.keys, dim)) for dim in (self.head_dim, self.head_dim_v))
         mma_qk, mma_pv = make_mmas(self.dtype, self.keys, self.head_dim_v)
         tensors = (mQ, mK, mV, mIndices, mBase, mFirst, mKeys, mOut, mLse)
         sizes = (q_stride, k_stride, v_stride, slots, kv_heads, scale_log2)
@@ -229,7 +227,7 @@ class BandForward:
                 row = start + tScS[0, 0][0]
                 limits = cute.make_rmem_tensor((_PARTS, 2), Int32)
                 for r in cutlass.range_constexpr(2):
-                    token = cutlass.min(row + 8 * r, rows - 1) // self.group
+                    token, _ = self._token_and_head(cutlass.min(row + 8 * r, rows - 1))
                     for part in cutlass.range_constexpr(_PARTS):
                         limits[part, r] = sLimits[part, token]
                 warpgroup.wait_group(0)
@@ -244,6 +242,9 @@ class BandForward:
                 for r in cutlass.range_constexpr(2):
                     inverse_sum[r], lse[r] = softmax(acc_S_mn[r, None], scale_log2, empty=True)
                 utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
+                # Conditions between the conversion and the product let P, and the output, take
+                # the registers of the scores. Else ptxas gives them others, and where these do not
+                # suffice it waits after each wgmma.
                 for r in cutlass.range_constexpr(2):
                     if thread % QUAD == 0 and row + 8 * r < rows:
                         mLse[self._out_row(row + 8 * r, first, kv_heads, kv_head)] = lse[r]
@@ -293,12 +294,11 @@ class BandForward:
         thread: Int32,
         start: Int32,
     ):
-        """The warpgroup's, from row ``start`` on; past the last row that again, not to be stored."""
+        """The warpgroup's, from row ``start`` on. Past the last it repeats; that is not stored."""
 
         def place(i: Int32) -> tuple[Int32, Int32]:
-            row = cutlass.min(start + i, rows - 1)
-            head = kv_head * self.group + row % self.group
-            return first + row // self.group, head * self.head_dim
+            token, head = self._token_and_head(cutlass.min(start + i, rows - 1))
+            return first + token, (kv_head * self.group + head) * self.head_dim
 
         load_rows(mQ, sQ, stride, place, thread, _WARPGROUP, wg)
 
@@ -340,8 +340,13 @@ class BandForward:
 
     @cute.jit
     def _out_row(self, row: Int32, first: Int32, kv_heads: Int32, kv_head: Int32) -> Int64:
-        token = Int64(first + row // self.group)
-        return (token * kv_heads + kv_head) * self.group + row % self.group
+        token, head = self._token_and_head(row)
+        return (Int64(first + token) * kv_heads + kv_head) * self.group + head
+
+    def _token_and_head(self, row: Int32) -> tuple[Int32, Int32]:
+        """Unsigned, a division is a shift, or a multiplication and a shift."""
+        row, group = Uint32(row), Uint32(self.group)
+        return Int32(row // group), Int32(row % group)
 
 
 @functools.lru_cache(maxsize=None)
@@ -365,18 +370,18 @@ def compile_band(
     )
 
 
-# Head dimensions of queries and values, and query heads of a KV head, that are compiled as a test.
+# Head dimensions of queries and values, query heads of a KV head, and block sizes that are compiled
+# as a test: CTAs of 1, 2, 3, 2, 4, 2 and 1 warpgroups.
 _SHAPES = (
-    *((64, 64, 1), (96, 96, 3), (128, 128, 16)),
-    *((256, 128, 16), (64, 128, 3), (128, 256, 6)),
+    *((64, 64, 1, 64), (96, 96, 3, 32), (128, 128, 16, 64), (256, 128, 16, 64)),
+    *((64, 128, 12, 32), (128, 256, 6, 64), (256, 256, 6, 64)),
 )
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     for dtype in (torch.bfloat16, torch.float16):
-        for dim, dim_v, group in _SHAPES:
-            size = 32 if group == 3 else 64
+        for dim, dim_v, group, size in _SHAPES:
             for causal in (True, False) if group == 16 else (True,):
                 arguments = (dtype, dim, dim_v, group, size, causal)
                 form = f"{dim}-{dim_v}-{group}-{size}{'' if causal else '-all'}"
