@@ -60,9 +60,9 @@ def _repeat(items: Segments, times: int) -> Segments:
 
 
 def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_bytes: int) -> int:
-    """A power of two: queries of a KV head and chunk fit L2 beside what streams through it, but a
-    block's keys are loaded for enough tokens."""
-    fits = (8 << 20) // (group * row_bytes)
+    """A power of two: queries of a KV head and chunk take 16 MiB of L2, beside what streams through
+    it, but a block's keys are loaded for enough tokens."""
+    fits = (16 << 20) // (group * row_bytes)
     enough = 16 * blocks // slots
     return 1 << min(max(fits, enough, 64) - 1, max(total - 1, 63)).bit_length()
 

@@ -163,7 +163,8 @@ class SelectedForward:
             )
             sTokens = smem.allocate_tensor(Int32, cute.make_layout(ITEM_TOKENS), 16)
             values = load_values(
-                mV, sV, v_stride, block_rows(first, keys, kv_head * self.head_dim_v), tidx
+                *(mV, sV, v_stride, block_rows(first, keys, kv_head * self.head_dim_v)),
+                *(tidx, _THREADS),
             )
             load_rows(
                 *(mK, sK, k_stride, block_rows(first, keys, kv_head * self.head_dim)),
@@ -176,7 +177,7 @@ class SelectedForward:
                 self._load_queries, mQ, sQ, sTokens, q_stride, kv_head, count, tidx
             )
             load_queries(Int32(0))
-            store_values(values, sV, tidx)
+            store_values(values, sV, tidx, _THREADS)
 
             _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
                 mma_qk.get_slice(0), (_ROWS, self.block_size, self.head_dim), sQ, sK
