@@ -82,20 +82,27 @@ def flat(x: Tensor | None) -> Tensor | None:
 
 
 def flat_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """The memory of ``x (R, H, D)`` as one dimension, and the elements from row to row.
+    """The memory of ``x (..., H, D)`` as one dimension, and the elements from row to row.
 
     ``x`` is not empty. It is copied only where the elements of a row are not adjacent or not
     16-byte aligned; a slice of heads is not copied. None gives (None, 0).
     """
     if x is None:
         return None, 0
-    rows, width = x.shape[0], math.prod(x.shape[1:])
+    width = x.shape[-2] * x.shape[-1]
     if x.is_contiguous() and is_aligned(x):
         return x.view(-1), width
+    x = _rows(x)
     if not _has_flat_rows(x):
         x = x.clone(memory_format=torch.contiguous_format)
+    rows = x.shape[0]
     stride = x.stride(0) if rows > 1 else width
     return x.as_strided(((rows - 1) * stride + width,), (1,)), stride
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(..., H, D)`` as ``(R, H, D)``, copied where that is no view."""
+    return x if x.ndim == 3 else x.flatten(0, -3)
 
 
 def _has_flat_rows(x: Tensor) -> bool:
@@ -105,9 +112,13 @@ def _has_flat_rows(x: Tensor) -> bool:
 
 
 def check_output(name: str, x: Tensor) -> None:
-    """Raise unless a kernel can write ``x (R, H, D)`` where it is: rows as in ``flat_rows``."""
-    apart = x.shape[0] <= 1 or x.stride(0) >= math.prod(x.shape[1:])
-    if x.numel() and not (_has_flat_rows(x) and apart):
+    """Raise unless a kernel can write ``x (..., H, D)`` where it is: rows as in ``flat_rows``."""
+    if x.numel() == 0 or (x.is_contiguous() and is_aligned(x)):
+        return
+    rows = _rows(x)
+    copied = rows.data_ptr() != x.data_ptr()
+    apart = rows.shape[0] <= 1 or rows.stride(0) >= math.prod(rows.shape[1:])
+    if copied or not (_has_flat_rows(rows) and apart):
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, strides {x.stride()} and address {x.data_ptr()}; "
             "it is written in place: heads and channels must be contiguous, rows must not overlap "
