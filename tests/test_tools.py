@@ -125,7 +125,7 @@ def test_work_of_a_stage():
     pairs = 32 * (512 * 513 // 2 + 512 * 512)
     assert counted["window_attention"] == (2 * query + 2 * key, 4 * 128 * pairs)
     assert counted["window_attention_backward"] == (4 * query + 4 * key, 10 * 128 * pairs)
-    assert counted["compress"].bytes == 2 * (key + key // 64)
+    assert counted["compress_pair"].bytes == 2 * (key + key // 64)
     assert work.floor_milliseconds(work.Work(4_200_000_000, 0), 4.2, 770) == (1.0, "bytes")
     assert work.floor_milliseconds(work.Work(0, 770_000_000_000), 4.2, 770) == (1.0, "flops")
 
@@ -336,9 +336,9 @@ def test_rows_of_a_profile():
     options = profile_forward.parse_arguments(["--backward", "--top-kernels", "1"])
     times = {
         (): (10.0, 5.0),
-        ("compress",): (4.0, 1.0),
-        ("compress", "mean_forward"): (3.0, 0.5),
-        ("compress", "mean_forward", "deeper"): (1.0, 0.1),
+        ("compress_pair",): (4.0, 1.0),
+        ("compress_pair", "mean_forward"): (3.0, 0.5),
+        ("compress_pair", "mean_forward", "deeper"): (1.0, 0.1),
         ("select",): (5.0, 2.0),
     }
     calls = dict.fromkeys([path for path in times if path], 2)
@@ -346,7 +346,7 @@ def test_rows_of_a_profile():
     rows = profile_forward.make_rows(8192, times, calls, kernels, nsa.NSAConfig(), options)
     assert all(set(row) == set(profile_forward.FIELDS) for row in rows)
     stages = [row["stage"] for row in rows]
-    assert stages == ["compress", "compress/mean_forward", "select", "rest", "total"]
+    assert stages == ["compress_pair", "compress_pair/mean_forward", "select", "rest", "total"]
     assert [row["gpu_ms"] for row in rows] == ["4.0000", "3.0000", "5.0000", "1.0000", "10.0000"]
     assert rows[0]["bound"] == "bytes"
     assert rows[-1]["launches"] == 10

@@ -1,4 +1,7 @@
-"""Compressed keys and values (paper section 3.3.1), forward and backward."""
+"""Compressed keys and values (paper section 3.3.1), forward and backward.
+
+Keys and values of a call are alike, and go through one kernel together.
+"""
 
 import torch
 from torch import Tensor
@@ -6,6 +9,9 @@ from torch import Tensor
 from nsa.fused import own_kernels
 from nsa.fused.layout import Plan, over_batch
 from nsa.precision import accumulation_dtype
+
+Pair = tuple[Tensor, Tensor]
+Weights = tuple[Tensor | None, Tensor | None]
 
 
 def compress(x: Tensor, weight: Tensor | None, plan: Plan) -> Tensor:
@@ -19,38 +25,67 @@ def compress(x: Tensor, weight: Tensor | None, plan: Plan) -> Tensor:
     Returns:
         ``(B, M, H_kv, D)`` in the dtype of ``x``; rows past the last block are 0.
     """
-    if weight is None:
-        return _mean(x, x.dtype, plan)
-    mean = _mean(x, accumulation_dtype(x.dtype), plan)
-    return torch.einsum("bmhd,hde->bmhe", mean, weight.to(mean.dtype)).to(x.dtype)
+    mean = _mean(x, _mean_dtype(x, weight), plan)
+    return _transformed(mean, weight, x.dtype)
 
 
-def compress_backward_(
-    dx: Tensor, dx_cmp: Tensor, x: Tensor, weight: Tensor | None, plan: Plan
-) -> Tensor | None:
-    """Add the gradient of :func:`compress` to ``dx`` in place and return that of the weight."""
-    compressed, dweight = plan.geometry.compressed, None
-    dmean = dx_cmp
-    if weight is not None:
-        dtype = accumulation_dtype(x.dtype)
-        mean = _mean(x, dtype, plan)
-        dout = dx_cmp.to(dtype)
-        dweight = torch.einsum("bmhd,bmhe->hde", mean, dout).to(weight.dtype)
-        dmean = torch.einsum("bmhe,hde->bmhd", dout, weight.to(dtype))
-    if compressed.total == 0:
-        return dweight
-    blocks = plan.blocks_of_token
-    blocks = over_batch(blocks.flatten(), dx.shape[0], compressed.total).view(-1, blocks.shape[1])
+def compress_pair(k: Tensor, v: Tensor, weights: Weights, plan: Plan) -> Pair:
+    """:func:`compress` of keys and of values."""
+    means = _mean(k, _mean_dtype(k, *weights), plan, v)
+    return tuple(
+        _transformed(mean, weight, k.dtype) for mean, weight in zip(means, weights, strict=True)
+    )
+
+
+def compress_pair_backward(
+    dk_cmp: Tensor,
+    dv_cmp: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Weights,
+    plan: Plan,
+    addends: tuple[Pair, Pair] | None = None,
+) -> tuple[Pair, Weights]:
+    """Gradients of ``k`` and ``v``, and of the weights.
+
+    ``addends`` are two more gradients of ``k`` and ``v``, which are added; the sum is written to
+    the first two, where they are given.
+    """
+    dmeans, dweights = (dk_cmp, dv_cmp), (None, None)
+    if any(weight is not None for weight in weights):
+        means = _mean(k, _mean_dtype(k, *weights), plan, v)
+        parts = map(_transformed_backward, dmeans, means, weights)
+        dmeans, dweights = zip(*parts, strict=True)
+    total = plan.geometry.compressed.total
+    blocks = over_batch(plan.blocks_of_token, k.shape[0], total)
     size = plan.config.compress_block_size
-    own_kernels.mean_backward_(dx.flatten(0, 1), dmean.flatten(0, 1), blocks, size)
-    return dweight
+    return own_kernels.mean_backward(dmeans, blocks, size, k.dtype, addends), dweights
 
 
-def _mean(x: Tensor, dtype: torch.dtype, plan: Plan) -> Tensor:
-    compressed = plan.geometry.compressed
-    if compressed.total == 0:
-        return x.new_empty(x.shape[0], 0, *x.shape[2:], dtype=dtype)
+def _mean_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype:
+    """Of means of ``x``, rounded where no weight follows."""
+    return x.dtype if all(weight is None for weight in weights) else accumulation_dtype(x.dtype)
+
+
+def _transformed(mean: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if weight is not None:
+        mean = torch.einsum("bmhd,hde->bmhe", mean, weight.to(mean.dtype))
+    return mean.to(dtype)
+
+
+def _transformed_backward(
+    dout: Tensor, mean: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the mean, in its dtype, and of the weight."""
+    dout = dout.to(mean.dtype)
+    if weight is None:
+        return dout, None
+    dweight = torch.einsum("bmhd,bmhe->hde", mean, dout).to(weight.dtype)
+    return torch.einsum("bmhe,hde->bmhd", dout, weight.to(mean.dtype)), dweight
+
+
+def _mean(x: Tensor, dtype: torch.dtype, plan: Plan, other: Tensor | None = None) -> Tensor:
+    """``(B, M, H_kv, D)``, with ``other`` ``(2, B, M, H_kv, D)``."""
     start = over_batch(plan.block_start, x.shape[0], plan.geometry.tokens.total)
     size = plan.config.compress_block_size
-    mean = own_kernels.mean_forward(x.flatten(0, 1), start, size, dtype)
-    return mean.unflatten(0, (x.shape[0], compressed.total))
+    return own_kernels.mean_forward(x, start, size, dtype, other)

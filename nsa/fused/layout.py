@@ -76,7 +76,7 @@ class AlignedRows:
     def pack(self, x: Tensor) -> Tensor:
         """``(B, T, H, D)`` to ``(1, B * rows, H, D)`` with zeros in the padding."""
         if not self.single:
-            return _gather(x, self._item_of_row).flatten(0, 1)[None]
+            return _gather(x, self._item_of_row).view(1, -1, *x.shape[2:])
         missing = self.rows - x.shape[1]
         if missing:
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
@@ -186,16 +186,18 @@ def num_compressed_bound(length: int, cu_seqlens: Tensor | None, config: NSAConf
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Items ``index (R,)``, 0 where -1, of every entry of the batch: ``(B, R, H, D)``."""
-    rows = own_kernels.gather_rows(x.flatten(0, 1).flatten(1), over_batch(index, *x.shape[:2]))
-    return rows.view(x.shape[0], len(index), *x.shape[2:])
+    return own_kernels.gather_rows(x, over_batch(index, *x.shape[:2]))
 
 
 def over_batch(index: Tensor, batch: int, stride: int) -> Tensor:
-    """Indices into one entry of the batch, -1 for none, as int32 indices into all entries."""
+    """Indices into one entry of the batch, -1 for none, as int32 indices into all entries.
+
+    ``(R, ...)`` to ``(B * R, ...)``.
+    """
     if batch == 1:
         return index.int()
-    offset = torch.arange(batch, device=index.device)[:, None] * stride
-    return torch.where(index >= 0, index + offset, -1).flatten().int()
+    offset = torch.arange(batch, device=index.device).view(-1, *(1,) * index.ndim) * stride
+    return torch.where(index >= 0, index + offset, -1).flatten(0, 1).int()
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,31 +29,31 @@ def query_gradient(*args) -> Tensor:
     return kernel.query_gradient(*args)
 
 
-def mean_forward(*args) -> Tensor:
+def mean_forward(*args, **kwargs) -> Tensor:
     """See :func:`nsa.fused.kernels.compression.mean_forward`."""
     from nsa.fused.kernels import compression
 
-    return compression.mean_forward(*args)
+    return compression.mean_forward(*args, **kwargs)
 
 
-def mean_backward_(*args) -> None:
-    """See :func:`nsa.fused.kernels.compression.mean_backward_`."""
+def mean_backward(*args) -> tuple[Tensor, Tensor]:
+    """See :func:`nsa.fused.kernels.compression.mean_backward`."""
     from nsa.fused.kernels import compression
 
-    compression.mean_backward_(*args)
+    return compression.mean_backward(*args)
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` of ``x``, 0 where -1: a mean over blocks of one.
 
     Args:
-        x: ``(M, W)``, ``W`` a multiple of 8.
-        index: int32 ``(R,)``.
+        x: ``(B, T, H, D)``, D a multiple of 8.
+        index: int32 ``(B * R,)``, rows of ``(B * T, H, D)``.
 
     Returns:
-        ``(R, W)`` in the dtype of ``x``.
+        ``(B, R, H, D)`` in the dtype of ``x``.
     """
-    return mean_forward(x[:, None], index, 1, x.dtype)[:, 0]
+    return mean_forward(x, index, 1, x.dtype)
 
 
 def list_key_blocks(*args) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from nsa.fused.attention import (
     window_attention,
     window_attention_backward,
 )
-from nsa.fused.compression import compress, compress_backward_
+from nsa.fused.compression import Pair, compress_pair, compress_pair_backward
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
 from nsa.fused.layout import Plan
 from nsa.fused.selection import select
@@ -44,20 +44,21 @@ class Inputs(NamedTuple):
     k_cmp: Tensor | None
     v_cmp: Tensor | None
 
-    def keys_and_values(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    @property
+    def compress_weights(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.compress_k_weight, self.compress_v_weight
+
+    def keys_and_values(self) -> tuple[Pair, Pair]:
         """Keys and values of the selected and of the window branch."""
         k_slc, k_win = (self.k if x is None else x for x in (self.k_slc, self.k_win))
         v_slc, v_win = (self.v if x is None else x for x in (self.v_slc, self.v_win))
         return (k_slc, v_slc), (k_win, v_win)
 
-    def compressed(self, plan: Plan) -> tuple[Tensor, Tensor]:
+    def compressed(self, plan: Plan) -> Pair:
         """Compressed keys and values: the caller's or the mean."""
         if self.k_cmp is not None:
             return self.k_cmp, self.v_cmp
-        return (
-            compress(self.k, self.compress_k_weight, plan),
-            compress(self.v, self.compress_v_weight, plan),
-        )
+        return compress_pair(self.k, self.v, self.compress_weights, plan)
 
 
 class Saved(NamedTuple):
@@ -146,7 +147,7 @@ def backward(
 
     That of ``q`` is written to ``dq``, a slice of heads at most, where that is given.
     Branches run one after another, each freed before the next but for its ``dq``; these are added
-    in one pass at the end. ``dk`` and ``dv``, where branches share them, accumulate in place.
+    in one pass at the end, and so are those of ``k`` and ``v`` where branches share them.
     """
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
@@ -187,25 +188,27 @@ def backward(
     )
     del dq_cmp, dq_slc, dq_win
 
-    dk, dk_slc, dk_win = _merge(inputs.k, inputs.k_slc, dk_slc, dk_win)
-    dv, dv_slc, dv_win = _merge(inputs.v, inputs.v_slc, dv_slc, dv_win)
+    addends = ((dk_win, dv_win), (dk_slc, dv_slc)) if inputs.k_slc is None else None
     dk_weight = dv_weight = None
     if inputs.k_cmp is None:
-        dk_weight = compress_backward_(dk, dk_cmp, inputs.k, inputs.compress_k_weight, plan)
-        dv_weight = compress_backward_(dv, dv_cmp, inputs.v, inputs.compress_v_weight, plan)
+        (dk, dv), (dk_weight, dv_weight) = compress_pair_backward(
+            dk_cmp, dv_cmp, inputs.k, inputs.v, inputs.compress_weights, plan, addends
+        )
         dk_cmp = dv_cmp = None
     else:
+        dk, dv = _without_compression(inputs, addends)
         # Copies, because both may lie in one tensor, and a custom op's results may not.
         dk_cmp, dv_cmp = (x.to(inputs.k_cmp.dtype, copy=True) for x in (dk_cmp, dv_cmp))
+    if addends is not None:
+        dk_slc = dv_slc = dk_win = dv_win = None
     return Inputs(
         dq, dk, dv, dk_slc, dv_slc, dk_win, dv_win, dgates, dgate_weight,
         dk_weight, dv_weight, dk_cmp, dv_cmp,
     )  # fmt: skip
 
 
-def _merge(x: Tensor, x_slc: Tensor | None, dx_slc: Tensor, dx_win: Tensor):
-    """Gradients of the (compressed, selected, window) branch's tensor, without the compressed."""
-    if x_slc is None:
-        dx_win += dx_slc
-        return dx_win, None, None
-    return torch.zeros_like(x), dx_slc, dx_win
+def _without_compression(inputs: Inputs, addends: tuple[Pair, Pair] | None) -> Pair:
+    """Gradients of ``k`` and ``v`` where these are not compressed."""
+    if addends is None:
+        return torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
+    return tuple(dx.add_(other) for dx, other in zip(*addends, strict=True))

@@ -15,7 +15,7 @@ NAMES = (
     "gating_backward",
     "query_gradient",
     "mean_forward",
-    "mean_backward_",
+    "mean_backward",
     "list_key_blocks",
     "count_query_tiles",
     "list_query_tiles",
@@ -132,23 +132,43 @@ def _gates(o_cmp, q, gates, weight) -> Tensor:
     return torch.full((*o_cmp.shape[:-1], 3), 1 / 3, dtype=dtype, device=o_cmp.device)
 
 
-def mean_forward(x, start, block_size, out_dtype) -> Tensor:
-    assert x.shape[2] % 8 == 0, "the kernel loads 16 bytes of channels"
-    used = start >= 0
+def mean_forward(x, start, block_size, out_dtype, other=None) -> Tensor:
+    if other is not None:
+        assert (other.shape, other.dtype) == (x.shape, x.dtype)
+        return torch.stack([mean_forward(i, start, block_size, out_dtype) for i in (x, other)])
+    assert x.shape[-1] % 8 == 0, "the kernel loads 16 bytes of channels"
+    rows, used = x.flatten(0, -3), start >= 0
     token = start[used].long()[:, None] + torch.arange(block_size, device=x.device)
     dtype = accumulation_dtype(x.dtype)
-    mean = torch.zeros((len(start), *x.shape[1:]), dtype=dtype, device=x.device)
-    mean[used] = x[token].to(dtype).sum(dim=1) / block_size
-    return mean.to(out_dtype)
+    mean = torch.zeros((len(start), *x.shape[-2:]), dtype=dtype, device=x.device)
+    mean[used] = rows[token].to(dtype).sum(dim=1) / block_size
+    return mean.to(out_dtype).view(*_leading(x, len(start)), *x.shape[-2:])
 
 
-def mean_backward_(dx, dmean, blocks, block_size) -> None:
-    used = blocks >= 0
-    dtype = accumulation_dtype(dx.dtype)
-    share = dmean[blocks.long().clamp(min=0)].to(dtype)
-    share = share.masked_fill(~used[..., None, None], 0).sum(dim=1) / block_size
-    used = used.any(dim=1)
-    dx[used] = (dx[used].to(dtype) + share[used]).to(dx.dtype)
+def mean_backward(dmeans, blocks, block_size, dtype, addends=None) -> tuple[Tensor, Tensor]:
+    used = (blocks >= 0)[..., None, None]
+    assert dmeans[0].dtype == dmeans[1].dtype
+    assert dmeans[0].dtype in (dtype, torch.float32)
+    results = []
+    for i, dmean in enumerate(dmeans):
+        rows = dmean.flatten(0, -3).to(accumulation_dtype(dtype))
+        # One row more, so that there is one.
+        share = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 1))[blocks.long().clamp(min=0)]
+        dx = share.masked_fill(~used, 0).sum(dim=1) / block_size
+        dx = dx.view(*_leading(dmean, len(blocks)), *dmean.shape[-2:])
+        if addends is not None:
+            for pair in addends:
+                assert (pair[i].shape, pair[i].dtype) == (dx.shape, dtype)
+                dx = dx + pair[i].to(dx.dtype)
+        dx = dx.to(dtype)
+        results.append(dx if addends is None else addends[0][i].copy_(dx))
+    return tuple(results)
+
+
+def _leading(x, rows) -> tuple[int, ...]:
+    """The leading dimensions of ``x (..., R, H, D)`` with as many rows for each entry."""
+    leading = x.shape[:-3]
+    return (*leading, rows // max(1, leading.numel()))
 
 
 def list_key_blocks(indices, first, num_blocks, num_full, parts, entry_blocks):

@@ -33,6 +33,12 @@ gpu_test = [
 ]
 
 
+def slice_of_heads(x: Tensor) -> Tensor:
+    """A copy of ``x (B, T, H, D)`` in a tensor that has more heads, NaN."""
+    wide = x.new_full((*x.shape[:2], x.shape[2] + 2, x.shape[3]), torch.nan)
+    return wide[:, :, 1:-1].copy_(x)
+
+
 class Variant(NamedTuple):
     """What kernels are compiled for; a covering set, since each costs seconds."""
 

@@ -3,7 +3,7 @@
 import emulated_own_kernels
 import pytest
 import torch
-from gpu_cases import gpu_test
+from gpu_cases import gpu_test, slice_of_heads
 
 import nsa
 from nsa.fused import own_kernels
@@ -33,12 +33,6 @@ def combine_plainly(branches, q, gates, weight):
     elif gates is None:
         return sum(branches) / 3
     return sum(gates[..., i, None] * branch for i, branch in enumerate(branches))
-
-
-def slice_of_heads(x: torch.Tensor) -> torch.Tensor:
-    """A copy of ``x (B, T, H, D)`` in a tensor that has more heads, NaN."""
-    wide = x.new_full((*x.shape[:2], x.shape[2] + 2, x.shape[3]), torch.nan)
-    return wide[:, :, 1:-1].copy_(x)
 
 
 @pytest.mark.usefixtures("fused_on_cpu")

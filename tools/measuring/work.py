@@ -76,12 +76,13 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
         ("select_tokens", "token_attention") if token else ("select", "selected_attention")
     )
     work = {
-        "compress": Work(2 * (key + compressed_key), 0),
+        "compress_pair": Work(2 * (key + compressed_key), 0),
         select: Work(query + compressed_key + 4 * listed, 2 * dim * scored),
         "combine_branches": Work(5 * query, 0),
         "combine_branches_backward": Work(8 * query, 0),
         "query_gradient": Work(4 * query, 0),
-        "compress_backward_": Work(2 * (2 * key + compressed_key), 0),
+        # Adds to the gradients of the window's and the selected branch's keys.
+        "compress_pair_backward": Work(2 * (3 * key + compressed_key), 0),
     }
     if not token:
         # int32 entries, read and written.

@@ -2,7 +2,8 @@
 
 A token is a row of ``H_kv * D`` elements and heads need no distinction; rows of ``x`` and ``dx``
 start ``stride`` elements apart. CTAs tile blocks (backward: tokens) by columns: 16 threads read
-16 * VECTOR consecutive elements of a row.
+16 * VECTOR consecutive elements of a row. Where keys and values are computed together, the second
+dimension of the grid chooses between them.
 """
 
 import functools
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from torch import Tensor
 
 from nsa.fused.kernels.vectors import (
@@ -29,6 +30,11 @@ from nsa.fused.kernels.vectors import (
     load_vector,
     store_vector,
 )
+
+Pair = tuple[Tensor, Tensor]
+"""Of keys and of values, alike but for their strides."""
+
+_TensorPair = tuple[cute.Tensor, cute.Tensor]
 
 _THREADS = 128
 _LANES = 16
@@ -59,37 +65,43 @@ class MeanForward:
     def __call__(
         self,
         mX: cute.Tensor,
+        mOther: cute.Tensor | None,
         mStart: cute.Tensor,
         mMean: cute.Tensor,
         num_blocks: Int32,
         width: Int32,
-        stride: Int64,
+        strides: cute.Stride,
         stream,
     ):
         tiles = cute.ceil_div(width, _COLUMNS)
         ctas = cute.ceil_div(num_blocks, self.blocks_per_cta) * tiles
-        self.kernel(mX, mStart, mMean, num_blocks, width, stride, tiles).launch(
-            grid=[ctas, 1, 1], block=[_THREADS, 1, 1], stream=stream
+        count = 1 if const_expr(mOther is None) else 2
+        self.kernel(mX, mOther, mStart, mMean, num_blocks, width, strides, tiles).launch(
+            grid=[ctas, count, 1], block=[_THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(
         self,
         mX: cute.Tensor,
+        mOther: cute.Tensor | None,
         mStart: cute.Tensor,
         mMean: cute.Tensor,
         num_blocks: Int32,
         width: Int32,
-        stride: Int64,
+        strides: cute.Stride,
         tiles: Int32,
     ):
         tidx, _, _ = cute.arch.thread_idx()
-        bidx, _, _ = cute.arch.block_idx()
+        bidx, which, _ = cute.arch.block_idx()
         group = tidx // _LANES
         split = group % self.splits
         block = bidx // tiles * self.blocks_per_cta + group // self.splits
         column = bidx % tiles * _COLUMNS + tidx % _LANES * VECTOR
         inside = block < num_blocks and column < width
+        stride = strides[0]
+        if const_expr(mOther is not None):
+            mX, stride = _choose(which, (mX, mOther), strides)
 
         start = Int32(-1)
         if inside:
@@ -116,11 +128,16 @@ class MeanForward:
                     rSum.store(rSum.load() + sSum[tidx + other * _LANES, None].load())
         if inside and split == 0:
             mean = rSum.load() * (1.0 / self.block_size)
-            store_vector(mean, mMean, Int64(block) * width + column)
+            row = Int64(which) * num_blocks + block
+            store_vector(mean, mMean, row * width + column)
 
 
 class MeanBackward:
-    """``dx[t] += sum_i dmean[blocks[t, i]] / block_size``, 4 tokens of a column a thread."""
+    """``dx[t] = sum_i dmean[blocks[t, i]] / block_size`` of two tensors, 4 tokens of a column of
+    one of them a thread; with ``addends`` ``dx[t] += addend[t] + ...``.
+
+    ``strides`` are of the ``dxs``, then of the ``addends``.
+    """
 
     def __init__(self, block_size: int, overlap: int):
         self.block_size = block_size
@@ -130,85 +147,117 @@ class MeanBackward:
     @cute.jit
     def __call__(
         self,
-        mdX: cute.Tensor,
-        mdMean: cute.Tensor,
+        dxs: _TensorPair,
+        addends: _TensorPair | None,
+        dmeans: _TensorPair,
         mBlocks: cute.Tensor,
         num_tokens: Int32,
         width: Int32,
-        stride: Int64,
+        strides: tuple[cute.Stride, cute.Stride],
         stream,
     ):
         tiles = cute.ceil_div(width, _COLUMNS)
         ctas = cute.ceil_div(num_tokens, self.tokens_per_cta) * tiles
-        self.kernel(mdX, mdMean, mBlocks, num_tokens, width, stride, tiles).launch(
-            grid=[ctas, 1, 1], block=[_THREADS, 1, 1], stream=stream
+        self.kernel(dxs, addends, dmeans, mBlocks, num_tokens, width, strides, tiles).launch(
+            grid=[ctas, 2, 1], block=[_THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(
         self,
-        mdX: cute.Tensor,
-        mdMean: cute.Tensor,
+        dxs: _TensorPair,
+        addends: _TensorPair | None,
+        dmeans: _TensorPair,
         mBlocks: cute.Tensor,
         num_tokens: Int32,
         width: Int32,
-        stride: Int64,
+        strides: tuple[cute.Stride, cute.Stride],
         tiles: Int32,
     ):
         tidx, _, _ = cute.arch.thread_idx()
-        bidx, _, _ = cute.arch.block_idx()
+        bidx, which, _ = cute.arch.block_idx()
         first = bidx // tiles * self.tokens_per_cta + tidx // _LANES
         column = bidx % tiles * _COLUMNS + tidx % _LANES * VECTOR
+        mdX, stride = _choose(which, dxs, strides[0])
+        sources = []
+        if const_expr(addends is not None):
+            sources = [(mdX, stride), _choose(which, addends, strides[1])]
+        mdMean, _ = _choose(which, dmeans, (width, width))
         if column < width:
             loaded = []
             for u in cutlass.range_constexpr(_BACKWARD_TOKENS):
                 token = first + u * _GROUPS
                 # Loads without a condition go out together; what is not wanted is not stored.
-                inside = cutlass.min(token, num_tokens - 1)
-                offset = Int64(inside) * stride + column
-                blocks = [mBlocks[Int64(inside) * self.overlap + i] for i in range(self.overlap)]
-                loaded.append((token < num_tokens, offset, load_vector(mdX, offset), blocks))
-            dmeans = [
+                inside = Int64(cutlass.min(token, num_tokens - 1))
+                blocks = [mBlocks[inside * self.overlap + i] for i in range(self.overlap)]
+                added = [load_vector(mX, inside * apart + column) for mX, apart in sources]
+                loaded.append((token < num_tokens, inside, added, blocks))
+            shares = [
                 [load_vector(mdMean, Int64(cutlass.max(x, 0)) * width + column) for x in blocks]
                 for *_, blocks in loaded
             ]
             for u in cutlass.range_constexpr(_BACKWARD_TOKENS):
-                inside, offset, rdX, blocks = loaded[u]
-                share = cute.make_rmem_tensor(VECTOR, Float32)
-                share.fill(0.0)
-                wanted = Boolean(False)
+                wanted, token, added, blocks = loaded[u]
+                rSum = cute.make_rmem_tensor(VECTOR, Float32)
+                rSum.fill(0.0)
                 for i in cutlass.range_constexpr(self.overlap):
                     if blocks[i] >= 0:
-                        share.store(share.load() + dmeans[u][i].load().to(Float32))
-                        wanted = inside
+                        rSum.store(rSum.load() + shares[u][i].load().to(Float32))
+                dx = rSum.load() * (1.0 / self.block_size)
+                for i in cutlass.range_constexpr(len(added)):
+                    dx = dx + added[i].load().to(Float32)
                 if wanted:
-                    dx = rdX.load().to(Float32) + share.load() * (1.0 / self.block_size)
-                    store_vector(dx, mdX, offset)
+                    store_vector(dx, mdX, token * stride + column)
+
+
+@cute.jit
+def _choose(which: Int32, tensors: _TensorPair, strides: cute.Stride) -> tuple[cute.Tensor, Int64]:
+    """One of two tensors, and its stride."""
+    mX, stride = tensors[0], strides[0]
+    if which == 1:
+        mX, stride = tensors[1], strides[1]
+    return mX, stride
 
 
 @functools.lru_cache(maxsize=None)
-def compile_forward(dtype: torch.dtype, out_dtype: torch.dtype, block_size: int) -> Callable:
-    """The compiled forward kernel of two dtypes and a block size."""
+def compile_forward(
+    dtype: torch.dtype, out_dtype: torch.dtype, block_size: int, pair: bool = False
+) -> Callable:
+    """The compiled forward kernel of two dtypes and a block size, for one tensor or two."""
+    element = CUTE_DTYPES[dtype]
     return compile_kernel(
         MeanForward(block_size),
-        fake_flat(CUTE_DTYPES[dtype]),
+        fake_flat(element),
+        fake_flat(element if pair else None),
         fake_flat(Int32, alignment=4),
         fake_flat(CUTE_DTYPES[out_dtype]),
-        *(Int32(1), Int32(1), Int64(1)),
+        *(Int32(1), Int32(1), (Int64(1),) * 2),
     )
 
 
 @functools.lru_cache(maxsize=None)
 def compile_backward(
-    dtype: torch.dtype, dmean_dtype: torch.dtype, block_size: int, overlap: int = 1
+    dtype: torch.dtype,
+    dmean_dtype: torch.dtype,
+    block_size: int,
+    overlap: int = 1,
+    with_addends: bool = False,
 ) -> Callable:
-    """The compiled backward kernel of two dtypes, a block size and the blocks of a token."""
+    """The compiled backward kernel of two dtypes, a block size and the blocks of a token.
+
+    ``with_addends`` adds to what is there and to a second pair, else the result is new.
+    """
+
+    def pair(dtype: torch.dtype) -> tuple:
+        return tuple(fake_flat(CUTE_DTYPES[dtype]) for _ in range(2))
+
     return compile_kernel(
         MeanBackward(block_size, overlap),
-        fake_flat(CUTE_DTYPES[dtype]),
-        fake_flat(CUTE_DTYPES[dmean_dtype]),
+        pair(dtype),
+        pair(dtype) if with_addends else None,
+        pair(dmean_dtype),
         fake_flat(Int32, alignment=4),
-        *(Int32(1), Int32(1), Int64(1)),
+        *(Int32(1), Int32(1), ((Int64(1),) * 2,) * 2),
     )
 
 
@@ -220,75 +269,142 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 names = (str(x).removeprefix("torch.") for x in (dtype, other, block_size))
                 name = "-".join(names)
                 arguments = (dtype, other, block_size)
-                yield f"mean-forward-{name}", functools.partial(compile_forward, *arguments)
-                yield f"mean-backward-{name}", functools.partial(compile_backward, *arguments)
-                if block_size == 32:
-                    overlapping = functools.partial(compile_backward, *arguments, 2)
-                    yield f"mean-backward-{name}-2", overlapping
+                for pair in (False, True):
+                    forward = functools.partial(compile_forward, *arguments, pair)
+                    yield f"mean-forward-{name}-{1 + pair}", forward
+                for overlap in (1, 2) if block_size == 32 else (1,):
+                    for form, adds in (("new", False), ("add", True)):
+                        backward = functools.partial(compile_backward, *arguments, overlap, adds)
+                        yield f"mean-backward-{name}-{overlap}-{form}", backward
 
 
-def mean_forward(x: Tensor, start: Tensor, block_size: int, out_dtype: torch.dtype) -> Tensor:
+def mean_forward(
+    x: Tensor,
+    start: Tensor,
+    block_size: int,
+    out_dtype: torch.dtype,
+    other: Tensor | None = None,
+) -> Tensor:
     """``mean[m] = mean(x[start[m] : start[m] + block_size])``, summed in float32.
 
     Args:
-        x: ``(T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. A slice of heads is
-            read where it is; other strides are copied.
-        start: int32 ``(M,)``, the first token of each block, -1 for a row that is 0. Not checked:
-            a block must end within ``x``. Blocks may overlap.
+        x: ``(..., T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. A slice of heads
+            is read where it is; other strides are copied.
+        start: int32 ``(M,)``, the first token of each block among all rows of ``x``, -1 for a
+            block that is 0. Not checked: a block must end within ``x``. Blocks may overlap.
         block_size: tokens in a block.
         out_dtype: one of the dtypes of ``x``.
+        other: a second tensor like ``x``, but for its strides.
 
     Returns:
-        ``(M, H_kv, D)`` in ``out_dtype``.
+        ``(..., M', H_kv, D)`` in ``out_dtype`` with the M blocks in order, as many for each of the
+        leading dimensions; with ``other`` ``(2, ...)``.
     """
     _check("x", x, block_size)
+    if other is not None:
+        check_tensor("other", other, x.shape, x.dtype, x.device)
     check_tensor("start", start, (start.numel(),), torch.int32, x.device)
     if out_dtype not in FLOAT_DTYPES:
         raise ValueError(f"out_dtype is {out_dtype}; it must be one of {FLOAT_DTYPES}")
-    shape = (start.shape[0], *x.shape[1:])
+    num_blocks, width = start.shape[0], x.shape[-2] * x.shape[-1]
+    shape = _with_rows(x, num_blocks)
+    if other is not None:
+        shape = (2, *shape)
     if x.numel() == 0:
         return torch.zeros(shape, dtype=out_dtype, device=x.device)
     mean = torch.empty(shape, dtype=out_dtype, device=x.device)
     if mean.numel() == 0:
         return mean
-    kernel = compile_forward(x.dtype, out_dtype, block_size)
-    width = x.shape[1] * x.shape[2]
-    source, stride = flat_rows(x)
-    kernel(source, start.contiguous(), mean.view(-1), start.shape[0], width, stride)
+    kernel = compile_forward(x.dtype, out_dtype, block_size, other is not None)
+    (x, stride), (other, other_stride) = flat_rows(x), flat_rows(other)
+    strides = (stride, other_stride)
+    kernel(x, other, start.contiguous(), mean.view(-1), num_blocks, width, strides)
     return mean
 
 
-def mean_backward_(dx: Tensor, dmean: Tensor, blocks: Tensor, block_size: int) -> None:
-    """``dx[t] += sum_i dmean[blocks[t, i]] / block_size`` where these are not negative, in place.
+def mean_backward(
+    dmeans: Pair,
+    blocks: Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    addends: tuple[Pair, Pair] | None = None,
+) -> Pair:
+    """``dx[t] = sum_i dmean[blocks[t, i]] / block_size`` of keys and values, rounded once.
 
     Args:
-        dx: ``(T, H_kv, D)``, bfloat16, float16 or float32, a slice of heads at most, and 16-byte
-            aligned; D a multiple of 8. The sum is in float32 and rounded once.
-        dmean: ``(M, H_kv, D)`` in float32 or the dtype of ``dx``. Copied if it is not contiguous.
-        blocks: int32 ``(T, overlap)``, the blocks of each token, -1 for none. Not checked
-            against M.
+        dmeans: ``(..., M, H_kv, D)`` each, in float32 or ``dtype``. Copied if not contiguous.
+        blocks: int32 ``(T, overlap)``, the blocks of each token among all rows of a ``dmean``, -1
+            for none. Not checked against them.
         block_size: tokens in a block.
+        dtype: bfloat16, float16 or float32.
+        addends: gradients that are added, two of keys and values: ``(..., T', H_kv, D)`` each, in
+            ``dtype``. The first two are written over, and so slices of heads at most; the others
+            are read where they are if they are no more than that, else copied.
+
+    Returns:
+        ``(..., T', H_kv, D)`` each in ``dtype``: the first two ``addends``, new ones without.
     """
-    _check("dx", dx, block_size)
-    check_output("dx", dx)
-    if dmean.dtype not in (dx.dtype, torch.float32):
-        raise ValueError(f"dmean is {dmean.dtype}; it must be {dx.dtype} or {torch.float32}")
-    check_tensor("dmean", dmean, (dmean.shape[0], *dx.shape[1:]), dmean.dtype, dx.device)
-    check_tensor("blocks", blocks, (dx.shape[0], blocks.shape[-1]), torch.int32, dx.device)
-    if dx.numel() == 0 or dmean.numel() == 0:
-        return
-    kernel = compile_backward(dx.dtype, dmean.dtype, block_size, blocks.shape[1])
-    width = dx.shape[1] * dx.shape[2]
-    target, stride = flat_rows(dx)
-    kernel(target, flat(dmean), blocks.contiguous().view(-1), dx.shape[0], width, stride)
+    _check("dmean", dmeans[0], block_size)
+    (num_tokens, overlap), device = blocks.shape, blocks.device
+    shape = _with_rows(dmeans[0], num_tokens)
+    _check_backward(dmeans, blocks, dtype, addends, shape)
+    if addends is None:
+        dxs = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    else:
+        dxs = addends[0]
+    if dxs[0].numel() == 0:
+        return dxs
+    if dmeans[0].numel() == 0:
+        # No token is in a block, but the kernel loads one all the same.
+        dmeans = [torch.zeros(shape[-2:], dtype=dtype, device=device)] * 2
+    kernel = compile_backward(dtype, dmeans[0].dtype, block_size, overlap, addends is not None)
+    targets, strides = zip(*map(flat_rows, dxs), strict=True)
+    others, other_strides = None, strides
+    if addends is not None:
+        others, other_strides = zip(*map(flat_rows, addends[1]), strict=True)
+    sizes = (num_tokens, shape[-2] * shape[-1], (strides, other_strides))
+    kernel(targets, others, tuple(map(flat, dmeans)), blocks.contiguous().view(-1), *sizes)
+    return dxs
+
+
+def _with_rows(x: Tensor, rows: int) -> tuple[int, ...]:
+    """The shape of ``x (..., R, H_kv, D)`` with so many rows in all."""
+    *leading, _, heads, head_dim = x.shape
+    entries = max(1, math.prod(leading))
+    if rows % entries:
+        raise ValueError(f"{rows} rows cannot be divided among {entries} entries of the batch")
+    return (*leading, rows // entries, heads, head_dim)
 
 
 def _check(name: str, x: Tensor, block_size: int) -> None:
     check_float(name, x)
-    if x.ndim != 3 or x.shape[2] % VECTOR:
+    if x.ndim < 3 or x.shape[-1] % VECTOR:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; it must be (T, H_kv, D) with D a multiple of "
+            f"{name} has shape {tuple(x.shape)}; it must be (..., T, H_kv, D) with D a multiple of "
             f"{VECTOR}"
         )
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1")
+
+
+def _check_backward(
+    dmeans: Pair,
+    blocks: Tensor,
+    dtype: torch.dtype,
+    addends: tuple[Pair, Pair] | None,
+    shape: tuple[int, ...],
+) -> None:
+    """Raise on what the kernel cannot take."""
+    dmean, other = dmeans
+    if dtype not in FLOAT_DTYPES or dmean.dtype not in (dtype, torch.float32):
+        raise ValueError(
+            f"dtype is {dtype} and dmean {dmean.dtype}; dtype must be one of {FLOAT_DTYPES}, and "
+            f"dmean of that or {torch.float32}"
+        )
+    check_tensor("dmean", other, dmean.shape, dmean.dtype, dmean.device)
+    check_tensor("blocks", blocks, blocks.shape, torch.int32, dmean.device)
+    if addends is not None:
+        for x in (*addends[0], *addends[1]):
+            check_tensor("addend", x, shape, dtype, dmean.device)
+        for x in addends[0]:
+            check_output("addend", x)

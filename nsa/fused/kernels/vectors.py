@@ -92,12 +92,17 @@ def flat_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
     width = x.shape[-2] * x.shape[-1]
     if x.is_contiguous() and is_aligned(x):
         return x.view(-1), width
-    x = x.flatten(0, -3)
-    rows = x.shape[0]
+    x = _rows(x)
     if not _has_flat_rows(x):
         x = x.clone(memory_format=torch.contiguous_format)
+    rows = x.shape[0]
     stride = x.stride(0) if rows > 1 else width
     return x.as_strided(((rows - 1) * stride + width,), (1,)), stride
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(..., H, D)`` as ``(R, H, D)``, copied where that is no view."""
+    return x if x.ndim == 3 else x.flatten(0, -3)
 
 
 def _has_flat_rows(x: Tensor) -> bool:
@@ -108,10 +113,12 @@ def _has_flat_rows(x: Tensor) -> bool:
 
 def check_output(name: str, x: Tensor) -> None:
     """Raise unless a kernel can write ``x (..., H, D)`` where it is: rows as in ``flat_rows``."""
-    rows = x.flatten(0, -3)
+    if x.numel() == 0 or (x.is_contiguous() and is_aligned(x)):
+        return
+    rows = _rows(x)
     copied = rows.data_ptr() != x.data_ptr()
     apart = rows.shape[0] <= 1 or rows.stride(0) >= math.prod(rows.shape[1:])
-    if x.numel() and (copied or not (_has_flat_rows(rows) and apart)):
+    if copied or not (_has_flat_rows(rows) and apart):
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, strides {x.stride()} and address {x.data_ptr()}; "
             "it is written in place: heads and channels must be contiguous, rows must not overlap "
