@@ -60,8 +60,7 @@ class Tensors(NamedTuple):
 
     def arguments(self, window: tuple, aux_data: Callable) -> tuple:
         """What FA4 passes to a kernel for SM90; not in packed input."""
-        # As no leaf of autograd, because kernels take tensors by DLPack.
-        inputs = (x.detach() for x in self[:3])
+        inputs = map(_detached, self[:3])
         sparse = (*self.lists, *(None,) * 4) if self.lists else None
         results = (self.out, self.lse, self.scale)
         unused = (None,) * 5
@@ -174,7 +173,7 @@ def _backward_arguments(
     dout, q, k, v, out, lse, _, scale = tensors
     dq, dk, dv = grads
     none = (None,) * 8
-    inputs = (*(x.detach() for x in (q, k, v)), dout, sums.lse_log2, sums.softmax, sums.dq)
+    inputs = (*map(_detached, (q, k, v)), dout, sums.lse_log2, sums.softmax, sums.dq)
     shared = sums.dk is not None
     main = (
         *(*inputs, *(sums[3:] if shared else (dk, dv)), scale, *none[:4], *window, *none[:3]),
@@ -287,6 +286,11 @@ class _NotingCache:
             return kernel(*arguments)
 
         return noted
+
+
+def _detached(x: Tensor) -> Tensor:
+    """As no leaf of autograd, because kernels take tensors by DLPack."""
+    return x.detach() if x.requires_grad else x
 
 
 def _layout(x: Tensor | None) -> tuple | None:

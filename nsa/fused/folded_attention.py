@@ -40,13 +40,13 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
     if rows.full:
         for entry in range(len(q)):
             fa4.dense_forward(
-                rows.view(q[entry]),
-                *(_per_head(x[entry, : rows.full], q.shape[2]) for x in (k_cmp, v_cmp)),
+                rows.view(q, entry),
+                *(rows.per_head(x, entry, q.shape[2]) for x in (k_cmp, v_cmp)),
                 scale=scale,
                 causal=True,
                 window_size=(None, None),
-                out=rows.view(out[entry]),
-                lse=rows.lse(lse[entry]),
+                out=rows.view(out, entry),
+                lse=rows.lse(lse, entry),
             )
     if rows.tail:
         fa4.dense_forward(
@@ -78,14 +78,14 @@ def folded_attention_backward(
     if rows.full:
         for entry in range(len(q)):
             _, *grads = fa4.dense_backward(
-                *(rows.view(x[entry]) for x in (dout, q)),
-                *(_per_head(x[entry, : rows.full], num_heads) for x in (k_cmp, v_cmp)),
-                rows.view(out[entry]),
-                rows.lse(lse[entry]),
+                *(rows.view(x, entry) for x in (dout, q)),
+                *(rows.per_head(x, entry, num_heads) for x in (k_cmp, v_cmp)),
+                rows.view(out, entry),
+                rows.lse(lse, entry),
                 scale=scale,
                 causal=True,
                 window_size=(None, None),
-                dq=rows.view(dq[entry]),
+                dq=rows.view(dq, entry),
             )
             for total, grad in zip((dk_cmp, dv_cmp), grads, strict=True):
                 grouped = grad.view(num_kv_heads, -1, *grad.shape[1:])  # (H_kv, G, rows, 1, D)
@@ -163,14 +163,35 @@ class _Rows:
         self.full = num_compressed_blocks(length, config) if started else queries // self.size
         self.tail = queries - self.full * self.size
 
-    def view(self, x: Tensor) -> Tensor:
-        """``(T, H, D)`` as FA4's ``(H, rows, d, D)``."""
-        rows = x[self.lead : self.lead + self.full * self.size]
-        return rows.unflatten(0, (self.full, self.size)).permute(2, 0, 1, 3)
+    # One operation each, because each takes the host some time.
 
-    def lse(self, x: Tensor) -> Tensor:
-        """``(H * queries,)`` as FA4's ``(H, d, rows)``."""
-        return x[: x.shape[-1] - self._tail_size(x)].view(-1, self.size, self.full)
+    def view(self, x: Tensor, entry: int) -> Tensor:
+        """An entry of ``(B, T, H, D)`` as FA4's ``(H, rows, d, D)``."""
+        batch, token, head, channel = x.stride()
+        return x.as_strided(
+            (x.shape[2], self.full, self.size, x.shape[3]),
+            (head, self.size * token, token, channel),
+            x.storage_offset() + entry * batch + self.lead * token,
+        )
+
+    def per_head(self, x: Tensor, entry: int, num_heads: int) -> Tensor:
+        """An entry of ``(B, M, H_kv, D)`` as FA4's ``(H, rows, 1, D)``, repeated for each group."""
+        batch, token, head, channel = x.stride()
+        num_kv_heads, head_dim = x.shape[2:]
+        repeated = x.as_strided(
+            (num_kv_heads, num_heads // num_kv_heads, self.full, head_dim),
+            (head, 0, token, channel),
+            x.storage_offset() + entry * batch,
+        )
+        return repeated.reshape(num_heads, self.full, 1, head_dim)
+
+    def lse(self, x: Tensor, entry: int) -> Tensor:
+        """An entry of contiguous ``(B, H * queries)`` as FA4's ``(H, d, rows)``."""
+        size = self.full * self.size
+        heads = x.shape[1] // (size + self.tail)
+        strides = (size, self.full, 1)
+        offset = x.storage_offset() + entry * x.shape[1]
+        return x.as_strided((heads, self.size, self.full), strides, offset)
 
     def tail_lse(self, x: Tensor) -> Tensor:
         """``(B, H * queries)`` as FA4's ``(B, H, tail)``."""
@@ -178,12 +199,6 @@ class _Rows:
 
     def _tail_size(self, x: Tensor) -> int:
         return x.shape[-1] // (self.full * self.size + self.tail) * self.tail
-
-
-def _per_head(x: Tensor, num_heads: int) -> Tensor:
-    """``(M, H_kv, D)`` as ``(H, M, 1, D)``, repeated for the heads of each group."""
-    group = num_heads // x.shape[1]
-    return x.transpose(0, 1).repeat_interleave(group, dim=0, output_size=num_heads)[:, :, None]
 
 
 def _packed_forward(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
