@@ -7,7 +7,6 @@ which kernels that calls with what; calls alike then call the kernels. Where FA4
 anything but what is expected here (it copied a tensor, or the GPU is another), no call is replayed.
 """
 
-import math
 import types
 from collections.abc import Callable
 from typing import NamedTuple
@@ -95,15 +94,13 @@ class _Sums(NamedTuple):
 
     @classmethod
     def new(cls, shapes: tuple, like: Tensor) -> "_Sums":
-        """Of these shapes, in two or three allocations, where FA4 makes three or five."""
+        """Of these shapes, in fewer allocations and fills than FA4 makes."""
         _, rows, dq, dk, dv = shapes
-        empty = dict(dtype=torch.float32, device=like.device)
-        zeros = (None, None)
+        kind = dict(dtype=torch.float32, device=like.device)
+        dk_dv = (None, None)
         if dk is not None:
-            sizes = math.prod(dk), math.prod(dv)
-            zeros = torch.zeros(sum(sizes), **empty).split(sizes)
-            zeros = (x.view(shape) for x, shape in zip(zeros, (dk, dv), strict=True))
-        return cls(*torch.empty((2, *rows), **empty), torch.empty(dq, **empty), *zeros)
+            dk_dv = torch.zeros((2, *dk), **kind) if dk == dv else _zeros(dk, dv, **kind)
+        return cls(*torch.empty((2, *rows), **kind), torch.empty(dq, **kind), *dk_dv)
 
 
 class _Note(NamedTuple):
@@ -286,6 +283,10 @@ class _NotingCache:
             return kernel(*arguments)
 
         return noted
+
+
+def _zeros(*shapes: tuple, **kind) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(shape, **kind) for shape in shapes)
 
 
 def _detached(x: Tensor) -> Tensor:

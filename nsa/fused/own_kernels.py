@@ -4,43 +4,42 @@ A kernel file is imported on its first call, because CuTe takes seconds to impor
 ``own_kernels.gating_forward(...)``, so that a test can replace the functions of this module.
 """
 
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 
+@cache
+def _kernels(name: str) -> ModuleType:
+    return import_module(f"nsa.fused.kernels.{name}")
+
+
 def gating_forward(*args) -> Tensor:
     """See :func:`nsa.fused.kernels.gating.gating_forward`."""
-    from nsa.fused.kernels import gating
-
-    return gating.gating_forward(*args)
+    return _kernels("gating").gating_forward(*args)
 
 
 def gating_backward(*args) -> tuple[Tensor | None, ...]:
     """See :func:`nsa.fused.kernels.gating.gating_backward`."""
-    from nsa.fused.kernels import gating
-
-    return gating.gating_backward(*args)
+    return _kernels("gating").gating_backward(*args)
 
 
 def query_gradient(*args) -> Tensor:
     """See :func:`nsa.fused.kernels.query_gradient.query_gradient`."""
-    from nsa.fused.kernels import query_gradient as kernel
-
-    return kernel.query_gradient(*args)
+    return _kernels("query_gradient").query_gradient(*args)
 
 
 def mean_forward(*args, **kwargs) -> Tensor:
     """See :func:`nsa.fused.kernels.compression.mean_forward`."""
-    from nsa.fused.kernels import compression
-
-    return compression.mean_forward(*args, **kwargs)
+    return _kernels("compression").mean_forward(*args, **kwargs)
 
 
 def mean_backward(*args) -> tuple[Tensor, Tensor]:
     """See :func:`nsa.fused.kernels.compression.mean_backward`."""
-    from nsa.fused.kernels import compression
-
-    return compression.mean_backward(*args)
+    return _kernels("compression").mean_backward(*args)
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -58,58 +57,42 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 
 def list_key_blocks(*args) -> tuple[Tensor | None, ...]:
     """See :func:`nsa.fused.kernels.block_lists.list_key_blocks`."""
-    from nsa.fused.kernels import block_lists
-
-    return block_lists.list_key_blocks(*args)
+    return _kernels("block_lists").list_key_blocks(*args)
 
 
 def count_query_tiles(*args) -> Tensor:
     """See :func:`nsa.fused.kernels.block_lists.count_query_tiles`."""
-    from nsa.fused.kernels import block_lists
-
-    return block_lists.count_query_tiles(*args)
+    return _kernels("block_lists").count_query_tiles(*args)
 
 
 def list_query_tiles(*args) -> tuple[Tensor, Tensor]:
     """See :func:`nsa.fused.kernels.block_lists.list_query_tiles`."""
-    from nsa.fused.kernels import block_lists
-
-    return block_lists.list_query_tiles(*args)
+    return _kernels("block_lists").list_query_tiles(*args)
 
 
 def listed_backward(*args) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`nsa.fused.kernels.listed_backward.listed_backward`."""
-    from nsa.fused.kernels import listed_backward as kernel
-
-    return kernel.listed_backward(*args)
+    return _kernels("listed_backward").listed_backward(*args)
 
 
 def importance_scores(*args) -> None:
     """See :func:`nsa.fused.kernels.importance.importance_scores`."""
-    from nsa.fused.kernels import importance
-
-    importance.importance_scores(*args)
+    _kernels("importance").importance_scores(*args)
 
 
 def selected_forward(*args) -> tuple[Tensor, Tensor]:
     """See :func:`nsa.fused.kernels.selected_forward.selected_forward`."""
-    from nsa.fused.kernels import selected_forward as kernel
-
-    return kernel.selected_forward(*args)
+    return _kernels("selected_forward").selected_forward(*args)
 
 
 def selected_backward(*args) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`nsa.fused.kernels.selected_backward.selected_backward`."""
-    from nsa.fused.kernels import selected_backward as kernel
-
-    return kernel.selected_backward(*args)
+    return _kernels("selected_backward").selected_backward(*args)
 
 
 def top_blocks(*args, **kwargs) -> None:
     """See :func:`nsa.fused.kernels.top_blocks.top_blocks`."""
-    from nsa.fused.kernels import top_blocks as kernel
-
-    kernel.top_blocks(*args, **kwargs)
+    _kernels("top_blocks").top_blocks(*args, **kwargs)
 
 
 def float32_products(a: Tensor, b: Tensor) -> Tensor:

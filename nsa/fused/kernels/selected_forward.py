@@ -75,10 +75,14 @@ class SelectedForward:
         self.group = group
         self.block_size = block_size
         self.causal = causal
-        elements = _ROWS * head_dim + block_size * (head_dim + head_dim_v)
-        # Registers allow 4 CTAs; with wide values, whose output takes up to 128 registers, 2.
-        most = 4 if head_dim_v <= 128 else 2
-        self.ctas = min(most, _SHARED_BYTES // (2 * elements + 4 * ITEM_TOKENS + 3072))
+        # Registers allow 3 CTAs; with wide values, whose output takes up to 128 registers, 2.
+        most = 3 if head_dim_v <= 128 else 2
+        # With room for two CTAs at least, queries have two stages.
+        for self.stages in (2, 1):
+            elements = self.stages * _ROWS * head_dim + block_size * (head_dim + head_dim_v)
+            self.ctas = min(most, _SHARED_BYTES // (2 * elements + 4 * ITEM_TOKENS + 3072))
+            if self.ctas > 1:
+                break
 
     @cute.jit
     def __call__(
@@ -102,13 +106,12 @@ class SelectedForward:
         scale_log2: Float32,
         stream,
     ):
-        q_smem, k_smem, v_smem = (
-            sm90_utils.make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, shape)
-            for shape in (
-                (_ROWS, self.head_dim),
-                (self.block_size, self.head_dim),
-                (self.block_size, self.head_dim_v),
-            )
+        make_layout = functools.partial(
+            sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
+        )
+        q_smem = make_layout((_ROWS, self.head_dim), stage=self.stages)
+        k_smem, v_smem = (
+            make_layout((self.block_size, dim)) for dim in (self.head_dim, self.head_dim_v)
         )
         mma_qk, mma_pv = make_mmas(self.dtype, self.block_size, self.head_dim_v)
         tensors = (mQ, mK, mV, mTokens, mItems, mNumItems, mPartial, mLse)
@@ -161,6 +164,7 @@ class SelectedForward:
                 smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
                 for x in (q_smem, k_smem, v_smem)
             )
+            rows = count * self.group
             sTokens = smem.allocate_tensor(Int32, cute.make_layout(ITEM_TOKENS), 16)
             values = load_values(
                 *(mV, sV, v_stride, block_rows(first, keys, kv_head * self.head_dim_v)),
@@ -176,7 +180,11 @@ class SelectedForward:
             load_queries = functools.partial(
                 self._load_queries, mQ, sQ, sTokens, q_stride, kv_head, count, tidx
             )
-            load_queries(Int32(0))
+            tiles = cute.ceil_div(rows, _ROWS)
+            for tile in cutlass.range_constexpr(self.stages):
+                if tile == 0 or tile < tiles:
+                    load_queries(Int32(tile))
+                cute.arch.cp_async_commit_group()
             store_values(values, sV, tidx, _THREADS)
 
             _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
@@ -193,18 +201,19 @@ class SelectedForward:
                     cute.make_identity_tensor((_ROWS, self.block_size))
                 )
             )
-            rows = count * self.group
             out_row = Int64(begin - wave_start) * self.group
 
-            tiles = cute.ceil_div(rows, _ROWS)
+            acc_S = cute.make_rmem_tensor(
+                mma_qk.partition_shape_C((_ROWS, self.block_size)), Float32
+            )
+            acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
+            compute_scores = functools.partial(self._scores, mma_qk, acc_S, tSrQ, tSrK)
+            cute.arch.cp_async_wait_group(self.stages - 1)
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier()
+            compute_scores(Int32(0))
+
             for tile in cutlass.range(tiles, unroll=1):
-                cute.arch.cp_async_commit_group()
-                cute.arch.cp_async_wait_group(0)
-                cute.arch.fence_view_async_shared()
-                cute.arch.barrier()
-                acc_S = sm90_utils.gemm_zero_init(
-                    mma_qk, (_ROWS, self.block_size), tSrQ, tSrK, wg_wait=-1
-                )
                 # A thread has two rows, this one and the 8th after it.
                 row = tile * _ROWS + tScS[0, 0][0]
                 limits = cute.make_rmem_tensor(2, Int32)
@@ -214,34 +223,51 @@ class SelectedForward:
                         pair = cutlass.min((row + 8 * r) // self.group, count - 1)
                         limits[r] = cutlass.min(keys, sTokens[pair] - first + 1)
                 warpgroup.wait_group(0)
-                acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
+                if const_expr(self.stages == 1):
+                    # All warps have read the queries.
+                    cute.arch.barrier()
+                    if tile + 1 < tiles:
+                        load_queries(tile + 1)
+                    cute.arch.cp_async_commit_group()
                 if cutlass.min(limits[0], limits[1]) < self.block_size:
                     for r in cutlass.range_constexpr(2):
                         for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
                             visible = tScS[r, c][1] < limits[r]
                             acc_S_mn[r, c] = acc_S_mn[r, c] if visible else -Float32.inf
 
-                inverse_sum = cute.make_rmem_tensor(2, Float32)
+                lse = cute.make_rmem_tensor(2, Float32)
                 for r in cutlass.range_constexpr(2):
-                    inverse_sum[r], lse = softmax(acc_S_mn[r, None], scale_log2)
-                    if tidx % QUAD == 0 and row + 8 * r < rows:
-                        mLse[out_row + (row + 8 * r)] = lse
+                    inverse_sum, lse[r] = softmax(acc_S_mn[r, None], scale_log2)
+                    acc_S_mn[r, None].store(acc_S_mn[r, None].load() * inverse_sum)
                 utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
-                # All warps have read the queries. The next are not loaded before the softmax: with
-                # 4 CTAs an SM, registers do not suffice for both.
-                cute.arch.barrier()
-                if tile + 1 < tiles:
-                    load_queries(tile + 1)
-                acc_O = sm90_utils.gemm_zero_init(
-                    mma_pv, (_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=0
-                )
-                acc_O_mn = layout_utils.reshape_acc_to_mn(acc_O)
                 for r in cutlass.range_constexpr(2):
-                    acc_O_mn[r, None].store(acc_O_mn[r, None].load() * inverse_sum[r])
+                    if tidx % QUAD == 0 and row + 8 * r < rows:
+                        mLse[out_row + (row + 8 * r)] = lse[r]
+                # The next queries are there, and all warps have read these.
+                cute.arch.cp_async_wait_group(0)
+                cute.arch.fence_view_async_shared()
+                cute.arch.barrier()
+                acc_O = sm90_utils.gemm_zero_init(
+                    mma_pv, (_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
+                )
+                # Of the next tile, while this one's output is stored; past the last, for nothing.
+                compute_scores(tile + 1)
+                if const_expr(self.stages == 2):
+                    if tile + 2 < tiles:
+                        load_queries(tile + 2)
+                    cute.arch.cp_async_commit_group()
+                warpgroup.wait_group(1)
                 rO = utils.cvt_f16(acc_O, self.dtype)
                 for r in cutlass.range_constexpr(2):
                     if row + 8 * r < rows:
                         store_row(rO, r, mPartial, (out_row + (row + 8 * r)) * self.head_dim_v)
+            warpgroup.wait_group(0)
+            cute.arch.cp_async_wait_group(0)
+
+    def _scores(self, mma_qk, acc_S, tSrQ, tSrK, tile: Int32):
+        """Start to compute those of the tile's stage."""
+        stage = tile % self.stages
+        sm90_utils.gemm_w_idx(mma_qk, acc_S, tSrQ, tSrK, True, A_idx=stage, wg_wait=-1)
 
     @cute.jit
     def _load_queries(
@@ -256,7 +282,7 @@ class SelectedForward:
         tile: Int32,
     ):
         place = pair_rows(sTokens, tile, kv_head, self.group, count, self.head_dim)
-        load_rows(mQ, sQ, stride, place, tidx, _THREADS)
+        load_rows(mQ, sQ, stride, place, tidx, _THREADS, tile % self.stages)
 
 
 class CombinePartials:

@@ -134,8 +134,8 @@ def check_tensor(
     name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Raise unless ``x`` has this shape, dtype and device."""
-    seen, wanted = (tuple(x.shape), x.dtype, x.device), (tuple(shape), dtype, device)
-    if seen != wanted:
+    if x.shape != shape or x.dtype != dtype or x.device != device:
+        seen, wanted = (tuple(x.shape), x.dtype, x.device), (tuple(shape), dtype, device)
         raise ValueError(f"{name} is (shape, dtype, device) {seen}; it must be {wanted}")
 
 
