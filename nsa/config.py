@@ -76,6 +76,10 @@ class NSAConfig:
         # Not a field: the form in which a custom op takes a configuration.
         object.__setattr__(self, "encoded", json.dumps(asdict(self)))
 
+    def __hash__(self):
+        # A string keeps its hash; that of all fields would be computed in each look-up.
+        return hash(self.encoded)
+
     @classmethod
     def decode(cls, encoded: str) -> "NSAConfig":
         """The configuration whose ``encoded`` this is."""

@@ -104,7 +104,8 @@ def check_qkv(q, k, v, config: NSAConfig, cu_seqlens) -> Problem:
                 f"{names[0]} must have shape {wanted} + (Dv,), got {tuple(v[0].shape)}"
             )
         value_dim = v[0].shape[-1]
-        for name, x in zip(names, v, strict=True):
+        # One tensor for all branches has one name.
+        for name, x in dict(zip(names, v, strict=True)).items():
             check_tensor(name, x, q, (*leading, num_kv_heads, value_dim))
     return Problem(leading, num_heads, num_kv_heads, head_dim, value_dim, config, cu_seqlens)
 
@@ -122,7 +123,7 @@ def _check_keys(q: Tensor, k, leading: tuple[int, ...], form: str) -> int:
             f"{names[0]} must have a number of heads that divides the {q.shape[-2]} heads of q, "
             f"got {num_kv_heads}"
         )
-    for name, x in zip(names, k, strict=True):
+    for name, x in dict(zip(names, k, strict=True)).items():
         check_tensor(name, x, q, (*leading, num_kv_heads, q.shape[-1]))
     return num_kv_heads
 

@@ -3,9 +3,9 @@
 A *pair* is a token and one of its selected blocks, for one KV head. Tokens are cut into *chunks*,
 small enough that the queries of one KV head and chunk stay in L2. The pairs of a KV head and chunk
 lie together in the *list*, sorted by block: pair at ``position`` p is token ``tokens[p]``. A *work
-item* is a run of at most ``ITEM_TOKENS`` pairs of one block. (KV head, chunk) are numbered
-``unit = kv_head * chunks + chunk``; consecutive units form a *wave*, whose partial results fit a
-workspace.
+item* is a run of pairs of one block, at most :func:`item_tokens` of them. (KV head, chunk) are
+numbered ``unit = kv_head * chunks + chunk``; consecutive units form a *wave*, whose partial results
+fit a workspace.
 """
 
 import functools
@@ -22,15 +22,18 @@ from torch import Tensor
 from nsa.fused.kernels.vectors import compile_kernel, fake_flat
 from nsa.fused.token_blocks import TokenBlocks
 
-ITEM_TOKENS = 512
-"""The most pairs of a work item."""
-
 ITEM_FIELDS = 4
 """Of a work item: first position, pairs, first key (token), keys."""
 
 _THREADS = 256
 _SCAN_THREADS = 1024
 _WARP = 32
+
+
+def item_tokens(group: int) -> int:
+    """The most pairs of a work item: 32 tiles of rows, for a CTA with more would end long after the
+    others; but no more tokens than need little shared memory."""
+    return max(16, min(512, 2048 // group))
 
 
 class InvertIndex:
@@ -64,6 +67,7 @@ class InvertIndex:
         wave_units: Int32,
         wave_items: Int32,
         block_size: Int32,
+        item_tokens: Int32,
         stream,
     ):
         sizes = (pairs, slots, kv_heads, blocks, chunks, chunk_tokens)
@@ -72,9 +76,10 @@ class InvertIndex:
             grid=grid, block=[_THREADS, 1, 1], stream=stream
         )
         capacity = chunk_tokens * slots
-        self.add_up(
-            mFirst, mKeys, mCount, mItems, mNumItems, blocks, capacity, wave_units, wave_items
-        ).launch(grid=[kv_heads * chunks, 1, 1], block=[_SCAN_THREADS, 1, 1], stream=stream)
+        tensors = (mFirst, mKeys, mCount, mItems, mNumItems)
+        self.add_up(*tensors, blocks, capacity, wave_units, wave_items, item_tokens).launch(
+            grid=[kv_heads * chunks, 1, 1], block=[_SCAN_THREADS, 1, 1], stream=stream
+        )
         self.write(mIndices, mBase, mCount, mPosition, mTokens, *sizes).launch(
             grid=grid, block=[_THREADS, 1, 1], stream=stream
         )
@@ -125,6 +130,7 @@ class InvertIndex:
         capacity: Int32,
         wave_units: Int32,
         wave_items: Int32,
+        item_tokens: Int32,
     ):
         """``count`` becomes where each block's pairs start in the unit; emits the work items."""
         tidx, _, _ = cute.arch.thread_idx()
@@ -143,7 +149,7 @@ class InvertIndex:
             count = Int32(0)
             if block < blocks:
                 count = mCount[counter]
-            items = (count + (ITEM_TOKENS - 1)) // ITEM_TOKENS
+            items = cute.ceil_div(count, item_tokens)
             pairs_through = warp_prefix_sum(count, lane)
             items_through = warp_prefix_sum(items, lane)
             if lane == _WARP - 1:
@@ -168,10 +174,10 @@ class InvertIndex:
             if items > 0:
                 first, keys = mFirst[block], mKeys[block]
             for item in cutlass.range(items, unroll=1):
-                done = item * ITEM_TOKENS
+                done = item * item_tokens
                 field = Int64(slot + item) * ITEM_FIELDS
                 mItems[field] = unit * capacity + offset + done
-                mItems[field + 1] = cutlass.min(count - done, ITEM_TOKENS)
+                mItems[field + 1] = cutlass.min(count - done, item_tokens)
                 mItems[field + 2] = first
                 mItems[field + 3] = keys
             start += pairs_total
@@ -215,7 +221,7 @@ class InvertIndex:
 @functools.lru_cache(maxsize=None)
 def compile_invert_index(band: bool) -> Callable:
     tensors = [fake_flat(Int32, alignment=4) for _ in range(10)]
-    return compile_kernel(InvertIndex(band), *tensors, *(Int32(1) for _ in range(9)))
+    return compile_kernel(InvertIndex(band), *tensors, *(Int32(1) for _ in range(10)))
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -265,6 +271,7 @@ def invert_index(
     causal: bool,
     chunk_tokens: int,
     wave_units: int,
+    tokens: int,
     band: bool = False,
 ) -> InvertedIndex:
     """Invert int32 ``block_indices (T, H_kv, slots)``; -1, and what a token cannot see, drop out.
@@ -275,6 +282,7 @@ def invert_index(
         causal: whether a token sees only blocks that start at or before it.
         chunk_tokens: tokens of a chunk.
         wave_units: units of a wave, at most.
+        tokens: pairs of a work item, at most.
         band: whether to leave out, of each token, the first block of its sequence, its own and the
             one before.
     """
@@ -287,7 +295,8 @@ def invert_index(
         raise ValueError(f"{total} tokens x {kv_heads} KV heads x {slots} blocks exceed 2^31 pairs")
     base, limit, first, keys, sequences = blocks
     num_blocks = len(first)
-    bounds = item_bounds(total, sequences, num_blocks, block_size, causal, chunk_tokens, slots)
+    sizes = (block_size, causal, chunk_tokens, slots, tokens)
+    bounds = item_bounds(total, sequences, num_blocks, *sizes)
     by_unit = bounds * kv_heads
     wave_items = max(sum(by_unit[w : w + wave_units]) for w in range(0, units, wave_units))
 
@@ -300,7 +309,7 @@ def invert_index(
         block_indices.reshape(-1),
         *(base, limit, first, keys, count, position, listed, items, num_items),
         *(position.numel(), slots, kv_heads, num_blocks, chunks, chunk_tokens),
-        *(wave_units, wave_items, block_size),
+        *(wave_units, wave_items, block_size, tokens),
     )
     return InvertedIndex(
         listed,
@@ -321,6 +330,7 @@ def item_bounds(
     causal: bool,
     chunk_tokens: int,
     slots: int,
+    tokens: int,
 ) -> list[int]:
     """For each chunk, a number of work items of a KV head that is never exceeded."""
     bounds = []
@@ -329,5 +339,5 @@ def item_bounds(
         pairs = (end - start) * slots
         # A sequence starts at most one block that is not full before the chunk ends.
         visible = min(blocks, end // block_size + sequences) if causal else blocks
-        bounds.append(min(visible, pairs) + pairs // ITEM_TOKENS)
+        bounds.append(min(visible, pairs) + pairs // tokens)
     return bounds

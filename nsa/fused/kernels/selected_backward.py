@@ -26,7 +26,7 @@ from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
 from nsa.fused.kernels.float_sums import add_row, convert_sums
-from nsa.fused.kernels.inverted_index import ITEM_FIELDS, ITEM_TOKENS, invert_index
+from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
 from nsa.fused.kernels.rows import block_rows, load_rows, pair_rows, row_lanes, token_and_head
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
@@ -77,7 +77,7 @@ class SelectedBackward:
         self.dq_columns = 64 if columns % 64 == 0 else columns
         self.dq_parts = columns // self.dq_columns
         row_bytes = 2 * (head_dim + head_dim_v)
-        fixed = _KEYS * row_bytes + _ROWS * _KEYS * 2 + ITEM_TOKENS * 4 + 4096
+        fixed = _KEYS * row_bytes + _ROWS * _KEYS * 2 + item_tokens(group) * 4 + 4096
         stage = _ROWS * row_bytes
         self.ctas = 2 if self.warpgroups == 1 else 1
         self.stages = 2 if fixed + 2 * stage <= _SHARED_BYTES // self.ctas else 1
@@ -205,7 +205,7 @@ class SelectedBackward:
                 smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
                 for x in (k_smem, v_smem, q_smem, do_smem, ds_smem)
             )
-            sTokens = smem.allocate_tensor(Int32, cute.make_layout(ITEM_TOKENS), 16)
+            sTokens = smem.allocate_tensor(Int32, cute.make_layout(item_tokens(self.group)), 16)
             # Log-sum-exp, then delta, of the rows of a stage.
             statistics_layout = cute.make_layout((_ROWS, 2, self.stages))
             sStatistics = smem.allocate_tensor(Float32, statistics_layout, 16)
@@ -588,7 +588,9 @@ def selected_backward(
         total, group, len(blocks.first), block_indices.shape[2], 6 * head_dim + 2 * head_dim_v
     )
     units = kv_heads * -(-total // chunk)
-    index = invert_index(block_indices, blocks, block_size, causal, chunk, units)
+    index = invert_index(
+        block_indices, blocks, block_size, causal, chunk, units, item_tokens(group)
+    )
     shapes = (q.shape, k.shape, v.shape)
     sizes = [math.prod(shape) for shape in shapes]
     sums = torch.zeros(sum(sizes), dtype=torch.float32, device=q.device).split(sizes)

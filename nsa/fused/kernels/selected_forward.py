@@ -36,7 +36,7 @@ from nsa.fused.kernels.forward_tiles import (
     store_row,
     store_values,
 )
-from nsa.fused.kernels.inverted_index import ITEM_FIELDS, ITEM_TOKENS, invert_index
+from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
 from nsa.fused.kernels.rows import block_rows, load_rows, pair_rows
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
@@ -80,7 +80,7 @@ class SelectedForward:
         # With room for two CTAs at least, queries have two stages.
         for self.stages in (2, 1):
             elements = self.stages * _ROWS * head_dim + block_size * (head_dim + head_dim_v)
-            self.ctas = min(most, _SHARED_BYTES // (2 * elements + 4 * ITEM_TOKENS + 3072))
+            self.ctas = min(most, _SHARED_BYTES // (2 * elements + 4 * item_tokens(group) + 3072))
             if self.ctas > 1:
                 break
 
@@ -165,7 +165,7 @@ class SelectedForward:
                 for x in (q_smem, k_smem, v_smem)
             )
             rows = count * self.group
-            sTokens = smem.allocate_tensor(Int32, cute.make_layout(ITEM_TOKENS), 16)
+            sTokens = smem.allocate_tensor(Int32, cute.make_layout(item_tokens(self.group)), 16)
             values = load_values(
                 *(mV, sV, v_stride, block_rows(first, keys, kv_head * self.head_dim_v)),
                 *(tidx, _THREADS),
@@ -561,7 +561,9 @@ def selected_forward(
     block_indices = block_indices.contiguous()
     chunk = choose_chunk_tokens(total, group, len(blocks.first), slots, 2 * head_dim)
     wave = units_of_wave(chunk, slots, group, head_dim_v)
-    index = invert_index(block_indices, blocks, block_size, causal, chunk, wave, band)
+    index = invert_index(
+        block_indices, blocks, block_size, causal, chunk, wave, item_tokens(group), band
+    )
     out = torch.empty(total, heads, head_dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(total, heads, dtype=torch.float32, device=q.device)
     (q, q_stride), (k, k_stride), (v, v_stride) = flat_rows(q), flat_rows(k), flat_rows(v)
