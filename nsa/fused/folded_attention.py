@@ -183,7 +183,9 @@ class _Rows:
             (head, 0, token, channel),
             x.storage_offset() + entry * batch,
         )
-        return repeated.reshape(num_heads, self.full, 1, head_dim)
+        # Never a view: of stride 0 FA4 makes other kernels.
+        repeated = repeated.clone(memory_format=torch.contiguous_format)
+        return repeated.view(num_heads, self.full, 1, head_dim)
 
     def lse(self, x: Tensor, entry: int) -> Tensor:
         """An entry of contiguous ``(B, H * queries)`` as FA4's ``(H, d, rows)``."""
