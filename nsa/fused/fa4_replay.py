@@ -8,7 +8,8 @@ anything but what is expected here (it copied a tensor, or the GPU is another), 
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -184,14 +185,14 @@ def _backward_arguments(
 
 
 def _noted_forward(interface, key: tuple, tensors: Tensors, options: dict) -> tuple[Tensor, Tensor]:
-    function, notes = _noting(interface, "_flash_attn_fwd")
-    out, lse = _full_forward(interface, function, tensors, options)
-    if len(notes) == 1:
-        ((kernel, arguments),) = notes
-        window = tuple(arguments[_FORWARD_WINDOW])
-        results = tensors._replace(out=out, lse=lse)
-        if _same(arguments, results.arguments(window, interface.AuxData)):
-            _remember(key, _Call([kernel], window))
+    with _noting(interface, "_flash_attn_fwd") as (function, notes):
+        out, lse = _full_forward(interface, function, tensors, options)
+        if len(notes) == 1:
+            ((kernel, arguments),) = notes
+            window = tuple(arguments[_FORWARD_WINDOW])
+            results = tensors._replace(out=out, lse=lse)
+            if _same(arguments, results.arguments(window, interface.AuxData)):
+                _remember(key, _Call([kernel], window))
     return out, lse
 
 
@@ -199,17 +200,17 @@ def _noted_backward(
     interface, key: tuple, tensors: BackwardTensors, options: dict
 ) -> tuple[Tensor, Tensor, Tensor]:
     names = ("_bwd_preprocess", "_bwd_postprocess_convert", "_flash_attn_bwd")
-    function, notes = _noting(interface, *names)
-    grads = _full_backward(function, tensors, options)
-    if len(notes) in (3, 5):
-        preprocess, main, *converts = (note.arguments for note in notes)
-        shared = main[7:9] if len(converts) == 3 else (None, None)
-        sums = _Sums(preprocess[2], *preprocess[4:6], *shared)
-        window = tuple(main[_BACKWARD_WINDOW])
-        steps = _backward_arguments(tensors, grads, sums, window, interface.AuxData)
-        if _same([note.arguments for note in notes], steps):
-            shapes = tuple(None if x is None else x.shape for x in sums)
-            _remember(key, _Call([note.kernel for note in notes], window, shapes))
+    with _noting(interface, *names) as (function, notes):
+        grads = _full_backward(function, tensors, options)
+        if len(notes) in (3, 5):
+            preprocess, main, *converts = (note.arguments for note in notes)
+            shared = main[7:9] if len(converts) == 3 else (None, None)
+            sums = _Sums(preprocess[2], *preprocess[4:6], *shared)
+            window = tuple(main[_BACKWARD_WINDOW])
+            steps = _backward_arguments(tensors, grads, sums, window, interface.AuxData)
+            if _same([note.arguments for note in notes], steps):
+                shapes = tuple(None if x is None else x.shape for x in sums)
+                _remember(key, _Call([note.kernel for note in notes], window, shapes))
     return grads
 
 
@@ -248,7 +249,8 @@ def _full_backward(
     return function(softmax_scale=arguments.pop("scale"), **arguments, **options)
 
 
-def _noting(interface, *names: str) -> tuple[Callable, list[_Note]]:
+@contextmanager
+def _noting(interface, *names: str) -> Iterator[tuple[Callable, list[_Note]]]:
     """The last of the named functions, and where it notes the kernels that any of them call."""
     # Over a copy of FA4's globals, in which the names that lead to its caches differ.
     notes, variables = [], dict(vars(interface))
@@ -260,7 +262,12 @@ def _noting(interface, *names: str) -> tuple[Callable, list[_Note]]:
         function.__kwdefaults__ = original.__kwdefaults__
         function.compile_cache = _NotingCache(original.compile_cache, notes)
         variables[name] = function
-    return function, notes
+    try:
+        yield function, notes
+    finally:
+        # The functions and their globals lead to each other, and so live until Python looks for
+        # such cycles: without the tensors.
+        notes.clear()
 
 
 class _NotingCache:

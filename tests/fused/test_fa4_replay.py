@@ -1,5 +1,8 @@
 """FA4's own Python, as it is, with stand-ins for its compiled kernels: replays pass the same."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -195,6 +198,20 @@ def test_another_gpu_is_never_replayed(kernels, monkeypatch):
     for _ in range(2):
         window()
     assert kernels.lookups == 2
+
+
+@pytest.mark.parametrize("call", [window, sparse_limit, window_backward, backward_into_slices])
+def test_nothing_of_a_noted_call_is_kept(call, kernels):
+    gc.collect()
+    gc.disable()
+    try:
+        results = [weakref.ref(x) for x in call()]
+        seen = [weakref.ref(x) for step in kernels.calls for x in step if torch.is_tensor(x)]
+        kernels.calls.clear()
+        assert len(seen) > len(results)
+        assert not [x for x in results + seen if x() is not None]
+    finally:
+        gc.enable()
 
 
 def test_known_calls_are_bounded(kernels, monkeypatch):

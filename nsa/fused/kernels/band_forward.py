@@ -1,13 +1,10 @@
 """Token mode's selected branch, the band: attention over a sequence's first block and the last two.
 
 The paper's configuration has each token select the first block of its sequence, its own block and
-the one before. Tokens of a block have these in common, so that one CTA keeps K and V of all three
-in shared memory while the query rows of the block's tokens stream past, 64 at a time: row r is
-query head ``r % G`` of token ``r // G``. They then need neither an index nor a partial result each.
-A token sees those of the three that its list names, whatever the configuration.
-
-A warpgroup mostly waits, so as many as registers allow share the keys and values. Of the tiles of
-64 rows they take turns; after the loading none waits for another.
+the one before. Tokens of a block have these in common, so that one CTA (a warpgroup) keeps K and V
+of all three in shared memory while the query rows of the block's tokens stream past, 64 at a time:
+row r is query head ``r % G`` of token ``r // G``. They then need neither an index nor a partial
+result each. A token sees those of the three that its list names, whatever the configuration.
 """
 
 import functools
@@ -16,7 +13,7 @@ from collections.abc import Callable, Iterator
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, Uint32, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
 from flash_attn.cute import utils
@@ -33,7 +30,7 @@ from nsa.fused.kernels.forward_tiles import (
 from nsa.fused.kernels.rows import load_rows
 from nsa.fused.kernels.vectors import CUTE_DTYPES, compile_kernel, fake_flat
 
-_WARPGROUP = 128
+_THREADS = 128
 _ROWS = 64
 # In this order: the first block, the one before the tokens' own, their own.
 _PARTS = 3
@@ -42,30 +39,14 @@ _SHARED_BYTES = 228 * 1024
 _RESERVED_BYTES = 1024
 
 
-def shared_bytes(head_dim: int, head_dim_v: int, block_size: int, warpgroups: int) -> int:
-    keys = _PARTS * block_size
-    elements = warpgroups * _ROWS * head_dim + keys * (head_dim + head_dim_v)
-    return 2 * elements + 4 * keys + _RESERVED_BYTES
+def shared_bytes(head_dim: int, head_dim_v: int, block_size: int) -> int:
+    elements = _ROWS * head_dim + _PARTS * block_size * (head_dim + head_dim_v)
+    return 2 * elements + 4 * _PARTS * block_size + _RESERVED_BYTES
 
 
 def band_fits(head_dim: int, head_dim_v: int, block_size: int) -> bool:
-    """Whether three blocks and the queries of a warpgroup fit shared memory."""
-    return shared_bytes(head_dim, head_dim_v, block_size, 1) <= _SHARED_BYTES
-
-
-def resident_warpgroups(head_dim_v: int, block_size: int) -> int:
-    """How many an SM has registers for: the scores of 192 keys take 96 of a thread."""
-    if head_dim_v > 128:
-        return 2
-    return 3 if block_size > 32 else 4
-
-
-def count_warpgroups(head_dim: int, head_dim_v: int, block_size: int, group: int) -> int:
-    """Warpgroups of a CTA: all that fit an SM, but not more than a block has tiles."""
-    most = min(resident_warpgroups(head_dim_v, block_size), -(-block_size * group // _ROWS))
-    sizes = range(most, 1, -1)
-    fits = (x for x in sizes if shared_bytes(head_dim, head_dim_v, block_size, x) <= _SHARED_BYTES)
-    return next(fits, 1)
+    """Whether three blocks fit shared memory: not of 64 tokens with 256 channels of both."""
+    return shared_bytes(head_dim, head_dim_v, block_size) <= _SHARED_BYTES
 
 
 class BandForward:
@@ -87,13 +68,10 @@ class BandForward:
         self.block_size = block_size
         self.causal = causal
         self.keys = _PARTS * block_size
-        dims = (head_dim, head_dim_v, block_size)
-        self.warpgroups = count_warpgroups(*dims, group)
-        self.threads = _WARPGROUP * self.warpgroups
-        self.ctas = min(
-            resident_warpgroups(head_dim_v, block_size) // self.warpgroups,
-            _SHARED_BYTES // shared_bytes(*dims, self.warpgroups),
-        )
+        # Values pass through registers, which hold 192 rows of 128 channels at once.
+        self.value_passes = _PARTS if head_dim_v > 128 else 1
+        # Scores of 192 keys take 96 registers of a thread.
+        self.ctas = min(3, _SHARED_BYTES // shared_bytes(head_dim, head_dim_v, block_size))
 
     @cute.jit
     def __call__(
@@ -116,17 +94,20 @@ class BandForward:
         scale_log2: Float32,
         stream,
     ):
-        make_layout = functools.partial(
-            sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
+        q_smem, k_smem, v_smem = (
+            sm90_utils.make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, shape)
+            for shape in (
+                (_ROWS, self.head_dim),
+                (self.keys, self.head_dim),
+                (self.keys, self.head_dim_v),
+            )
         )
-        q_smem = make_layout((_ROWS, self.head_dim), stage=self.warpgroups)
-        k_smem, v_smem = (make_layout((self.keys, dim)) for dim in (self.head_dim, self.head_dim_v))
         mma_qk, mma_pv = make_mmas(self.dtype, self.keys, self.head_dim_v)
         tensors = (mQ, mK, mV, mIndices, mBase, mFirst, mKeys, mOut, mLse)
         sizes = (q_stride, k_stride, v_stride, slots, kv_heads, scale_log2)
         self.kernel(*tensors, *sizes, mma_qk, mma_pv, q_smem, k_smem, v_smem).launch(
             grid=[blocks, kv_heads, 1],
-            block=[self.threads, 1, 1],
+            block=[_THREADS, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.ctas,
             preferred_smem_carveout=100,
@@ -158,11 +139,10 @@ class BandForward:
     ):
         tidx, _, _ = cute.arch.thread_idx()
         block, kv_head, _ = cute.arch.block_idx()
-        wg = cute.arch.make_warp_uniform(tidx // _WARPGROUP)
-        thread = tidx % _WARPGROUP
         # Of the block: tokens, and 0 where it is of no sequence.
-        count, first = mKeys[block], mFirst[block]
+        count = mKeys[block]
         if count > 0:
+            first = mFirst[block]
             base = mBase[first]
             own = block - base
 
@@ -175,28 +155,25 @@ class BandForward:
             limits_layout = cute.make_layout((_PARTS, self.block_size))
             sLimits = smem.allocate_tensor(Int32, limits_layout, 16)
 
-            rows = count * self.group
-            load_queries = functools.partial(
-                self._load_queries, mQ, sQ, q_stride, first, kv_head, rows, wg, thread
-            )
-            # A warpgroup without a tile loads the last row.
-            load_queries(wg * _ROWS)
             key_place = functools.partial(self._key_place, mFirst[base], first, own, count)
-            place = functools.partial(key_place, kv_head * self.head_dim)
-            load_rows(mK, sK, k_stride, place, tidx, self.threads)
-            place = functools.partial(key_place, kv_head * self.head_dim_v)
-            values = load_values(mV, sV, v_stride, place, tidx, self.threads)
+            place = functools.partial(key_place, kv_head * self.head_dim, 0)
+            load_rows(mK, sK, k_stride, place, tidx, _THREADS)
+            load_queries = functools.partial(
+                self._load_queries, mQ, sQ, q_stride, first, kv_head, count, tidx
+            )
+            load_queries(Int32(0))
             if tidx < self.block_size:
                 token = cutlass.min(tidx, count - 1)
                 row = Int64(first + token) * kv_heads + kv_head
                 limits = self._limits(mIndices, row * slots, slots, own, token, count)
                 for part in cutlass.range_constexpr(_PARTS):
                     sLimits[part, tidx] = limits[part]
-            store_values(values, sV, tidx, self.threads)
-            cute.arch.cp_async_commit_group()
-            cute.arch.cp_async_wait_group(0)
-            cute.arch.fence_view_async_shared()
-            cute.arch.barrier()
+            pass_rows = const_expr(self.keys // self.value_passes)
+            for i in cutlass.range_constexpr(self.value_passes):
+                sV_pass = cute.local_tile(sV, (pass_rows, self.head_dim_v), (i, 0))
+                place = functools.partial(key_place, kv_head * self.head_dim_v, i * pass_rows)
+                values = load_values(mV, sV_pass, v_stride, place, tidx)
+                store_values(values, sV_pass, tidx)
 
             _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
                 mma_qk.get_slice(0), (_ROWS, self.keys, self.head_dim), sQ, sK
@@ -208,46 +185,40 @@ class BandForward:
                 layout_utils.transpose_view(sV),
             )
             tScS = layout_utils.reshape_acc_to_mn(
-                mma_qk.get_slice(thread).partition_C(cute.make_identity_tensor((_ROWS, self.keys)))
+                mma_qk.get_slice(tidx).partition_C(cute.make_identity_tensor((_ROWS, self.keys)))
             )
 
-            barrier = functools.partial(
-                cute.arch.barrier, barrier_id=1 + wg, number_of_threads=_WARPGROUP
-            )
-            step = const_expr(self.warpgroups * _ROWS)
-            for start in cutlass.range(wg * _ROWS, rows, step, unroll=1):
+            rows = count * self.group
+            tiles = cute.ceil_div(rows, _ROWS)
+            for tile in cutlass.range(tiles, unroll=1):
                 cute.arch.cp_async_commit_group()
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.fence_view_async_shared()
-                barrier()
+                cute.arch.barrier()
                 acc_S = sm90_utils.gemm_zero_init(
-                    mma_qk, (_ROWS, self.keys), tSrQ, tSrK, A_idx=wg, wg_wait=-1
+                    mma_qk, (_ROWS, self.keys), tSrQ, tSrK, wg_wait=-1
                 )
                 # A thread has two rows, this one and the 8th after it.
-                row = start + tScS[0, 0][0]
+                row = tile * _ROWS + tScS[0, 0][0]
                 limits = cute.make_rmem_tensor((_PARTS, 2), Int32)
                 for r in cutlass.range_constexpr(2):
-                    token, _ = self._token_and_head(cutlass.min(row + 8 * r, rows - 1))
+                    token = cutlass.min((row + 8 * r) // self.group, count - 1)
                     for part in cutlass.range_constexpr(_PARTS):
                         limits[part, r] = sLimits[part, token]
                 warpgroup.wait_group(0)
                 # All warps have read the queries.
-                barrier()
-                if start + step < rows:
-                    load_queries(start + step)
+                cute.arch.barrier()
+                if tile + 1 < tiles:
+                    load_queries(tile + 1)
                 acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
                 self._mask(acc_S_mn, tScS, limits)
 
-                inverse_sum, lse = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
+                inverse_sum = cute.make_rmem_tensor(2, Float32)
                 for r in cutlass.range_constexpr(2):
-                    inverse_sum[r], lse[r] = softmax(acc_S_mn[r, None], scale_log2, empty=True)
+                    inverse_sum[r], lse = softmax(acc_S_mn[r, None], scale_log2, empty=True)
+                    if tidx % QUAD == 0 and row + 8 * r < rows:
+                        mLse[self._out_row(row + 8 * r, first, kv_heads, kv_head)] = lse
                 utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
-                # Conditions between the conversion and the product let P, and the output, take
-                # the registers of the scores. Else ptxas gives them others, and where these do not
-                # suffice it waits after each wgmma.
-                for r in cutlass.range_constexpr(2):
-                    if thread % QUAD == 0 and row + 8 * r < rows:
-                        mLse[self._out_row(row + 8 * r, first, kv_heads, kv_head)] = lse[r]
                 acc_O = sm90_utils.gemm_zero_init(
                     mma_pv, (_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=0
                 )
@@ -268,12 +239,13 @@ class BandForward:
         own: Int32,
         count: Int32,
         column: Int32,
+        rows_before: int,
         i: Int32,
     ) -> tuple[Int32, Int32]:
         """Of a row of the parts. Where there is no key, another of the sequence, for what is
         masked must be finite.
         """
-        part, row = i // self.block_size, i % self.block_size
+        part, row = (rows_before + i) // self.block_size, (rows_before + i) % self.block_size
         start = first
         if part == 0:
             start = sequence_first
@@ -289,18 +261,18 @@ class BandForward:
         stride: Int64,
         first: Int32,
         kv_head: Int32,
-        rows: Int32,
-        wg: Int32,
-        thread: Int32,
-        start: Int32,
+        count: Int32,
+        tidx: Int32,
+        tile: Int32,
     ):
-        """The warpgroup's, from row ``start`` on. Past the last it repeats; that is not stored."""
+        """Rows past the tokens repeat heads of the last one; they are not stored."""
 
         def place(i: Int32) -> tuple[Int32, Int32]:
-            token, head = self._token_and_head(cutlass.min(start + i, rows - 1))
-            return first + token, (kv_head * self.group + head) * self.head_dim
+            row = tile * _ROWS + i
+            head = kv_head * self.group + row % self.group
+            return first + cutlass.min(row // self.group, count - 1), head * self.head_dim
 
-        load_rows(mQ, sQ, stride, place, thread, _WARPGROUP, wg)
+        load_rows(mQ, sQ, stride, place, tidx, _THREADS)
 
     @cute.jit
     def _limits(
@@ -317,7 +289,7 @@ class BandForward:
         Its list is at ``start``.
         """
         sees_first, sees_before, sees_own = Int32(0), Int32(0), Int32(0)
-        for i in cutlass.range(slots, unroll=16):
+        for i in cutlass.range(slots, unroll=4):
             listed = mIndices[start + i]
             sees_first = self.block_size if listed == 0 and own > 1 else sees_first
             sees_before = self.block_size if listed >= 0 and listed == own - 1 else sees_before
@@ -340,13 +312,8 @@ class BandForward:
 
     @cute.jit
     def _out_row(self, row: Int32, first: Int32, kv_heads: Int32, kv_head: Int32) -> Int64:
-        token, head = self._token_and_head(row)
-        return (Int64(first + token) * kv_heads + kv_head) * self.group + head
-
-    def _token_and_head(self, row: Int32) -> tuple[Int32, Int32]:
-        """Unsigned, a division is a shift, or a multiplication and a shift."""
-        row, group = Uint32(row), Uint32(self.group)
-        return Int32(row // group), Int32(row % group)
+        token = Int64(first + row // self.group)
+        return (token * kv_heads + kv_head) * self.group + row % self.group
 
 
 @functools.lru_cache(maxsize=None)
@@ -370,18 +337,18 @@ def compile_band(
     )
 
 
-# Head dimensions of queries and values, query heads of a KV head, and block sizes that are compiled
-# as a test: CTAs of 1, 2, 3, 2, 4, 2 and 1 warpgroups.
+# Head dimensions of queries and values, and query heads of a KV head, that are compiled as a test.
 _SHAPES = (
-    *((64, 64, 1, 64), (96, 96, 3, 32), (128, 128, 16, 64), (256, 128, 16, 64)),
-    *((64, 128, 12, 32), (128, 256, 6, 64), (256, 256, 6, 64)),
+    *((64, 64, 1), (96, 96, 3), (128, 128, 16)),
+    *((256, 128, 16), (64, 128, 3), (128, 256, 6)),
 )
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     for dtype in (torch.bfloat16, torch.float16):
-        for dim, dim_v, group, size in _SHAPES:
+        for dim, dim_v, group in _SHAPES:
+            size = 32 if group == 3 else 64
             for causal in (True, False) if group == 16 else (True,):
                 arguments = (dtype, dim, dim_v, group, size, causal)
                 form = f"{dim}-{dim_v}-{group}-{size}{'' if causal else '-all'}"

@@ -21,6 +21,7 @@ from nsa.fused.kernels.vectors import VECTOR, load_vector
 QUAD = 4
 """Neighbouring threads that share a row of wgmma's registers."""
 
+_THREADS = 128
 _ROWS = 64
 # Columns of which each thread of a quad holds a vector.
 _GROUP = QUAD * VECTOR
@@ -49,19 +50,14 @@ def make_mmas(
 
 @cute.jit
 def load_values(
-    mV: cute.Tensor,
-    sV: cute.Tensor,
-    stride: Int64,
-    place: Place,
-    tidx: Int32,
-    threads: cutlass.Constexpr[int],
+    mV: cute.Tensor, sV: cute.Tensor, stride: Int64, place: Place, tidx: Int32
 ) -> cute.Tensor:
-    """What a thread of a CTA is to put in ``sV``: (words, vectors, groups of columns)."""
+    """A thread's groups of columns of what is to fill ``sV``: (words, vectors, groups)."""
     groups = const_expr(cute.size(sV) // _GROUP)
-    values = cute.make_rmem_tensor((QUAD, QUAD, cute.ceil_div(groups, threads)), Int32)
+    values = cute.make_rmem_tensor((QUAD, QUAD, cute.ceil_div(groups, _THREADS)), Int32)
     for i in cutlass.range_constexpr(cute.size(values, mode=[2])):
-        if groups % threads == 0 or i * threads + tidx < groups:
-            key, group = _row_and_group(sV, i * threads + tidx)
+        if groups % _THREADS == 0 or i * _THREADS + tidx < groups:
+            key, group = _row_and_group(sV, i * _THREADS + tidx)
             row, column = place(key)
             offset = Int64(row) * stride + (column + group * _GROUP)
             for v in cutlass.range_constexpr(QUAD):
@@ -71,17 +67,15 @@ def load_values(
 
 
 @cute.jit
-def store_values(
-    values: cute.Tensor, sV: cute.Tensor, tidx: Int32, threads: cutlass.Constexpr[int]
-):
+def store_values(values: cute.Tensor, sV: cute.Tensor, tidx: Int32):
     """In each group, word ``w`` of vector ``v`` (two columns) becomes word ``v`` of vector ``w``.
 
     In a row of the output, the words that wgmma gives one thread are then a vector.
     """
     groups = const_expr(cute.size(sV) // _GROUP)
     for i in cutlass.range_constexpr(cute.size(values, mode=[2])):
-        if groups % threads == 0 or i * threads + tidx < groups:
-            key, group = _row_and_group(sV, i * threads + tidx)
+        if groups % _THREADS == 0 or i * _THREADS + tidx < groups:
+            key, group = _row_and_group(sV, i * _THREADS + tidx)
             for w in cutlass.range_constexpr(QUAD):
                 vector = cute.make_rmem_tensor(VECTOR, sV.element_type)
                 cute.recast_tensor(vector, Int32).store(values[w, None, i].load())

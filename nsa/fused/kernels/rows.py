@@ -73,6 +73,10 @@ def load_rows(
     Through L2 only: no CTA reads a row twice.
     """
     lanes = const_expr(row_lanes(cute.size(sX, mode=[1])))
+    rows, step = cute.size(sX, mode=[0]), const_expr(threads // lanes)
+    if const_expr(rows % step):
+        # The last threads would write past the tile.
+        raise ValueError(f"a tile has {rows} rows; it must have a multiple of {step}")
     operation = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
     thr_copy = row_copy(sX.element_type, lanes, threads, operation).get_slice(tidx)
     tXsX = copy_utils.partition_D_position_independent(thr_copy, sX)

@@ -167,8 +167,7 @@ class SelectedForward:
             rows = count * self.group
             sTokens = smem.allocate_tensor(Int32, cute.make_layout(item_tokens(self.group)), 16)
             values = load_values(
-                *(mV, sV, v_stride, block_rows(first, keys, kv_head * self.head_dim_v)),
-                *(tidx, _THREADS),
+                mV, sV, v_stride, block_rows(first, keys, kv_head * self.head_dim_v), tidx
             )
             load_rows(
                 *(mK, sK, k_stride, block_rows(first, keys, kv_head * self.head_dim)),
@@ -185,7 +184,7 @@ class SelectedForward:
                 if tile == 0 or tile < tiles:
                     load_queries(Int32(tile))
                 cute.arch.cp_async_commit_group()
-            store_values(values, sV, tidx, _THREADS)
+            store_values(values, sV, tidx)
 
             _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
                 mma_qk.get_slice(0), (_ROWS, self.block_size, self.head_dim), sQ, sK
