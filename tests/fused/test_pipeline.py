@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import Problem, problems
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
@@ -146,6 +147,39 @@ def test_double_backward_is_refused():
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         torch.autograd.grad(grad.sum(), k)
+
+
+def keep_attention():
+    """What selective checkpointing keeps instead of computing it again."""
+    return create_selective_checkpoint_contexts([torch.ops.nsa.attention.default])
+
+
+@pytest.mark.parametrize("form", ["again", "kept", "moved to the host"])
+def test_what_is_saved_may_be_computed_again_or_moved(form):
+    q, k, v = make_inputs((1, 70), 2, 1, 64, dtype=torch.float64, requires_grad=True)
+
+    def function(q, k, v):
+        return nsa.forward(q, k, v, config=small_config(), backend="fused").sin()
+
+    expected = torch.autograd.grad(function(q, k, v).sum(), (q, k, v))
+    if form == "moved to the host":
+        with torch.autograd.graph.save_on_cpu():
+            out = function(q, k, v)
+    else:
+        options = dict(context_fn=keep_attention) if form == "kept" else {}
+        out = checkpoint(function, q, k, v, use_reentrant=False, **options)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
+
+
+def test_a_changed_input_is_noticed():
+    q, k, v = make_inputs((1, 70), 2, 1, 64, dtype=torch.float64, requires_grad=True)
+    changed = q * 1
+    out = nsa.forward(changed, k, v, config=small_config(), backend="fused")
+    with torch.no_grad():
+        changed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 class Names(TorchDispatchMode):
