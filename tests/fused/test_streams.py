@@ -40,8 +40,8 @@ def log(monkeypatch):
     return log
 
 
-def run(log):
-    beside = streams.Beside(Q)
+def run(log, **options):
+    beside = streams.Beside(Q, **options)
     log.append("first")
     with beside:
         log.append("second")
@@ -54,6 +54,13 @@ FORKED = ["side waits for main", "first", "on side", "second", "off side", "main
 
 def test_forks_before_and_joins_after(log):
     run(log)
+    assert log == FORKED
+
+
+def test_forks_always_where_that_is_asked(log, monkeypatch):
+    monkeypatch.setattr(streams, "SHORT", 0)
+    monkeypatch.setattr(streams, "is_capturing", lambda _: False)
+    run(log, always=True)
     assert log == FORKED
 
 

@@ -46,6 +46,7 @@ from nsa.fused.kernels.vectors import (
     flat_rows,
     store_vector,
 )
+from nsa.fused.streams import Beside
 from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens, units_of_wave
 
 _THREADS = 128
@@ -560,21 +561,25 @@ def selected_forward(
     block_indices = block_indices.contiguous()
     chunk = choose_chunk_tokens(total, group, len(blocks.first), slots, 2 * head_dim)
     wave = units_of_wave(chunk, slots, group, head_dim_v)
-    index = invert_index(
-        block_indices, blocks, block_size, causal, chunk, wave, item_tokens(group), band
-    )
     out = torch.empty(total, heads, head_dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(total, heads, dtype=torch.float32, device=q.device)
     (q, q_stride), (k, k_stride), (v, v_stride) = flat_rows(q), flat_rows(k), flat_rows(v)
     rows, strides, scale_log2 = (q, k, v), (q_stride, k_stride, v_stride), scale * _LOG2_E
+    index_arguments = (block_indices, blocks, block_size, causal, chunk, wave, item_tokens(group))
     band_lse = None
     if band:
         # The band has no results for tokens of no sequence.
         band_lse = torch.full((total * heads,), -torch.inf, dtype=torch.float32, device=q.device)
-        compile_band(*form)(
-            *(*rows, block_indices.view(-1), blocks.base, blocks.first, blocks.keys),
-            *(out.view(-1), band_lse, *strides, len(blocks.first), slots, kv_heads, scale_log2),
-        )
+        # The index waits for memory, which the band leaves alone.
+        beside_index = Beside(q, always=True)
+        index = invert_index(*index_arguments, band)
+        with beside_index:
+            compile_band(*form)(
+                *(*rows, block_indices.view(-1), blocks.base, blocks.first, blocks.keys),
+                *(out.view(-1), band_lse, *strides, len(blocks.first), slots, kv_heads, scale_log2),
+            )
+    else:
+        index = invert_index(*index_arguments)
 
     forward, combine = compile_forward(*form), compile_combine(q.dtype, *form[2:4], slots, band)
     unit_pairs = index.chunk_tokens * slots
