@@ -8,9 +8,10 @@ the order of the list; a second kernel adds up the pairs of each token. Where ev
 the blocks that it has in common with its neighbours, these are left to
 :mod:`nsa.fused.kernels.band_forward` and give one partial result together.
 
-The rows of the next tile are gathered by cp.async in the place of this one's, once its scores are
-computed. Four CTAs share an SM at head dimension 128 and hide each other's latencies; there is no
-warp specialisation. What takes the time are the partial results, which memory sees twice.
+Rows are gathered by cp.async two tiles ahead, one where shared memory has room for one stage alone.
+The scores of the next tile are computed while this one's output is stored. Three CTAs share an SM
+at head dimension 128 and hide each other's latencies; there is no warp specialisation. What takes
+the time are the partial results, which memory sees twice.
 """
 
 import functools
