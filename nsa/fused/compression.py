@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from nsa.fused import own_kernels
-from nsa.fused.layout import Plan, over_batch
+from nsa.fused.layout import Plan
+from nsa.fused.packing import over_batch
 from nsa.precision import accumulation_dtype
 
 Pair = tuple[Tensor, Tensor]

@@ -17,7 +17,8 @@ from torch import Tensor
 from nsa.blocks import num_compressed_blocks
 from nsa.config import NSAConfig
 from nsa.fused import fa4
-from nsa.fused.layout import Plan, extra_rows
+from nsa.fused.layout import Plan
+from nsa.fused.packing import extra_rows
 from nsa.precision import accumulation_dtype
 
 
@@ -233,8 +234,8 @@ def _packed_call(plan: Plan) -> dict:
         causal=not started,
         # N_cmp + extra rows over N_cmp keys, aligned at the end: row r sees keys up to r.
         window_size=(None, extra) if started else (None, None),
-        cu_seqlens_q=plan.folded.rows.offset.int(),
-        cu_seqlens_k=plan.geometry.compressed.offset.int(),
+        cu_seqlens_q=plan.folded.bounds,
+        cu_seqlens_k=plan.compressed_bounds,
         max_seqlen_q=longest + extra,
         max_seqlen_k=longest,
     )

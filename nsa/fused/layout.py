@@ -1,4 +1,4 @@
-"""How tokens are laid out for the kernels: aligned rows, folded queries, and the plan of a call.
+"""The plan of a call: the sequences, and how their tokens are laid out for the kernels.
 
 Tensors here are ``(B, T, H, D)``: batched input as it is, packed input with ``B = 1``. Nothing
 reads a length on the host, so sizes that depend on them are upper bounds.
@@ -10,171 +10,25 @@ from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsa.blocks import (
     Geometry,
     Segments,
-    SingleSegment,
     num_compressed_blocks,
     num_query_tiles,
     num_selection_blocks,
-    prefix_sum,
 )
 from nsa.config import NSAConfig
-from nsa.fused import own_kernels
 from nsa.fused.importance import TokenTiles, make_token_tiles
-from nsa.fused.placement import Placement
+from nsa.fused.packing import AlignedRows, FoldedQueries
 from nsa.fused.scoring import Scoring
 from nsa.fused.token_blocks import TokenBlocks, make_token_blocks
 from nsa.tracing import is_capturing
 
-
-class AlignedRows:
-    """All items of a batch in one row, each sequence starting at a multiple of ``alignment``.
-
-    Lists that name only a sequence's own blocks then keep sequences apart, and the padding after a
-    sequence comes after each of its queries.
-
-    Args:
-        items: the sequences in each of the ``B`` entries.
-        alignment: the multiple, in items.
-    """
-
-    def __init__(self, items: Segments, alignment: int):
-        self.items = items
-        self.alignment = alignment
-        self.single = items.single
-        self.segments = self._align(items, alignment)
-        """Where each sequence lies in the row of one entry of the batch."""
-
-    @staticmethod
-    def _align(items: Segments, alignment: int) -> Segments:
-        if items.single:
-            return SingleSegment(-(-items.total // alignment) * alignment, items.device)
-        offset = prefix_sum(-(-items.count // alignment) * alignment)
-        return Segments(offset, (items.total // alignment + items.num_sequences) * alignment)
-
-    @property
-    def rows(self) -> int:
-        """Rows of one entry of the batch, an upper bound."""
-        return self.segments.total
-
-    @cached_property
-    def _row_of_item(self) -> Tensor:
-        """The row that holds each item, -1 for items of no sequence, int64 ``(T,)``."""
-        items = self.items
-        row = self.segments.offset[items.owner] + items.local
-        return torch.where(items.real, row, -1)
-
-    @cached_property
-    def _item_of_row(self) -> Tensor:
-        """The item that each row holds, -1 where it holds none, int64 ``(rows,)``."""
-        segments, items = self.segments, self.items
-        item = items.offset[segments.owner] + segments.local
-        return torch.where(segments.local < items.count[segments.owner], item, -1)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """``(B, T, H, D)`` to ``(1, B * rows, H, D)`` with zeros in the padding."""
-        if not self.single:
-            return _gather(x, self._item_of_row).view(1, -1, *x.shape[2:])
-        missing = self.rows - x.shape[1]
-        if missing:
-            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
-        return x.reshape(1, -1, *x.shape[2:])
-
-    def unpack(self, rows: Tensor) -> Tensor:
-        """``(1, B * rows, H, D)`` to ``(B, T, H, D)``."""
-        x = rows.unflatten(1, (-1, self.rows))[0]
-        if not self.single:
-            return _gather(x, self._row_of_item)
-        return x[:, : self.items.total].contiguous()
-
-    def placement(self, num_heads: int) -> Placement:
-        """Where the heads of each item lie in the rows of a batch of one."""
-        return Placement(self._row_of_item.int(), num_heads, num_heads, 0)
-
-
-class FoldedQueries:
-    """Queries that see the same compressed blocks, folded into the heads of their KV head.
-
-    All queries with the same ``(t + 1 - l) // d`` see the same complete blocks. Row ``r`` of a
-    sequence holds the ``d`` queries that see exactly the blocks ``0 .. r``, so that the
-    complete-block rule is the causal mask of a sequence of ``N_cmp`` rows. Queries that see no
-    block are left out. With started blocks row ``r`` holds the queries with ``t // d == r``, in
-    ``N_cmp + l / d`` rows; the last of them see all blocks.
-    """
-
-    def __init__(self, geometry: Geometry):
-        self.geometry = geometry
-        config = geometry.config
-        self.size = config.compress_stride
-        self.started = config.compressed_visibility == "started"
-        # Position of the first query of row 0.
-        self.lead = 0 if self.started else config.compress_block_size - 1
-        self.extra = extra_rows(config)
-        """Rows of a sequence beyond its blocks."""
-        counts = geometry.compressed.count + self.extra
-        total = geometry.compressed.total + self.extra * len(counts)
-        self.rows = Segments(prefix_sum(counts), total)
-
-    @cached_property
-    def _token(self) -> Tensor:
-        """The token of each row and slot, -1 where there is none: ``(rows, d)``."""
-        tokens, rows = self.geometry.tokens, self.rows
-        slot = torch.arange(self.size, device=rows.device)
-        position = rows.local[:, None] * self.size + self.lead + slot
-        real = position < tokens.count[rows.owner, None]
-        real &= rows.real[:, None]
-        return torch.where(real, tokens.offset[rows.owner, None] + position, -1)
-
-    @cached_property
-    def _place(self) -> tuple[Tensor, Tensor]:
-        """The row and slot of each token, row -1 where it has none: ``(T,)`` each."""
-        tokens = self.geometry.tokens
-        position = tokens.local - self.lead
-        row = self.rows.offset[tokens.owner] + position // self.size
-        return torch.where((position >= 0) & tokens.real, row, -1), position % self.size
-
-    def fold(self, x: Tensor, num_kv_heads: int) -> Tensor:
-        """``(B, T, H, D)`` to ``(B, rows, H_kv * d * G, D)``; empty slots are 0."""
-        # One row of the gather is a token's group of heads.
-        head = torch.arange(num_kv_heads, device=x.device)[:, None]
-        token = self._token[:, None]
-        index = torch.where(token >= 0, token * num_kv_heads + head, -1)  # (rows, H_kv, d)
-        grouped = x.reshape(x.shape[0], -1, 1, x[0, 0].numel() // num_kv_heads)
-        folded = _gather(grouped, index.flatten())
-        return folded.view(x.shape[0], self.rows.total, -1, x.shape[-1])
-
-    def unfold(self, folded: Tensor, num_kv_heads: int) -> Tensor:
-        """``(B, rows, H_kv * d * G, D)`` to ``(B, T, H, D)``; queries left out are 0."""
-        row, slot = (x[:, None] for x in self._place)
-        head = torch.arange(num_kv_heads, device=folded.device)
-        index = (row * num_kv_heads + head) * self.size + slot  # (T, H_kv)
-        index = torch.where(row >= 0, index, -1)
-        width = folded[0, 0].numel() // (num_kv_heads * self.size)
-        grouped = folded.reshape(folded.shape[0], -1, 1, width)
-        x = _gather(grouped, index.flatten())
-        return x.view(folded.shape[0], len(index), -1, folded.shape[-1])
-
-    def placement(self, num_heads: int, num_kv_heads: int) -> Placement:
-        """Where :meth:`fold` puts the heads of each token; queries left out have no place."""
-        group = num_heads // num_kv_heads
-        row, slot = self._place
-        place = torch.where(row >= 0, row * (num_kv_heads * self.size) + slot, -1)
-        return Placement(place.int(), group, group, self.size * group)
-
-    def unfold_lse(self, lse: Tensor, num_kv_heads: int) -> Tensor:
-        """``(H_kv * d * G, rows)`` to ``(1, H, T)``; undefined for queries left out."""
-        row, slot = self._place
-        index = slot * self.rows.total + row.clamp(min=0)
-        by_head = lse.unflatten(0, (num_kv_heads, self.size, -1)).transpose(1, 2).flatten(2)
-        return by_head.index_select(2, index).flatten(0, 1)[None]
-
-
-def extra_rows(config: NSAConfig) -> int:
-    """Rows that :class:`FoldedQueries` has in a sequence beside one for each compressed block."""
-    started = config.compressed_visibility == "started"
-    return config.compress_block_size // config.compress_stride if started else 0
+MAX_PLANS = 8
+"""Plans to keep of batches, and of each tensor of boundaries. Few, because each keeps index tensors
+as long as the sequences on the device: some 100 bytes a token of packed ones."""
 
 
 def num_compressed_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
@@ -182,22 +36,6 @@ def num_compressed_bound(length: int, cu_seqlens: Tensor | None, config: NSAConf
     if cu_seqlens is None:
         return num_compressed_blocks(length, config)
     return length // config.compress_stride
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Items ``index (R,)``, 0 where -1, of every entry of the batch: ``(B, R, H, D)``."""
-    return own_kernels.gather_rows(x, over_batch(index, *x.shape[:2]))
-
-
-def over_batch(index: Tensor, batch: int, stride: int) -> Tensor:
-    """Indices into one entry of the batch, -1 for none, as int32 indices into all entries.
-
-    ``(R, ...)`` to ``(B * R, ...)``.
-    """
-    if batch == 1:
-        return index.int()
-    offset = torch.arange(batch, device=index.device).view(-1, *(1,) * index.ndim) * stride
-    return torch.where(index >= 0, index + offset, -1).flatten(0, 1).int()
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +106,11 @@ class Plan:
         local = tokens.local[:, None] // config.compress_stride - earlier
         inside = (local >= 0) & (local < compressed.count[owner])
         return torch.where(inside, compressed.offset[owner] + local, -1).int()
+
+    @cached_property
+    def compressed_bounds(self) -> Tensor:
+        """Where the compressed tokens of each sequence start, then the last end: int32."""
+        return self.geometry.compressed.offset.int()
 
     @property
     def key_block(self) -> int:
@@ -382,8 +225,39 @@ def make_plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, conf
         return plan(q.shape[1], q.shape[-1], q.device, config, stream)
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-    tokens = Segments(cu_seqlens.long(), q.shape[1])
-    return Plan(Geometry(tokens, config, exact=False), q.shape[-1], cu_seqlens, max_seqlen)
+    arguments = (q.shape[1], q.shape[-1], max_seqlen, config)
+    # Tensors made in inference mode count no changes.
+    if is_capturing(q) or cu_seqlens.is_inference():
+        return _packed_plan(cu_seqlens, *arguments)
+    return _cached_packed_plan(cu_seqlens, arguments)
+
+
+def _packed_plan(
+    cu_seqlens: Tensor, length: int, head_dim: int, max_seqlen: int, config: NSAConfig
+) -> Plan:
+    tokens = Segments(cu_seqlens.long(), length)
+    return Plan(Geometry(tokens, config, exact=False), head_dim, cu_seqlens, max_seqlen)
+
+
+# Of each tensor of boundaries that is alive, because a stack of layers gets the same one again and
+# again, forward and backward: what changes when PyTorch changes its values, and plans.
+_packed_plans = WeakTensorKeyDictionary()
+
+
+def _cached_packed_plan(cu_seqlens: Tensor, arguments: tuple) -> Plan:
+    stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream if cu_seqlens.is_cuda else 0
+    state = (cu_seqlens._version, cu_seqlens.data_ptr())
+    known, plans = _packed_plans.get(cu_seqlens, (None, None))
+    if known != state:
+        plans = {}
+        _packed_plans[cu_seqlens] = (state, plans)
+    plan = plans.get((stream, arguments))
+    if plan is None:
+        if len(plans) >= MAX_PLANS:
+            plans.clear()
+        # Of an alias, for a plan must not keep alive what it is forgotten with.
+        plan = plans[stream, arguments] = _packed_plan(cu_seqlens.detach(), *arguments)
+    return plan
 
 
 def _batched_plan(
@@ -394,5 +268,4 @@ def _batched_plan(
     return Plan(Geometry.single(length, device, config), head_dim, None, None)
 
 
-# Few, because each keeps index tensors as long as the sequence on the device.
-_cached_batched_plan = lru_cache(maxsize=8)(_batched_plan)
+_cached_batched_plan = lru_cache(maxsize=MAX_PLANS)(_batched_plan)

@@ -1,7 +1,7 @@
 """What the tiles of a call may see and take when they select, as the kernel reads it."""
 
 from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -51,12 +51,10 @@ class Scoring:
     @cached_property
     def tile_start(self) -> Callable[[int], Tensor]:
         """Function of the entries of the batch: the first aligned row of each of their tiles."""
-        return lru_cache(maxsize=1)(self._tile_start)
-
-    def _tile_start(self, batch: int) -> Tensor:
-        size, tiles = self.geometry.config.q_tile_size, self.geometry.tiles
-        end = batch * tiles.total * size
-        return torch.arange(0, end, size, dtype=torch.int32, device=tiles.device)
+        tiles = self.geometry.tiles
+        size = self.geometry.config.q_tile_size
+        # Not a method, with which the function would keep this alive, and this the function.
+        return lru_cache(maxsize=1)(partial(_tile_start, tiles.total, size, tiles.device))
 
     @cached_property
     def filled(self) -> Tensor | None:
@@ -66,3 +64,8 @@ class Scoring:
             return None
         count = geometry.tile_last - geometry.tile_first + 1
         return count.clamp(min=1).float() / geometry.config.q_tile_size
+
+
+def _tile_start(tiles: int, size: int, device: torch.device, batch: int) -> Tensor:
+    end = batch * tiles * size
+    return torch.arange(0, end, size, dtype=torch.int32, device=device)

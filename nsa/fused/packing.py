@@ -1,0 +1,201 @@
+"""Packed sequences as the kernels take them: aligned rows and folded queries.
+
+Tensors are ``(B, T, H, D)``. Nothing reads a length on the host, so sizes that depend on them are
+upper bounds.
+"""
+
+from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import Geometry, Segments, SingleSegment, prefix_sum
+from nsa.config import NSAConfig
+from nsa.fused import own_kernels
+from nsa.fused.placement import Placement
+
+
+class AlignedRows:
+    """All items of a batch in one row, each sequence starting at a multiple of ``alignment``.
+
+    Lists that name only a sequence's own blocks then keep sequences apart, and the padding after a
+    sequence comes after each of its queries.
+
+    Args:
+        items: the sequences in each of the ``B`` entries.
+        alignment: the multiple, in items.
+    """
+
+    def __init__(self, items: Segments, alignment: int):
+        self.items = items
+        self.alignment = alignment
+        self.single = items.single
+        self.segments = self._align(items, alignment)
+        """Where each sequence lies in the row of one entry of the batch."""
+
+    @staticmethod
+    def _align(items: Segments, alignment: int) -> Segments:
+        if items.single:
+            return SingleSegment(-(-items.total // alignment) * alignment, items.device)
+        offset = prefix_sum(-(-items.count // alignment) * alignment)
+        return Segments(offset, (items.total // alignment + items.num_sequences) * alignment)
+
+    @property
+    def rows(self) -> int:
+        """Rows of one entry of the batch, an upper bound."""
+        return self.segments.total
+
+    @cached_property
+    def _row_of_item(self) -> Tensor:
+        """The row that holds each item, -1 for items of no sequence, int32 ``(T,)``."""
+        items = self.items
+        row = self.segments.offset[items.owner] + items.local
+        return torch.where(items.real, row, -1).int()
+
+    @cached_property
+    def _item_of_row(self) -> Tensor:
+        """The item that each row holds, -1 where it holds none, int32 ``(rows,)``."""
+        segments, items = self.segments, self.items
+        item = items.offset[segments.owner] + segments.local
+        return torch.where(segments.local < items.count[segments.owner], item, -1).int()
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``(B, T, H, D)`` to ``(1, B * rows, H, D)`` with zeros in the padding."""
+        if not self.single:
+            return _gather(x, self._item_of_row).view(1, -1, *x.shape[2:])
+        missing = self.rows - x.shape[1]
+        if missing:
+            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
+        return x.reshape(1, -1, *x.shape[2:])
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """``(1, B * rows, H, D)`` to ``(B, T, H, D)``."""
+        x = rows.unflatten(1, (-1, self.rows))[0]
+        if not self.single:
+            return _gather(x, self._row_of_item)
+        return x[:, : self.items.total].contiguous()
+
+    def placement(self, num_heads: int) -> Placement:
+        """Where the heads of each item lie in the rows of a batch of one."""
+        return Placement(self._row_of_item, num_heads, num_heads, 0)
+
+
+class FoldedQueries:
+    """Queries that see the same compressed blocks, folded into the heads of their KV head.
+
+    All queries with the same ``(t + 1 - l) // d`` see the same complete blocks. Row ``r`` of a
+    sequence holds the ``d`` queries that see exactly the blocks ``0 .. r``, so that the
+    complete-block rule is the causal mask of a sequence of ``N_cmp`` rows. Queries that see no
+    block are left out. With started blocks row ``r`` holds the queries with ``t // d == r``, in
+    ``N_cmp + l / d`` rows; the last of them see all blocks.
+    """
+
+    def __init__(self, geometry: Geometry):
+        self.geometry = geometry
+        config = geometry.config
+        self.size = config.compress_stride
+        self.started = config.compressed_visibility == "started"
+        # Position of the first query of row 0.
+        self.lead = 0 if self.started else config.compress_block_size - 1
+        self.extra = extra_rows(config)
+        """Rows of a sequence beyond its blocks."""
+        counts = geometry.compressed.count + self.extra
+        total = geometry.compressed.total + self.extra * len(counts)
+        self.rows = Segments(prefix_sum(counts), total)
+
+    @cached_property
+    def _token(self) -> Tensor:
+        """The token of each row and slot, -1 where there is none: ``(rows, d)``."""
+        tokens, rows = self.geometry.tokens, self.rows
+        slot = torch.arange(self.size, device=rows.device)
+        position = rows.local[:, None] * self.size + self.lead + slot
+        real = position < tokens.count[rows.owner, None]
+        real &= rows.real[:, None]
+        return torch.where(real, tokens.offset[rows.owner, None] + position, -1)
+
+    @cached_property
+    def _place(self) -> tuple[Tensor, Tensor]:
+        """The row and slot of each token, row -1 where it has none: ``(T,)`` each."""
+        tokens = self.geometry.tokens
+        position = tokens.local - self.lead
+        row = self.rows.offset[tokens.owner] + position // self.size
+        return torch.where((position >= 0) & tokens.real, row, -1), position % self.size
+
+    @cached_property
+    def fold_index(self) -> Callable[[int], Tensor]:
+        """Function of the KV heads: which of ``(T, H_kv)`` is in each of ``(rows, H_kv, d)``."""
+        return lru_cache(maxsize=2)(partial(_fold_index, self._token))
+
+    @cached_property
+    def places(self) -> Callable[[int], Tensor]:
+        """Function of the KV heads: each token's place, see :meth:`placement`."""
+        return lru_cache(maxsize=2)(partial(_places, *self._place, self.size))
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where the rows of each sequence start, then where the last end, int32 ``(S + 1,)``."""
+        return self.rows.offset.int()
+
+    def fold(self, x: Tensor, num_kv_heads: int) -> Tensor:
+        """``(B, T, H, D)`` to ``(B, rows, H_kv * d * G, D)``; empty slots are 0."""
+        # One row of the gather is a token's group of heads.
+        grouped = x.reshape(x.shape[0], -1, 1, x[0, 0].numel() // num_kv_heads)
+        folded = _gather(grouped, self.fold_index(num_kv_heads))
+        return folded.view(x.shape[0], self.rows.total, -1, x.shape[-1])
+
+    def unfold(self, folded: Tensor, num_kv_heads: int) -> Tensor:
+        """``(B, rows, H_kv * d * G, D)`` to ``(B, T, H, D)``; queries left out are 0."""
+        row, slot = (x[:, None] for x in self._place)
+        head = torch.arange(num_kv_heads, device=folded.device)
+        index = (row * num_kv_heads + head) * self.size + slot  # (T, H_kv)
+        index = torch.where(row >= 0, index, -1)
+        width = folded[0, 0].numel() // (num_kv_heads * self.size)
+        grouped = folded.reshape(folded.shape[0], -1, 1, width)
+        x = _gather(grouped, index.flatten())
+        return x.view(folded.shape[0], len(index), -1, folded.shape[-1])
+
+    def placement(self, num_heads: int, num_kv_heads: int) -> Placement:
+        """Where :meth:`fold` puts the heads of each token; queries left out have no place."""
+        group = num_heads // num_kv_heads
+        return Placement(self.places(num_kv_heads), group, group, self.size * group)
+
+    def unfold_lse(self, lse: Tensor, num_kv_heads: int) -> Tensor:
+        """``(H_kv * d * G, rows)`` to ``(1, H, T)``; undefined for queries left out."""
+        row, slot = self._place
+        index = slot * self.rows.total + row.clamp(min=0)
+        by_head = lse.unflatten(0, (num_kv_heads, self.size, -1)).transpose(1, 2).flatten(2)
+        return by_head.index_select(2, index).flatten(0, 1)[None]
+
+
+def extra_rows(config: NSAConfig) -> int:
+    """Rows that :class:`FoldedQueries` has in a sequence beside one for each compressed block."""
+    started = config.compressed_visibility == "started"
+    return config.compress_block_size // config.compress_stride if started else 0
+
+
+def _fold_index(token: Tensor, num_kv_heads: int) -> Tensor:
+    """From ``token (rows, d)``, int32 and flat; -1 where there is none."""
+    head = torch.arange(num_kv_heads, device=token.device)[:, None]
+    token = token[:, None]
+    return torch.where(token >= 0, token * num_kv_heads + head, -1).flatten().int()
+
+
+def _places(row: Tensor, slot: Tensor, size: int, num_kv_heads: int) -> Tensor:
+    return torch.where(row >= 0, row * (num_kv_heads * size) + slot, -1).int()
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Items ``index (R,)``, 0 where -1, of every entry of the batch: ``(B, R, H, D)``."""
+    return own_kernels.gather_rows(x, over_batch(index, *x.shape[:2]))
+
+
+def over_batch(index: Tensor, batch: int, stride: int) -> Tensor:
+    """Indices into one entry of the batch, -1 for none, as int32 indices into all entries.
+
+    ``(R, ...)`` to ``(B * R, ...)``.
+    """
+    if batch == 1:
+        return index.int()
+    offset = torch.arange(batch, device=index.device).view(-1, *(1,) * index.ndim) * stride
+    return torch.where(index >= 0, index + offset, -1).flatten(0, 1).int()
