@@ -2,7 +2,7 @@
 
 Written for flash-attn-4 4.0.0b36 (``WRITTEN_FOR``) and its private entry points
 ``_flash_attn_fwd`` and ``_flash_attn_bwd``: the public functions take neither tiles nor buffers for
-results. FA4 is imported on the first call. Calls that are not packed go through
+results. FA4 is imported on the first call. All calls but the sparse backward's go through
 :mod:`nsa.fused.fa4_replay`, which spares the host most of FA4's Python.
 
 Where the kernels are compiled for (FA4 reads the machine's GPU, or FLASH_ATTENTION_ARCH):
@@ -25,7 +25,7 @@ from nsa.tracing import is_capturing
 
 WRITTEN_FOR = "4.0.0b36"
 
-SEVERAL_TILES = 257
+SEVERAL_TILES = 512
 """Tokens that no tile of FA4's kernels holds, of queries or of keys."""
 
 
@@ -87,24 +87,10 @@ def dense_forward(
         window_size_right=window_size[1],
         tile_mn=_dense_forward_tile(q, k, window_size),
     )
-    if cu_seqlens_q is None:
-        tensors = fa4_replay.Tensors(q, k, v, out, lse, scale)
-        return fa4_replay.forward(_interface(), tensors, **options)
-    out, lse, *_ = _interface()._flash_attn_fwd(
-        q=q,
-        k=k,
-        v=v,
-        softmax_scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_bound(max_seqlen_q),
-        max_seqlen_k=_bound(max_seqlen_k),
-        out=out,
-        lse=lse,
-        return_lse=True,
-        **options,
-    )
-    return out, lse
+    options |= _bounds(cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    bounds = (cu_seqlens_q, cu_seqlens_k)
+    tensors = fa4_replay.Tensors(q, k, v, out, lse, scale, bounds)
+    return fa4_replay.forward(_interface(), tensors, **options)
 
 
 def dense_backward(
@@ -136,24 +122,10 @@ def dense_backward(
     """
     _check_backward_dims(q, k, v)
     options = dict(causal=causal, window_size_left=window_size[0], window_size_right=window_size[1])
-    if cu_seqlens_q is None:
-        tensors = fa4_replay.BackwardTensors(dout, q, k, v, out, lse, dq, scale)
-        return fa4_replay.backward(_interface(), tensors, **options)
-    return _interface()._flash_attn_bwd(
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        dout=dout,
-        lse=lse,
-        softmax_scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_bound(max_seqlen_q),
-        max_seqlen_k=_bound(max_seqlen_k),
-        dq=dq,
-        **options,
-    )
+    options |= _bounds(cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    bounds = (cu_seqlens_q, cu_seqlens_k)
+    tensors = fa4_replay.BackwardTensors(dout, q, k, v, out, lse, dq, scale, bounds)
+    return fa4_replay.backward(_interface(), tensors, **options)
 
 
 def sparse_forward(
@@ -184,7 +156,9 @@ def sparse_forward(
     _check_mask(q, k, causal, key_limit)
     options = _mask_arguments(q, causal, key_limit, lists.query_block)
     tensors = fa4_replay.Tensors(
-        q, k, v, None, None, scale, _list_tensors(lists), options.pop("aux_tensors", None)
+        *(q, k, v, None, None, scale),
+        lists=_list_tensors(lists),
+        aux=options.pop("aux_tensors", None),
     )
     # The lists are by query head; packing would read one head's list for its whole group.
     options |= dict(pack_gqa=False, block_size=(lists.query_block, lists.key_block))
@@ -242,10 +216,19 @@ def _is_sm90() -> bool:
     return _interface()._get_device_arch() // 10 == 9
 
 
-def _bound(max_seqlen: int | None) -> int | None:
-    """The same upper bound, but not one of a single tile, for which FA4 compiles kernels of their
-    own: a pack of short sequences would wait for these in the middle of training."""
-    return None if max_seqlen is None else max(max_seqlen, SEVERAL_TILES)
+def _bounds(
+    cu_seqlens: Tensor | None, max_seqlen_q: int | None, max_seqlen_k: int | None
+) -> dict[str, int]:
+    """Upper bounds of packed lengths, of few values, that calls be alike. None is of a single tile,
+    for which FA4 compiles kernels of their own: a pack of short sequences would wait for these in
+    the middle of training."""
+    if cu_seqlens is None:
+        return {}
+    return dict(max_seqlen_q=_power_of_two(max_seqlen_q), max_seqlen_k=_power_of_two(max_seqlen_k))
+
+
+def _power_of_two(max_seqlen: int) -> int:
+    return 1 << (max(max_seqlen, SEVERAL_TILES) - 1).bit_length()
 
 
 def _dense_forward_tile(

@@ -1,4 +1,4 @@
-"""FA4's batched calls without most of their host work: a part of ``fa4``, and of one version too.
+"""FA4's calls without most of their host work: a part of ``fa4``, and like it of one version.
 
 ``_flash_attn_fwd`` and ``_flash_attn_bwd`` check their arguments, choose tiles and look compiled
 kernels up by some 80 values: 0.1 to 0.25 ms a call, which short sequences wait for. All of that
@@ -25,12 +25,17 @@ _FORWARD_WINDOW = slice(11, 13)
 _BACKWARD_WINDOW = slice(14, 16)
 
 
+Bounds = tuple[Tensor | None, Tensor | None]
+"""Boundaries of packed sequences of queries and of keys."""
+
+
 class Tensors(NamedTuple):
-    """Arguments of ``_flash_attn_fwd`` that may differ from call to call; the input is batched.
+    """Arguments of ``_flash_attn_fwd`` that may differ from call to call.
 
     Attributes:
         q, k, v, out, lse: as there.
         scale: its ``softmax_scale``.
+        bounds: its ``cu_seqlens_q`` and ``cu_seqlens_k``.
         lists: counts and indices of its ``block_sparse_tensors``, or empty.
         aux: its ``aux_tensors``.
     """
@@ -41,12 +46,13 @@ class Tensors(NamedTuple):
     out: Tensor | None
     lse: Tensor | None
     scale: float
+    bounds: Bounds = (None, None)
     lists: tuple[Tensor, ...] = ()
     aux: list[Tensor] | None = None
 
     def layouts(self) -> tuple:
         """All that FA4's choices depend on."""
-        tensors = (*self[:5], *self.lists, *(self.aux or ()))
+        tensors = (*self[:5], *self.bounds, *self.lists, *(self.aux or ()))
         return tuple(map(_layout, tensors))
 
     def with_results(self) -> "Tensors":
@@ -55,17 +61,17 @@ class Tensors(NamedTuple):
         if out is None:
             out = q.new_empty((*q.shape[:-1], self.v.shape[-1]))
         if lse is None:
-            lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+            lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
         return self._replace(out=out, lse=lse)
 
     def arguments(self, window: tuple, aux_data: Callable) -> tuple:
-        """What FA4 passes to a kernel for SM90; not in packed input."""
+        """What FA4 passes to a kernel for SM90."""
         inputs = map(_detached, self[:3])
         sparse = (*self.lists, *(None,) * 4) if self.lists else None
         results = (self.out, self.lse, self.scale)
-        unused = (None,) * 5
+        unused = (None,) * 3
         aux = aux_data(self.aux, None)
-        return (*inputs, *results, *unused, *window, None, sparse, aux, None, None)
+        return (*inputs, *results, *self.bounds, *unused, *window, None, sparse, aux, None, None)
 
 
 class BackwardTensors(NamedTuple):
@@ -79,9 +85,10 @@ class BackwardTensors(NamedTuple):
     lse: Tensor
     dq: Tensor | None
     scale: float
+    bounds: Bounds = (None, None)
 
     def layouts(self) -> tuple:
-        return tuple(map(_layout, self[:-1]))
+        return tuple(map(_layout, (*self[:7], *self.bounds)))
 
 
 class _Sums(NamedTuple):
@@ -167,21 +174,21 @@ def _backward_arguments(
     window: tuple,
     aux_data: Callable,
 ) -> list[tuple]:
-    """What FA4 passes to its kernels for SM90; not in packed input."""
-    dout, q, k, v, out, lse, _, scale = tensors
+    """What FA4 passes to its kernels for SM90."""
+    dout, q, k, v, out, lse, _, scale, (bounds_q, bounds_k) = tensors
     dq, dk, dv = grads
     none = (None,) * 8
     inputs = (*map(_detached, (q, k, v)), dout, sums.lse_log2, sums.softmax, sums.dq)
     shared = sums.dk is not None
     main = (
-        *(*inputs, *(sums[3:] if shared else (dk, dv)), scale, *none[:4], *window, *none[:3]),
-        *(aux_data(None, None), None, None),
+        *(*inputs, *(sums[3:] if shared else (dk, dv)), scale, *tensors.bounds, *none[:2]),
+        *(*window, *none[:3], aux_data(None, None), None, None),
     )
-    preprocess = (out, dout, sums.softmax, lse, *sums[1:3], *none[:5], 1.0, *none[:2])
-    converts = [(sums.dq, dq, scale)]
+    preprocess = (out, dout, sums.softmax, lse, *sums[1:3], bounds_q, *none[:4], 1.0, *none[:2])
+    converts = [(sums.dq, dq, scale, bounds_q)]
     if shared:
-        converts += [(sums.dk, dk, scale), (sums.dv, dv, 1.0)]
-    return [preprocess, main, *((*convert, *none[:4]) for convert in converts)]
+        converts += [(sums.dk, dk, scale, bounds_k), (sums.dv, dv, 1.0, bounds_k)]
+    return [preprocess, main, *((*convert, *none[:3]) for convert in converts)]
 
 
 def _noted_forward(interface, key: tuple, tensors: Tensors, options: dict) -> tuple[Tensor, Tensor]:
@@ -234,6 +241,8 @@ def _full_forward(
         out=tensors.out,
         lse=tensors.lse,
         softmax_scale=tensors.scale,
+        cu_seqlens_q=tensors.bounds[0],
+        cu_seqlens_k=tensors.bounds[1],
         block_sparse_tensors=sparse,
         aux_tensors=tensors.aux,
         return_lse=True,
@@ -246,7 +255,9 @@ def _full_backward(
     function: Callable, tensors: BackwardTensors, options: dict
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = tensors._asdict()
-    return function(softmax_scale=arguments.pop("scale"), **arguments, **options)
+    scale, (bounds_q, bounds_k) = arguments.pop("scale"), arguments.pop("bounds")
+    bounds = dict(cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k)
+    return function(softmax_scale=scale, **arguments, **bounds, **options)
 
 
 @contextmanager

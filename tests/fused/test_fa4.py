@@ -1,4 +1,4 @@
-"""How FlashAttention-4 is called, with its functions replaced: no GPU, no FlashAttention-4."""
+"""How FlashAttention-4 is called: no GPU, no FlashAttention-4."""
 
 import types
 
@@ -8,44 +8,19 @@ import torch
 from nsa.fused import fa4
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """What FA4's functions were called with."""
-    noted = []
-
-    def forward(**arguments):
-        noted.append(arguments)
-        return arguments["q"], None, None
-
-    def backward(**arguments):
-        noted.append(arguments)
-        return arguments["q"], arguments["k"], arguments["v"]
-
-    interface = types.SimpleNamespace(
-        _flash_attn_fwd=forward, _flash_attn_bwd=backward, _get_device_arch=lambda: 90
-    )
+@pytest.fixture(autouse=True)
+def on_sm90(monkeypatch):
+    interface = types.SimpleNamespace(_get_device_arch=lambda: 90)
     monkeypatch.setattr(fa4, "_interface", lambda: interface)
-    return noted
 
 
-@pytest.mark.parametrize(("longest", "bound"), [(1, 257), (64, 257), (257, 257), (5000, 5000)])
-def test_no_bound_of_packed_sequences_is_of_one_tile(calls, longest, bound):
-    q, k = torch.randn(10, 4, 64), torch.randn(10, 2, 64)
-    cu_seqlens = torch.tensor([0, 10], dtype=torch.int32)
-    arguments = dict(
-        scale=1.0,
-        causal=True,
-        window_size=(None, None),
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-    )
-    fa4.dense_forward(q, k, k, **arguments)
-    fa4.dense_backward(q, q, k, k, q, torch.randn(4, 10), **arguments)
-    for call in calls:
-        assert (call["max_seqlen_q"], call["max_seqlen_k"]) == (bound, bound)
-    assert len(calls) == 2
+@pytest.mark.parametrize(
+    ("longest", "bound"), [(1, 512), (64, 512), (512, 512), (513, 1024), (5000, 8192)]
+)
+def test_bounds_of_packed_sequences_are_few_and_none_is_of_one_tile(longest, bound):
+    expected = dict(max_seqlen_q=bound, max_seqlen_k=2048)
+    assert fa4._bounds(torch.tensor([0, 10]), longest, 1500) == expected
+    assert fa4._bounds(None, None, None) == {}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +34,6 @@ def test_no_bound_of_packed_sequences_is_of_one_tile(calls, longest, bound):
         (64, 128, (None, None), (128, 160)),
     ],
 )
-def test_tiles(calls, group, dim, window, tile):
+def test_tiles(group, dim, window, tile):
     q, k = torch.empty(1, 2, group, dim), torch.empty(1, 2, 1, dim)
     assert fa4._dense_forward_tile(q, k, window) == tile

@@ -87,7 +87,19 @@ def sparse_limit():
     return sparse(causal=False, key_limit=make(ROWS, dtype=torch.int32))
 
 
-CALLS = [window, into_slices, sparse_causal, sparse_limit]
+def packed_arguments(**changes) -> dict:
+    bounds = [make(4, dtype=torch.int32) for _ in range(2)]
+    lengths = dict(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1])
+    lengths |= dict(max_seqlen_q=200, max_seqlen_k=100)
+    return dict(scale=0.1, causal=True, window_size=(None, None)) | lengths | changes
+
+
+def packed(**changes):
+    q, k = make(ROWS, HEADS, DIM), make(ROWS // 2, KV_HEADS, DIM)
+    return fa4.dense_forward(q, k, make(ROWS // 2, KV_HEADS, DIM), **packed_arguments(**changes))
+
+
+CALLS = [window, into_slices, sparse_causal, sparse_limit, packed]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -133,9 +145,26 @@ def backward_into_slices():
     return grads
 
 
+def packed_backward(kv_heads=KV_HEADS):
+    q, out, dout = (make(ROWS, HEADS, DIM) for _ in range(3))
+    k, v = (make(ROWS // 2, kv_heads, DIM) for _ in range(2))
+    lse = make(HEADS, ROWS, dtype=torch.float32)
+    return fa4.dense_backward(dout, q, k, v, out, lse, **packed_arguments())
+
+
+def packed_backward_of_every_head():
+    return packed_backward(HEADS)
+
+
 @pytest.mark.parametrize(
     ("call", "steps"),
-    [(window_backward, 5), (backward_of_every_head, 3), (backward_into_slices, 5)],
+    [
+        (window_backward, 5),
+        (backward_of_every_head, 3),
+        (backward_into_slices, 5),
+        (packed_backward, 5),
+        (packed_backward_of_every_head, 3),
+    ],
 )
 def test_replays_of_backward_pass_what_fa4_passes(call, steps, kernels):
     results = [call(), call()]
@@ -200,7 +229,7 @@ def test_another_gpu_is_never_replayed(kernels, monkeypatch):
     assert kernels.lookups == 2
 
 
-@pytest.mark.parametrize("call", [window, sparse_limit, window_backward, backward_into_slices])
+@pytest.mark.parametrize("call", [window, sparse_limit, window_backward, packed_backward])
 def test_nothing_of_a_noted_call_is_kept(call, kernels):
     gc.collect()
     gc.disable()
@@ -212,6 +241,15 @@ def test_nothing_of_a_noted_call_is_kept(call, kernels):
         assert not [x for x in results + seen if x() is not None]
     finally:
         gc.enable()
+
+
+def test_packs_of_about_one_length_are_alike(kernels):
+    for longest in (200, 512, 100):
+        packed(max_seqlen_q=longest)
+    assert kernels.lookups == 1
+    packed(max_seqlen_q=600)
+    packed(cu_seqlens_k=make(5, dtype=torch.int32), cu_seqlens_q=make(5, dtype=torch.int32))
+    assert kernels.lookups == 3
 
 
 def test_known_calls_are_bounded(kernels, monkeypatch):
