@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
 from nsa.config import NSAConfig
+from nsa.per_values import PerValues
 from nsa.tracing import has_readable_values, is_capturing
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -182,21 +182,14 @@ def check_cu_seqlens(cu_seqlens, max_seqlen, q: Tensor) -> list[int] | None:
     return lengths
 
 
-# The lengths in each tensor of boundaries that is alive, because a stack of layers gets the same
-# one again and again; with what changes when PyTorch changes the values.
-_known_lengths = WeakTensorKeyDictionary()
+_known_lengths = PerValues()
 
 
 def _read_lengths(cu_seqlens: Tensor) -> list[int]:
-    # Tensors made in inference mode count no changes.
-    if cu_seqlens.is_inference():
-        return _check_boundaries(cu_seqlens.tolist())
-    state = (cu_seqlens._version, cu_seqlens.data_ptr())
-    known, lengths = _known_lengths.get(cu_seqlens, (None, None))
-    if known != state:
-        lengths = _check_boundaries(cu_seqlens.tolist())
-        _known_lengths[cu_seqlens] = (state, lengths)
-    return lengths
+    known = _known_lengths[cu_seqlens]
+    if "lengths" not in known:
+        known["lengths"] = _check_boundaries(cu_seqlens.tolist())
+    return known["lengths"]
 
 
 def _check_boundaries(bounds: list[int]) -> list[int]:

@@ -47,9 +47,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout):
         inputs, block_indices, cu_seqlens, saved = _split(ctx.saved_tensors)
         call = ctx.call._replace(block_indices=block_indices, cu_seqlens=cu_seqlens)
-        size = len(Saved._fields)
-        parts = [Saved(*saved[i : i + size]) for i in range(0, len(saved), size)]
-        return None, *_Gradients.apply(call, parts, dout.contiguous(), *inputs)
+        return None, *_Gradients.apply(call, Saved.of_chunks(saved), dout.contiguous(), *inputs)
 
 
 class _Gradients(torch.autograd.Function):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nsa.fused import fa4_replay
 from nsa.fused.seam import BlockLists
+from nsa.fused.streams import stream_id
 from nsa.tracing import is_capturing
 
 WRITTEN_FOR = "4.0.0b36"
@@ -269,8 +270,7 @@ def _zero_count(count: Tensor) -> Tensor:
         # Tensors without data are not for later, and a graph must hold what it reads.
         return torch.zeros_like(count)
     # Zeros are there only for what comes later on their stream.
-    stream = torch.cuda.current_stream(count.device).cuda_stream if count.is_cuda else None
-    return _zeros(count.shape, count.device, stream)
+    return _zeros(count.shape, count.device, stream_id(count))
 
 
 @lru_cache(maxsize=8)

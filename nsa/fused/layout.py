@@ -10,7 +10,6 @@ from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsa.blocks import (
     Geometry,
@@ -23,7 +22,9 @@ from nsa.config import NSAConfig
 from nsa.fused.importance import TokenTiles, make_token_tiles
 from nsa.fused.packing import AlignedRows, FoldedQueries
 from nsa.fused.scoring import Scoring
+from nsa.fused.streams import stream_id
 from nsa.fused.token_blocks import TokenBlocks, make_token_blocks
+from nsa.per_values import PerValues
 from nsa.tracing import is_capturing
 
 MAX_PLANS = 8
@@ -221,13 +222,11 @@ def make_plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, conf
     if cu_seqlens is None:
         # What a plan computes while a graph is captured exists only when the graph is replayed.
         plan = _batched_plan if is_capturing(q) else _cached_batched_plan
-        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else None
-        return plan(q.shape[1], q.shape[-1], q.device, config, stream)
+        return plan(q.shape[1], q.shape[-1], q.device, config, stream_id(q))
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
     arguments = (q.shape[1], q.shape[-1], max_seqlen, config)
-    # Tensors made in inference mode count no changes.
-    if is_capturing(q) or cu_seqlens.is_inference():
+    if is_capturing(q):
         return _packed_plan(cu_seqlens, *arguments)
     return _cached_packed_plan(cu_seqlens, arguments)
 
@@ -239,18 +238,11 @@ def _packed_plan(
     return Plan(Geometry(tokens, config, exact=False), head_dim, cu_seqlens, max_seqlen)
 
 
-# Of each tensor of boundaries that is alive, because a stack of layers gets the same one again and
-# again, forward and backward: what changes when PyTorch changes its values, and plans.
-_packed_plans = WeakTensorKeyDictionary()
+_packed_plans = PerValues()
 
 
 def _cached_packed_plan(cu_seqlens: Tensor, arguments: tuple) -> Plan:
-    stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream if cu_seqlens.is_cuda else 0
-    state = (cu_seqlens._version, cu_seqlens.data_ptr())
-    known, plans = _packed_plans.get(cu_seqlens, (None, None))
-    if known != state:
-        plans = {}
-        _packed_plans[cu_seqlens] = (state, plans)
+    stream, plans = stream_id(cu_seqlens), _packed_plans[cu_seqlens]
     plan = plans.get((stream, arguments))
     if plan is None:
         if len(plans) >= MAX_PLANS:

@@ -181,15 +181,13 @@ def attention_backward(
         q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight,
         compress_k_weight, compress_v_weight, k_cmp, v_cmp,
     )  # fmt: skip
-    size = len(Saved._fields)
-    parts = [_unpack_saved(saved[i : i + size]) for i in range(0, len(saved), size)]
+    parts = [_without_empty(part) for part in Saved.of_chunks(saved)]
     call = Call(block_indices, cu_seqlens, max_seqlen, _config(config, scale), chunks, recompute)
     grads = call.backward(dout, inputs, parts)
     return [q.new_empty(0) if grad is None else grad for grad in grads]
 
 
-def _unpack_saved(tensors: list[Tensor]) -> Saved:
-    saved = Saved(*tensors)
+def _without_empty(saved: Saved) -> Saved:
     blocks, groups = (x if x.numel() else None for x in (saved.block_indices, saved.groups))
     return saved._replace(block_indices=blocks, groups=groups)
 

@@ -1,5 +1,6 @@
 """The whole of Native Sparse Attention, forward and backward, on tensors ``(B, T, H, D)``."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,12 @@ class Saved(NamedTuple):
     lse_win: Tensor | None
     block_indices: Tensor | None
     groups: Tensor | None
+
+    @classmethod
+    def of_chunks(cls, tensors: Sequence[Tensor | None]) -> list["Saved"]:
+        """From the fields of each chunk, one after another."""
+        size = len(cls._fields)
+        return [cls(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
 
     def selection(self) -> "Saved":
         """Only what was selected."""

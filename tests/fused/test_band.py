@@ -1,12 +1,10 @@
 """Token mode's band runs beside the inversion of the indices: the order of what is launched."""
 
-import contextlib
-
 import pytest
+import stand_in_streams
 import torch
 
 import nsa
-from nsa.fused import streams
 from nsa.fused.layout import make_plan
 
 inverted_index = pytest.importorskip("nsa.fused.kernels.inverted_index")
@@ -18,32 +16,10 @@ KERNELS = {
 }
 
 
-class Stream:
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def wait_stream(self, other):
-        self.log.append(f"{self.name} waits for {other.name}")
-
-
-class Inside(contextlib.AbstractContextManager):
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __enter__(self):
-        self.stream.log.append("side {")
-
-    def __exit__(self, *error):
-        self.stream.log.append("}")
-
-
 @pytest.fixture
 def log(monkeypatch):
     """Launches, allocations of results, and what is done with streams."""
-    log = []
-    monkeypatch.setattr(streams, "_side_stream", lambda _: Stream("side", log))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("main", log))
-    monkeypatch.setattr(torch.cuda, "stream", Inside)
+    log = stand_in_streams.install(monkeypatch)
     for module, names in KERNELS.items():
         for name in names:
             kernel = name.removeprefix("compile_")
@@ -75,7 +51,7 @@ def test_the_band_runs_beside_the_index_and_writes_what_was_there_before(log):
     # Output, log-sum-exp, and that of the band; what is allocated later may be where the index
     # that runs beside still reads.
     assert log[:fork] == ["allocation"] * 3
-    assert log[join - 3 : join] == ["side {", "band", "}"]
+    assert log[join - 3 : join] == ["on side", "band", "off side"]
     assert fork < log.index("invert_index") < join
     after = [x for x in log[join + 1 :] if x != "allocation"]
     assert after == ["forward", "combine"]

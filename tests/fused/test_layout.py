@@ -105,7 +105,7 @@ class TestPackedPlans:
         cu_seqlens = make_cu_seqlens([100, 0, 200])
         for longest in range(200, 220):
             self.plan(cu_seqlens, longest=longest)
-        _, plans = layout._packed_plans[cu_seqlens]
+        plans = layout._packed_plans[cu_seqlens]
         assert 1 <= len(plans) <= layout.MAX_PLANS
 
     def test_none_is_kept_while_a_graph_is_captured_or_where_changes_are_not_seen(

@@ -1,8 +1,7 @@
 """The order of streams that run side by side, with stand-ins for CUDA's."""
 
-import contextlib
-
 import pytest
+import stand_in_streams
 import torch
 
 from nsa.fused import streams
@@ -10,34 +9,11 @@ from nsa.fused import streams
 Q = torch.zeros(1, 4, 2, 8)
 
 
-class Stream:
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def wait_stream(self, other):
-        self.log.append(f"{self.name} waits for {other.name}")
-
-
-class Inside(contextlib.AbstractContextManager):
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __enter__(self):
-        self.stream.log.append(f"on {self.stream.name}")
-
-    def __exit__(self, *error):
-        self.stream.log.append(f"off {self.stream.name}")
-
-
 @pytest.fixture
 def log(monkeypatch):
     """What is done with streams while a graph is captured."""
-    log = []
     monkeypatch.setattr(streams, "is_capturing", lambda _: True)
-    monkeypatch.setattr(streams, "_side_stream", lambda _: Stream("side", log))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("main", log))
-    monkeypatch.setattr(torch.cuda, "stream", Inside)
-    return log
+    return stand_in_streams.install(monkeypatch)
 
 
 def run(log, **options):
