@@ -102,6 +102,10 @@ def dense_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         for group, packed in ((16, False), (64, False), (256, True)):
             name = f"folded D={dim} G={group} {'packed' if packed else 'batched'}"
             yield name, partial(compile_dense, dim, group, packed, True, (None, None), "bfloat16")
+        for group, dtype in ((1, "float16"), (4, "bfloat16")):
+            name = f"key times D={dim} G={group} {dtype}"
+            times = partial(compile_dense, dim, group, False, False, (None, None), dtype)
+            yield name, partial(times, key_times=(64, 63))
     # Groups that divide the rows of a tile are loaded by TMA, others are not.
     some = partial(compile_dense, 128, 48, False, True, (None, None), "bfloat16")
     yield "folded D=128 G=48 batched", some
@@ -142,7 +146,9 @@ def sparse_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"sparse of {length} tokens", short
 
 
-def compile_dense(dim, group, packed, causal, window, dtype, *, sequences=2, length=LENGTH):
+def compile_dense(
+    dim, group, packed, causal, window, dtype, *, sequences=2, length=LENGTH, key_times=None
+):
     """Forward and backward of ``nsa.fused.fa4``'s dense calls, two KV heads."""
     from nsa.fused import fa4
 
@@ -150,7 +156,7 @@ def compile_dense(dim, group, packed, causal, window, dtype, *, sequences=2, len
     leading = (length,) if packed else (2, length)
     q = fake(*leading, heads, dim, dtype=dtype)
     k, v = (fake(*leading, 2, dim, dtype=dtype) for _ in range(2))
-    arguments = dict(scale=0.1, causal=causal, window_size=window)
+    arguments = dict(scale=0.1, causal=causal, window_size=window, key_times=key_times)
     if packed:
         bounds = fake(sequences + 1)
         arguments |= dict(cu_seqlens_q=bounds, cu_seqlens_k=bounds)

@@ -26,6 +26,9 @@ from nsa.fused.placement import IN_ORDER, Placements
 from nsa.fused.seam import BlockLists
 from nsa.precision import accumulation_dtype
 
+ONE_TILE = 128
+"""Keys of a tile of FA4's kernels."""
+
 
 def query_placements(q: Tensor, num_kv_heads: int, plan: Plan) -> Placements:
     """Where ``q (B, T, H, D)`` lies in outputs and gradients of the compressed and selected branch.
@@ -65,7 +68,7 @@ def compressed_attention(
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
         return _sparse_forward(q_rows, k_rows, v_rows, lists, _compressed_mask(q_rows, plan), plan)
-    if plan.config.causal:
+    if plan.config.causal and not _is_one_tile(k_cmp, plan):
         return folded_attention(q, k_cmp, v_cmp, plan)
     return _dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan))
 
@@ -77,7 +80,7 @@ def compressed_lse(lse: Tensor, q: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
     """
     if k_cmp.shape[1] == 0:
         return lse.new_zeros(q.shape[0], q.shape[2], q.shape[1])
-    if plan.config.causal:
+    if plan.config.causal and not _is_one_tile(k_cmp, plan):
         return lse_in_order(lse, q, k_cmp.shape[2], plan)
     return lse[None] if plan.packed else lse
 
@@ -102,7 +105,7 @@ def compressed_attention_backward(
         mask = _compressed_mask(q_rows, plan)
         dq, dk, dv = _sparse_backward(dout, q_rows, k_rows, v_rows, out, lse, lists, mask, plan)
         return dq, plan.compressed.unpack(dk), plan.compressed.unpack(dv)
-    if plan.config.causal:
+    if plan.config.causal and not _is_one_tile(k_cmp, plan):
         return folded_attention_backward(dout, q, k_cmp, v_cmp, out, lse, plan)
     call = _compressed_call(plan)
     dq, dk, dv = _dense_backward(dout, q, k_cmp, v_cmp, out, lse, plan, **call)
@@ -168,10 +171,23 @@ def _window_call(plan: Plan) -> dict:
     )
 
 
+def _is_one_tile(k_cmp: Tensor, plan: Plan) -> bool:
+    """Whether folding, which lets FA4 skip tiles of keys, has none to skip.
+
+    In a batch; packed sequences of any lengths are all folded, by the same kernels.
+    """
+    return not plan.packed and k_cmp.shape[1] <= ONE_TILE
+
+
 def _compressed_call(plan: Plan) -> dict:
-    """Mask and lengths of the dense compressed branch where every query sees every block."""
+    """Mask and lengths of the dense compressed branch where it is not folded."""
     call = dict(causal=False, window_size=(None, None))
     if not plan.packed:
+        config = plan.config
+        if config.causal:
+            started = config.compressed_visibility == "started"
+            first = 0 if started else config.compress_block_size - 1
+            call["key_times"] = (config.compress_stride, first)
         return call
     return call | dict(
         cu_seqlens_q=plan.cu_seqlens,

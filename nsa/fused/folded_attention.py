@@ -35,9 +35,8 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
     scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows(q.shape[1], plan.config)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     out[:, : rows.lead].zero_()
-    lse = q.new_empty(
-        q.shape[0], q.shape[2] * (q.shape[1] - rows.lead), dtype=accumulation_dtype(q.dtype)
-    )
+    shape = lse_shape(*q.shape[:3], None, plan.config)
+    lse = q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
     if rows.full:
         for entry in range(len(q)):
             fa4.dense_forward(
@@ -122,7 +121,8 @@ def lse_shape(
         config: block sizes.
     """
     if sequences is None:
-        return (batch, num_heads * (length - _Rows(length, config).lead))
+        # More than there is, so that it does not depend on which kernels are called.
+        return (batch, num_heads, length)
     return (num_heads * config.compress_stride, num_folded_rows(length, sequences, config))
 
 
@@ -142,10 +142,9 @@ def lse_in_order(lse: Tensor, q: Tensor, num_kv_heads: int, plan: Plan) -> Tenso
     out = lse.new_zeros(batch, num_heads, length)
     full = slice(rows.lead, length - rows.tail)
     if rows.full:
-        by_row = lse[:, : num_heads * rows.full * rows.size].unflatten(
-            1, (num_heads, rows.size, rows.full)
-        )
-        out[..., full].unflatten(2, (rows.full, rows.size)).copy_(by_row.transpose(2, 3))
+        for entry in range(batch):
+            by_row = rows.lse(lse, entry).transpose(1, 2)
+            out[entry, :, full].unflatten(1, (rows.full, rows.size)).copy_(by_row)
     if rows.tail:
         out[..., length - rows.tail :] = rows.tail_lse(lse)
     return out
@@ -188,20 +187,19 @@ class _Rows:
         repeated = repeated.clone(memory_format=torch.contiguous_format)
         return repeated.view(num_heads, self.full, 1, head_dim)
 
+    # The log-sum-exp of the full rows, then of the tail, fill an entry of ``(B, H, T)``.
+
     def lse(self, x: Tensor, entry: int) -> Tensor:
-        """An entry of contiguous ``(B, H * queries)`` as FA4's ``(H, d, rows)``."""
-        size = self.full * self.size
-        heads = x.shape[1] // (size + self.tail)
-        strides = (size, self.full, 1)
-        offset = x.storage_offset() + entry * x.shape[1]
-        return x.as_strided((heads, self.size, self.full), strides, offset)
+        """Of an entry of contiguous ``(B, H, T)``, what FA4 has as ``(H, d, rows)``."""
+        shape = (x.shape[1], self.size, self.full)
+        strides = (self.size * self.full, self.full, 1)
+        return x.as_strided(shape, strides, x.storage_offset() + entry * x.stride(0))
 
     def tail_lse(self, x: Tensor) -> Tensor:
-        """``(B, H * queries)`` as FA4's ``(B, H, tail)``."""
-        return x[:, x.shape[-1] - self._tail_size(x) :].unflatten(1, (-1, self.tail))
-
-    def _tail_size(self, x: Tensor) -> int:
-        return x.shape[-1] // (self.full * self.size + self.tail) * self.tail
+        """Of ``(B, H, T)``, what FA4 has as ``(B, H, tail)``."""
+        batch, heads, length = x.shape
+        offset = x.storage_offset() + heads * self.full * self.size
+        return x.as_strided((batch, heads, self.tail), (heads * length, self.tail, 1), offset)
 
 
 def _packed_forward(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ functions of that module. For all four:
 - Values that no query may see must still be finite: they are multiplied by 0, not skipped.
 - Backward takes ``dout`` of ``out`` alone; no gradient flows through ``lse``.
 
-``dense_forward(q, k, v, *, scale, causal, window_size, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-max_seqlen_k, out, lse) -> (out, lse)`` and
+``dense_forward(q, k, v, *, scale, causal, window_size, key_times, cu_seqlens_q, cu_seqlens_k,
+max_seqlen_q, max_seqlen_k, out, lse) -> (out, lse)`` and
 ``dense_backward(dout, q, k, v, out, lse, *, ...the same, dq) -> (dq, dk, dv)``
 
     Batched ``q (B, Sq, H, D)``, ``k (B, Sk, H_kv, D)``, ``v (B, Sk, H_kv, Dv)``,
@@ -28,8 +28,9 @@ max_seqlen_k, out, lse) -> (out, lse)`` and
 
     Positions are aligned at the end: query ``i`` of ``Sq`` stands at key ``p = i + Sk - Sq``.
     ``window_size=(left, right)`` shows it keys ``p - left`` to ``p + right`` inclusive, None is no
-    bound; ``causal`` sets ``right`` to 0. ``Dv`` may differ from ``D``, in backward only where
-    ``H == H_kv``.
+    bound; ``causal`` sets ``right`` to 0. ``key_times=(stride, first)`` excludes both and aligns
+    nothing: query ``i`` sees keys ``j`` with ``j * stride + first <= i``. ``Dv`` may differ from
+    ``D``, in backward only where ``H == H_kv``.
 
 ``sparse_forward(q, k, v, lists, *, scale, causal, key_limit) -> (out, lse)`` and
 ``sparse_backward(dout, q, k, v, out, lse, lists, *, scale, causal, key_limit) -> (dq, dk, dv)``

@@ -23,6 +23,7 @@ def dense_forward(
     scale,
     causal,
     window_size,
+    key_times=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
     max_seqlen_q=None,
@@ -42,7 +43,7 @@ def dense_forward(
         assert result.stride(-1) == 1 or result.shape[-1] == 1, "results need stride 1 at the end"
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     for queries, keys in sequences:
-        mask = _dense_mask(queries, keys, q, k, causal, window_size)
+        mask = _dense_mask(queries, keys, q, k, causal, window_size, key_times)
         out[queries], lse[_rows(queries)] = _forward(q[queries], k[keys], v[keys], mask, scale)
     return out, lse
 
@@ -58,6 +59,7 @@ def dense_backward(
     scale,
     causal,
     window_size,
+    key_times=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
     max_seqlen_q=None,
@@ -70,7 +72,7 @@ def dense_backward(
     dk, dv = (torch.full_like(x, torch.nan) for x in (k, v))
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     for queries, keys in sequences:
-        mask = _dense_mask(queries, keys, q, k, causal, window_size)
+        mask = _dense_mask(queries, keys, q, k, causal, window_size, key_times)
         assert out[queries].isfinite().all()
         dq[queries], dk[keys], dv[keys] = _backward(
             *(x[queries] for x in (dout, q)),
@@ -189,9 +191,15 @@ def _slices(cu_seqlens, total, max_seqlen):
     return slices
 
 
-def _dense_mask(queries, keys, q, k, causal, window_size):
+def _dense_mask(queries, keys, q, k, causal, window_size, key_times):
     num_queries, num_keys = q[queries].shape[0], k[keys].shape[0]
     left, right = window_size
+    if key_times is not None:
+        assert not causal, "FA4 passes would each obey another of the two"
+        assert window_size == (None, None), window_size
+        stride, first = key_times
+        query = torch.arange(num_queries, device=q.device)[:, None]
+        return (torch.arange(num_keys, device=q.device) * stride + first <= query)[None]
     # FA4 takes a lone -1 literally.
     assert all(bound is None or bound >= 0 for bound in window_size), window_size
     position = torch.arange(num_queries, device=q.device)[:, None] + num_keys - num_queries

@@ -77,6 +77,19 @@ def test_dense(lengths, causal, window):
     )
 
 
+@pytest.mark.parametrize("times", [(1, 0), (3, 2), (2, 9)])
+def test_keys_with_times(times):
+    keywords = {"causal": False, "window_size": (None, None), "key_times": times}
+    stride, first = times
+    query, key = torch.arange(9)[:, None], torch.arange(4)
+    check(
+        lambda *a, **k: emulation.dense_forward(*a, **k, **keywords),
+        lambda *a, **k: emulation.dense_backward(*a, **k, **keywords),
+        make_qkv(9, 4, leading=(2,)),
+        (key * stride + first <= query).expand(H, 9, 4),
+    )
+
+
 def test_dense_value_dim():
     keywords = {"causal": True, "window_size": (None, None)}
     check(

@@ -36,4 +36,18 @@ def test_bounds_of_packed_sequences_are_few_and_none_is_of_one_tile(longest, bou
 )
 def test_tiles(group, dim, window, tile):
     q, k = torch.empty(1, 2, group, dim), torch.empty(1, 2, 1, dim)
-    assert fa4._dense_forward_tile(q, k, window) == tile
+    assert fa4._dense_forward_tile(q, k, window, None) == tile
+
+
+@pytest.mark.parametrize(("group", "tile"), [(4, (192, 80)), (5, None)])
+def test_tiles_of_keys_with_times(group, tile):
+    q, k = torch.empty(1, 2, group, 128), torch.empty(1, 2, 1, 128)
+    assert fa4._dense_forward_tile(q, k, (None, None), (64, 63)) == tile
+
+
+@pytest.mark.parametrize("other", [dict(causal=True), dict(window_size=(3, None))])
+def test_keys_with_times_have_no_other_mask(other):
+    q, k = torch.empty(1, 2, 4, 128), torch.empty(1, 2, 1, 128)
+    mask = dict(causal=False, window_size=(None, None)) | other
+    with pytest.raises(ValueError, match="key_times excludes"):
+        fa4.dense_forward(q, k, k, scale=1.0, key_times=(64, 63), **mask)

@@ -63,6 +63,14 @@ def window():
     return fa4.dense_forward(q, k, v, scale=0.1, causal=True, window_size=(63, None))
 
 
+KEY_TIMES = dict(scale=0.1, causal=False, window_size=(None, None), key_times=(64, 63))
+
+
+def key_times():
+    q, k, v = make(1, ROWS, HEADS, DIM), *(make(1, 4, KV_HEADS, DIM) for _ in range(2))
+    return fa4.dense_forward(q, k, v, **KEY_TIMES)
+
+
 def into_slices():
     """As folding has it: permuted views of what is written, a batch of heads."""
     q, out = (make(ROWS, HEADS, DIM).unflatten(0, (-1, 64)).permute(2, 0, 1, 3) for _ in range(2))
@@ -99,7 +107,7 @@ def packed(**changes):
     return fa4.dense_forward(q, k, make(ROWS // 2, KV_HEADS, DIM), **packed_arguments(**changes))
 
 
-CALLS = [window, into_slices, sparse_causal, sparse_limit, packed]
+CALLS = [window, key_times, into_slices, sparse_causal, sparse_limit, packed]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -128,6 +136,13 @@ def window_backward(kv_heads=KV_HEADS, **dq):
     lse = make(1, HEADS, ROWS, dtype=torch.float32)
     mask = dict(scale=0.1, causal=True, window_size=(63, None))
     return fa4.dense_backward(dout, q, k, v, out, lse, **mask, **dq)
+
+
+def key_times_backward():
+    q, out, dout = (make(1, ROWS, HEADS, DIM) for _ in range(3))
+    k, v = (make(1, 4, KV_HEADS, DIM) for _ in range(2))
+    lse = make(1, HEADS, ROWS, dtype=torch.float32)
+    return fa4.dense_backward(dout, q, k, v, out, lse, **KEY_TIMES)
 
 
 def backward_of_every_head():
@@ -160,6 +175,7 @@ def packed_backward_of_every_head():
     ("call", "steps"),
     [
         (window_backward, 5),
+        (key_times_backward, 5),
         (backward_of_every_head, 3),
         (backward_into_slices, 5),
         (packed_backward, 5),
