@@ -1,8 +1,8 @@
 """Work that runs side by side, where no kernel of it fills the GPU for long.
 
-As a rule only while a graph of short inputs is captured: launched one by one, their kernels end
-before the host has launched what could run beside them. Long inputs gain nothing where kernels fill
-the GPU, and their workspace would be split.
+Only while a graph of short inputs is captured: launched one by one, their kernels end before the
+host has launched what could run beside them. Long inputs gain nothing where kernels fill the GPU,
+and their workspace would be split.
 """
 
 from functools import lru_cache
@@ -33,16 +33,11 @@ class Beside:
 
     What the block allocates may be used after it. Its memory is given out again in a later block
     alone, and so only after all that was launched before that was made.
-
-    Args:
-        q: the queries.
-        always: also outside of a graph, and for long inputs. What the block writes must then be
-            allocated before this is made, for else it may be where work beside it still reads.
     """
 
-    def __init__(self, q: Tensor, *, always: bool = False):
+    def __init__(self, q: Tensor):
         self._inside = None
-        if always or (is_capturing(q) and q.numel() <= SHORT):
+        if is_capturing(q) and q.numel() <= SHORT:
             self._outside, stream = torch.cuda.current_stream(q.device), _side_stream(q.device)
             stream.wait_stream(self._outside)
             self._inside = torch.cuda.stream(stream)

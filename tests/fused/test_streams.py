@@ -1,7 +1,8 @@
 """The order of streams that run side by side, with stand-ins for CUDA's."""
 
+import contextlib
+
 import pytest
-import stand_in_streams
 import torch
 
 from nsa.fused import streams
@@ -9,35 +10,48 @@ from nsa.fused import streams
 Q = torch.zeros(1, 4, 2, 8)
 
 
+class Stream:
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+class Inside(contextlib.AbstractContextManager):
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __enter__(self):
+        self.stream.log.append(f"on {self.stream.name}")
+
+    def __exit__(self, *error):
+        self.stream.log.append(f"off {self.stream.name}")
+
+
 @pytest.fixture
 def log(monkeypatch):
-    """What is done with streams while a graph is captured."""
+    """What is done with streams while a graph is captured: "main" is current, "side" the other."""
+    log = []
     monkeypatch.setattr(streams, "is_capturing", lambda _: True)
-    return stand_in_streams.install(monkeypatch)
+    monkeypatch.setattr(streams, "_side_stream", lambda _: Stream("side", log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("main", log))
+    monkeypatch.setattr(torch.cuda, "stream", Inside)
+    return log
 
 
-def run(log, **options):
-    beside = streams.Beside(Q, **options)
+def run(log):
+    beside = streams.Beside(Q)
     log.append("first")
     with beside:
         log.append("second")
     log.append("after")
 
 
-FORKED = ["side waits for main", "first", "on side", "second", "off side", "main waits for side",
-          "after"]  # fmt: skip
-
-
 def test_forks_before_and_joins_after(log):
     run(log)
-    assert log == FORKED
-
-
-def test_forks_always_where_that_is_asked(log, monkeypatch):
-    monkeypatch.setattr(streams, "SHORT", 0)
-    monkeypatch.setattr(streams, "is_capturing", lambda _: False)
-    run(log, always=True)
-    assert log == FORKED
+    assert log == ["side waits for main", "first", "on side", "second", "off side",
+                   "main waits for side", "after"]  # fmt: skip
 
 
 def test_joins_after_an_error(log):

@@ -27,11 +27,11 @@ from nsa.fused.kernels.forward_tiles import (
     store_row,
     store_values,
 )
-from nsa.fused.kernels.rows import load_rows
+from nsa.fused.kernels.rows import TILE_ROWS, load_rows, pair_and_head
 from nsa.fused.kernels.vectors import CUTE_DTYPES, compile_kernel, fake_flat
 
 _THREADS = 128
-_ROWS = 64
+_ROWS = TILE_ROWS
 # In this order: the first block, the one before the tokens' own, their own.
 _PARTS = 3
 _SHARED_BYTES = 228 * 1024
@@ -213,12 +213,14 @@ class BandForward:
                 acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
                 self._mask(acc_S_mn, tScS, limits)
 
-                inverse_sum = cute.make_rmem_tensor(2, Float32)
+                inverse_sum, lse = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
                 for r in cutlass.range_constexpr(2):
-                    inverse_sum[r], lse = softmax(acc_S_mn[r, None], scale_log2, empty=True)
-                    if tidx % QUAD == 0 and row + 8 * r < rows:
-                        mLse[self._out_row(row + 8 * r, first, kv_heads, kv_head)] = lse
+                    inverse_sum[r], lse[r] = softmax(acc_S_mn[r, None], scale_log2, empty=True)
                 utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
+                # Stored before the scores are converted, ptxas waits after each wgmma (D=64, G=1).
+                for r in cutlass.range_constexpr(2):
+                    if tidx % QUAD == 0 and row + 8 * r < rows:
+                        mLse[self._out_row(row + 8 * r, first, kv_heads, kv_head)] = lse[r]
                 acc_O = sm90_utils.gemm_zero_init(
                     mma_pv, (_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=0
                 )
@@ -241,11 +243,13 @@ class BandForward:
         column: Int32,
         rows_before: int,
         i: Int32,
+        more: int,
     ) -> tuple[Int32, Int32]:
         """Of a row of the parts. Where there is no key, another of the sequence, for what is
         masked must be finite.
         """
-        part, row = (rows_before + i) // self.block_size, (rows_before + i) % self.block_size
+        part_row = rows_before + i + more
+        part, row = part_row // self.block_size, part_row % self.block_size
         start = first
         if part == 0:
             start = sequence_first
@@ -267,10 +271,10 @@ class BandForward:
     ):
         """Rows past the tokens repeat heads of the last one; they are not stored."""
 
-        def place(i: Int32) -> tuple[Int32, Int32]:
-            row = tile * _ROWS + i
-            head = kv_head * self.group + row % self.group
-            return first + cutlass.min(row // self.group, count - 1), head * self.head_dim
+        def place(i: Int32, more: int) -> tuple[Int32, Int32]:
+            pair, head = pair_and_head(tile, i, more, self.group)
+            column = (kv_head * self.group + head) * self.head_dim
+            return first + cutlass.min(pair, count - 1), column
 
         load_rows(mQ, sQ, stride, place, tidx, _THREADS)
 

@@ -58,7 +58,7 @@ def load_values(
     for i in cutlass.range_constexpr(cute.size(values, mode=[2])):
         if groups % _THREADS == 0 or i * _THREADS + tidx < groups:
             key, group = _row_and_group(sV, i * _THREADS + tidx)
-            row, column = place(key)
+            row, column = place(key, 0)
             offset = Int64(row) * stride + (column + group * _GROUP)
             for v in cutlass.range_constexpr(QUAD):
                 vector = load_vector(mV, offset + v * VECTOR)

@@ -368,7 +368,7 @@ class ListedBackward:
         first: Int32,
     ):
         """64 rows from ``first`` on."""
-        load_rows(mX, sX, stride, lambda i: (first + i, column), tidx, self.threads)
+        load_rows(mX, sX, stride, lambda i, more: (first + i + more, column), tidx, self.threads)
 
     @cute.jit
     def _row_statistics(

@@ -7,14 +7,18 @@ from collections.abc import Callable
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync
 from quack import copy_utils
 
 from nsa.fused.kernels.vectors import VECTOR
 
-Place = Callable[[Int32], tuple[Int32, Int32]]
-"""Of a row of a tile: the row of the tensor, and the first column there."""
+Place = Callable[[Int32, int], tuple[Int32, Int32]]
+"""Of row ``i + more`` of a tile: the row of the tensor, and the first column there. ``i`` is a
+thread's first row and ``more`` a constant, so that what depends on ``i`` is computed once."""
+
+TILE_ROWS = 64
+"""Rows of wgmma. Row r is query head ``r % group`` of pair ``r // group``."""
 
 
 def row_lanes(head_dim: int) -> int:
@@ -33,29 +37,46 @@ def row_copy(dtype: type[cutlass.Numeric], lanes: int, threads: int, operation) 
 
 def block_rows(first: Int32, keys: Int32, column: Int32) -> Place:
     """Rows of a block; past its keys its last one again: they are masked, but must be finite."""
-    return lambda i: (first + cutlass.min(i, keys - 1), column)
+    return lambda i, more: (first + cutlass.min(i + more, keys - 1), column)
 
 
 def pair_rows(
-    sTokens: cute.Tensor, tile: Int32, kv_head: Int32, group: int, count: Int32, head_dim: int
+    sTokens: cute.Tensor, tile: Int32, kv_head: Int32, group: int, head_dim: int
 ) -> Place:
-    """Rows of a tile of a work item, 64 of them."""
+    """Rows of a tile of a work item."""
 
-    def place(i: Int32) -> tuple[Int32, Int32]:
-        token, head = token_and_head(sTokens, tile * 64 + i, kv_head, group, count)
-        return token, head * head_dim
+    def place(i: Int32, more: int) -> tuple[Int32, Int32]:
+        pair, head = pair_and_head(tile, i, more, group)
+        return sTokens[pair], (kv_head * group + head) * head_dim
 
     return place
 
 
-def token_and_head(
-    sTokens: cute.Tensor, row: Int32, kv_head: Int32, group: int, count: Int32
-) -> tuple[Int32, Int32]:
-    """Of a row of a work item: query head ``row % group`` of the KV head, of pair ``row // group``.
+def pair_and_head(tile: Int32, i: Int32, more: int, group: int) -> tuple[Int32, Int32]:
+    """Pair, and query head of its KV head, of row ``i + more`` of a tile."""
+    # Of unsigned numbers, because for signed ones // takes more instructions.
+    if TILE_ROWS % group == 0 and more % group == 0:
+        pair = tile * (TILE_ROWS // group) + more // group + Int32(Uint32(i) // group)
+        return pair, Int32(Uint32(i) % group)
+    row = Uint32(tile * TILE_ROWS + i + more)
+    return Int32(row // group), Int32(row % group)
 
-    Rows past the item's pairs repeat heads of its last one; what they give is dropped.
+
+@cute.jit
+def load_tokens(
+    mTokens: cute.Tensor,
+    sTokens: cute.Tensor,
+    begin: Int32,
+    count: Int32,
+    tidx: Int32,
+    threads: cutlass.Constexpr[int],
+):
+    """Tokens of a work item's pairs, and the last one again for the rows past these of a tile.
+
+    What such rows give is dropped. ``sTokens`` is :data:`TILE_ROWS` longer than the longest item.
     """
-    return sTokens[cutlass.min(row // group, count - 1)], kv_head * group + row % group
+    for i in cutlass.range(tidx, count + TILE_ROWS, threads, unroll=1):
+        sTokens[i] = mTokens[begin + cutlass.min(i, count - 1)]
 
 
 @cute.jit
@@ -83,8 +104,8 @@ def load_rows(
     if const_expr(stage is not None):
         tXsX = tXsX[None, None, None, stage]
     for m in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
-        row, column = place(tidx // lanes + m * (threads // lanes))
-        offset = Int64(row) * stride + column + tidx % lanes * VECTOR
+        row, column = place(tidx // lanes, m * step)
+        offset = Int64(row) * stride + (column + tidx % lanes * VECTOR)
         for k in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
             pointer = mX.iterator + cute.assume(offset + k * lanes * VECTOR, divby=VECTOR)
             source = cute.make_tensor(pointer, cute.make_layout(((VECTOR, 1),)))

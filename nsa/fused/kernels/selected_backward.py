@@ -27,7 +27,15 @@ from torch import Tensor
 
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
-from nsa.fused.kernels.rows import block_rows, load_rows, pair_rows, row_lanes, token_and_head
+from nsa.fused.kernels.rows import (
+    TILE_ROWS,
+    block_rows,
+    load_rows,
+    load_tokens,
+    pair_and_head,
+    pair_rows,
+    row_lanes,
+)
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
@@ -42,7 +50,7 @@ from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens
 _WARPGROUP = 128
 _WARP = 32
 # Query rows of a tile, and keys of a CTA: rows of wgmma.
-_ROWS = 64
+_ROWS = TILE_ROWS
 _KEYS = 64
 _WARP_ROWS = 16
 _SHARED_BYTES = 227 * 1024
@@ -205,13 +213,13 @@ class SelectedBackward:
                 smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
                 for x in (k_smem, v_smem, q_smem, do_smem, ds_smem)
             )
-            sTokens = smem.allocate_tensor(Int32, cute.make_layout(item_tokens(self.group)), 16)
+            tokens = const_expr(item_tokens(self.group) + _ROWS)
+            sTokens = smem.allocate_tensor(Int32, cute.make_layout(tokens), 16)
             # Log-sum-exp, then delta, of the rows of a stage.
             statistics_layout = cute.make_layout((_ROWS, 2, self.stages))
             sStatistics = smem.allocate_tensor(Float32, statistics_layout, 16)
 
-            for i in cutlass.range(tidx, count, self.threads, unroll=1):
-                sTokens[i] = mTokens[begin + i]
+            load_tokens(mTokens, sTokens, begin, count, tidx, self.threads)
             for mX, sX, stride, width in (
                 (mK, sK, k_stride, self.head_dim),
                 (mV, sV, v_stride, self.head_dim_v),
@@ -219,10 +227,10 @@ class SelectedBackward:
                 place = block_rows(first, keys, kv_head * width)
                 load_rows(mX, sX, stride, place, tidx, self.threads)
             cute.arch.barrier()
-            load_pairs = functools.partial(self._load_pairs, sTokens, kv_head, count, tidx)
+            load_pairs = functools.partial(self._load_pairs, sTokens, kv_head, tidx)
             load_statistics = functools.partial(
                 self._load_statistics,
-                *(mLse, mDelta, sStatistics, sTokens, kv_heads, kv_head, count, tidx),
+                *(mLse, mDelta, sStatistics, sTokens, kv_heads, kv_head, tidx),
             )
             load_pairs(mQ, sQ, q_stride, Int32(0), Int32(0))
             load_pairs(mdO, sdO, do_stride, Int32(0), Int32(0))
@@ -373,7 +381,6 @@ class SelectedBackward:
         self,
         sTokens: cute.Tensor,
         kv_head: Int32,
-        count: Int32,
         tidx: Int32,
         mX: cute.Tensor,
         sX: cute.Tensor,
@@ -383,7 +390,7 @@ class SelectedBackward:
     ):
         """Rows of q or dO."""
         width = const_expr(cute.size(sX, mode=[1]))
-        place = pair_rows(sTokens, tile, kv_head, self.group, count, width)
+        place = pair_rows(sTokens, tile, kv_head, self.group, width)
         load_rows(mX, sX, stride, place, tidx, self.threads, stage)
 
     @cute.jit
@@ -395,15 +402,14 @@ class SelectedBackward:
         sTokens: cute.Tensor,
         kv_heads: Int32,
         kv_head: Int32,
-        count: Int32,
         tidx: Int32,
         tile: Int32,
         stage: Int32,
     ):
         """The first 64 threads load the log-sum-exp of a row each, the next 64 its delta."""
         row = tidx % _ROWS
-        token, head = token_and_head(sTokens, tile * _ROWS + row, kv_head, self.group, count)
-        offset = Int64(token) * (kv_heads * self.group) + head
+        pair, head = pair_and_head(tile, row, 0, self.group)
+        offset = (Int64(sTokens[pair]) * kv_heads + kv_head) * self.group + head
         atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
         for i, mX in ((0, mLse), (1, mDelta)):
             if tidx // _ROWS == i:
@@ -425,11 +431,10 @@ class SelectedBackward:
         """-inf for keys past the block or after the token, and for rows past the item's pairs."""
         acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
         for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
-            pair = (tile * _ROWS + tScS[0, c][1]) // self.group
+            pair, _ = pair_and_head(tile, tScS[0, c][1], 0, self.group)
             limit = keys
             if const_expr(self.causal):
-                token = sTokens[cutlass.min(pair, count - 1)]
-                limit = cutlass.min(keys, token - first + 1)
+                limit = cutlass.min(keys, sTokens[pair] - first + 1)
             limit = limit if pair < count else 0
             for r in cutlass.range_constexpr(2):
                 visible = tScS[r, c][0] < limit
@@ -449,10 +454,10 @@ class SelectedBackward:
         """Where the thread's two rows of dQ start, -1 for one past the item's pairs."""
         offsets = []
         for r in cutlass.range_constexpr(2):
-            row = tile * _ROWS + warp * _WARP_ROWS + lane // 4 + 8 * r
-            token, head = token_and_head(sTokens, row, kv_head, self.group, count)
-            offset = (Int64(token) * (kv_heads * self.group) + head) * self.head_dim
-            offsets.append(offset if row < count * self.group else Int64(-1))
+            row = warp * _WARP_ROWS + lane // 4 + 8 * r
+            pair, head = pair_and_head(tile, row, 0, self.group)
+            offset = (Int64(sTokens[pair]) * kv_heads + kv_head) * self.group + head
+            offsets.append(offset * self.head_dim if pair < count else Int64(-1))
         return offsets[0], offsets[1]
 
 

@@ -38,7 +38,14 @@ from nsa.fused.kernels.forward_tiles import (
     store_values,
 )
 from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
-from nsa.fused.kernels.rows import block_rows, load_rows, pair_rows
+from nsa.fused.kernels.rows import (
+    TILE_ROWS,
+    block_rows,
+    load_rows,
+    load_tokens,
+    pair_and_head,
+    pair_rows,
+)
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
@@ -47,12 +54,10 @@ from nsa.fused.kernels.vectors import (
     flat_rows,
     store_vector,
 )
-from nsa.fused.streams import Beside
 from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens, units_of_wave
 
 _THREADS = 128
-# Rows of wgmma.
-_ROWS = 64
+_ROWS = TILE_ROWS
 _LOG2_E = math.log2(math.e)
 _SHARED_BYTES = 227 * 1024
 # Partial results that a thread of the combination loads together.
@@ -167,7 +172,8 @@ class SelectedForward:
                 for x in (q_smem, k_smem, v_smem)
             )
             rows = count * self.group
-            sTokens = smem.allocate_tensor(Int32, cute.make_layout(item_tokens(self.group)), 16)
+            tokens = const_expr(item_tokens(self.group) + _ROWS)
+            sTokens = smem.allocate_tensor(Int32, cute.make_layout(tokens), 16)
             values = load_values(
                 mV, sV, v_stride, block_rows(first, keys, kv_head * self.head_dim_v), tidx
             )
@@ -175,11 +181,10 @@ class SelectedForward:
                 *(mK, sK, k_stride, block_rows(first, keys, kv_head * self.head_dim)),
                 *(tidx, _THREADS),
             )
-            for i in cutlass.range(tidx, count, _THREADS, unroll=1):
-                sTokens[i] = mTokens[begin + i]
+            load_tokens(mTokens, sTokens, begin, count, tidx, _THREADS)
             cute.arch.barrier()
             load_queries = functools.partial(
-                self._load_queries, mQ, sQ, sTokens, q_stride, kv_head, count, tidx
+                self._load_queries, mQ, sQ, sTokens, q_stride, kv_head, tidx
             )
             tiles = cute.ceil_div(rows, _ROWS)
             for tile in cutlass.range_constexpr(self.stages):
@@ -202,7 +207,7 @@ class SelectedForward:
                     cute.make_identity_tensor((_ROWS, self.block_size))
                 )
             )
-            out_row = Int64(begin - wave_start) * self.group
+            out_row = Int64(begin - wave_start) * self.group + tScS[0, 0][0]
 
             acc_S = cute.make_rmem_tensor(
                 mma_qk.partition_shape_C((_ROWS, self.block_size)), Float32
@@ -217,11 +222,12 @@ class SelectedForward:
             for tile in cutlass.range(tiles, unroll=1):
                 # A thread has two rows, this one and the 8th after it.
                 row = tile * _ROWS + tScS[0, 0][0]
+                tile_row = out_row + tile * _ROWS
                 limits = cute.make_rmem_tensor(2, Int32)
                 for r in cutlass.range_constexpr(2):
                     limits[r] = keys
                     if const_expr(self.causal):
-                        pair = cutlass.min((row + 8 * r) // self.group, count - 1)
+                        pair, _ = pair_and_head(tile, tScS[0, 0][0] + 8 * r, 0, self.group)
                         limits[r] = cutlass.min(keys, sTokens[pair] - first + 1)
                 warpgroup.wait_group(0)
                 if const_expr(self.stages == 1):
@@ -243,7 +249,7 @@ class SelectedForward:
                 utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
                 for r in cutlass.range_constexpr(2):
                     if tidx % QUAD == 0 and row + 8 * r < rows:
-                        mLse[out_row + (row + 8 * r)] = lse[r]
+                        mLse[tile_row + 8 * r] = lse[r]
                 # The next queries are there, and all warps have read these.
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.fence_view_async_shared()
@@ -261,7 +267,9 @@ class SelectedForward:
                 rO = utils.cvt_f16(acc_O, self.dtype)
                 for r in cutlass.range_constexpr(2):
                     if row + 8 * r < rows:
-                        store_row(rO, r, mPartial, (out_row + (row + 8 * r)) * self.head_dim_v)
+                        store_row(
+                            rO, r, mPartial, tile_row * self.head_dim_v + 8 * r * self.head_dim_v
+                        )
             warpgroup.wait_group(0)
             cute.arch.cp_async_wait_group(0)
 
@@ -278,11 +286,10 @@ class SelectedForward:
         sTokens: cute.Tensor,
         stride: Int64,
         kv_head: Int32,
-        count: Int32,
         tidx: Int32,
         tile: Int32,
     ):
-        place = pair_rows(sTokens, tile, kv_head, self.group, count, self.head_dim)
+        place = pair_rows(sTokens, tile, kv_head, self.group, self.head_dim)
         load_rows(mQ, sQ, stride, place, tidx, _THREADS, tile % self.stages)
 
 
@@ -566,21 +573,17 @@ def selected_forward(
     lse = torch.empty(total, heads, dtype=torch.float32, device=q.device)
     (q, q_stride), (k, k_stride), (v, v_stride) = flat_rows(q), flat_rows(k), flat_rows(v)
     rows, strides, scale_log2 = (q, k, v), (q_stride, k_stride, v_stride), scale * _LOG2_E
-    index_arguments = (block_indices, blocks, block_size, causal, chunk, wave, item_tokens(group))
+    index = invert_index(
+        *(block_indices, blocks, block_size, causal, chunk, wave, item_tokens(group), band)
+    )
     band_lse = None
     if band:
         # The band has no results for tokens of no sequence.
         band_lse = torch.full((total * heads,), -torch.inf, dtype=torch.float32, device=q.device)
-        # The index waits for memory, which the band leaves alone.
-        beside_index = Beside(q, always=True)
-        index = invert_index(*index_arguments, band)
-        with beside_index:
-            compile_band(*form)(
-                *(*rows, block_indices.view(-1), blocks.base, blocks.first, blocks.keys),
-                *(out.view(-1), band_lse, *strides, len(blocks.first), slots, kv_heads, scale_log2),
-            )
-    else:
-        index = invert_index(*index_arguments)
+        compile_band(*form)(
+            *(*rows, block_indices.view(-1), blocks.base, blocks.first, blocks.keys),
+            *(out.view(-1), band_lse, *strides, len(blocks.first), slots, kv_heads, scale_log2),
+        )
 
     forward, combine = compile_forward(*form), compile_combine(q.dtype, *form[2:4], slots, band)
     unit_pairs = index.chunk_tokens * slots
