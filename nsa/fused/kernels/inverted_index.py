@@ -19,7 +19,7 @@ from cutlass import Int32, Int64, const_expr
 from quack.utils import warp_prefix_sum
 from torch import Tensor
 
-from nsa.fused.kernels.vectors import compile_kernel, fake_flat
+from nsa.fused.kernels.vectors import compile_kernel, fake_flat, flat
 from nsa.fused.token_blocks import TokenBlocks
 
 ITEM_FIELDS = 4
@@ -39,10 +39,12 @@ def item_tokens(group: int) -> int:
 class InvertIndex:
     """Three kernels: count the pairs of each block, add up, write the list.
 
-    With ``band``, pairs of :mod:`nsa.fused.kernels.band_forward` are left out.
+    In the first and the last a thread has the ``slots`` pairs of a token and KV head. With
+    ``band``, pairs of :mod:`nsa.fused.kernels.band_forward` are left out.
     """
 
-    def __init__(self, band: bool):
+    def __init__(self, slots: int, band: bool):
+        self.slots = slots
         self.band = band
 
     @cute.jit
@@ -58,8 +60,7 @@ class InvertIndex:
         mTokens: cute.Tensor,
         mItems: cute.Tensor,
         mNumItems: cute.Tensor,
-        pairs: Int32,
-        slots: Int32,
+        rows: Int32,
         kv_heads: Int32,
         blocks: Int32,
         chunks: Int32,
@@ -70,12 +71,12 @@ class InvertIndex:
         item_tokens: Int32,
         stream,
     ):
-        sizes = (pairs, slots, kv_heads, blocks, chunks, chunk_tokens)
-        grid = [cute.ceil_div(pairs, _THREADS), 1, 1]
+        sizes = (rows, kv_heads, blocks, chunks, chunk_tokens)
+        grid = [cute.ceil_div(rows, _THREADS), 1, 1]
         self.count(mIndices, mBase, mLimit, mFirst, mCount, mPosition, *sizes, block_size).launch(
             grid=grid, block=[_THREADS, 1, 1], stream=stream
         )
-        capacity = chunk_tokens * slots
+        capacity = chunk_tokens * self.slots
         tensors = (mFirst, mKeys, mCount, mItems, mNumItems)
         self.add_up(*tensors, blocks, capacity, wave_units, wave_items, item_tokens).launch(
             grid=[kv_heads * chunks, 1, 1], block=[_SCAN_THREADS, 1, 1], stream=stream
@@ -93,8 +94,7 @@ class InvertIndex:
         mFirst: cute.Tensor,
         mCount: cute.Tensor,
         mPosition: cute.Tensor,
-        pairs: Int32,
-        slots: Int32,
+        rows: Int32,
         kv_heads: Int32,
         blocks: Int32,
         chunks: Int32,
@@ -103,20 +103,27 @@ class InvertIndex:
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
-        pair = bidx * _THREADS + tidx
-        if pair < pairs:
-            block = mIndices[pair]
-            token, unit = self._unit(pair, slots, kv_heads, chunks, chunk_tokens)
-            rank = Int32(-1)
-            listed = block >= 0 and block < mLimit[token]
-            if const_expr(self.band):  # noqa: SIM102 (one is decided at compile time)
+        row = bidx * _THREADS + tidx
+        if row < rows:
+            token, unit = self._unit(row, kv_heads, chunks, chunk_tokens)
+            selected = self._load_row(mIndices, row)
+            base, limit = mBase[token], mLimit[token]
+            own = Int32(0)
+            if const_expr(self.band):
+                # A token of no sequence may have no block.
+                own = (token - mFirst[cutlass.min(base, blocks - 1)]) // block_size
+            ranks = cute.make_rmem_tensor(self.slots, Int32)
+            for i in cutlass.range_constexpr(self.slots):
+                block = selected[i]
+                listed = block >= 0 and block < limit
+                if const_expr(self.band):
+                    listed = listed and block > 0 and (block < own - 1 or block > own)
+                rank = Int32(-1)
                 if listed:
-                    own = (token - mFirst[mBase[token]]) // block_size
-                    listed = block > 0 and (block < own - 1 or block > own)
-            if listed:
-                counter = Int64(unit) * blocks + (mBase[token] + block)
-                rank = cute.arch.atomic_add((mCount.iterator + counter).llvm_ptr, Int32(1))
-            mPosition[pair] = rank
+                    counter = Int64(unit) * blocks + (base + block)
+                    rank = cute.arch.atomic_add((mCount.iterator + counter).llvm_ptr, Int32(1))
+                ranks[i] = rank
+            self._store_row(ranks, mPosition, row)
 
     @cute.kernel
     def add_up(
@@ -190,8 +197,7 @@ class InvertIndex:
         mCount: cute.Tensor,
         mPosition: cute.Tensor,
         mTokens: cute.Tensor,
-        pairs: Int32,
-        slots: Int32,
+        rows: Int32,
         kv_heads: Int32,
         blocks: Int32,
         chunks: Int32,
@@ -199,36 +205,54 @@ class InvertIndex:
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
-        pair = bidx * _THREADS + tidx
-        if pair < pairs:
-            rank = mPosition[pair]
-            if rank >= 0:
-                token, unit = self._unit(pair, slots, kv_heads, chunks, chunk_tokens)
-                counter = Int64(unit) * blocks + (mBase[token] + mIndices[pair])
-                position = unit * (chunk_tokens * slots) + mCount[counter] + rank
-                mTokens[position] = token
-                mPosition[pair] = position
+        row = bidx * _THREADS + tidx
+        if row < rows:
+            token, unit = self._unit(row, kv_heads, chunks, chunk_tokens)
+            selected, positions = self._load_row(mIndices, row), self._load_row(mPosition, row)
+            first_counter = Int64(unit) * blocks + mBase[token]
+            first = unit * (chunk_tokens * self.slots)
+            for i in cutlass.range_constexpr(self.slots):
+                if positions[i] >= 0:
+                    positions[i] += first + mCount[first_counter + selected[i]]
+                    mTokens[positions[i]] = token
+            self._store_row(positions, mPosition, row)
 
     @cute.jit
     def _unit(
-        self, pair: Int32, slots: Int32, kv_heads: Int32, chunks: Int32, chunk_tokens: Int32
+        self, row: Int32, kv_heads: Int32, chunks: Int32, chunk_tokens: Int32
     ) -> tuple[Int32, Int32]:
-        row = pair // slots
         token = row // kv_heads
         return token, row % kv_heads * chunks + token // chunk_tokens
 
+    @cute.jit
+    def _load_row(self, mX: cute.Tensor, row: Int32) -> cute.Tensor:
+        values = cute.make_rmem_tensor(self.slots, Int32)
+        cute.autovec_copy(self._row(mX, row), values)
+        return values
+
+    @cute.jit
+    def _store_row(self, values: cute.Tensor, mX: cute.Tensor, row: Int32):
+        cute.autovec_copy(values, self._row(mX, row))
+
+    def _row(self, mX: cute.Tensor, row: Int32) -> cute.Tensor:
+        aligned = 4 if self.slots % 4 == 0 else 1
+        pointer = mX.iterator + cute.assume(row * self.slots, divby=aligned)
+        return cute.make_tensor(pointer, cute.make_layout(self.slots))
+
 
 @functools.lru_cache(maxsize=None)
-def compile_invert_index(band: bool) -> Callable:
-    tensors = [fake_flat(Int32, alignment=4) for _ in range(10)]
-    return compile_kernel(InvertIndex(band), *tensors, *(Int32(1) for _ in range(10)))
+def compile_invert_index(slots: int, band: bool) -> Callable:
+    tensors = [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(5)]
+    tensors += [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(3)]
+    return compile_kernel(InvertIndex(slots, band), *tensors, *(Int32(1) for _ in range(9)))
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
-    for band in (False, True):
-        name = f"invert-index{'-band' if band else ''}"
-        yield name, functools.partial(compile_invert_index, band)
+    for slots in (3, 16):
+        for band in (False, True):
+            name = f"invert-index-{slots}{'-band' if band else ''}"
+            yield name, functools.partial(compile_invert_index, slots, band)
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,10 +329,10 @@ def invert_index(
     count, num_items = zeros[: units * num_blocks], zeros[units * num_blocks :]
     position, listed = empty(total * kv_heads * slots), empty(units * chunk_tokens * slots)
     items = empty(waves * wave_items * ITEM_FIELDS)
-    compile_invert_index(band)(
-        block_indices.reshape(-1),
+    compile_invert_index(slots, band)(
+        flat(block_indices),
         *(base, limit, first, keys, count, position, listed, items, num_items),
-        *(position.numel(), slots, kv_heads, num_blocks, chunks, chunk_tokens),
+        *(total * kv_heads, kv_heads, num_blocks, chunks, chunk_tokens),
         *(wave_units, wave_items, block_size, tokens),
     )
     return InvertedIndex(
