@@ -181,6 +181,7 @@ def test_default_benchmark_fits_ten_minutes():
 def fake_gpu(monkeypatch):
     """Steps return the milliseconds that they take, or raise."""
     monkeypatch.setattr(timing, "timed", lambda step: step())
+    monkeypatch.setattr(timing, "timed_in_a_row", lambda step, calls: [step()] * calls)
     monkeypatch.setattr(timing, "timed_with_peak", lambda step: (step(), 1.5))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
@@ -208,6 +209,31 @@ def test_measure(fake_gpu):
     assert timings["long"] == Timing([3000.0] * 3, [], 1.5, no_graph)
     assert timings["once"] == Timing([3000.0], [], 1.5)
     assert timings["large"] == Timing([], [], None, "out of memory")
+
+
+def test_calls_in_a_row_are_timed_from_one_end_to_the_next(monkeypatch):
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.time = None
+
+        def record(self):
+            self.time = clock[0]
+
+        def synchronize(self):
+            clock[0] += 1000
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    durations = iter([50.0, 1.0, 2.0, 3.0])
+
+    def step():
+        clock[0] += next(durations)
+
+    assert timing.timed_in_a_row(step, 3) == [1, 2, 3]
 
 
 def test_a_first_call_that_compiles_is_not_a_measurement(fake_gpu, monkeypatch):

@@ -5,9 +5,10 @@
     python tools/bench_vs_dense.py --selection token --heads 64 --kv-heads 4 --csv token.csv
 
 Same tensors, same run, blocks of repetitions in turn. Nothing is reported unless the fused output
-and gradients first pass against the float64 reference. Times are of the GPU from the first launch
-to the end, so at short lengths they are the host's; up to ``--graphs`` tokens each call is timed as
-a CUDA graph too, which takes the host out. A dense call of more than two seconds is made once.
+and gradients first pass against the float64 reference. Times are of calls in a row, which the host
+launches ahead of the GPU; at short lengths it cannot keep ahead, and they are its own. Up to
+``--graphs`` tokens each call is timed as a CUDA graph too, which takes the host out. A dense call
+of more than two seconds is made once.
 
 The CSV has one row for each length, pass and setting of ``--cmp-groups``, written at once:
 

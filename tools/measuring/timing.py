@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -81,13 +82,27 @@ def measure(
 
 
 def timed(step: Step) -> float:
-    """Milliseconds between the start and the end of the GPU's work."""
+    """Milliseconds of a call alone, between the start and the end of the GPU's work."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     step()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def timed_in_a_row(step: Step, calls: int) -> list[float]:
+    """Milliseconds from the end of one call to the end of the next, after one that is not timed.
+
+    As layers of a model follow one another: the host launches a call while the GPU still does the
+    one before, and what it takes shows only where the GPU waits for it.
+    """
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    for event in events:
+        step()
+        event.record()
+    events[-1].synchronize()
+    return [start.elapsed_time(end) for start, end in pairwise(events)]
 
 
 def timed_with_peak(step: Step) -> tuple[float, float]:
@@ -158,4 +173,4 @@ def _alternate(
                 settled += timed(step)
                 if settled > SETTLE_MILLISECONDS:
                     break
-            getattr(timings[name], kind).extend(timed(step) for _ in range(repeats))
+            getattr(timings[name], kind).extend(timed_in_a_row(step, repeats))
