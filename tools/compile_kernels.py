@@ -153,9 +153,10 @@ def compile_dense(
     from nsa.fused import fa4
 
     heads, dtype = 2 * group, getattr_torch(dtype)
-    leading = (length,) if packed else (2, length)
-    q = fake(*leading, heads, dim, dtype=dtype)
-    k, v = (fake(*leading, 2, dim, dtype=dtype) for _ in range(2))
+    leading = () if packed else (2,)
+    keys = length if key_times is None else length // key_times[0]
+    q = fake(*leading, length, heads, dim, dtype=dtype)
+    k, v = (fake(*leading, keys, 2, dim, dtype=dtype) for _ in range(2))
     arguments = dict(scale=0.1, causal=causal, window_size=window, key_times=key_times)
     if packed:
         bounds = fake(sequences + 1)
