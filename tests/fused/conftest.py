@@ -5,7 +5,7 @@ import emulated_own_kernels
 import emulated_token_kernels
 import pytest
 
-from nsa.fused import constraints, fa4, own_kernels
+from nsa.fused import attention, constraints, fa4, own_kernels
 
 
 @pytest.fixture
@@ -19,3 +19,9 @@ def fused_on_cpu(monkeypatch):
     monkeypatch.setattr(constraints, "_tensor_limit", lambda *_: None)
     monkeypatch.setattr(constraints, "_device_limit", lambda *_: None)
     monkeypatch.setattr(fa4, "version_problem", lambda: None)
+
+
+@pytest.fixture(params=[0, attention.ONE_TILE], ids=["folded", "one tile"])
+def one_tile(monkeypatch, request):
+    """Both ways to compute the compressed branch of a batch: of few tokens it is not folded."""
+    monkeypatch.setattr(attention, "ONE_TILE", request.param)

@@ -14,19 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import nsa
-from nsa.fused import attention
 from nsa.testing import make_cu_seqlens, make_inputs
 
-pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+pytestmark = pytest.mark.usefixtures("fused_on_cpu", "one_tile")
 
 # The fixture replaces functions; nothing of it changes between examples.
 KERNEL_SETTINGS = dict(suppress_health_check=list(HealthCheck), deadline=None)
-
-
-@pytest.fixture(autouse=True, params=[0, attention.ONE_TILE], ids=["folded", "one tile"])
-def one_tile(monkeypatch, request):
-    """The compressed branch of a batch of few tokens, which would else not be folded."""
-    monkeypatch.setattr(attention, "ONE_TILE", request.param)
 
 
 @st.composite
