@@ -23,6 +23,11 @@ def num_compressed_blocks(length: int | Tensor, config: NSAConfig) -> int | Tens
     return (blocks - extra).clamp(min=0) if isinstance(length, Tensor) else max(0, blocks - extra)
 
 
+def covered_tokens(config: NSAConfig, visibility: str) -> int:
+    """Tokens of a compressed block that must have come where a query sees it: all, or the first."""
+    return config.compress_block_size if visibility == "complete" else 1
+
+
 def num_selection_blocks(length: int | Tensor, config: NSAConfig) -> int | Tensor:
     """Selection blocks of a sequence, the last one possibly short: ``ceil(N / l')``."""
     return -(-length // config.select_block_size)
@@ -252,8 +257,7 @@ class Geometry:
         config = self.config
         if not config.causal:
             return self.compressed.count[owner]
-        covered = config.compress_block_size if visibility == "complete" else 1
-        visible = position + (config.compress_stride + 1 - covered)
+        visible = position + (config.compress_stride + 1 - covered_tokens(config, visibility))
         visible = visible.div(config.compress_stride, rounding_mode="floor").clamp(min=0)
         return visible.clamp(max=self.compressed.count_of(owner))
 

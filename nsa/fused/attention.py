@@ -9,6 +9,7 @@ of the compressed and selected branch; :func:`query_placements` says where in th
 import torch
 from torch import Tensor
 
+from nsa.blocks import covered_tokens
 from nsa.fused import fa4, own_kernels
 from nsa.fused.block_lists import (
     compressed_lists,
@@ -68,7 +69,7 @@ def compressed_attention(
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
         return _sparse_forward(q_rows, k_rows, v_rows, lists, _compressed_mask(q_rows, plan), plan)
-    if plan.config.causal and not _is_one_tile(k_cmp, plan):
+    if _is_folded(k_cmp, plan):
         return folded_attention(q, k_cmp, v_cmp, plan)
     return _dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan))
 
@@ -80,7 +81,7 @@ def compressed_lse(lse: Tensor, q: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
     """
     if k_cmp.shape[1] == 0:
         return lse.new_zeros(q.shape[0], q.shape[2], q.shape[1])
-    if plan.config.causal and not _is_one_tile(k_cmp, plan):
+    if _is_folded(k_cmp, plan):
         return lse_in_order(lse, q, k_cmp.shape[2], plan)
     return lse[None] if plan.packed else lse
 
@@ -105,7 +106,7 @@ def compressed_attention_backward(
         mask = _compressed_mask(q_rows, plan)
         dq, dk, dv = _sparse_backward(dout, q_rows, k_rows, v_rows, out, lse, lists, mask, plan)
         return dq, plan.compressed.unpack(dk), plan.compressed.unpack(dv)
-    if plan.config.causal and not _is_one_tile(k_cmp, plan):
+    if _is_folded(k_cmp, plan):
         return folded_attention_backward(dout, q, k_cmp, v_cmp, out, lse, plan)
     call = _compressed_call(plan)
     dq, dk, dv = _dense_backward(dout, q, k_cmp, v_cmp, out, lse, plan, **call)
@@ -171,23 +172,21 @@ def _window_call(plan: Plan) -> dict:
     )
 
 
-def _is_one_tile(k_cmp: Tensor, plan: Plan) -> bool:
-    """Whether folding, which lets FA4 skip tiles of keys, has none to skip.
+def _is_folded(k_cmp: Tensor, plan: Plan) -> bool:
+    """Whether queries are folded, for FA4 to skip tiles of keys: if causal, and there are several.
 
-    In a batch; packed sequences of any lengths are all folded, by the same kernels.
+    Packed sequences of any lengths are all folded, by the same kernels.
     """
-    return not plan.packed and k_cmp.shape[1] <= ONE_TILE
+    return plan.config.causal and (plan.packed or k_cmp.shape[1] > ONE_TILE)
 
 
 def _compressed_call(plan: Plan) -> dict:
     """Mask and lengths of the dense compressed branch where it is not folded."""
-    call = dict(causal=False, window_size=(None, None))
+    config, call = plan.config, dict(causal=False, window_size=(None, None))
+    if config.causal:
+        first = covered_tokens(config, config.compressed_visibility) - 1
+        return call | dict(key_times=(config.compress_stride, first))
     if not plan.packed:
-        config = plan.config
-        if config.causal:
-            started = config.compressed_visibility == "started"
-            first = 0 if started else config.compress_block_size - 1
-            call["key_times"] = (config.compress_stride, first)
         return call
     return call | dict(
         cu_seqlens_q=plan.cu_seqlens,

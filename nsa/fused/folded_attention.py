@@ -14,7 +14,7 @@ outputs and gradients of queries stay folded.
 import torch
 from torch import Tensor
 
-from nsa.blocks import num_compressed_blocks
+from nsa.blocks import covered_tokens, num_compressed_blocks
 from nsa.config import NSAConfig
 from nsa.fused import fa4
 from nsa.fused.layout import Plan
@@ -35,13 +35,14 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
     scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows(q.shape[1], plan.config)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     out[:, : rows.lead].zero_()
-    shape = lse_shape(*q.shape[:3], None, plan.config)
-    lse = q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
+    batch, length, num_heads = q.shape[:3]
+    # More than there is, so that its shape does not depend on which kernels are called.
+    lse = q.new_empty(batch, num_heads, length, dtype=accumulation_dtype(q.dtype))
     if rows.full:
-        for entry in range(len(q)):
+        for entry in range(batch):
             fa4.dense_forward(
                 rows.view(q, entry),
-                *(rows.per_head(x, entry, q.shape[2]) for x in (k_cmp, v_cmp)),
+                *(rows.per_head(x, entry, num_heads) for x in (k_cmp, v_cmp)),
                 scale=scale,
                 causal=True,
                 window_size=(None, None),
@@ -110,22 +111,6 @@ def folded_attention_backward(
     return dq, dk_cmp, dv_cmp
 
 
-def lse_shape(
-    batch: int, length: int, num_heads: int, sequences: int | None, config: NSAConfig
-) -> tuple:
-    """Shape of the log-sum-exp that :func:`folded_attention` returns.
-
-    Args:
-        batch, length, num_heads: of the queries.
-        sequences: number of packed sequences, None for a batch.
-        config: block sizes.
-    """
-    if sequences is None:
-        # More than there is, so that it does not depend on which kernels are called.
-        return (batch, num_heads, length)
-    return (num_heads * config.compress_stride, num_folded_rows(length, sequences, config))
-
-
 def num_folded_rows(length: int, sequences: int, config: NSAConfig) -> int:
     """Upper bound of the rows of packed sequences with ``length`` tokens together."""
     return length // config.compress_stride + extra_rows(config) * sequences
@@ -142,9 +127,10 @@ def lse_in_order(lse: Tensor, q: Tensor, num_kv_heads: int, plan: Plan) -> Tenso
     out = lse.new_zeros(batch, num_heads, length)
     full = slice(rows.lead, length - rows.tail)
     if rows.full:
-        for entry in range(batch):
-            by_row = rows.lse(lse, entry).transpose(1, 2)
-            out[entry, :, full].unflatten(1, (rows.full, rows.size)).copy_(by_row)
+        by_row = lse.flatten(1)[:, : num_heads * rows.full * rows.size].unflatten(
+            1, (num_heads, rows.size, rows.full)
+        )
+        out[..., full].unflatten(2, (rows.full, rows.size)).copy_(by_row.transpose(2, 3))
     if rows.tail:
         out[..., length - rows.tail :] = rows.tail_lse(lse)
     return out
@@ -157,7 +143,7 @@ class _Rows:
     def __init__(self, length: int, config: NSAConfig):
         started = config.compressed_visibility == "started"
         self.size = config.compress_stride
-        self.lead = 0 if started else config.compress_block_size - 1
+        self.lead = covered_tokens(config, config.compressed_visibility) - 1
         queries = length - self.lead
         # Complete: the last block is seen by the tail alone, where there is one.
         self.full = num_compressed_blocks(length, config) if started else queries // self.size

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.blocks import Geometry, locate_items, overlap_weights, prefix_sum
+from nsa.blocks import Geometry, covered_tokens, locate_items, overlap_weights, prefix_sum
 from nsa.config import NSAConfig
 
 MAX_GROUP = 32
@@ -47,12 +47,11 @@ class Rule(NamedTuple):
 
     @classmethod
     def of(cls, config: NSAConfig) -> "Rule":
-        complete = config.compressed_visibility == "complete"
         return cls(
             config.compress_block_size,
             config.compress_stride,
             config.select_block_size,
-            config.compress_block_size if complete else 1,
+            covered_tokens(config, config.compressed_visibility),
             config.causal,
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.fused.call import Call, with_scale
 from nsa.fused.chunks import split_heads
-from nsa.fused.folded_attention import lse_shape, num_folded_rows
+from nsa.fused.folded_attention import num_folded_rows
 from nsa.fused.layout import num_compressed_bound, num_tiles_bound, num_units_bound
 from nsa.fused.pipeline import Inputs, Saved
 
@@ -141,11 +141,11 @@ def _lse_shapes(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> list
         lse_slc = (1, num_heads, batch * rows)
     if config.num_cmp_selected_blocks is not None:
         lse_cmp = lse_slc
-    elif not config.causal:
+    elif cu_seqlens is None or not config.causal:
         lse_cmp = in_order
     else:
-        sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        lse_cmp = lse_shape(batch, length, num_heads, sequences, config)
+        folded = num_folded_rows(length, cu_seqlens.shape[0] - 1, config)
+        lse_cmp = (num_heads * config.compress_stride, folded)
     if num_compressed_bound(length, cu_seqlens, config) == 0:
         lse_cmp = (0,)
     return [lse_cmp, lse_slc, in_order]

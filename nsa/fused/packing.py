@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache, partial
 import torch
 from torch import Tensor
 
-from nsa.blocks import Geometry, Segments, SingleSegment, prefix_sum
+from nsa.blocks import Geometry, Segments, SingleSegment, covered_tokens, prefix_sum
 from nsa.config import NSAConfig
 from nsa.fused import own_kernels
 from nsa.fused.placement import Placement
@@ -97,7 +97,7 @@ class FoldedQueries:
         self.size = config.compress_stride
         self.started = config.compressed_visibility == "started"
         # Position of the first query of row 0.
-        self.lead = 0 if self.started else config.compress_block_size - 1
+        self.lead = covered_tokens(config, config.compressed_visibility) - 1
         self.extra = extra_rows(config)
         """Rows of a sequence beyond its blocks."""
         counts = geometry.compressed.count + self.extra
