@@ -31,7 +31,6 @@ from nsa.fused.kernels.rows import TILE_ROWS, load_rows, pair_and_head
 from nsa.fused.kernels.vectors import CUTE_DTYPES, compile_kernel, fake_flat
 
 _THREADS = 128
-_ROWS = TILE_ROWS
 # In this order: the first block, the one before the tokens' own, their own.
 _PARTS = 3
 _SHARED_BYTES = 228 * 1024
@@ -40,7 +39,7 @@ _RESERVED_BYTES = 1024
 
 
 def shared_bytes(head_dim: int, head_dim_v: int, block_size: int) -> int:
-    elements = _ROWS * head_dim + _PARTS * block_size * (head_dim + head_dim_v)
+    elements = TILE_ROWS * head_dim + _PARTS * block_size * (head_dim + head_dim_v)
     return 2 * elements + 4 * _PARTS * block_size + _RESERVED_BYTES
 
 
@@ -97,7 +96,7 @@ class BandForward:
         q_smem, k_smem, v_smem = (
             sm90_utils.make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, shape)
             for shape in (
-                (_ROWS, self.head_dim),
+                (TILE_ROWS, self.head_dim),
                 (self.keys, self.head_dim),
                 (self.keys, self.head_dim_v),
             )
@@ -176,30 +175,32 @@ class BandForward:
                 store_values(values, sV_pass, tidx)
 
             _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
-                mma_qk.get_slice(0), (_ROWS, self.keys, self.head_dim), sQ, sK
+                mma_qk.get_slice(0), (TILE_ROWS, self.keys, self.head_dim), sQ, sK
             )
             _, tOrP, tOrVt = sm90_utils.partition_fragment_ABC(
                 mma_pv.get_slice(0),
-                (_ROWS, self.head_dim_v, self.keys),
+                (TILE_ROWS, self.head_dim_v, self.keys),
                 None,
                 layout_utils.transpose_view(sV),
             )
             tScS = layout_utils.reshape_acc_to_mn(
-                mma_qk.get_slice(tidx).partition_C(cute.make_identity_tensor((_ROWS, self.keys)))
+                mma_qk.get_slice(tidx).partition_C(
+                    cute.make_identity_tensor((TILE_ROWS, self.keys))
+                )
             )
 
             rows = count * self.group
-            tiles = cute.ceil_div(rows, _ROWS)
+            tiles = cute.ceil_div(rows, TILE_ROWS)
             for tile in cutlass.range(tiles, unroll=1):
                 cute.arch.cp_async_commit_group()
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.fence_view_async_shared()
                 cute.arch.barrier()
                 acc_S = sm90_utils.gemm_zero_init(
-                    mma_qk, (_ROWS, self.keys), tSrQ, tSrK, wg_wait=-1
+                    mma_qk, (TILE_ROWS, self.keys), tSrQ, tSrK, wg_wait=-1
                 )
                 # A thread has two rows, this one and the 8th after it.
-                row = tile * _ROWS + tScS[0, 0][0]
+                row = tile * TILE_ROWS + tScS[0, 0][0]
                 limits = cute.make_rmem_tensor((_PARTS, 2), Int32)
                 for r in cutlass.range_constexpr(2):
                     token = cutlass.min((row + 8 * r) // self.group, count - 1)
@@ -222,7 +223,7 @@ class BandForward:
                     if tidx % QUAD == 0 and row + 8 * r < rows:
                         mLse[self._out_row(row + 8 * r, first, kv_heads, kv_head)] = lse[r]
                 acc_O = sm90_utils.gemm_zero_init(
-                    mma_pv, (_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=0
+                    mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=0
                 )
                 acc_O_mn = layout_utils.reshape_acc_to_mn(acc_O)
                 for r in cutlass.range_constexpr(2):

@@ -15,14 +15,13 @@ from cutlass.utils import hopper_helpers
 from flash_attn.cute import utils
 from quack import copy_utils
 
-from nsa.fused.kernels.rows import Place
+from nsa.fused.kernels.rows import TILE_ROWS, Place
 from nsa.fused.kernels.vectors import VECTOR, load_vector
 
 QUAD = 4
 """Neighbouring threads that share a row of wgmma's registers."""
 
 _THREADS = 128
-_ROWS = 64
 # Columns of which each thread of a quad holds a vector.
 _GROUP = QUAD * VECTOR
 
@@ -39,10 +38,10 @@ def make_mmas(
         acc_dtype=Float32,
         atom_layout_mnk=(1, 1, 1),
     )
-    mma_qk = make_mma(b_leading_mode=OperandMajorMode.K, tiler_mn=(_ROWS, keys))
+    mma_qk = make_mma(b_leading_mode=OperandMajorMode.K, tiler_mn=(TILE_ROWS, keys))
     mma_pv = make_mma(
         b_leading_mode=OperandMajorMode.MN,
-        tiler_mn=(_ROWS, head_dim_v),
+        tiler_mn=(TILE_ROWS, head_dim_v),
         a_source=warpgroup.OperandSource.RMEM,
     )
     return mma_qk, mma_pv

@@ -36,6 +36,20 @@ def item_tokens(group: int) -> int:
     return max(16, min(512, 2048 // group))
 
 
+def slots_of(mX: cute.Tensor, row: Int32 | Int64, slots: int) -> cute.Tensor:
+    """Of ``(T * H_kv, slots)``, flat and 16-byte aligned, the row of a token and KV head."""
+    aligned = 4 if slots % 4 == 0 else 1
+    pointer = mX.iterator + cute.assume(row * slots, divby=aligned)
+    return cute.make_tensor(pointer, cute.make_layout(slots))
+
+
+@cute.jit
+def load_slots(mX: cute.Tensor, row: Int32 | Int64, slots: cutlass.Constexpr[int]) -> cute.Tensor:
+    values = cute.make_rmem_tensor(slots, Int32)
+    cute.autovec_copy(slots_of(mX, row, slots), values)
+    return values
+
+
 class InvertIndex:
     """Three kernels: count the pairs of each block, add up, write the list.
 
@@ -106,7 +120,7 @@ class InvertIndex:
         row = bidx * _THREADS + tidx
         if row < rows:
             token, unit = self._unit(row, kv_heads, chunks, chunk_tokens)
-            selected = self._load_row(mIndices, row)
+            selected = load_slots(mIndices, row, self.slots)
             base, limit = mBase[token], mLimit[token]
             own = Int32(0)
             if const_expr(self.band):
@@ -123,7 +137,7 @@ class InvertIndex:
                     counter = Int64(unit) * blocks + (base + block)
                     rank = cute.arch.atomic_add((mCount.iterator + counter).llvm_ptr, Int32(1))
                 ranks[i] = rank
-            self._store_row(ranks, mPosition, row)
+            cute.autovec_copy(ranks, slots_of(mPosition, row, self.slots))
 
     @cute.kernel
     def add_up(
@@ -208,14 +222,17 @@ class InvertIndex:
         row = bidx * _THREADS + tidx
         if row < rows:
             token, unit = self._unit(row, kv_heads, chunks, chunk_tokens)
-            selected, positions = self._load_row(mIndices, row), self._load_row(mPosition, row)
+            selected, positions = (
+                load_slots(mIndices, row, self.slots),
+                load_slots(mPosition, row, self.slots),
+            )
             first_counter = Int64(unit) * blocks + mBase[token]
             first = unit * (chunk_tokens * self.slots)
             for i in cutlass.range_constexpr(self.slots):
                 if positions[i] >= 0:
                     positions[i] += first + mCount[first_counter + selected[i]]
                     mTokens[positions[i]] = token
-            self._store_row(positions, mPosition, row)
+            cute.autovec_copy(positions, slots_of(mPosition, row, self.slots))
 
     @cute.jit
     def _unit(
@@ -223,21 +240,6 @@ class InvertIndex:
     ) -> tuple[Int32, Int32]:
         token = row // kv_heads
         return token, row % kv_heads * chunks + token // chunk_tokens
-
-    @cute.jit
-    def _load_row(self, mX: cute.Tensor, row: Int32) -> cute.Tensor:
-        values = cute.make_rmem_tensor(self.slots, Int32)
-        cute.autovec_copy(self._row(mX, row), values)
-        return values
-
-    @cute.jit
-    def _store_row(self, values: cute.Tensor, mX: cute.Tensor, row: Int32):
-        cute.autovec_copy(values, self._row(mX, row))
-
-    def _row(self, mX: cute.Tensor, row: Int32) -> cute.Tensor:
-        aligned = 4 if self.slots % 4 == 0 else 1
-        pointer = mX.iterator + cute.assume(row * self.slots, divby=aligned)
-        return cute.make_tensor(pointer, cute.make_layout(self.slots))
 
 
 @functools.lru_cache(maxsize=None)

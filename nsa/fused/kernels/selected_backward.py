@@ -50,7 +50,6 @@ from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens
 _WARPGROUP = 128
 _WARP = 32
 # Query rows of a tile, and keys of a CTA: rows of wgmma.
-_ROWS = TILE_ROWS
 _KEYS = 64
 _WARP_ROWS = 16
 _SHARED_BYTES = 227 * 1024
@@ -85,8 +84,8 @@ class SelectedBackward:
         self.dq_columns = 64 if columns % 64 == 0 else columns
         self.dq_parts = columns // self.dq_columns
         row_bytes = 2 * (head_dim + head_dim_v)
-        fixed = _KEYS * row_bytes + _ROWS * _KEYS * 2 + item_tokens(group) * 4 + 4096
-        stage = _ROWS * row_bytes
+        fixed = _KEYS * row_bytes + TILE_ROWS * _KEYS * 2 + item_tokens(group) * 4 + 4096
+        stage = TILE_ROWS * row_bytes
         self.ctas = 2 if self.warpgroups == 1 else 1
         self.stages = 2 if fixed + 2 * stage <= _SHARED_BYTES // self.ctas else 1
 
@@ -123,11 +122,13 @@ class SelectedBackward:
             sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
         )
         atom, atom_v = self.dq_columns, self.head_dim_v // self.warpgroups
-        q_smem = make_layout((_ROWS, self.head_dim), stage=self.stages, major_mode_size=atom)
-        do_smem = make_layout((_ROWS, self.head_dim_v), stage=self.stages, major_mode_size=atom_v)
+        q_smem = make_layout((TILE_ROWS, self.head_dim), stage=self.stages, major_mode_size=atom)
+        do_smem = make_layout(
+            (TILE_ROWS, self.head_dim_v), stage=self.stages, major_mode_size=atom_v
+        )
         k_smem = make_layout((_KEYS, self.head_dim), major_mode_size=atom)
         v_smem = make_layout((_KEYS, self.head_dim_v), major_mode_size=atom_v)
-        ds_smem = make_layout((_ROWS, _KEYS))
+        ds_smem = make_layout((TILE_ROWS, _KEYS))
         make_mma = functools.partial(
             hopper_helpers.make_trivial_tiled_mma,
             self.dtype,
@@ -136,7 +137,7 @@ class SelectedBackward:
             acc_dtype=Float32,
             atom_layout_mnk=(1, 1, 1),
         )
-        mma_s = make_mma(b_leading_mode=OperandMajorMode.K, tiler_mn=(_KEYS, _ROWS))
+        mma_s = make_mma(b_leading_mode=OperandMajorMode.K, tiler_mn=(_KEYS, TILE_ROWS))
         mma_dk, mma_dv = (
             make_mma(
                 b_leading_mode=OperandMajorMode.MN,
@@ -145,7 +146,7 @@ class SelectedBackward:
             )
             for width in (self.head_dim, self.head_dim_v)
         )
-        mma_dq = make_mma(b_leading_mode=OperandMajorMode.MN, tiler_mn=(_ROWS, self.dq_columns))
+        mma_dq = make_mma(b_leading_mode=OperandMajorMode.MN, tiler_mn=(TILE_ROWS, self.dq_columns))
         tensors = (mQ, mK, mV, mdO, mLse, mDelta, mTokens, mItems, mNumItems, mdQ, mdK, mdV)
         strides = (q_stride, k_stride, v_stride, do_stride)
         sizes = (kv_heads, wave_items, unit_pairs, chunks, chunk_tokens)
@@ -213,10 +214,10 @@ class SelectedBackward:
                 smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
                 for x in (k_smem, v_smem, q_smem, do_smem, ds_smem)
             )
-            tokens = const_expr(item_tokens(self.group) + _ROWS)
+            tokens = const_expr(item_tokens(self.group) + TILE_ROWS)
             sTokens = smem.allocate_tensor(Int32, cute.make_layout(tokens), 16)
             # Log-sum-exp, then delta, of the rows of a stage.
-            statistics_layout = cute.make_layout((_ROWS, 2, self.stages))
+            statistics_layout = cute.make_layout((TILE_ROWS, 2, self.stages))
             sStatistics = smem.allocate_tensor(Float32, statistics_layout, 16)
 
             load_tokens(mTokens, sTokens, begin, count, tidx, self.threads)
@@ -243,12 +244,12 @@ class SelectedBackward:
             columns = const_expr(self.head_dim // self.warpgroups)
             columns_v = const_expr(self.head_dim_v // self.warpgroups)
             partition = sm90_utils.partition_fragment_ABC
-            _, tSrK, tSrQ = partition(thr_s, (_KEYS, _ROWS, self.head_dim), sK, sQ)
-            _, tPrV, tPrdO = partition(thr_s, (_KEYS, _ROWS, self.head_dim_v), sV, sdO)
+            _, tSrK, tSrQ = partition(thr_s, (_KEYS, TILE_ROWS, self.head_dim), sK, sQ)
+            _, tPrV, tPrdO = partition(thr_s, (_KEYS, TILE_ROWS, self.head_dim_v), sV, sdO)
             sQt = self._columns_of(layout_utils.transpose_view(sQ), columns, wg)
             sdOt = self._columns_of(layout_utils.transpose_view(sdO), columns_v, wg)
-            acc_dK, _, tdKrQt = partition(thr_dk, (_KEYS, columns, _ROWS), None, sQt)
-            acc_dV, _, tdVrdOt = partition(thr_dv, (_KEYS, columns_v, _ROWS), None, sdOt)
+            acc_dK, _, tdKrQt = partition(thr_dk, (_KEYS, columns, TILE_ROWS), None, sQt)
+            acc_dV, _, tdVrdOt = partition(thr_dv, (_KEYS, columns_v, TILE_ROWS), None, sdOt)
             sKt = layout_utils.transpose_view(sK)
             tdQrKt = []
             for i in cutlass.range_constexpr(self.dq_parts):
@@ -256,7 +257,7 @@ class SelectedBackward:
                     sKt, (self.dq_columns, _KEYS), (wg * self.dq_parts + i, 0)
                 )
                 _, tdQrdS, fragment = partition(
-                    thr_dq, (_ROWS, self.dq_columns, _KEYS), sdS, slice_of_K
+                    thr_dq, (TILE_ROWS, self.dq_columns, _KEYS), sdS, slice_of_K
                 )
                 tdQrKt.append(fragment)
             acc_dK.fill(0.0)
@@ -271,7 +272,7 @@ class SelectedBackward:
                 position_independent=True,
             )
             tScS = layout_utils.reshape_acc_to_mn(
-                thr_mma.partition_C(cute.make_identity_tensor((_KEYS, _ROWS)))
+                thr_mma.partition_C(cute.make_identity_tensor((_KEYS, TILE_ROWS)))
             )
             tLse, tDelta = (
                 layout_utils.mma_partition_C_vec(
@@ -285,7 +286,7 @@ class SelectedBackward:
             if const_expr(self.causal):
                 # Tokens of the item do not come before its chunk.
                 hidden = keys < _KEYS or first + (_KEYS - 1) > chunk_start
-            tiles = cute.ceil_div(rows, _ROWS)
+            tiles = cute.ceil_div(rows, TILE_ROWS)
             for tile in cutlass.range(tiles, unroll=1):
                 stage = tile % self.stages
                 if const_expr(self.stages == 1):  # noqa: SIM102 (one is decided at compile time)
@@ -307,12 +308,12 @@ class SelectedBackward:
                     cute.arch.cp_async_commit_group()
 
                 scores = functools.partial(
-                    sm90_utils.gemm_zero_init, mma_s, (_KEYS, _ROWS), B_idx=stage
+                    sm90_utils.gemm_zero_init, mma_s, (_KEYS, TILE_ROWS), B_idx=stage
                 )
                 acc_S = scores(tSrK, tSrQ, wg_wait=-1 if self.overlap else 0)
                 if const_expr(self.overlap):
                     acc_dP = scores(tPrV, tPrdO, wg_wait=1)
-                if hidden or (tile + 1) * _ROWS > rows:
+                if hidden or (tile + 1) * TILE_ROWS > rows:
                     self._mask(acc_S, tScS, sTokens, tile, first, keys, count)
                 acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
                 lse = copy_utils.load_s2r(tLse[None, stage])
@@ -349,7 +350,7 @@ class SelectedBackward:
                 offsets = self._row_offsets(sTokens, kv_heads, kv_head, tile, warp, lane, count)
                 for i in cutlass.range_constexpr(self.dq_parts):
                     acc_dQ = sm90_utils.gemm_zero_init(
-                        mma_dq, (_ROWS, self.dq_columns), tdQrdS, tdQrKt[i], wg_wait=-1
+                        mma_dq, (TILE_ROWS, self.dq_columns), tdQrdS, tdQrKt[i], wg_wait=-1
                     )
                     if const_expr(self.overlap and i == 0):
                         sm90_utils.gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=1)
@@ -374,7 +375,7 @@ class SelectedBackward:
         """The warpgroup's rows of ``x``, of shape (width * warpgroups, 64, stages)."""
         if const_expr(self.warpgroups == 1):
             return x
-        return cute.local_tile(x, (width, _ROWS, self.stages), (wg, 0, 0))
+        return cute.local_tile(x, (width, TILE_ROWS, self.stages), (wg, 0, 0))
 
     @cute.jit
     def _load_pairs(
@@ -407,12 +408,12 @@ class SelectedBackward:
         stage: Int32,
     ):
         """The first 64 threads load the log-sum-exp of a row each, the next 64 its delta."""
-        row = tidx % _ROWS
+        row = tidx % TILE_ROWS
         pair, head = pair_and_head(tile, row, 0, self.group)
         offset = (Int64(sTokens[pair]) * kv_heads + kv_head) * self.group + head
         atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
         for i, mX in ((0, mLse), (1, mDelta)):
-            if tidx // _ROWS == i:
+            if tidx // TILE_ROWS == i:
                 source = cute.make_tensor(mX.iterator + offset, cute.make_layout(1))
                 target = sStatistics.iterator + sStatistics.layout((row, i, stage))
                 cute.copy(atom, source, cute.make_tensor(target, cute.make_layout(1)))

@@ -37,7 +37,12 @@ from nsa.fused.kernels.forward_tiles import (
     store_row,
     store_values,
 )
-from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
+from nsa.fused.kernels.inverted_index import (
+    ITEM_FIELDS,
+    invert_index,
+    item_tokens,
+    load_slots,
+)
 from nsa.fused.kernels.rows import (
     TILE_ROWS,
     block_rows,
@@ -57,7 +62,6 @@ from nsa.fused.kernels.vectors import (
 from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens, units_of_wave
 
 _THREADS = 128
-_ROWS = TILE_ROWS
 _LOG2_E = math.log2(math.e)
 _SHARED_BYTES = 227 * 1024
 # Partial results that a thread of the combination loads together.
@@ -86,7 +90,7 @@ class SelectedForward:
         most = 3 if head_dim_v <= 128 else 2
         # With room for two CTAs at least, queries have two stages.
         for self.stages in (2, 1):
-            elements = self.stages * _ROWS * head_dim + block_size * (head_dim + head_dim_v)
+            elements = self.stages * TILE_ROWS * head_dim + block_size * (head_dim + head_dim_v)
             self.ctas = min(most, _SHARED_BYTES // (2 * elements + 4 * item_tokens(group) + 3072))
             if self.ctas > 1:
                 break
@@ -116,7 +120,7 @@ class SelectedForward:
         make_layout = functools.partial(
             sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
         )
-        q_smem = make_layout((_ROWS, self.head_dim), stage=self.stages)
+        q_smem = make_layout((TILE_ROWS, self.head_dim), stage=self.stages)
         k_smem, v_smem = (
             make_layout((self.block_size, dim)) for dim in (self.head_dim, self.head_dim_v)
         )
@@ -172,7 +176,7 @@ class SelectedForward:
                 for x in (q_smem, k_smem, v_smem)
             )
             rows = count * self.group
-            tokens = const_expr(item_tokens(self.group) + _ROWS)
+            tokens = const_expr(item_tokens(self.group) + TILE_ROWS)
             sTokens = smem.allocate_tensor(Int32, cute.make_layout(tokens), 16)
             values = load_values(
                 mV, sV, v_stride, block_rows(first, keys, kv_head * self.head_dim_v), tidx
@@ -186,7 +190,7 @@ class SelectedForward:
             load_queries = functools.partial(
                 self._load_queries, mQ, sQ, sTokens, q_stride, kv_head, tidx
             )
-            tiles = cute.ceil_div(rows, _ROWS)
+            tiles = cute.ceil_div(rows, TILE_ROWS)
             for tile in cutlass.range_constexpr(self.stages):
                 if tile == 0 or tile < tiles:
                     load_queries(Int32(tile))
@@ -194,23 +198,23 @@ class SelectedForward:
             store_values(values, sV, tidx)
 
             _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
-                mma_qk.get_slice(0), (_ROWS, self.block_size, self.head_dim), sQ, sK
+                mma_qk.get_slice(0), (TILE_ROWS, self.block_size, self.head_dim), sQ, sK
             )
             _, tOrP, tOrVt = sm90_utils.partition_fragment_ABC(
                 mma_pv.get_slice(0),
-                (_ROWS, self.head_dim_v, self.block_size),
+                (TILE_ROWS, self.head_dim_v, self.block_size),
                 None,
                 layout_utils.transpose_view(sV),
             )
             tScS = layout_utils.reshape_acc_to_mn(
                 mma_qk.get_slice(tidx).partition_C(
-                    cute.make_identity_tensor((_ROWS, self.block_size))
+                    cute.make_identity_tensor((TILE_ROWS, self.block_size))
                 )
             )
             out_row = Int64(begin - wave_start) * self.group + tScS[0, 0][0]
 
             acc_S = cute.make_rmem_tensor(
-                mma_qk.partition_shape_C((_ROWS, self.block_size)), Float32
+                mma_qk.partition_shape_C((TILE_ROWS, self.block_size)), Float32
             )
             acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
             compute_scores = functools.partial(self._scores, mma_qk, acc_S, tSrQ, tSrK)
@@ -221,8 +225,8 @@ class SelectedForward:
 
             for tile in cutlass.range(tiles, unroll=1):
                 # A thread has two rows, this one and the 8th after it.
-                row = tile * _ROWS + tScS[0, 0][0]
-                tile_row = out_row + tile * _ROWS
+                row = tile * TILE_ROWS + tScS[0, 0][0]
+                tile_row = out_row + tile * TILE_ROWS
                 limits = cute.make_rmem_tensor(2, Int32)
                 for r in cutlass.range_constexpr(2):
                     limits[r] = keys
@@ -255,7 +259,7 @@ class SelectedForward:
                 cute.arch.fence_view_async_shared()
                 cute.arch.barrier()
                 acc_O = sm90_utils.gemm_zero_init(
-                    mma_pv, (_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
+                    mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
                 )
                 # Of the next tile, while this one's output is stored; past the last, for nothing.
                 compute_scores(tile + 1)
@@ -267,9 +271,9 @@ class SelectedForward:
                 rO = utils.cvt_f16(acc_O, self.dtype)
                 for r in cutlass.range_constexpr(2):
                     if row + 8 * r < rows:
-                        store_row(
-                            rO, r, mPartial, tile_row * self.head_dim_v + 8 * r * self.head_dim_v
-                        )
+                        # As a sum, in which the rows' offsets share all but a constant.
+                        offset = tile_row * self.head_dim_v + 8 * r * self.head_dim_v
+                        store_row(rO, r, mPartial, offset)
             warpgroup.wait_group(0)
             cute.arch.cp_async_wait_group(0)
 
@@ -364,10 +368,7 @@ class CombinePartials:
         wanted = local < chunk_tokens and token < num_tokens
         if unit < first_unit + units:
             token_row = Int64(cutlass.min(token, num_tokens - 1)) * kv_heads + kv_head
-            position = cute.make_rmem_tensor(self.slots, Int32)
-            aligned = const_expr(4 if self.slots % 4 == 0 else 1)
-            pointer = mPosition.iterator + cute.assume(token_row * self.slots, divby=aligned)
-            cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(self.slots)), position)
+            position = load_slots(mPosition, token_row, self.slots)
             for i in cutlass.range_constexpr(self.slots):
                 present = wanted and position[i] >= 0
                 position[i] = position[i] - wave_start if present else Int32(-1)
@@ -569,13 +570,13 @@ def selected_forward(
     block_indices = block_indices.contiguous()
     chunk = choose_chunk_tokens(total, group, len(blocks.first), slots, 2 * head_dim)
     wave = units_of_wave(chunk, slots, group, head_dim_v)
+    index = invert_index(
+        block_indices, blocks, block_size, causal, chunk, wave, item_tokens(group), band
+    )
     out = torch.empty(total, heads, head_dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(total, heads, dtype=torch.float32, device=q.device)
     (q, q_stride), (k, k_stride), (v, v_stride) = flat_rows(q), flat_rows(k), flat_rows(v)
     rows, strides, scale_log2 = (q, k, v), (q_stride, k_stride, v_stride), scale * _LOG2_E
-    index = invert_index(
-        *(block_indices, blocks, block_size, causal, chunk, wave, item_tokens(group), band)
-    )
     band_lse = None
     if band:
         # The band has no results for tokens of no sequence.
