@@ -1,9 +1,11 @@
 """Times of GPU work: blocks of repetitions in turn, with and without a CUDA graph; peak memory."""
 
 import contextlib
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -42,6 +44,11 @@ class Timing:
     note: str = ""
 
 
+class _Counts(NamedTuple):
+    repeats: int
+    settle: int  # calls before a block of repetitions
+
+
 def measure(
     steps: dict[str, Step],
     *,
@@ -65,14 +72,17 @@ def measure(
         first = _first_call(step, timings[name])
         if first is None:
             continue
-        counts[name] = max(3, min(repeats, int(1000 * seconds / first)))
+        counts[name] = _Counts(
+            repeats=max(3, min(repeats, int(1000 * seconds / first))),
+            settle=min(SETTLE_CALLS, math.ceil(SETTLE_MILLISECONDS / first)),
+        )
         if name in once and first > 1000 * LONG_SECONDS:
             timings[name].eager.append(first)
-            counts[name] = 0
+            counts[name] = counts[name]._replace(repeats=0)
     _alternate({name: steps[name] for name in counts}, counts, timings, "eager")
     if graphs:
         replays = {}
-        for name in (name for name, count in counts.items() if count):
+        for name in (name for name, count in counts.items() if count.repeats):
             try:
                 replays[name] = capture(steps[name])
             except RuntimeError as error:
@@ -91,13 +101,15 @@ def timed(step: Step) -> float:
     return start.elapsed_time(end)
 
 
-def timed_in_a_row(step: Step, calls: int) -> list[float]:
-    """Milliseconds from the end of one call to the end of the next, after one that is not timed.
+def timed_in_a_row(step: Step, calls: int, settle: int) -> list[float]:
+    """Milliseconds from the end of one call to the end of the next, after some that are not timed.
 
     As layers of a model follow one another: the host launches a call while the GPU still does the
     one before, and what it takes shows only where the GPU waits for it.
     """
     events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    for _ in range(settle - 1):
+        step()
     for event in events:
         step()
         event.record()
@@ -161,16 +173,13 @@ def _first_call(step: Step, timing: Timing) -> float | None:
 
 
 def _alternate(
-    steps: dict[str, Step], counts: dict[str, int], timings: dict[str, Timing], kind: str
+    steps: dict[str, Step], counts: dict[str, _Counts], timings: dict[str, Timing], kind: str
 ):
     for block in range(BLOCKS):
         for name, step in steps.items():
-            repeats = counts[name] // BLOCKS + (block < counts[name] % BLOCKS)
+            done, rest = divmod(counts[name].repeats, BLOCKS)
+            repeats = done + (block < rest)
             if not repeats:
                 continue
-            settled = 0.0
-            for _ in range(SETTLE_CALLS):
-                settled += timed(step)
-                if settled > SETTLE_MILLISECONDS:
-                    break
-            getattr(timings[name], kind).extend(timed_in_a_row(step, repeats))
+            times = timed_in_a_row(step, repeats, counts[name].settle)
+            getattr(timings[name], kind).extend(times)
