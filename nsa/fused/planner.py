@@ -313,7 +313,7 @@ class _TokenChunk(_Chunk):
 
     @property
     def _pair_results(self) -> int:
-        """The inverted index, the partial results of a wave, and the band's log-sum-exp."""
+        """The inverted index, and the partial results of a wave."""
         p, group = self.problem, self.heads // self.kv_heads
         slots, blocks = p.config.num_selected_blocks, num_selection_blocks(self.tokens, p.config)
         chunk = choose_chunk_tokens(self.tokens, group, blocks, slots, 2 * self._dim)
@@ -321,7 +321,7 @@ class _TokenChunk(_Chunk):
         # At least a unit; the last chunk is not shorter than the others.
         wave = max(WORKSPACE_BYTES, chunk * of_token)
         results = min(wave, self.kv_heads * (self.tokens + chunk) * of_token)
-        return 3 * self._pairs * 4 + results + self.tokens * self.heads * 4
+        return 3 * self._pairs * 4 + results
 
 
 def _free_bytes(device: torch.device) -> int:

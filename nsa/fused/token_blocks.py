@@ -33,6 +33,11 @@ class TokenBlocks(NamedTuple):
     keys: Tensor
     sequences: int
 
+    def most_of_range(self, tokens: int, block_size: int) -> int:
+        """More blocks than this have no token among ``tokens`` consecutive ones."""
+        # A sequence that starts there has one that is not full, the one before it two.
+        return min(tokens, tokens // block_size + min(self.sequences, tokens) + 1)
+
 
 def make_token_blocks(geometry: Geometry, batch: int) -> TokenBlocks:
     """The blocks of a batch of ``batch`` entries that ``geometry`` describes."""

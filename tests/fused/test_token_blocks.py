@@ -62,3 +62,15 @@ def test_a_wave_fits_the_workspace_but_is_a_unit_at_least(chunk_tokens, units):
     assert units_of_wave(chunk_tokens, 16, 16, 128) == units
     unit_bytes = chunk_tokens * 16 * 16 * (128 * 2 + 4)
     assert units == 1 or units * unit_bytes <= WORKSPACE_BYTES < (units + 1) * unit_bytes
+
+
+@pytest.mark.parametrize("lengths", [[70, 1, 1, 1, 32, 33], [1] * 40, [300], [31, 65, 64, 33]])
+@pytest.mark.parametrize("tokens", [16, 64])
+def test_no_more_blocks_have_tokens_in_a_range(lengths, tokens):
+    config = nsa.NSAConfig.paper(select_block_size=SIZE)
+    packed = torch.zeros(sum(lengths), 1, 8)
+    blocks = make_token_blocks(Geometry.of(packed, make_cu_seqlens(lengths), config), 1)
+    numbers = [i for i, keys in enumerate(blocks.keys.tolist()) for _ in range(keys)]
+    assert len(numbers) == sum(lengths)
+    seen = [len(set(numbers[start : start + tokens])) for start in range(len(numbers))]
+    assert max(seen) <= blocks.most_of_range(tokens, SIZE) <= tokens

@@ -1,13 +1,19 @@
-"""Token mode's selected branch, the band: attention over a sequence's first block and the last two.
+"""Token mode's selected branch: attention over the band, and the sum of it and of partial results.
 
 The paper's configuration has each token select the first block of its sequence, its own block and
-the one before. Tokens of a block have these in common, so that one CTA (a warpgroup) keeps K and V
-of all three in shared memory while the query rows of the block's tokens stream past, 64 at a time:
-row r is query head ``r % G`` of token ``r // G``. They then need neither an index nor a partial
-result each. A token sees those of the three that its list names, whatever the configuration.
+the one before. Tokens of a block have this *band* in common, so that a CTA keeps K and V of all
+three in shared memory while the query rows of some of the block's tokens stream past, 64 at a time
+and warpgroup: row r is query head ``r % G`` of token ``r // G``. They then need neither an index
+nor a partial result each. A token sees those of the three that its list names, whatever the
+configuration.
+
+To a tile's output, still in registers, the partial results of the tokens' other blocks are added
+(:mod:`nsa.fused.kernels.selected_forward`). What is left of shared memory is a ring of them, which
+cp.async fills while scores and outputs are computed: memory sets the pace.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import cutlass
@@ -20,36 +26,67 @@ from flash_attn.cute import utils
 from quack import layout_utils, sm90_utils
 
 from nsa.fused.kernels.forward_tiles import (
+    GROUP_COLUMNS,
     QUAD,
     load_values,
     make_mmas,
+    row_words,
     softmax,
     store_row,
     store_values,
 )
 from nsa.fused.kernels.rows import TILE_ROWS, load_rows, pair_and_head
-from nsa.fused.kernels.vectors import CUTE_DTYPES, compile_kernel, fake_flat
+from nsa.fused.kernels.vectors import (
+    CUTE_DTYPES,
+    VECTOR,
+    compile_kernel,
+    copy_vector,
+    fake_flat,
+    load_shared,
+    store_vector,
+)
 
 _THREADS = 128
 # In this order: the first block, the one before the tokens' own, their own.
 _PARTS = 3
-_SHARED_BYTES = 228 * 1024
-# What the hardware takes of a CTA's shared memory.
-_RESERVED_BYTES = 1024
+# What a CTA may have; the hardware takes 1 KiB more.
+_SHARED_BYTES = 227 * 1024
+# Segments of a shuffle, and the last lane of a segment.
+_WITHIN_QUAD = (32 - QUAD) << 8 | 31
+# Of a row, partial results under way: a second warpgroup must leave room for so many, and more than
+# the other are of no use.
+_ENOUGH_STAGES = 3
+_MAX_STAGES = 8
+# Tiles of a CTA: with more, some CTAs end long after the others.
+_CTA_TILES = 8
+# A thread keeps four numbers for four of them.
+_MAX_SLOTS = 32
 
 
-def shared_bytes(head_dim: int, head_dim_v: int, block_size: int) -> int:
-    elements = TILE_ROWS * head_dim + _PARTS * block_size * (head_dim + head_dim_v)
-    return 2 * elements + 4 * _PARTS * block_size + _RESERVED_BYTES
+def choose_ring(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> tuple[int, int]:
+    """Warpgroups, and slots of partial results of a tile of each that fit beside three blocks."""
+    for warpgroups in (2, 1):
+        rows = warpgroups * TILE_ROWS
+        elements = rows * head_dim + _PARTS * block_size * (head_dim + head_dim_v)
+        left = _SHARED_BYTES - 2 * elements - 4 * _PARTS * block_size
+        stages = left // (2 * rows * head_dim_v)
+        if stages >= _ENOUGH_STAGES:
+            break
+    return warpgroups, min(stages, QUAD * _lane_slots(slots), _MAX_STAGES)
 
 
-def band_fits(head_dim: int, head_dim_v: int, block_size: int) -> bool:
-    """Whether three blocks fit shared memory: not of 64 tokens with 256 channels of both."""
-    return shared_bytes(head_dim, head_dim_v, block_size) <= _SHARED_BYTES
+def _lane_slots(slots: int) -> int:
+    """Of a row's slots, those whose positions and weights one thread of the quad keeps."""
+    return -(-slots // QUAD)
+
+
+def band_fits(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> bool:
+    """Not where shared memory has no room for a ring, as for 64 tokens with 256 channels each."""
+    return slots <= _MAX_SLOTS and choose_ring(head_dim, head_dim_v, block_size, slots)[1] >= 2
 
 
 class BandForward:
-    """Writes outputs and log2 of the sums of the tokens of all sequences, 0 and -inf for none."""
+    """Outputs and log-sum-exp of the tokens of a wave, 0 and -inf for a token with no block."""
 
     def __init__(
         self,
@@ -59,6 +96,7 @@ class BandForward:
         group: int,
         block_size: int,
         causal: bool,
+        slots: int,
     ):
         self.dtype = dtype
         self.head_dim = head_dim
@@ -66,11 +104,17 @@ class BandForward:
         self.group = group
         self.block_size = block_size
         self.causal = causal
+        self.slots = slots
+        self.lane_slots = _lane_slots(slots)
+        self.warpgroups, self.stages = choose_ring(head_dim, head_dim_v, block_size, slots)
+        # Vectors of a row that a thread of the quad has.
+        self.groups = head_dim_v // GROUP_COLUMNS
         self.keys = _PARTS * block_size
+        # How many CTAs share a block's tokens.
+        self.shares = max(1, block_size * group // (_CTA_TILES * TILE_ROWS))
+        self.share_tokens = -(-block_size // self.shares)
         # Values pass through registers, which hold 192 rows of 128 channels at once.
         self.value_passes = _PARTS if head_dim_v > 128 else 1
-        # Scores of 192 keys take 96 registers of a thread.
-        self.ctas = min(3, _SHARED_BYTES // shared_bytes(head_dim, head_dim_v, block_size))
 
     @cute.jit
     def __call__(
@@ -80,36 +124,47 @@ class BandForward:
         mV: cute.Tensor,
         mIndices: cute.Tensor,
         mBase: cute.Tensor,
+        mLimit: cute.Tensor,
         mFirst: cute.Tensor,
         mKeys: cute.Tensor,
-        mOut: cute.Tensor,
-        mLse: cute.Tensor,
         q_stride: Int64,
         k_stride: Int64,
         v_stride: Int64,
-        blocks: Int32,
-        slots: Int32,
-        kv_heads: Int32,
         scale_log2: Float32,
+        num_blocks: Int32,
+        chunk_blocks: Int32,
+        mPartial: cute.Tensor,
+        mPartialLse: cute.Tensor,
+        mPosition: cute.Tensor,
+        mOut: cute.Tensor,
+        mLse: cute.Tensor,
+        wave_start: Int32,
+        first_unit: Int32,
+        units: Int32,
+        chunks: Int32,
+        chunk_tokens: Int32,
+        num_tokens: Int32,
+        kv_heads: Int32,
         stream,
     ):
         q_smem, k_smem, v_smem = (
-            sm90_utils.make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, shape)
-            for shape in (
-                (TILE_ROWS, self.head_dim),
-                (self.keys, self.head_dim),
-                (self.keys, self.head_dim_v),
+            sm90_utils.make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, shape, stage=stage)
+            for shape, stage in (
+                ((TILE_ROWS, self.head_dim), self.warpgroups),
+                ((self.keys, self.head_dim), None),
+                ((self.keys, self.head_dim_v), None),
             )
         )
         mma_qk, mma_pv = make_mmas(self.dtype, self.keys, self.head_dim_v)
-        tensors = (mQ, mK, mV, mIndices, mBase, mFirst, mKeys, mOut, mLse)
-        sizes = (q_stride, k_stride, v_stride, slots, kv_heads, scale_log2)
+        tensors = (mQ, mK, mV, mIndices, mBase, mLimit, mFirst, mKeys)
+        tensors += (mPartial, mPartialLse, mPosition, mOut, mLse)
+        sizes = (q_stride, k_stride, v_stride, scale_log2, num_blocks, wave_start, first_unit)
+        sizes += (chunks, chunk_tokens, num_tokens, kv_heads)
         self.kernel(*tensors, *sizes, mma_qk, mma_pv, q_smem, k_smem, v_smem).launch(
-            grid=[blocks, kv_heads, 1],
-            block=[_THREADS, 1, 1],
+            grid=[chunk_blocks * self.shares, units, 1],
+            block=[self.warpgroups * _THREADS, 1, 1],
             stream=stream,
-            min_blocks_per_mp=self.ctas,
-            preferred_smem_carveout=100,
+            min_blocks_per_mp=1,
         )
 
     @cute.kernel
@@ -120,59 +175,105 @@ class BandForward:
         mV: cute.Tensor,
         mIndices: cute.Tensor,
         mBase: cute.Tensor,
+        mLimit: cute.Tensor,
         mFirst: cute.Tensor,
         mKeys: cute.Tensor,
+        mPartial: cute.Tensor,
+        mPartialLse: cute.Tensor,
+        mPosition: cute.Tensor,
         mOut: cute.Tensor,
         mLse: cute.Tensor,
         q_stride: Int64,
         k_stride: Int64,
         v_stride: Int64,
-        slots: Int32,
-        kv_heads: Int32,
         scale_log2: Float32,
+        num_blocks: Int32,
+        wave_start: Int32,
+        first_unit: Int32,
+        chunks: Int32,
+        chunk_tokens: Int32,
+        num_tokens: Int32,
+        kv_heads: Int32,
         mma_qk: cute.TiledMma,
         mma_pv: cute.TiledMma,
         q_smem: cute.ComposedLayout,
         k_smem: cute.ComposedLayout,
         v_smem: cute.ComposedLayout,
     ):
-        tidx, _, _ = cute.arch.thread_idx()
-        block, kv_head, _ = cute.arch.block_idx()
-        # Of the block: tokens, and 0 where it is of no sequence.
-        count = mKeys[block]
-        if count > 0:
-            first = mFirst[block]
-            base = mBase[first]
+        cta_tidx, _, _ = cute.arch.thread_idx()
+        warpgroup_idx = cute.arch.make_warp_uniform(cta_tidx // _THREADS)
+        tidx = cta_tidx % _THREADS
+        share, unit, _ = cute.arch.block_idx()
+        unit += first_unit
+        kv_head = unit // chunks
+        start = unit % chunks * chunk_tokens
+        end = cutlass.min(start + chunk_tokens, num_tokens)
+        # Blocks are numbered as tokens are: from the one of the chunk's first token on.
+        start_base = cutlass.min(mBase[start], num_blocks - 1)
+        block = start_base + (start - mFirst[start_base]) // self.block_size + share // self.shares
+        first, keys = Int32(0), Int32(0)
+        if mLimit[start] > 0 and block < num_blocks:
+            first, keys = mFirst[block], mKeys[block]
+        share_first = first + share % self.shares * self.share_tokens
+        begin = cutlass.max(share_first, start)
+        count = cutlass.min(cutlass.min(first + keys, share_first + self.share_tokens), end) - begin
+        if keys > 0 and count > 0:
+            base = mBase[begin]
             own = block - base
+            skipped = begin - first
 
             smem = cutlass.utils.SmemAllocator()
             sQ, sK, sV = (
                 smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
                 for x in (q_smem, k_smem, v_smem)
             )
+            ring_shape = (self.stages, 2, self.groups, self.warpgroups * _THREADS, (VECTOR, 1))
+            ring_layout = cute.make_ordered_layout(ring_shape, order=(4, 3, 2, 1, 0))
+            sRing = smem.allocate_tensor(self.dtype, ring_layout, 128)
+            # A thread reads what it loaded itself.
+            sRing = sRing[None, None, None, cta_tidx, None]
             # Of each part, the keys that a token sees.
             limits_layout = cute.make_layout((_PARTS, self.block_size))
             sLimits = smem.allocate_tensor(Int32, limits_layout, 16)
 
-            key_place = functools.partial(self._key_place, mFirst[base], first, own, count)
-            place = functools.partial(key_place, kv_head * self.head_dim, 0)
-            load_rows(mK, sK, k_stride, place, tidx, _THREADS)
-            load_queries = functools.partial(
-                self._load_queries, mQ, sQ, q_stride, first, kv_head, count, tidx
+            tScS = layout_utils.reshape_acc_to_mn(
+                mma_qk.get_slice(tidx).partition_C(
+                    cute.make_identity_tensor((TILE_ROWS, self.keys))
+                )
             )
-            load_queries(Int32(0))
-            if tidx < self.block_size:
-                token = cutlass.min(tidx, count - 1)
+            # A thread has two rows, this one and the 8th after it.
+            tile_row = tScS[0, 0][0]
+            load_positions = functools.partial(
+                *(self._load_positions, mPosition, wave_start, begin, count),
+                *(kv_heads, kv_head, tile_row, tidx),
+            )
+            load_partial = functools.partial(self._load_partial, mPartial, sRing, tile_row, tidx)
+            positions = load_positions(warpgroup_idx)
+            key_place = functools.partial(self._key_place, mFirst[base], first, own, keys)
+            place = functools.partial(key_place, kv_head * self.head_dim, 0)
+            if warpgroup_idx == 0:
+                load_rows(mK, sK, k_stride, place, tidx, _THREADS)
+            load_queries = functools.partial(
+                self._load_queries, mQ, sQ, q_stride, begin, kv_head, count, tidx, warpgroup_idx
+            )
+            load_queries(warpgroup_idx)
+            for slot in cutlass.range_constexpr(self.stages):
+                lane, i = const_expr(slot // self.lane_slots), const_expr(slot % self.lane_slots)
+                load_partial(warpgroup_idx, Int32(slot), positions, i, Int32(lane))
+                cute.arch.cp_async_commit_group()
+            if cta_tidx < self.block_size:
+                token = cutlass.min(tidx, keys - 1)
                 row = Int64(first + token) * kv_heads + kv_head
-                limits = self._limits(mIndices, row * slots, slots, own, token, count)
+                limits = self._limits(mIndices, row * self.slots, own, token, keys)
                 for part in cutlass.range_constexpr(_PARTS):
                     sLimits[part, tidx] = limits[part]
             pass_rows = const_expr(self.keys // self.value_passes)
-            for i in cutlass.range_constexpr(self.value_passes):
-                sV_pass = cute.local_tile(sV, (pass_rows, self.head_dim_v), (i, 0))
-                place = functools.partial(key_place, kv_head * self.head_dim_v, i * pass_rows)
-                values = load_values(mV, sV_pass, v_stride, place, tidx)
-                store_values(values, sV_pass, tidx)
+            if warpgroup_idx == self.warpgroups - 1:
+                for i in cutlass.range_constexpr(self.value_passes):
+                    sV_pass = cute.local_tile(sV, (pass_rows, self.head_dim_v), (i, 0))
+                    v_place = functools.partial(key_place, kv_head * self.head_dim_v, i * pass_rows)
+                    values = load_values(mV, sV_pass, v_stride, v_place, tidx)
+                    store_values(values, sV_pass, tidx)
 
             _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
                 mma_qk.get_slice(0), (TILE_ROWS, self.keys, self.head_dim), sQ, sK
@@ -183,56 +284,82 @@ class BandForward:
                 None,
                 layout_utils.transpose_view(sV),
             )
-            tScS = layout_utils.reshape_acc_to_mn(
-                mma_qk.get_slice(tidx).partition_C(
-                    cute.make_identity_tensor((TILE_ROWS, self.keys))
-                )
-            )
-
-            rows = count * self.group
-            tiles = cute.ceil_div(rows, TILE_ROWS)
-            for tile in cutlass.range(tiles, unroll=1):
-                cute.arch.cp_async_commit_group()
-                cute.arch.cp_async_wait_group(0)
+            tiles = cute.ceil_div(count * self.group, TILE_ROWS)
+            stage = Int32(0)
+            cute.arch.cp_async_wait_group(self.stages - 1)
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier()
+            for tile in cutlass.range(warpgroup_idx, tiles, self.warpgroups, unroll=1):
+                # The queries came with a slot that is not one of the last ``stages - 1``.
+                cute.arch.cp_async_wait_group(self.stages - 1)
                 cute.arch.fence_view_async_shared()
-                cute.arch.barrier()
+                cute.arch.barrier(barrier_id=warpgroup_idx + 1, number_of_threads=_THREADS)
                 acc_S = sm90_utils.gemm_zero_init(
-                    mma_qk, (TILE_ROWS, self.keys), tSrQ, tSrK, wg_wait=-1
+                    mma_qk, (TILE_ROWS, self.keys), tSrQ, tSrK, A_idx=warpgroup_idx, wg_wait=-1
                 )
-                # A thread has two rows, this one and the 8th after it.
-                row = tile * TILE_ROWS + tScS[0, 0][0]
+                weights = self._load_partial_lse(mPartialLse, positions, tile, tile_row)
+                next_positions = load_positions(tile + self.warpgroups)
                 limits = cute.make_rmem_tensor((_PARTS, 2), Int32)
                 for r in cutlass.range_constexpr(2):
-                    token = cutlass.min((row + 8 * r) // self.group, count - 1)
+                    pair, _ = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
+                    token = skipped + cutlass.min(pair, count - 1)
                     for part in cutlass.range_constexpr(_PARTS):
                         limits[part, r] = sLimits[part, token]
                 warpgroup.wait_group(0)
                 # All warps have read the queries.
-                cute.arch.barrier()
-                if tile + 1 < tiles:
-                    load_queries(tile + 1)
+                cute.arch.barrier(barrier_id=warpgroup_idx + 1, number_of_threads=_THREADS)
+                if tile + self.warpgroups < tiles:
+                    load_queries(tile + self.warpgroups)
                 acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
                 self._mask(acc_S_mn, tScS, limits)
-
                 inverse_sum, lse = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
                 for r in cutlass.range_constexpr(2):
                     inverse_sum[r], lse[r] = softmax(acc_S_mn[r, None], scale_log2, empty=True)
                 utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
-                # Stored before the scores are converted, ptxas waits after each wgmma (D=64, G=1).
-                for r in cutlass.range_constexpr(2):
-                    if tidx % QUAD == 0 and row + 8 * r < rows:
-                        mLse[self._out_row(row + 8 * r, first, kv_heads, kv_head)] = lse[r]
                 acc_O = sm90_utils.gemm_zero_init(
-                    mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=0
+                    mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
                 )
+                for r in cutlass.range_constexpr(2):
+                    band_share, lse[r] = self._weigh(weights[r, None], lse[r])
+                    inverse_sum[r] *= band_share
+                warpgroup.wait_group(0)
                 acc_O_mn = layout_utils.reshape_acc_to_mn(acc_O)
                 for r in cutlass.range_constexpr(2):
                     acc_O_mn[r, None].store(acc_O_mn[r, None].load() * inverse_sum[r])
+
+                for lane in cutlass.range(QUAD, unroll=1):
+                    for i in cutlass.range_constexpr(self.lane_slots):
+                        cute.arch.cp_async_wait_group(self.stages - 1)
+                        self._add_partial(acc_O, sRing, stage, weights, i, lane)
+                        # The slot that is ``stages`` further on, perhaps of the next tile.
+                        further = const_expr(i + self.stages)
+                        from_lane = lane + further // self.lane_slots
+                        ahead = from_lane >= QUAD
+                        column = const_expr(further % self.lane_slots)
+                        chosen = cute.make_rmem_tensor((2, self.lane_slots), Int32)
+                        for r in cutlass.range_constexpr(2):
+                            here, there = positions[r, column], next_positions[r, column]
+                            chosen[r, column] = there if ahead else here
+                        load_partial(
+                            *(tile + self.warpgroups if ahead else tile, stage, chosen, column),
+                            from_lane % QUAD,
+                        )
+                        cute.arch.cp_async_commit_group()
+                        stage = stage + 1 if stage + 1 < self.stages else Int32(0)
+                positions.store(next_positions.load())
+
                 rO = utils.cvt_f16(acc_O, self.dtype)
                 for r in cutlass.range_constexpr(2):
-                    if row + 8 * r < rows:
-                        out_row = self._out_row(row + 8 * r, first, kv_heads, kv_head)
-                        store_row(rO, r, mOut, out_row * self.head_dim_v)
+                    pair, head = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
+                    if pair < count:
+                        row = (Int64(begin + pair) * kv_heads + kv_head) * self.group + head
+                        store_row(rO, r, mOut, row * self.head_dim_v)
+                        if tidx % QUAD == 0:
+                            mLse[row] = lse[r] * math.log(2.0)
+            cute.arch.cp_async_wait_group(0)
+        if warpgroup_idx == 0:
+            first_cleared = start + share * self.share_tokens
+            self._clear(mLimit, mOut, mLse, first_cleared, end, kv_heads, kv_head)
 
     @cute.jit
     def _key_place(
@@ -268,6 +395,7 @@ class BandForward:
         kv_head: Int32,
         count: Int32,
         tidx: Int32,
+        warpgroup_idx: Int32,
         tile: Int32,
     ):
         """Rows past the tokens repeat heads of the last one; they are not stored."""
@@ -277,14 +405,13 @@ class BandForward:
             column = (kv_head * self.group + head) * self.head_dim
             return first + cutlass.min(pair, count - 1), column
 
-        load_rows(mQ, sQ, stride, place, tidx, _THREADS)
+        load_rows(mQ, sQ, stride, place, tidx, _THREADS, warpgroup_idx)
 
     @cute.jit
     def _limits(
         self,
         mIndices: cute.Tensor,
         start: Int64,
-        slots: Int32,
         own: Int32,
         token: Int32,
         count: Int32,
@@ -294,7 +421,7 @@ class BandForward:
         Its list is at ``start``.
         """
         sees_first, sees_before, sees_own = Int32(0), Int32(0), Int32(0)
-        for i in cutlass.range(slots, unroll=4):
+        for i in cutlass.range(self.slots, unroll=4):
             listed = mIndices[start + i]
             sees_first = self.block_size if listed == 0 and own > 1 else sees_first
             sees_before = self.block_size if listed >= 0 and listed == own - 1 else sees_before
@@ -316,9 +443,142 @@ class BandForward:
                         acc_S_mn[r, c] = acc_S_mn[r, c] if visible else -Float32.inf
 
     @cute.jit
-    def _out_row(self, row: Int32, first: Int32, kv_heads: Int32, kv_head: Int32) -> Int64:
-        token = Int64(first + row // self.group)
-        return (token * kv_heads + kv_head) * self.group + row % self.group
+    def _load_positions(
+        self,
+        mPosition: cute.Tensor,
+        wave_start: Int32,
+        begin: Int32,
+        count: Int32,
+        kv_heads: Int32,
+        kv_head: Int32,
+        tile_row: Int32,
+        tidx: Int32,
+        tile: Int32,
+    ) -> cute.Tensor:
+        """In the workspace, of this thread's share of the slots of its two rows; -1 for no pair."""
+        positions = cute.make_rmem_tensor((2, self.lane_slots), Int32)
+        for r in cutlass.range_constexpr(2):
+            pair, _ = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
+            row = Int64(begin + cutlass.min(pair, count - 1)) * kv_heads + kv_head
+            for i in cutlass.range_constexpr(self.lane_slots):
+                slot = tidx % QUAD * self.lane_slots + i
+                position = mPosition[row * self.slots + cutlass.min(slot, self.slots - 1)]
+                real = pair < count and slot < self.slots and position >= 0
+                positions[r, i] = position - wave_start if real else Int32(-1)
+        return positions
+
+    @cute.jit
+    def _load_partial_lse(
+        self, mPartialLse: cute.Tensor, positions: cute.Tensor, tile: Int32, tile_row: Int32
+    ) -> cute.Tensor:
+        """Those of ``positions``, log2, -inf for no pair."""
+        lse = cute.make_rmem_tensor((2, self.lane_slots), Float32)
+        for r in cutlass.range_constexpr(2):
+            _, head = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
+            for i in cutlass.range_constexpr(self.lane_slots):
+                # Where there is no pair, of the first in the workspace, for a condition would hold
+                # up the next load.
+                source = cutlass.max(positions[r, i], 0)
+                value = mPartialLse[Int64(source) * self.group + head]
+                lse[r, i] = value if positions[r, i] >= 0 else -Float32.inf
+        return lse
+
+    @cute.jit
+    def _load_partial(
+        self,
+        mPartial: cute.Tensor,
+        sRing: cute.Tensor,
+        tile_row: Int32,
+        tidx: Int32,
+        tile: Int32,
+        stage: Int32,
+        positions: cute.Tensor,
+        i: cutlass.Constexpr[int],
+        lane: Int32,
+    ):
+        """Start to copy this thread's part of slot ``i`` of ``lane`` of its quad, 0 for no pair."""
+        for r in cutlass.range_constexpr(2):
+            _, head = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
+            position = of_quad(positions[r, i], lane)
+            row = Int64(cutlass.max(position, 0)) * self.group + head
+            for group in cutlass.range_constexpr(self.groups):
+                offset = row * self.head_dim_v + tidx % QUAD * VECTOR + group * GROUP_COLUMNS
+                copy_vector(mPartial, offset, sRing[stage, r, group, None], position >= 0)
+
+    @cute.jit
+    def _weigh(self, weights: cute.Tensor, band_lse: Float32) -> tuple[Float32, Float32]:
+        """Log-sum-exps of a row become shares of the sum; the band's share, and log2 of the sum."""
+        largest = band_lse
+        for i in cutlass.range_constexpr(self.lane_slots):
+            largest = utils.fmax(largest, weights[i])
+        largest = cute.arch.warp_reduction_max(largest, threads_in_group=QUAD)
+        # Of a row with no key, all shares are then 0.
+        reference = Float32(0.0) if largest == -Float32.inf else largest
+        total = Float32(0.0)
+        for i in cutlass.range_constexpr(self.lane_slots):
+            weights[i] = cute.math.exp2(weights[i] - reference, fastmath=True)
+            total += weights[i]
+        band = cute.math.exp2(band_lse - reference, fastmath=True)
+        total = cute.arch.warp_reduction_sum(total, threads_in_group=QUAD) + band
+        inverse = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
+        for i in cutlass.range_constexpr(self.lane_slots):
+            weights[i] *= inverse
+        # log2 of 0 is -inf.
+        return band * inverse, reference + cute.math.log2(total, fastmath=True)
+
+    @cute.jit
+    def _add_partial(
+        self,
+        acc_O: cute.Tensor,
+        sRing: cute.Tensor,
+        stage: Int32,
+        weights: cute.Tensor,
+        i: cutlass.Constexpr[int],
+        lane: Int32,
+    ):
+        sums = cute.make_tensor(acc_O.iterator, cute.size(acc_O))
+        for r in cutlass.range_constexpr(2):
+            share = of_quad(weights[r, i], lane)
+            for group in cutlass.range_constexpr(self.groups):
+                values = load_shared(sRing[stage, r, group, None])
+                for j, word in enumerate(row_words(r, group)):
+                    for e in cutlass.range_constexpr(2):
+                        sums[2 * word + e] += values[2 * j + e] * share
+
+    @cute.jit
+    def _clear(
+        self,
+        mLimit: cute.Tensor,
+        mOut: cute.Tensor,
+        mLse: cute.Tensor,
+        start: Int32,
+        end: Int32,
+        kv_heads: Int32,
+        kv_head: Int32,
+    ):
+        """Outputs of tokens of no sequence, which come last; a CTA has ``share_tokens``."""
+        tidx, _, _ = cute.arch.thread_idx()
+        end = cutlass.min(start + self.share_tokens, end)
+        if start < end and mLimit[end - 1] == 0:
+            lanes = const_expr(self.head_dim_v // VECTOR)
+            zeros = cute.make_rmem_tensor(VECTOR, Float32)
+            zeros.fill(0.0)
+            vectors = (end - start) * (self.group * lanes)
+            for vector in cutlass.range(tidx, vectors, _THREADS, unroll=1):
+                token = start + vector // (self.group * lanes)
+                if mLimit[token] == 0:
+                    row = (Int64(token) * kv_heads + kv_head) * self.group
+                    row += vector // lanes % self.group
+                    column = vector % lanes * VECTOR
+                    store_vector(zeros.load(), mOut, row * self.head_dim_v + column)
+                    if column == 0:
+                        mLse[row] = -Float32.inf
+
+
+@cute.jit
+def of_quad(value: Int32 | Float32, lane: Int32) -> Int32 | Float32:
+    """What thread ``lane`` of the quad has."""
+    return cute.arch.shuffle_sync(value, lane, mask_and_clamp=_WITHIN_QUAD)
 
 
 @functools.lru_cache(maxsize=None)
@@ -329,16 +589,18 @@ def compile_band(
     group: int,
     block_size: int,
     causal: bool,
+    slots: int,
 ) -> Callable:
     cute_dtype = CUTE_DTYPES[dtype]
     return compile_kernel(
-        BandForward(cute_dtype, head_dim, head_dim_v, group, block_size, causal),
+        BandForward(cute_dtype, head_dim, head_dim_v, group, block_size, causal, slots),
         *(fake_flat(cute_dtype) for _ in range(3)),
-        *(fake_flat(Int32, alignment=4) for _ in range(4)),
-        *(fake_flat(cute_dtype), fake_flat(Float32, alignment=4)),
+        *(fake_flat(Int32, alignment=4) for _ in range(5)),
         *(Int64(1) for _ in range(3)),
-        *(Int32(1) for _ in range(3)),
-        Float32(1.0),
+        *(Float32(1.0), Int32(1), Int32(1)),
+        *(fake_flat(cute_dtype), fake_flat(Float32, alignment=4), fake_flat(Int32)),
+        *(fake_flat(cute_dtype), fake_flat(Float32, alignment=4)),
+        *(Int32(1) for _ in range(7)),
     )
 
 
@@ -353,9 +615,9 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     for dtype in (torch.bfloat16, torch.float16):
         for dim, dim_v, group in _SHAPES:
-            size = 32 if group == 3 else 64
+            size, slots = (32, 3) if group == 3 else (64, 16)
             for causal in (True, False) if group == 16 else (True,):
-                arguments = (dtype, dim, dim_v, group, size, causal)
-                form = f"{dim}-{dim_v}-{group}-{size}{'' if causal else '-all'}"
+                arguments = (dtype, dim, dim_v, group, size, causal, slots)
+                form = f"{dim}-{dim_v}-{group}-{size}-{slots}{'' if causal else '-all'}"
                 name = f"band-forward-{str(dtype).removeprefix('torch.')}-{form}"
                 yield name, functools.partial(compile_band, *arguments)

@@ -21,9 +21,10 @@ from nsa.fused.kernels.vectors import VECTOR, load_vector
 QUAD = 4
 """Neighbouring threads that share a row of wgmma's registers."""
 
+GROUP_COLUMNS = QUAD * VECTOR
+"""Columns of which each thread of a quad holds a vector."""
+
 _THREADS = 128
-# Columns of which each thread of a quad holds a vector.
-_GROUP = QUAD * VECTOR
 
 
 def make_mmas(
@@ -52,13 +53,13 @@ def load_values(
     mV: cute.Tensor, sV: cute.Tensor, stride: Int64, place: Place, tidx: Int32
 ) -> cute.Tensor:
     """A thread's groups of columns of what is to fill ``sV``: (words, vectors, groups)."""
-    groups = const_expr(cute.size(sV) // _GROUP)
+    groups = const_expr(cute.size(sV) // GROUP_COLUMNS)
     values = cute.make_rmem_tensor((QUAD, QUAD, cute.ceil_div(groups, _THREADS)), Int32)
     for i in cutlass.range_constexpr(cute.size(values, mode=[2])):
         if groups % _THREADS == 0 or i * _THREADS + tidx < groups:
             key, group = _row_and_group(sV, i * _THREADS + tidx)
             row, column = place(key, 0)
-            offset = Int64(row) * stride + (column + group * _GROUP)
+            offset = Int64(row) * stride + (column + group * GROUP_COLUMNS)
             for v in cutlass.range_constexpr(QUAD):
                 vector = load_vector(mV, offset + v * VECTOR)
                 values[None, v, i].store(cute.recast_tensor(vector, Int32).load())
@@ -71,7 +72,7 @@ def store_values(values: cute.Tensor, sV: cute.Tensor, tidx: Int32):
 
     In a row of the output, the words that wgmma gives one thread are then a vector.
     """
-    groups = const_expr(cute.size(sV) // _GROUP)
+    groups = const_expr(cute.size(sV) // GROUP_COLUMNS)
     for i in cutlass.range_constexpr(cute.size(values, mode=[2])):
         if groups % _THREADS == 0 or i * _THREADS + tidx < groups:
             key, group = _row_and_group(sV, i * _THREADS + tidx)
@@ -85,8 +86,13 @@ def store_values(values: cute.Tensor, sV: cute.Tensor, tidx: Int32):
 def _row_and_group(sV: cute.Tensor, index: Int32) -> tuple[Int32, Int32]:
     """Neighbours differ in the banks of shared memory."""
     keys, head_dim = (cute.size(sV, mode=[mode]) for mode in range(2))
-    side = 2 if head_dim % (2 * _GROUP) == 0 else 1
+    side = 2 if head_dim % (2 * GROUP_COLUMNS) == 0 else 1
     return index // side % keys, index // (side * keys) * side + index % side
+
+
+def row_words(r: int, group: int) -> list[int]:
+    """Of the words of an output in registers, two columns each, the vector of a row and group."""
+    return [2 * (group * QUAD + w) + r for w in range(QUAD)]
 
 
 @cute.jit
@@ -99,8 +105,8 @@ def store_row(rO: cute.Tensor, r: cutlass.Constexpr[int], mOut: cute.Tensor, off
     tidx, _, _ = cute.arch.thread_idx()
     offset += tidx % QUAD * VECTOR
     for group in cutlass.range_constexpr(cute.size(words) // (2 * QUAD)):
-        vector = [words[2 * (group * QUAD + w) + r] for w in range(QUAD)]
-        pointer = mOut.iterator + (offset + group * _GROUP)
+        vector = [words[word] for word in row_words(r, group)]
+        pointer = mOut.iterator + (offset + group * GROUP_COLUMNS)
         copy_utils.store_v4(pointer, *vector, cop="cs")
 
 

@@ -5,8 +5,8 @@ shared memory while query rows of the item's pairs stream past, 64 at a time. Ro
 query head ``r % G`` of pair ``r // G``, so any group size fills the tiles. Each pair gives a
 partial output (normalised, rounded to the dtype of q) and the log-sum-exp of its scores, stored in
 the order of the list; a second kernel adds up the pairs of each token. Where every token selects
-the blocks that it has in common with its neighbours, these are left to
-:mod:`nsa.fused.kernels.band_forward` and give one partial result together.
+the blocks that it has in common with its neighbours, that kernel is
+:mod:`nsa.fused.kernels.band_forward`, which computes these itself.
 
 Rows are gathered by cp.async two tiles ahead, one where shared memory has room for one stage alone.
 The scores of the next tile are computed while this one's output is stored. Three CTAs share an SM
@@ -22,7 +22,7 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
 from flash_attn.cute import utils
 from quack import layout_utils, sm90_utils
@@ -55,8 +55,10 @@ from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
     compile_kernel,
+    copy_vector,
     fake_flat,
     flat_rows,
+    load_shared,
     store_vector,
 )
 from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens, units_of_wave
@@ -302,14 +304,13 @@ class CombinePartials:
 
     A CTA takes a tile of consecutive rows (query heads of tokens), a thread ``VECTOR`` columns of
     one. All that a thread loads but the positions is under way together, so that few threads keep
-    the memory busy. With ``band`` the outputs are another partial result, which is replaced.
+    the memory busy.
     """
 
-    def __init__(self, head_dim_v: int, group: int, slots: int, band: bool):
+    def __init__(self, head_dim_v: int, group: int, slots: int):
         self.head_dim_v = head_dim_v
         self.group = group
         self.slots = slots
-        self.band = band
         self.lanes = head_dim_v // VECTOR
         self.loads = min(_LOADS, slots)
 
@@ -321,7 +322,6 @@ class CombinePartials:
         mPosition: cute.Tensor,
         mOut: cute.Tensor,
         mLse: cute.Tensor,
-        mBandLse: cute.Tensor | None,
         wave_start: Int32,
         first_unit: Int32,
         units: Int32,
@@ -331,7 +331,7 @@ class CombinePartials:
         kv_heads: Int32,
         stream,
     ):
-        tensors = (mPartial, mPartialLse, mPosition, mOut, mLse, mBandLse)
+        tensors = (mPartial, mPartialLse, mPosition, mOut, mLse)
         sizes = (wave_start, first_unit, units, chunks, chunk_tokens, num_tokens, kv_heads)
         self.kernel(*tensors, *sizes).launch(
             grid=[self._tiles_of_unit(chunk_tokens) * units, 1, 1],
@@ -347,7 +347,6 @@ class CombinePartials:
         mPosition: cute.Tensor,
         mOut: cute.Tensor,
         mLse: cute.Tensor,
-        mBandLse: cute.Tensor | None,
         wave_start: Int32,
         first_unit: Int32,
         units: Int32,
@@ -375,7 +374,7 @@ class CombinePartials:
             out_row = token_row * self.group + head
             # Partial results pass through shared memory, and warps synchronise, for else the
             # compiler puts loads off until their results are needed, to save registers.
-            shape = (self.loads + self.band, _THREADS, (VECTOR, 1))
+            shape = (self.loads, _THREADS, (VECTOR, 1))
             layout = cute.make_ordered_layout(shape, order=(2, 1, 0))
             smem = cutlass.utils.SmemAllocator()
             sPartial = smem.allocate_tensor(mPartial.element_type, layout, 128)[None, tidx, None]
@@ -383,9 +382,6 @@ class CombinePartials:
                 self._load_partials,
                 *(mPartial, sPartial, position, head * self.head_dim_v + column),
             )
-            if const_expr(self.band):
-                sBand = sPartial[self.loads, None]
-                self._load_vector(mOut, out_row * self.head_dim_v + column, sBand, wanted)
             load_partials(0)
             cute.arch.sync_warp()
             weight = cute.make_rmem_tensor(self.slots, Float32)
@@ -394,19 +390,15 @@ class CombinePartials:
                 # up the next load.
                 source = cutlass.max(position[i], 0)
                 weight[i] = mPartialLse[Int64(source) * self.group + head]
-            band_weight = -Float32.inf
-            if const_expr(self.band):
-                band_weight = mBandLse[out_row]
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(self.slots):
                 weight[i] = weight[i] if position[i] >= 0 else -Float32.inf
-            largest = band_weight
+            largest = -Float32.inf
             for i in cutlass.range_constexpr(self.slots):
                 largest = utils.fmax(largest, weight[i])
             # Of a token with no pair, all weights are then 0.
             reference = Float32(0.0) if largest == -Float32.inf else largest
-            band_weight = cute.math.exp2(band_weight - reference, fastmath=True)
-            total = band_weight
+            total = Float32(0.0)
             for i in cutlass.range_constexpr(self.slots):
                 weight[i] = cute.math.exp2(weight[i] - reference, fastmath=True)
                 total += weight[i]
@@ -418,12 +410,9 @@ class CombinePartials:
                 if const_expr(start > 0):
                     load_partials(start)
                 cute.arch.cp_async_wait_group(0)
-                if const_expr(self.band and start == 0):  # noqa: SIM102 (one is decided at compile time)
-                    # Tokens of no sequence have no output yet, perhaps NaN.
-                    if band_weight > 0.0:
-                        self._accumulate(out, sBand, band_weight * inverse)
                 for i in cutlass.range_constexpr(start, min(start + _LOADS, self.slots)):
-                    self._accumulate(out, sPartial[i - start, None], weight[i] * inverse)
+                    values = load_shared(sPartial[i - start, None])
+                    out.store(out.load() + values * (weight[i] * inverse))
             if wanted:
                 store_vector(out.load(), mOut, out_row * self.head_dim_v + column)
                 if column == 0:
@@ -433,12 +422,6 @@ class CombinePartials:
 
     def _tiles_of_unit(self, chunk_tokens: Int32) -> Int32:
         return cute.ceil_div(chunk_tokens * (self.group * self.lanes), _THREADS)
-
-    @cute.jit
-    def _accumulate(self, out: cute.Tensor, sVector: cute.Tensor, share: Float32):
-        vector = cute.make_rmem_tensor(VECTOR, sVector.element_type)
-        cute.autovec_copy(cute.group_modes(sVector, 0, 1), vector)
-        out.store(out.load() + vector.load().to(Float32) * share)
 
     @cute.jit
     def _load_partials(
@@ -451,24 +434,9 @@ class CombinePartials:
     ):
         """Those of the slots from ``start`` on, 0 for no pair; a thread reads what it loaded."""
         for i in cutlass.range_constexpr(start, min(start + _LOADS, self.slots)):
-            source = cutlass.max(position[i], 0)
-            offset = Int64(source) * (self.group * self.head_dim_v) + column
-            self._load_vector(mPartial, offset, sPartial[i - start, None], position[i] >= 0)
+            offset = Int64(cutlass.max(position[i], 0)) * (self.group * self.head_dim_v) + column
+            copy_vector(mPartial, offset, sPartial[i - start, None], position[i] >= 0)
         cute.arch.cp_async_commit_group()
-
-    @cute.jit
-    def _load_vector(
-        self, mX: cute.Tensor, offset: Int64, sVector: cute.Tensor, wanted: cutlass.Boolean
-    ):
-        """Start to copy a vector to shared memory, or zeros."""
-        operation = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
-        bits = const_expr(VECTOR * mX.element_type.width)
-        atom = cute.make_copy_atom(operation, mX.element_type, num_bits_per_copy=bits)
-        pointer = mX.iterator + cute.assume(offset, divby=VECTOR)
-        vector = cute.make_tensor(pointer, cute.make_layout(((VECTOR, 1),)))
-        predicate = cute.make_rmem_tensor(1, cutlass.Boolean)
-        predicate[0] = wanted
-        cute.copy(atom, vector, sVector, pred=predicate)
 
 
 @functools.lru_cache(maxsize=None)
@@ -493,18 +461,15 @@ def compile_forward(
 
 
 @functools.lru_cache(maxsize=None)
-def compile_combine(
-    dtype: torch.dtype, head_dim_v: int, group: int, slots: int, band: bool
-) -> Callable:
+def compile_combine(dtype: torch.dtype, head_dim_v: int, group: int, slots: int) -> Callable:
     cute_dtype = CUTE_DTYPES[dtype]
     return compile_kernel(
-        CombinePartials(head_dim_v, group, slots, band),
+        CombinePartials(head_dim_v, group, slots),
         fake_flat(cute_dtype),
         fake_flat(Float32, alignment=4),
         fake_flat(Int32),
         fake_flat(cute_dtype),
         fake_flat(Float32, alignment=4),
-        fake_flat(Float32 if band else None, alignment=4),
         *(Int32(1) for _ in range(7)),
     )
 
@@ -526,10 +491,8 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 arguments = (dtype, dim, dim_v, group, size, causal)
                 form = f"{name}-{dim}-{dim_v}-{group}-{size}{'' if causal else '-all'}"
                 yield f"selected-forward-{form}", functools.partial(compile_forward, *arguments)
-            for band in (False, True):
-                form = f"{name}-{dim_v}-{group}-{slots}{'-band' if band else ''}"
-                combine = functools.partial(compile_combine, dtype, dim_v, group, slots, band)
-                yield f"combine-partials-{form}", combine
+            combine = functools.partial(compile_combine, dtype, dim_v, group, slots)
+            yield f"combine-partials-{name}-{dim_v}-{group}-{slots}", combine
 
 
 def selected_forward(
@@ -556,7 +519,7 @@ def selected_forward(
         scale: positive.
         causal: whether a token sees only keys at or before it.
         band: whether most lists name the first block of the sequence, the token's own and the one
-            before, so that a kernel of their own pays. It changes the rounding alone.
+            before, so that to compute these by themselves pays. It changes the rounding alone.
 
     Returns:
         out: ``(T, H, Dv)`` in the dtype of q, 0 for a token with no block.
@@ -566,7 +529,7 @@ def selected_forward(
     kv_heads, head_dim_v = v.shape[1:]
     group, slots = heads // kv_heads, block_indices.shape[2]
     form = (q.dtype, head_dim, head_dim_v, group, block_size, causal)
-    band = band and band_fits(head_dim, head_dim_v, block_size)
+    band = band and band_fits(head_dim, head_dim_v, block_size, slots)
     block_indices = block_indices.contiguous()
     chunk = choose_chunk_tokens(total, group, len(blocks.first), slots, 2 * head_dim)
     wave = units_of_wave(chunk, slots, group, head_dim_v)
@@ -577,16 +540,15 @@ def selected_forward(
     lse = torch.empty(total, heads, dtype=torch.float32, device=q.device)
     (q, q_stride), (k, k_stride), (v, v_stride) = flat_rows(q), flat_rows(k), flat_rows(v)
     rows, strides, scale_log2 = (q, k, v), (q_stride, k_stride, v_stride), scale * _LOG2_E
-    band_lse = None
+    forward = compile_forward(*form)
     if band:
-        # The band has no results for tokens of no sequence.
-        band_lse = torch.full((total * heads,), -torch.inf, dtype=torch.float32, device=q.device)
-        compile_band(*form)(
-            *(*rows, block_indices.view(-1), blocks.base, blocks.first, blocks.keys),
-            *(out.view(-1), band_lse, *strides, len(blocks.first), slots, kv_heads, scale_log2),
+        combine = functools.partial(
+            compile_band(*form, slots),
+            *(*rows, block_indices.view(-1), *blocks[:4], *strides, scale_log2),
+            *(len(blocks.first), blocks.most_of_range(chunk, block_size)),
         )
-
-    forward, combine = compile_forward(*form), compile_combine(q.dtype, *form[2:4], slots, band)
+    else:
+        combine = compile_combine(q.dtype, head_dim_v, group, slots)
     unit_pairs = index.chunk_tokens * slots
     waves, wave_items, _ = index.items.shape
     partial_rows = min(index.wave_units, index.units) * unit_pairs * group
@@ -601,7 +563,7 @@ def selected_forward(
             *(wave, wave_items, wave_start, unit_pairs, index.chunks, scale_log2),
         )
         combine(
-            *(partial, partial_lse, position, out.view(-1), lse.view(-1), band_lse, wave_start),
+            *(partial, partial_lse, position, out.view(-1), lse.view(-1), wave_start),
             *(first_unit, min(index.wave_units, index.units - first_unit)),
             *(index.chunks, index.chunk_tokens, total, kv_heads),
         )

@@ -10,7 +10,8 @@ import math
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int64
+from cutlass import Boolean, Float32, Int64
+from cutlass.cute.nvgpu import cpasync
 from torch import Tensor
 
 # Elements that a thread handles at once: one 16-byte access of a 16-bit dtype, two of float32.
@@ -40,6 +41,27 @@ def store_vector(value: cute.TensorSSA, mX: cute.Tensor, offset: Int64):
     rX = cute.make_rmem_tensor(VECTOR, mX.element_type)
     rX.store(value.to(mX.element_type))
     cute.autovec_copy(rX, _vector_view(mX, offset))
+
+
+@cute.jit
+def copy_vector(mX: cute.Tensor, offset: Int64, sVector: cute.Tensor, wanted: Boolean):
+    """Start to copy a vector to shared memory, past L1, or zeros; part of a cp.async group."""
+    operation = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
+    bits = VECTOR * mX.element_type.width
+    atom = cute.make_copy_atom(operation, mX.element_type, num_bits_per_copy=bits)
+    pointer = mX.iterator + cute.assume(offset, divby=VECTOR)
+    vector = cute.make_tensor(pointer, cute.make_layout(((VECTOR, 1),)))
+    predicate = cute.make_rmem_tensor(1, Boolean)
+    predicate[0] = wanted
+    cute.copy(atom, vector, sVector, pred=predicate)
+
+
+@cute.jit
+def load_shared(sVector: cute.Tensor) -> cute.TensorSSA:
+    """What :func:`copy_vector` copied, in float32."""
+    vector = cute.make_rmem_tensor(VECTOR, sVector.element_type)
+    cute.autovec_copy(cute.group_modes(sVector, 0, 1), vector)
+    return vector.load().to(Float32)
 
 
 @cute.jit
