@@ -1,4 +1,4 @@
-"""When the host may not look at values: torch.compile tracing and CUDA graph capture."""
+"""When the host may not look at values, or keep tensors: torch.compile and CUDA graph capture."""
 
 import torch
 from torch import Tensor
@@ -22,6 +22,20 @@ def is_capturing(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or not x.is_cuda:
         return False
     return torch.cuda.is_current_stream_capturing()
+
+
+def may_keep(x: Tensor) -> bool:
+    """Whether what is computed now on the device of ``x`` may be kept for later calls.
+
+    On a GPU, on the default stream alone: elsewhere it is there only for what comes later on the
+    same stream, while a graph is captured only in its replays. And the memory may not be ours:
+    torch.compile(mode="reduce-overhead") runs a call once on a stream of its own, in the memory of
+    the graph to be, and fails if more than the results is left there.
+    """
+    if not x.is_cuda:
+        return True
+    current, default = torch.cuda.current_stream(x.device), torch.cuda.default_stream(x.device)
+    return current == default and not is_capturing(x)
 
 
 def has_readable_values(x: Tensor) -> bool:

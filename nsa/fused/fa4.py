@@ -21,8 +21,7 @@ from torch import Tensor
 
 from nsa.fused import fa4_replay
 from nsa.fused.seam import BlockLists
-from nsa.fused.streams import stream_id
-from nsa.tracing import is_capturing
+from nsa.tracing import may_keep
 
 WRITTEN_FOR = "4.0.0b36"
 
@@ -271,15 +270,14 @@ def _list_tensors(lists: BlockLists) -> tuple[Tensor, ...]:
 
 
 def _zero_count(count: Tensor) -> Tensor:
-    if _interface().is_fake_mode() or is_capturing(count):
-        # Tensors without data are not for later, and a graph must hold what it reads.
+    if _interface().is_fake_mode() or not may_keep(count):
+        # Tensors without data are not for later either.
         return torch.zeros_like(count)
-    # Zeros are there only for what comes later on their stream.
-    return _zeros(count.shape, count.device, stream_id(count))
+    return _zeros(count.shape, count.device)
 
 
 @lru_cache(maxsize=8)
-def _zeros(shape: torch.Size, device: torch.device, _stream: int | None) -> Tensor:
+def _zeros(shape: torch.Size, device: torch.device) -> Tensor:
     return torch.zeros(shape, dtype=torch.int32, device=device)
 
 

@@ -22,10 +22,9 @@ from nsa.config import NSAConfig
 from nsa.fused.importance import TokenTiles, make_token_tiles
 from nsa.fused.packing import AlignedRows, FoldedQueries
 from nsa.fused.scoring import Scoring
-from nsa.fused.streams import stream_id
 from nsa.fused.token_blocks import TokenBlocks, make_token_blocks
 from nsa.per_values import PerValues
-from nsa.tracing import is_capturing
+from nsa.tracing import may_keep
 
 MAX_PLANS = 8
 """Plans to keep of batches, and of each tensor of boundaries. Few, because each keeps index tensors
@@ -220,15 +219,13 @@ def make_plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, conf
     Reads the lengths on the host where ``max_seqlen`` is None.
     """
     if cu_seqlens is None:
-        # What a plan computes while a graph is captured exists only when the graph is replayed.
-        plan = _batched_plan if is_capturing(q) else _cached_batched_plan
-        return plan(q.shape[1], q.shape[-1], q.device, config, stream_id(q))
+        plan = _cached_batched_plan if may_keep(q) else _batched_plan
+        return plan(q.shape[1], q.shape[-1], q.device, config)
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
     arguments = (q.shape[1], q.shape[-1], max_seqlen, config)
-    if is_capturing(q):
-        return _packed_plan(cu_seqlens, *arguments)
-    return _cached_packed_plan(cu_seqlens, arguments)
+    plan = _cached_packed_plan if may_keep(q) else _packed_plan
+    return plan(cu_seqlens, *arguments)
 
 
 def _packed_plan(
@@ -241,22 +238,18 @@ def _packed_plan(
 _packed_plans = PerValues()
 
 
-def _cached_packed_plan(cu_seqlens: Tensor, arguments: tuple) -> Plan:
-    stream, plans = stream_id(cu_seqlens), _packed_plans[cu_seqlens]
-    plan = plans.get((stream, arguments))
+def _cached_packed_plan(cu_seqlens: Tensor, *arguments) -> Plan:
+    plans = _packed_plans[cu_seqlens]
+    plan = plans.get(arguments)
     if plan is None:
         if len(plans) >= MAX_PLANS:
             plans.clear()
         # Of an alias, for a plan must not keep alive what it is forgotten with.
-        plan = plans[stream, arguments] = _packed_plan(cu_seqlens.detach(), *arguments)
+        plan = plans[arguments] = _packed_plan(cu_seqlens.detach(), *arguments)
     return plan
 
 
-def _batched_plan(
-    length: int, head_dim: int, device: torch.device, config: NSAConfig, _stream: int | None
-) -> Plan:
-    """Plan of one length; ``_stream`` because its tensors are computed when first used, in order
-    with the work of that stream alone."""
+def _batched_plan(length: int, head_dim: int, device: torch.device, config: NSAConfig) -> Plan:
     return Plan(Geometry.single(length, device, config), head_dim, None, None)
 
 

@@ -16,14 +16,6 @@ SHORT = 1 << 27
 """Elements of the queries up to which work is captured side by side: 32K tokens, H=32, D=128."""
 
 
-def stream_id(x: Tensor) -> int | None:
-    """The current stream on the device of ``x``; None on a CPU.
-
-    What is computed once and kept is there only for what comes later on its stream.
-    """
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-
-
 class Beside:
     """Work beside what is launched after this is made and before its ``with`` block.
 

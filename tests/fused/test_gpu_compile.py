@@ -78,3 +78,27 @@ def test_a_model_with_the_layer_compiles():
         assert_equal_but_for_rounding(actual, expected)
         for grad, want in zip(grads, wanted, strict=True):
             assert_equal_but_for_rounding(grad, want)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_graphs_of_torch_compile_train(packed):
+    """With mode="reduce-overhead": the second call is captured, later ones are replays."""
+    torch.manual_seed(0)
+    layer = nsa.NativeSparseAttention(
+        256, num_heads=4, num_kv_heads=2, config=nsa.NSAConfig(), backend="fused"
+    )
+    layer = layer.to("cuda", torch.bfloat16)
+    lengths = [1000, 65, 1]
+    extra = (make_cu_seqlens(lengths, "cuda"), max(lengths)) if packed else ()
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        x = torch.randn(*(sum(lengths),) if packed else (2, 1000), 256, device="cuda")
+        results = []
+        for call in (layer, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            layer.zero_grad()
+            out = call(x.bfloat16(), *extra)
+            out.float().square().mean().backward()
+            results.append([out.clone(), *(p.grad.clone() for p in layer.parameters())])
+        for expected, actual in zip(*results, strict=True):
+            assert_equal_but_for_rounding(actual, expected)

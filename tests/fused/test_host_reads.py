@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa
-from nsa import validation
+from nsa import tracing, validation
 from nsa.fused import interface, layout, planner
 from nsa.fused.call import with_scale
 from nsa.testing import make_cu_seqlens, make_inputs
@@ -52,8 +53,9 @@ def _caller() -> Path:
 @pytest.fixture
 def capturing(monkeypatch):
     """As while a CUDA graph is captured."""
-    for module in (layout, planner, validation):
+    for module in (planner, validation):
         monkeypatch.setattr(module, "is_capturing", lambda _: True)
+    monkeypatch.setattr(layout, "may_keep", lambda _: False)
     monkeypatch.setattr(validation, "has_readable_values", lambda _: False)
 
 
@@ -151,9 +153,22 @@ def test_a_captured_plan_is_not_kept(monkeypatch):
     config = make_config()
     kept = layout.make_plan(q, None, None, config)
     assert layout.make_plan(q, None, None, config) is kept
-    monkeypatch.setattr(layout, "is_capturing", lambda _: True)
+    monkeypatch.setattr(layout, "may_keep", lambda _: False)
     assert layout.make_plan(q, None, None, config) is not kept
     q = torch.zeros(1, 78, 2, 8)
     captured = layout.make_plan(q, None, None, config)
-    monkeypatch.setattr(layout, "is_capturing", lambda _: False)
+    monkeypatch.setattr(layout, "may_keep", lambda _: True)
     assert layout.make_plan(q, None, None, config) is not captured
+
+
+@pytest.mark.parametrize(("stream", "capturing"), [("side", False), ("default", True)])
+def test_only_the_default_stream_keeps_what_it_computes(monkeypatch, stream, capturing):
+    """torch.compile's graphs run a call on a stream of their own before it is captured."""
+    x = SimpleNamespace(is_cuda=True, device="cuda")
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: "default")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "default")
+    monkeypatch.setattr(tracing, "is_capturing", lambda _: False)
+    assert tracing.may_keep(x)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(tracing, "is_capturing", lambda _: capturing)
+    assert not tracing.may_keep(x)
