@@ -31,13 +31,16 @@ def test_measure(fake_gpu):
         "long": lambda: 3000.0,
         "once": lambda: 3000.0,
         "large": out_of_memory,
+        "launched": lambda: 10.0,
     }
-    timings = timing.measure(steps, repeats=8, seconds=0.05, graphs=True, once=("once",))
+    graphs = ("short", "long", "once", "large")
+    timings = timing.measure(steps, repeats=8, seconds=0.05, graphs=graphs, once=("once",))
     assert timings["short"] == Timing([10.0] * 5, [5.0] * 5, 1.5)
     no_graph = "no CUDA graph: a copy to the host"
     assert timings["long"] == Timing([3000.0] * 3, [], 1.5, no_graph)
     assert timings["once"] == Timing([3000.0], [], 1.5)
     assert timings["large"] == Timing([], [], None, "out of memory")
+    assert timings["launched"] == Timing([10.0] * 5, [], 1.5)
 
 
 def test_calls_in_a_row_are_timed_from_one_end_to_the_next(monkeypatch):

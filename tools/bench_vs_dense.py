@@ -7,8 +7,9 @@
 Same tensors, same run, blocks of repetitions in turn. Nothing is reported unless the fused output
 and gradients first pass against the float64 reference. Times are of calls in a row, which the host
 launches ahead of the GPU; at short lengths it cannot keep ahead, and they are its own. Up to
-``--graphs`` tokens each call is timed as a CUDA graph too, which takes the host out. A dense call
-of more than two seconds is made once.
+``--graphs`` tokens each call is timed as a CUDA graph too, which takes the host out, and up to
+``--compiled`` tokens ours under ``torch.compile(mode="reduce-overhead")``, which makes such graphs
+of user code and copies the inputs into them. A dense call of more than two seconds is made once.
 
 The CSV has one row for each length, pass and setting of ``--cmp-groups``, written at once:
 
@@ -18,6 +19,7 @@ The CSV has one row for each length, pass and setting of ``--cmp-groups``, writt
 - dense_p20_ms, dense_p50_ms, dense_p80_ms, dense_repeats, and the same of nsa
 - speedup: dense median over nsa's
 - dense_graph_..._ms, nsa_graph_..._ms, graph_speedup: as CUDA graphs; empty where not measured
+- nsa_compiled_..._ms, compiled_speedup: compiled, and the dense median of eager calls over it
 - dense_peak_gib, nsa_peak_gib: peak allocated memory without a graph, inputs included
 - note: what could not be measured, and why
 - gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit, time
@@ -37,12 +39,12 @@ from measuring.tables import Table, crossover, quantile_columns, ratio_of_median
 from measuring.timing import Timing
 from measuring.workloads import PASSES, describe_groups
 
-SIDES = ("dense", "nsa", "dense_graph", "nsa_graph")
+SIDES = ("dense", "nsa", "dense_graph", "nsa_graph", "nsa_compiled")
 FIELDS = (
     "tokens", *workloads.SHAPE_FIELDS, "cmp_groups", "pass",
     *(f"{side}_{quantile}_ms" for side in SIDES for quantile in ("p20", "p50", "p80")),
-    "dense_repeats", "nsa_repeats", "speedup", "graph_speedup", "dense_peak_gib", "nsa_peak_gib",
-    "note", *environment.FIELDS,
+    "dense_repeats", "nsa_repeats", "speedup", "graph_speedup", "compiled_speedup",
+    "dense_peak_gib", "nsa_peak_gib", "note", *environment.FIELDS,
 )  # fmt: skip
 # Operations a second that the estimate of the time assumes.
 DENSE_RATE, NSA_RATE = 600e12, 250e12
@@ -82,6 +84,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--graphs", type=int, default=131072, metavar="TOKENS", help="CUDA graphs up to this length"
     )
+    parser.add_argument(
+        "--compiled", type=int, default=8192, metavar="TOKENS", help="torch.compile up to this"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="at most; fewer where one is long")
     parser.add_argument("--seconds", type=float, default=3, help="for each call and its repeats")
     parser.add_argument("--csv", type=Path, help="write the rows here")
@@ -98,26 +103,40 @@ def bench(length: int, name: str, configs: dict, options) -> list[dict]:
     """The rows of one length and pass, one for each configuration."""
     tensors = workloads.make_tensors((1, length), options, backward=name != "forward")
     steps = {"dense": workloads.make_step(workloads.dense_attention(tensors), tensors)}
+    launched = ["dense", *map(describe_groups, configs)]
     for groups, config in configs.items():
         attention = workloads.nsa_attention(tensors, config)
         steps[describe_groups(groups)] = workloads.make_step(attention, tensors)
+        if length <= options.compiled:
+            steps[_compiled(groups)] = workloads.make_compiled_step(attention, tensors)
     timings = timing.measure(
         steps,
         repeats=options.repeats,
         seconds=options.seconds,
-        graphs=length <= options.graphs,
+        graphs=launched if length <= options.graphs else (),
         once=("dense",),
     )
-    return [
-        make_row(length, name, groups, timings["dense"], timings[describe_groups(groups)], options)
-        for groups in configs
-    ]
+    dense, rows = timings["dense"], []
+    for groups in configs:
+        ours = timings[describe_groups(groups)], timings.get(_compiled(groups), Timing())
+        rows.append(make_row(length, name, groups, dense, *ours, options))
+    return rows
+
+
+def _compiled(groups: int | None) -> str:
+    return f"{describe_groups(groups)} compiled"
 
 
 def make_row(
-    length: int, name: str, groups: int | None, dense: Timing, ours: Timing, options
+    length: int,
+    name: str,
+    groups: int | None,
+    dense: Timing,
+    ours: Timing,
+    compiled: Timing,
+    options,
 ) -> dict:
-    """One row of ``FIELDS`` from the measurements of both sides."""
+    """One row of ``FIELDS`` from the measurements of both sides, and of ours compiled."""
     row = dict(tokens=length, cmp_groups=describe_groups(groups), **{"pass": name})
     row |= workloads.shape_columns(options)
     for side, measured in (("dense", dense), ("nsa", ours)):
@@ -125,8 +144,10 @@ def make_row(
         row |= quantile_columns(f"{side}_graph", measured.graph)
         row[f"{side}_repeats"] = len(measured.eager)
         row[f"{side}_peak_gib"] = rounded(measured.peak_gib, 3)
+    row |= quantile_columns("nsa_compiled", compiled.eager)
     row["speedup"] = rounded(ratio_of_medians(dense.eager, ours.eager), 3)
     row["graph_speedup"] = rounded(ratio_of_medians(dense.graph, ours.graph), 3)
+    row["compiled_speedup"] = rounded(ratio_of_medians(dense.eager, compiled.eager), 3)
     notes = (("dense", dense.note), ("nsa", ours.note))
     row["note"] = "; ".join(f"{side}: {note}" for side, note in notes if note)
     return row | environment.columns()
@@ -147,7 +168,7 @@ def estimate_seconds(options, configs: dict) -> float:
                 repeats = max(3, min(options.repeats, int(options.seconds / seconds)))
                 if once and seconds > timing.LONG_SECONDS:
                     repeats = 0
-                kinds = 2 if length <= options.graphs else 1
+                kinds = 1 + (length <= options.graphs) + (not once and length <= options.compiled)
                 total += seconds * (1 + kinds * repeats)
     return total
 
@@ -167,6 +188,8 @@ def describe(row: dict) -> str:
             f"   graphs {row['dense_graph_p50_ms']} / {row['nsa_graph_p50_ms']} ms "
             f"{row['graph_speedup']}x"
         )
+    if row["compiled_speedup"]:
+        line += f"   compiled {row['nsa_compiled_p50_ms']} ms {row['compiled_speedup']}x"
     return line + (f"   ({row['note']})" if row["note"] else "")
 
 

@@ -54,7 +54,7 @@ def measure(
     *,
     repeats: int,
     seconds: float,
-    graphs: bool = False,
+    graphs: Collection[str] = (),
     once: Collection[str] = (),
 ) -> dict[str, Timing]:
     """Time some steps, each in blocks of repetitions that alternate with the others'.
@@ -63,7 +63,7 @@ def measure(
         steps: what to time, by name.
         repeats: repetitions of each, at most.
         seconds: for each step: fewer repetitions, but at least 3, where these would take longer.
-        graphs: whether to time each step as a CUDA graph too.
+        graphs: names of steps to time as CUDA graphs too.
         once: names of steps that are called only once where that takes over ``LONG_SECONDS``.
     """
     timings = {name: Timing() for name in steps}
@@ -80,14 +80,13 @@ def measure(
             timings[name].eager.append(first)
             counts[name] = counts[name]._replace(repeats=0)
     _alternate({name: steps[name] for name in counts}, counts, timings, "eager")
-    if graphs:
-        replays = {}
-        for name in (name for name, count in counts.items() if count.repeats):
-            try:
-                replays[name] = capture(steps[name])
-            except RuntimeError as error:
-                timings[name].note = f"no CUDA graph: {error}"
-        _alternate(replays, counts, timings, "graph")
+    replays = {}
+    for name in (name for name in graphs if name in counts and counts[name].repeats):
+        try:
+            replays[name] = capture(steps[name])
+        except RuntimeError as error:
+            timings[name].note = f"no CUDA graph: {error}"
+    _alternate(replays, counts, timings, "graph")
     return timings
 
 

@@ -119,6 +119,21 @@ def dense_attention(tensors: Tensors) -> Callable[[], Tensor]:
     return lambda: flash_attn_func(q, k, v, causal=True)[0]
 
 
+def make_compiled_step(attention: Callable[[], Tensor], tensors: Tensors) -> Callable[[], None]:
+    """:func:`make_step` of ``torch.compile(attention, mode="reduce-overhead")``, captured."""
+    compiled = torch.compile(attention, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+    def call():
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled()
+
+    step = make_step(call, tensors)
+    # The first call compiles, the second is captured.
+    for _ in range(3):
+        step()
+    return step
+
+
 def make_step(attention: Callable[[], Tensor], tensors: Tensors) -> Callable[[], None]:
     """One pass over ``attention``, with its backward where ``tensors`` have a ``dout``."""
 
