@@ -37,39 +37,48 @@ def select(q_rows: Tensor, k_cmp: Tensor, plan: Plan, *, blocks: bool, groups: b
         Indices in the sequence, ascending, -1 at the end of the row where fewer exist.
     """
     config = plan.config
-    summary = _tile_summary(q_rows, plan)  # (B, tiles, H, D)
+    summary = _tile_summary(q_rows, plan)  # (B, H, tiles, D)
     keys = k_cmp.transpose(1, 2)  # (B, H_kv, M, D)
+    batch, num_heads, num_tiles = summary.shape[:3]
     if k_cmp.dtype == torch.bfloat16 and summary[..., 0].numel() * k_cmp.shape[1] > SCORE_ELEMENTS:
-        keys = keys.repeat(1, 1, 1, 3)
+        summary, keys = _bfloat16_parts(summary), keys.repeat(1, 1, 1, 3)
     else:
         keys = _copy(keys, accumulation_dtype(k_cmp.dtype))
 
     def unwritten(count: int) -> Tensor:
-        return torch.empty((*summary.shape[:3], count), dtype=torch.int32, device=q_rows.device)
+        shape = (batch, num_tiles, num_heads, count)
+        return torch.empty(shape, dtype=torch.int32, device=q_rows.device)
 
     taken = Selection(
         unwritten(config.num_selected_blocks) if blocks else None,
         unwritten(config.num_cmp_selected_blocks) if groups else None,
     )
     for tiles, columns in _chunks(summary, keys, plan):
-        scores = _scores(summary, keys, tiles, columns, plan)
+        scores = _scores(summary[:, :, tiles], keys[:, :, columns])
         _take(scores, tiles, columns, taken, plan)
     return taken
 
 
 def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
-    """Sum of each tile's queries over ``q_tile_size``, or its first query: ``(B, tiles, H, D)``."""
+    """Mean of each tile's queries, or its first query, in float32: ``(B, H, tiles, D)``."""
     size, num_tiles = plan.config.q_tile_size, plan.geometry.tiles.total
+    dtype = accumulation_dtype(q_rows.dtype)
     if plan.config.tile_summary == "first":
-        return q_rows[0].unflatten(0, (-1, num_tiles, size))[:, :, 0]
+        first = q_rows[0].unflatten(0, (-1, num_tiles, size))[:, :, 0]
+        return _copy(first.transpose(1, 2), dtype)
     start = plan.scoring.tile_start(q_rows.shape[1] // (num_tiles * size))
-    mean = own_kernels.mean_forward(q_rows[0], start, size, accumulation_dtype(q_rows.dtype))
-    return mean.unflatten(0, (-1, num_tiles))
+    mean = own_kernels.mean_forward(q_rows[0], start, size, dtype)
+    mean = mean.unflatten(0, (-1, num_tiles)).transpose(1, 2)
+    filled = plan.scoring.filled
+    if filled is None:
+        return _copy(mean, dtype)
+    out = torch.empty(mean.shape, dtype=dtype, device=mean.device)
+    return torch.div(mean, filled[:, None], out=out)
 
 
 def _chunks(summary: Tensor, keys: Tensor, plan: Plan) -> Iterator[tuple[slice, slice]]:
     """Chunks of tiles and the columns (compressed tokens) that these may see."""
-    batch, num_tiles, num_heads = summary.shape[:3]
+    batch, num_heads, num_tiles = summary.shape[:3]
     of_a_tile = batch * num_heads * max(1, keys.shape[2])
     step = max(1, SCORE_ELEMENTS // of_a_tile)
     for start in range(0, num_tiles, step):
@@ -92,26 +101,18 @@ def _visible_columns(tiles: slice, plan: Plan) -> slice:
     return slice(max(0, first) // block, min(end, tokens.total) // block)
 
 
-def _scores(summary: Tensor, keys: Tensor, tiles: slice, columns: slice, plan: Plan) -> Tensor:
-    """``summary . k_cmp`` of some tiles and columns, ``(B, H, C, W)``.
+def _scores(summary: Tensor, keys: Tensor) -> Tensor:
+    """``summary (B, H, C, D) . keys (B, H_kv, W, D)``: ``(B, H, C, W)``.
 
     In float32, because a rounding of the summary to 16 bits would reorder close scores. Many
     scores come from tensor cores: three bfloat16 numbers add up to a float32 of the summary, so
-    their products with keys repeated three times (``(B, H_kv, M, 3 * D)``) do to the float32 ones.
+    their products with keys repeated three times, both ``3 * D`` wide, do to the float32 ones.
     """
-    rows = summary[:, tiles].transpose(1, 2)  # (B, H, C, D)
-    dtype = accumulation_dtype(keys.dtype)
-    filled = None if plan.config.tile_summary == "first" else plan.scoring.filled
-    if filled is None:
-        rows = _copy(rows, dtype)
-    else:
-        out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        rows = torch.div(rows, filled[tiles, None], out=out)
-    keys = keys[:, :, columns].flatten(0, 1)  # (B * H_kv, W, D)
-    shape = (*rows.shape[:3], keys.shape[1])
-    rows = rows.view(len(keys), -1, rows.shape[-1])  # (B * H_kv, G * C, D)
+    shape = (*summary.shape[:3], keys.shape[2])
+    keys = keys.flatten(0, 1)  # (B * H_kv, W, D)
+    rows = summary.reshape(len(keys), -1, summary.shape[-1])  # (B * H_kv, G * C, D)
     if keys.dtype == torch.bfloat16:
-        return own_kernels.float32_products(_bfloat16_parts(rows), keys.mT).view(shape)
+        return own_kernels.float32_products(rows, keys.mT).view(shape)
     scores = torch.empty((*rows.shape[:2], keys.shape[1]), dtype=rows.dtype, device=rows.device)
     with _exact_products():
         # With `out`, so that autocast leaves it alone.
