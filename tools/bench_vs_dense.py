@@ -27,6 +27,7 @@ The CSV has one row for each length, pass and setting of ``--cmp-groups``, writt
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,29 +103,21 @@ def make_configs(options) -> dict[int | None, nsa.NSAConfig]:
 def bench(length: int, name: str, configs: dict, options) -> list[dict]:
     """The rows of one length and pass, one for each configuration."""
     tensors = workloads.make_tensors((1, length), options, backward=name != "forward")
-    steps = {"dense": workloads.make_step(workloads.dense_attention(tensors), tensors)}
-    launched = ["dense", *map(describe_groups, configs)]
-    for groups, config in configs.items():
-        attention = workloads.nsa_attention(tensors, config)
-        steps[describe_groups(groups)] = workloads.make_step(attention, tensors)
-        if length <= options.compiled:
-            steps[_compiled(groups)] = workloads.make_compiled_step(attention, tensors)
-    timings = timing.measure(
-        steps,
-        repeats=options.repeats,
-        seconds=options.seconds,
-        graphs=launched if length <= options.graphs else (),
-        once=("dense",),
-    )
-    dense, rows = timings["dense"], []
-    for groups in configs:
-        ours = timings[describe_groups(groups)], timings.get(_compiled(groups), Timing())
-        rows.append(make_row(length, name, groups, dense, *ours, options))
-    return rows
-
-
-def _compiled(groups: int | None) -> str:
-    return f"{describe_groups(groups)} compiled"
+    attentions = {g: workloads.nsa_attention(tensors, config) for g, config in configs.items()}
+    steps = {g: workloads.make_step(x, tensors) for g, x in attentions.items()}
+    steps["dense"] = workloads.make_step(workloads.dense_attention(tensors), tensors)
+    measure = partial(timing.measure, repeats=options.repeats, seconds=options.seconds)
+    graphs = tuple(steps) if length <= options.graphs else ()
+    timings, compiled = measure(steps, graphs=graphs, once=("dense",)), {}
+    if length <= options.compiled:
+        # Last, for after these PyTorch captures no backward of the same tensors.
+        compiled = measure(
+            {g: workloads.make_compiled_step(x, tensors) for g, x in attentions.items()}
+        )
+    return [
+        make_row(length, name, g, timings["dense"], timings[g], compiled.get(g, Timing()), options)
+        for g in configs
+    ]
 
 
 def make_row(
