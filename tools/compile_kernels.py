@@ -102,6 +102,7 @@ def dense_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         for group, packed in ((16, False), (64, False), (256, True)):
             name = f"folded D={dim} G={group} {'packed' if packed else 'batched'}"
             yield name, partial(compile_dense, dim, group, packed, True, (None, None), "bfloat16")
+        yield f"folded D={dim} shared keys", partial(compile_shared_keys, dim)
         for group, dtype in ((1, "float16"), (4, "bfloat16")):
             name = f"key times D={dim} G={group} {dtype}"
             times = partial(compile_dense, dim, group, False, False, (None, None), dtype)
@@ -164,6 +165,16 @@ def compile_dense(
         arguments |= dict(max_seqlen_q=length, max_seqlen_k=length)
     out, lse = fa4.dense_forward(q, k, v, **arguments)
     fa4.dense_backward(out, q, k, v, out, lse, **arguments)
+
+
+def compile_shared_keys(dim):
+    """Folded queries of the heads of a group, for which the keys are of stride 0."""
+    from nsa.fused import fa4
+
+    dtype = getattr_torch("bfloat16")
+    q = fake(4, LENGTH, 64, dim, dtype=dtype)
+    k, v = (fake(LENGTH, 1, dim, dtype=dtype).expand(4, LENGTH, 1, dim) for _ in range(2))
+    fa4.dense_forward(q, k, v, scale=0.1, causal=True, window_size=(None, None))
 
 
 def compile_sparse(dim, group, query_block, key_block, mask, dtype, *, length=LENGTH):

@@ -242,13 +242,13 @@ def _dense_forward_tile(
     A window of some hundred keys takes 0.69 ms instead of 0.82 (32K tokens, H=32, H_kv=8, w=512) if
     192 rows of several heads share it; of one head, 128 by 128 is better. So do few keys with times
     (8K tokens over 127, 0.088 ms instead of 0.094). Without either, folded queries take 14.2 ms
-    instead of 15.4 (256K tokens, l=64).
+    instead of 15.4 (256K tokens, l=64), where heads do not share their keys.
     """
     group = q.shape[-2] // k.shape[-2]
     if group == 1 or not 96 < q.shape[-1] <= 128 or not _is_sm90():
         return None
     if window_size == (None, None) and key_times is None:
-        return (128, 160)
+        return None if k.stride(0) == 0 else (128, 160)
     few = window_size[0] is not None or key_times is not None
     return (192, 80) if few and 192 % group == 0 else None
 

@@ -5,7 +5,7 @@ import emulated_own_kernels
 import emulated_token_kernels
 import pytest
 
-from nsa.fused import attention, constraints, fa4, own_kernels
+from nsa.fused import attention, constraints, fa4, folded_attention, own_kernels
 
 
 @pytest.fixture
@@ -21,7 +21,10 @@ def fused_on_cpu(monkeypatch):
     monkeypatch.setattr(fa4, "version_problem", lambda: None)
 
 
-@pytest.fixture(params=[0, attention.ONE_TILE], ids=["folded", "one tile"])
-def one_tile(monkeypatch, request):
-    """Both ways to compute the compressed branch of a batch: of few tokens it is not folded."""
-    monkeypatch.setattr(attention, "ONE_TILE", request.param)
+@pytest.fixture(params=["one tile", "folded", "shared keys"])
+def compressed_calls(monkeypatch, request):
+    """All ways to compute the compressed branch of a batch: as of few, more and many tokens."""
+    if request.param != "one tile":
+        monkeypatch.setattr(attention, "ONE_TILE", 0)
+    if request.param == "shared keys":
+        monkeypatch.setattr(folded_attention, "SHARED_BYTES", 0)

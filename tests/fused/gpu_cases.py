@@ -9,7 +9,7 @@ from torch import Tensor
 
 import nsa
 from nsa import reference
-from nsa.fused import attention, constraints, fa4, interface
+from nsa.fused import attention, constraints, fa4, folded_attention, interface
 from nsa.fused.layout import make_plan
 from nsa.fused.selection import select
 from nsa.reference import pipeline as reference_pipeline
@@ -87,6 +87,7 @@ class Case(NamedTuple):
     compressor: str
     seed: int
     folded: bool = False  # compressed branch of a batch also where keys are few
+    shared: bool = False  # and then in a call for each KV head
 
 
 @st.composite
@@ -129,6 +130,7 @@ def cases(draw, variant: Variant) -> Case:
         compressor=draw(st.sampled_from(["mean", "mean", "weights", "given"])),
         seed=draw(st.integers(0, 2**16)),
         folded=draw(st.booleans()),
+        shared=draw(st.booleans()),
     )
 
 
@@ -235,6 +237,8 @@ def check_against_reference(case: Case, monkeypatch) -> None:
     arguments, config = make_tensors(case), case.config
     if case.folded:
         monkeypatch.setattr(attention, "ONE_TILE", 0)
+    if case.shared:
+        monkeypatch.setattr(folded_attention, "SHARED_BYTES", 0)
     assert constraints.unsupported_reason(arguments["q"], _first(arguments["v"]), config) is None
     groups = fused_groups(arguments, config)
     if groups is not None:

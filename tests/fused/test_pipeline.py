@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
 
-pytestmark = pytest.mark.usefixtures("fused_on_cpu", "one_tile")
+pytestmark = pytest.mark.usefixtures("fused_on_cpu", "compressed_calls")
 
 # The fixture replaces functions; nothing of it changes between examples.
 KERNEL_SETTINGS = dict(suppress_health_check=list(HealthCheck), deadline=None)

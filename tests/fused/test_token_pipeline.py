@@ -13,7 +13,7 @@ from nsa.blocks import Geometry
 from nsa.reference.compression import compress
 from nsa.testing import make_cu_seqlens, make_inputs
 
-pytestmark = pytest.mark.usefixtures("fused_on_cpu", "one_tile")
+pytestmark = pytest.mark.usefixtures("fused_on_cpu", "compressed_calls")
 
 
 @st.composite
