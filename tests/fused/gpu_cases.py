@@ -1,5 +1,6 @@
 """Problems for the GPU tests, and how the fused backend is held against the reference."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -110,6 +111,17 @@ def configs(draw, block: int) -> nsa.NSAConfig:
     )
 
 
+def enough_kv_heads(kv_heads: int, group: int, lengths: Sequence[int]) -> int:
+    """``kv_heads``, or so many that 64 pairs of a query and a head see two keys or more.
+
+    The gradient through a softmax over two keys is one number a pair, and its error that of few
+    roundings. Over 64 pairs the fused error is 1.2 times the reference's (measured for packs of 2
+    and 1 tokens); of one, the ratio of two such errors is luck.
+    """
+    pairs = group * sum(max(0, length - 1) for length in lengths)
+    return max(kv_heads, -(-64 // pairs)) if pairs else kv_heads
+
+
 @st.composite
 def cases(draw, variant: Variant) -> Case:
     packed = draw(st.booleans())
@@ -120,7 +132,7 @@ def cases(draw, variant: Variant) -> Case:
         lengths = [draw(st.sampled_from(LENGTHS))]
     return Case(
         variant=variant,
-        num_kv_heads=draw(st.sampled_from([1, 2])),
+        num_kv_heads=enough_kv_heads(draw(st.sampled_from([1, 2])), variant.group, lengths),
         batch=1 if packed else draw(st.sampled_from([1, 1, 2])),
         lengths=tuple(lengths),
         packed=packed,

@@ -4,7 +4,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from gpu_cases import Case, Variant, check_against_reference, gpu_test, make_tensors, run
+from gpu_cases import (
+    Case,
+    Variant,
+    check_against_reference,
+    enough_kv_heads,
+    gpu_test,
+    make_tensors,
+    run,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_gpu_graph import Call, assert_equal_but_for_rounding, check
@@ -77,7 +85,7 @@ def cases(draw, form: Form) -> Case:
         lengths = [*draw(st.lists(some, max_size=6)), *lengths]
     return Case(
         variant=Variant(form.head_dim, form.value_dim, form.group, form.dtype, 0),
-        num_kv_heads=draw(st.sampled_from([1, 2])),
+        num_kv_heads=enough_kv_heads(draw(st.sampled_from([1, 2])), form.group, lengths),
         batch=1 if packed else draw(st.sampled_from([1, 1, 2])),
         lengths=tuple(lengths),
         packed=packed,
