@@ -34,6 +34,7 @@ from nsa.fused.kernels.forward_tiles import (
     softmax,
     store_row,
     store_values,
+    weigh,
 )
 from nsa.fused.kernels.rows import TILE_ROWS, load_rows, pair_and_head
 from nsa.fused.kernels.vectors import (
@@ -320,7 +321,7 @@ class BandForward:
                     mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
                 )
                 for r in cutlass.range_constexpr(2):
-                    band_share, lse[r] = self._weigh(weights[r, None], lse[r])
+                    band_share, lse[r] = self._share(weights[r, None], lse[r])
                     inverse_sum[r] *= band_share
                 warpgroup.wait_group(0)
                 acc_O_mn = layout_utils.reshape_acc_to_mn(acc_O)
@@ -506,20 +507,9 @@ class BandForward:
                 copy_vector(mPartial, offset, sRing[stage, r, group, None], position >= 0)
 
     @cute.jit
-    def _weigh(self, weights: cute.Tensor, band_lse: Float32) -> tuple[Float32, Float32]:
+    def _share(self, weights: cute.Tensor, band_lse: Float32) -> tuple[Float32, Float32]:
         """Log-sum-exps of a row become shares of the sum; the band's share, and log2 of the sum."""
-        largest = band_lse
-        for i in cutlass.range_constexpr(self.lane_slots):
-            largest = utils.fmax(largest, weights[i])
-        largest = cute.arch.warp_reduction_max(largest, threads_in_group=QUAD)
-        # Of a row with no key, all shares are then 0.
-        reference = Float32(0.0) if largest == -Float32.inf else largest
-        total = Float32(0.0)
-        for i in cutlass.range_constexpr(self.lane_slots):
-            weights[i] = cute.math.exp2(weights[i] - reference, fastmath=True)
-            total += weights[i]
-        band = cute.math.exp2(band_lse - reference, fastmath=True)
-        total = cute.arch.warp_reduction_sum(total, threads_in_group=QUAD) + band
+        reference, total, band = weigh(weights, QUAD, band_lse)
         inverse = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
         for i in cutlass.range_constexpr(self.lane_slots):
             weights[i] *= inverse

@@ -130,3 +130,39 @@ def softmax(
     if const_expr(empty):
         inverse = Float32(0.0) if total == 0.0 else inverse
     return inverse, offset + cute.math.log2(total, fastmath=True)
+
+
+@cute.jit
+def weigh(
+    lse: cute.Tensor, threads: cutlass.Constexpr[int] = 1, other: Float32 | None = None
+) -> tuple[Float32, Float32, Float32]:
+    """log2 of the sums of a row's results become their weights, relative to the largest.
+
+    Args:
+        lse: of this thread's results, -inf for none; overwritten.
+        threads: neighbouring ones that have the row's results.
+        other: of one more result, which all of them have.
+
+    Returns:
+        log2 of what the weights are relative to; their sum, 0 of a row with no result; and that of
+        ``other``.
+    """
+    largest = -Float32.inf if const_expr(other is None) else other
+    for i in cutlass.range_constexpr(cute.size(lse)):
+        largest = utils.fmax(largest, lse[i])
+    if const_expr(threads > 1):
+        largest = cute.arch.warp_reduction_max(largest, threads_in_group=threads)
+    # Of a row with no result, all weights are then 0.
+    reference = Float32(0.0) if largest == -Float32.inf else largest
+    total = Float32(0.0)
+    for i in cutlass.range_constexpr(cute.size(lse)):
+        lse[i] = cute.math.exp2(lse[i] - reference, fastmath=True)
+        total += lse[i]
+    weight = Float32(0.0)
+    if const_expr(other is not None):
+        weight = cute.math.exp2(other - reference, fastmath=True)
+    if const_expr(threads > 1):
+        total = cute.arch.warp_reduction_sum(total, threads_in_group=threads)
+    if const_expr(other is not None):
+        total = total + weight
+    return reference, total, weight

@@ -36,6 +36,7 @@ from nsa.fused.kernels.forward_tiles import (
     softmax,
     store_row,
     store_values,
+    weigh,
 )
 from nsa.fused.kernels.inverted_index import (
     ITEM_FIELDS,
@@ -393,15 +394,7 @@ class CombinePartials:
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(self.slots):
                 weight[i] = weight[i] if position[i] >= 0 else -Float32.inf
-            largest = -Float32.inf
-            for i in cutlass.range_constexpr(self.slots):
-                largest = utils.fmax(largest, weight[i])
-            # Of a token with no pair, all weights are then 0.
-            reference = Float32(0.0) if largest == -Float32.inf else largest
-            total = Float32(0.0)
-            for i in cutlass.range_constexpr(self.slots):
-                weight[i] = cute.math.exp2(weight[i] - reference, fastmath=True)
-                total += weight[i]
+            reference, total, _ = weigh(weight)
             inverse = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
 
             out = cute.make_rmem_tensor(VECTOR, Float32)
