@@ -238,10 +238,10 @@ def test_rows_and_what_the_terminal_says_of_them():
     # 0.25 at 8K and 16 at 128K: a third of the way between them.
     assert "forward, groups 16, eager: faster than dense from 20643 tokens on" in lines
     assert "forward, groups 16, CUDA graphs: no crossover among the lengths measured" in lines
-    sides = Timing([1.0]), Timing(note="out of memory"), Timing()
+    sides = Timing([1.0]), Timing(note="out of memory"), Timing(note="not captured")
     options = bench_vs_dense.parse_arguments([])
     row = bench_vs_dense.make_row(8192, "forward", None, *sides, options)
-    assert row["note"] == "nsa: out of memory"
+    assert row["note"] == "nsa: out of memory; compiled: not captured"
     assert "out of memory" in bench_vs_dense.describe(row)
 
     row = varlen_rows()[0]

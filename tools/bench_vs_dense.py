@@ -141,7 +141,7 @@ def make_row(
     row["speedup"] = rounded(ratio_of_medians(dense.eager, ours.eager), 3)
     row["graph_speedup"] = rounded(ratio_of_medians(dense.graph, ours.graph), 3)
     row["compiled_speedup"] = rounded(ratio_of_medians(dense.eager, compiled.eager), 3)
-    notes = (("dense", dense.note), ("nsa", ours.note))
+    notes = (("dense", dense.note), ("nsa", ours.note), ("compiled", compiled.note))
     row["note"] = "; ".join(f"{side}: {note}" for side, note in notes if note)
     return row | environment.columns()
 
