@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gpu_cases import gpu_test
+from test_gpu_graph import assert_equal_but_for_rounding
 
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
@@ -15,12 +16,6 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def assert_equal_but_for_rounding(actual, expected):
-    """Within the rounding of bfloat16, which the compiler does at other places."""
-    error = (actual.float() - expected.float()).norm()
-    assert error <= 2e-2 * expected.float().norm()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])

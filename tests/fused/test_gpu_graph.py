@@ -86,6 +86,7 @@ def assert_same(replayed, eager):
 
 
 def assert_equal_but_for_rounding(actual, expected):
+    """Within the rounding of bfloat16, which may be done at other places."""
     error = (actual.float() - expected.float()).norm()
     assert error <= 2e-2 * expected.float().norm()
 
