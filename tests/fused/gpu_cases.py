@@ -277,5 +277,33 @@ def check_against_reference(case: Case, monkeypatch) -> None:
             assert (actual[name].abs() <= 1e-4).all(), name
 
 
+def assert_equal_but_for_rounding(actual: Tensor, expected: Tensor) -> None:
+    """Within the rounding of bfloat16, which may be done at other places."""
+    error = (actual.float() - expected.float()).norm()
+    assert error <= 2e-2 * expected.float().norm()
+
+
+def assert_same_step(model: torch.nn.Module, other: torch.nn.Module, *arguments: Tensor | int):
+    """A training step of both has the same output and the same gradients, but for rounding.
+
+    Args:
+        model: a module, and ``other`` the same, compiled or as a graph.
+        arguments: those of the modules; the first gets a gradient too.
+    """
+    steps = [_training_step(module, *arguments) for module in (model, other)]
+    for expected, actual in zip(*steps, strict=True):
+        assert_equal_but_for_rounding(actual, expected)
+
+
+def _training_step(model: torch.nn.Module, x: Tensor, *extra) -> list[Tensor]:
+    """The output, and the gradients of ``x`` and of each parameter."""
+    torch.compiler.cudagraph_mark_step_begin()
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    out = model(x, *extra)
+    out.float().square().mean().backward()
+    return [y.clone() for y in (out.detach(), x.grad, *(p.grad for p in model.parameters()))]
+
+
 def _first(x):
     return x[0] if isinstance(x, tuple) else x

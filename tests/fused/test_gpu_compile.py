@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from gpu_cases import gpu_test
-from test_gpu_graph import assert_equal_but_for_rounding
+from gpu_cases import assert_equal_but_for_rounding, assert_same_step, gpu_test
 
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
@@ -63,16 +62,7 @@ def test_a_model_with_the_layer_compiles():
     for index, length in enumerate((1000, 777)):
         x = torch.randn(2, length, 256, device="cuda", dtype=torch.bfloat16)
         with torch._dynamo.config.patch(error_on_recompile=index > 0):
-            results = []
-            for call in (model, compiled):
-                model.zero_grad()
-                out = call(x)
-                out.float().square().mean().backward()
-                results.append((out, [p.grad.clone() for p in model.parameters()]))
-        (expected, wanted), (actual, grads) = results
-        assert_equal_but_for_rounding(actual, expected)
-        for grad, want in zip(grads, wanted, strict=True):
-            assert_equal_but_for_rounding(grad, want)
+            assert_same_step(model, compiled, x)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
@@ -88,12 +78,4 @@ def test_graphs_of_torch_compile_train(packed):
     compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
     for _ in range(4):
         x = torch.randn(*(sum(lengths),) if packed else (2, 1000), 256, device="cuda")
-        results = []
-        for call in (layer, compiled):
-            torch.compiler.cudagraph_mark_step_begin()
-            layer.zero_grad()
-            out = call(x.bfloat16(), *extra)
-            out.float().square().mean().backward()
-            results.append([out.clone(), *(p.grad.clone() for p in layer.parameters())])
-        for expected, actual in zip(*results, strict=True):
-            assert_equal_but_for_rounding(actual, expected)
+        assert_same_step(layer, compiled, x.bfloat16(), *extra)

@@ -44,7 +44,6 @@ from nsa.fused.kernels.vectors import (
     copy_vector,
     fake_flat,
     load_shared,
-    store_vector,
 )
 
 _THREADS = 128
@@ -358,9 +357,6 @@ class BandForward:
                         if tidx % QUAD == 0:
                             mLse[row] = lse[r] * math.log(2.0)
             cute.arch.cp_async_wait_group(0)
-        if warpgroup_idx == 0:
-            first_cleared = start + share * self.share_tokens
-            self._clear(mLimit, mOut, mLse, first_cleared, end, kv_heads, kv_head)
 
     @cute.jit
     def _key_place(
@@ -534,35 +530,6 @@ class BandForward:
                 for j, word in enumerate(row_words(r, group)):
                     for e in cutlass.range_constexpr(2):
                         sums[2 * word + e] += values[2 * j + e] * share
-
-    @cute.jit
-    def _clear(
-        self,
-        mLimit: cute.Tensor,
-        mOut: cute.Tensor,
-        mLse: cute.Tensor,
-        start: Int32,
-        end: Int32,
-        kv_heads: Int32,
-        kv_head: Int32,
-    ):
-        """Outputs of tokens of no sequence, which come last; a CTA has ``share_tokens``."""
-        tidx, _, _ = cute.arch.thread_idx()
-        end = cutlass.min(start + self.share_tokens, end)
-        if start < end and mLimit[end - 1] == 0:
-            lanes = const_expr(self.head_dim_v // VECTOR)
-            zeros = cute.make_rmem_tensor(VECTOR, Float32)
-            zeros.fill(0.0)
-            vectors = (end - start) * (self.group * lanes)
-            for vector in cutlass.range(tidx, vectors, _THREADS, unroll=1):
-                token = start + vector // (self.group * lanes)
-                if mLimit[token] == 0:
-                    row = (Int64(token) * kv_heads + kv_head) * self.group
-                    row += vector // lanes % self.group
-                    column = vector % lanes * VECTOR
-                    store_vector(zeros.load(), mOut, row * self.head_dim_v + column)
-                    if column == 0:
-                        mLse[row] = -Float32.inf
 
 
 @cute.jit
