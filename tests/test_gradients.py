@@ -173,7 +173,7 @@ def test_gradients_do_not_depend_on_chunks(monkeypatch):
     q, k, v = make_inputs((2, 40), HEADS, KV_HEADS, DIM, dtype=F64, requires_grad=True)
     whole = nsa.forward(q, k, v, config=config)
     expected = torch.autograd.grad(whole.square().sum(), (q, k, v))
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 50)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_ELEMENTS", 50)
     pieces = nsa.forward(q, k, v, config=config)
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-13)
     actual = torch.autograd.grad(pieces.square().sum(), (q, k, v))

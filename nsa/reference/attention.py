@@ -210,7 +210,7 @@ def _tile_rows(piece: Tensor, num_kv_heads: int, start: int, stop: int, geometry
 def _unit_chunks(
     q: Tensor, v: Tensor, indices: Tensor, table: KeyBlocks, geometry: Geometry
 ) -> list[tuple[int, int]]:
-    """Ranges of units whose scores and gathered keys fit ``CHUNK_ELEMENTS``."""
+    """Ranges of units whose scores and gathered keys fit a chunk."""
     num_units, num_lists, num_blocks = indices.shape
     owner = geometry.units.owner.tolist()
     heads_of_list = q.shape[1] // num_lists
@@ -223,4 +223,4 @@ def _unit_chunks(
             rows = min(geometry.config.q_tile_size, max(geometry.tokens.counts[sequences]))
         return (stop - start) * num_lists * width * (q.shape[-1] + v.shape[-1] + rows)
 
-    return fitting_chunks(num_units, elements)
+    return fitting_chunks(num_units, elements, q.device)

@@ -2,25 +2,32 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 1 << 21
-"""Scores and gathered keys that one chunk may hold."""
+CPU_CHUNK_ELEMENTS = 1 << 21
+"""Scores and gathered keys that one chunk may hold: about what a cache does."""
+
+GPU_CHUNK_ELEMENTS = 1 << 25
+"""The same elsewhere than on a CPU: fewer kernels, whose launches would take the time."""
 
 
-def fitting_chunks(num_items: int, elements: Callable[[int, int], int]) -> list[tuple[int, int]]:
+def fitting_chunks(
+    num_items: int, elements: Callable[[int, int], int], device: torch.device
+) -> list[tuple[int, int]]:
     """Ranges ``[start, stop)`` of items for which ``elements(start, stop)`` fits the bound.
 
     Each range doubles while it fits. At least one range, empty where there is no item, so that
     callers build a graph anyway.
     """
+    most = CPU_CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
     chunks, start = [], 0
     while start < num_items:
         stop = start + 1
         while stop < num_items:
             doubled = min(2 * stop - start, num_items)
-            if elements(start, doubled) > CHUNK_ELEMENTS:
+            if elements(start, doubled) > most:
                 break
             stop = doubled
         chunks.append((start, stop))
@@ -29,7 +36,7 @@ def fitting_chunks(num_items: int, elements: Callable[[int, int], int]) -> list[
 
 
 def query_chunks(first: Tensor, end: Tensor, elements_per_key: int) -> list[tuple[int, int]]:
-    """Ranges ``[start, stop)`` of queries whose score matrices fit ``CHUNK_ELEMENTS``.
+    """Ranges ``[start, stop)`` of queries whose score matrices fit a chunk.
 
     Args:
         first, end: keys ``[first, end)`` of each query ``(Q,)``, both ascending.
@@ -40,7 +47,7 @@ def query_chunks(first: Tensor, end: Tensor, elements_per_key: int) -> list[tupl
     def elements(start: int, stop: int) -> int:
         return (stop - start) * max(1, high[stop - 1] - low[start]) * elements_per_key
 
-    return fitting_chunks(len(low), elements)
+    return fitting_chunks(len(low), elements, first.device)
 
 
 def covered_range(first: Tensor, end: Tensor, start: int, stop: int) -> tuple[int, int]:
