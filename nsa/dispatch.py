@@ -63,9 +63,9 @@ def forward(
         cu_seqlens: int32 ``(S + 1,)`` boundaries of packed sequences, from 0 to ``T``; sequences
             may have any length, 0 and 1 included. The host reads and checks a tensor's values once,
             and again after PyTorch has changed them; not while torch.compile traces or a CUDA graph
-            is captured, where padding must be a sequence too. Give a new tensor where something
-            else changes the values, and one tensor to all layers: the fused backend computes what
-            follows from it once, and keeps that with it, some 100 bytes a token.
+            is captured: padding is a sequence of its own there too. Give a new tensor where
+            something else changes the values, and one tensor to all layers: the fused backend
+            computes what follows from it once, and keeps that with it, some 100 bytes a token.
         max_seqlen: an upper bound of the sequence lengths; by default they are read. Needed while a
             CUDA graph is captured.
         max_workspace_bytes: how much device memory to use at most beside arguments, output and

@@ -124,7 +124,6 @@ class BandForward:
         mV: cute.Tensor,
         mIndices: cute.Tensor,
         mBase: cute.Tensor,
-        mLimit: cute.Tensor,
         mFirst: cute.Tensor,
         mKeys: cute.Tensor,
         q_stride: Int64,
@@ -156,7 +155,7 @@ class BandForward:
             )
         )
         mma_qk, mma_pv = make_mmas(self.dtype, self.keys, self.head_dim_v)
-        tensors = (mQ, mK, mV, mIndices, mBase, mLimit, mFirst, mKeys)
+        tensors = (mQ, mK, mV, mIndices, mBase, mFirst, mKeys)
         tensors += (mPartial, mPartialLse, mPosition, mOut, mLse)
         sizes = (q_stride, k_stride, v_stride, scale_log2, num_blocks, wave_start, first_unit)
         sizes += (chunks, chunk_tokens, num_tokens, kv_heads)
@@ -175,7 +174,6 @@ class BandForward:
         mV: cute.Tensor,
         mIndices: cute.Tensor,
         mBase: cute.Tensor,
-        mLimit: cute.Tensor,
         mFirst: cute.Tensor,
         mKeys: cute.Tensor,
         mPartial: cute.Tensor,
@@ -208,11 +206,12 @@ class BandForward:
         kv_head = unit // chunks
         start = unit % chunks * chunk_tokens
         end = cutlass.min(start + chunk_tokens, num_tokens)
-        # Blocks are numbered as tokens are: from the one of the chunk's first token on.
+        # Blocks are numbered as tokens are: from the one of the chunk's first token on. A graph's
+        # sequences, which nothing checks, may end before it; it then has none.
         start_base = cutlass.min(mBase[start], num_blocks - 1)
         block = start_base + (start - mFirst[start_base]) // self.block_size + share // self.shares
         first, keys = Int32(0), Int32(0)
-        if mLimit[start] > 0 and block < num_blocks:
+        if block < num_blocks:
             first, keys = mFirst[block], mKeys[block]
         share_first = first + share % self.shares * self.share_tokens
         begin = cutlass.max(share_first, start)
@@ -552,7 +551,7 @@ def compile_band(
     return compile_kernel(
         BandForward(cute_dtype, head_dim, head_dim_v, group, block_size, causal, slots),
         *(fake_flat(cute_dtype) for _ in range(3)),
-        *(fake_flat(Int32, alignment=4) for _ in range(5)),
+        *(fake_flat(Int32, alignment=4) for _ in range(4)),
         *(Int64(1) for _ in range(3)),
         *(Float32(1.0), Int32(1), Int32(1)),
         *(fake_flat(cute_dtype), fake_flat(Float32, alignment=4), fake_flat(Int32)),
@@ -572,7 +571,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     for dtype in (torch.bfloat16, torch.float16):
         for dim, dim_v, group in _SHAPES:
-            size, slots = (32, 3) if group == 3 else (64, 16)
+            size, slots = (32, 3) if group == 3 else (64, _MAX_SLOTS if group == 6 else 16)
             for causal in (True, False) if group == 16 else (True,):
                 arguments = (dtype, dim, dim_v, group, size, causal, slots)
                 form = f"{dim}-{dim_v}-{group}-{size}-{slots}{'' if causal else '-all'}"

@@ -537,8 +537,8 @@ def selected_forward(
     if band:
         combine = functools.partial(
             compile_band(*form, slots),
-            *(*rows, block_indices.view(-1), *blocks[:4], *strides, scale_log2),
-            *(len(blocks.first), blocks.most_of_range(chunk, block_size)),
+            *(*rows, block_indices.view(-1), blocks.base, blocks.first, blocks.keys),
+            *(*strides, scale_log2, len(blocks.first), blocks.most_of_range(chunk, block_size)),
         )
     else:
         combine = compile_combine(q.dtype, head_dim_v, group, slots)
