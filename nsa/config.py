@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields
 
 _CHOICES = {
     "selection": ("token", "tile"),
@@ -11,6 +11,22 @@ _CHOICES = {
 }
 _NON_NEGATIVE = ("num_initial_blocks", "num_local_blocks")
 _OPTIONAL = ("num_cmp_selected_blocks",)
+_FOLLOWERS = ("compress_stride", "select_block_size")
+# Kernels and index arithmetic hold positions in these sizes. Counts and the window have no
+# largest value: a sequence has no more than it has.
+_SIZES = ("compress_block_size", *_FOLLOWERS, "q_tile_size", "cmp_group_size")
+_MAX_SIZE = 2**31 - 1
+
+
+class _Followed(int):
+    """A default that follows ``compress_block_size``; ``dataclasses.replace`` lets it follow again.
+
+    No two are the same object, as small ints are: what a caller gives is never taken for one. Its
+    copies, in ``dataclasses.asdict`` too, and what is pickled of it are ints.
+    """
+
+    def __reduce__(self):
+        return int, (int(self),)
 
 
 @dataclass(frozen=True)
@@ -18,7 +34,8 @@ class NSAConfig:
     """Block sizes, counts and rules of one Native Sparse Attention layer. Sizes are in tokens.
 
     ``NSAConfig()`` selects per tile of 256 queries with blocks of 64 tokens, for long context;
-    :meth:`paper` is the configuration of https://arxiv.org/abs/2502.11089, section 4.1.
+    :meth:`paper` is the configuration of https://arxiv.org/abs/2502.11089, section 4.1. Both are
+    strictly causal.
 
     Args:
         selection: ``"token"`` selects per token and KV head (the paper, strictly causal);
@@ -29,13 +46,18 @@ class NSAConfig:
         select_block_size: tokens ``l'`` of a selection block, default ``l``. In tile mode a
             multiple of ``l``.
         num_selected_blocks: blocks ``n`` that a query (or tile) attends, forced ones included.
+            A sequence of fewer blocks attends all that it may.
         num_initial_blocks: blocks at the start of the sequence that are always selected.
-        num_local_blocks: blocks up to the query's own that are always selected.
-        window_size: keys ``w`` of the sliding window, the query's own included.
+        num_local_blocks: blocks up to the query's own that are always selected; in tile mode up to
+            the block of position ``q_tile_size * (u + 1) - 1``, the end of tile ``u``, whether or
+            not the sequence reaches it. A forced block past the end of the sequence takes one of
+            the ``n`` slots and attends nothing.
+        window_size: keys ``w`` of the sliding window, the query's own included. A window longer
+            than the sequence is no window.
         q_tile_size: queries that share one selection in tile mode.
-        tile_summary: ``"mean"`` scores a tile by the mean of its queries, so that routing (not
-            values) sees up to ``q_tile_size - 1`` tokens ahead; ``"first"`` scores it by its first
-            query and is strictly causal.
+        tile_summary: ``"first"`` scores a tile by its first query and is strictly causal.
+            ``"mean"`` scores it by the mean of its queries, so that routing (not values) sees up
+            to ``q_tile_size - 1`` tokens ahead.
         compressed_visibility: ``"complete"`` lets query ``t`` see compressed blocks that end at or
             before ``t``. ``"started"`` lets it see blocks that start at or before ``t``: that
             leaks up to ``l - 1`` future tokens through the mean, and exists only to reproduce
@@ -48,7 +70,8 @@ class NSAConfig:
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: a field is out of range, or fields contradict each other.
+        ValueError: a field is out of range, or fields contradict each other. Sizes are at most
+            ``2**31 - 1``; counts and ``window_size`` have no largest value.
     """
 
     selection: str = "tile"
@@ -60,21 +83,41 @@ class NSAConfig:
     num_local_blocks: int = 0
     window_size: int = 512
     q_tile_size: int = 256
-    tile_summary: str = "mean"
+    tile_summary: str = "first"
     compressed_visibility: str = "complete"
     num_cmp_selected_blocks: int | None = None
     cmp_group_size: int = 128
     causal: bool = True
     scale: float | None = None
+    # Given by dataclasses.replace alone: the defaults of the configuration that it starts from.
+    _followed: InitVar[tuple[_Followed, ...]] = ()
 
-    def __post_init__(self):
-        for name in ("compress_stride", "select_block_size"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, self.compress_block_size)
+    def __post_init__(self, _followed):
         self._check_fields()
+        followed = []
+        for name in _FOLLOWERS:
+            value = getattr(self, name)
+            if value is None or any(value is default for default in _followed):
+                followed.append(value := _Followed(self.compress_block_size))
+            else:
+                value = int(value)
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_followed", tuple(followed))
+        if self.scale is not None:
+            # One form of each value, so that equal configurations have equal hashes.
+            object.__setattr__(self, "scale", float(self.scale))
         self._check_relations()
-        # Not a field: the form in which a custom op takes a configuration.
+        # Not fields: the form in which a custom op takes a configuration, and an equal one of
+        # plain ints, which torch.compile needs; None if this is one.
         object.__setattr__(self, "encoded", json.dumps(asdict(self)))
+        object.__setattr__(self, "plain", self.decode(self.encoded) if followed else None)
+
+    def __deepcopy__(self, _) -> "NSAConfig":
+        return self
+
+    def __reduce__(self):
+        values = (getattr(self, field.name) for field in fields(self))
+        return type(self), tuple(None if isinstance(x, _Followed) else x for x in values)
 
     def __hash__(self):
         # A string keeps its hash; that of all fields would be computed in each look-up.
@@ -100,9 +143,19 @@ class NSAConfig:
         )
         return cls(**(settings | overrides))
 
+    @classmethod
+    def mslk(cls, **overrides) -> "NSAConfig":
+        """The tile-mode system of MSLK pull request 296 as published, for comparison.
+
+        It sees ahead: ``tile_summary="mean"`` lets routing see up to ``q_tile_size - 1`` later
+        tokens, and ``compressed_visibility="started"`` leaks up to ``l - 1`` later tokens through
+        the mean. Keyword arguments replace single fields.
+        """
+        return cls(**(dict(tile_summary="mean", compressed_visibility="started") | overrides))
+
     def softmax_scale(self, head_dim: int) -> float:
         """The factor on the logits for queries of ``head_dim`` channels."""
-        return head_dim**-0.5 if self.scale is None else float(self.scale)
+        return head_dim**-0.5 if self.scale is None else self.scale
 
     def _check_fields(self):
         for field in fields(self):
@@ -115,8 +168,13 @@ class NSAConfig:
                     raise TypeError(f"causal must be a bool, got {value!r}")
             elif name == "scale":
                 self._check_scale(value)
-            elif not (value is None and name in _OPTIONAL):
-                _check_int(name, value, minimum=0 if name in _NON_NEGATIVE else 1)
+            elif not (value is None and name in _OPTIONAL + _FOLLOWERS):
+                _check_int(
+                    name,
+                    value,
+                    minimum=0 if name in _NON_NEGATIVE else 1,
+                    maximum=_MAX_SIZE if name in _SIZES else None,
+                )
 
     @staticmethod
     def _check_scale(value):
@@ -124,7 +182,11 @@ class NSAConfig:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"scale must be a float or None, got {value!r}")
-        if not (math.isfinite(value) and value > 0):
+        try:
+            valid = math.isfinite(value) and value > 0
+        except OverflowError:  # an int past the floats
+            valid = False
+        if not valid:
             raise ValueError(f"scale must be finite and positive, got {value!r}")
 
     def _check_relations(self):
@@ -164,8 +226,10 @@ class NSAConfig:
             )
 
 
-def _check_int(name: str, value, minimum: int):
+def _check_int(name: str, value, minimum: int, maximum: int | None):
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}")

@@ -1,8 +1,12 @@
 """NSAConfig: defaults, the paper's values, and every value it must refuse."""
 
+import copy
 import dataclasses
+import functools
+import pickle
 
 import pytest
+import torch
 
 import nsa
 
@@ -17,6 +21,13 @@ SIZES = [
     "cmp_group_size",
 ]
 FORCED = ["num_initial_blocks", "num_local_blocks"]
+BOUNDED = [
+    "compress_block_size",
+    "compress_stride",
+    "select_block_size",
+    "q_tile_size",
+    "cmp_group_size",
+]
 
 
 def test_defaults_are_tile_mode_for_long_context():
@@ -30,7 +41,7 @@ def test_defaults_are_tile_mode_for_long_context():
         "num_local_blocks": 0,
         "window_size": 512,
         "q_tile_size": 256,
-        "tile_summary": "mean",
+        "tile_summary": "first",
         "compressed_visibility": "complete",
         "num_cmp_selected_blocks": None,
         "cmp_group_size": 128,
@@ -52,6 +63,83 @@ def test_paper_is_section_4_1():
 def test_stride_and_selection_block_default_to_the_compressed_block():
     config = nsa.NSAConfig(compress_block_size=16)
     assert (config.compress_stride, config.select_block_size) == (16, 16)
+
+
+def test_mslk_is_the_published_system_that_sees_ahead():
+    config = nsa.NSAConfig.mslk()
+    ahead = dict(tile_summary="mean", compressed_visibility="started")
+    assert config == dataclasses.replace(nsa.NSAConfig(), **ahead)
+    assert nsa.NSAConfig.mslk(window_size=7) == dataclasses.replace(config, window_size=7)
+
+
+def replacements(config):
+    """The same by dataclasses.replace and after copies of the configuration."""
+    for copied in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        yield functools.partial(dataclasses.replace, copied)
+
+
+def test_defaults_follow_a_replaced_block_size():
+    for replace in replacements(nsa.NSAConfig(compress_block_size=64)):
+        assert replace(compress_block_size=32) == nsa.NSAConfig(compress_block_size=32)
+        once_more = dataclasses.replace(replace(window_size=7), compress_block_size=32)
+        assert once_more == nsa.NSAConfig(compress_block_size=32, window_size=7)
+    token = nsa.NSAConfig(selection="token", compress_block_size=64)
+    for replace in replacements(token):
+        config = replace(compress_block_size=128)
+        assert (config.compress_stride, config.select_block_size) == (128, 128)
+
+
+def test_fields_are_saved_as_plain_values(tmp_path):
+    config = nsa.NSAConfig(compress_block_size=32)
+    torch.save(dataclasses.asdict(config), tmp_path / "config.pt")
+    settings = torch.load(tmp_path / "config.pt", weights_only=True)
+    assert nsa.NSAConfig(**settings) == config
+    copied = copy.deepcopy(config.compress_stride), pickle.loads(pickle.dumps(settings))
+    assert (type(copied[0]), type(copied[1]["compress_stride"])) == (int, int)
+
+
+def test_given_sizes_do_not_follow():
+    token = nsa.NSAConfig(selection="token", compress_block_size=64)
+    for replace in replacements(token):
+        # The value of the default, but given.
+        config = replace(compress_block_size=128, compress_stride=64, select_block_size=64)
+        assert (config.compress_stride, config.select_block_size) == (64, 64)
+    config = nsa.NSAConfig.paper(
+        compress_block_size=128,
+        compress_stride=token.compress_stride,
+        select_block_size=token.select_block_size,
+    )
+    assert (config.compress_stride, config.select_block_size) == (64, 64)
+    config = dataclasses.replace(nsa.NSAConfig.paper(), compress_block_size=64)
+    assert (config.compress_stride, config.select_block_size) == (16, 64)
+    again = nsa.NSAConfig(**(dataclasses.asdict(token) | {"compress_block_size": 128}))
+    assert (again.compress_stride, again.select_block_size) == (64, 64)
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 1.0), (2, 2.0), (1.0, True + 0.0)])
+def test_equal_configs_have_equal_hashes(one, other):
+    one, other = nsa.NSAConfig(scale=one), nsa.NSAConfig(scale=other)
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one.encoded == other.encoded
+    assert nsa.NSAConfig.decode(one.encoded) == other
+
+
+@pytest.mark.parametrize("value", [2**31 - 1, 2**31, 2**31 + 1, 2**63 - 1, 2**63, 2**100])
+@pytest.mark.parametrize("name", SIZES + FORCED)
+def test_huge_values_are_valid_or_refused(name, value):
+    settings = {name: value}
+    if name == "compress_block_size":
+        settings["selection"] = "token"
+    elif name in ("compress_stride", "select_block_size"):
+        settings |= dict(compress_block_size=value, selection="token")
+    elif name in FORCED:
+        settings["num_selected_blocks"] = value
+    if name in BOUNDED and value >= 2**31:
+        with pytest.raises(ValueError, match=rf"must be at most {2**31 - 1}, got {value}"):
+            nsa.NSAConfig(**settings)
+    else:
+        assert getattr(nsa.NSAConfig(**settings), name) == value
 
 
 def test_configs_are_frozen_hashable_and_comparable():
@@ -109,7 +197,9 @@ def test_scale_is_a_number(value):
         nsa.NSAConfig(scale=value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0], ids=repr)
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), 0.0, -1.0, 10**400], ids=lambda x: str(x)[:5]
+)
 def test_scale_is_finite_and_positive(value):
     with pytest.raises(ValueError, match=rf"scale must be finite and positive, got {value}"):
         nsa.NSAConfig(scale=value)
