@@ -11,8 +11,18 @@ from torch import Tensor, nn
 from nsa import dispatch
 from nsa.blocks import locate_items, num_compressed_blocks, prefix_sum
 from nsa.config import NSAConfig
+from nsa.linears import (
+    apply_linear,
+    autocast_dtype,
+    make_linear,
+    make_mlp,
+    to_one_dtype,
+    weight_dtype,
+)
+from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.rope import apply_rope
-from nsa.validation import check_config, check_cu_seqlens, check_max_workspace_bytes
+from nsa.tracing import has_readable_values
+from nsa.validation import check_config, check_max_workspace_bytes
 
 _GATES = ("hidden", "q")
 _COMPRESSORS = ("mlp", "mean")
@@ -26,23 +36,28 @@ class BlockCompressor(nn.Module):
     Args:
         block_size: vectors ``l`` in a block.
         dim: channels ``D`` of a vector.
+        device, dtype: of the parameters; by default torch's defaults.
 
     Linear layers start normal with variance ``1 / fan_in`` (2 for the one before the SiLU), so
     that a compressed vector starts at about the scale of its tokens; positions start at 0.02.
     """
 
-    def __init__(self, block_size: int, dim: int):
+    def __init__(
+        self,
+        block_size: int,
+        dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.position = nn.Parameter(torch.empty(block_size, dim))
-        self.mlp = nn.Sequential(
-            nn.Linear(block_size * dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim)
-        )
+        factory = {"device": device, "dtype": dtype}
+        self.position = nn.Parameter(torch.empty(block_size, dim, **factory))
+        self.mlp = make_mlp(block_size * dim, 2 * dim, dim, **factory)
         self.reset_parameters()
 
     def reset_parameters(self):
+        """Initialise the positions; the linear layers initialise themselves."""
         nn.init.normal_(self.position, std=0.02)
-        _init_linear(self.mlp[0], gain=2**0.5)
-        _init_linear(self.mlp[2])
 
     def forward(self, blocks: Tensor) -> Tensor:
         """``(M, l, H_kv, D)`` to ``(M, H_kv, D)``."""
@@ -73,11 +88,17 @@ class NativeSparseAttention(nn.Module):
             values, with no weights.
         bias: whether the four projections have a bias.
         max_workspace_bytes, backend: as in :func:`nsa.forward`.
+        device, dtype: of the parameters; by default torch's defaults.
 
     Initialisation: projections are normal with variance ``1 / fan_in``, so that queries and keys of
     normalised hidden states start at unit variance; the gate's last layer is small (0.02), so that
     all gates start near 1/2; biases are 0. No weight starts at exactly 0 in a way that would keep
-    another one's gradient at 0.
+    another one's gradient at 0. As in all of PyTorch each module initialises its own parameters:
+    ``for m in layer.modules()``, call ``m.reset_parameters()`` where it has one.
+
+    The projections and the linear layers of the MLPs may be wrapped or replaced, by FSDP units,
+    LoRA, quantised or low-rank modules. These get the dtype of ``x`` (under autocast, what autocast
+    made of it), and may return another float dtype.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -99,28 +120,18 @@ class NativeSparseAttention(nn.Module):
         bias: bool = False,
         max_workspace_bytes: int | None = None,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value in (
-            ("dim", dim),
-            ("num_heads", num_heads),
-            ("num_kv_heads", num_kv_heads),
-            ("head_dim", head_dim),
-            ("value_head_dim", value_head_dim),
-        ):
-            _check_size(name, value, optional=name.endswith("head_dim"))
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}")
-        if head_dim is None and dim % num_heads:
-            raise ValueError(
-                f"num_heads must divide dim={dim} where head_dim is not given, got {num_heads}"
-            )
+        _check_sizes(dim, num_heads, num_kv_heads, head_dim, value_head_dim)
         _check_choice("gate", gate, _GATES)
         _check_choice("compressor", compressor, _COMPRESSORS)
         _check_choice("backend", backend, dispatch.BACKENDS)
         check_max_workspace_bytes(max_workspace_bytes)
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
-        self.config = check_config(config)
+        check_config(config)
+        self.config = NSAConfig() if config is None else config
         self.head_dim = head_dim or dim // num_heads
         self.value_head_dim = value_head_dim or self.head_dim
         self.rope_theta = _check_rope(rope_theta, self.head_dim)
@@ -128,50 +139,43 @@ class NativeSparseAttention(nn.Module):
         self.max_workspace_bytes = max_workspace_bytes
         self.backend = backend
 
+        factory = {"device": device, "dtype": dtype}
         kv_rows = self.num_kv_branches * num_kv_heads
-        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(dim, kv_rows * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(dim, kv_rows * self.value_head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * self.value_head_dim, dim, bias=bias)
+        self.q_proj = make_linear(dim, num_heads * self.head_dim, bias, **factory)
+        self.k_proj = make_linear(dim, kv_rows * self.head_dim, bias, **factory)
+        self.v_proj = make_linear(dim, kv_rows * self.value_head_dim, bias, **factory)
+        self.o_proj = make_linear(num_heads * self.value_head_dim, dim, bias, **factory)
         self.gate_mlp = self.gate_proj_weight = None
         if gate == "hidden":
             hidden = max(3 * num_heads, dim // 4)
-            self.gate_mlp = nn.Sequential(
-                nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, 3 * num_heads)
-            )
+            self.gate_mlp = make_mlp(dim, hidden, 3 * num_heads, last_std=0.02, **factory)
         else:
-            self.gate_proj_weight = nn.Parameter(torch.empty(num_heads, 3, self.head_dim))
+            weight = torch.empty(num_heads, 3, self.head_dim, **factory)
+            self.gate_proj_weight = nn.Parameter(weight)
         self.compress_k = self.compress_v = None
         if compressor == "mlp":
             block_size = self.config.compress_block_size
-            self.compress_k = BlockCompressor(block_size, self.head_dim)
-            self.compress_v = BlockCompressor(block_size, self.value_head_dim)
+            self.compress_k = BlockCompressor(block_size, self.head_dim, **factory)
+            self.compress_v = BlockCompressor(block_size, self.value_head_dim, **factory)
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Set every weight to its initial distribution, see the class."""
-        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            _init_linear(linear)
-        if self.gate_mlp is not None:
-            _init_linear(self.gate_mlp[0], gain=2**0.5)
-            nn.init.normal_(self.gate_mlp[2].weight, std=0.02)
-            nn.init.zeros_(self.gate_mlp[2].bias)
-        else:
+        """Initialise ``gate_proj_weight``, if any; the layer's modules initialise themselves."""
+        if self.gate_proj_weight is not None:
             nn.init.normal_(self.gate_proj_weight, std=0.02)
-        for compressor in (self.compress_k, self.compress_v):
-            if compressor is not None:
-                compressor.reset_parameters()
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+        self, x: Tensor, cu_seqlens: Tensor | Packing | None = None, max_seqlen: int | None = None
     ) -> Tensor:
         """Attend within each sequence.
 
         Args:
             x: hidden states ``(B, N, dim)``, or packed ``(T, dim)`` with ``cu_seqlens``, in the
                 dtype of the weights (any float dtype under autocast).
-            cu_seqlens: int32 ``(S + 1,)`` boundaries of packed sequences, from 0 to ``T``.
-            max_seqlen: an upper bound of the sequence lengths.
+            cu_seqlens: int32 ``(S + 1,)`` boundaries of packed sequences, from 0 to ``T``; or a
+                :class:`nsa.Packing` of them, for all layers and steps that pack alike.
+            max_seqlen: an upper bound of the sequence lengths; without it the host reads a tensor
+                of boundaries, and waits for a GPU.
 
         Returns:
             The shape of ``x``.
@@ -180,6 +184,7 @@ class NativeSparseAttention(nn.Module):
             TypeError, ValueError: an argument is wrong; the message names it.
             UnsupportedError: ``backend="fused"`` cannot do this.
         """
+        cu_seqlens = _read_once(cu_seqlens, max_seqlen)
         q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen)
         gates = gate_proj_weight = None
         if self.gate_mlp is not None:
@@ -199,17 +204,18 @@ class NativeSparseAttention(nn.Module):
             max_workspace_bytes=self.max_workspace_bytes,
             backend=self.backend,
         )
-        return self.o_proj(out.flatten(-2))
+        return apply_linear(self.o_proj, out.flatten(-2), x.dtype)
 
     @torch.no_grad()
     def select_blocks(
-        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+        self, x: Tensor, cu_seqlens: Tensor | Packing | None = None, max_seqlen: int | None = None
     ) -> Tensor:
         """The blocks that :meth:`forward` attends for the same arguments.
 
         Returns:
             int32 indices, in the shapes of :func:`nsa.select_blocks`.
         """
+        cu_seqlens = _read_once(cu_seqlens, max_seqlen)
         q, k, _, compressed_kv = self._project(x, cu_seqlens, max_seqlen)
         return dispatch.select_blocks(
             q,
@@ -229,21 +235,25 @@ class NativeSparseAttention(nn.Module):
             f"backend={self.backend!r}, config={self.config}"
         )
 
-    def _project(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None):
+    def _project(self, x: Tensor, cu_seqlens: Tensor | Packing | None, max_seqlen: int | None):
         """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`."""
         self._check_input(x, cu_seqlens)
-        lengths = check_cu_seqlens(cu_seqlens, max_seqlen, x)
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        boundaries = check_boundaries(cu_seqlens, max_seqlen, x)
+        q, k, v = to_one_dtype(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
         branches = (self.num_kv_branches, self.num_kv_heads)
-        k = self.k_proj(x).unflatten(-1, (*branches, self.head_dim)).unbind(-3)
-        v = self.v_proj(x).unflatten(-1, (*branches, self.value_head_dim)).unbind(-3)
+        k = k.unflatten(-1, (*branches, self.head_dim)).unbind(-3)
+        v = v.unflatten(-1, (*branches, self.value_head_dim)).unbind(-3)
         compressed_kv = None
         if self.compress_k is not None:
-            compressed_kv = self._compress(k[0], v[0], cu_seqlens, lengths)
+            # Wrapped linears get the dtype of x.
+            dtype = k[0].dtype if autocast_dtype(x) else x.dtype
+            compressed = self._compress(k[0].to(dtype), v[0].to(dtype), boundaries)
+            compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         if self.rope_theta is not None:
             positions = torch.arange(x.shape[-2], device=x.device)
-            if cu_seqlens is not None:
-                _, positions = locate_items(cu_seqlens.long(), x.shape[0])
+            if boundaries is not None:
+                _, positions = locate_items(boundaries.cu_seqlens.long(), x.shape[0])
             q = apply_rope(q, positions, self.rope_theta)
             k = tuple(apply_rope(branch, positions, self.rope_theta) for branch in k)
         if self.num_kv_branches == 1:
@@ -251,11 +261,12 @@ class NativeSparseAttention(nn.Module):
         return q, k, v, compressed_kv
 
     def _compress(
-        self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengths: list[int] | None
+        self, k: Tensor, v: Tensor, boundaries: Boundaries | None
     ) -> tuple[Tensor, Tensor]:
         """Compressed keys, rotated to their blocks' centres, and values."""
-        first, local = _block_starts(k, cu_seqlens, self.config, lengths)
-        index = first[:, None] + torch.arange(self.config.compress_block_size, device=k.device)
+        config = check_config(self.config)
+        first, local = _block_starts(k, boundaries, config)
+        index = first[:, None] + torch.arange(config.compress_block_size, device=k.device)
         # A block that an upper bound counts too many reads anything.
         index = index.clamp(max=max(0, k.shape[:-2].numel() - 1))
         k_cmp, v_cmp = (
@@ -263,12 +274,14 @@ class NativeSparseAttention(nn.Module):
             for compress, x in ((self.compress_k, k), (self.compress_v, v))
         )
         if self.rope_theta is not None:
-            centre = local * self.config.compress_stride + (self.config.compress_block_size - 1) / 2
+            # float64, because an integer tensor plus a float has torch's default dtype.
+            start = local.double() * config.compress_stride
+            centre = start + (config.compress_block_size - 1) / 2
             k_cmp = apply_rope(k_cmp, centre, self.rope_theta)
         if k.ndim == 4:
-            counts = (k.shape[0], num_compressed_blocks(k.shape[1], self.config))
+            counts = (k.shape[0], num_compressed_blocks(k.shape[1], config))
             k_cmp, v_cmp = (c.unflatten(0, counts) for c in (k_cmp, v_cmp))
-        return k_cmp.to(k.dtype), v_cmp.to(v.dtype)
+        return k_cmp, v_cmp
 
     def _check_input(self, x, cu_seqlens):
         if not isinstance(x, Tensor):
@@ -276,37 +289,57 @@ class NativeSparseAttention(nn.Module):
         rank, form = (3, "(B, N, {})") if cu_seqlens is None else (2, "(T, {}) with cu_seqlens")
         if x.ndim != rank or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape {form.format(self.dim)}, got {tuple(x.shape)}")
-        wanted = self.q_proj.weight.dtype
-        if x.dtype != wanted and not torch.is_autocast_enabled(x.device.type):
+        wanted = weight_dtype(self.q_proj)
+        if wanted not in (None, x.dtype) and not autocast_dtype(x):
             raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")
 
 
+def _read_once(
+    cu_seqlens: Tensor | Packing | None, max_seqlen: int | None
+) -> Tensor | Packing | None:
+    """A Packing of boundaries that would else be read here and again in :func:`nsa.forward`."""
+    if isinstance(cu_seqlens, Tensor) and max_seqlen is None and has_readable_values(cu_seqlens):
+        return Packing(cu_seqlens)
+    return cu_seqlens
+
+
 def _block_starts(
-    x: Tensor, cu_seqlens: Tensor | None, config: NSAConfig, lengths: list[int] | None = None
+    x: Tensor, boundaries: Boundaries | None, config: NSAConfig
 ) -> tuple[Tensor, Tensor]:
     """Flat first token, and index in its sequence, of each compressed block: ``(M,)`` each.
 
-    Of packed sequences whose ``lengths`` are unknown ``M`` is an upper bound.
+    Of packed sequences whose lengths are unknown ``M`` is an upper bound.
     """
     stride = config.compress_stride
-    if cu_seqlens is None:
+    if boundaries is None:
         batch, length = x.shape[:2]
         local = torch.arange(num_compressed_blocks(length, config), device=x.device)
         first = torch.arange(batch, device=x.device)[:, None] * length + local * stride
         return first.flatten(), local.repeat(batch)
-    bounds = cu_seqlens.long()
+    bounds = boundaries.cu_seqlens.long()
     offset = prefix_sum(num_compressed_blocks(bounds.diff(), config))
     total = x.shape[0] // stride
-    if lengths is not None:
-        total = sum(num_compressed_blocks(length, config) for length in lengths)
+    if boundaries.lengths is not None:
+        total = sum(num_compressed_blocks(length, config) for length in boundaries.lengths)
     owner, local = locate_items(offset, total)
     return bounds[owner] + local * stride, local
 
 
-def _init_linear(linear: nn.Linear, gain: float = 1.0):
-    nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
+def _check_sizes(dim, num_heads, num_kv_heads, head_dim, value_head_dim):
+    for name, value in (
+        ("dim", dim),
+        ("num_heads", num_heads),
+        ("num_kv_heads", num_kv_heads),
+        ("head_dim", head_dim),
+        ("value_head_dim", value_head_dim),
+    ):
+        _check_size(name, value, optional=name.endswith("head_dim"))
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}")
+    if head_dim is None and dim % num_heads:
+        raise ValueError(
+            f"num_heads must divide dim={dim} where head_dim is not given, got {num_heads}"
+        )
 
 
 def _check_size(name: str, value, optional: bool):

@@ -1,5 +1,7 @@
 """nsa.NativeSparseAttention: shapes, packing, compressor, RoPE, causality, gradients, errors."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -35,6 +37,25 @@ OPTIONS = {
     "separate": {"separate_kv": True, "bias": True},
     "gate-q": {"gate": "q"},
     "dims": {"head_dim": 10, "value_head_dim": 7},
+}
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+# Global defaults that must change nothing of a float32 layer on the CPU.
+DEFAULTS = {
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
+    "float64": lambda: default_dtype(torch.float64),
+    "meta": lambda: torch.device("meta"),
 }
 
 
@@ -228,6 +249,85 @@ def test_autocast_and_bfloat16():
     assert close.dtype == torch.bfloat16
     torch.testing.assert_close(close.float(), exact, rtol=0.1, atol=0.1)
     assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def results_and_gradients(layer, x, *packing):
+    """Output, gradients of ``x`` and of every parameter, and selected blocks."""
+    x = x.clone().requires_grad_()
+    y = layer(x, *packing)
+    gradients = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    return [y.detach(), *gradients, layer.select_blocks(x, *packing)]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize(("compressor", "gate"), [("mlp", "hidden"), ("mean", "q")])
+def test_global_defaults_change_nothing(compressor, gate, packed):
+    layer = make_layer(dtype=torch.float32, compressor=compressor, gate=gate)
+    x = torch.randn(1, 2048, DIM)
+    arguments = (x[0], make_cu_seqlens([1500, 0, 1, 547])) if packed else (x,)
+    wanted = results_and_gradients(layer, *arguments)
+    for name, context in DEFAULTS.items():
+        with context():
+            found = results_and_gradients(layer, *arguments)
+        assert all(map(torch.equal, found, wanted)), name
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_global_defaults_leave_positions_past_65536_alone(name):
+    layer = make_layer(dtype=torch.float32)
+    x = torch.randn(1, 70_000, DIM)
+    positions = torch.arange(10**6, 10**6 + 70_000)
+    with torch.no_grad():
+        q, k, v, compressed = layer._project(x, None, None)
+        wanted = q, k, v, *compressed, apply_rope(q, positions, 10000.0)
+        with DEFAULTS[name]():
+            q, k, v, compressed = layer._project(x, None, None)
+            found = q, k, v, *compressed, apply_rope(q, positions, 10000.0)
+    assert all(map(torch.equal, found, wanted))
+    assert all(x.isfinite().all() for x in found)
+
+
+# torch.compile looks at the gradients of what it resumes with after the reference, which it skips.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_packed_layer_on_the_reference(config, backend):
+    torch._dynamo.reset()
+    layer = make_layer(config)
+    lengths = [30, 1, 0, 29]
+    arguments = torch.randn(60, DIM, dtype=torch.float64), make_cu_seqlens(lengths)
+    compiled = torch.compile(layer, backend=backend)
+    found = results_and_gradients(compiled, *arguments)
+    wanted = results_and_gradients(layer, *arguments)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", ["hidden", "q"])
+def test_constructor_takes_device_and_dtype(gate):
+    arguments = (DIM, HEADS, KV_HEADS, TOKEN)
+    layer = nsa.NativeSparseAttention(*arguments, gate=gate)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("cpu", torch.float32)}
+    layer = nsa.NativeSparseAttention(*arguments, gate=gate, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+    compressor = BlockCompressor(8, 6, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in compressor.parameters()} == {("meta", torch.float64)}
+    with default_dtype(torch.float64):
+        layer = nsa.NativeSparseAttention(*arguments, gate=gate)
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda dtype: nsa.NativeSparseAttention(DIM, HEADS, KV_HEADS, TOKEN, dtype=dtype),
+        lambda dtype: BlockCompressor(8, 6, dtype=dtype),
+    ],
+    ids=["layer", "compressor"],
+)
+def test_constructor_refuses_integers_as_linear_layers_do(make):
+    with pytest.raises(RuntimeError) as wanted:
+        torch.nn.Linear(2, 2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=str(wanted.value)):
+        make(torch.int32)
 
 
 def test_repr_shows_the_sizes():

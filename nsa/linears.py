@@ -1,0 +1,105 @@
+"""Linear layers that initialise themselves, and that users may wrap or replace.
+
+Such a module (an FSDP unit, LoRA, a quantised or low-rank layer) may compute in a dtype of its own,
+have no ``weight``, or one whose dtype says nothing.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+
+def make_linear(
+    dim: int, out: int, bias: bool = True, *, std: float | None = None, device=None, dtype=None
+) -> nn.Linear:
+    """A linear layer that starts normal with ``std``, by default ``1 / sqrt(dim)``."""
+    linear = nn.Linear(dim, out, bias=bias, device=device, dtype=dtype)
+    linear.reset_parameters = _Initialiser(linear, dim**-0.5 if std is None else std)
+    linear.reset_parameters()
+    return linear
+
+
+def make_mlp(
+    dim: int, hidden: int, out: int, *, last_std: float | None = None, device=None, dtype=None
+) -> "MLP":
+    """``Linear, SiLU, Linear`` that starts with outputs at the scale of its inputs.
+
+    ``last_std`` is that of the last layer, by default ``1 / sqrt(hidden)``.
+    """
+    factory = {"device": device, "dtype": dtype}
+    return MLP(
+        make_linear(dim, hidden, std=(2 / dim) ** 0.5, **factory),
+        nn.SiLU(),
+        make_linear(hidden, out, std=last_std, **factory),
+    )
+
+
+class MLP(nn.Sequential):
+    """Linear layers with ``SiLU`` between, each of which may compute in a dtype of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        for module in self:
+            x = module(x) if isinstance(module, nn.SiLU) else apply_linear(module, x, dtype)
+        return x
+
+
+class _Initialiser:
+    """What ``linear.reset_parameters()`` does here: a normal weight, and a bias of 0.
+
+    It is an attribute of the ``nn.Linear``, not a method of a subclass, because tools that replace
+    linear layers go by the exact type. A weak reference lets a deleted layer free its memory at
+    once. A copied or unpickled linear layer has an initialiser of its own.
+    """
+
+    def __init__(self, linear: nn.Linear, std: float):
+        self._linear, self._std = weakref.ref(linear), std
+
+    def __call__(self):
+        linear = self._linear()
+        nn.init.normal_(linear.weight, std=self._std)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+    def __reduce__(self):
+        return _Initialiser, (self._linear(), self._std)
+
+
+def apply_linear(linear: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``linear(x)``, with ``x`` in the dtype of a plain linear's weight, in ``dtype`` for another.
+
+    Under autocast ``x`` stays as it is.
+    """
+    if autocast_dtype(x) is None:
+        x = x.to(weight_dtype(linear) or dtype)
+    return linear(x)
+
+
+def weight_dtype(linear: nn.Module) -> torch.dtype | None:
+    """The dtype that a plain linear layer takes; None for one that is wrapped or replaced."""
+    plain = type(linear) is nn.Linear and "forward" not in vars(linear)
+    if not plain or linear._forward_pre_hooks or not linear.weight.is_floating_point():
+        return None
+    return linear.weight.dtype
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the device of ``x``; None without autocast."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def to_one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of different float dtypes in one dtype that holds all, or in that of autocast.
+
+    Autocast leaves float64 alone.
+    """
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    if dtype != torch.float64:
+        dtype = autocast_dtype(tensors[0]) or dtype
+    return [x.to(dtype) for x in tensors]
