@@ -3,11 +3,13 @@
 from nsa.config import NSAConfig
 from nsa.dispatch import explain_backend, forward, select_blocks
 from nsa.layers import NativeSparseAttention
+from nsa.packing import Packing
 from nsa.validation import UnsupportedError
 
 __all__ = [
     "NSAConfig",
     "NativeSparseAttention",
+    "Packing",
     "UnsupportedError",
     "explain_backend",
     "forward",

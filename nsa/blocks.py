@@ -13,6 +13,9 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 
+_ALL = 1 << 62
+"""More than the positions of any tile, and a sum of two does not overflow an int64."""
+
 
 def num_compressed_blocks(length: int | Tensor, config: NSAConfig) -> int | Tensor:
     """Complete compressed blocks of a sequence: ``max(0, (N - l) // d + 1)``."""
@@ -43,16 +46,20 @@ def num_cmp_groups(length: int | Tensor, config: NSAConfig) -> int | Tensor:
     return -(-num_compressed_blocks(length, config) // config.cmp_group_size)
 
 
-def overlap_weights(config: NSAConfig) -> list[int]:
+def overlap_weights(config: NSAConfig, num_compressed: int | None = None) -> list[int]:
     """Weights ``|j ∩ J| / d`` of compressed block ``j`` in selection block ``J`` (Eq. 9).
 
-    Entry ``o`` belongs to ``j = J * (l'/d) - (l/d - 1) + o``; blocks outside weigh nothing.
+    Entry ``o`` belongs to ``j = J * (l'/d) - (l/d - 1) + o``; blocks outside weigh nothing. Entries
+    that belong to none of the first ``num_compressed`` blocks for any ``J`` are left out.
     """
     per_select = config.select_block_size // config.compress_stride
     per_compress = config.compress_block_size // config.compress_stride
+    entries = per_select + per_compress - 1
+    if num_compressed is not None:
+        entries = min(entries, num_compressed + per_compress - 1 if num_compressed else 0)
     return [
         min(o + 1, per_compress, per_select, per_select + per_compress - 1 - o)
-        for o in range(per_select + per_compress - 1)
+        for o in range(entries)
     ]
 
 
@@ -247,10 +254,19 @@ class Geometry:
         return self.tiles.local * self.config.q_tile_size
 
     @cached_property
+    def tile_end(self) -> Tensor:
+        """Last position of each tile, whether or not its sequence reaches it: ``(tiles,)``."""
+        return self.tile_first + (self.config.q_tile_size - 1)
+
+    @cached_property
     def tile_last(self) -> Tensor:
         """Position of each tile's last query in its sequence, int64 ``(tiles,)``."""
-        last = self.tile_first + (self.config.q_tile_size - 1)
-        return last.clamp(max=self.tokens.count_of(self.tiles.owner) - 1)
+        return self.tile_end.clamp(max=self.tokens.count_of(self.tiles.owner) - 1)
+
+    @property
+    def unit_position(self) -> Tensor:
+        """The position that each unit's forced blocks and candidates follow, int64 ``(units,)``."""
+        return self.tokens.local if self.config.selection == "token" else self.tile_end
 
     def num_visible(self, position: Tensor, owner: Tensor, visibility: str) -> Tensor:
         """Compressed blocks that a query at ``position`` of sequence ``owner`` sees."""
@@ -279,21 +295,21 @@ class Geometry:
         """Flat tokens ``[first, end)`` in each token's window."""
         first, end = self.token_interval()
         index = torch.arange(self.tokens.total, device=self.device)
-        window = self.config.window_size
+        window = min(self.config.window_size, self.tokens.total)
         return torch.maximum(first, index - window + 1), torch.minimum(end, index + window)
 
     def candidate_interval(self, position: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Flat selection blocks ``[first, end)`` open to queries at ``position`` of ``owner``."""
-        first = self.selection.offset[owner]
-        if not self.config.causal:
-            return first, first + self.selection.count[owner]
-        return first, first + position // self.config.select_block_size + 1
+        first, count = self.selection.offset[owner], self.selection.count[owner]
+        if self.config.causal:
+            count = torch.minimum(count, position // self.config.select_block_size + 1)
+        return first, first + count
 
     def block_rules(self, position: Tensor, owner: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Which flat selection ``blocks`` are candidates, and which of them are forced.
 
         Args:
-            position, owner: position and sequence of each query, or of each tile's last, ``(C,)``.
+            position, owner: ``unit_position`` and sequence of each unit, ``(C,)``.
             blocks: flat selection blocks ``(X,)``.
 
         Returns:
@@ -301,7 +317,26 @@ class Geometry:
         """
         first, end = (bound[:, None] for bound in self.candidate_interval(position, owner))
         own = first + position[:, None] // self.config.select_block_size
+        num_initial, num_local = self._forced_counts
         candidate = (blocks >= first) & (blocks < end)
-        initial = blocks < first + self.config.num_initial_blocks
-        local = blocks > own - self.config.num_local_blocks
+        initial = blocks < first + num_initial
+        local = blocks > own - num_local
         return candidate, candidate & (blocks <= own) & (initial | local)
+
+    def num_forced_past_end(self, position: Tensor, owner: Tensor) -> Tensor:
+        """Forced blocks that start past the end of the sequence, where a tile does not.
+
+        Arguments as in :meth:`block_rules`; int64 ``(C,)``.
+        """
+        count = self.selection.count[owner]
+        end = position // self.config.select_block_size + 1
+        num_initial, num_local = self._forced_counts
+        local = torch.maximum(end - num_local, count)
+        initial = torch.minimum(local, end.clamp(max=num_initial))
+        return (end - local).clamp(min=0) + (initial - count).clamp(min=0)
+
+    @property
+    def _forced_counts(self) -> tuple[int, int]:
+        """Initial and local blocks; more than there are positions would overflow."""
+        config = self.config
+        return min(config.num_initial_blocks, _ALL), min(config.num_local_blocks, _ALL)

@@ -2,12 +2,15 @@
 
 import logging
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsa import validation
 from nsa.config import NSAConfig
+from nsa.packing import Boundaries, Packing, check_boundaries
+from nsa.precision import autocast_tensors
 from nsa.validation import UnsupportedError
 
 BACKENDS = ("auto", "reference", "fused")
@@ -27,7 +30,7 @@ def forward(
     compress_v_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Packing | None = None,
     max_seqlen: int | None = None,
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
@@ -38,12 +41,19 @@ def forward(
     with no key in a branch gets 0 from it. Differentiable in ``q``, ``k``, ``v``, ``gates``,
     ``compressed_kv`` and all weights; no gradient passes through the selection of blocks.
 
-    Query head ``h`` attends KV head ``h // G``, ``G = H / H_kv``. Values must be finite: a masked
-    NaN or infinity is multiplied by 0, not skipped, and so reaches other tokens and sequences.
+    Query head ``h`` attends KV head ``h // G``, ``G = H / H_kv``. A NaN or infinity in ``k`` or
+    ``v`` stays with the queries that attend it on the reference. In the fused backend a masked one
+    is multiplied by 0, not skipped: it reaches other tokens of its own sequence, and the end of the
+    packed sequence before it.
+
+    The fused backend's gradients are sums in any order: their last bits differ from run to run.
+    They can be differentiated once, the reference's again.
 
     Args:
         q: ``(B, N, H, D)``, or packed ``(T, H, D)`` with ``cu_seqlens``; float16, bfloat16,
-            float32 or float64, which all other float arguments share.
+            float32 or float64, which all other float arguments share. Under autocast, arguments of
+            several of the first three are cast to the autocast dtype, as
+            ``scaled_dot_product_attention`` does; otherwise autocast changes nothing.
         k: ``(B, N, H_kv, D)`` or ``(T, H_kv, D)``; or three of them, for the (compressed,
             selected, window) branches.
         v: ``(B, N, H_kv, Dv)`` or ``(T, H_kv, Dv)``; or three of them.
@@ -59,15 +69,16 @@ def forward(
             ``(sum of N_cmp, H_kv, D)`` and ``(sum of N_cmp, H_kv, Dv)``.
         block_indices: int32 blocks to attend instead of selecting them: token mode
             ``(B, N, H_kv, n)`` or ``(T, H_kv, n)``, tile mode ``(B, H, tiles, n)`` or
-            ``(H, sum of tiles, n)``; ascending, -1 in empty slots at the end.
+            ``(H, sum of tiles, n)``; ascending, -1 in empty slots at the end. The values are
+            checked in each call, for which the host waits once.
         cu_seqlens: int32 ``(S + 1,)`` boundaries of packed sequences, from 0 to ``T``; sequences
-            may have any length, 0 and 1 included. The host reads and checks a tensor's values once,
-            and again after PyTorch has changed them; not while torch.compile traces or a CUDA graph
-            is captured: padding is a sequence of its own there too. Give a new tensor where
-            something else changes the values, and one tensor to all layers: the fused backend
-            computes what follows from it once, and keeps that with it, some 100 bytes a token.
+            may have any length, 0 and 1 included. A tensor is read and checked in each call, which
+            waits for a GPU unless ``max_seqlen`` is given; then it is neither. Give a
+            :class:`nsa.Packing` of it to all layers and steps that pack alike: it is read once, and
+            so is computed what follows from it. While torch.compile traces or a CUDA graph is
+            captured, a tensor's values may change from replay to replay.
         max_seqlen: an upper bound of the sequence lengths; by default they are read. Needed while a
-            CUDA graph is captured.
+            CUDA graph is captured, unless ``cu_seqlens`` is a :class:`nsa.Packing`.
         max_workspace_bytes: how much device memory to use at most beside arguments, output and
             their gradients; by default most of what is free when the call is made, or all that
             there is while torch.compile traces or a CUDA graph is captured. The fused backend runs
@@ -86,7 +97,11 @@ def forward(
             must be.
         UnsupportedError: ``backend="fused"`` cannot do this; the message names the limit.
     """
-    arguments = dict(
+    call = _check_call(
+        q,
+        k,
+        v,
+        config=config,
         gate_proj_weight=gate_proj_weight,
         gates=gates,
         compress_k_weight=compress_k_weight,
@@ -97,10 +112,21 @@ def forward(
         max_seqlen=max_seqlen,
         max_workspace_bytes=max_workspace_bytes,
     )
-    k, v, config, lengths = _validate(q, k, v, config, **arguments)
-    arguments["max_seqlen"] = _longest(max_seqlen, lengths)
-    module = _backend_module(backend, q, v, config)
-    return module.forward(q, k, v, config=config, **arguments)
+    module = _backend_module(backend, call.q, call.v, call.config)
+    return module.forward(
+        call.q,
+        call.k,
+        call.v,
+        config=call.config,
+        gate_proj_weight=call.gate_proj_weight,
+        gates=call.gates,
+        compress_k_weight=call.compress_k_weight,
+        compress_v_weight=call.compress_v_weight,
+        compressed_kv=call.compressed_kv,
+        block_indices=block_indices,
+        boundaries=call.boundaries,
+        max_workspace_bytes=max_workspace_bytes,
+    )
 
 
 def select_blocks(
@@ -110,7 +136,7 @@ def select_blocks(
     config: NSAConfig | None = None,
     compress_k_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Packing | None = None,
     max_seqlen: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -125,16 +151,23 @@ def select_blocks(
 
     Raises:
         TypeError, ValueError, UnsupportedError: as in :func:`forward`.
+        ValueError: ``num_selected_blocks`` is above 65536 and above the blocks of a sequence, so
+            that a row would be mostly empty slots.
     """
     config = validation.check_config(config)
     k = validation.per_branch("k", k)
+    q, k, compress_k_weight, compressed_kv = autocast_tensors(
+        q, k, compress_k_weight, compressed_kv
+    )
     problem = validation.check_qkv(q, k, None, config, cu_seqlens)
     if isinstance(compressed_kv, (tuple, list)) and len(compressed_kv) == 2:
         value = compressed_kv[1]
         if isinstance(value, Tensor) and value.ndim == q.ndim:
             problem = problem._replace(value_dim=value.shape[-1])
-    lengths = validation.check_cu_seqlens(cu_seqlens, max_seqlen, q)
+    boundaries = check_boundaries(cu_seqlens, max_seqlen, q)
+    lengths = None if boundaries is None else boundaries.lengths
     validation.check_compression(compress_k_weight, None, compressed_kv, lengths, q, problem)
+    validation.check_selection_width(boundaries, problem)
     module = _backend_module(backend, q, k, config)
     return module.select_blocks(
         q,
@@ -142,8 +175,7 @@ def select_blocks(
         config=config,
         compress_k_weight=compress_k_weight,
         compressed_kv=compressed_kv,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=_longest(max_seqlen, lengths),
+        boundaries=boundaries,
     )
 
 
@@ -159,7 +191,7 @@ def explain_backend(
     compress_v_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Packing | None = None,
     max_seqlen: int | None = None,
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
@@ -169,11 +201,11 @@ def explain_backend(
     Raises:
         TypeError, ValueError: as in :func:`forward`.
     """
-    _, v, config, _ = _validate(
+    call = _check_call(
         q,
         k,
         v,
-        config,
+        config=config,
         gate_proj_weight=gate_proj_weight,
         gates=gates,
         compress_k_weight=compress_k_weight,
@@ -184,47 +216,58 @@ def explain_backend(
         max_seqlen=max_seqlen,
         max_workspace_bytes=max_workspace_bytes,
     )
-    limit = _fused_limit(q, v, config)
+    limit = _fused_limit(call.q, call.v, call.config)
     name = _choose(_check_backend(backend), limit)
     return f"backend: {name or 'none'} ({_describe_limit(limit)})"
 
 
-def _validate(
+class _Call(NamedTuple):
+    """Valid arguments: ``k`` and ``v`` hold one tensor a branch, all floats have one dtype."""
+
+    q: Tensor
+    k: tuple[Tensor, Tensor, Tensor]
+    v: tuple[Tensor, Tensor, Tensor]
+    config: NSAConfig
+    gate_proj_weight: Tensor | None
+    gates: Tensor | None
+    compress_k_weight: Tensor | None
+    compress_v_weight: Tensor | None
+    compressed_kv: tuple[Tensor, Tensor] | None
+    boundaries: Boundaries | None
+
+
+def _check_call(
     q,
     k,
     v,
-    config,
     *,
-    gate_proj_weight=None,
-    gates=None,
-    compress_k_weight=None,
-    compress_v_weight=None,
-    compressed_kv=None,
-    block_indices=None,
-    cu_seqlens=None,
-    max_seqlen=None,
-    max_workspace_bytes=None,
-):
-    """Check forward's arguments; return k and v with one tensor a branch, the config, and the
-    lengths of packed sequences where they can be read."""
+    config,
+    gate_proj_weight,
+    gates,
+    compress_k_weight,
+    compress_v_weight,
+    compressed_kv,
+    block_indices,
+    cu_seqlens,
+    max_seqlen,
+    max_workspace_bytes,
+) -> _Call:
+    """Check the arguments of :func:`forward`, and bring them to one dtype under autocast."""
     config = validation.check_config(config)
     k, v = validation.per_branch("k", k), validation.per_branch("v", v)
+    floats = (gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv)
+    q, k, v, *floats = autocast_tensors(q, k, v, *floats)
+    gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv = floats
     problem = validation.check_qkv(q, k, v, config, cu_seqlens)
-    lengths = validation.check_cu_seqlens(cu_seqlens, max_seqlen, q)
+    boundaries = check_boundaries(cu_seqlens, max_seqlen, q)
+    lengths = None if boundaries is None else boundaries.lengths
     validation.check_gates(gates, gate_proj_weight, q, problem)
     validation.check_compression(
         compress_k_weight, compress_v_weight, compressed_kv, lengths, q, problem
     )
     validation.check_block_indices(block_indices, lengths, q, problem)
     validation.check_max_workspace_bytes(max_workspace_bytes)
-    return k, v, config, lengths
-
-
-def _longest(max_seqlen: int | None, lengths: list[int] | None) -> int | None:
-    """The caller's bound of the lengths, or the longest where they are known."""
-    if max_seqlen is not None or lengths is None:
-        return max_seqlen
-    return max(lengths, default=0)
+    return _Call(q, k, v, config, *floats, boundaries)
 
 
 def _check_backend(backend) -> str:

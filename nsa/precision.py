@@ -1,8 +1,52 @@
 """The rules of precision that both backends share."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are kept in: float32 for 16-bit inputs, else ``dtype`` itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which autocast changes no dtype: precision follows from the inputs alone."""
+    if _autocast_is_on(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+# What autocast casts: not float64.
+_AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def autocast_tensors(*tensors):
+    """The arguments of a call in the autocast dtype, if autocast is on and their dtypes differ.
+
+    Tensors, tuples of tensors, or None; what is anything else, or has any other dtype, keeps all as
+    they are.
+    """
+    q = tensors[0]
+    if not isinstance(q, Tensor) or not _autocast_is_on(q.device):
+        return tensors
+    flat = [x for part in tensors for x in (part if isinstance(part, (tuple, list)) else (part,))]
+    dtypes = {x.dtype if isinstance(x, Tensor) else None for x in flat if x is not None}
+    if len(dtypes) < 2 or not dtypes.issubset(_AUTOCAST_DTYPES):
+        return tensors
+    dtype = torch.get_autocast_dtype(q.device.type)
+
+    def cast(part):
+        if not isinstance(part, (tuple, list)):
+            return None if part is None else part.to(dtype)
+        if all(x is part[0] for x in part):
+            # One tensor for all branches stays one.
+            return (part[0].to(dtype),) * len(part)
+        return tuple(x.to(dtype) for x in part)
+
+    return tuple(map(cast, tensors))
+
+
+def _autocast_is_on(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

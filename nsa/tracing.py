@@ -2,18 +2,19 @@
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 
-def is_traced(x: Tensor) -> bool:
+def is_traced(*tensors: Tensor | None) -> bool:
     """Whether something looks at each operation and must see custom ops instead of kernels.
 
     That is torch.compile, a dispatch mode (such as that of fake tensors or of selective
-    checkpointing), or ``x`` itself, of a subclass.
+    checkpointing), or any of the ``tensors``, of a subclass.
     """
     return (
         torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(x) not in (Tensor, torch.nn.Parameter, type(None)) for x in tensors)
     )
 
 
@@ -27,11 +28,14 @@ def is_capturing(x: Tensor) -> bool:
 def may_keep(x: Tensor) -> bool:
     """Whether what is computed now on the device of ``x`` may be kept for later calls.
 
-    On a GPU, on the default stream alone: elsewhere it is there only for what comes later on the
-    same stream, while a graph is captured only in its replays. And the memory may not be ours:
-    torch.compile(mode="reduce-overhead") runs a call once on a stream of its own, in the memory of
-    the graph to be, and fails if more than the results is left there.
+    Not where something traces, whose tensors may have no data. On a GPU, on the default stream
+    alone: elsewhere it is there only for what comes later on the same stream, while a graph is
+    captured only in its replays. And the memory may not be ours: torch.compile(
+    mode="reduce-overhead") runs a call once on a stream of its own, in the memory of the graph to
+    be, and fails if more than the results is left there.
     """
+    if is_traced(x):
+        return False
     if not x.is_cuda:
         return True
     current, default = torch.cuda.current_stream(x.device), torch.cuda.default_stream(x.device)
@@ -40,4 +44,6 @@ def may_keep(x: Tensor) -> bool:
 
 def has_readable_values(x: Tensor) -> bool:
     """Whether the host can read values of ``x``; on a GPU it waits for them."""
-    return not (x.is_meta or torch.compiler.is_compiling() or is_capturing(x))
+    if x.is_meta or torch.compiler.is_compiling() or is_capturing(x):
+        return False
+    return not (is_traced(x) and detect_fake_mode([x]) is not None)

@@ -3,7 +3,6 @@
 Every message names the argument, what it was and what it must be.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
 from nsa.config import NSAConfig
-from nsa.per_values import PerValues
-from nsa.tracing import has_readable_values, is_capturing
+from nsa.packing import Boundaries
+from nsa.tracing import has_readable_values
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -42,12 +41,12 @@ _DEFAULT = NSAConfig()
 
 
 def check_config(config) -> NSAConfig:
-    """The caller's configuration, or the default one for None."""
+    """The caller's configuration in plain ints, or the default one for None."""
     if config is None:
-        return _DEFAULT
+        config = _DEFAULT
     if not isinstance(config, NSAConfig):
         raise TypeError(f"config must be an nsa.NSAConfig or None, got {type(config).__name__}")
-    return config
+    return config if config.plain is None else config.plain
 
 
 def per_branch(name: str, x) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,62 +143,21 @@ def check_max_workspace_bytes(value):
         raise ValueError(f"max_workspace_bytes must be at least 1, got {value}")
 
 
-def check_cu_seqlens(cu_seqlens, max_seqlen, q: Tensor) -> list[int] | None:
-    """Check sequence boundaries; return the lengths, None where they cannot be read on the host.
+WIDE_SELECTION = 1 << 16
+"""Slots of a row of selected blocks that are given out even if all stay empty."""
 
-    Values are not read while torch.compile traces or a CUDA graph is captured, and else once for
-    each tensor and each change of it by PyTorch.
-    """
-    if max_seqlen is not None:
-        if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-            raise TypeError(f"max_seqlen must be an int, got {max_seqlen!r}")
-        if cu_seqlens is None:
-            raise ValueError(f"max_seqlen must be None without cu_seqlens, got {max_seqlen}")
-    if cu_seqlens is None:
-        return None
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be an int32 tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must have dtype torch.int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != q.device:
+
+def check_selection_width(boundaries: Boundaries | None, problem: Problem):
+    """Check that rows of ``num_selected_blocks`` slots are not absurdly longer than a sequence."""
+    longest = problem.leading[-1] if boundaries is None else boundaries.max_seqlen
+    if longest is None or torch.compiler.is_compiling():
+        longest = problem.leading[-1]
+    count, most = problem.config.num_selected_blocks, num_selection_blocks(longest, problem.config)
+    if count > max(WIDE_SELECTION, most):
         raise ValueError(
-            f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}"
+            f"num_selected_blocks must be at most {max(WIDE_SELECTION, most)} to select rows of so "
+            f"many slots, got {count}: a sequence has at most {most} blocks"
         )
-    if not has_readable_values(cu_seqlens):
-        if max_seqlen is None and is_capturing(cu_seqlens):
-            raise ValueError("max_seqlen must be an int while a CUDA graph is captured, got None")
-        return None
-    lengths = _read_lengths(cu_seqlens)
-    total, longest = sum(lengths), max(lengths, default=0)
-    if total != q.shape[0]:
-        raise ValueError(f"cu_seqlens must end at the {q.shape[0]} tokens of q, got {total}")
-    if max_seqlen is not None and max_seqlen < longest:
-        raise ValueError(
-            f"max_seqlen must be at least the longest sequence, {longest}, got {max_seqlen}"
-        )
-    return lengths
-
-
-_known_lengths = PerValues()
-
-
-def _read_lengths(cu_seqlens: Tensor) -> list[int]:
-    known = _known_lengths[cu_seqlens]
-    if "lengths" not in known:
-        known["lengths"] = _check_boundaries(cu_seqlens.tolist())
-    return known["lengths"]
-
-
-def _check_boundaries(bounds: list[int]) -> list[int]:
-    """The lengths between valid boundaries."""
-    if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
-    for at, (start, end) in enumerate(pairwise(bounds)):
-        if end < start:
-            raise ValueError(f"cu_seqlens must not decrease, got {start} then {end} at entry {at}")
-    return [end - start for start, end in pairwise(bounds)]
 
 
 def check_gates(gates, gate_proj_weight, q: Tensor, problem: Problem):
@@ -288,20 +246,22 @@ def _check_block_values(indices: Tensor, lengths, problem: Problem):
         token = config.selection == "token"
         units = lengths if token else [num_query_tiles(n, config) for n in lengths]
         blocks = [num_selection_blocks(n, config) for n in lengths]
-        count = torch.repeat_interleave(torch.tensor(blocks), torch.tensor(units))
-        count = count.to(indices.device)[:, None]
+        blocks, units = (torch.tensor(x, device="cpu") for x in (blocks, units))
+        count = torch.repeat_interleave(blocks, units).to(indices.device)[:, None]
         count = count[:, None] if token else count
-    bad = (indices < -1) | (indices >= count)
-    if bad.any():
-        most = int(torch.as_tensor(count).max())
+    outside = (indices < -1) | (indices >= count)
+    before, after = indices[..., :-1], indices[..., 1:]
+    descends = (after != -1) & ((after <= before) | (before == -1))
+    # One wait for the device.
+    if not bool(outside.any() | descends.any()):
+        return
+    if outside.any():
+        most = max(blocks.tolist()) if torch.is_tensor(count) else count
         raise ValueError(
             f"block_indices must lie in [0, blocks of the sequence), at most {most}, or be -1; "
-            f"got {int(indices[bad][0])}"
+            f"got {int(indices[outside][0])}"
         )
-    before, after = indices[..., :-1], indices[..., 1:]
-    bad = (after != -1) & (after <= before) | (after != -1) & (before == -1)
-    if bad.any():
-        raise ValueError(
-            f"block_indices must ascend, with -1 only at the end of a row, got "
-            f"{int(before[bad][0])} before {int(after[bad][0])}"
-        )
+    raise ValueError(
+        f"block_indices must ascend, with -1 only at the end of a row, got "
+        f"{int(before[descends][0])} before {int(after[descends][0])}"
+    )

@@ -138,15 +138,18 @@ def _one_sequence(
     length, num_kv_heads = q.shape[0], heads[1]
     score = _token_scores if config.selection == "token" else _tile_scores
     scores = score(sequence, config, *heads)
+    num_blocks = -(-length // config.select_block_size)
     if block_indices is None:
         n = config.num_selected_blocks
-        chosen = [[_best(row, n) for row in rows] for rows in scores]
+        # A forced block past the end keeps its slot.
+        real = range(num_blocks)
+        chosen = [[[J for J in _best(row, n) if J in real] for row in rows] for rows in scores]
     else:
         chosen = [[[J for J in row if J >= 0] for row in rows] for rows in block_indices.tolist()]
+    scores = [[row[:num_blocks] for row in rows] for rows in scores]
     out = _attend(sequence, config, chosen, *heads)
     tiles = -(-length // config.q_tile_size)
     units = (length, num_kv_heads) if config.selection == "token" else (heads[0], tiles)
-    num_blocks = -(-length // config.select_block_size)
     return OracleResult(
         torch.tensor(out, dtype=torch.float64).reshape(*q.shape[:2], three_v[0].shape[-1]),
         _table(chosen, (*units, config.num_selected_blocks), -1, torch.int32),
@@ -284,7 +287,7 @@ def _importance(config, probability: dict[int, float], block: int) -> float:
 
 
 def _tile_compressed_scores(sequence, config, num_heads, num_kv_heads) -> list:
-    """``(last query, {j: s[j]})`` for every head and tile, over the blocks scored."""
+    """``{j: s[j]}`` for every head and tile, over the blocks scored."""
     length = len(sequence.q)
     out = []
     for h in range(num_heads):
@@ -301,21 +304,23 @@ def _tile_compressed_scores(sequence, config, num_heads, num_kv_heads) -> list:
                 for j in range(len(sequence.k_cmp))
                 if _sees_compressed(config, seen_at, j, "complete")
             }
-            tiles.append((queries[-1], scored))
+            tiles.append(scored)
         out.append(tiles)
     return out
 
 
 def _tile_scores(sequence, config, num_heads, num_kv_heads) -> list:
-    """``scores[h][tile][block]``."""
+    """``scores[h][tile][block]``, of blocks up to the tile's end if that is past the sequence's."""
     num_blocks = -(-len(sequence.q) // config.select_block_size)
     per_block = config.select_block_size // config.compress_block_size
     scores = []
     for tiles in _tile_compressed_scores(sequence, config, num_heads, num_kv_heads):
         rows = []
-        for last, scored in tiles:
-            row = _block_maxima(scored, per_block, num_blocks)
-            row = [POSITIVE if _is_forced(config, b, last) else s for b, s in enumerate(row)]
+        for u, scored in enumerate(tiles):
+            end = config.q_tile_size * (u + 1) - 1
+            width = max(num_blocks, end // config.select_block_size + 1)
+            row = _block_maxima(scored, per_block, width)
+            row = [POSITIVE if _is_forced(config, b, end) else s for b, s in enumerate(row)]
             rows.append(row)
         scores.append(rows)
     return scores
@@ -337,7 +342,7 @@ def _tile_groups(sequence, config, num_heads, num_kv_heads) -> list | None:
     chosen = []
     for tiles in _tile_compressed_scores(sequence, config, num_heads, num_kv_heads):
         rows = []
-        for _, scored in tiles:
+        for scored in tiles:
             row = _block_maxima(scored, config.cmp_group_size, num_groups)
             rows.append(_best(row, config.num_cmp_selected_blocks))
         chosen.append(rows)

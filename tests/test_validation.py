@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import nsa
-from nsa import validation
 from nsa.testing import make_cu_seqlens, make_inputs
 
 H, H_KV, D, DV = 4, 2, 8, 6
@@ -415,65 +414,3 @@ def test_the_problems_above_are_fine_unchanged(arguments, config):
     assert out.shape == (*arguments["q"].shape[:-1], DV)
     value = arguments.pop("v")
     nsa.forward(**arguments, v=(value,) * 3, block_indices=nsa.select_blocks(**arguments))
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """Counts the tensors whose values are read."""
-    seen = []
-    read = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: seen.append(x.shape) or read(x))
-    return seen
-
-
-def lengths_of(bounds):
-    return validation.check_cu_seqlens(bounds, None, zeros(int(bounds[-1]), 1, 1))
-
-
-def test_boundaries_are_read_once(reads):
-    bounds = make_cu_seqlens(LENGTHS)
-    assert lengths_of(bounds) == lengths_of(bounds) == LENGTHS
-    assert len(reads) == 1
-    # Another tensor of the same values may change on its own.
-    assert lengths_of(bounds.clone()) == LENGTHS
-    assert len(reads) == 2
-
-
-def test_boundaries_are_read_again_after_a_change(reads):
-    bounds = make_cu_seqlens([3, 4])
-    assert lengths_of(bounds) == [3, 4]
-    bounds[1] = 5
-    assert lengths_of(bounds) == [5, 2]
-    bounds.view(-1).copy_(ints(0, 1, 7))
-    assert lengths_of(bounds) == [1, 6]
-    bounds.data = ints(0, 2, 7)
-    assert lengths_of(bounds) == [2, 5]
-    with torch.inference_mode():
-        bounds = make_cu_seqlens([3, 4])
-        assert lengths_of(bounds) == [3, 4]
-        bounds[1] = 5
-        assert lengths_of(bounds) == [5, 2]
-
-
-def test_a_new_tensor_in_the_place_of_an_old_one_is_read(reads):
-    known = len(validation._known_lengths)
-    for first in range(1, 50):
-        # Freed at once, so that the next one gets its memory, and often its id.
-        assert lengths_of(ints(0, first, 60)) == [first, 60 - first]
-    assert len(reads) == 49
-    assert len(validation._known_lengths) == known
-
-
-def test_known_boundaries_are_checked_against_every_call():
-    arguments = packed()
-    nsa.forward(**arguments)
-    with pytest.raises(ValueError, match="max_seqlen must be at least the longest sequence, 18"):
-        nsa.forward(**arguments, max_seqlen=17)
-    for name in "qkv":
-        arguments[name] = arguments[name][:-1]
-    with pytest.raises(ValueError, match="cu_seqlens must end at the 24 tokens of q, got 25"):
-        nsa.forward(**arguments)
-    bad = ints(0, 9, 4, T)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="must not decrease"):
-            nsa.forward(**packed(cu_seqlens=bad))

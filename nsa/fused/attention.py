@@ -161,7 +161,8 @@ def window_attention_backward(
 
 
 def _window_call(plan: Plan) -> dict:
-    reach = plan.config.window_size - 1
+    # An int32 of the kernels, to which they add positions.
+    reach = min(plan.config.window_size - 1, 1 << 30)
     return dict(
         causal=plan.config.causal,
         window_size=(reach, None if plan.config.causal else reach),

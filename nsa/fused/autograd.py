@@ -6,28 +6,46 @@ A custom op takes the host some 0.1 ms more a pass, which short sequences wait f
 import torch
 from torch import Tensor
 
+from nsa.config import NSAConfig
 from nsa.fused import ops
 from nsa.fused.call import Call, with_scale
+from nsa.fused.layout import make_plan
 from nsa.fused.pipeline import Inputs, Saved
+from nsa.fused.planner import Schedule
+from nsa.packing import Boundaries
 from nsa.tracing import is_traced
 
 NUM_INPUTS = len(Inputs._fields)
 
 
-def attention(inputs: Inputs, call: Call, scale: float, save: bool) -> Tensor:
+def attention(
+    inputs: Inputs,
+    block_indices: Tensor | None,
+    boundaries: Boundaries | None,
+    config: NSAConfig,
+    schedule: Schedule,
+    *,
+    scale: float,
+    save: bool,
+) -> Tensor:
     """Output ``(B, T, H, Dv)``, differentiable once where ``save``.
 
     Args:
         inputs: the differentiable arguments.
-        call: what to compute of them; its ``config`` is the caller's.
+        block_indices: the caller's, see :func:`nsa.fused.pipeline.forward`; None to select.
+        boundaries: of packed sequences; None for a batch.
+        config: the caller's.
+        schedule: how many KV heads at a time, and what is kept for backward.
         scale: for the ``config``.
         save: whether there will be a backward.
     """
-    if is_traced(inputs.q):
-        *indices, config, chunks, recompute = call
-        rest = (config.encoded, scale, chunks, save, recompute)
-        return ops.attention(*inputs, *indices, *rest)[0]
-    call = call._replace(config=with_scale(call.config, scale))
+    cu_seqlens, _, max_seqlen, packing = boundaries or (None,) * 4
+    if is_traced(*inputs, block_indices, cu_seqlens):
+        bounds = (cu_seqlens, max_seqlen, packing is not None)
+        rest = (config.encoded, scale, schedule.chunks, save, schedule.recompute)
+        return ops.attention(*inputs, block_indices, *bounds, *rest)[0]
+    plan = make_plan(inputs.q, cu_seqlens, max_seqlen, with_scale(config, scale), packing)
+    call = Call(block_indices, plan, *schedule)
     if not save:
         return call.forward(inputs, save)[0]
     return _Attention.apply(call, *inputs)
@@ -37,16 +55,19 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, *inputs):
         out, saved = call.forward(Inputs(*inputs), save=True)
-        ctx.save_for_backward(
-            *inputs, call.block_indices, call.cu_seqlens, *(x for part in saved for x in part)
-        )
-        ctx.call = call._replace(block_indices=None, cu_seqlens=None)
+        ctx.save_for_backward(*inputs, call.block_indices, *(x for part in saved for x in part))
+        ctx.call = call._replace(block_indices=None)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        inputs, block_indices, cu_seqlens, saved = _split(ctx.saved_tensors)
-        call = ctx.call._replace(block_indices=block_indices, cu_seqlens=cu_seqlens)
+        tensors = ctx.saved_tensors
+        inputs, block_indices, saved = (
+            tensors[:NUM_INPUTS],
+            tensors[NUM_INPUTS],
+            tensors[NUM_INPUTS + 1 :],
+        )
+        call = ctx.call._replace(block_indices=block_indices)
         return None, *_Gradients.apply(call, Saved.of_chunks(saved), dout.contiguous(), *inputs)
 
 
@@ -64,15 +85,12 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-def _split(tensors: tuple) -> tuple[tuple, Tensor | None, Tensor | None, tuple]:
-    """Inputs, ``block_indices``, ``cu_seqlens`` and the rest of what either node saves."""
-    return tensors[:NUM_INPUTS], *tensors[NUM_INPUTS : NUM_INPUTS + 2], tensors[NUM_INPUTS + 2 :]
-
-
 def _setup_context(ctx, inputs, output):
     tensors, rest = inputs[:NUM_INPUTS], inputs[NUM_INPUTS:]
-    block_indices, cu_seqlens, max_seqlen, config, scale, chunks, save, recompute = rest
+    block_indices, cu_seqlens, max_seqlen, kept, config, scale, chunks, save, recompute = rest
     _, saved = output
+    if save and cu_seqlens is not None and not kept:
+        *saved, cu_seqlens = saved
     ctx.save_for_backward(*tensors, block_indices, cu_seqlens, *saved)
     ctx.plan = (max_seqlen, config, scale, chunks, recompute)
     ctx.saved = save
@@ -81,15 +99,17 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout, _):
     # One gradient for each argument of the op; those after the tensors have none.
-    none = (None,) * 8
+    none = (None,) * 9
     if dout is None:
         return (None,) * NUM_INPUTS + none
     if not ctx.saved:
         raise RuntimeError("nsa::attention was called with save=False, so it has no backward")
-    inputs, block_indices, cu_seqlens, saved = _split(ctx.saved_tensors)
+    tensors = ctx.saved_tensors
+    inputs, (block_indices, cu_seqlens) = tensors[:NUM_INPUTS], tensors[NUM_INPUTS : NUM_INPUTS + 2]
     grads = ops.attention_backward(
-        dout.contiguous(), *inputs, block_indices, cu_seqlens, *ctx.plan, list(saved)
-    )
+        dout.contiguous(), *inputs, block_indices, cu_seqlens, *ctx.plan,
+        list(tensors[NUM_INPUTS + 2 :]),
+    )  # fmt: skip
     return (
         *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True)),
         *none,

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused import chunks as chunked
-from nsa.fused.layout import make_plan
+from nsa.fused.layout import Plan
 from nsa.fused.pipeline import Inputs, Saved
+from nsa.precision import without_autocast
 
 
 class Call(NamedTuple):
@@ -18,16 +19,14 @@ class Call(NamedTuple):
 
     Attributes:
         block_indices: the caller's, see :func:`nsa.fused.pipeline.forward`; None to select.
-        cu_seqlens, max_seqlen: of packed input, see :func:`nsa.forward`.
-        config: with a scale, because padding changes the head dimension it would follow from.
+        plan: the sequences, with a configuration that has a scale, because padding changes the head
+            dimension it would follow from.
         chunks: in how many KV heads are run, see :mod:`nsa.fused.chunks`.
         recompute: whether forward leaves nothing but what was selected.
     """
 
     block_indices: Tensor | None
-    cu_seqlens: Tensor | None
-    max_seqlen: int | None
-    config: NSAConfig
+    plan: Plan
     chunks: int
     recompute: bool
 
@@ -36,11 +35,11 @@ class Call(NamedTuple):
 
         Of block indices, that is only what was selected.
         """
-        with torch.cuda.device_of(inputs.q):
+        with torch.cuda.device_of(inputs.q), without_autocast(inputs.q.device):
             out, saved = chunked.forward(
                 inputs,
                 self.block_indices,
-                self._plan(inputs),
+                self.plan,
                 chunks=self.chunks,
                 save=save,
                 recompute=self.recompute,
@@ -51,19 +50,16 @@ class Call(NamedTuple):
 
     def backward(self, dout: Tensor, inputs: Inputs, saved: list[Saved]) -> Inputs:
         """Gradient of each input, None where there is no such input."""
-        with torch.cuda.device_of(inputs.q):
+        with torch.cuda.device_of(inputs.q), without_autocast(inputs.q.device):
             return chunked.backward(
                 dout,
                 inputs,
                 self.block_indices,
                 saved,
-                self._plan(inputs),
+                self.plan,
                 chunks=self.chunks,
                 recompute=self.recompute,
             )
-
-    def _plan(self, inputs: Inputs):
-        return make_plan(inputs.q, self.cu_seqlens, self.max_seqlen, self.config)
 
 
 @lru_cache(maxsize=64)

@@ -1,18 +1,20 @@
 """What the fused backend supports. Outside of it :class:`nsa.UnsupportedError` names the limit.
 
-- GPU: compute capability 9.0 (Hopper). The kernels also compile for 10.0.
+- GPU: compute capability 9.0 (Hopper).
 - float16 and bfloat16; ``D`` and ``Dv`` up to 256, any ``G``. Between the kernels' 64, 96, 128 and
   256 channels are padded with zeros: FA4's backward is silently wrong at D = 80, and has no
   ``Dv != D`` with G > 1.
 - Tile mode: ``q_tile_size``, ``select_block_size`` and (with a sparse compressed branch)
   ``cmp_group_size`` multiples of 64, the width of a block-sparse tile; any ``compress_block_size``.
   ``num_selected_blocks`` and ``num_cmp_selected_blocks`` up to 256: the best so far lie in the
-  registers of one warp.
+  registers of one warp. Sizes up to 65536, because rows are padded to whole tiles.
 - Token mode: ``select_block_size`` 32 or 64, the keys that a query row meets at a time;
   ``num_selected_blocks`` up to 64, whose weights lie in the registers of one thread; ``G`` up to
   32, the heads whose probabilities one thread adds up; ``compress_block_size`` up to some 60
   strides, because a tile of 64 compressed tokens overlaps only the next one's selection blocks.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -27,6 +29,10 @@ BLOCK = 64
 MAX_SELECTED = 256
 TOKEN_BLOCKS = (32, 64)
 MAX_TOKEN_SELECTED = 64
+MAX_SIZE = 1 << 16
+MAX_PAIRS = 1 << 30
+"""Pairs of a token and a block of one KV head, with all entries of a batch: half of what an int32
+counts, because chunks of tokens are rounded up."""
 _USE_REFERENCE = "use backend='reference'"
 
 
@@ -69,6 +75,12 @@ def _token_limit(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
             f"it needs compress_block_size of at most {rule.rows + 1} strides with "
             f"selection='token', got {rule.per_compress}; {_USE_REFERENCE}"
         )
+    pairs = math.prod(q.shape[:-2]) * config.num_selected_blocks
+    if not torch.compiler.is_compiling() and pairs >= MAX_PAIRS:
+        return (
+            f"it needs fewer than {MAX_PAIRS} pairs of tokens and selected blocks with "
+            f"selection='token', got {pairs}; split the batch, or {_USE_REFERENCE}"
+        )
     return None
 
 
@@ -80,6 +92,10 @@ def _tile_limit(config: NSAConfig) -> str | None:
         size = getattr(config, name)
         if size % BLOCK:
             return f"it needs {name} to be a multiple of {BLOCK}, got {size}; {_USE_REFERENCE}"
+    for name in ("compress_block_size", "q_tile_size", "select_block_size", "cmp_group_size"):
+        size = getattr(config, name)
+        if size > MAX_SIZE:
+            return f"it needs {name} of at most {MAX_SIZE}, got {size}; {_USE_REFERENCE}"
     for name in ("num_selected_blocks", "num_cmp_selected_blocks"):
         count = getattr(config, name)
         if count is not None and count > MAX_SELECTED:

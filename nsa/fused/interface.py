@@ -1,22 +1,20 @@
 """The fused backend's entry points: bring arguments into the kernels' form and call the ops."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nsa.blocks import num_query_tiles
 from nsa.config import NSAConfig
-from nsa.fused.attention import compressed_attention, compressed_lse
+from nsa.fused import ops, pipeline
 from nsa.fused.autograd import attention
-from nsa.fused.call import Call
-from nsa.fused.compression import compress
+from nsa.fused.call import with_scale
 from nsa.fused.constraints import kernel_head_dim
-from nsa.fused.layout import Plan, make_plan, num_units_bound
+from nsa.fused.layout import make_plan, num_units_bound
 from nsa.fused.pipeline import Inputs
 from nsa.fused.planner import make_schedule
-from nsa.fused.selection import select
-from nsa.fused.token_selection import select_tokens
+from nsa.packing import Boundaries
+from nsa.tracing import is_traced
 
 Branches = tuple[Tensor, Tensor, Tensor]
 
@@ -33,12 +31,12 @@ def forward(
     compress_v_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    boundaries: Boundaries | None = None,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
     value_dim = v[0].shape[-1]
+    cu_seqlens, _, max_seqlen, _ = boundaries or (None,) * 4
     k, v = _drop_repeats(k, v)
     k_cmp, v_cmp = (None, None)
     if compressed_kv is not None:
@@ -72,9 +70,15 @@ def forward(
         gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
         gates=_batched(gates),
     )
-    block_indices = _unit_major(block_indices, q, cu_seqlens, config)
-    call = Call(block_indices, cu_seqlens, max_seqlen, config, *schedule)
-    out = attention(inputs, call, config.softmax_scale(q.shape[-1]), save)
+    out = attention(
+        inputs,
+        _unit_major(block_indices, q, cu_seqlens, config),
+        boundaries,
+        config,
+        schedule,
+        scale=config.softmax_scale(q.shape[-1]),
+        save=save,
+    )
     # Not out[0], whose derivative fills a tensor with zeros first.
     out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim]
@@ -88,41 +92,42 @@ def select_blocks(
     config: NSAConfig,
     compress_k_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    boundaries: Boundaries | None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`; ``k`` is the compressed branch's."""
+    cu_seqlens, lengths, max_seqlen, packing = boundaries or (None,) * 4
     token = config.selection == "token"
     if q.numel() == 0:
         units = num_units_bound(q.shape[-3], None, config)
         shape = (units, k.shape[-2]) if token else (q.shape[-2], units)
         shape = (*q.shape[:-3], *shape, config.num_selected_blocks)
         return torch.full(shape, -1, dtype=torch.int32, device=q.device)
-    dim = kernel_head_dim(q.shape[-1], q.shape[-1])
-    config = replace(config, scale=config.softmax_scale(q.shape[-1]))
-    rows = _batched(_widen(q, dim))
-    with torch.cuda.device_of(q):
-        plan = make_plan(rows, cu_seqlens, max_seqlen, config)
-        if compressed_kv is None:
-            weight = _widen_square(compress_k_weight, dim)
-            k_cmp = compress(_batched(_widen(k, dim)), weight, plan)
-        else:
-            k_cmp = _pad_compressed(compressed_kv[0], q, cu_seqlens, config)
-            k_cmp = _batched(_widen(k_cmp, dim))
-        if token:
-            blocks = _select_tokens(rows, k_cmp, plan)
-            return blocks if q.ndim == 4 else blocks[0]
-        selection = select(plan.tokens.pack(rows), k_cmp, plan, blocks=True, groups=False)
-    blocks = selection.blocks.transpose(1, 2)
+    dim, scale = kernel_head_dim(q.shape[-1], q.shape[-1]), config.softmax_scale(q.shape[-1])
+    rows, k_cmp, weight = _batched(_widen(q, dim)), None, None
+    if compressed_kv is None:
+        k, weight = _batched(_widen(k, dim)), _widen_square(compress_k_weight, dim)
+    else:
+        k, k_cmp = None, _pad_compressed(compressed_kv[0], q, cu_seqlens, config)
+        k_cmp = _batched(_widen(k_cmp, dim))
+    if is_traced(rows, k, weight, k_cmp, cu_seqlens):
+        bounds = (cu_seqlens, max_seqlen)
+        blocks = ops.select_blocks(rows, k, weight, k_cmp, *bounds, config.encoded, scale)
+    else:
+        plan = make_plan(rows, cu_seqlens, max_seqlen, with_scale(config, scale), packing)
+        blocks = pipeline.select_blocks(rows, k, weight, k_cmp, plan)
+    if token:
+        return blocks if q.ndim == 4 else blocks[0]
+    blocks = blocks.transpose(1, 2)
     if q.ndim == 4:
         return blocks.contiguous()
-    return blocks[0, :, : plan.geometry.tiles.offsets[-1]].contiguous()
+    return blocks[0, :, : _num_tiles(cu_seqlens, lengths, config)].contiguous()
 
 
-def _select_tokens(q: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
-    # For its log-sum-exp; the values do not matter.
-    _, lse = compressed_attention(q, None, k_cmp, k_cmp, None, plan)
-    return select_tokens(q, k_cmp, compressed_lse(lse, q, k_cmp, plan), plan)
+def _num_tiles(cu_seqlens: Tensor, lengths: list[int] | None, config: NSAConfig) -> int:
+    """Query tiles of all packed sequences; waits for the device where their lengths are unknown."""
+    if lengths is None:
+        return num_query_tiles(cu_seqlens.diff(), config).sum().item()
+    return sum(num_query_tiles(length, config) for length in lengths)
 
 
 def _drop_repeats(k: Branches, v: Branches) -> tuple[tuple, tuple]:

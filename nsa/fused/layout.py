@@ -23,11 +23,11 @@ from nsa.fused.importance import TokenTiles, make_token_tiles
 from nsa.fused.packing import AlignedRows, FoldedQueries
 from nsa.fused.scoring import Scoring
 from nsa.fused.token_blocks import TokenBlocks, make_token_blocks
-from nsa.per_values import PerValues
+from nsa.packing import Packing
 from nsa.tracing import may_keep
 
 MAX_PLANS = 8
-"""Plans to keep of batches, and of each tensor of boundaries. Few, because each keeps index tensors
+"""Plans to keep of batches, and of each Packing. Few, because each keeps index tensors
 as long as the sequences on the device: some 100 bytes a token of packed ones."""
 
 
@@ -213,19 +213,34 @@ def num_units_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -
     return length if token else num_tiles_bound(length, cu_seqlens, config)
 
 
-def make_plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config) -> Plan:
+def make_plan(
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    config: NSAConfig,
+    packing: Packing | None = None,
+) -> Plan:
     """The plan for ``q (B, N, H, D)``, or for packed ``q (1, T, H, D)`` with ``cu_seqlens``.
 
-    Reads the lengths on the host where ``max_seqlen`` is None.
+    It is kept with the ``packing`` of ``cu_seqlens``; of a bare tensor it has a copy, which nobody
+    changes before the backward. Reads the lengths on the host where ``max_seqlen`` is None.
     """
     if cu_seqlens is None:
         plan = _cached_batched_plan if may_keep(q) else _batched_plan
         return plan(q.shape[1], q.shape[-1], q.device, config)
+    if packing is not None:
+        max_seqlen = packing.max_seqlen
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-    arguments = (q.shape[1], q.shape[-1], max_seqlen, config)
-    plan = _cached_packed_plan if may_keep(q) else _packed_plan
-    return plan(cu_seqlens, *arguments)
+    arguments = (q.shape[1], q.shape[-1], min(max_seqlen, q.shape[1]), config)
+    if packing is None or not may_keep(q):
+        return _packed_plan(cu_seqlens.clone(), *arguments)
+    plan = packing.plans.get(arguments)
+    if plan is None:
+        if len(packing.plans) >= MAX_PLANS:
+            packing.plans.clear()
+        plan = packing.plans[arguments] = _packed_plan(packing.cu_seqlens, *arguments)
+    return plan
 
 
 def _packed_plan(
@@ -233,20 +248,6 @@ def _packed_plan(
 ) -> Plan:
     tokens = Segments(cu_seqlens.long(), length)
     return Plan(Geometry(tokens, config, exact=False), head_dim, cu_seqlens, max_seqlen)
-
-
-_packed_plans = PerValues()
-
-
-def _cached_packed_plan(cu_seqlens: Tensor, *arguments) -> Plan:
-    plans = _packed_plans[cu_seqlens]
-    plan = plans.get(arguments)
-    if plan is None:
-        if len(plans) >= MAX_PLANS:
-            plans.clear()
-        # Of an alias, for a plan must not keep alive what it is forgotten with.
-        plan = plans[arguments] = _packed_plan(cu_seqlens.detach(), *arguments)
-    return plan
 
 
 def _batched_plan(length: int, head_dim: int, device: torch.device, config: NSAConfig) -> Plan:

@@ -11,11 +11,19 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.fused import pipeline
 from nsa.fused.call import Call, with_scale
 from nsa.fused.chunks import split_heads
 from nsa.fused.folded_attention import num_folded_rows
-from nsa.fused.layout import num_compressed_bound, num_tiles_bound, num_units_bound
+from nsa.fused.layout import (
+    Plan,
+    make_plan,
+    num_compressed_bound,
+    num_tiles_bound,
+    num_units_bound,
+)
 from nsa.fused.pipeline import Inputs, Saved
+from nsa.packing import find_packing
 
 
 @lru_cache(maxsize=64)
@@ -41,6 +49,7 @@ def attention(
     block_indices: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
+    kept: bool,
     config: str,
     scale: float,
     chunks: int,
@@ -50,21 +59,31 @@ def attention(
     """Output ``(B, T, H, Dv)`` and, where ``save``, a :class:`Saved` of each chunk, one by one.
 
     KV heads are run in ``chunks``, see :mod:`nsa.fused.chunks`. Selected blocks are returned only
-    where the caller gave none, and with ``recompute`` nothing but what was selected.
+    where the caller gave none, and with ``recompute`` nothing but what was selected. Last comes a
+    copy of ``cu_seqlens``, which the caller may change before the backward, unless they are
+    ``kept`` by a Packing.
     """
     inputs = Inputs(
         q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight,
         compress_k_weight, compress_v_weight, k_cmp, v_cmp,
     )  # fmt: skip
-    call = Call(block_indices, cu_seqlens, max_seqlen, _config(config, scale), chunks, recompute)
-    out, saved = call.forward(inputs, save)
-    return out, [q.new_empty(0) if x is None else x for part in saved for x in part]
+    plan = _plan(q, cu_seqlens, max_seqlen, _config(config, scale))
+    out, saved = Call(block_indices, plan, chunks, recompute).forward(inputs, save)
+    saved = [q.new_empty(0) if x is None else x for part in saved for x in part]
+    if save and cu_seqlens is not None and not kept:
+        saved.append(cu_seqlens.clone())
+    return out, saved
+
+
+def _plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config: NSAConfig) -> Plan:
+    packing = None if cu_seqlens is None else find_packing(cu_seqlens)
+    return make_plan(q, cu_seqlens, max_seqlen, config, packing)
 
 
 @attention.register_fake
 def _(q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight, compress_k_weight,
-      compress_v_weight, k_cmp, v_cmp, block_indices, cu_seqlens, max_seqlen, config, scale,
-      chunks, save, recompute):  # fmt: skip
+      compress_v_weight, k_cmp, v_cmp, block_indices, cu_seqlens, max_seqlen, kept, config,
+      scale, chunks, save, recompute):  # fmt: skip
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     if not save:
         return out, []
@@ -77,6 +96,8 @@ def _(q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight, compress_k_w
             lists = heads.kv
         num_lists = lists.stop - lists.start
         saved += _fake_saved(part, num_lists, cu_seqlens, config, select, recompute)
+    if cu_seqlens is not None and not kept:
+        saved.append(torch.empty_like(cu_seqlens))
     return out, saved
 
 
@@ -182,8 +203,8 @@ def attention_backward(
         compress_k_weight, compress_v_weight, k_cmp, v_cmp,
     )  # fmt: skip
     parts = [_without_empty(part) for part in Saved.of_chunks(saved)]
-    call = Call(block_indices, cu_seqlens, max_seqlen, _config(config, scale), chunks, recompute)
-    grads = call.backward(dout, inputs, parts)
+    plan = _plan(q, cu_seqlens, max_seqlen, _config(config, scale))
+    grads = Call(block_indices, plan, chunks, recompute).backward(dout, inputs, parts)
     return [q.new_empty(0) if grad is None else grad for grad in grads]
 
 
@@ -199,3 +220,28 @@ def _(dout, q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight, compre
               compress_k_weight, compress_v_weight, k_cmp, v_cmp)  # fmt: skip
     # Gradients are contiguous whatever the strides of the inputs.
     return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
+
+
+@torch.library.custom_op("nsa::select_blocks", mutates_args=())
+def select_blocks(
+    q: Tensor,
+    k: Tensor | None,
+    compress_k_weight: Tensor | None,
+    k_cmp: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    config: str,
+    scale: float,
+) -> Tensor:
+    """See :func:`nsa.fused.pipeline.select_blocks`."""
+    plan = _plan(q, cu_seqlens, max_seqlen, _config(config, scale))
+    return pipeline.select_blocks(q, k, compress_k_weight, k_cmp, plan)
+
+
+@select_blocks.register_fake
+def _(q, k, compress_k_weight, k_cmp, cu_seqlens, max_seqlen, config, scale):
+    config = _config(config, scale)
+    units = num_units_bound(q.shape[1], cu_seqlens, config)
+    keys = k if k_cmp is None else k_cmp
+    lists = keys.shape[2] if config.selection == "token" else q.shape[2]
+    return q.new_empty(q.shape[0], units, lists, config.num_selected_blocks, dtype=torch.int32)

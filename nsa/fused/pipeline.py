@@ -16,13 +16,14 @@ from nsa.fused.attention import (
     window_attention,
     window_attention_backward,
 )
-from nsa.fused.compression import Pair, compress_pair, compress_pair_backward
+from nsa.fused.compression import Pair, compress, compress_pair, compress_pair_backward
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
 from nsa.fused.layout import Plan
 from nsa.fused.selection import select
 from nsa.fused.streams import Beside
 from nsa.fused.token_attention import token_attention, token_attention_backward
 from nsa.fused.token_selection import select_tokens
+from nsa.precision import without_autocast
 
 
 class Inputs(NamedTuple):
@@ -133,6 +134,25 @@ def attend(
         o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
     o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
     return Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, groups)
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor, k: Tensor | None, compress_k_weight: Tensor | None, k_cmp: Tensor | None, plan: Plan
+) -> Tensor:
+    """The blocks that :func:`attend` selects, as in :func:`forward`.
+
+    ``k (B, T, H_kv, D)`` is compressed where ``k_cmp (B, M, H_kv, D)`` is None.
+    """
+    with torch.cuda.device_of(q), without_autocast(q.device):
+        if k_cmp is None:
+            k_cmp = compress(k, compress_k_weight, plan)
+        if plan.config.selection == "token":
+            # For its log-sum-exp; the values do not matter.
+            _, lse = compressed_attention(q, None, k_cmp, k_cmp, None, plan)
+            return select_tokens(q, k_cmp, compressed_lse(lse, q, k_cmp, plan), plan)
+        q_rows = plan.tokens.pack(q)
+        return select(q_rows, k_cmp, plan, blocks=True, groups=False).blocks
 
 
 def _select_missing(

@@ -14,6 +14,7 @@ from torch import Tensor
 from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.fused.block_lists import BOUNDED_BYTES, goes_by_query
+from nsa.fused.constraints import MAX_PAIRS
 from nsa.fused.layout import choose_key_block
 from nsa.fused.selection import SCORE_ELEMENTS
 from nsa.fused.token_blocks import WORKSPACE_BYTES, choose_chunk_tokens
@@ -103,7 +104,7 @@ def make_schedule(
     )
     if max_workspace_bytes is not None:
         return choose(problem, save, max_workspace_bytes)
-    whole = Schedule(1, False)
+    whole = Schedule(_fewest_chunks(problem), False)
     if torch.compiler.is_compiling() or not q.is_cuda or is_capturing(q):
         return whole
     if _always_fits(problem, save):
@@ -119,11 +120,20 @@ def choose(problem: Problem, save: bool, limit: int) -> Schedule:
     """The cheapest schedule whose workspace is at most ``limit``, else the smallest there is."""
     num_kv_heads = int(problem.num_kv_heads)
     for recompute in (False, True) if save else (False,):
-        for chunks in range(1, num_kv_heads + 1):
+        for chunks in range(_fewest_chunks(problem), num_kv_heads + 1):
             size = -(-num_kv_heads // chunks)
             if workspace_bytes(problem, size, save=save, recompute=recompute) <= limit:
                 return Schedule(chunks, recompute)
     return Schedule(num_kv_heads, save)
+
+
+def _fewest_chunks(problem: Problem) -> int:
+    """Chunks whose pairs of tokens and selected blocks the kernels can count; one in tile mode."""
+    if problem.config.selection == "tile":
+        return 1
+    pairs = problem.batch * problem.length * problem.config.num_selected_blocks
+    heads = max(1, (MAX_PAIRS - 1) // max(1, pairs))
+    return -(-problem.num_kv_heads // heads)
 
 
 def workspace_bytes(problem: Problem, kv_heads: int, *, save: bool, recompute: bool) -> int:

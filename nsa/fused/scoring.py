@@ -34,19 +34,35 @@ class Scoring:
 
     @cached_property
     def candidates(self) -> Tensor:
-        """Selection blocks of the sequence that may be taken, 0 for tiles of no sequence."""
-        geometry = self.geometry
-        if geometry.config.causal:
-            count = self.own + 1
-        else:
-            length = geometry.tokens.count[geometry.tiles.owner]
-            count = num_selection_blocks(length, geometry.config)
-        return geometry.tiles.only_real(count).int()
+        """Selection blocks that may be taken, 0 for tiles of no sequence.
+
+        Those up to the tile's end among them, even past the end of the sequence: they have no score
+        but, where forced, a slot.
+        """
+        count = self.own + 1
+        if not self.geometry.config.causal:
+            count = torch.maximum(count, self.num_blocks)
+        return self.geometry.tiles.only_real(count).int()
 
     @cached_property
     def own(self) -> Tensor:
-        """The selection block of the tile's last query."""
-        return (self.geometry.tile_last // self.geometry.config.select_block_size).int()
+        """The selection block of the tile's last position."""
+        return (self.geometry.tile_end // self.geometry.config.select_block_size).int()
+
+    @cached_property
+    def num_blocks(self) -> Tensor:
+        """Selection blocks of the tile's sequence."""
+        length = self.geometry.tokens.count[self.geometry.tiles.owner]
+        return num_selection_blocks(length, self.geometry.config).int()
+
+    @property
+    def forced_past_end(self) -> bool:
+        """Whether a forced block may lie past the end of its sequence."""
+        geometry, config = self.geometry, self.geometry.config
+        if config.num_initial_blocks + config.num_local_blocks == 0:
+            return False
+        size = max(config.q_tile_size, config.select_block_size)
+        return not geometry.tiles.single or geometry.tokens.total % size != 0
 
     @cached_property
     def tile_start(self) -> Callable[[int], Tensor]:

@@ -1,7 +1,6 @@
 """Which blocks and groups each tile attends: one scoring for both (paper section 3.3.2)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,9 @@ from nsa.precision import accumulation_dtype
 
 SCORE_ELEMENTS = 1 << 26
 """Scores that are held at a time."""
+
+FEW_SCORES = 1 << 22
+"""Scores up to which a float64 product is as fast as three of bfloat16, in fewer launches."""
 
 
 class Selection(NamedTuple):
@@ -40,10 +42,10 @@ def select(q_rows: Tensor, k_cmp: Tensor, plan: Plan, *, blocks: bool, groups: b
     summary = _tile_summary(q_rows, plan)  # (B, H, tiles, D)
     keys = k_cmp.transpose(1, 2)  # (B, H_kv, M, D)
     batch, num_heads, num_tiles = summary.shape[:3]
-    if k_cmp.dtype == torch.bfloat16 and summary[..., 0].numel() * k_cmp.shape[1] > SCORE_ELEMENTS:
+    if k_cmp.dtype == torch.bfloat16 and summary[..., 0].numel() * k_cmp.shape[1] > FEW_SCORES:
         summary, keys = _bfloat16_parts(summary), keys.repeat(1, 1, 1, 3)
     else:
-        keys = _copy(keys, accumulation_dtype(k_cmp.dtype))
+        summary, keys = summary.double(), _copy(keys, torch.float64)
 
     def unwritten(count: int) -> Tensor:
         shape = (batch, num_tiles, num_heads, count)
@@ -53,9 +55,13 @@ def select(q_rows: Tensor, k_cmp: Tensor, plan: Plan, *, blocks: bool, groups: b
         unwritten(config.num_selected_blocks) if blocks else None,
         unwritten(config.num_cmp_selected_blocks) if groups else None,
     )
+    dtype = accumulation_dtype(q_rows.dtype)
     for tiles, columns in _chunks(summary, keys, plan):
-        scores = _scores(summary[:, :, tiles], keys[:, :, columns])
+        scores = _scores(summary[:, :, tiles], keys[:, :, columns], dtype)
         _take(scores, tiles, columns, taken, plan)
+    if blocks and plan.scoring.forced_past_end:
+        past = taken.blocks >= plan.scoring.num_blocks[:, None, None]
+        taken.blocks.masked_fill_(past, -1)
     return taken
 
 
@@ -80,6 +86,9 @@ def _chunks(summary: Tensor, keys: Tensor, plan: Plan) -> Iterator[tuple[slice, 
     """Chunks of tiles and the columns (compressed tokens) that these may see."""
     batch, num_heads, num_tiles = summary.shape[:3]
     of_a_tile = batch * num_heads * max(1, keys.shape[2])
+    if summary.dtype == torch.float64:
+        # Twice the bytes, and then a copy in float32.
+        of_a_tile *= 2
     step = max(1, SCORE_ELEMENTS // of_a_tile)
     for start in range(0, num_tiles, step):
         tiles = slice(start, min(start + step, num_tiles))
@@ -101,23 +110,20 @@ def _visible_columns(tiles: slice, plan: Plan) -> slice:
     return slice(max(0, first) // block, min(end, tokens.total) // block)
 
 
-def _scores(summary: Tensor, keys: Tensor) -> Tensor:
-    """``summary (B, H, C, D) . keys (B, H_kv, W, D)``: ``(B, H, C, W)``.
+def _scores(summary: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """``summary (B, H, C, D) . keys (B, H_kv, W, D)``: ``(B, H, C, W)`` in ``dtype``.
 
-    In float32, because a rounding of the summary to 16 bits would reorder close scores. Many
-    scores come from tensor cores: three bfloat16 numbers add up to a float32 of the summary, so
-    their products with keys repeated three times, both ``3 * D`` wide, do to the float32 ones.
+    To float32 at least, because a rounding of the summary to 16 bits would reorder close scores.
+    Many scores come from tensor cores: three bfloat16 numbers add up to a float32 of the summary,
+    so their products with keys repeated three times, both ``3 * D`` wide, do to the float32 ones.
+    Few are products in float64. No float32 product, in which PyTorch may be set to use TF32.
     """
     shape = (*summary.shape[:3], keys.shape[2])
     keys = keys.flatten(0, 1)  # (B * H_kv, W, D)
     rows = summary.reshape(len(keys), -1, summary.shape[-1])  # (B * H_kv, G * C, D)
     if keys.dtype == torch.bfloat16:
         return own_kernels.float32_products(rows, keys.mT).view(shape)
-    scores = torch.empty((*rows.shape[:2], keys.shape[1]), dtype=rows.dtype, device=rows.device)
-    with _exact_products():
-        # With `out`, so that autocast leaves it alone.
-        torch.bmm(rows, keys.mT, out=scores)
-    return scores.view(shape)
+    return torch.bmm(rows, keys.mT).to(dtype).view(shape)
 
 
 def _bfloat16_parts(x: Tensor) -> Tensor:
@@ -167,18 +173,3 @@ def _take(scores: Tensor, tiles: slice, columns: slice, taken: Selection, plan: 
 def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in ``dtype``, contiguous, in one pass."""
     return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
-
-
-@contextmanager
-def _exact_products():
-    """Keep float32 matrix products from TF32 (11 bits) where the caller allows it."""
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision
-    if allowed != "tf32":
-        yield
-        return
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = allowed

@@ -10,6 +10,7 @@ from nsa.blocks import Geometry, Segments
 from nsa.precision import accumulation_dtype
 from nsa.reference.chunks import covered_range, fitting_chunks, query_chunks, recomputed
 from nsa.reference.operands import round_gradient, round_operand
+from nsa.reference.products import inner_products, weighted_sum
 
 
 class KeyBlocks(NamedTuple):
@@ -77,7 +78,7 @@ def _masked_attention(
 
     ``dtype`` is that of the operands of products; ``q``, ``k`` and ``v`` may be wider.
     """
-    products = round_gradient(q @ k.transpose(-1, -2), dtype)
+    products = round_gradient(inner_products(q, k, mask), dtype)
     scores = (products * scale).masked_fill(~mask, -torch.inf)
     if scores.shape[-1]:
         # A finite floor keeps -inf - top = -inf where a row has no key.
@@ -85,8 +86,10 @@ def _masked_attention(
         scores = scores - top.clamp(min=torch.finfo(scores.dtype).min)
     weights = scores.exp()
     total = weights.sum(dim=-1, keepdim=True)
-    probability = weights / torch.where(total > 0, total, 1)
-    return round_operand(probability, dtype) @ v
+    probability = weights / torch.where(total == 0, 1, total)
+    # A row with NaN is NaN at its own keys alone.
+    probability = probability.masked_fill(~mask, 0)
+    return weighted_sum(round_operand(probability, dtype), v, mask)
 
 
 def _interval_attention(
@@ -147,7 +150,7 @@ def _listed_attention(
     keys, values = k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)  # a row a key and KV head
     arrange = _token_rows if geometry.config.selection == "token" else _tile_rows
 
-    def attend(piece, keys, values, start, stop):
+    def attend(piece, keys, values, indices, start, stop):
         owner = geometry.units.owner[start:stop]
         rows, token, restore = arrange(piece, num_kv_heads, start, stop, geometry)
         seen_end = torch.where(token >= 0, end[token.clamp(min=0)], 0)  # (C, R)
@@ -164,8 +167,10 @@ def _listed_attention(
 
     chunks = _unit_chunks(q, v, indices, table, geometry)
     pieces = q.to(dtype).split(_num_tokens(chunks, geometry))
+    # Every tensor of the caller's is an argument, so that autograd notices when it is overwritten
+    # before the backward.
     out = [
-        recomputed(attend, piece, keys, values, *chunk)
+        recomputed(attend, piece, keys, values, indices, *chunk)
         for piece, chunk in zip(pieces, chunks, strict=True)
     ]
     return torch.cat(out).to(q.dtype)
@@ -184,7 +189,9 @@ def _listed_keys(indices: Tensor, owner: Tensor, table: KeyBlocks) -> Tensor:
     """Keys of the listed blocks in their sequence, negative in empty slots: ``(C, L, K)``."""
     counts = table.blocks.counts[owner[0] : owner[-1] + 1] if len(owner) else [0]
     block = indices[..., : max(counts), None].long()  # slots beyond are empty
-    return (block * table.size + torch.arange(table.size, device=indices.device)).flatten(2)
+    # A block is no longer than its sequence.
+    size = min(table.size, max(table.keys.counts, default=0))
+    return (block * table.size + torch.arange(size, device=indices.device)).flatten(2)
 
 
 def _token_rows(piece: Tensor, num_kv_heads: int, start: int, stop: int, geometry: Geometry):
@@ -217,7 +224,8 @@ def _unit_chunks(
 
     def elements(start: int, stop: int) -> int:
         sequences = slice(owner[start], owner[stop - 1] + 1)
-        width = min(num_blocks, max(table.blocks.counts[sequences])) * table.size
+        size = min(table.size, max(table.keys.counts[sequences]))
+        width = min(num_blocks, max(table.blocks.counts[sequences])) * size
         rows = heads_of_list
         if geometry.config.selection == "tile":
             rows = min(geometry.config.q_tile_size, max(geometry.tokens.counts[sequences]))

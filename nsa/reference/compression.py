@@ -5,6 +5,7 @@ from torch import Tensor
 
 from nsa.blocks import Geometry, Segments, prefix_sum
 from nsa.precision import accumulation_dtype
+from nsa.reference.products import weighted_sum
 
 
 def compress(x: Tensor, weight: Tensor | None, geometry: Geometry) -> Tensor:
@@ -28,12 +29,15 @@ def compress(x: Tensor, weight: Tensor | None, geometry: Geometry) -> Tensor:
     offset = prefix_sum(used)
     strides = Segments(offset, int(offset[-1]))
     start = geometry.tokens.offset[strides.owner] + strides.local * stride
-    index = start[:, None] + torch.arange(stride, device=geometry.device)
+    # A stride longer than the sequences has no block, whatever its size.
+    within = torch.arange(min(stride, x.shape[0]), device=geometry.device)
+    index = start[:, None] + within
     sums = x32.index_select(0, index.flatten()).unflatten(0, index.shape).sum(dim=1)
 
     first = strides.offset[compressed.owner] + compressed.local
-    total = sum(sums.index_select(0, first + part) for part in range(parts))
+    # Without a block there may still be any number of parts.
+    total = sum(sums.index_select(0, first + part) for part in range(parts if len(first) else 1))
     mean = total / config.compress_block_size
     if weight is not None:
-        mean = torch.einsum("mhd,hde->mhe", mean, weight.to(mean.dtype))
+        mean = weighted_sum(mean.transpose(0, 1), weight.to(mean.dtype)).transpose(0, 1)
     return mean.to(x.dtype)

@@ -1,9 +1,9 @@
 """Gated sum of the three branches (paper Eq. 5)."""
 
-import torch
 from torch import Tensor
 
 from nsa.precision import accumulation_dtype
+from nsa.reference.products import inner_products
 
 
 def combine_branches(
@@ -28,7 +28,7 @@ def combine_branches(
     if gates is None and gate_proj_weight is None:
         return (sum(branch.to(dtype) for branch in branches) / 3).to(q.dtype)
     if gates is None:
-        logits = torch.einsum("thd,hid->thi", q.to(dtype), gate_proj_weight.to(dtype))
-        gates = logits.sigmoid()
+        logits = inner_products(q.to(dtype).transpose(0, 1), gate_proj_weight.to(dtype))
+        gates = logits.sigmoid().transpose(0, 1)
     weighted = [gates[..., i, None].to(dtype) * o.to(dtype) for i, o in enumerate(branches)]
     return sum(weighted).to(q.dtype)

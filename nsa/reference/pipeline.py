@@ -5,6 +5,8 @@ from torch import Tensor
 
 from nsa.blocks import Geometry, num_query_tiles
 from nsa.config import NSAConfig
+from nsa.packing import Boundaries
+from nsa.precision import without_autocast
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
 from nsa.reference.compression import compress
 from nsa.reference.gating import combine_branches
@@ -14,6 +16,7 @@ from nsa.reference.selection import select_groups
 Branches = tuple[Tensor, Tensor, Tensor]
 
 
+@torch.compiler.disable(reason="nsa's reference reads lengths on the host")
 def forward(
     q: Tensor,
     k: Branches,
@@ -26,36 +29,37 @@ def forward(
     compress_v_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    boundaries: Boundaries | None = None,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid, ``k`` and ``v`` hold one tensor a branch."""
-    geometry = Geometry.of(q, cu_seqlens, config)
-    tokens = _flatten(q)
-    k_cmp_in, k_slc, k_win = (_flatten(x) for x in k)
-    v_cmp_in, v_slc, v_win = (_flatten(x) for x in v)
-    if compressed_kv is None:
-        k_cmp = compress(k_cmp_in, compress_k_weight, geometry)
-        v_cmp = compress(v_cmp_in, compress_v_weight, geometry)
-    else:
-        k_cmp, v_cmp = (_flatten(x) for x in compressed_kv)
-    if block_indices is None:
-        indices = _select_blocks(tokens, k_cmp, geometry)
-    else:
-        indices = _flatten_indices(block_indices, config)
-    sparse = config.num_cmp_selected_blocks is not None
-    groups = select_groups(tokens, k_cmp, geometry) if sparse else None
-    branches = (
-        compressed_attention(tokens, k_cmp, v_cmp, groups, geometry),
-        selected_attention(tokens, k_slc, v_slc, indices, geometry),
-        window_attention(tokens, k_win, v_win, geometry),
-    )
-    gates = None if gates is None else _flatten(gates)
-    out = combine_branches(branches, tokens, gates, gate_proj_weight)
-    return out.reshape(*q.shape[:-1], out.shape[-1])
+    with without_autocast(q.device):
+        geometry = _geometry(q, boundaries, config)
+        tokens = _flatten(q)
+        k_cmp_in, k_slc, k_win = (_flatten(x) for x in k)
+        v_cmp_in, v_slc, v_win = (_flatten(x) for x in v)
+        if compressed_kv is None:
+            k_cmp = compress(k_cmp_in, compress_k_weight, geometry)
+            v_cmp = compress(v_cmp_in, compress_v_weight, geometry)
+        else:
+            k_cmp, v_cmp = (_given_compressed(x, geometry) for x in compressed_kv)
+        if block_indices is None:
+            indices = _select_blocks(tokens, k_cmp, geometry)
+        else:
+            indices = _flatten_indices(block_indices, config)
+        sparse = config.num_cmp_selected_blocks is not None
+        groups = select_groups(tokens, k_cmp, geometry) if sparse else None
+        branches = (
+            compressed_attention(tokens, k_cmp, v_cmp, groups, geometry),
+            selected_attention(tokens, k_slc, v_slc, indices, geometry),
+            window_attention(tokens, k_win, v_win, geometry),
+        )
+        gates = None if gates is None else _flatten(gates)
+        out = combine_branches(branches, tokens, gates, gate_proj_weight)
+        return out.reshape(*q.shape[:-1], out.shape[-1])
 
 
+@torch.compiler.disable(reason="nsa's reference reads lengths on the host")
 @torch.no_grad()
 def select_blocks(
     q: Tensor,
@@ -64,22 +68,34 @@ def select_blocks(
     config: NSAConfig,
     compress_k_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    boundaries: Boundaries | None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`; arguments are validated, ``k`` is the compressed branch's."""
-    geometry = Geometry.of(q, cu_seqlens, config)
-    if compressed_kv is None:
-        k_cmp = compress(_flatten(k), compress_k_weight, geometry)
-    else:
-        k_cmp = _flatten(compressed_kv[0])
-    indices = _select_blocks(_flatten(q), k_cmp, geometry)
-    return _unflatten_indices(indices, q, config)
+    with without_autocast(q.device):
+        geometry = _geometry(q, boundaries, config)
+        if compressed_kv is None:
+            k_cmp = compress(_flatten(k), compress_k_weight, geometry)
+        else:
+            k_cmp = _given_compressed(compressed_kv[0], geometry)
+        indices = _select_blocks(_flatten(q), k_cmp, geometry)
+        return _unflatten_indices(indices, q, config)
+
+
+def _geometry(q: Tensor, boundaries: Boundaries | None, config: NSAConfig) -> Geometry:
+    return Geometry.of(q, None if boundaries is None else boundaries.cu_seqlens, config)
 
 
 def _flatten(x: Tensor) -> Tensor:
     """Batched ``(B, N, H, ...)`` to ``(B * N, H, ...)``; packed ``(T, H, ...)`` stays."""
     return x.flatten(0, 1) if x.ndim == 4 else x
+
+
+def _given_compressed(x: Tensor, geometry: Geometry) -> Tensor:
+    """The caller's compressed keys or values, ``(sum of N_cmp, H_kv, D)``.
+
+    While torch.compile traces, a caller may know no more than an upper bound of their number.
+    """
+    return _flatten(x)[: geometry.compressed.total]
 
 
 def _flatten_indices(indices: Tensor, config: NSAConfig) -> Tensor:
@@ -90,8 +106,10 @@ def _flatten_indices(indices: Tensor, config: NSAConfig) -> Tensor:
 
 
 def _unflatten_indices(indices: Tensor, q: Tensor, config: NSAConfig) -> Tensor:
-    """``(T, H_kv, n)`` or ``(tiles, H, n)`` in the form that callers see."""
+    """The selected blocks, with empty slots up to ``n``, in the form that callers see."""
     batched = q.ndim == 4
+    missing = config.num_selected_blocks - indices.shape[-1]
+    indices = torch.nn.functional.pad(indices, (0, missing), value=-1)
     if config.selection == "token":
         return indices.unflatten(0, q.shape[:2]) if batched else indices
     if batched:

@@ -9,6 +9,9 @@ from nsa.blocks import Geometry, Segments, overlap_weights
 from nsa.precision import accumulation_dtype
 from nsa.reference.chunks import covered_range, query_chunks
 
+_ALL_SLOTS = 1 << 62
+"""More slots than blocks."""
+
 
 @torch.no_grad()
 def select_blocks(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
@@ -21,16 +24,15 @@ def select_blocks(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
 
     Returns:
         int32 ``(T, H_kv, n)`` or ``(tiles, H, n)``: indices in the sequence, ascending, -1 at the
-        end of the row where fewer exist.
+        end of the row where fewer exist. ``n`` is at most the blocks of the longest sequence.
     """
     if geometry.config.selection == "token":
         chunks = _token_block_scores(q, k_cmp, geometry)
-        position, owner = geometry.tokens.local, geometry.tokens.owner
     else:
         blocks = geometry.selection
         size = geometry.config.select_block_size // geometry.config.compress_block_size
         chunks = _tile_block_scores(q, k_cmp, blocks, size, geometry)
-        position, owner = geometry.tile_last, geometry.tiles.owner
+    position, owner = geometry.unit_position, geometry.units.owner
     taken = []
     for start, stop, scores, low in chunks:
         where = (position[start:stop], owner[start:stop], low)
@@ -45,14 +47,16 @@ def select_groups(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
     Arguments as in :func:`select_blocks`.
 
     Returns:
-        int32 ``(tiles, H, m)``, ascending, -1 at the end of the row where fewer exist.
+        int32 ``(tiles, H, m)``, ascending, -1 at the end of the row where fewer exist. ``m`` is at
+        most the groups of the longest sequence.
     """
     config, groups = geometry.config, geometry.groups
+    count = min(config.num_cmp_selected_blocks, max(groups.counts, default=0))
     taken = []
     for start, stop, scores, low in _tile_block_scores(
         q, k_cmp, groups, config.cmp_group_size, geometry
     ):
-        best = _take_top(scores, config.num_cmp_selected_blocks)
+        best = _take_top(scores, count)
         offset = groups.offset[geometry.tiles.owner[start:stop], None] - low
         taken.append(torch.where(best >= 0, best - offset, -1).int().transpose(0, 1))
     return torch.cat(taken)
@@ -111,7 +115,9 @@ def _first_equal_key(k_cmp: Tensor, compressed: Segments) -> Tensor | None:
     index = torch.arange(k_cmp.shape[0], device=k_cmp.device)
     columns = []
     for head in range(k_cmp.shape[1] if len(index) else 0):
-        tagged = torch.cat([compressed.owner[:, None].double(), k_cmp[:, head].double()], dim=1)
+        # Their bits, which also order NaN; adding 0 makes one of 0 and -0.
+        bits = (k_cmp[:, head].double() + 0.0).view(torch.int64)
+        tagged = torch.cat([compressed.owner[:, None], bits], dim=1)
         _, group = tagged.unique(dim=0, return_inverse=True)
         first = torch.full_like(index, len(index)).scatter_reduce(0, group, index, reduce="amin")
         columns.append(first[group])
@@ -137,7 +143,8 @@ def _block_importance(
     count, offset = geometry.compressed.count[owner], geometry.compressed.offset[owner] - low
     importance = probability.new_zeros(*probability.shape[:-1], len(owner))
     # One term after another, so that equal probabilities give equal sums in every block.
-    for shift, weight in enumerate(overlap_weights(config)):
+    num_compressed = max(geometry.compressed.counts, default=0)
+    for shift, weight in enumerate(overlap_weights(config, num_compressed)):
         local = first + shift
         slot = local + offset
         real = (local >= 0) & (local < count) & (slot >= 0) & (slot < outside)
@@ -211,24 +218,33 @@ def _take_blocks(
     """Forced blocks and the best candidates, ascending: int32 ``(heads, C, n)``.
 
     ``scores`` is ``(heads, C, blocks)`` of the flat selection blocks from ``low``; ``position``
-    and ``owner`` ``(C,)`` are those of the query (tile: its last query).
+    and ``owner`` ``(C,)`` are those of the units.
     """
     first, _ = geometry.candidate_interval(position, owner)
     blocks = low + torch.arange(scores.shape[-1], device=scores.device)
     candidate, forced = geometry.block_rules(position, owner, blocks)
     scores = scores.masked_fill(~candidate, -torch.inf).masked_fill(forced, torch.inf)
-    taken = _take_top(scores, geometry.config.num_selected_blocks)
+    config = geometry.config
+    count = min(config.num_selected_blocks, max(geometry.selection.counts, default=0))
+    # Forced blocks past the end of the sequence keep their slots.
+    slots = geometry.num_forced_past_end(position, owner)
+    slots = min(config.num_selected_blocks, _ALL_SLOTS) - slots[:, None]
+    taken = _take_top(scores, count, slots)
     return torch.where(taken >= 0, taken + low - first[:, None], -1).int()
 
 
-def _take_top(scores: Tensor, count: int) -> Tensor:
+def _take_top(scores: Tensor, count: int, slots: Tensor | None = None) -> Tensor:
     """Indices of the ``count`` best scores above -inf, ascending, then -1.
 
-    The sort is stable, so that equal scores go to the lower index.
+    Rows with ``slots``, which broadcast to ``scores``, take no more than these. The sort is stable,
+    so that equal scores go to the lower index.
     """
     ranked = scores.sort(dim=-1, descending=True, stable=True)
     none = scores.shape[-1]
-    best = torch.where(ranked.values > -torch.inf, ranked.indices, none)[..., :count]
+    taken = ranked.values > -torch.inf
+    if slots is not None:
+        taken &= torch.arange(none, device=scores.device) < slots
+    best = torch.where(taken, ranked.indices, none)[..., :count]
     best = best.sort(dim=-1).values
     best = torch.where(best < none, best, -1)
     return torch.nn.functional.pad(best, (0, count - best.shape[-1]), value=-1)

@@ -37,27 +37,27 @@ def _score_tile(q, k_cmp, lse, tile, start, stop, scores, scale, rule) -> None:
     low, high = max(tile_start, start), min(tile_start + count, stop)
     if low >= high:
         return
-    at = position + torch.arange(low - tile_start, high - tile_start)
+    at = position + torch.arange(low - tile_start, high - tile_start, device=q.device)
     visible, limit = torch.full_like(at, k_count), torch.full_like(at, num_blocks)
     if rule.causal:
         seen = (at + 1 - rule.covered).div(rule.stride, rounding_mode="floor") + 1
         visible = seen.clamp(min=0).minimum(visible)
         limit = at // rule.select_size + 1
     assert limit.max() <= scores.shape[-1]
-    block = torch.arange(int(limit.max()))
+    block = torch.arange(int(limit.max()), device=q.device)
     wanted = block < limit[:, None]
     for entry, kv_head in itertools.product(*map(range, scores.shape[:2])):
         keys = k_cmp[entry, k_start : k_start + k_count, kv_head].to(scores.dtype)
         # Equal keys get equal products, which a matrix product does not promise.
         distinct, which = keys.unique(dim=0, return_inverse=True) if k_count else (keys, slice(0))
-        seen = torch.arange(k_count) < visible[:, None]
+        seen = torch.arange(k_count, device=q.device) < visible[:, None]
         group = q.shape[2] // scores.shape[1]
-        total = torch.zeros(high - low, k_count, dtype=scores.dtype)
+        total = scores.new_zeros(high - low, k_count)
         for head in range(kv_head * group, (kv_head + 1) * group):
             products = (q[entry, low:high, head].to(scores.dtype) @ distinct.T)[:, which]
             exponent = products.reshape(total.shape) * scale - lse[entry, head, low:high, None]
             total += torch.where(seen, exponent, -torch.inf).exp()
-        result = torch.zeros(high - low, len(block), dtype=scores.dtype)
+        result = scores.new_zeros(high - low, len(block))
         for o, weight in enumerate(rule.weights()):
             j = block * rule.per_select - rule.carried + o
             inside = (j >= 0) & (j < k_count)
@@ -88,7 +88,7 @@ def _selected_mask(q, k, block_indices, blocks, block_size, causal) -> Tensor:
     assert all(x.dtype == torch.int32 for x in blocks[:4])
     assert blocks.base.shape == blocks.limit.shape == (total,)
     num_blocks = len(blocks.first)
-    key_block = torch.full((total,), -1)
+    key_block = torch.full((total,), -1, device=q.device)
     for block, (first, keys) in enumerate(zip(*map(Tensor.tolist, blocks[2:4]), strict=True)):
         assert 0 <= keys <= block_size
         assert (key_block[first : first + keys] == -1).all(), "a key is in two blocks"
@@ -96,12 +96,12 @@ def _selected_mask(q, k, block_indices, blocks, block_size, causal) -> Tensor:
     valid = (block_indices >= 0) & (block_indices < blocks.limit[:, None, None])
     listed = torch.where(valid, blocks.base[:, None, None] + block_indices, num_blocks).long()
     assert (listed <= num_blocks).all()
-    chosen = torch.zeros(total, num_kv_heads, num_blocks + 1, dtype=torch.int)
+    chosen = block_indices.new_zeros(total, num_kv_heads, num_blocks + 1)
     chosen.scatter_add_(-1, listed, torch.ones_like(listed, dtype=torch.int))
     chosen = chosen[..., :num_blocks]
     assert (chosen <= 1).all(), "a block is listed twice"
     visible = chosen.bool()[..., key_block.clamp(min=0)] & (key_block >= 0)  # (T, H_kv, T)
     if causal:
-        index = torch.arange(total)
+        index = torch.arange(total, device=q.device)
         visible &= (index <= index[:, None])[:, None]
     return visible.transpose(0, 1).repeat_interleave(q.shape[1] // num_kv_heads, dim=0)

@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa
-from nsa import tracing, validation
+from nsa import layers, packing, tracing, validation
 from nsa.fused import interface, layout, planner
-from nsa.fused.call import with_scale
+from nsa.fused.call import Call, with_scale
 from nsa.testing import make_cu_seqlens, make_inputs
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
@@ -53,10 +53,13 @@ def _caller() -> Path:
 @pytest.fixture
 def capturing(monkeypatch):
     """As while a CUDA graph is captured."""
-    for module in (planner, validation):
+    for module in (planner, packing):
         monkeypatch.setattr(module, "is_capturing", lambda _: True)
     monkeypatch.setattr(layout, "may_keep", lambda _: False)
-    monkeypatch.setattr(validation, "has_readable_values", lambda _: False)
+    for module in (validation, packing, layers):
+        monkeypatch.setattr(module, "has_readable_values", lambda _: False)
+    # A dispatch mode, which the tests look with, is no reason for custom ops.
+    monkeypatch.setattr(interface, "is_traced", lambda *_: False)
 
 
 @pytest.fixture
@@ -64,8 +67,11 @@ def backward_too(monkeypatch):
     """Each call runs forward and backward, within no op, so that dispatch modes see inside."""
     calls = []
 
-    def attention(inputs, call, scale, save):
-        call = call._replace(config=with_scale(call.config, scale))
+    def attention(inputs, block_indices, boundaries, config, schedule, scale, save):
+        cu_seqlens, _, max_seqlen, given = boundaries or (None,) * 4
+        config = with_scale(config, scale)
+        plan = layout.make_plan(inputs.q, cu_seqlens, max_seqlen, config, given)
+        call = Call(block_indices, plan, *schedule)
         out, saved = call.forward(inputs, save=True)
         grads = call.backward(torch.ones_like(out), inputs, saved)
         calls.append([x for x in grads if x is not None])
@@ -141,10 +147,27 @@ def test_packed_sequences_need_max_seqlen_to_be_captured():
         nsa.forward(q, k, v, config=make_config(), cu_seqlens=make_cu_seqlens(LENGTHS))
 
 
-def test_the_mode_sees_reads_of_the_package():
-    q, k, v = make_inputs((sum(LENGTHS),), 2, 1, 8)
+@pytest.mark.usefixtures("capturing")
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("case", ["default", "forced blocks", "token"])
+def test_select_blocks(case, packed):
+    q, k, _ = make_inputs((sum(LENGTHS),) if packed else (2, 130), 4, 2, 8)
+    extras = {}
+    if packed:
+        lengths = packing.Boundaries(make_cu_seqlens(LENGTHS), LENGTHS, max(LENGTHS), None)
+        extras = dict(boundaries=lengths)
+    call = dict(config=CONFIGS[case], **extras)
+    expected = interface.select_blocks(q, k, **call)
+    with NoHostReads():
+        assert torch.equal(interface.select_blocks(q, k, **call), expected)
+
+
+def test_the_mode_sees_reads_of_the_package(monkeypatch):
+    monkeypatch.setattr(interface, "is_traced", lambda *_: False)
+    q, k, _ = make_inputs((sum(LENGTHS),), 2, 1, 8)
+    lengths = packing.Boundaries(make_cu_seqlens(LENGTHS), None, None, None)
     with NoHostReads(), pytest.raises(AssertionError, match="makes the host wait"):
-        nsa.forward(q, k, v, config=make_config(), cu_seqlens=make_cu_seqlens(LENGTHS))
+        interface.select_blocks(q, k, config=make_config(), boundaries=lengths)
 
 
 def test_a_captured_plan_is_not_kept(monkeypatch):
@@ -168,6 +191,7 @@ def test_only_the_default_stream_keeps_what_it_computes(monkeypatch, stream, cap
     monkeypatch.setattr(torch.cuda, "default_stream", lambda _: "default")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "default")
     monkeypatch.setattr(tracing, "is_capturing", lambda _: False)
+    monkeypatch.setattr(tracing, "is_traced", lambda _: False)
     assert tracing.may_keep(x)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(tracing, "is_capturing", lambda _: capturing)

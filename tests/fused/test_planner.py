@@ -151,7 +151,7 @@ def test_what_is_kept_for_backward(schedule, scheduled, monkeypatch):
 )
 def test_fakes_agree_with_the_ops(form, schedule, packed, scheduled, monkeypatch):
     calls = []
-    monkeypatch.setattr(autograd, "is_traced", lambda _: True)
+    monkeypatch.setattr(autograd, "is_traced", lambda *_: True)
     for name in ("attention", "attention_backward"):
         op = getattr(ops, name)
         monkeypatch.setattr(
@@ -210,6 +210,25 @@ def test_max_workspace_bytes_reaches_the_planner(monkeypatch):
     )
     layer(torch.randn(1, 70, 16))
     assert seen == [12345, 99]
+
+
+def test_pairs_that_the_kernels_cannot_count_run_in_chunks():
+    config = nsa.NSAConfig.paper(num_selected_blocks=16)
+    # 2^26 pairs of a head and token: 15 heads fit.
+    sizes = dict(config=config, num_heads=64, num_kv_heads=16, batch=4)
+    assert choose(problem(1 << 20, **sizes), True, 1 << 60).chunks == 2
+    assert choose(problem(1 << 20, **(sizes | dict(num_kv_heads=8))), True, 1 << 60).chunks == 1
+    assert choose(problem(1 << 20, **(sizes | dict(config=nsa.NSAConfig()))), True, 1 << 60) == (
+        Schedule(1, False)
+    )
+
+
+def test_more_pairs_of_one_head_than_the_kernels_count_are_refused():
+    q = torch.empty(1, dtype=torch.bfloat16, device="meta").expand(64, 1 << 20, 4, 64)
+    config = nsa.NSAConfig.paper(num_selected_blocks=16)
+    said = nsa.explain_backend(q, q[:, :, :1], q[:, :, :1], config=config)
+    assert f"it needs fewer than {1 << 30} pairs of tokens and selected blocks" in said
+    assert f"got {1 << 30}; split the batch" in said
 
 
 def problem(length: int = 1 << 20, **changes) -> Problem:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from test_pipeline import kernel_problems, small_config
 
 import nsa
@@ -34,7 +35,7 @@ def best_of_row(scores, visible, candidates, own, count, per_block, num_initial,
     return taken + [-1] * (count - len(taken))
 
 
-@settings(max_examples=100, **SETTINGS)
+@settings(max_examples=examples(100), **SETTINGS)
 @given(data=st.data())
 def test_emulated_top_blocks(data):
     integers, dtype = st.integers, data.draw(st.sampled_from([torch.float32, torch.float64]))
@@ -72,7 +73,7 @@ def test_emulated_top_blocks(data):
                 assert out[b, t, h].tolist() == expected
 
 
-@settings(max_examples=60, **SETTINGS)
+@settings(max_examples=examples(60), **SETTINGS)
 @given(problem=kernel_problems(), held=st.sampled_from([1, 30, 200]))
 def test_chunks_of_tiles_select_the_same(fused_on_cpu, problem, held):
     """The emulated kernel also checks that every visible column is in its chunk."""
@@ -115,25 +116,26 @@ def test_columns_far_before_the_tile_are_not_computed(fused_on_cpu, monkeypatch)
     assert max(widths) < 100
 
 
-@pytest.mark.parametrize("use", ["old setting", "new setting", "none"])
-def test_products_are_exact_where_tf32_is_allowed(use):
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        if use == "old setting":
-            torch.set_float32_matmul_precision("medium")
-        elif use == "new setting":
-            matmul.fp32_precision = "tf32"
-        allowed = matmul.fp32_precision
-        assert (allowed == "tf32") == (use != "none")
-        with selection._exact_products():
-            assert matmul.fp32_precision != "tf32"
-        assert matmul.fp32_precision == allowed
-        if use == "old setting":
-            assert torch.get_float32_matmul_precision() == "medium"
-            torch.set_float32_matmul_precision("highest")
-    finally:
-        matmul.fp32_precision = before
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_selection_neither_uses_nor_sets_float32_precision(fused_on_cpu, monkeypatch, dtype):
+    """A float32 product may be of TF32, which is set for the whole process."""
+    products = []
+    bmm = torch.bmm
+
+    def noted(a, b, **kwargs):
+        products.append(a.dtype)
+        return bmm(a, b, **kwargs)
+
+    monkeypatch.setattr(torch, "bmm", noted)
+    before = torch.backends.cuda.matmul.fp32_precision
+    monkeypatch.setattr(
+        type(torch.backends.cuda.matmul), "__setattr__", lambda *_: pytest.fail("a setting changed")
+    )
+    q, k, _ = make_inputs((2, 700), 4, 2, 16, dtype=dtype)
+    nsa.select_blocks(q, k, config=small_config(), backend="fused")
+    assert products
+    assert torch.float32 not in products
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 def test_selection_is_limited_to_what_the_kernel_holds():
@@ -151,5 +153,5 @@ def test_bfloat16_parts_score_as_float32(fused_on_cpu, monkeypatch, tile_summary
     expected = nsa.select_blocks(q, k, config=config, backend="fused")
     rows = torch.randn(3, 5, 16)
     assert torch.equal(selection._bfloat16_parts(rows).float().unflatten(-1, (3, -1)).sum(-2), rows)
-    monkeypatch.setattr(selection, "SCORE_ELEMENTS", 1)
+    monkeypatch.setattr(selection, "FEW_SCORES", 1)
     assert torch.equal(nsa.select_blocks(q, k, config=config, backend="fused"), expected)

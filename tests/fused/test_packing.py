@@ -1,0 +1,317 @@
+"""Boundaries: a bare tensor is read in each call, a Packing once; equal results, whoever writes."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import nsa
+from nsa import packing
+from nsa.testing import make_cu_seqlens, make_inputs
+
+pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+
+F64 = torch.float64
+LENGTHS, OTHER = [70, 0, 1, 130], [30, 101, 0, 70]
+TOTAL = sum(LENGTHS)
+CONFIGS = {
+    "tile": nsa.NSAConfig(
+        compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2,
+        num_local_blocks=1, window_size=20,
+    ),
+    "token": nsa.NSAConfig.paper(num_selected_blocks=4, window_size=20),
+}  # fmt: skip
+both = pytest.mark.parametrize("backend", ["reference", "fused"])
+modes = pytest.mark.parametrize("mode", CONFIGS)
+
+
+def inputs(requires_grad=True):
+    return make_inputs((TOTAL,), 4, 2, 8, dtype=F64, requires_grad=requires_grad)
+
+
+def run(cu_seqlens, mode, backend, between=None, **extras):
+    """Output, and gradients of q, k and v."""
+    q, k, v = inputs()
+    call = dict(config=CONFIGS[mode], backend=backend)
+    out = nsa.forward(q, k, v, cu_seqlens=cu_seqlens, **call, **extras)
+    if between is not None:
+        between()
+    return out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@both
+@modes
+def test_a_packing_gives_what_the_tensor_gives(mode, backend):
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    expected = run(cu_seqlens, mode, backend)
+    given = nsa.Packing(cu_seqlens)
+    for _ in range(2):
+        assert_same(run(given, mode, backend), expected)
+    assert_same(run(nsa.Packing(cu_seqlens, max_seqlen=200), mode, backend), expected)
+    assert_same(run(cu_seqlens, mode, backend, max_seqlen=140), expected)
+    q, k, _ = inputs()
+    call = dict(config=CONFIGS[mode], backend=backend)
+    assert torch.equal(
+        nsa.select_blocks(q, k, cu_seqlens=given, **call),
+        nsa.select_blocks(q, k, cu_seqlens=cu_seqlens, **call),
+    )
+    said = nsa.explain_backend(q, k, k, cu_seqlens=given, **call)
+    assert said == nsa.explain_backend(q, k, k, cu_seqlens=cu_seqlens, **call)
+
+
+def broadcast(target, values):
+    """As torch.distributed writes: the version of the tensor stays."""
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        torch.distributed.all_gather([target], values.clone())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+WRITES = {
+    "copy_": lambda target, values: target.copy_(values),
+    "data": lambda target, values: target.data.copy_(values),
+    "set data": lambda target, values: setattr(target, "data", values.clone()),
+    "numpy": lambda target, values: target.numpy().__setitem__(slice(None), values.numpy()),
+    "dlpack": lambda target, values: torch.from_dlpack(target.__dlpack__()).copy_(values),
+    "torch.distributed": broadcast,
+}
+
+
+@both
+@modes
+@pytest.mark.parametrize("write", WRITES)
+def test_whoever_writes_boundaries_is_noticed(write, mode, backend):
+    cu_seqlens, other = make_cu_seqlens(LENGTHS), make_cu_seqlens(OTHER)
+    first, second = run(cu_seqlens, mode, backend), run(other, mode, backend)
+    assert_same(run(cu_seqlens, mode, backend), first)
+    given = nsa.Packing(cu_seqlens)
+    WRITES[write](cu_seqlens, other)
+    assert_same(run(cu_seqlens, mode, backend), second)
+    assert_same(run(cu_seqlens, mode, backend, max_seqlen=130), second)
+    # A Packing has its own.
+    assert_same(run(given, mode, backend), first)
+
+
+@both
+@modes
+@pytest.mark.parametrize("write", WRITES)
+def test_boundaries_may_be_overwritten_before_the_backward(write, mode, backend):
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    expected = run(cu_seqlens, mode, backend)
+    other = make_cu_seqlens(OTHER)
+    actual = run(cu_seqlens, mode, backend, between=lambda: WRITES[write](cu_seqlens, other))
+    assert_same(actual, expected)
+
+
+@modes
+def test_boundaries_may_be_overwritten_before_the_backward_of_a_compiled_call(mode):
+    torch._dynamo.reset()
+    q, k, v = inputs()
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(q, k, v, cu_seqlens):
+        return nsa.forward(q, k, v, cu_seqlens=cu_seqlens, config=CONFIGS[mode], backend="fused")
+
+    expected = run(cu_seqlens, mode, "fused")
+    out = call(q, k, v, cu_seqlens)
+    cu_seqlens.data.copy_(make_cu_seqlens(OTHER))
+    actual = (out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v)))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@modes
+def test_one_trace_serves_all_packings(mode):
+    torch._dynamo.reset()
+    q, k, v = inputs()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def call(q, k, v, given):
+        return nsa.forward(q, k, v, cu_seqlens=given, config=CONFIGS[mode], backend="fused")
+
+    packs = [LENGTHS, OTHER, [60, 50, 40, 51], [1, 199, 1, 0]]
+    for index, lengths in enumerate(packs):
+        # A number that changes becomes a symbol at its second value.
+        with torch._dynamo.config.patch(error_on_recompile=index > 1):
+            given = nsa.Packing(make_cu_seqlens(lengths))
+            out = call(q, k, v, given)
+            actual = (out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v)))
+        expected = run(given, mode, "fused")
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+        # Forward and backward of the compiled call used the plan that is kept.
+        assert len(given.plans) == 1
+
+
+@modes
+def test_select_blocks_compiles(mode):
+    torch._dynamo.reset()
+    q, k, v = inputs(requires_grad=False)
+    options = dict(config=CONFIGS[mode], backend="fused")
+
+    def call(q, k, v, cu_seqlens):
+        blocks = nsa.select_blocks(q, k, cu_seqlens=cu_seqlens, **options)
+        return blocks, nsa.forward(q, k, v, cu_seqlens=cu_seqlens, block_indices=blocks, **options)
+
+    # Packed tiles are counted on the host.
+    compiled = torch.compile(call, fullgraph=mode == "token", backend="aot_eager")
+    for lengths in (LENGTHS, OTHER):
+        cu_seqlens = make_cu_seqlens(lengths)
+        for given in (cu_seqlens, nsa.Packing(cu_seqlens)):
+            blocks, out = compiled(q, k, v, given)
+            expected_blocks, expected = call(q, k, v, cu_seqlens)
+            assert torch.equal(blocks, expected_blocks)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    batched = [x[None] for x in (q, k, v)]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(*batched, None), call(*batched, None), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bound", [None, 130], ids=["no bound", "max_seqlen"])
+@modes
+def test_fake_tensors(mode, bound):
+    with FakeTensorMode():
+        q, k, v = inputs()
+        for cu_seqlens in (make_cu_seqlens(LENGTHS), nsa.Packing(make_cu_seqlens(LENGTHS))):
+            call = dict(config=CONFIGS[mode], cu_seqlens=cu_seqlens, backend="fused")
+            out = nsa.forward(q, k, v, max_seqlen=bound, **call)
+            grads = torch.autograd.grad(out.sum(), (q, k, v))
+            assert [x.shape for x in (out, *grads)] == [x.shape for x in (q, q, k, v)]
+            if mode == "token":
+                blocks = nsa.select_blocks(q, k, max_seqlen=bound, **call)
+                assert blocks.shape == (TOTAL, 2, 4)
+                out = nsa.forward(q, k, v, block_indices=blocks, max_seqlen=bound, **call)
+                assert out.shape == q.shape
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Boundaries that the host reads; the emulated kernels read too."""
+    seen = []
+    read = packing.read_lengths
+    monkeypatch.setattr(packing, "read_lengths", lambda x: seen.append(x.shape) or read(x))
+    return seen
+
+
+@modes
+def test_a_packing_is_read_once_and_a_tensor_in_each_call(mode, reads):
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    given = nsa.Packing(cu_seqlens)
+    assert len(reads) == 1
+    for _ in range(3):
+        run(given, mode, "fused")
+    assert len(reads) == 1
+    for index in range(3):
+        run(cu_seqlens, mode, "fused")
+        assert len(reads) == 2 + index
+
+
+def test_a_layer_reads_a_tensor_once(reads):
+    layer = nsa.NativeSparseAttention(32, 4, 2, CONFIGS["token"], backend="fused").double()
+    x = torch.randn(TOTAL, 32, dtype=F64)
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    out = layer(x, cu_seqlens)
+    assert len(reads) == 1
+    given = nsa.Packing(cu_seqlens)
+    assert torch.equal(layer(x, given), out)
+    assert torch.equal(layer(x, given), out)
+    assert torch.equal(layer.select_blocks(x, given), layer.select_blocks(x, cu_seqlens))
+    assert len(reads) == 3
+
+
+def test_a_bound_spares_reading_on_a_gpu(monkeypatch, reads):
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    x = torch.zeros(TOTAL, 1, 1)
+    on_gpu, like = cu_seqlens.as_subclass(OnGpu), x.as_subclass(OnGpu)
+    found = packing.check_boundaries(on_gpu, 140, like)
+    assert (found.lengths, found.max_seqlen, len(reads)) == (None, 140, 0)
+    found = packing.check_boundaries(on_gpu, None, like)
+    assert (found.lengths, found.max_seqlen, len(reads)) == (LENGTHS, 130, 1)
+
+
+@both
+@modes
+@pytest.mark.parametrize("huge", [2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30])
+def test_a_huge_bound_is_that_of_the_tokens(huge, mode, backend):
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    expected = run(cu_seqlens, mode, backend)
+    assert_same(run(cu_seqlens, mode, backend, max_seqlen=huge), expected)
+    assert_same(run(nsa.Packing(cu_seqlens, max_seqlen=huge), mode, backend), expected)
+    q, k, _ = inputs()
+    call = dict(config=CONFIGS[mode], backend=backend, cu_seqlens=cu_seqlens)
+    assert torch.equal(
+        nsa.select_blocks(q, k, max_seqlen=huge, **call), nsa.select_blocks(q, k, **call)
+    )
+
+
+@modes
+@pytest.mark.parametrize("huge", [2**31, 2**63, 10**30])
+def test_a_huge_bound_of_a_compiled_call(huge, mode):
+    torch._dynamo.reset()
+    q, k, v = inputs(requires_grad=False)
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    options = dict(config=CONFIGS[mode], cu_seqlens=cu_seqlens, max_seqlen=huge, backend="fused")
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(q, k, v):
+        return nsa.forward(q, k, v, **options)
+
+    torch.testing.assert_close(call(q, k, v), nsa.forward(q, k, v, **options), rtol=0, atol=1e-12)
+
+
+BAD = {
+    "no tensor": ([0, 3], {}, TypeError, "cu_seqlens must be an int32 tensor, got list"),
+    "dtype": (torch.tensor([0, 3]), {}, TypeError, "must have dtype torch.int32, got torch.int64"),
+    "shape": (torch.zeros(2, 2, dtype=torch.int32), {}, ValueError, r"\(S \+ 1,\), got \(2, 2\)"),
+    "start": (torch.tensor([1, 3], dtype=torch.int32), {}, ValueError, "start at 0, got 1"),
+    "order": (torch.tensor([0, 3, 2], dtype=torch.int32), {}, ValueError, "decrease, got 3 then 2"),
+    "bound": (make_cu_seqlens([3]), {"max_seqlen": 2}, ValueError, "longest sequence, 3, got 2"),
+    "no bound": (make_cu_seqlens([3]), {"max_seqlen": -1}, ValueError, "at least 0, got -1"),
+    "kind": (make_cu_seqlens([3]), {"max_seqlen": 3.0}, TypeError, "must be an int, got 3.0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_packing_checks_its_arguments(case):
+    cu_seqlens, extras, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        nsa.Packing(cu_seqlens, **extras)
+
+
+def test_a_packing_is_checked_against_every_call():
+    q, k, v = inputs()
+    given = nsa.Packing(make_cu_seqlens([3, 4]))
+    with pytest.raises(ValueError, match=rf"cu_seqlens must end at the {TOTAL} tokens of q, got 7"):
+        nsa.forward(q, k, v, cu_seqlens=given)
+    given = nsa.Packing(make_cu_seqlens(LENGTHS))
+    with pytest.raises(ValueError, match=r"max_seqlen must be at least the longest .* 130, got 7"):
+        nsa.forward(q, k, v, cu_seqlens=given, max_seqlen=7)
+    with pytest.raises(ValueError, match=r"must be on the device of q, meta, got cpu"):
+        nsa.forward(*(x.to("meta") for x in (q, k, v)), cu_seqlens=given)
+    assert repr(given) == f"Packing(sequences=4, tokens={TOTAL}, max_seqlen=130)"
+
+
+def test_a_packing_cannot_be_made_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(packing, "is_capturing", lambda _: True)
+    with pytest.raises(ValueError, match="before, not while a CUDA graph is captured"):
+        nsa.Packing(make_cu_seqlens(LENGTHS))
+
+
+def test_an_address_finds_its_packing_alone():
+    given = nsa.Packing(make_cu_seqlens(LENGTHS))
+    found = packing.find_packing(given.cu_seqlens.detach())
+    assert found is given
+    assert packing.find_packing(given.cu_seqlens[:-1]) is None
+    assert packing.find_packing(given.cu_seqlens.clone()) is None
+    kept = given.cu_seqlens
+    del given, found
+    assert packing.find_packing(kept) is None
