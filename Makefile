@@ -1,22 +1,25 @@
 # Every target sets up what it needs: a virtual environment in $(VENV), once.
 VENV ?= .venv
 PYTHON ?=
+EXTRAS ?= test,tools,lint
 OUTPUT ?= outputs/demo
+TOOL ?= memcheck racecheck
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format clean
+.PHONY: help demo test test-gpu sanitize lint format clean
 
 help:
 	@echo "make demo      train a small byte-level language model with NSA and its dense twin"
 	@echo "make test      run the CPU tests, with coverage"
-	@echo "make test-gpu  run the tests that need an NVIDIA GPU"
+	@echo "make test-gpu  run the tests that need an NVIDIA GPU; fails where they cannot run"
+	@echo "make sanitize  run a small training step under compute-sanitizer, on an NVIDIA GPU"
 	@echo "make lint      check style; make format mends it"
 	@echo "make clean     remove the virtual environment and outputs"
 
 $(STAMP): pyproject.toml tools/setup_venv.sh
-	@PYTHON="$(PYTHON)" tools/setup_venv.sh "$(VENV)" test,tools,lint
+	@PYTHON="$(PYTHON)" tools/setup_venv.sh "$(VENV)" $(EXTRAS)
 	@touch $@
 
 demo: $(STAMP)
@@ -25,9 +28,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest -q -m "not gpu" -n auto --maxprocesses 8 --benchmark-disable --cov --cov-fail-under=95
 
-# Eight processes, because most of the time is compiling kernels.
+# Eight processes, because most of the time is compiling kernels. Not -q, which hides the seed.
 test-gpu: $(STAMP)
-	$(PY) -m pytest -q -m gpu -n 8 --benchmark-disable
+	NSA_REQUIRE_GPU=1 $(PY) -m pytest -m gpu -n 8 --benchmark-disable
+
+sanitize: $(STAMP)
+	$(PY) tools/sanitize.py $(TOOL)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

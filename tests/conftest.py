@@ -1,21 +1,29 @@
-"""Hypothesis profiles, and the same seed and thread count for every test."""
+"""What a run needs and draws from, and the same seed and thread count for every test."""
 
-import os
-
+import profiles
 import pytest
+import requirements
 import torch
-from hypothesis import HealthCheck, settings
-
-_COMMON = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
-}
-settings.register_profile("ci", derandomize=True, max_examples=60, **_COMMON)
-settings.register_profile("thorough", max_examples=1000, **_COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # pytest-xdist runs one worker a core; more threads than that only contend.
 torch.set_num_threads(1)
+
+
+def pytest_configure():
+    profiles.choose_seed()
+    requirements.check_gpu()
+
+
+def pytest_report_header() -> str:
+    return f"GPU property tests draw from {profiles.seed_line()}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.failed and item.get_closest_marker("gpu"):
+        report.sections.append(("Seed", f"{profiles.seed_line()} draws the same examples again"))
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -96,6 +96,16 @@ def test_environment_has_a_value_for_every_column():
     assert all(columns.values())
 
 
+def test_commit_of_a_copied_tree_is_given(monkeypatch):
+    commit = environment.commit.__wrapped__
+    monkeypatch.delenv("NSA_COMMIT", raising=False)
+    own = commit()
+    monkeypatch.setenv("NSA_COMMIT", "1234567")
+    assert commit() == "1234567"
+    monkeypatch.setenv("NSA_COMMIT", "")
+    assert commit() == own
+
+
 @pytest.mark.parametrize("groups", [None, 2])
 def test_attended_pairs_equal_a_count_of_each(groups):
     config = nsa.NSAConfig(

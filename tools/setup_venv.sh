@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Make a virtual environment with PyTorch and this package in it.
 #   tools/setup_venv.sh DIRECTORY EXTRAS      e.g. tools/setup_venv.sh .venv test,tools
-# PYTHON names the interpreter (3.11 or newer), TORCH_VERSION the PyTorch to install.
+# PYTHON names the interpreter (3.11 or newer), TORCH_VERSION the PyTorch to install instead of the
+# one that results are of.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=$1
 extras=$2
-torch=${TORCH_VERSION:-2.13.0}
+gpu_torch=${TORCH_VERSION:-2.11.0}
+cpu_torch=${TORCH_VERSION:-2.13.0}
 cpu_index=https://download.pytorch.org/whl/cpu
 
 find_python() {
@@ -32,18 +34,20 @@ echo "setup: $("$python" --version) in $venv"
 "$python" -m venv --clear "$venv"
 
 if nvidia-smi -L >/dev/null 2>&1; then
-    echo "setup: NVIDIA GPU found, installing PyTorch $torch for CUDA"
+    # Every GPU result is of this version. What PyPI has of it for Linux is the build for CUDA 13.0.
+    echo "setup: NVIDIA GPU found, installing PyTorch $gpu_torch for CUDA"
     extras=$extras,fused
-    wanted=torch==$torch
+    wanted=torch==$gpu_torch
     install "$wanted"
+    echo "setup: PyTorch $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"
 elif [ "$(uname -s)" = Darwin ]; then
-    echo "setup: installing PyTorch $torch"
-    wanted=torch==$torch
+    echo "setup: installing PyTorch $cpu_torch"
+    wanted=torch==$cpu_torch
     install "$wanted"
 else
     # "+cpu" names the CPU build, so that no index can hand over gigabytes of CUDA libraries.
-    echo "setup: no NVIDIA GPU, installing PyTorch $torch for the CPU"
-    wanted=torch==$torch+cpu
+    echo "setup: no NVIDIA GPU, installing PyTorch $cpu_torch for the CPU"
+    wanted=torch==$cpu_torch+cpu
     # First from the indexes that pip is set up with (a mirror, a local wheel), then PyTorch's own.
     install "$wanted" 2>/dev/null || install --extra-index-url "$cpu_index" --retries 2 "$wanted"
 fi

@@ -3,6 +3,7 @@
 import emulated_kernels
 import emulated_own_kernels
 import emulated_token_kernels
+import poison
 import pytest
 
 from nsa.fused import attention, constraints, fa4, folded_attention, own_kernels
@@ -28,3 +29,10 @@ def compressed_calls(monkeypatch, request):
         monkeypatch.setattr(attention, "ONE_TILE", 0)
     if request.param == "shared keys":
         monkeypatch.setattr(folded_attention, "SHARED_BYTES", 0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """What is not written is NaN, or the largest integer."""
+    with poison.poisoned_memory():
+        yield

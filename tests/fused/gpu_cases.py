@@ -1,34 +1,27 @@
 """Problems for the GPU tests, and how the fused backend is held against the reference."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import strategies as st
+from poison import poisoned_memory
+from requirements import missing_gpu
 from torch import Tensor
 
 import nsa
-from nsa import reference
-from nsa.fused import attention, constraints, fa4, folded_attention, interface
+from nsa.fused import attention, constraints, fa4_replay, folded_attention, interface
+from nsa.fused.compression import compress
 from nsa.fused.layout import make_plan
 from nsa.fused.selection import select
 from nsa.reference import pipeline as reference_pipeline
 from nsa.testing import assert_as_accurate, make_cu_seqlens
 
-
-def missing_reason() -> str | None:
-    """Why this machine cannot run the fused kernels, or None."""
-    if not torch.cuda.is_available():
-        return "needs an NVIDIA GPU"
-    if torch.cuda.get_device_capability()[0] != 9:
-        return "needs compute capability 9.0"
-    return fa4.version_problem()
-
-
 gpu_test = [
     pytest.mark.gpu,
-    pytest.mark.skipif(missing_reason() is not None, reason=str(missing_reason())),
+    pytest.mark.skipif(missing_gpu() is not None, reason=str(missing_gpu())),
     # FA4 and the DSL warn about themselves.
     pytest.mark.filterwarnings("default"),
 ]
@@ -89,6 +82,22 @@ class Case(NamedTuple):
     seed: int
     folded: bool = False  # compressed branch of a batch also where keys are few
     shared: bool = False  # and then in a call for each KV head
+
+
+def default_case(**changes) -> Case:
+    settings = dict(
+        variant=VARIANTS[2],
+        num_kv_heads=2,
+        batch=1,
+        lengths=(1000,),
+        packed=False,
+        config=nsa.NSAConfig(),
+        separate=False,
+        gates="q",
+        compressor="mean",
+        seed=0,
+    )
+    return Case(**(settings | changes))
 
 
 @st.composite
@@ -223,19 +232,16 @@ def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
         k = k[0] if isinstance(k, tuple) else k
         weight = arguments.get("compress_k_weight")
         with torch.no_grad():
-            k_cmp = interface.compress(interface._batched(k), weight, plan)
+            k_cmp = compress(interface._batched(k), weight, plan)
     selection = select(plan.tokens.pack(rows), k_cmp, plan, blocks=False, groups=True)
     groups = selection.groups.flatten(0, 1)
     return groups if cu_seqlens is None else groups[: plan.geometry.tiles.offsets[-1]]
 
 
-def run(backend, arguments: dict, config: nsa.NSAConfig, dout: Tensor) -> dict[str, Tensor]:
+def run(backend: str, arguments: dict, config: nsa.NSAConfig, dout: Tensor) -> dict[str, Tensor]:
     """Output and every gradient, by name."""
     named = leaves(arguments)
-    call = dict(arguments)
-    q, k, v = call.pop("q"), call.pop("k"), call.pop("v")
-    k, v = (x if isinstance(x, tuple) else (x, x, x) for x in (k, v))
-    out = backend.forward(q, k, v, config=config, **call)
+    out = nsa.forward(**arguments, config=config, backend=backend)
     grads = torch.autograd.grad(out, list(named.values()), dout.to(out.dtype), allow_unused=True)
     zero = (torch.zeros_like(x) for x in named.values())
     results = {"out": out.detach()}
@@ -257,17 +263,17 @@ def check_against_reference(case: Case, monkeypatch) -> None:
         monkeypatch.setattr(reference_pipeline, "select_groups", lambda *_: groups)
     select_names = ("compress_k_weight", "compressed_kv", "cu_seqlens")
     extras = {name: arguments[name] for name in select_names if name in arguments}
-    indices = reference.select_blocks(
-        arguments["q"], _first(arguments["k"]), config=config, **extras
+    indices = nsa.select_blocks(
+        arguments["q"], _first(arguments["k"]), config=config, backend="reference", **extras
     )
     arguments["block_indices"] = indices
     exact_arguments = convert(arguments, torch.float64)
     generator = torch.Generator(device="cuda").manual_seed(case.seed)
     shape = (*arguments["q"].shape[:-1], case.variant.value_dim)
     dout = torch.randn(shape, generator=generator, device="cuda").to(case.variant.dtype)
-    exact = run(reference, exact_arguments, config, dout)
-    same_dtype = run(reference, convert(arguments, case.variant.dtype), config, dout)
-    actual = run(interface, arguments, config, dout)
+    exact = run("reference", exact_arguments, config, dout)
+    same_dtype = run("reference", convert(arguments, case.variant.dtype), config, dout)
+    actual = run("fused", arguments, config, dout)
     for name in exact:
         if exact[name].any():
             assert_as_accurate(name, actual[name], same_dtype[name], exact[name])
@@ -275,6 +281,23 @@ def check_against_reference(case: Case, monkeypatch) -> None:
             # Zero by cancellation, as through a softmax over one key; the kernels leave what
             # float32 sums of some thousand products of order 1 do not cancel.
             assert (actual[name].abs() <= 1e-4).all(), name
+
+
+def check_nothing_is_left_unwritten(case: Case, monkeypatch) -> None:
+    """Uninitialised memory is poison, so an element that no kernel writes shows in the results."""
+    arguments = make_tensors(case)
+    dout = torch.randn_like(arguments["q"])
+    monkeypatch.setattr(fa4_replay, "_known", {})
+    results = []
+    # FA4's own calls allocate what they return, and so do replays of them.
+    for poison in (poisoned_memory(), nullcontext(), poisoned_memory()):
+        with poison:
+            results.append(run("fused", arguments, case.config, dout))
+    first, clean, replayed = results
+    for poisoned in (first, replayed):
+        assert torch.equal(clean["out"], poisoned["out"])
+        for name, x in poisoned.items():
+            assert x.isfinite().all(), name
 
 
 def assert_equal_but_for_rounding(actual: Tensor, expected: Tensor) -> None:

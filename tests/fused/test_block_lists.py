@@ -8,6 +8,7 @@ import torch
 from gpu_cases import gpu_test
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 import nsa
 from nsa.fused import block_lists, own_kernels
@@ -16,7 +17,9 @@ from nsa.fused.seam import BlockLists
 from nsa.testing import make_cu_seqlens
 
 # The fixture replaces functions; nothing of it changes between examples.
-LIST_SETTINGS = dict(suppress_health_check=list(HealthCheck), deadline=None, max_examples=80)
+LIST_SETTINGS = dict(
+    suppress_health_check=list(HealthCheck), deadline=None, max_examples=examples(80)
+)
 HEADS = 2
 
 

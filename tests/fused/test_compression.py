@@ -4,6 +4,7 @@ import emulated_own_kernels
 import pytest
 import torch
 from gpu_cases import gpu_test, slice_of_heads
+from requirements import import_fused
 
 import nsa
 from nsa.blocks import num_compressed_blocks
@@ -80,7 +81,7 @@ def test_equals_autograd(config, lengths, weighted, shared):
 
 def test_rows_of_tensors():
     """What kernels read and write in place: slices of heads, of entries that lie in a row."""
-    vectors = pytest.importorskip("nsa.fused.kernels.vectors")
+    vectors = import_fused("nsa.fused.kernels.vectors")
     wide = torch.arange(2.0 * 5 * 4 * 8).view(2, 5, 4, 8)
     x = wide[:, :, 1:3]
     memory, stride = vectors.flat_rows(x)
@@ -98,18 +99,6 @@ def test_rows_of_tensors():
         vectors.check_output("x", wide[:, :1].expand(2, 3, 4, 8))
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """What is not written is NaN."""
-    empty = torch.empty
-
-    def nan(*args, **kwargs):
-        x = empty(*args, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", nan)
-
-
 def assert_rounded(actual: torch.Tensor, exact: torch.Tensor):
     """``actual`` is float64 ``exact``, rounded once."""
     eps = torch.finfo(actual.dtype).eps
@@ -121,7 +110,7 @@ def assert_nan_around(x: torch.Tensor):
     assert x._base[:, :, [0, -1]].isnan().all()
 
 
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned_memory")
 class TestKernels:
     pytestmark = gpu_test
 

@@ -5,14 +5,13 @@ import weakref
 
 import pytest
 import torch
+from poison import poisoned_memory
+from requirements import import_fused
 
 from nsa.fused import fa4, fa4_replay
 from nsa.fused.seam import BlockLists
 
-interface = pytest.importorskip("flash_attn.cute.interface")
-
-if fa4.version_problem():
-    pytest.skip(fa4.version_problem(), allow_module_level=True)
+interface = import_fused("flash_attn.cute.interface")
 
 ROWS, HEADS, KV_HEADS, DIM = 256, 8, 2, 128
 FUNCTIONS = ("_flash_attn_fwd", "_flash_attn_bwd", "_bwd_preprocess", "_bwd_postprocess_convert")
@@ -202,6 +201,19 @@ def same_memory(steps) -> list[int]:
     """Of each tensor the first one at the same place, so that what is passed on is seen."""
     places = [x.data_ptr() for step in steps for x in step if isinstance(x, torch.Tensor)]
     return list(map(places.index, places))
+
+
+@pytest.mark.parametrize(
+    "call", [window, key_times, sparse_causal, sparse_limit, packed, window_backward,
+             key_times_backward, backward_of_every_head, packed_backward],
+)  # fmt: skip
+def test_poison_reaches_every_output(call, kernels):
+    """These kernels write nothing, so a result without poison would be memory that it misses."""
+    for _ in ("FA4's own call", "a replay"):
+        with poisoned_memory():
+            results = call()
+        for x in results:
+            assert x.isnan().all()
 
 
 def test_backward_of_what_fa4_copies_is_never_replayed(kernels):

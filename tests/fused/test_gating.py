@@ -4,6 +4,7 @@ import emulated_own_kernels
 import pytest
 import torch
 from gpu_cases import gpu_test, slice_of_heads
+from requirements import import_fused
 
 import nsa
 from nsa.fused import own_kernels
@@ -60,7 +61,7 @@ def test_equals_autograd(form):
 @pytest.mark.usefixtures("fused_on_cpu")
 def test_output_that_would_be_lost_is_refused():
     """Rows of the output that are no view of it would be a copy, thrown away."""
-    vectors = pytest.importorskip("nsa.fused.kernels.vectors")
+    vectors = import_fused("nsa.fused.kernels.vectors")
     vectors.check_output("out", torch.empty(2, 5, 4, 8)[:, :, :3])
     with pytest.raises(ValueError, match=r"out has shape .* written in place"):
         vectors.check_output("out", torch.empty(2, 7, 3, 8)[:, :5])

@@ -4,20 +4,24 @@ import pytest
 import torch
 from gpu_cases import (
     VARIANTS,
-    Case,
     Variant,
     cases,
     check_against_reference,
+    check_nothing_is_left_unwritten,
+    default_case,
+    fused_groups,
     gpu_test,
     leaves,
     make_tensors,
-    run,
 )
-from hypothesis import HealthCheck, given, settings
+from group_cases import GROUP_FORMS, check_groups, group_case, reference_groups
+from hypothesis import given
+from profiles import gpu_property
+from tile_cases import assert_same_blocks
 
 import nsa
-from nsa import reference
-from nsa.fused import interface
+from nsa.blocks import Geometry
+from nsa.fused import selection
 
 pytestmark = gpu_test
 
@@ -30,31 +34,13 @@ def variant_id(variant: Variant) -> str:
 # 18 variants of 20 examples: 360 in one run.
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 def test_output_and_gradients(variant):
-    @settings(
-        max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    @gpu_property(f"tile {variant_id(variant)}", 20)
     @given(case=cases(variant))
     def check(case):
         with pytest.MonkeyPatch.context() as monkeypatch:
             check_against_reference(case, monkeypatch)
 
     check()
-
-
-def default_case(**changes) -> Case:
-    settings = dict(
-        variant=VARIANTS[2],
-        num_kv_heads=2,
-        batch=1,
-        lengths=(1000,),
-        packed=False,
-        config=nsa.NSAConfig(),
-        separate=False,
-        gates="q",
-        compressor="mean",
-        seed=0,
-    )
-    return Case(**(settings | changes))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
@@ -66,45 +52,58 @@ def test_forward_gives_the_same_bits_twice(packed):
     assert torch.equal(*outs)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["all compressed", "sparse compressed"])
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
-def test_no_output_is_left_unwritten(packed, monkeypatch):
-    """Uninitialised memory is NaN, so an element that no kernel writes shows in the result."""
+def test_nothing_is_left_unwritten(packed, sparse, monkeypatch):
     lengths = (700, 0, 1, 65, 4096) if packed else (1000,)
-    case = default_case(lengths=lengths, packed=packed, config=nsa.NSAConfig(num_initial_blocks=1))
-    arguments = make_tensors(case)
-    dout = torch.randn_like(arguments["q"])
-    clean = run(interface, arguments, case.config, dout)
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-    poisoned_run = run(interface, arguments, case.config, dout)
-    assert torch.equal(clean["out"], poisoned_run["out"])
-    for name, x in poisoned_run.items():
-        assert x.isfinite().all(), name
+    groups = dict(num_cmp_selected_blocks=1, cmp_group_size=64) if sparse else {}
+    config = nsa.NSAConfig(num_initial_blocks=1, **groups)
+    case = default_case(lengths=lengths, packed=packed, config=config)
+    check_nothing_is_left_unwritten(case, monkeypatch)
 
 
-def poisoned(allocate):
-    def empty(*args, **kwargs):
-        x = allocate(*args, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() and x.is_cuda else x
-
-    return empty
-
-
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 @pytest.mark.parametrize("tile_summary", ["mean", "first"])
-@pytest.mark.parametrize("groups", [None, 2])
-def test_selection_equals_reference(tile_summary, groups):
+def test_blocks_equal_reference(tile_summary, packed):
     """The same compressed keys on both sides, so that scores differ by float32 rounding alone."""
     config = nsa.NSAConfig(
         tile_summary=tile_summary, num_initial_blocks=1, num_local_blocks=1, num_selected_blocks=5
     )
-    case = default_case(lengths=(3000, 1, 0, 700), packed=True, compressor="given", config=config)
+    lengths = (3000, 1, 0, 700) if packed else (3000,)
+    case = default_case(lengths=lengths, packed=packed, compressor="given", config=config)
     arguments = make_tensors(case)
-    q, k = arguments["q"], arguments["k"]
-    extras = {name: arguments[name] for name in ("compressed_kv", "cu_seqlens")}
-    expected = reference.select_blocks(q, k, config=config, **extras)
+    q, k, k_cmp = arguments["q"], arguments["k"], arguments["compressed_kv"][0]
+    extras = {
+        name: arguments[name] for name in ("compressed_kv", "cu_seqlens") if name in arguments
+    }
+    expected = nsa.select_blocks(q, k, config=config, backend="reference", **extras)
     actual = nsa.select_blocks(q, k, config=config, backend="fused", **extras)
     # Scores closer than rounding may swap; random ones are so in a few of some ten thousand.
     assert (actual == expected).float().mean() > 0.999
+    geometry = Geometry.of(q, extras.get("cu_seqlens"), config)
+    if not packed:
+        q, k_cmp, actual, expected = (x[0] for x in (q, k_cmp, actual, expected))
+    by_tile = (x.transpose(0, 1) for x in (actual, expected))
+    assert_same_blocks(*by_tile, q.detach(), k_cmp.detach(), geometry, atol=1e-5)
+
+
+@pytest.mark.parametrize("held", [None, 1000], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("form", GROUP_FORMS, ids=str)
+@pytest.mark.parametrize("tile_summary", ["mean", "first"])
+def test_groups_equal_reference(tile_summary, form, packed, held, monkeypatch):
+    if held is not None:
+        monkeypatch.setattr(selection, "SCORE_ELEMENTS", held)
+    check_groups(group_case(*form, packed, tile_summary), "cuda")
+
+
+@pytest.mark.parametrize("form", GROUP_FORMS, ids=str)
+def test_equal_scores_go_to_the_lower_group(form):
+    case = group_case(*form, packed=False)
+    arguments = make_tensors(case)
+    arguments["compressed_kv"] = [x[:, :1].expand_as(x) for x in arguments["compressed_kv"]]
+    expected, _ = reference_groups(arguments, case.config)
+    assert torch.equal(fused_groups(arguments, case.config), expected)
 
 
 def test_equal_scores_go_to_the_lower_index():

@@ -65,8 +65,19 @@ def test_a_model_with_the_layer_compiles():
             assert_same_step(model, compiled, x)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
-def test_graphs_of_torch_compile_train(packed):
+def test_packings_compile_once_for_all_lengths():
+    layer = nsa.NativeSparseAttention(256, 4, 2, nsa.NSAConfig.paper(), backend="fused")
+    layer = layer.to("cuda", torch.bfloat16)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for index, lengths in enumerate(([1000, 65, 1], [129, 2000, 63], [700, 700, 5])):
+        packing = nsa.Packing(make_cu_seqlens(lengths, "cuda"))
+        x = torch.randn(sum(lengths), 256, device="cuda", dtype=torch.bfloat16)
+        with torch._dynamo.config.patch(error_on_recompile=index > 1):
+            assert_same_step(layer, compiled, x, packing)
+
+
+@pytest.mark.parametrize("form", ["batched", "packed", "packing"])
+def test_graphs_of_torch_compile_train(form):
     """With mode="reduce-overhead": the second call is captured, later ones are replays."""
     torch.manual_seed(0)
     layer = nsa.NativeSparseAttention(
@@ -74,8 +85,13 @@ def test_graphs_of_torch_compile_train(packed):
     )
     layer = layer.to("cuda", torch.bfloat16)
     lengths = [1000, 65, 1]
-    extra = (make_cu_seqlens(lengths, "cuda"), max(lengths)) if packed else ()
+    cu_seqlens = make_cu_seqlens(lengths, "cuda")
+    extra = {
+        "batched": (),
+        "packed": (cu_seqlens, max(lengths)),
+        "packing": (nsa.Packing(cu_seqlens),),
+    }[form]
     compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
     for _ in range(4):
-        x = torch.randn(*(sum(lengths),) if packed else (2, 1000), 256, device="cuda")
+        x = torch.randn(*(2, 1000) if form == "batched" else (sum(lengths),), 256, device="cuda")
         assert_same_step(layer, compiled, x.bfloat16(), *extra)

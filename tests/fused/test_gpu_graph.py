@@ -115,6 +115,34 @@ def test_packed_sequences_of_other_lengths(passes, config):
     check(call, getattr(call, passes), packs)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("passes", ["forward_only", "forward_and_backward"])
+def test_a_packing_needs_no_max_seqlen(passes, config):
+    packing = nsa.Packing(make_cu_seqlens(PACKS[0], "cuda"))
+    check(call := Call((sum(PACKS[0]),), 128, CONFIGS[config], packing), getattr(call, passes))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_only_a_bare_tensor_without_a_bound_is_waited_for(config):
+    cu_seqlens = make_cu_seqlens(PACKS[0], "cuda")
+    call = Call((sum(PACKS[0]),), 128, CONFIGS[config], cu_seqlens)
+    call.forward_and_backward()
+    for given, longest in ((cu_seqlens, max(PACKS[0])), (nsa.Packing(cu_seqlens), None)):
+        call.cu_seqlens, call.settings["max_seqlen"] = given, longest
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call.forward_and_backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    call.cu_seqlens, call.settings["max_seqlen"] = cu_seqlens, None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            call.forward_and_backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_in_chunks():
     call = Call((1, 4096), 128, nsa.NSAConfig())
     call.settings["max_workspace_bytes"] = 1

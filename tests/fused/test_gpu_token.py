@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import gpu_cases
 import pytest
 import torch
 from gpu_cases import (
@@ -10,20 +11,19 @@ from gpu_cases import (
     assert_equal_but_for_rounding,
     assert_same_step,
     check_against_reference,
+    check_nothing_is_left_unwritten,
     enough_kv_heads,
     gpu_test,
     make_tensors,
-    run,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import gpu_property
 from test_gpu_graph import Call, check
 from token_cases import assert_same_selection
 
 import nsa
-from nsa import reference
 from nsa.blocks import Geometry
-from nsa.fused import interface
 from nsa.fused.layout import make_plan
 from nsa.fused.token_selection import select_tokens
 from nsa.reference.compression import compress
@@ -102,9 +102,7 @@ def cases(draw, form: Form) -> Case:
 # 14 forms of 16 examples: 224 in one run.
 @pytest.mark.parametrize("form", FORMS, ids=form_id)
 def test_output_and_gradients(form):
-    @settings(
-        max_examples=16, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    @gpu_property(f"token {form_id(form)}", 16)
     @given(case=cases(form))
     def check_case(case):
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -114,19 +112,9 @@ def test_output_and_gradients(form):
 
 
 def default_case(**changes) -> Case:
-    settings = dict(
-        variant=Variant(128, 128, 16, _BF16, 0),
-        num_kv_heads=2,
-        batch=1,
-        lengths=(1000,),
-        packed=False,
-        config=nsa.NSAConfig.paper(),
-        separate=False,
-        gates="q",
-        compressor="mean",
-        seed=0,
-    )
-    return Case(**(settings | changes))
+    """A case of the paper's configuration."""
+    paper = dict(variant=Variant(128, 128, 16, _BF16, 0), config=nsa.NSAConfig.paper())
+    return gpu_cases.default_case(**(paper | changes))
 
 
 # The band's kernel adds up to 32 partial results; more have a kernel of their own.
@@ -157,7 +145,7 @@ def test_selection_equals_reference(form, packed):
     extras = {"compressed_kv": arguments["compressed_kv"]}
     if packed:
         extras["cu_seqlens"] = arguments["cu_seqlens"]
-    expected = reference.select_blocks(q, k, config=config, **extras)
+    expected = nsa.select_blocks(q, k, config=config, backend="reference", **extras)
     actual = nsa.select_blocks(q, k, config=config, backend="fused", **extras)
     assert (actual == expected).float().mean() > 0.999
     # A score is a sum over the group of weighted probabilities.
@@ -212,28 +200,8 @@ def test_later_tokens_change_nothing(packed):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_nothing_is_left_unwritten(packed, monkeypatch):
-    """Uninitialised memory is NaN, or the largest integer."""
     lengths = (700, 0, 1, 65, 4096, 31) if packed else (1000,)
-    case = default_case(lengths=lengths, packed=packed)
-    arguments = make_tensors(case)
-    dout = torch.randn_like(arguments["q"])
-    clean = run(interface, arguments, case.config, dout)
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-    poisoned_run = run(interface, arguments, case.config, dout)
-    assert torch.equal(clean["out"], poisoned_run["out"])
-    for name, x in poisoned_run.items():
-        assert x.isfinite().all(), name
-
-
-def poisoned(allocate):
-    def empty(*args, **kwargs):
-        x = allocate(*args, **kwargs)
-        if not x.is_cuda:
-            return x
-        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
-
-    return empty
+    check_nothing_is_left_unwritten(default_case(lengths=lengths, packed=packed), monkeypatch)
 
 
 @pytest.mark.parametrize("heads", [(64, 4), (32, 8)], ids=str)

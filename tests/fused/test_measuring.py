@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import nsa
+import sanitize
 from measuring import gate, stages, work, workloads
 from nsa.fused import own_kernels, pipeline
 
@@ -56,6 +57,10 @@ def test_stages_of_a_pass_and_nothing_left_behind(parts):
             assert name in met or ("/" in name and not parts), name
         # Emulated kernels are no parts, and batched token mode has no others.
         assert any(len(path) > 1 for path in totals) == (parts and config is CONFIG)
+        # A stage of select_blocks alone.
+        with stages.results_of(pipeline.compress) as compressed:
+            nsa.select_blocks(tensors.q, tensors.k, config=config, backend="fused")
+        unmet -= {"compress"} if compressed else set()
     assert not unmet
 
 
@@ -76,3 +81,8 @@ def test_reshaped_tensors_share_memory():
     assert batched.k.data_ptr() == packed.k.data_ptr()
     assert all(x.is_leaf and x.requires_grad for x in batched.leaves)
     assert batched.extra == {}
+
+
+def test_steps_to_sanitize_are_of_both_modes(capsys):
+    sanitize.run_steps("cpu")
+    assert capsys.readouterr().out == f"{sanitize.DONE}\n"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from strategies import Problem, problems
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +50,7 @@ def tensors(problem: Problem) -> list[torch.Tensor]:
     return found
 
 
-@settings(max_examples=80, **KERNEL_SETTINGS)
+@settings(max_examples=examples(80), **KERNEL_SETTINGS)
 @given(problem=kernel_problems())
 def test_output_and_gradients_equal_reference(problem):
     inputs = [x.requires_grad_() for x in tensors(problem)]
@@ -67,7 +68,7 @@ def test_output_and_gradients_equal_reference(problem):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
-@settings(max_examples=60, **KERNEL_SETTINGS)
+@settings(max_examples=examples(60), **KERNEL_SETTINGS)
 @given(problem=kernel_problems())
 def test_selection_equals_reference(problem):
     expected = problem.select_blocks(backend="reference")
@@ -75,7 +76,7 @@ def test_selection_equals_reference(problem):
     assert torch.equal(actual, expected)
 
 
-@settings(max_examples=30, **KERNEL_SETTINGS)
+@settings(max_examples=examples(30), **KERNEL_SETTINGS)
 @given(problem=kernel_problems())
 def test_block_indices_of_the_caller(problem):
     indices = problem.select_blocks(backend="reference")

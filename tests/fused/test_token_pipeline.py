@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from strategies import Problem, problems
 from test_pipeline import KERNEL_SETTINGS, tensors
 from token_cases import assert_same_selection
@@ -47,7 +48,7 @@ def compressed_keys(problem: Problem) -> torch.Tensor:
     return k_cmp.unflatten(0, (len(k), -1)) if k.ndim == 4 and len(k) else k_cmp
 
 
-@settings(max_examples=120, **KERNEL_SETTINGS)
+@settings(max_examples=examples(120), **KERNEL_SETTINGS)
 @given(problem=token_problems())
 def test_selection_equals_reference(problem):
     expected = problem.select_blocks(backend="reference")
@@ -56,7 +57,7 @@ def test_selection_equals_reference(problem):
     assert_same_selection(actual, expected, *call, atol=1e-12)
 
 
-@settings(max_examples=120, **KERNEL_SETTINGS)
+@settings(max_examples=examples(120), **KERNEL_SETTINGS)
 @given(problem=token_problems())
 def test_output_and_gradients_equal_reference(problem):
     inputs = [x.requires_grad_() for x in tensors(problem)]
@@ -75,7 +76,7 @@ def test_output_and_gradients_equal_reference(problem):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
-@settings(max_examples=20, **KERNEL_SETTINGS)
+@settings(max_examples=examples(20), **KERNEL_SETTINGS)
 @given(problem=token_problems())
 def test_block_indices_of_the_caller(problem):
     indices = problem.select_blocks(backend="reference")
@@ -137,7 +138,7 @@ def test_paper_config_equals_reference(heads, packed):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(chunk=st.sampled_from([1, 5000, 70_000]), packed=st.booleans())
 def test_selection_does_not_depend_on_chunks(chunk, packed):
     from nsa.fused import token_selection

@@ -1,7 +1,10 @@
 """How selections of token mode are held against each other: other blocks only for equal scores."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nsa.blocks import Geometry
 from nsa.config import NSAConfig
@@ -23,21 +26,43 @@ def assert_same_selection(
     :func:`nsa.forward`, batched or packed.
     """
     assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype == torch.int32
-    if torch.equal(actual, expected):
-        return
     geometry = Geometry.of(q, cu_seqlens, config)
     if cu_seqlens is None:
         q, k_cmp, actual, expected = (x.flatten(0, 1) for x in (q, k_cmp, actual, expected))
+    offset = geometry.selection.offset[geometry.tokens.owner]
+    chunks = selection._token_block_scores(q.double(), k_cmp.double(), geometry)
+    assert_same_scores(actual, expected, chunks, offset, atol)
+
+
+def assert_same_scores(
+    actual: Tensor,
+    expected: Tensor,
+    chunks: Iterable[tuple[int, int, Tensor, int]],
+    offset: Tensor,
+    atol: float,
+) -> None:
+    """Assert that rows of ``actual`` take as many blocks as ``expected``, of the same scores.
+
+    Args:
+        actual: int32 ``(units, heads, n)``, ascending, -1 in empty slots at the end.
+        expected: likewise; its ``n`` may differ, which is a matter of empty slots.
+        chunks: scores of each unit and block, as the reference's selection yields them.
+        offset: the flat index of the first block of each unit's sequence, ``(units,)``.
+        atol: what rounding changes in a score.
+    """
+    width = max(actual.shape[-1], expected.shape[-1])
+    actual, expected = (pad(x, (0, width - x.shape[-1]), value=-1) for x in (actual, expected))
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype == torch.int32
+    if torch.equal(actual, expected):
+        return
     used = actual >= 0
     assert torch.equal(used, expected >= 0)
     assert (actual.diff(dim=-1) > 0)[used[..., 1:]].all(), "blocks do not ascend"
-    offset = geometry.selection.offset[geometry.tokens.owner]
-    chunks = selection._token_block_scores(q.double(), k_cmp.double(), geometry)
     for start, stop, scores, low in chunks:
         totals = []
         for taken in (actual, expected):
-            taken = taken[start:stop].transpose(0, 1).long()  # (H_kv, C, n)
+            taken = taken[start:stop].transpose(0, 1).long()  # (heads, C, n)
             at = (taken + offset[start:stop, None] - low).clamp(min=0)
             best = scores.gather(-1, at).masked_fill(taken < 0, 0)
             totals.append(best.sort(-1).values)

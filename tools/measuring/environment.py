@@ -52,7 +52,14 @@ def version(package: str) -> str:
 
 @cache
 def commit() -> str:
-    """The commit of this checkout, with "-dirty" where files differ; "unknown" outside of git."""
+    """The commit of this checkout, with "-dirty" where files differ; "unknown" outside of git.
+
+    NSA_COMMIT names it instead, for a run on a copy of a checkout, in which Git finds nothing or
+    other files. Take it from the checkout, with ``git describe --always --dirty``.
+    """
+    named = os.environ.get("NSA_COMMIT")
+    if named:
+        return named
     command = ["git", "describe", "--always", "--dirty"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)

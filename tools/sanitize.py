@@ -1,0 +1,187 @@
+"""Training steps of both modes under NVIDIA's compute-sanitizer: bad accesses and races in kernels.
+
+    python tools/sanitize.py                # memcheck, then racecheck
+    python tools/sanitize.py racecheck
+
+A step is a forward and backward of few packed sequences of odd lengths: in token mode as
+``NSAConfig.paper()``, in tile mode as ``NSAConfig()``. It runs once by itself, which shows that it
+runs at all, and then under each tool. Every kernel is compiled anew each time, with the lines of
+its source, which reports name.
+
+Prints a line for each tool, with the reports behind it, and keeps all that the tool said in
+``OUTPUT/TOOL.log``. Exits with 1 where a tool reports an error or does not come to its end. Reports
+about ``KNOWN`` kernels of others are counted apart, and do not count as errors.
+
+compute-sanitizer is a part of CUDA's toolkit: it must be on the PATH or in ``CUDA_HOME/bin``.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import nsa
+from measuring import environment
+from nsa.testing import make_cu_seqlens, make_inputs
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+LENGTHS = [300, 0, 1, 65, 700, 31]
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+MODES = {"token": nsa.NSAConfig.paper, "tile": nsa.NSAConfig}
+DONE = "both modes ran"
+
+# FlashAttention-4's backward loads log-sum-exps by cp.async.bulk, whose order after an mbarrier
+# racecheck does not follow from warp to warp.
+KNOWN = {"racecheck": r"FlashAttentionBackwardSm90|flash_bwd_sm90"}
+
+MARK = "========="
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+
+
+class Verdict(NamedTuple):
+    """What a tool found: reports that count, reports about known kernels, and why it failed."""
+
+    reports: list[str]
+    known: list[str]
+    failure: str | None
+
+    @property
+    def passed(self) -> bool:
+        return not self.reports and self.failure is None
+
+
+def main(argv: list[str] | None = None):
+    options = parse_arguments(argv)
+    environment.require_gpu()
+    if options.step:
+        run_steps("cuda")
+        return
+    sanitizer = find_sanitizer()
+    if subprocess.run(step_command(), env=step_environment()).returncode:
+        sys.exit("the steps fail under no tool")
+    passed = True
+    for tool in options.tools or TOOLS[:2]:
+        verdict = check(sanitizer, tool, options.output)
+        print("\n".join(describe(tool, verdict)), flush=True)
+        passed &= verdict.passed
+    sys.exit(not passed)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tools", nargs="*", help=f"{', '.join(TOOLS)}; default the first two")
+    parser.add_argument("--output", type=Path, default=Path("outputs/sanitizer"), help="for logs")
+    parser.add_argument("--step", action="store_true", help="only run the steps, under no tool")
+    options = parser.parse_args(argv)
+    for tool in options.tools:
+        if tool not in TOOLS:
+            parser.error(f"no tool {tool!r}: choose from {', '.join(TOOLS)}")
+    return options
+
+
+def run_steps(device: str):
+    """A forward and backward in each mode, twice: FlashAttention-4's own calls, then replays."""
+    torch.manual_seed(0)
+    cu_seqlens = make_cu_seqlens(LENGTHS, device)
+    for name, make_config in MODES.items():
+        q, k, v = make_inputs(
+            (sum(LENGTHS),), HEADS, KV_HEADS, HEAD_DIM,
+            dtype=torch.bfloat16, device=device, requires_grad=True,
+        )  # fmt: skip
+        weight = torch.randn(HEADS, 3, HEAD_DIM, device=device, dtype=q.dtype, requires_grad=True)
+        for _ in range(2):
+            out = nsa.forward(
+                q, k, v, config=make_config(), gate_proj_weight=weight, cu_seqlens=cu_seqlens,
+                backend="fused",
+            )  # fmt: skip
+            grads = torch.autograd.grad(out.float().square().sum(), (q, k, v, weight))
+            if not all(x.isfinite().all() for x in (out, *grads)):
+                sys.exit(f"{name} mode: a result is not finite")
+    print(DONE)
+
+
+def step_command() -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve()), "--step"]
+
+
+def step_environment() -> dict[str, str]:
+    return os.environ | {
+        # Each tensor is an allocation of its own, so that what is read past its end is seen.
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "CUTE_DSL_LINEINFO": "1",
+        # Kernels in there were compiled without lines.
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
+    }
+
+
+def find_sanitizer() -> str:
+    places = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"]
+    found = shutil.which("compute-sanitizer") or next((str(x) for x in places if x.exists()), None)
+    if found is None:
+        sys.exit(f"found no compute-sanitizer, neither on the PATH nor as {places[0]}")
+    return found
+
+
+def check(sanitizer: str, tool: str, output: Path) -> Verdict:
+    """Run the steps under a tool of the sanitizer, and judge what it said."""
+    output.mkdir(parents=True, exist_ok=True)
+    command = [sanitizer, "--tool", tool, "--print-limit", "1000", *step_command()]
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=step_environment()
+    )
+    (output / f"{tool}.log").write_text(result.stdout)
+    return judge(tool, result.stdout, result.returncode)
+
+
+def judge(tool: str, said: str, code: int) -> Verdict:
+    """The verdict of what a tool ``said``, with the exit ``code`` of the steps."""
+    reports, totals = split_reports(said), [int(x) for x in SUMMARY.findall(said)]
+    pattern = KNOWN.get(tool)
+    known = [x for x in reports if pattern and re.search(pattern, x)]
+    failure = None
+    if DONE not in said:
+        failure = f"the steps did not come to their end (exit code {code})"
+    elif not totals:
+        failure = "it printed no summary"
+    elif sum(totals) > len(reports):
+        failure = f"it counts {sum(totals)} errors, of which {len(reports)} were found in its log"
+    return Verdict([x for x in reports if x not in known], known, failure)
+
+
+def split_reports(said: str) -> list[str]:
+    """The reports of a tool: a marked line and the indented ones after it."""
+    reports = []
+    for line in said.splitlines():
+        text = line.removeprefix(f"{MARK} ").rstrip()
+        if not line.startswith(f"{MARK} ") or text == "COMPUTE-SANITIZER" or SUMMARY.search(text):
+            continue
+        if text.startswith(" ") and reports:
+            reports[-1] += f"\n{text}"
+        elif text:
+            reports.append(text)
+    return reports
+
+
+def describe(tool: str, verdict: Verdict) -> list[str]:
+    """Lines for the terminal: the tool's verdict, then each report."""
+    lines = []
+    for kind, reports in (("report", verdict.reports), ("known report", verdict.known)):
+        for report in reports:
+            lines += [f"  {kind}:", *(f"    {line}" for line in report.splitlines())]
+    if verdict.failure:
+        lines.append(f"  {verdict.failure}")
+    word = "passed" if verdict.passed else "FAILED"
+    counts = f"{len(verdict.reports)} reports, {len(verdict.known)} about known kernels of others"
+    return [*lines, f"{tool}: {word}, {counts}"]
+
+
+if __name__ == "__main__":
+    main()
