@@ -13,13 +13,14 @@ from nsa.blocks import locate_items, num_compressed_blocks, prefix_sum
 from nsa.config import NSAConfig
 from nsa.linears import (
     apply_linear,
-    autocast_dtype,
     make_linear,
     make_mlp,
+    takes_dtype,
     to_one_dtype,
     weight_dtype,
 )
 from nsa.packing import Boundaries, Packing, check_boundaries
+from nsa.precision import autocast_dtype
 from nsa.rope import apply_rope
 from nsa.tracing import has_readable_values
 from nsa.validation import check_config, check_max_workspace_bytes
@@ -247,7 +248,7 @@ class NativeSparseAttention(nn.Module):
         compressed_kv = None
         if self.compress_k is not None:
             # Wrapped linears get the dtype of x.
-            dtype = k[0].dtype if autocast_dtype(x) else x.dtype
+            dtype = k[0].dtype if autocast_dtype(x.device) else x.dtype
             compressed = self._compress(k[0].to(dtype), v[0].to(dtype), boundaries)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         if self.rope_theta is not None:
@@ -289,8 +290,10 @@ class NativeSparseAttention(nn.Module):
         rank, form = (3, "(B, N, {})") if cu_seqlens is None else (2, "(T, {}) with cu_seqlens")
         if x.ndim != rank or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape {form.format(self.dim)}, got {tuple(x.shape)}")
+        if takes_dtype(self.q_proj, x.dtype) or autocast_dtype(x.device):
+            return
         wanted = weight_dtype(self.q_proj)
-        if wanted not in (None, x.dtype) and not autocast_dtype(x):
+        if wanted not in (None, x.dtype):
             raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")
 
 

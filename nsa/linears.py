@@ -9,6 +9,8 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from nsa.precision import autocast_dtype
+
 
 def make_linear(
     dim: int, out: int, bias: bool = True, *, std: float | None = None, device=None, dtype=None
@@ -71,9 +73,14 @@ def apply_linear(linear: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
     Under autocast ``x`` stays as it is.
     """
-    if autocast_dtype(x) is None:
+    if autocast_dtype(x.device) is None and not takes_dtype(linear, x.dtype):
         x = x.to(weight_dtype(linear) or dtype)
     return linear(x)
+
+
+def takes_dtype(linear: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether this is a linear layer with a weight of ``dtype``."""
+    return type(linear) is nn.Linear and linear.weight.dtype == dtype
 
 
 def weight_dtype(linear: nn.Module) -> torch.dtype | None:
@@ -82,14 +89,6 @@ def weight_dtype(linear: nn.Module) -> torch.dtype | None:
     if not plain or linear._forward_pre_hooks or not linear.weight.is_floating_point():
         return None
     return linear.weight.dtype
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of autocast on the device of ``x``; None without autocast."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
 
 
 def to_one_dtype(*tensors: Tensor) -> list[Tensor]:
@@ -101,5 +100,5 @@ def to_one_dtype(*tensors: Tensor) -> list[Tensor]:
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
     if dtype != torch.float64:
-        dtype = autocast_dtype(tensors[0]) or dtype
+        dtype = autocast_dtype(tensors[0].device) or dtype
     return [x.to(dtype) for x in tensors]

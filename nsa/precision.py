@@ -13,9 +13,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context in which autocast changes no dtype: precision follows from the inputs alone."""
-    if _autocast_is_on(device):
+    if autocast_dtype(device) is not None:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on a device; None without autocast."""
+    # Not is_autocast_available: torch.compile of PyTorch 2.11 does not know it.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 # What autocast casts: not float64.
@@ -29,13 +37,13 @@ def autocast_tensors(*tensors):
     they are.
     """
     q = tensors[0]
-    if not isinstance(q, Tensor) or not _autocast_is_on(q.device):
+    dtype = autocast_dtype(q.device) if isinstance(q, Tensor) else None
+    if dtype is None:
         return tensors
     flat = [x for part in tensors for x in (part if isinstance(part, (tuple, list)) else (part,))]
     dtypes = {x.dtype if isinstance(x, Tensor) else None for x in flat if x is not None}
     if len(dtypes) < 2 or not dtypes.issubset(_AUTOCAST_DTYPES):
         return tensors
-    dtype = torch.get_autocast_dtype(q.device.type)
 
     def cast(part):
         if not isinstance(part, (tuple, list)):
@@ -46,7 +54,3 @@ def autocast_tensors(*tensors):
         return tuple(x.to(dtype) for x in part)
 
     return tuple(map(cast, tensors))
-
-
-def _autocast_is_on(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

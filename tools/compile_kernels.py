@@ -229,6 +229,7 @@ def target_without_gpu(arch: str):
         "CUTE_DSL_ARCH": arch,
         "FLASH_ATTENTION_NUM_SMS": str(NUM_SMS[arch]),
         "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
+        "QUACK_CACHE_ENABLED": "0",
     }
     import cutlass.utils
     from flash_attn.cute import interface, tile_scheduler  # noqa: F401

@@ -75,8 +75,11 @@ def _token_limit(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
             f"it needs compress_block_size of at most {rule.rows + 1} strides with "
             f"selection='token', got {rule.per_compress}; {_USE_REFERENCE}"
         )
+    if torch.compiler.is_compiling():
+        # A limit on a length would be guarded.
+        return None
     pairs = math.prod(q.shape[:-2]) * config.num_selected_blocks
-    if not torch.compiler.is_compiling() and pairs >= MAX_PAIRS:
+    if pairs >= MAX_PAIRS:
         return (
             f"it needs fewer than {MAX_PAIRS} pairs of tokens and selected blocks with "
             f"selection='token', got {pairs}; split the batch, or {_USE_REFERENCE}"

@@ -13,6 +13,7 @@ Where the kernels are compiled for (FA4 reads the machine's GPU, or FLASH_ATTENT
 - SM100: head dimensions up to 128; 128-key blocks and query blocks that are multiples of 256.
 """
 
+import os
 from functools import lru_cache
 from importlib import metadata
 
@@ -24,6 +25,8 @@ from nsa.fused.seam import BlockLists
 from nsa.tracing import may_keep
 
 WRITTEN_FOR = "4.0.0b36"
+
+_KEPT_ON_DISK = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 
 SEVERAL_TILES = 512
 """Tokens that no tile of FA4's kernels holds, of queries or of keys."""
@@ -206,9 +209,15 @@ def sparse_backward(
 
 @lru_cache(maxsize=None)
 def _interface():
-    # Takes seconds, and needs CUDA libraries: not before the first call.
-    from flash_attn.cute import interface
-
+    # Takes seconds, and needs CUDA libraries: not before the first call. FA4 keeps compiled kernels
+    # on disk, as we do ours, if this variable says so when it is imported.
+    kept = os.environ.get(_KEPT_ON_DISK)
+    os.environ.setdefault(_KEPT_ON_DISK, "1")
+    try:
+        from flash_attn.cute import interface
+    finally:
+        if kept is None:
+            del os.environ[_KEPT_ON_DISK]
     return interface
 
 

@@ -104,8 +104,11 @@ def make_schedule(
     )
     if max_workspace_bytes is not None:
         return choose(problem, save, max_workspace_bytes)
+    if torch.compiler.is_compiling():
+        # A limit on a length would be guarded.
+        return Schedule(1, False)
     whole = Schedule(_fewest_chunks(problem), False)
-    if torch.compiler.is_compiling() or not q.is_cuda or is_capturing(q):
+    if not q.is_cuda or is_capturing(q):
         return whole
     if _always_fits(problem, save):
         return whole

@@ -73,5 +73,5 @@ def test_top_blocks(count, per_block, kind):
 def test_bfloat16_parts_score_as_float32(monkeypatch):
     q, k, _ = make_inputs((2, 5000), 8, 2, 128, dtype=torch.bfloat16, device="cuda")
     expected = nsa.select_blocks(q, k, backend="fused")
-    monkeypatch.setattr(selection, "SCORE_ELEMENTS", 1000)
+    monkeypatch.setattr(selection, "FEW_SCORES", 1)
     assert torch.equal(nsa.select_blocks(q, k, backend="fused"), expected)

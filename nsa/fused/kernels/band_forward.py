@@ -25,6 +25,7 @@ from cutlass.utils import LayoutEnum
 from flash_attn.cute import utils
 from quack import layout_utils, sm90_utils
 
+from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
     GROUP_COLUMNS,
     QUAD,
@@ -40,7 +41,6 @@ from nsa.fused.kernels.rows import TILE_ROWS, load_rows, pair_and_head
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
-    compile_kernel,
     copy_vector,
     fake_flat,
     load_shared,
@@ -537,7 +537,7 @@ def of_quad(value: Int32 | Float32, lane: Int32) -> Int32 | Float32:
     return cute.arch.shuffle_sync(value, lane, mask_and_clamp=_WITHIN_QUAD)
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_band(
     dtype: torch.dtype,
     head_dim: int,

@@ -17,7 +17,8 @@ import torch
 from cutlass import Boolean, Int32, Int64, const_expr
 from torch import Tensor
 
-from nsa.fused.kernels.vectors import check_tensor, compile_kernel, fake_flat
+from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.vectors import check_tensor, fake_flat
 
 _WARPS = 8
 _THREADS = _WARPS * 32
@@ -249,7 +250,7 @@ class ListQueryTiles:
                 cute.arch.sync_warp()
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_list_key_blocks(parts: int, has_full: bool) -> Callable:
     """The compiled kernel for blocks of ``parts`` key blocks."""
     wanted = (True, True, True, has_full, True, True, has_full, has_full)
@@ -260,7 +261,7 @@ def compile_list_key_blocks(parts: int, has_full: bool) -> Callable:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_list_query_tiles(fill: bool) -> Callable:
     """The compiled kernel that counts query tiles, and with ``fill`` lists them."""
     return compile_kernel(

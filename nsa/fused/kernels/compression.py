@@ -16,6 +16,7 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     FLOAT_DTYPES,
@@ -23,7 +24,6 @@ from nsa.fused.kernels.vectors import (
     check_float,
     check_output,
     check_tensor,
-    compile_kernel,
     fake_flat,
     flat,
     flat_rows,
@@ -219,7 +219,7 @@ def _choose(which: Int32, tensors: _TensorPair, strides: cute.Stride) -> tuple[c
     return mX, stride
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_forward(
     dtype: torch.dtype, out_dtype: torch.dtype, block_size: int, pair: bool = False
 ) -> Callable:
@@ -235,7 +235,7 @@ def compile_forward(
     )
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_backward(
     dtype: torch.dtype,
     dmean_dtype: torch.dtype,

@@ -15,10 +15,10 @@ from flash_attn.cute.copy_utils import atomic_add_fp32x4
 from quack import layout_utils
 from torch import Tensor
 
+from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
-    compile_kernel,
     fake_flat,
     load_vector,
     store_vector,
@@ -67,7 +67,7 @@ class ConvertSums:
                 store_vector(out.load() * factor, mX, offset + i * VECTOR)
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_convert(dtype: torch.dtype) -> Callable:
     tensors = fake_flat(Float32), fake_flat(CUTE_DTYPES[dtype])
     return compile_kernel(ConvertSums(), *tensors, Int32(1), Float32(1.0))

@@ -16,6 +16,7 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.head_rows import (
     PLACED,
     THREADS,
@@ -32,7 +33,6 @@ from nsa.fused.kernels.vectors import (
     VECTOR,
     check_output,
     check_tensor,
-    compile_kernel,
     dot,
     fake_flat,
     flat,
@@ -338,7 +338,7 @@ class GatingBackward(_Gating):
             mPartial[Int64(chunk_head) * size + index] = total
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_forward(
     dtype: torch.dtype, head_dim: int, form: str, placed: tuple[bool, bool]
 ) -> Callable:
@@ -357,7 +357,7 @@ def compile_forward(
     )
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_backward(
     dtype: torch.dtype, head_dim: int, form: str, placed: tuple[bool, bool]
 ) -> Callable:

@@ -38,11 +38,11 @@ from nsa.fused.importance import (
     TokenTiles,
     choose_shape,
 )
+from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
     check_tensor,
-    compile_kernel,
     fake_flat,
     flat,
     flat_rows,
@@ -537,7 +537,7 @@ class ImportanceScores:
         return carry
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_importance_scores(
     dtype: torch.dtype, head_dim: int, group: int, rule: Rule
 ) -> Callable:

@@ -19,7 +19,8 @@ from cutlass import Int32, Int64, const_expr
 from quack.utils import warp_prefix_sum
 from torch import Tensor
 
-from nsa.fused.kernels.vectors import compile_kernel, fake_flat, flat
+from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.vectors import fake_flat, flat
 from nsa.fused.token_blocks import TokenBlocks
 
 ITEM_FIELDS = 4
@@ -242,7 +243,7 @@ class InvertIndex:
         return token, row % kv_heads * chunks + token // chunk_tokens
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_invert_index(slots: int, band: bool) -> Callable:
     tensors = [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(5)]
     tensors += [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(3)]

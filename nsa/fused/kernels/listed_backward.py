@@ -28,12 +28,12 @@ from flash_attn.cute import utils
 from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.rows import load_rows, row_copy, row_lanes
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
-    compile_kernel,
     dot,
     fake_flat,
     flat_rows,
@@ -450,7 +450,7 @@ class ListedBackward:
                 cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(((VECTOR, 1),))))
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_backward(
     dtype: torch.dtype, head_dim: int, group: int, rows: int, limited: bool, has_full: bool
 ) -> Callable:

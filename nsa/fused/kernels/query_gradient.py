@@ -15,6 +15,7 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.head_rows import (
     PLACED,
     THREADS,
@@ -31,7 +32,6 @@ from nsa.fused.kernels.vectors import (
     VECTOR,
     check_output,
     check_tensor,
-    compile_kernel,
     fake_flat,
     flat,
     flat_rows,
@@ -132,7 +132,7 @@ class QueryGradient(HeadRows):
                     store_vector(dq, mdQ, source * strides[3] + in_row)
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_query_gradient(
     dtype: torch.dtype, head_dim: int, with_weight: bool, placed: tuple[bool, bool]
 ) -> Callable:

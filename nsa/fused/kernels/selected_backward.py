@@ -25,6 +25,7 @@ from flash_attn.cute import utils
 from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
 from nsa.fused.kernels.rows import (
@@ -39,7 +40,6 @@ from nsa.fused.kernels.rows import (
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
-    compile_kernel,
     dot,
     fake_flat,
     flat_rows,
@@ -521,7 +521,7 @@ class RowStatistics:
             mDelta[row] = delta
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_backward(
     dtype: torch.dtype,
     head_dim: int,
@@ -543,7 +543,7 @@ def compile_backward(
     )
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_statistics(dtype: torch.dtype, head_dim_v: int) -> Callable:
     return compile_kernel(
         RowStatistics(head_dim_v),

@@ -29,6 +29,7 @@ from quack import layout_utils, sm90_utils
 from torch import Tensor
 
 from nsa.fused.kernels.band_forward import band_fits, compile_band
+from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
     QUAD,
     load_values,
@@ -55,7 +56,6 @@ from nsa.fused.kernels.rows import (
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
-    compile_kernel,
     copy_vector,
     fake_flat,
     flat_rows,
@@ -432,7 +432,7 @@ class CombinePartials:
         cute.arch.cp_async_commit_group()
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_forward(
     dtype: torch.dtype,
     head_dim: int,
@@ -453,7 +453,7 @@ def compile_forward(
     )
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_combine(dtype: torch.dtype, head_dim_v: int, group: int, slots: int) -> Callable:
     cute_dtype = CUTE_DTYPES[dtype]
     return compile_kernel(

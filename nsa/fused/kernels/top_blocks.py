@@ -18,7 +18,8 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
-from nsa.fused.kernels.vectors import check_tensor, compile_kernel, fake_flat
+from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.vectors import check_tensor, fake_flat
 
 MAX_BLOCKS = 256
 """The most blocks of a row that can be asked for; they lie in the registers of a warp."""
@@ -335,7 +336,7 @@ def _score(rank: Int64) -> Float32:
     return bits.bitcast(Float32)
 
 
-@functools.lru_cache(maxsize=None)
+@kept
 def compile_top_blocks(count: int, per_block: int) -> Callable:
     """The compiled kernel of a number of blocks and a block size."""
     integers = [fake_flat(Int32, alignment=4) for _ in range(5)]

@@ -89,12 +89,6 @@ def fake_flat(dtype: type[cutlass.Numeric] | None, alignment: int = _ALIGNMENT):
     return cute.runtime.make_fake_tensor(dtype, shape, stride=(1,), assumed_align=alignment)
 
 
-def compile_kernel(kernel, *arguments):
-    """Compile ``kernel(*arguments, stream)``; the stream is the current one of PyTorch."""
-    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(kernel, *arguments, stream, options="--enable-tvm-ffi")
-
-
 def flat(x: Tensor | None) -> Tensor | None:
     """``x`` as one dimension, copied only where it is not contiguous or not 16-byte aligned."""
     if x is None:

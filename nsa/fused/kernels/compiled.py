@@ -1,0 +1,54 @@
+"""Compiled kernels: once in a process, and kept on disk for the processes after it.
+
+They lie where quack-kernels keeps its own: QUACK_CACHE_DIR, by default quack_cache in the user's
+folder of temporary files. QUACK_CACHE_ENABLED=0 keeps none. A kernel is compiled again when this
+package, FlashAttention-4, the CuTe DSL, Python or the kind of GPU is another.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import cutlass.cute as cute
+import flash_attn.cute
+from quack.cache import jit_cache
+from quack.cute_dsl_utils import get_compile_target_capacity
+
+# Whose sources a kernel of ours is made of, beside quack's, which the cache knows.
+_SOURCES = (Path(__file__).parents[1], Path(flash_attn.cute.__file__).parent)
+
+
+def compile_kernel(kernel, *arguments):
+    """Compile ``kernel(*arguments, stream)``; the stream is the current one of PyTorch."""
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(kernel, *arguments, stream, options="--enable-tvm-ffi")
+
+
+def kept(function: Callable) -> Callable:
+    """Decorate a function that compiles a kernel; its arguments are hashable and can be pickled."""
+
+    def compile_new(_sources, _target, *arguments):
+        return function(*arguments)
+
+    # The cache goes by this name and the arguments.
+    compile_new.__qualname__ = f"{function.__module__}.{function.__qualname__}"
+    on_disk = jit_cache(compile_new)
+
+    @functools.lru_cache(maxsize=None)
+    @functools.wraps(function)
+    def compiled(*arguments):
+        return on_disk(_fingerprint(), get_compile_target_capacity(), *arguments)
+
+    return compiled
+
+
+@functools.lru_cache(maxsize=None)
+def _fingerprint() -> str:
+    """What changes with any source of ``_SOURCES``."""
+    digest = hashlib.sha256()
+    for root in _SOURCES:
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
