@@ -5,8 +5,8 @@
 
 A step is a forward and backward of few packed sequences of odd lengths: in token mode as
 ``NSAConfig.paper()``, in tile mode as ``NSAConfig()``. It runs once by itself, which shows that it
-runs at all, and then under each tool. Every kernel is compiled anew each time, with the lines of
-its source, which reports name.
+runs at all, and then under each tool. Kernels are compiled with the lines of their source, which
+reports name, and kept in ``OUTPUT/kernels``.
 
 Prints a line for each tool, with the reports behind it, and keeps all that the tool said in
 ``OUTPUT/TOOL.log``. Exits with 1 where a tool reports an error or does not come to its end. Reports
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None):
         run_steps("cuda")
         return
     sanitizer = find_sanitizer()
-    if subprocess.run(step_command(), env=step_environment()).returncode:
+    if subprocess.run(step_command(), env=step_environment(options.output)).returncode:
         sys.exit("the steps fail under no tool")
     passed = True
     for tool in options.tools or TOOLS[:2]:
@@ -112,13 +112,15 @@ def step_command() -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), "--step"]
 
 
-def step_environment() -> dict[str, str]:
+def step_environment(output: Path) -> dict[str, str]:
+    # Where kernels are kept by default, they were compiled without lines.
+    kernels = str((output / "kernels").resolve())
     return os.environ | {
         # Each tensor is an allocation of its own, so that what is read past its end is seen.
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         "CUTE_DSL_LINEINFO": "1",
-        # Kernels in there were compiled without lines.
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
+        "QUACK_CACHE_DIR": kernels,
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": kernels,
     }
 
 
@@ -133,9 +135,10 @@ def find_sanitizer() -> str:
 def check(sanitizer: str, tool: str, output: Path) -> Verdict:
     """Run the steps under a tool of the sanitizer, and judge what it said."""
     output.mkdir(parents=True, exist_ok=True)
+    kept = step_environment(output)
     command = [sanitizer, "--tool", tool, "--print-limit", "1000", *step_command()]
     result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=step_environment()
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=kept
     )
     (output / f"{tool}.log").write_text(result.stdout)
     return judge(tool, result.stdout, result.returncode)
