@@ -252,9 +252,7 @@ class NativeSparseAttention(nn.Module):
             compressed = self._compress(k[0].to(dtype), v[0].to(dtype), boundaries)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         if self.rope_theta is not None:
-            positions = torch.arange(x.shape[-2], device=x.device)
-            if boundaries is not None:
-                _, positions = locate_items(boundaries.cu_seqlens.long(), x.shape[0])
+            positions = _positions(x, boundaries)
             q = apply_rope(q, positions, self.rope_theta)
             k = tuple(apply_rope(branch, positions, self.rope_theta) for branch in k)
         if self.num_kv_branches == 1:
@@ -306,6 +304,14 @@ def _read_once(
     return cu_seqlens
 
 
+def _positions(x: Tensor, boundaries: Boundaries | None) -> Tensor:
+    """The position of each token of ``x (B, N, dim)`` or packed ``(T, dim)`` in its sequence."""
+    if boundaries is None:
+        return torch.arange(x.shape[-2], device=x.device)
+    bounds, total = boundaries.cu_seqlens, x.shape[0]
+    return boundaries.keep("positions", lambda: locate_items(bounds.long(), total)[1])
+
+
 def _block_starts(
     x: Tensor, boundaries: Boundaries | None, config: NSAConfig
 ) -> tuple[Tensor, Tensor]:
@@ -319,13 +325,17 @@ def _block_starts(
         local = torch.arange(num_compressed_blocks(length, config), device=x.device)
         first = torch.arange(batch, device=x.device)[:, None] * length + local * stride
         return first.flatten(), local.repeat(batch)
-    bounds = boundaries.cu_seqlens.long()
-    offset = prefix_sum(num_compressed_blocks(bounds.diff(), config))
     total = x.shape[0] // stride
     if boundaries.lengths is not None:
         total = sum(num_compressed_blocks(length, config) for length in boundaries.lengths)
-    owner, local = locate_items(offset, total)
-    return bounds[owner] + local * stride, local
+
+    def locate(cu_seqlens=boundaries.cu_seqlens):
+        bounds = cu_seqlens.long()
+        offset = prefix_sum(num_compressed_blocks(bounds.diff(), config))
+        owner, local = locate_items(offset, total)
+        return bounds[owner] + local * stride, local
+
+    return boundaries.keep(("block starts", config), locate)
 
 
 def _check_sizes(dim, num_heads, num_kv_heads, head_dim, value_head_dim):

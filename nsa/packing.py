@@ -1,15 +1,20 @@
 """Where packed sequences start and end: a bare tensor, or boundaries that were read once."""
 
+from collections.abc import Callable, Hashable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from nsa.tracing import has_readable_values, is_capturing
+from nsa.tracing import has_readable_values, is_capturing, may_keep
+
+MAX_KEPT = 16
+"""Things to keep with a Packing. Few, because index tensors are as long as the sequences."""
 
 _MAX_INT32 = 2**31 - 1
+_Kept = TypeVar("_Kept")
 
 
 class Packing:
@@ -44,14 +49,27 @@ class Packing:
         self.cu_seqlens = cu_seqlens.detach().clone()
         self.lengths = None
         self.max_seqlen = max_seqlen
-        self.plans: dict = {}
-        """What the fused backend computed, by what it depends on besides the boundaries."""
+        self._kept: dict = {}
         if has_readable_values(cu_seqlens):
             self.lengths = read_lengths(self.cu_seqlens)
             _check_longest(max_seqlen, self.lengths)
             if max_seqlen is None:
                 self.max_seqlen = max(self.lengths, default=0)
             _by_address[_address(self.cu_seqlens)] = self
+
+    def keep(self, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
+        """What ``make()`` gives, which follows from the boundaries and ``key``: computed once.
+
+        Not where it may not be kept, as while a CUDA graph is captured. It must not refer to this
+        Packing, so that both are freed together.
+        """
+        if not may_keep(self.cu_seqlens):
+            return make()
+        if key not in self._kept:
+            if len(self._kept) >= MAX_KEPT:
+                self._kept.clear()
+            self._kept[key] = make()
+        return self._kept[key]
 
     def __repr__(self) -> str:
         if self.lengths is None:
@@ -90,6 +108,10 @@ class Boundaries(NamedTuple):
     lengths: list[int] | None
     max_seqlen: int | None
     packing: Packing | None
+
+    def keep(self, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
+        """:meth:`Packing.keep`; of a bare tensor nothing is kept."""
+        return make() if self.packing is None else self.packing.keep(key, make)
 
 
 def check_boundaries(cu_seqlens, max_seqlen, x: Tensor) -> Boundaries | None:

@@ -27,7 +27,7 @@ from nsa.packing import Packing
 from nsa.tracing import may_keep
 
 MAX_PLANS = 8
-"""Plans to keep of batches, and of each Packing. Few, because each keeps index tensors
+"""Plans to keep of batches. Few, because each keeps index tensors
 as long as the sequences on the device: some 100 bytes a token of packed ones."""
 
 
@@ -233,14 +233,9 @@ def make_plan(
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
     arguments = (q.shape[1], q.shape[-1], min(max_seqlen, q.shape[1]), config)
-    if packing is None or not may_keep(q):
+    if packing is None:
         return _packed_plan(cu_seqlens.clone(), *arguments)
-    plan = packing.plans.get(arguments)
-    if plan is None:
-        if len(packing.plans) >= MAX_PLANS:
-            packing.plans.clear()
-        plan = packing.plans[arguments] = _packed_plan(packing.cu_seqlens, *arguments)
-    return plan
+    return packing.keep(arguments, partial(_packed_plan, packing.cu_seqlens, *arguments))
 
 
 def _packed_plan(

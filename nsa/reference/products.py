@@ -73,5 +73,6 @@ def _non_finite_part(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     plus = met(positive, b == torch.inf) | met(negative, b == -torch.inf)
     minus = met(positive, b == -torch.inf) | met(negative, b == torch.inf)
     undefined = met(mask, b.isnan()) | met(zero, b.isinf()) | (plus & minus)
-    infinite = torch.where(plus, torch.inf, torch.where(minus, -torch.inf, 0.0))
-    return torch.where(undefined, torch.nan, infinite).to(a.dtype)
+    result = torch.zeros_like(plus, dtype=a.dtype)
+    result.masked_fill_(plus, torch.inf).masked_fill_(minus, -torch.inf)
+    return result.masked_fill_(undefined, torch.nan)

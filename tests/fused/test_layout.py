@@ -10,8 +10,8 @@ from torch._subclasses import FakeTensorMode
 
 import nsa
 from nsa.blocks import Geometry, Segments
-from nsa.fused import layout
 from nsa.fused.layout import Plan, make_plan
+from nsa.packing import MAX_KEPT
 from nsa.testing import make_cu_seqlens
 
 CONFIGS = {
@@ -96,15 +96,15 @@ class TestPackedPlans:
 
     def test_few_are_kept(self):
         packing = nsa.Packing(make_cu_seqlens([100, 0, 200]))
-        for window_size in range(1, 20):
+        for window_size in range(1, 3 * MAX_KEPT):
             self.plan(packing, config=nsa.NSAConfig(window_size=window_size))
-        assert 1 <= len(packing.plans) <= layout.MAX_PLANS
+        assert 1 <= len(packing._kept) <= MAX_KEPT
 
     def test_none_is_kept_while_a_graph_is_captured(self, monkeypatch):
-        monkeypatch.setattr(layout, "may_keep", lambda _: False)
+        monkeypatch.setattr(nsa.packing, "may_keep", lambda _: False)
         packing = nsa.Packing(make_cu_seqlens([100, 0, 200]))
         assert self.plan(packing) is not self.plan(packing)
-        assert not packing.plans
+        assert not packing._kept
 
 
 def test_none_is_kept_of_tensors_without_data():

@@ -5,7 +5,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import nsa
-from nsa import packing
+from nsa import blocks, layers, packing
+from nsa.fused import importance
 from nsa.testing import make_cu_seqlens, make_inputs
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
@@ -145,7 +146,7 @@ def test_one_trace_serves_all_packings(mode):
         expected = run(given, mode, "fused")
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
         # Forward and backward of the compiled call used the plan that is kept.
-        assert len(given.plans) == 1
+        assert len(given._kept) == 1
 
 
 @modes
@@ -223,6 +224,23 @@ def test_a_layer_reads_a_tensor_once(reads):
     assert torch.equal(layer(x, given), out)
     assert torch.equal(layer.select_blocks(x, given), layer.select_blocks(x, cu_seqlens))
     assert len(reads) == 3
+
+
+@pytest.mark.parametrize("mode", CONFIGS)
+def test_layers_with_one_packing_locate_nothing_again(mode, monkeypatch):
+    located = []
+    locate = blocks.locate_items
+    for module in (blocks, layers, importance):
+        monkeypatch.setattr(module, "locate_items", lambda *a: located.append(a) or locate(*a))
+    stack = [nsa.NativeSparseAttention(32, 4, 2, CONFIGS[mode], backend="fused") for _ in "ab"]
+    x = torch.randn(TOTAL, 32, requires_grad=True)
+    given = nsa.Packing(make_cu_seqlens(LENGTHS))
+    stack[0](x, given).sum().backward()
+    assert located
+    del located[:]
+    for layer in stack:
+        layer(x, given).sum().backward()
+    assert not located
 
 
 def test_a_bound_spares_reading_on_a_gpu(monkeypatch, reads):
