@@ -23,7 +23,7 @@ class Tensors(NamedTuple):
     v: Tensor
     gate_proj_weight: Tensor
     dout: Tensor | None
-    extra: dict  # cu_seqlens and max_seqlen of packed sequences
+    extra: dict  # the Packing of packed sequences
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -90,7 +90,7 @@ def make_tensors(
     weight = draw(options.heads, 3, dim, gain=dim**-0.5)
     extra = {}
     if lengths is not None:
-        extra = dict(cu_seqlens=make_cu_seqlens(lengths, DEVICE), max_seqlen=max(lengths))
+        extra = dict(cu_seqlens=nsa.Packing(make_cu_seqlens(lengths, DEVICE)))
     dout = draw(*q.shape) if backward else None
     return Tensors(*(x.requires_grad_() for x in (q, k, v, weight)), dout, extra)
 
