@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 
-_ALL = 1 << 62
-"""More than the positions of any tile, and a sum of two does not overflow an int64."""
+UNLIMITED = 1 << 62
+"""More than there is of anything, and a sum of two does not overflow an int64."""
 
 
 def num_compressed_blocks(length: int | Tensor, config: NSAConfig) -> int | Tensor:
@@ -339,4 +339,7 @@ class Geometry:
     def _forced_counts(self) -> tuple[int, int]:
         """Initial and local blocks; more than there are positions would overflow."""
         config = self.config
-        return min(config.num_initial_blocks, _ALL), min(config.num_local_blocks, _ALL)
+        return (
+            min(config.num_initial_blocks, UNLIMITED),
+            min(config.num_local_blocks, UNLIMITED),
+        )

@@ -2,7 +2,9 @@
 
 import json
 import math
-from dataclasses import InitVar, asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, field, fields
+
+import torch
 
 _CHOICES = {
     "selection": ("token", "tile"),
@@ -21,12 +23,16 @@ _MAX_SIZE = 2**31 - 1
 class _Followed(int):
     """A default that follows ``compress_block_size``; ``dataclasses.replace`` lets it follow again.
 
-    No two are the same object, as small ints are: what a caller gives is never taken for one. Its
-    copies, in ``dataclasses.asdict`` too, and what is pickled of it are ints.
+    No two are the same object, as small ints are, so that an int which a caller gives is not taken
+    for one. Its copies, in ``dataclasses.asdict`` too, are ints.
     """
 
-    def __reduce__(self):
-        return int, (int(self),)
+    def __deepcopy__(self, _) -> int:
+        return int(self)
+
+
+# So that a checkpoint which holds a field loads with weights_only=True.
+torch.serialization.add_safe_globals([_Followed])
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class NSAConfig:
         select_block_size: tokens ``l'`` of a selection block, default ``l``. In tile mode a
             multiple of ``l``.
         num_selected_blocks: blocks ``n`` that a query (or tile) attends, forced ones included.
-            A sequence of fewer blocks attends all that it may.
+            A sequence of fewer blocks attends all that it may. :func:`nsa.select_blocks`, whose
+            rows have ``n`` slots, has a limit.
         num_initial_blocks: blocks at the start of the sequence that are always selected.
         num_local_blocks: blocks up to the query's own that are always selected; in tile mode up to
             the block of position ``q_tile_size * (u + 1) - 1``, the end of tile ``u``, whether or
@@ -90,7 +97,7 @@ class NSAConfig:
     causal: bool = True
     scale: float | None = None
     # Given by dataclasses.replace alone: the defaults of the configuration that it starts from.
-    _followed: InitVar[tuple[_Followed, ...]] = ()
+    _followed: InitVar[tuple[_Followed, ...]] = field(default=(), kw_only=True)
 
     def __post_init__(self, _followed):
         self._check_fields()
@@ -116,7 +123,7 @@ class NSAConfig:
         return self
 
     def __reduce__(self):
-        values = (getattr(self, field.name) for field in fields(self))
+        values = (getattr(self, known.name) for known in fields(self))
         return type(self), tuple(None if isinstance(x, _Followed) else x for x in values)
 
     def __hash__(self):
@@ -158,10 +165,10 @@ class NSAConfig:
         return head_dim**-0.5 if self.scale is None else self.scale
 
     def _check_fields(self):
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
+        for name in (known.name for known in fields(self)):
+            value = getattr(self, name)
             if name in _CHOICES:
-                if value not in _CHOICES[name]:
+                if not isinstance(value, str) or value not in _CHOICES[name]:
                     raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
             elif name == "causal":
                 if not isinstance(value, bool):

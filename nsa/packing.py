@@ -46,7 +46,9 @@ class Packing:
         check_max_seqlen(max_seqlen)
         if is_capturing(cu_seqlens):
             raise ValueError("a Packing must be made before, not while a CUDA graph is captured")
-        self.cu_seqlens = cu_seqlens.detach().clone()
+        # What is made in inference mode could not be saved for a backward.
+        with torch.inference_mode(False):
+            self.cu_seqlens = cu_seqlens.detach().clone()
         self.lengths = None
         self.max_seqlen = max_seqlen
         self._kept: dict = {}
@@ -68,14 +70,22 @@ class Packing:
         if key not in self._kept:
             if len(self._kept) >= MAX_KEPT:
                 self._kept.clear()
-            self._kept[key] = make()
+            with torch.inference_mode(False):
+                self._kept[key] = make()
         return self._kept[key]
+
+    def __reduce__(self):
+        return _make_packing, (self.cu_seqlens, self.max_seqlen)
 
     def __repr__(self) -> str:
         if self.lengths is None:
             return f"Packing(sequences={self.cu_seqlens.shape[0] - 1})"
         sequences, tokens = len(self.lengths), sum(self.lengths)
         return f"Packing(sequences={sequences}, tokens={tokens}, max_seqlen={self.max_seqlen})"
+
+
+def _make_packing(cu_seqlens: Tensor, max_seqlen: int | None) -> Packing:
+    return Packing(cu_seqlens, max_seqlen=max_seqlen)
 
 
 # For custom ops, which take tensors only. An address belongs to its Packing as long as that lives.

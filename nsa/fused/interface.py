@@ -70,6 +70,9 @@ def forward(
         gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
         gates=_batched(gates),
     )
+    if save and block_indices is not None:
+        # A copy, which nobody can overwrite before the backward.
+        block_indices = block_indices.clone()
     out = attention(
         inputs,
         _unit_major(block_indices, q, cu_seqlens, config),

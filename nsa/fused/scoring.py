@@ -61,8 +61,8 @@ class Scoring:
         geometry, config = self.geometry, self.geometry.config
         if config.num_initial_blocks + config.num_local_blocks == 0:
             return False
-        size = max(config.q_tile_size, config.select_block_size)
-        return not geometry.tiles.single or geometry.tokens.total % size != 0
+        # A tile that its sequence fills ends at a token, and so does its last block start at one.
+        return not geometry.tiles.single or geometry.tokens.total % config.q_tile_size != 0
 
     @cached_property
     def tile_start(self) -> Callable[[int], Tensor]:

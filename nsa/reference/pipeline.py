@@ -46,7 +46,8 @@ def forward(
         if block_indices is None:
             indices = _select_blocks(tokens, k_cmp, geometry)
         else:
-            indices = _flatten_indices(block_indices, config)
+            # A copy, which nobody can overwrite before the backward.
+            indices = _flatten_indices(block_indices.clone(), config)
         sparse = config.num_cmp_selected_blocks is not None
         groups = select_groups(tokens, k_cmp, geometry) if sparse else None
         branches = (

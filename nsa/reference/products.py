@@ -13,7 +13,11 @@ from nsa.precision import without_autocast
 
 
 def inner_products(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``x (..., R, D)`` times ``y (..., K, D)`` transposed, 0 where ``mask (..., R, K)`` is not."""
+    """``x (..., R, D)`` times ``y (..., K, D)`` transposed.
+
+    With ``mask (..., R, K)`` the result means nothing where that is not, and the caller's next step
+    must leave it there, so that no gradient comes from there.
+    """
     return _InnerProducts.apply(x, y, mask)
 
 
@@ -29,15 +33,20 @@ class _InnerProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, mask):
         ctx.save_for_backward(x, y, mask)
+        ctx.save_for_forward(x, y, mask)
         with without_autocast(x.device):
-            products = x @ y.mT
-        return products if mask is None else products.masked_fill_(~mask, 0)
+            return x @ y.mT
+
+    @staticmethod
+    def jvp(ctx, dx, dy, _):
+        x, y, mask = ctx.saved_tensors
+        tangents = [] if dx is None else [inner_products(dx, y, mask)]
+        tangents += [] if dy is None else [inner_products(x, dy, mask)]
+        return sum(tangents)
 
     @staticmethod
     def backward(ctx, grad):
         x, y, mask = ctx.saved_tensors
-        if mask is not None:
-            grad = grad.masked_fill(~mask, 0)
         transposed = None if mask is None else mask.mT
         dx = weighted_sum(grad, y, mask) if ctx.needs_input_grad[0] else None
         dy = weighted_sum(grad.mT, x, transposed) if ctx.needs_input_grad[1] else None
@@ -48,10 +57,21 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, mask):
         ctx.save_for_backward(a, b, mask)
+        ctx.save_for_forward(a, b, mask)
         with without_autocast(a.device):
-            if mask is None or torch.isfinite(b).all():
-                return a @ b
+            product = a @ b
+            # A sum is finite only if all that it adds is; the smaller one takes less time.
+            tested = min(product, b, key=Tensor.numel)
+            if mask is None or tested.sum().isfinite() or b.isfinite().all():
+                return product
             return a @ torch.where(b.isfinite(), b, 0) + _non_finite_part(a, b, mask)
+
+    @staticmethod
+    def jvp(ctx, da, db, _):
+        a, b, mask = ctx.saved_tensors
+        tangents = [] if da is None else [weighted_sum(da, b, mask)]
+        tangents += [] if db is None else [weighted_sum(a, db, mask)]
+        return sum(tangents)
 
     @staticmethod
     def backward(ctx, grad):

@@ -5,12 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nsa.blocks import Geometry, Segments, overlap_weights
+from nsa.blocks import UNLIMITED, Geometry, Segments, overlap_weights
 from nsa.precision import accumulation_dtype
 from nsa.reference.chunks import covered_range, query_chunks
-
-_ALL_SLOTS = 1 << 62
-"""More slots than blocks."""
 
 
 @torch.no_grad()
@@ -228,7 +225,7 @@ def _take_blocks(
     count = min(config.num_selected_blocks, max(geometry.selection.counts, default=0))
     # Forced blocks past the end of the sequence keep their slots.
     slots = geometry.num_forced_past_end(position, owner)
-    slots = min(config.num_selected_blocks, _ALL_SLOTS) - slots[:, None]
+    slots = min(config.num_selected_blocks, UNLIMITED) - slots[:, None]
     taken = _take_top(scores, count, slots)
     return torch.where(taken >= 0, taken + low - first[:, None], -1).int()
 

@@ -1,5 +1,8 @@
 """Boundaries: a bare tensor is read in each call, a Packing once; equal results, whoever writes."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -322,6 +325,33 @@ def test_a_packing_cannot_be_made_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(packing, "is_capturing", lambda _: True)
     with pytest.raises(ValueError, match="before, not while a CUDA graph is captured"):
         nsa.Packing(make_cu_seqlens(LENGTHS))
+
+
+@modes
+def test_a_packing_of_inference_mode_trains(mode):
+    torch._dynamo.reset()
+    q, k, v = inputs()
+    with torch.inference_mode():
+        given = nsa.Packing(make_cu_seqlens(LENGTHS))
+        nsa.forward(q, k, v, cu_seqlens=given, config=CONFIGS[mode], backend="fused")
+    expected = run(make_cu_seqlens(LENGTHS), mode, "fused")
+    assert_same(run(given, mode, "fused"), expected)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(q, k, v):
+        return nsa.forward(q, k, v, cu_seqlens=given, config=CONFIGS[mode], backend="fused")
+
+    grads = torch.autograd.grad(call(q, k, v).square().sum(), (q, k, v))
+    torch.testing.assert_close(grads, expected[1:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_packing_can_be_copied_and_pickled(copied):
+    given = nsa.Packing(make_cu_seqlens(LENGTHS), max_seqlen=150)
+    expected = run(given, "tile", "fused")
+    other = copied(given)
+    assert (other.lengths, other.max_seqlen) == (LENGTHS, 150)
+    assert_same(run(other, "tile", "fused"), expected)
 
 
 def test_an_address_finds_its_packing_alone():

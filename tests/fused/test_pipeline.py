@@ -76,6 +76,21 @@ def test_selection_equals_reference(problem):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("tile", [64, 128, 256])
+@pytest.mark.parametrize("block", [64, 128, 192, 384])
+def test_no_block_past_the_end_is_listed(block, tile, causal):
+    """Where the sequence ends with a tile, with a block, with both, or with neither."""
+    config = nsa.NSAConfig(
+        select_block_size=block, q_tile_size=tile, num_initial_blocks=1, num_local_blocks=2,
+        num_selected_blocks=4, causal=causal,
+    )  # fmt: skip
+    for length in (63, 64, 65, 128, 192, 256, 384, 385, 512):
+        q, k, _ = make_inputs((1, length), 1, 1, 8, dtype=torch.float64)
+        expected = nsa.select_blocks(q, k, config=config, backend="reference")
+        assert torch.equal(nsa.select_blocks(q, k, config=config, backend="fused"), expected)
+
+
 @settings(max_examples=examples(30), **KERNEL_SETTINGS)
 @given(problem=kernel_problems())
 def test_block_indices_of_the_caller(problem):
