@@ -70,7 +70,8 @@ def forward(
         block_indices: int32 blocks to attend instead of selecting them: token mode
             ``(B, N, H_kv, n)`` or ``(T, H_kv, n)``, tile mode ``(B, H, tiles, n)`` or
             ``(H, sum of tiles, n)``; ascending, -1 in empty slots at the end. The values are
-            checked in each call, for which the host waits once.
+            checked in each call, for which the host waits once; against the longest sequence that
+            there may be, where the lengths are not read.
         cu_seqlens: int32 ``(S + 1,)`` boundaries of packed sequences, from 0 to ``T``; sequences
             may have any length, 0 and 1 included. A tensor is read and checked in each call, which
             waits for a GPU unless ``max_seqlen`` is given; then it is neither. Give a
@@ -147,7 +148,8 @@ def select_blocks(
     Returns:
         int32 indices of blocks in their sequence: token mode ``(B, N, H_kv, n)`` or
         ``(T, H_kv, n)``, tile mode ``(B, H, tiles, n)`` or ``(H, sum of tiles, n)``; ascending, -1
-        in empty slots at the end. Fit for ``block_indices`` of :func:`forward`.
+        in empty slots at the end. Fit for ``block_indices`` of :func:`forward`. Packed tiles are
+        counted on the host: while torch.compile traces that is a graph break.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as in :func:`forward`.
@@ -165,8 +167,7 @@ def select_blocks(
         if isinstance(value, Tensor) and value.ndim == q.ndim:
             problem = problem._replace(value_dim=value.shape[-1])
     boundaries = check_boundaries(cu_seqlens, max_seqlen, q)
-    lengths = None if boundaries is None else boundaries.lengths
-    validation.check_compression(compress_k_weight, None, compressed_kv, lengths, q, problem)
+    validation.check_compression(compress_k_weight, None, compressed_kv, boundaries, q, problem)
     validation.check_selection_width(boundaries, problem)
     module = _backend_module(backend, q, k, config)
     return module.select_blocks(
@@ -260,12 +261,11 @@ def _check_call(
     gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv = floats
     problem = validation.check_qkv(q, k, v, config, cu_seqlens)
     boundaries = check_boundaries(cu_seqlens, max_seqlen, q)
-    lengths = None if boundaries is None else boundaries.lengths
     validation.check_gates(gates, gate_proj_weight, q, problem)
     validation.check_compression(
-        compress_k_weight, compress_v_weight, compressed_kv, lengths, q, problem
+        compress_k_weight, compress_v_weight, compressed_kv, boundaries, q, problem
     )
-    validation.check_block_indices(block_indices, lengths, q, problem)
+    validation.check_block_indices(block_indices, boundaries, q, problem)
     validation.check_max_workspace_bytes(max_workspace_bytes)
     return _Call(q, k, v, config, *floats, boundaries)
 

@@ -21,8 +21,10 @@ class Packing:
     """Boundaries of packed sequences, read and checked once.
 
     Give it as ``cu_seqlens`` to every layer and step that packs the same sequences: what follows
-    from the boundaries is computed at its first use and kept here, some 100 bytes a token on a GPU.
-    A bare tensor gives equal results, but is read and planned for again in each call.
+    from the boundaries is computed at its first use and kept here, on a GPU some 100 bytes a token
+    for each configuration, and of the last 16 at most. A bare tensor gives equal results, but is
+    read and planned for again in each call. Where activation checkpointing repeats a forward, a
+    bare tensor must still have its values; a Packing has.
 
     The boundaries are copied, so that nothing written to ``cu_seqlens`` later changes them. Make it
     outside of CUDA graph capture, and keep it alive as long as a graph that was captured with it.
@@ -95,9 +97,11 @@ _by_address: WeakValueDictionary = WeakValueDictionary()
 def find_packing(cu_seqlens: Tensor) -> Packing | None:
     """The Packing whose ``cu_seqlens`` this is, or an alias of; None for any other tensor."""
     packing = _by_address.get(_address(cu_seqlens))
-    if packing is None or packing.cu_seqlens.shape != cu_seqlens.shape:
+    if packing is None:
         return None
-    return packing
+    own = packing.cu_seqlens
+    same = own.shape == cu_seqlens.shape and own.stride() == cu_seqlens.stride()
+    return packing if same else None
 
 
 def _address(x: Tensor) -> tuple[torch.device, int]:

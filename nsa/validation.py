@@ -169,7 +169,9 @@ def check_gates(gates, gate_proj_weight, q: Tensor, problem: Problem):
         check_tensor("gate_proj_weight", gate_proj_weight, q, shape)
 
 
-def check_compression(k_weight, v_weight, compressed_kv, lengths, q: Tensor, problem: Problem):
+def check_compression(
+    k_weight, v_weight, compressed_kv, boundaries: Boundaries | None, q: Tensor, problem: Problem
+):
     """Check the compress weights ``(H_kv, D, D)``, or the caller's compressed keys and values."""
     weights = (
         ("compress_k_weight", k_weight, problem.head_dim),
@@ -194,15 +196,23 @@ def check_compression(k_weight, v_weight, compressed_kv, lengths, q: Tensor, pro
         name = f"compressed_kv[{i}]"
         if problem.batched:
             counts = (problem.leading[0], num_compressed_blocks(problem.leading[1], problem.config))
-        elif lengths is not None:
-            counts = (sum(num_compressed_blocks(n, problem.config) for n in lengths),)
+        elif boundaries.lengths is not None:
+            counts = (sum(num_compressed_blocks(n, problem.config) for n in boundaries.lengths),)
         else:
             _check_kind(name, x, q)
             counts = tuple(x.shape[:1])
         check_tensor(name, x, q, (*counts, problem.num_kv_heads, dim))
+    if boundaries is not None and not torch.compiler.is_compiling():
+        (blocks, *_), (others, *_) = (x.shape for x in compressed_kv)
+        most = problem.leading[0] // problem.config.compress_stride
+        if blocks != others or blocks > most:
+            raise ValueError(
+                f"compressed_kv must have as many blocks of keys as of values, at most {most}, got "
+                f"{blocks} and {others}"
+            )
 
 
-def check_block_indices(indices, lengths, q: Tensor, problem: Problem):
+def check_block_indices(indices, boundaries: Boundaries | None, q: Tensor, problem: Problem):
     """Check the caller's selection: shape, int32, range, ascending with -1 at the end."""
     if indices is None:
         return
@@ -214,17 +224,18 @@ def check_block_indices(indices, lengths, q: Tensor, problem: Problem):
         raise ValueError(
             f"block_indices must be on the device of q, {q.device}, got {indices.device}"
         )
-    shape = _block_indices_shape(lengths, problem)
-    if shape is not None and tuple(indices.shape) != shape:
+    shape = _block_indices_shape(boundaries, problem)
+    if tuple(indices.shape) != shape and not _has_unknown_tiles(indices, boundaries, problem):
         raise ValueError(
             f"block_indices must have shape {shape} with selection="
             f"{problem.config.selection!r}, got {tuple(indices.shape)}"
         )
-    if shape is not None and indices.numel() and has_readable_values(indices):
-        _check_block_values(indices, lengths, problem)
+    if indices.numel() and has_readable_values(indices):
+        _check_block_values(indices, boundaries, problem)
 
 
-def _block_indices_shape(lengths, problem: Problem) -> tuple[int, ...] | None:
+def _block_indices_shape(boundaries: Boundaries | None, problem: Problem) -> tuple[int, ...]:
+    """The shape of ``block_indices``; of packed tiles of unknown lengths with at most so many."""
     config = problem.config
     if config.selection == "token":
         return (*problem.leading, problem.num_kv_heads, config.num_selected_blocks)
@@ -232,20 +243,39 @@ def _block_indices_shape(lengths, problem: Problem) -> tuple[int, ...] | None:
         batch, length = problem.leading
         tiles = num_query_tiles(length, config)
         return (batch, problem.num_heads, tiles, config.num_selected_blocks)
-    if lengths is None:
-        return None
-    tiles = sum(num_query_tiles(length, config) for length in lengths)
+    if boundaries.lengths is None:
+        tiles = problem.leading[0] // config.q_tile_size + boundaries.cu_seqlens.shape[0] - 1
+    else:
+        tiles = sum(num_query_tiles(length, config) for length in boundaries.lengths)
     return (problem.num_heads, tiles, config.num_selected_blocks)
 
 
-def _check_block_values(indices: Tensor, lengths, problem: Problem):
+def _has_unknown_tiles(indices: Tensor, boundaries: Boundaries | None, problem: Problem) -> bool:
+    """Whether these are right for some number of tiles, and the right number was not read."""
+    known = problem.batched or problem.config.selection == "token"
+    if known or boundaries.lengths is not None or indices.ndim != 3:
+        return False
+    heads, most, slots = _block_indices_shape(boundaries, problem)
+    if (indices.shape[0], indices.shape[2]) != (heads, slots):
+        return False
+    # A number that torch.compile knows as a symbol would be guarded.
+    return torch.compiler.is_compiling() or indices.shape[1] <= most
+
+
+def _check_block_values(indices: Tensor, boundaries: Boundaries | None, problem: Problem):
     config = problem.config
     if problem.batched:
-        count = num_selection_blocks(problem.leading[1], config)
+        most = count = num_selection_blocks(problem.leading[1], config)
+    elif boundaries.lengths is None:
+        longest = boundaries.max_seqlen
+        longest = problem.leading[0] if longest is None else longest
+        most = count = num_selection_blocks(longest, config)
     else:
+        lengths = boundaries.lengths
         token = config.selection == "token"
         units = lengths if token else [num_query_tiles(n, config) for n in lengths]
         blocks = [num_selection_blocks(n, config) for n in lengths]
+        most = max(blocks, default=0)
         blocks, units = (torch.tensor(x, device="cpu") for x in (blocks, units))
         count = torch.repeat_interleave(blocks, units).to(indices.device)[:, None]
         count = count[:, None] if token else count
@@ -256,7 +286,6 @@ def _check_block_values(indices: Tensor, lengths, problem: Problem):
     if not bool(outside.any() | descends.any()):
         return
     if outside.any():
-        most = max(blocks.tolist()) if torch.is_tensor(count) else count
         raise ValueError(
             f"block_indices must lie in [0, blocks of the sequence), at most {most}, or be -1; "
             f"got {int(indices[outside][0])}"

@@ -87,9 +87,9 @@ class _Gradients(torch.autograd.Function):
 
 def _setup_context(ctx, inputs, output):
     tensors, rest = inputs[:NUM_INPUTS], inputs[NUM_INPUTS:]
-    block_indices, cu_seqlens, max_seqlen, kept, config, scale, chunks, save, recompute = rest
+    block_indices, cu_seqlens, max_seqlen, owned, config, scale, chunks, save, recompute = rest
     _, saved = output
-    if save and cu_seqlens is not None and not kept:
+    if save and cu_seqlens is not None and not owned:
         *saved, cu_seqlens = saved
     ctx.save_for_backward(*tensors, block_indices, cu_seqlens, *saved)
     ctx.plan = (max_seqlen, config, scale, chunks, recompute)

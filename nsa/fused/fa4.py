@@ -13,7 +13,9 @@ Where the kernels are compiled for (FA4 reads the machine's GPU, or FLASH_ATTENT
 - SM100: head dimensions up to 128; 128-key blocks and query blocks that are multiples of 256.
 """
 
-import os
+import hashlib
+import inspect
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import metadata
 
@@ -21,12 +23,11 @@ import torch
 from torch import Tensor
 
 from nsa.fused import fa4_replay
+from nsa.fused.disk_cache import import_kernels
 from nsa.fused.seam import BlockLists
 from nsa.tracing import may_keep
 
 WRITTEN_FOR = "4.0.0b36"
-
-_KEPT_ON_DISK = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 
 SEVERAL_TILES = 512
 """Tokens that no tile of FA4's kernels holds, of queries or of keys."""
@@ -209,16 +210,8 @@ def sparse_backward(
 
 @lru_cache(maxsize=None)
 def _interface():
-    # Takes seconds, and needs CUDA libraries: not before the first call. FA4 keeps compiled kernels
-    # on disk, as we do ours, if this variable says so when it is imported.
-    kept = os.environ.get(_KEPT_ON_DISK)
-    os.environ.setdefault(_KEPT_ON_DISK, "1")
-    try:
-        from flash_attn.cute import interface
-    finally:
-        if kept is None:
-            del os.environ[_KEPT_ON_DISK]
-    return interface
+    # Takes seconds, and needs CUDA libraries: not before the first call.
+    return import_kernels("flash_attn.cute.interface")
 
 
 def _is_sm90() -> bool:
@@ -352,7 +345,7 @@ def _key_limit_mask():
     def key_limit_mask(batch, head, query, key, seqlen_info, aux_tensors):
         return key < scalar_to_ssa(aux_tensors[0][query[0]], cutlass.Int32)
 
-    return key_limit_mask
+    return _named_by_source(key_limit_mask)
 
 
 @lru_cache(maxsize=None)
@@ -367,4 +360,14 @@ def _key_times_mask(stride: int, first: int):
         times = key * scalar_to_ssa(stride, cutlass.Int32) + scalar_to_ssa(first, cutlass.Int32)
         return times <= query
 
-    return key_times_mask
+    return _named_by_source(key_times_mask, stride, first)
+
+
+def _named_by_source(mask: Callable, *values: int) -> Callable:
+    """The mask, which FA4's cache on disk knows by its source and the ``values`` in it.
+
+    FA4 itself would go by addresses of what the mask refers to, which each process has others of.
+    """
+    source = inspect.getsource(getattr(mask, "__wrapped__", mask))
+    mask.__cute_hash__ = hashlib.sha256(f"{source}{values}".encode()).hexdigest()
+    return mask

@@ -23,7 +23,9 @@ from nsa.fused.layout import (
     num_units_bound,
 )
 from nsa.fused.pipeline import Inputs, Saved
+from nsa.fused.planner import fewest_chunks
 from nsa.packing import find_packing
+from nsa.validation import UnsupportedError
 
 
 @lru_cache(maxsize=64)
@@ -49,7 +51,7 @@ def attention(
     block_indices: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
-    kept: bool,
+    owned: bool,
     config: str,
     scale: float,
     chunks: int,
@@ -61,18 +63,30 @@ def attention(
     KV heads are run in ``chunks``, see :mod:`nsa.fused.chunks`. Selected blocks are returned only
     where the caller gave none, and with ``recompute`` nothing but what was selected. Last comes a
     copy of ``cu_seqlens``, which the caller may change before the backward, unless they are
-    ``kept`` by a Packing.
+    ``owned`` by a Packing.
     """
     inputs = Inputs(
         q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight,
         compress_k_weight, compress_v_weight, k_cmp, v_cmp,
     )  # fmt: skip
     plan = _plan(q, cu_seqlens, max_seqlen, _config(config, scale))
+    _check_pairs(q, k, plan.config, chunks)
     out, saved = Call(block_indices, plan, chunks, recompute).forward(inputs, save)
     saved = [q.new_empty(0) if x is None else x for part in saved for x in part]
-    if save and cu_seqlens is not None and not kept:
+    if save and cu_seqlens is not None and not owned:
         saved.append(cu_seqlens.clone())
     return out, saved
+
+
+def _check_pairs(q: Tensor, k: Tensor, config: NSAConfig, chunks: int):
+    """Raise where the kernels cannot count the pairs of a chunk, which tracing left open."""
+    fewest = fewest_chunks(q.shape[0] * q.shape[1], k.shape[2], config)
+    if chunks < fewest:
+        raise UnsupportedError(
+            f"backend='fused' needs KV heads in {fewest} chunks for so many tokens and selected "
+            f"blocks, got {chunks}: torch.compile cannot choose that; set max_workspace_bytes, or "
+            "split the batch"
+        )
 
 
 def _plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config: NSAConfig) -> Plan:
@@ -82,7 +96,7 @@ def _plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config: 
 
 @attention.register_fake
 def _(q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight, compress_k_weight,
-      compress_v_weight, k_cmp, v_cmp, block_indices, cu_seqlens, max_seqlen, kept, config,
+      compress_v_weight, k_cmp, v_cmp, block_indices, cu_seqlens, max_seqlen, owned, config,
       scale, chunks, save, recompute):  # fmt: skip
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     if not save:
@@ -96,7 +110,7 @@ def _(q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight, compress_k_w
             lists = heads.kv
         num_lists = lists.stop - lists.start
         saved += _fake_saved(part, num_lists, cu_seqlens, config, select, recompute)
-    if cu_seqlens is not None and not kept:
+    if cu_seqlens is not None and not owned:
         saved.append(torch.empty_like(cu_seqlens))
     return out, saved
 

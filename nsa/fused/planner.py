@@ -107,7 +107,7 @@ def make_schedule(
     if torch.compiler.is_compiling():
         # A limit on a length would be guarded.
         return Schedule(1, False)
-    whole = Schedule(_fewest_chunks(problem), False)
+    whole = Schedule(_fewest(problem), False)
     if not q.is_cuda or is_capturing(q):
         return whole
     if _always_fits(problem, save):
@@ -123,20 +123,24 @@ def choose(problem: Problem, save: bool, limit: int) -> Schedule:
     """The cheapest schedule whose workspace is at most ``limit``, else the smallest there is."""
     num_kv_heads = int(problem.num_kv_heads)
     for recompute in (False, True) if save else (False,):
-        for chunks in range(_fewest_chunks(problem), num_kv_heads + 1):
+        for chunks in range(_fewest(problem), num_kv_heads + 1):
             size = -(-num_kv_heads // chunks)
             if workspace_bytes(problem, size, save=save, recompute=recompute) <= limit:
                 return Schedule(chunks, recompute)
     return Schedule(num_kv_heads, save)
 
 
-def _fewest_chunks(problem: Problem) -> int:
+def fewest_chunks(tokens: int, num_kv_heads: int, config: NSAConfig) -> int:
     """Chunks whose pairs of tokens and selected blocks the kernels can count; one in tile mode."""
-    if problem.config.selection == "tile":
+    if config.selection == "tile":
         return 1
-    pairs = problem.batch * problem.length * problem.config.num_selected_blocks
+    pairs = tokens * config.num_selected_blocks
     heads = max(1, (MAX_PAIRS - 1) // max(1, pairs))
-    return -(-problem.num_kv_heads // heads)
+    return -(-num_kv_heads // heads)
+
+
+def _fewest(problem: Problem) -> int:
+    return fewest_chunks(problem.batch * problem.length, problem.num_kv_heads, problem.config)
 
 
 def workspace_bytes(problem: Problem, kv_heads: int, *, save: bool, recompute: bool) -> int:

@@ -1,15 +1,18 @@
 """Boundaries: a bare tensor is read in each call, a Packing once; equal results, whoever writes."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import nsa
-from nsa import blocks, layers, packing
-from nsa.fused import importance
+from nsa import blocks, layers, packing, validation
+from nsa.fused import importance, ops, planner
 from nsa.testing import make_cu_seqlens, make_inputs
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
@@ -327,6 +330,124 @@ def test_a_packing_cannot_be_made_while_a_graph_is_captured(monkeypatch):
         nsa.Packing(make_cu_seqlens(LENGTHS))
 
 
+UNREAD = {
+    "wrong heads": lambda x: x[:-1] if x.shape[0] < 10 else x[:, :-1],
+    "wrong slots": lambda x: x[..., :-1],
+    "wrong rank": lambda x: x[None],
+    "past the longest": lambda x: torch.where(x >= 0, x + 1000, x),
+    "descending": lambda x: x.flip(-1),
+}
+
+
+@pytest.fixture
+def unread_with_a_bound(monkeypatch):
+    """As on a GPU, where a bound spares reading."""
+    read = packing._lengths
+    monkeypatch.setattr(
+        packing, "_lengths", lambda *a: None if a[1] is None and a[2] is not None else read(*a)
+    )
+
+
+@both
+@modes
+@pytest.mark.usefixtures("unread_with_a_bound")
+def test_block_indices_are_checked_where_lengths_are_not_read(mode, backend):
+    q, k, v = inputs(requires_grad=False)
+    call = dict(config=CONFIGS[mode], cu_seqlens=make_cu_seqlens(LENGTHS), backend=backend)
+    blocks = nsa.select_blocks(q, k, **call)
+    call["max_seqlen"] = max(LENGTHS)
+    out = nsa.forward(q, k, v, block_indices=blocks, **call)
+    assert torch.equal(out, nsa.forward(q, k, v, **call))
+    assert torch.equal(nsa.select_blocks(q, k, **call), blocks)
+    for spoil in UNREAD.values():
+        with pytest.raises(ValueError, match=r"block_indices must"):
+            nsa.forward(q, k, v, block_indices=spoil(blocks).contiguous(), **call)
+    if mode == "tile":
+        with pytest.raises(ValueError, match=r"block_indices must have shape"):
+            nsa.forward(q, k, v, block_indices=blocks.repeat(1, 4, 1), **call)
+
+
+@both
+@modes
+@pytest.mark.usefixtures("unread_with_a_bound")
+def test_compressed_keys_are_counted_where_lengths_are_not_read(mode, backend):
+    q, k, v = inputs(requires_grad=False)
+    call = dict(
+        config=CONFIGS[mode], cu_seqlens=make_cu_seqlens(LENGTHS), max_seqlen=130, backend=backend
+    )
+    for keys, values in ((11, 5), (300, 300)):
+        compressed = (torch.zeros(keys, 2, 8, dtype=F64), torch.zeros(values, 2, 8, dtype=F64))
+        with pytest.raises(ValueError, match=rf"as many blocks of keys.*, got {keys} and {values}"):
+            nsa.forward(q, k, v, compressed_kv=compressed, **call)
+
+
+def test_block_indices_are_waited_for_once():
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            waits.append(func is torch.ops.aten._local_scalar_dense.default)
+            return func(*args, **(kwargs or {}))
+
+    waits = []
+    q, k, _ = inputs(requires_grad=False)
+    call = dict(config=CONFIGS["token"], cu_seqlens=nsa.Packing(make_cu_seqlens(LENGTHS)))
+    blocks = nsa.select_blocks(q, k, **call)
+    boundaries = packing.check_boundaries(call["cu_seqlens"], None, q)
+    problem = validation.check_qkv(q, (k,) * 3, (k,) * 3, call["config"], call["cu_seqlens"])
+    with Waits():
+        validation.check_block_indices(blocks, boundaries, q, problem)
+    assert sum(waits) == 1
+
+
+class Marked(torch.Tensor):
+    """A subclass that is neither traced nor has rules of its own."""
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "gate_proj_weight", "compress_k_weight"])
+def test_a_subclass_anywhere_takes_the_custom_op(name, monkeypatch):
+    taken = []
+    op = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *a: taken.append(a) or op(*a))
+    tensors = dict(zip("qkv", inputs(requires_grad=False), strict=True))
+    tensors |= dict(gate_proj_weight=torch.randn(4, 3, 8, dtype=F64))
+    tensors |= dict(compress_k_weight=torch.randn(2, 8, 8, dtype=F64))
+    call = dict(config=CONFIGS["token"], cu_seqlens=make_cu_seqlens(LENGTHS), backend="fused")
+    expected = nsa.forward(**tensors, **call)
+    assert not taken
+    tensors[name] = tensors[name].as_subclass(Marked)
+    assert torch.equal(nsa.forward(**tensors, **call), expected)
+    assert len(taken) == 1
+
+
+# Dynamo traces through a cached function of sizes, and says so.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
+def test_pairs_past_what_the_kernels_count_are_refused_when_traced(monkeypatch):
+    monkeypatch.setattr(planner, "MAX_PAIRS", 1500)
+    q, k, v = inputs(requires_grad=False)
+    call = dict(config=CONFIGS["token"], cu_seqlens=make_cu_seqlens(LENGTHS), backend="fused")
+    expected = nsa.forward(q, k, v, **call)
+    with pytest.raises(nsa.UnsupportedError, match=r"in 2 chunks .* got 1: .*max_workspace_bytes"):
+        torch.compile(nsa.forward, backend="eager")(q, k, v, **call)
+    out = torch.compile(nsa.forward, backend="eager")(q, k, v, max_workspace_bytes=1, **call)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+@both
+@modes
+def test_selective_checkpointing(mode, backend):
+    aten = torch.ops.aten
+    kept = [aten.mm.default, aten.bmm.default, aten.addmm.default, aten._unsafe_view.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    q, k, v = inputs()
+
+    def call(q, k, v):
+        return nsa.forward(q, k, v, cu_seqlens=cu_seqlens, config=CONFIGS[mode], backend=backend)
+
+    out = checkpoint(call, q, k, v, use_reentrant=False, context_fn=contexts)
+    actual = (out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v)))
+    torch.testing.assert_close(actual, run(cu_seqlens, mode, backend), rtol=0, atol=1e-10)
+
+
 @modes
 def test_a_packing_of_inference_mode_trains(mode):
     torch._dynamo.reset()
@@ -350,6 +471,8 @@ def test_a_packing_can_be_copied_and_pickled(copied):
     given = nsa.Packing(make_cu_seqlens(LENGTHS), max_seqlen=150)
     expected = run(given, "tile", "fused")
     other = copied(given)
+    # Custom ops find it too.
+    assert packing.find_packing(other.cu_seqlens) is other
     assert (other.lengths, other.max_seqlen) == (LENGTHS, 150)
     assert_same(run(other, "tile", "fused"), expected)
 
@@ -359,6 +482,7 @@ def test_an_address_finds_its_packing_alone():
     found = packing.find_packing(given.cu_seqlens.detach())
     assert found is given
     assert packing.find_packing(given.cu_seqlens[:-1]) is None
+    assert packing.find_packing(given.cu_seqlens[:1].expand(5)) is None
     assert packing.find_packing(given.cu_seqlens.clone()) is None
     kept = given.cu_seqlens
     del given, found

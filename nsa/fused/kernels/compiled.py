@@ -1,12 +1,14 @@
 """Compiled kernels: once in a process, and kept on disk for the processes after it.
 
 They lie where quack-kernels keeps its own: QUACK_CACHE_DIR, by default quack_cache in the user's
-folder of temporary files. QUACK_CACHE_ENABLED=0 keeps none. A kernel is compiled again when this
-package, FlashAttention-4, the CuTe DSL, Python or the kind of GPU is another.
+folder of temporary files. QUACK_CACHE_ENABLED=0 keeps none, and neither does a user who has no such
+folder. A kernel is compiled again when this package, FlashAttention-4, the CuTe DSL, Python, the
+kind of GPU or a variable CUTE_DSL_* is another.
 """
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import cutlass.cute as cute
 import flash_attn.cute
 from quack.cache import jit_cache
 from quack.cute_dsl_utils import get_compile_target_capacity
+
+from nsa.fused.disk_cache import keeps_ours
 
 # Whose sources a kernel of ours is made of, beside quack's, which the cache knows.
 _SOURCES = (Path(__file__).parents[1], Path(flash_attn.cute.__file__).parent)
@@ -38,6 +42,8 @@ def kept(function: Callable) -> Callable:
     @functools.lru_cache(maxsize=None)
     @functools.wraps(function)
     def compiled(*arguments):
+        if not keeps_ours():
+            return function(*arguments)
         return on_disk(_fingerprint(), get_compile_target_capacity(), *arguments)
 
     return compiled
@@ -45,8 +51,9 @@ def kept(function: Callable) -> Callable:
 
 @functools.lru_cache(maxsize=None)
 def _fingerprint() -> str:
-    """What changes with any source of ``_SOURCES``."""
-    digest = hashlib.sha256()
+    """What changes with any source of ``_SOURCES``, and with what the DSL compiles by."""
+    settings = sorted(pair for pair in os.environ.items() if pair[0].startswith("CUTE_DSL_"))
+    digest = hashlib.sha256(repr(settings).encode())
     for root in _SOURCES:
         for path in sorted(root.rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode())
