@@ -17,6 +17,7 @@ from nsa.fused.block_lists import (
     selected_lists,
     transpose_lists,
 )
+from nsa.fused.compressed_forms import CompressedForm
 from nsa.fused.folded_attention import (
     folded_attention,
     folded_attention_backward,
@@ -26,9 +27,6 @@ from nsa.fused.layout import Plan
 from nsa.fused.placement import IN_ORDER, Placements
 from nsa.fused.seam import BlockLists
 from nsa.precision import accumulation_dtype
-
-ONE_TILE = 128
-"""Keys of a tile of FA4's kernels."""
 
 
 def query_placements(q: Tensor, num_kv_heads: int, plan: Plan) -> Placements:
@@ -40,13 +38,11 @@ def query_placements(q: Tensor, num_kv_heads: int, plan: Plan) -> Placements:
     """
     if plan.in_order:
         return IN_ORDER
-    num_heads = q.shape[2]
+    num_heads, form = q.shape[2], plan.compressed_form
     selected = plan.tokens.placement(num_heads)
-    if plan.geometry.compressed.total == 0:
-        return None, selected
-    if plan.config.num_cmp_selected_blocks is not None:
+    if form is CompressedForm.LISTED:
         return selected, selected
-    if plan.config.causal:
+    if form is CompressedForm.FOLDED_ROWS:
         return plan.folded.placement(num_heads, num_kv_heads), selected
     return None, selected
 
@@ -63,13 +59,14 @@ def compressed_attention(
 
     ``q_rows``, needed with ``groups``, are the queries in aligned rows, ``(1, B * rows, H, D)``.
     """
-    if k_cmp.shape[1] == 0:
+    form = plan.compressed_form
+    if form is CompressedForm.NONE:
         return torch.zeros_like(q), q.new_zeros(0, dtype=accumulation_dtype(q.dtype))
-    if groups is not None:
+    if form is CompressedForm.LISTED:
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
         return _sparse_forward(q_rows, k_rows, v_rows, lists, _compressed_mask(q_rows, plan), plan)
-    if _is_folded(k_cmp, plan):
+    if plan.folds:
         return folded_attention(q, k_cmp, v_cmp, plan)
     return _dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan))
 
@@ -79,9 +76,10 @@ def compressed_lse(lse: Tensor, q: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
 
     Of queries that see no compressed token it is undefined.
     """
-    if k_cmp.shape[1] == 0:
+    form = plan.compressed_form
+    if form is CompressedForm.NONE:
         return lse.new_zeros(q.shape[0], q.shape[2], q.shape[1])
-    if _is_folded(k_cmp, plan):
+    if plan.folds:
         return lse_in_order(lse, q, k_cmp.shape[2], plan)
     return lse[None] if plan.packed else lse
 
@@ -97,16 +95,17 @@ def compressed_attention_backward(
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k_cmp`` and ``v_cmp``, the last two perhaps in float32."""
-    if k_cmp.shape[1] == 0:
+    form = plan.compressed_form
+    if form is CompressedForm.NONE:
         return torch.zeros_like(q), torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
-    if groups is not None:
+    if form is CompressedForm.LISTED:
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
         q_rows = plan.tokens.pack(q)
         mask = _compressed_mask(q_rows, plan)
         dq, dk, dv = _sparse_backward(dout, q_rows, k_rows, v_rows, out, lse, lists, mask, plan)
         return dq, plan.compressed.unpack(dk), plan.compressed.unpack(dv)
-    if _is_folded(k_cmp, plan):
+    if plan.folds:
         return folded_attention_backward(dout, q, k_cmp, v_cmp, out, lse, plan)
     call = _compressed_call(plan)
     dq, dk, dv = _dense_backward(dout, q, k_cmp, v_cmp, out, lse, plan, **call)
@@ -173,18 +172,10 @@ def _window_call(plan: Plan) -> dict:
     )
 
 
-def _is_folded(k_cmp: Tensor, plan: Plan) -> bool:
-    """Whether queries are folded, for FA4 to skip tiles of keys: if causal, and there are several.
-
-    Packed sequences of any lengths are all folded, by the same kernels.
-    """
-    return plan.config.causal and (plan.packed or k_cmp.shape[1] > ONE_TILE)
-
-
 def _compressed_call(plan: Plan) -> dict:
     """Mask and lengths of the dense compressed branch where it is not folded."""
     config, call = plan.config, dict(causal=False, window_size=(None, None))
-    if config.causal:
+    if plan.compressed_form is CompressedForm.BATCH:
         first = covered_tokens(config, config.compressed_visibility) - 1
         return call | dict(key_times=(config.compress_stride, first))
     if not plan.packed:

@@ -21,7 +21,6 @@ from nsa.blocks import covered_tokens, num_compressed_blocks
 from nsa.config import NSAConfig
 from nsa.fused import fa4
 from nsa.fused.layout import Plan
-from nsa.fused.packing import extra_rows
 from nsa.precision import accumulation_dtype
 
 SHARED_BYTES = 48 << 20
@@ -126,11 +125,6 @@ def folded_attention_backward(
         dk_cmp += dk
         dv_cmp += dv
     return dq, dk_cmp, dv_cmp
-
-
-def num_folded_rows(length: int, sequences: int, config: NSAConfig) -> int:
-    """Upper bound of the rows of packed sequences with ``length`` tokens together."""
-    return length // config.compress_stride + extra_rows(config) * sequences
 
 
 def lse_in_order(lse: Tensor, q: Tensor, num_kv_heads: int, plan: Plan) -> Tensor:

@@ -19,6 +19,7 @@ from nsa.blocks import (
     num_selection_blocks,
 )
 from nsa.config import NSAConfig
+from nsa.fused.compressed_forms import CompressedForm, compressed_form, is_folded
 from nsa.fused.importance import TokenTiles, make_token_tiles
 from nsa.fused.packing import AlignedRows, FoldedQueries
 from nsa.fused.scoring import Scoring
@@ -29,13 +30,6 @@ from nsa.tracing import may_keep
 MAX_PLANS = 8
 """Plans to keep of batches. Few, because each keeps index tensors
 as long as the sequences on the device: some 100 bytes a token of packed ones."""
-
-
-def num_compressed_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
-    """Compressed blocks in ``length`` tokens of one sequence, or at most so many in packed ones."""
-    if cu_seqlens is None:
-        return num_compressed_blocks(length, config)
-    return length // config.compress_stride
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +51,17 @@ class Plan:
     @property
     def packed(self) -> bool:
         return self.cu_seqlens is not None
+
+    @property
+    def compressed_form(self) -> CompressedForm:
+        """How the compressed branch is computed."""
+        total = self.geometry.compressed.total
+        return compressed_form(self.config, packed=self.packed, num_compressed=total)
+
+    @property
+    def folds(self) -> bool:
+        """Whether the compressed branch folds queries into heads."""
+        return is_folded(self.compressed_form, self.geometry.compressed.total)
 
     @cached_property
     def tokens(self) -> AlignedRows:

@@ -14,11 +14,15 @@ from nsa.config import NSAConfig
 from nsa.fused import pipeline
 from nsa.fused.call import Call, with_scale
 from nsa.fused.chunks import split_heads
-from nsa.fused.folded_attention import num_folded_rows
+from nsa.fused.compressed_forms import (
+    CompressedForm,
+    compressed_form,
+    num_compressed_bound,
+    num_folded_rows,
+)
 from nsa.fused.layout import (
     Plan,
     make_plan,
-    num_compressed_bound,
     num_tiles_bound,
     num_units_bound,
 )
@@ -144,6 +148,12 @@ def _fake_saved(
     return [tensors[name] if name in tensors else out.new_empty(0) for name in Saved._fields]
 
 
+def _form(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> CompressedForm:
+    packed = cu_seqlens is not None
+    bound = num_compressed_bound(length, packed, config)
+    return compressed_form(config, packed=packed, num_compressed=bound)
+
+
 def _out_shapes(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> list[tuple]:
     """Shapes of the output of each branch, see :func:`nsa.fused.attention.query_placements`."""
     length, num_heads, dim = q.shape[1:]
@@ -151,14 +161,11 @@ def _out_shapes(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> list
     if cu_seqlens is None or config.selection == "token":
         return [in_order] * 3
     rows = num_tiles_bound(length, cu_seqlens, config) * config.q_tile_size
-    in_rows = (1, rows, num_heads, dim)
-    if num_compressed_bound(length, cu_seqlens, config) == 0:
-        out_cmp = in_order
-    elif config.num_cmp_selected_blocks is not None:
+    in_rows, out_cmp = (1, rows, num_heads, dim), in_order
+    form = _form(length, cu_seqlens, config)
+    if form is CompressedForm.LISTED:
         out_cmp = in_rows
-    elif not config.causal:
-        out_cmp = in_order
-    else:
+    elif form is CompressedForm.FOLDED_ROWS:
         folded = num_folded_rows(length, cu_seqlens.shape[0] - 1, config)
         out_cmp = (1, folded, num_heads * config.compress_stride, dim)
     return [out_cmp, in_rows, in_order]
@@ -168,21 +175,20 @@ def _lse_shapes(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> list
     """Shapes of the log-sum-exp of each branch, in the layouts of :mod:`nsa.fused.attention`."""
     batch, length, num_heads = q.shape[:3]
     leading = (batch,) if cu_seqlens is None else ()
-    in_order = (*leading, num_heads, length)
+    lse_cmp = in_order = (*leading, num_heads, length)
     if config.selection == "token":
         lse_slc = (batch * length, num_heads)
     else:
         rows = num_units_bound(length, cu_seqlens, config) * config.q_tile_size
         lse_slc = (1, num_heads, batch * rows)
-    if config.num_cmp_selected_blocks is not None:
+    form = _form(length, cu_seqlens, config)
+    if form is CompressedForm.NONE:
+        lse_cmp = (0,)
+    elif form is CompressedForm.LISTED:
         lse_cmp = lse_slc
-    elif cu_seqlens is None or not config.causal:
-        lse_cmp = in_order
-    else:
+    elif form is CompressedForm.FOLDED_ROWS:
         folded = num_folded_rows(length, cu_seqlens.shape[0] - 1, config)
         lse_cmp = (num_heads * config.compress_stride, folded)
-    if num_compressed_bound(length, cu_seqlens, config) == 0:
-        lse_cmp = (0,)
     return [lse_cmp, lse_slc, in_order]
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import Geometry, Segments, SingleSegment, covered_tokens, prefix_sum
-from nsa.config import NSAConfig
 from nsa.fused import own_kernels
+from nsa.fused.compressed_forms import extra_rows
 from nsa.fused.placement import Placement
 
 
@@ -166,12 +166,6 @@ class FoldedQueries:
         index = slot * self.rows.total + row.clamp(min=0)
         by_head = lse.unflatten(0, (num_kv_heads, self.size, -1)).transpose(1, 2).flatten(2)
         return by_head.index_select(2, index).flatten(0, 1)[None]
-
-
-def extra_rows(config: NSAConfig) -> int:
-    """Rows that :class:`FoldedQueries` has in a sequence beside one for each compressed block."""
-    started = config.compressed_visibility == "started"
-    return config.compress_block_size // config.compress_stride if started else 0
 
 
 def _fold_index(token: Tensor, num_kv_heads: int) -> Tensor:

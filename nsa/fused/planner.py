@@ -14,6 +14,7 @@ from torch import Tensor
 from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.fused.block_lists import BOUNDED_BYTES, goes_by_query
+from nsa.fused.compressed_forms import CompressedForm, compressed_form, num_compressed_bound
 from nsa.fused.constraints import MAX_PAIRS
 from nsa.fused.layout import choose_key_block
 from nsa.fused.selection import SCORE_ELEMENTS
@@ -172,6 +173,8 @@ class _Chunk:
         self.heads = kv_heads * (p.num_heads // p.num_kv_heads)
         tokens, rows = p.batch * p.length, p.tiles * config.q_tile_size
         compressed = p.batch * num_compressed_blocks(p.length, config)
+        bound = num_compressed_bound(p.length, p.packed, config)
+        self.form = compressed_form(config, packed=p.packed, num_compressed=bound)
         width = p.head_dim * p.itemsize
         self.tokens, self.rows, self.compressed = tokens, rows, compressed
         # A tensor of queries and of keys, as tokens and in aligned rows; compressed keys.
@@ -230,14 +233,14 @@ class _Chunk:
 
     def _compressed_copies(self, queries: int) -> int:
         """The compressed branch's copies: of so many tensors of queries, and of keys and values."""
-        p = self.problem
-        if p.config.num_cmp_selected_blocks is not None:
+        if self.form is CompressedForm.LISTED:
             return (queries - 1) * self.query_copy + 2 * self.key_cmp
-        if not p.config.causal:
-            return 0
-        # Folding: packed, queries are gathered, else each query head gets keys of its own.
-        group = self.heads // self.kv_heads
-        return queries * self.query if p.packed else 2 * group * self.key_cmp
+        if self.form is CompressedForm.FOLDED_ROWS:
+            return queries * self.query
+        if self.form is CompressedForm.BATCH:
+            # Where it is folded, each query head gets keys of its own; else there are few.
+            return 2 * (self.heads // self.kv_heads) * self.key_cmp
+        return 0
 
     def _compressed_backward(self, queries: int = 1) -> int:
         """The compressed branch's copies, accumulators and gradients of queries and keys.
@@ -245,7 +248,7 @@ class _Chunk:
         ``queries`` are the tensors of queries that are folded or unfolded by a copy.
         """
         p = self.problem
-        if p.config.num_cmp_selected_blocks is not None:
+        if self.form is CompressedForm.LISTED:
             size = p.config.cmp_group_size
             return self._sparse(self.key_cmp, self.key_cmp, self.compressed, size)
         copies = self._compressed_copies(queries)

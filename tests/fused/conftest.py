@@ -6,7 +6,7 @@ import emulated_token_kernels
 import poison
 import pytest
 
-from nsa.fused import attention, constraints, fa4, folded_attention, own_kernels
+from nsa.fused import compressed_forms, constraints, fa4, folded_attention, own_kernels
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def fused_on_cpu(monkeypatch):
 def compressed_calls(monkeypatch, request):
     """All ways to compute the compressed branch of a batch: as of few, more and many tokens."""
     if request.param != "one tile":
-        monkeypatch.setattr(attention, "ONE_TILE", 0)
+        monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
     if request.param == "shared keys":
         monkeypatch.setattr(folded_attention, "SHARED_BYTES", 0)
 

@@ -12,7 +12,7 @@ from requirements import missing_gpu
 from torch import Tensor
 
 import nsa
-from nsa.fused import attention, constraints, fa4_replay, folded_attention, interface
+from nsa.fused import compressed_forms, constraints, fa4_replay, folded_attention, interface
 from nsa.fused.compression import compress
 from nsa.fused.layout import make_plan
 from nsa.fused.selection import select
@@ -254,7 +254,7 @@ def check_against_reference(case: Case, monkeypatch) -> None:
     """Fused output and gradients against float64, with the same block indices and groups."""
     arguments, config = make_tensors(case), case.config
     if case.folded:
-        monkeypatch.setattr(attention, "ONE_TILE", 0)
+        monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
     if case.shared:
         monkeypatch.setattr(folded_attention, "SHARED_BYTES", 0)
     assert constraints.unsupported_reason(arguments["q"], _first(arguments["v"]), config) is None

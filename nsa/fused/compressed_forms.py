@@ -1,0 +1,67 @@
+"""Which form the compressed branch takes, and what follows from that: decided here alone.
+
+The stages, the fake implementations of the custom ops and the memory estimate read it.
+"""
+
+from enum import Enum
+
+from nsa.blocks import num_compressed_blocks
+from nsa.config import NSAConfig
+
+ONE_TILE = 128
+"""Keys of a tile of FA4's kernels."""
+
+
+class CompressedForm(Enum):
+    """How the compressed branch is computed.
+
+    Attributes:
+        NONE: there is no compressed token; the output is 0.
+        LISTED: tiles attend listed groups (``num_cmp_selected_blocks``), queries in aligned rows.
+        BATCH: causal, a batch. See :func:`is_folded`.
+        FOLDED_ROWS: causal, packed sequences of any lengths. Their queries are gathered.
+        ALL: not causal; every query attends all blocks of its sequence.
+    """
+
+    NONE = "none"
+    LISTED = "listed"
+    BATCH = "batch"
+    FOLDED_ROWS = "folded rows"
+    ALL = "all"
+
+
+def compressed_form(config: NSAConfig, *, packed: bool, num_compressed: int) -> CompressedForm:
+    """The form for ``num_compressed`` blocks of an entry; packed, an upper bound of them."""
+    if num_compressed == 0:
+        return CompressedForm.NONE
+    if config.num_cmp_selected_blocks is not None:
+        return CompressedForm.LISTED
+    if not config.causal:
+        return CompressedForm.ALL
+    return CompressedForm.FOLDED_ROWS if packed else CompressedForm.BATCH
+
+
+def is_folded(form: CompressedForm, num_compressed: int) -> bool:
+    """Whether queries that see the same blocks are FA4's heads, so that it skips tiles of keys.
+
+    A batch is folded by views, if it has more than one tile of keys; else a mask compares times.
+    """
+    # Apart from the form, because torch.compile would compile again for lengths beyond.
+    many = form is CompressedForm.BATCH and num_compressed > ONE_TILE
+    return many or form is CompressedForm.FOLDED_ROWS
+
+
+def num_compressed_bound(length: int, packed: bool, config: NSAConfig) -> int:
+    """Compressed blocks in ``length`` tokens of one sequence, or at most so many in packed ones."""
+    return length // config.compress_stride if packed else num_compressed_blocks(length, config)
+
+
+def extra_rows(config: NSAConfig) -> int:
+    """Folded rows of a sequence beside one for each compressed block."""
+    started = config.compressed_visibility == "started"
+    return config.compress_block_size // config.compress_stride if started else 0
+
+
+def num_folded_rows(length: int, sequences: int, config: NSAConfig) -> int:
+    """Upper bound of the folded rows of packed sequences with ``length`` tokens together."""
+    return length // config.compress_stride + extra_rows(config) * sequences
