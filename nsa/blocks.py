@@ -41,6 +41,11 @@ def num_query_tiles(length: int | Tensor, config: NSAConfig) -> int | Tensor:
     return -(-length // config.q_tile_size)
 
 
+def most_query_tiles(tokens: int, sequences: int, config: NSAConfig) -> int:
+    """Upper bound of the query tiles of packed sequences with ``tokens`` tokens together."""
+    return tokens // config.q_tile_size + sequences
+
+
 def num_cmp_groups(length: int | Tensor, config: NSAConfig) -> int | Tensor:
     """Groups of compressed tokens of a sequence: ``ceil(N_cmp / cmp_group_size)``."""
     return -(-num_compressed_blocks(length, config) // config.cmp_group_size)
@@ -235,7 +240,7 @@ class Geometry:
 
     @cached_property
     def tiles(self) -> Segments:
-        bound = self.tokens.total // self.config.q_tile_size + self.tokens.num_sequences
+        bound = most_query_tiles(self.tokens.total, self.tokens.num_sequences, self.config)
         return self._segments(num_query_tiles, bound)
 
     @cached_property

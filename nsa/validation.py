@@ -8,7 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
+from nsa.blocks import (
+    most_query_tiles,
+    num_compressed_blocks,
+    num_query_tiles,
+    num_selection_blocks,
+)
 from nsa.config import NSAConfig
 from nsa.packing import Boundaries
 from nsa.tracing import has_readable_values
@@ -244,7 +249,7 @@ def _block_indices_shape(boundaries: Boundaries | None, problem: Problem) -> tup
         tiles = num_query_tiles(length, config)
         return (batch, problem.num_heads, tiles, config.num_selected_blocks)
     if boundaries.lengths is None:
-        tiles = problem.leading[0] // config.q_tile_size + boundaries.cu_seqlens.shape[0] - 1
+        tiles = most_query_tiles(problem.leading[0], boundaries.cu_seqlens.shape[0] - 1, config)
     else:
         tiles = sum(num_query_tiles(length, config) for length in boundaries.lengths)
     return (problem.num_heads, tiles, config.num_selected_blocks)

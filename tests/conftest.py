@@ -4,6 +4,8 @@ import profiles
 import pytest
 import requirements
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 
 # pytest-xdist runs one worker a core; more threads than that only contend.
 torch.set_num_threads(1)
@@ -29,3 +31,12 @@ def pytest_runtest_makereport(item):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """One process and its mesh."""
+    store = f"file://{tmp_path}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()

@@ -8,8 +8,7 @@ import weakref
 
 import pytest
 import torch
-from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import nsa
@@ -19,15 +18,6 @@ CONFIG = nsa.NSAConfig.paper(compress_block_size=8, compress_stride=4, select_bl
 
 def make_layer(**options):
     return nsa.NativeSparseAttention(64, 4, 2, CONFIG, bias=True, **options)
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """One process and its mesh."""
-    store = f"file://{tmp_path}/store"
-    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
 
 
 def reset_all(layer):

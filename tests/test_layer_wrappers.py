@@ -6,8 +6,7 @@ import warnings
 
 import pytest
 import torch
-from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecision,
@@ -38,15 +37,6 @@ CPU = torch.device("cpu")
 
 def make_layer(**options):
     return nsa.NativeSparseAttention(DIM, HEADS, KV_HEADS, CONFIG, backend="reference", **options)
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """One process and its mesh."""
-    store = f"file://{tmp_path}/store"
-    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
 
 
 def replace(layer, names, wrap):

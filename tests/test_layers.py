@@ -1,9 +1,8 @@
 """nsa.NativeSparseAttention: shapes, packing, compressor, RoPE, causality, gradients, errors."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from torch_defaults import DEFAULTS, default_dtype
 
 import nsa
 from nsa.layers import BlockCompressor, _block_starts
@@ -37,25 +36,6 @@ OPTIONS = {
     "separate": {"separate_kv": True, "bias": True},
     "gate-q": {"gate": "q"},
     "dims": {"head_dim": 10, "value_head_dim": 7},
-}
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-# Global defaults that must change nothing of a float32 layer on the CPU.
-DEFAULTS = {
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "float16": lambda: default_dtype(torch.float16),
-    "float64": lambda: default_dtype(torch.float64),
-    "meta": lambda: torch.device("meta"),
 }
 
 

@@ -70,12 +70,9 @@ def forward(
         gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
         gates=_batched(gates),
     )
-    if save and block_indices is not None:
-        # A copy, which nobody can overwrite before the backward.
-        block_indices = block_indices.clone()
     out = attention(
         inputs,
-        _unit_major(block_indices, q, cu_seqlens, config),
+        _unit_major(block_indices, q, cu_seqlens, config, save),
         boundaries,
         config,
         schedule,
@@ -172,19 +169,26 @@ def _pad_compressed(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, config: NSA
 
 
 def _unit_major(
-    indices: Tensor | None, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig
+    indices: Tensor | None,
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    config: NSAConfig,
+    save: bool,
 ) -> Tensor | None:
     """The caller's ``(B, H, tiles, n)`` or ``(H, tiles, n)`` as ``(B, tiles, H, n)``.
 
     Packed input gets empty tiles up to the bound that :class:`nsa.fused.layout.Plan` counts with.
-    In token mode ``(B, T, H_kv, n)`` or ``(T, H_kv, n)`` becomes the former.
+    In token mode ``(B, T, H_kv, n)`` or ``(T, H_kv, n)`` becomes the former. Where ``save``, it is
+    a copy, which nobody can overwrite before the backward.
     """
-    if indices is None or config.selection == "token":
-        return _batched(indices)
+    if indices is None:
+        return None
+    if config.selection == "token":
+        return _batched(indices.clone() if save else indices)
     missing = num_units_bound(q.shape[-3], cu_seqlens, config) - indices.shape[-2]
     indices = pad(indices, (0, 0, 0, missing), value=-1)
     indices = indices if indices.ndim == 4 else indices[None]
-    return indices.transpose(1, 2).contiguous()
+    return indices.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _empty_output(q: Tensor, value_dim: int, differentiable: tuple) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from nsa.blocks import (
     Geometry,
     Segments,
+    most_query_tiles,
     num_compressed_blocks,
     num_query_tiles,
     num_selection_blocks,
@@ -209,7 +210,7 @@ def num_tiles_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -
     """Query tiles in ``length`` tokens of one sequence, or at most so many in packed ones."""
     if cu_seqlens is None:
         return num_query_tiles(length, config)
-    return length // config.q_tile_size + cu_seqlens.shape[0] - 1
+    return most_query_tiles(length, cu_seqlens.shape[0] - 1, config)
 
 
 def num_units_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:

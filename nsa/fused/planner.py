@@ -11,7 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
+from nsa.blocks import (
+    most_query_tiles,
+    num_compressed_blocks,
+    num_query_tiles,
+    num_selection_blocks,
+)
 from nsa.config import NSAConfig
 from nsa.fused.block_lists import BOUNDED_BYTES, goes_by_query
 from nsa.fused.compressed_forms import CompressedForm, compressed_form, num_compressed_bound
@@ -60,7 +65,7 @@ class Problem(NamedTuple):
     def tiles(self) -> int:
         """Query tiles of all entries."""
         if self.packed:
-            return self.length // self.config.q_tile_size + self.sequences
+            return most_query_tiles(self.length, self.sequences, self.config)
         return self.batch * num_query_tiles(self.length, self.config)
 
     @property

@@ -150,7 +150,7 @@ def _listed_attention(
     keys, values = k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)  # a row a key and KV head
     arrange = _token_rows if geometry.config.selection == "token" else _tile_rows
 
-    def attend(piece, keys, values, indices, start, stop):
+    def attend(piece, keys, values, start, stop):
         owner = geometry.units.owner[start:stop]
         rows, token, restore = arrange(piece, num_kv_heads, start, stop, geometry)
         seen_end = torch.where(token >= 0, end[token.clamp(min=0)], 0)  # (C, R)
@@ -167,10 +167,8 @@ def _listed_attention(
 
     chunks = _unit_chunks(q, v, indices, table, geometry)
     pieces = q.to(dtype).split(_num_tokens(chunks, geometry))
-    # Every tensor of the caller's is an argument, so that autograd notices when it is overwritten
-    # before the backward.
     out = [
-        recomputed(attend, piece, keys, values, indices, *chunk)
+        recomputed(attend, piece, keys, values, *chunk)
         for piece, chunk in zip(pieces, chunks, strict=True)
     ]
     return torch.cat(out).to(q.dtype)

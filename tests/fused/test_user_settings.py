@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch_defaults import DEFAULTS
 
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
@@ -70,24 +71,6 @@ def assert_same_bits(actual, expected):
         assert x.dtype == wanted.dtype
         assert x.device == wanted.device
         assert torch.equal(x, wanted)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-DEFAULTS = {
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "float16": lambda: default_dtype(torch.float16),
-    "float64": lambda: default_dtype(torch.float64),
-    "meta": lambda: torch.device("meta"),
-}
 
 
 @both
