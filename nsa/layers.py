@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nsa import dispatch
 from nsa.blocks import locate_items, num_compressed_blocks, prefix_sum
 from nsa.config import NSAConfig
+from nsa.host import has_readable_values
 from nsa.linears import (
     apply_linear,
     make_linear,
@@ -22,7 +23,6 @@ from nsa.linears import (
 from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.precision import autocast_dtype
 from nsa.rope import apply_rope
-from nsa.tracing import has_readable_values
 from nsa.validation import check_config, check_max_workspace_bytes
 
 _GATES = ("hidden", "q")

@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from nsa.tracing import has_readable_values, is_capturing, may_keep
+from nsa.host import has_readable_values, is_capturing, may_keep
 
 MAX_KEPT = 16
 """Things to keep with a Packing. Few, because index tensors are as long as the sequences."""

@@ -15,8 +15,8 @@ from nsa.blocks import (
     num_selection_blocks,
 )
 from nsa.config import NSAConfig
+from nsa.host import has_readable_values
 from nsa.packing import Boundaries
-from nsa.tracing import has_readable_values
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from measuring import environment, timing, workloads
 from measuring.tables import Table, quantile_columns, ratio_of_medians, rounded
 from measuring.workloads import Tensors
-from nsa.fused.layout import make_plan
+from nsa.fused.plan import make_plan
 from nsa.fused.token_attention import token_attention, token_attention_backward
 
 FIELDS = (

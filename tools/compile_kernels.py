@@ -59,22 +59,22 @@ def head_dims(arch: str) -> tuple[int, ...]:
 
 def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Our own kernels, all forms of a file, and dtype where it has one, in one case."""
-    from nsa.fused.kernels import block_lists, compression, gating, query_gradient, top_blocks
+    from nsa.fused.kernels import gates, lists, means, query_gradient, top_blocks
 
-    by_dtype, others = [gating, query_gradient, compression], [block_lists, top_blocks]
+    by_dtype, others = [gates, query_gradient, means], [lists, top_blocks]
     if arch == "sm_90a":
         # On Hopper's matrix instructions.
         from nsa.fused.kernels import (
-            band_forward,
             float_sums,
             importance,
             inverted_index,
             listed_backward,
             selected_backward,
+            selected_band,
             selected_forward,
         )
 
-        by_dtype += [importance, selected_forward, band_forward]
+        by_dtype += [importance, selected_forward, selected_band]
         by_dtype += [selected_backward, listed_backward, float_sums]
         others.append(inverted_index)
     for kernels in by_dtype:
@@ -197,7 +197,7 @@ def compile_sparse(dim, group, query_block, key_block, mask, dtype, *, length=LE
 
 
 def fake_lists(heads, length, query_block, key_block, with_full, transposed):
-    from nsa.fused.seam import BlockLists
+    from nsa.fused.kernel_inputs import BlockLists
 
     rows, columns = -(-length // query_block), -(-length // key_block)
     if transposed:

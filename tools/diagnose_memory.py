@@ -36,7 +36,7 @@ from measuring.gate import check_accuracy
 from measuring.tables import Table, rounded
 from measuring.variants import kernel_variants
 from measuring.workloads import describe_groups
-from nsa.fused import planner
+from nsa.fused import memory
 
 FIELDS = (
     "section", "name", "tokens", *workloads.SHAPE_FIELDS, "cmp_groups", "before_gib", "peak_gib",
@@ -171,8 +171,8 @@ def unaccounted_bytes() -> int:
 def plan_and_peaks(step: Callable, tensors) -> tuple[list, list]:
     """(name, bytes) of what the planner expects of a pass, and of what a second pass takes."""
     with (
-        stages.results_of(planner.make_schedule) as schedules,
-        stages.results_of(planner.workspace_bytes) as estimates,
+        stages.results_of(memory.make_schedule) as schedules,
+        stages.results_of(memory.workspace_bytes) as estimates,
     ):
         step()
     torch.cuda.synchronize()

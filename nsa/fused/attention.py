@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import covered_tokens
-from nsa.fused import fa4, own_kernels
+from nsa.fused import fa4, kernel_calls
 from nsa.fused.block_lists import (
     compressed_lists,
     goes_by_query,
@@ -23,9 +23,9 @@ from nsa.fused.folded_attention import (
     folded_attention_backward,
     lse_in_order,
 )
-from nsa.fused.layout import Plan
+from nsa.fused.kernel_inputs import BlockLists
 from nsa.fused.placement import IN_ORDER, Placements
-from nsa.fused.seam import BlockLists
+from nsa.fused.plan import Plan
 from nsa.precision import accumulation_dtype
 
 
@@ -233,7 +233,7 @@ def _sparse_backward(
     tensors = (dout, q_rows, k_rows, v_rows, out)
     if goes_by_query(lists.key_block, q_rows.shape[-1]):
         limit = mask.get("key_limit")
-        dq, dk, dv = own_kernels.listed_backward(*tensors, lse, lists, scale, limit)
+        dq, dk, dv = kernel_calls.listed_backward(*tensors, lse, lists, scale, limit)
     else:
         transposed = transpose_lists(lists, k_rows.shape[1])
         dq, dk, dv = fa4.sparse_backward(*tensors, lse, transposed, scale=scale, **mask)

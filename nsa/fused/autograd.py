@@ -9,11 +9,11 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.fused import ops
 from nsa.fused.call import Call, with_scale
-from nsa.fused.layout import make_plan
+from nsa.fused.memory import Schedule
 from nsa.fused.pipeline import Inputs, Saved
-from nsa.fused.planner import Schedule
+from nsa.fused.plan import make_plan
+from nsa.host import is_traced
 from nsa.packing import Boundaries
-from nsa.tracing import is_traced
 
 NUM_INPUTS = len(Inputs._fields)
 

@@ -1,16 +1,16 @@
 """Block lists in the form that the sparse kernels read, and their transpose for the backward.
 
 A list names, for each head and query tile, key blocks of one row of keys (see
-:class:`nsa.fused.layout.AlignedRows`) in ascending order.
+:class:`nsa.fused.row_layouts.AlignedRows`) in ascending order.
 """
 
 import torch
 from torch import Tensor
 
-from nsa.fused import own_kernels
-from nsa.fused.layout import Plan
-from nsa.fused.seam import BlockLists
-from nsa.tracing import is_capturing
+from nsa.fused import kernel_calls
+from nsa.fused.kernel_inputs import BlockLists
+from nsa.fused.plan import Plan
+from nsa.host import is_capturing
 
 BOUNDED_BYTES = 256 << 20
 """Bytes up to which a transposed list gets the width that can never be too small."""
@@ -22,7 +22,7 @@ def selected_lists(block_indices: Tensor, plan: Plan) -> BlockLists:
     Key blocks that start past the end of the sequence are left out.
     """
     config, key_block = plan.config, plan.key_block
-    lists = own_kernels.list_key_blocks(
+    lists = kernel_calls.list_key_blocks(
         block_indices,
         *plan.tile_key_blocks,
         None,
@@ -38,7 +38,7 @@ def compressed_lists(groups: Tensor, plan: Plan) -> BlockLists:
     Blocks that the first query of a tile sees whole are full.
     """
     config, key_block = plan.config, plan.cmp_key_block
-    lists = own_kernels.list_key_blocks(
+    lists = kernel_calls.list_key_blocks(
         groups,
         *plan.tile_cmp_key_blocks,
         config.cmp_group_size // key_block,
@@ -68,7 +68,7 @@ def transpose_lists(lists: BlockLists, num_keys: int) -> BlockLists:
     if lists.full_count is not None:
         given.append((lists.full_count, lists.full_index))
     transposed = [
-        own_kernels.list_query_tiles(*pair, num_blocks, max(1, width))
+        kernel_calls.list_query_tiles(*pair, num_blocks, max(1, width))
         for pair, width in zip(given, _widths(given, num_blocks), strict=True)
     ]
     full = transposed[1] if len(given) == 2 else (None, None)
@@ -82,5 +82,5 @@ def _widths(lists: list[tuple[Tensor, Tensor]], num_blocks: int) -> list[int]:
     bounded = count.numel() * num_blocks * count.element_size() <= BOUNDED_BYTES
     if bounded or is_capturing(count):
         return [num_tiles] * len(lists)
-    longest = [own_kernels.count_query_tiles(*pair, num_blocks).amax() for pair in lists]
+    longest = [kernel_calls.count_query_tiles(*pair, num_blocks).amax() for pair in lists]
     return torch.stack(longest).tolist()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.fused import chunks as chunked
-from nsa.fused.layout import Plan
+from nsa.fused import schedule as chunked
 from nsa.fused.pipeline import Inputs, Saved
+from nsa.fused.plan import Plan
 from nsa.precision import without_autocast
 
 
@@ -21,7 +21,7 @@ class Call(NamedTuple):
         block_indices: the caller's, see :func:`nsa.fused.pipeline.forward`; None to select.
         plan: the sequences, with a configuration that has a scale, because padding changes the head
             dimension it would follow from.
-        chunks: in how many KV heads are run, see :mod:`nsa.fused.chunks`.
+        chunks: in how many KV heads are run, see :mod:`nsa.fused.schedule`.
         recompute: whether forward leaves nothing but what was selected.
     """
 

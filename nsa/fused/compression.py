@@ -6,9 +6,9 @@ Keys and values of a call are alike, and go through one kernel together.
 import torch
 from torch import Tensor
 
-from nsa.fused import own_kernels
-from nsa.fused.layout import Plan
-from nsa.fused.packing import over_batch
+from nsa.fused import kernel_calls
+from nsa.fused.plan import Plan
+from nsa.fused.row_layouts import over_batch
 from nsa.precision import accumulation_dtype
 
 Pair = tuple[Tensor, Tensor]
@@ -60,7 +60,7 @@ def compress_pair_backward(
     total = plan.geometry.compressed.total
     blocks = over_batch(plan.blocks_of_token, k.shape[0], total)
     size = plan.config.compress_block_size
-    return own_kernels.mean_backward(dmeans, blocks, size, k.dtype, addends), dweights
+    return kernel_calls.mean_backward(dmeans, blocks, size, k.dtype, addends), dweights
 
 
 def _mean_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype:
@@ -89,4 +89,4 @@ def _mean(x: Tensor, dtype: torch.dtype, plan: Plan, other: Tensor | None = None
     """``(B, M, H_kv, D)``, with ``other`` ``(2, B, M, H_kv, D)``."""
     start = over_batch(plan.block_start, x.shape[0], plan.geometry.tokens.total)
     size = plan.config.compress_block_size
-    return own_kernels.mean_forward(x, start, size, dtype, other)
+    return kernel_calls.mean_forward(x, start, size, dtype, other)

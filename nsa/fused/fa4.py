@@ -1,4 +1,4 @@
-"""The one file that calls FlashAttention-4 (CuTe DSL). What the calls mean: ``nsa.fused.seam``.
+"""The one file that calls FlashAttention-4 (CuTe DSL), as ``nsa.fused.kernel_inputs`` has it.
 
 Written for flash-attn-4 4.0.0b36 (``WRITTEN_FOR``) and its private entry points
 ``_flash_attn_fwd`` and ``_flash_attn_bwd``: the public functions take neither tiles nor buffers for
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from nsa.fused import fa4_replay
 from nsa.fused.disk_cache import import_kernels
-from nsa.fused.seam import BlockLists
-from nsa.tracing import may_keep
+from nsa.fused.kernel_inputs import BlockLists
+from nsa.host import may_keep
 
 WRITTEN_FOR = "4.0.0b36"
 

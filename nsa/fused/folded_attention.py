@@ -8,7 +8,7 @@ In a batch, every sequence has its rows at the same places, and folding is a vie
 of a row are FA4's heads, and query heads its batch, each with compressed keys and values of its
 own; where these are long, the heads of a group share theirs, in a call a KV head. The last queries,
 which see all blocks, are a call of their own. Packed sequences start anywhere; their queries are
-gathered (:class:`nsa.fused.layout.FoldedQueries`), and in tile mode outputs and gradients of
+gathered (:class:`nsa.fused.row_layouts.FoldedQueries`), and in tile mode outputs and gradients of
 queries stay folded.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from nsa.blocks import covered_tokens, num_compressed_blocks
 from nsa.config import NSAConfig
 from nsa.fused import fa4
-from nsa.fused.layout import Plan
+from nsa.fused.plan import Plan
 from nsa.precision import accumulation_dtype
 
 SHARED_BYTES = 48 << 20

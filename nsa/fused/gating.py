@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nsa.fused import own_kernels
+from nsa.fused import kernel_calls
 from nsa.fused.placement import IN_ORDER, Placements
 
 Branches = tuple[Tensor, Tensor, Tensor]
@@ -45,7 +45,7 @@ def combine_branches(
         placements: where the tokens of the first two branches lie.
     """
     weight = None if gates is not None else gate_proj_weight
-    return own_kernels.gating_forward(*branches, q, gates, weight, out, placements)
+    return kernel_calls.gating_forward(*branches, q, gates, weight, out, placements)
 
 
 def combine_branches_backward(
@@ -58,7 +58,7 @@ def combine_branches_backward(
 ) -> GatingGradients:
     """Gradients of :func:`combine_branches` for ``dout (B, T, H, D)``."""
     weight = None if gates is not None else gate_proj_weight
-    results = own_kernels.gating_backward(dout, *branches, q, gates, weight, placements)
+    results = kernel_calls.gating_backward(dout, *branches, q, gates, weight, placements)
     return GatingGradients(tuple(results[:3]), *results[3:])
 
 
@@ -79,4 +79,4 @@ def query_gradient(
         placements: where the tokens of the first two branches lie.
     """
     weight = None if dlogits is None else gate_proj_weight
-    return own_kernels.query_gradient(*branches, dlogits, weight, out, placements)
+    return kernel_calls.query_gradient(*branches, dlogits, weight, out, placements)

@@ -13,21 +13,21 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.fused import pipeline
 from nsa.fused.call import Call, with_scale
-from nsa.fused.chunks import split_heads
 from nsa.fused.compressed_forms import (
     CompressedForm,
     compressed_form,
     num_compressed_bound,
     num_folded_rows,
 )
-from nsa.fused.layout import (
+from nsa.fused.memory import fewest_chunks
+from nsa.fused.pipeline import Inputs, Saved
+from nsa.fused.plan import (
     Plan,
     make_plan,
     num_tiles_bound,
     num_units_bound,
 )
-from nsa.fused.pipeline import Inputs, Saved
-from nsa.fused.planner import fewest_chunks
+from nsa.fused.schedule import split_heads
 from nsa.packing import find_packing
 from nsa.validation import UnsupportedError
 
@@ -64,7 +64,7 @@ def attention(
 ) -> tuple[Tensor, list[Tensor]]:
     """Output ``(B, T, H, Dv)`` and, where ``save``, a :class:`Saved` of each chunk, one by one.
 
-    KV heads are run in ``chunks``, see :mod:`nsa.fused.chunks`. Selected blocks are returned only
+    KV heads are run in ``chunks``, see :mod:`nsa.fused.schedule`. Selected blocks are returned only
     where the caller gave none, and with ``recompute`` nothing but what was selected. Last comes a
     copy of ``cu_seqlens``, which the caller may change before the backward, unless they are
     ``owned`` by a Packing.

@@ -18,7 +18,7 @@ from nsa.fused.attention import (
 )
 from nsa.fused.compression import Pair, compress, compress_pair, compress_pair_backward
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
-from nsa.fused.layout import Plan
+from nsa.fused.plan import Plan
 from nsa.fused.selection import select
 from nsa.fused.streams import Beside
 from nsa.fused.token_attention import token_attention, token_attention_backward

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.fused import own_kernels
-from nsa.fused.layout import Plan
+from nsa.fused import kernel_calls
+from nsa.fused.plan import Plan
 from nsa.precision import accumulation_dtype
 
 SCORE_ELEMENTS = 1 << 26
@@ -73,7 +73,7 @@ def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
         first = q_rows[0].unflatten(0, (-1, num_tiles, size))[:, :, 0]
         return _copy(first.transpose(1, 2), dtype)
     start = plan.scoring.tile_start(q_rows.shape[1] // (num_tiles * size))
-    mean = own_kernels.mean_forward(q_rows[0], start, size, dtype)
+    mean = kernel_calls.mean_forward(q_rows[0], start, size, dtype)
     mean = mean.unflatten(0, (-1, num_tiles)).transpose(1, 2)
     filled = plan.scoring.filled
     if filled is None:
@@ -122,7 +122,7 @@ def _scores(summary: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     keys = keys.flatten(0, 1)  # (B * H_kv, W, D)
     rows = summary.reshape(len(keys), -1, summary.shape[-1])  # (B * H_kv, G * C, D)
     if keys.dtype == torch.bfloat16:
-        return own_kernels.float32_products(rows, keys.mT).view(shape)
+        return kernel_calls.float32_products(rows, keys.mT).view(shape)
     return torch.bmm(rows, keys.mT).to(dtype).view(shape)
 
 
@@ -143,7 +143,7 @@ def _take(scores: Tensor, tiles: slice, columns: slice, taken: Selection, plan: 
         scale=config.softmax_scale(plan.head_dim),
     )
     if taken.blocks is not None:
-        own_kernels.top_blocks(
+        kernel_calls.top_blocks(
             scores,
             scoring.first,
             scoring.visible,
@@ -156,7 +156,7 @@ def _take(scores: Tensor, tiles: slice, columns: slice, taken: Selection, plan: 
             **common,
         )
     if taken.groups is not None:
-        own_kernels.top_blocks(
+        kernel_calls.top_blocks(
             scores,
             scoring.first,
             scoring.visible,

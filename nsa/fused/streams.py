@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nsa.tracing import is_capturing
+from nsa.host import is_capturing
 
 SHORT = 1 << 27
 """Elements of the queries up to which work is captured side by side: 32K tokens, H=32, D=128."""

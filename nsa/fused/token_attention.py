@@ -5,8 +5,8 @@ Shapes as in :mod:`nsa.fused.attention`; ``block_indices`` are ``(B, T, H_kv, n)
 
 from torch import Tensor
 
-from nsa.fused import own_kernels
-from nsa.fused.layout import Plan
+from nsa.fused import kernel_calls
+from nsa.fused.plan import Plan
 
 
 def token_attention(
@@ -16,7 +16,7 @@ def token_attention(
     rows = (x.flatten(0, 1) for x in (q, k, v))
     forced = plan.config.num_initial_blocks + plan.config.num_local_blocks
     selected = _selected(q, block_indices, plan)
-    out, lse = own_kernels.selected_forward(*rows, *selected, forced > 0)
+    out, lse = kernel_calls.selected_forward(*rows, *selected, forced > 0)
     return out.unflatten(0, q.shape[:2]), lse
 
 
@@ -32,7 +32,7 @@ def token_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``."""
     rows = (x.flatten(0, 1) for x in (dout, q, k, v, out))
-    grads = own_kernels.selected_backward(*rows, lse, *_selected(q, block_indices, plan))
+    grads = kernel_calls.selected_backward(*rows, lse, *_selected(q, block_indices, plan))
     return tuple(grad.unflatten(0, q.shape[:2]) for grad in grads)
 
 

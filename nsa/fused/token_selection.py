@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from nsa.fused import own_kernels
+from nsa.fused import kernel_calls
 from nsa.fused.importance import Rule, choose_shape
-from nsa.fused.layout import Plan
+from nsa.fused.plan import Plan
 from nsa.precision import accumulation_dtype
 
 SCORE_ELEMENTS = 1 << 27
@@ -41,8 +41,8 @@ def select_tokens(q: Tensor, k_cmp: Tensor, lse: Tensor, plan: Plan) -> Tensor:
     for index, start in enumerate(range(0, length, chunk)):
         shape = (batch, num_kv_heads, min(chunk, length - start), width)
         scores = scratch[: shape[0] * shape[1] * shape[2] * width].view(shape)
-        own_kernels.importance_scores(q, k_cmp, lse, tiles, index, scores, scale, rule)
-        own_kernels.top_blocks(
+        kernel_calls.importance_scores(q, k_cmp, lse, tiles, index, scores, scale, rule)
+        kernel_calls.top_blocks(
             scores,
             first,
             candidates,  # each has a score

@@ -6,7 +6,7 @@ import emulated_token_kernels
 import poison
 import pytest
 
-from nsa.fused import compressed_forms, constraints, fa4, folded_attention, own_kernels
+from nsa.fused import compressed_forms, constraints, fa4, folded_attention, kernel_calls
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def fused_on_cpu(monkeypatch):
         monkeypatch.setattr(fa4, name, getattr(emulated_kernels, name))
     for module in (emulated_own_kernels, emulated_token_kernels):
         for name in module.NAMES:
-            monkeypatch.setattr(own_kernels, name, getattr(module, name))
+            monkeypatch.setattr(kernel_calls, name, getattr(module, name))
     monkeypatch.setattr(constraints, "_tensor_limit", lambda *_: None)
     monkeypatch.setattr(constraints, "_device_limit", lambda *_: None)
     monkeypatch.setattr(fa4, "version_problem", lambda: None)

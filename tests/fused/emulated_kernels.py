@@ -1,4 +1,4 @@
-"""The four kernel calls of ``nsa.fused.seam`` in plain PyTorch: any float dtype, any device.
+"""The four kernel calls of ``nsa.fused.kernel_inputs`` in PyTorch: any float dtype, any device.
 
 Same arguments and results as ``nsa.fused.fa4``, with dense masks, for small inputs. Float16 and
 bfloat16 are computed in float32, other dtypes in their own, which ``lse`` then has too. What the
@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nsa.fused.seam import BlockLists
+from nsa.fused.kernel_inputs import BlockLists
 
 NAMES = ("dense_forward", "dense_backward", "sparse_forward", "sparse_backward")
 

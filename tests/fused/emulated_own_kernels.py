@@ -23,7 +23,7 @@ NAMES = (
     "top_blocks",
     "float32_products",
 )
-"""The functions of ``nsa.fused.own_kernels`` that are answered here."""
+"""The functions of ``nsa.fused.kernel_calls`` that are answered here."""
 
 _UNWRITTEN = -7
 

@@ -11,7 +11,7 @@ from nsa.fused.importance import choose_shape
 from nsa.precision import accumulation_dtype
 
 NAMES = ("importance_scores", "selected_forward", "selected_backward")
-"""The functions of ``nsa.fused.own_kernels`` that are answered here."""
+"""The functions of ``nsa.fused.kernel_calls`` that are answered here."""
 
 
 def importance_scores(q, k_cmp, lse, tiles, chunk, scores, scale, rule) -> None:

@@ -12,9 +12,9 @@ from requirements import missing_gpu
 from torch import Tensor
 
 import nsa
-from nsa.fused import compressed_forms, constraints, fa4_replay, folded_attention, interface
+from nsa.fused import compressed_forms, constraints, entry, fa4_replay, folded_attention
 from nsa.fused.compression import compress
-from nsa.fused.layout import make_plan
+from nsa.fused.plan import make_plan
 from nsa.fused.selection import select
 from nsa.reference import pipeline as reference_pipeline
 from nsa.testing import assert_as_accurate, make_cu_seqlens
@@ -226,13 +226,13 @@ def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
     rows = q.detach() if q.ndim == 4 else q.detach()[None]
     plan = make_plan(rows, cu_seqlens, None, config)
     if "compressed_kv" in arguments:
-        k_cmp = interface._pad_compressed(arguments["compressed_kv"][0], q, cu_seqlens, config)
-        k_cmp = interface._batched(k_cmp.detach())
+        k_cmp = entry._pad_compressed(arguments["compressed_kv"][0], q, cu_seqlens, config)
+        k_cmp = entry._batched(k_cmp.detach())
     else:
         k = k[0] if isinstance(k, tuple) else k
         weight = arguments.get("compress_k_weight")
         with torch.no_grad():
-            k_cmp = compress(interface._batched(k), weight, plan)
+            k_cmp = compress(entry._batched(k), weight, plan)
     selection = select(plan.tokens.pack(rows), k_cmp, plan, blocks=False, groups=True)
     groups = selection.groups.flatten(0, 1)
     return groups if cu_seqlens is None else groups[: plan.geometry.tiles.offsets[-1]]

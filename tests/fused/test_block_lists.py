@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from profiles import examples
 
 import nsa
-from nsa.fused import block_lists, own_kernels
-from nsa.fused.layout import make_plan
-from nsa.fused.seam import BlockLists
+from nsa.fused import block_lists, kernel_calls
+from nsa.fused.kernel_inputs import BlockLists
+from nsa.fused.plan import make_plan
 from nsa.testing import make_cu_seqlens
 
 # The fixture replaces functions; nothing of it changes between examples.
@@ -250,7 +250,7 @@ class TestKernels:
         indices = torch.where(indices < 10**9, indices, -1).int()
         arguments = (indices, first, num_blocks, num_full)
         device = [x if x is None else x.cuda() for x in arguments]
-        actual = own_kernels.list_key_blocks(*device, parts, entry_blocks)
+        actual = kernel_calls.list_key_blocks(*device, parts, entry_blocks)
         expected = emulated_own_kernels.list_key_blocks(*device, parts, entry_blocks)
         pairs = ((0, 1), (2, 3)) if has_full else ((0, 1),)
         assert_same_lists(*([(x[i], x[j]) for i, j in pairs] for x in (actual, expected)))
@@ -266,7 +266,7 @@ class TestKernels:
         expected = emulated_own_kernels.list_query_tiles(count, index, num_blocks, tiles)
         longest = max(1, int(expected[0].max()))
         for new_width in (longest, tiles):
-            actual = own_kernels.list_query_tiles(count, index, num_blocks, new_width)
+            actual = kernel_calls.list_query_tiles(count, index, num_blocks, new_width)
             wanted = (expected[0], expected[1][..., :new_width])
             assert_same_lists([actual], [wanted])
-        assert torch.equal(own_kernels.count_query_tiles(count, index, num_blocks), expected[0])
+        assert torch.equal(kernel_calls.count_query_tiles(count, index, num_blocks), expected[0])

@@ -12,7 +12,7 @@ import warnings
 warnings.simplefilter("ignore")
 import torch
 from cutlass import cute
-from nsa.fused.kernels import gating, top_blocks
+from nsa.fused.kernels import gates, top_blocks
 compiled, compile = [], cute.compile
 class Counted:
     def __call__(self, *arguments, **options):
@@ -21,7 +21,7 @@ class Counted:
 cute.compile = Counted()
 for _ in range(2):
     top_blocks.compile_top_blocks(16, 4)
-    gating.compile_forward(torch.bfloat16, 64, "gates", (False, False))
+    gates.compile_forward(torch.bfloat16, 64, "gates", (False, False))
 print("compiled", len(compiled))
 """
 

@@ -8,9 +8,9 @@ from requirements import import_fused
 
 import nsa
 from nsa.blocks import num_compressed_blocks
-from nsa.fused import own_kernels
+from nsa.fused import kernel_calls
 from nsa.fused.compression import compress, compress_pair, compress_pair_backward
-from nsa.fused.layout import make_plan
+from nsa.fused.plan import make_plan
 from nsa.testing import make_cu_seqlens
 
 TILES = nsa.NSAConfig(compress_block_size=16, select_block_size=64, q_tile_size=64)
@@ -130,11 +130,11 @@ class TestKernels:
                 emulated_own_kernels.mean_forward(i.double(), start, size, torch.float64)
                 for i in (x, other)
             ]
-            alone = own_kernels.mean_forward(slice_of_heads(x), start, size, out_dtype)
+            alone = kernel_calls.mean_forward(slice_of_heads(x), start, size, out_dtype)
             assert alone.dtype == out_dtype
             assert_rounded(alone, expected[0])
             for pair in ((x, slice_of_heads(other)), (slice_of_heads(x), other)):
-                means = own_kernels.mean_forward(pair[0], start, size, out_dtype, other=pair[1])
+                means = kernel_calls.mean_forward(pair[0], start, size, out_dtype, other=pair[1])
                 assert_rounded(means, torch.stack(expected))
 
     @pytest.mark.parametrize("length", [1, 63, 65, 1000])
@@ -151,7 +151,7 @@ class TestKernels:
             arguments = (tuple(dmeans), blocks, size, dtype)
             exact = (tuple(dmeans.double()), blocks, size, torch.float64)
             expected = emulated_own_kernels.mean_backward(*exact)
-            new = own_kernels.mean_backward(*arguments)
+            new = kernel_calls.mean_backward(*arguments)
             assert {x.shape for x in new} == {shape}
             assert new[0].untyped_storage().data_ptr() != new[1].untyped_storage().data_ptr()
             assert_rounded(torch.stack(new), torch.stack(expected))
@@ -164,7 +164,7 @@ class TestKernels:
                 targets, others = list(window.clone()), list(selected.clone())
                 targets[written] = slice_of_heads(targets[written])
                 others[read] = slice_of_heads(others[read])
-                dxs = own_kernels.mean_backward(*arguments, (tuple(targets), tuple(others)))
+                dxs = kernel_calls.mean_backward(*arguments, (tuple(targets), tuple(others)))
                 assert [x.data_ptr() for x in dxs] == [x.data_ptr() for x in targets]
                 assert_rounded(torch.stack(dxs), torch.stack(expected))
                 assert_nan_around(targets[written])
@@ -174,10 +174,10 @@ class TestKernels:
         shape, kind = (1, 65, 2, 64), dict(dtype=torch.bfloat16, device="cuda")
         dmeans = tuple(torch.zeros(1, 0, 2, 64, **kind) for _ in range(2))
         blocks = torch.full((65, 1), -1, dtype=torch.int32, device="cuda")
-        new = own_kernels.mean_backward(dmeans, blocks, 128, torch.bfloat16)
+        new = kernel_calls.mean_backward(dmeans, blocks, 128, torch.bfloat16)
         assert not torch.stack(new).any()
         window, selected = torch.randn(2, 2, *shape, device="cuda").to(torch.bfloat16)
         expected = window.double() + selected.double()
         addends = (tuple(window), tuple(selected))
-        dxs = own_kernels.mean_backward(dmeans, blocks, 128, torch.bfloat16, addends)
+        dxs = kernel_calls.mean_backward(dmeans, blocks, 128, torch.bfloat16, addends)
         assert_rounded(torch.stack(dxs), expected)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nsa.fused import fa4
-from nsa.fused.seam import BlockLists
+from nsa.fused.kernel_inputs import BlockLists
 
 H, H_KV, D = 6, 2, 8
 

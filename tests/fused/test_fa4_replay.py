@@ -9,7 +9,7 @@ from poison import poisoned_memory
 from requirements import import_fused
 
 from nsa.fused import fa4, fa4_replay
-from nsa.fused.seam import BlockLists
+from nsa.fused.kernel_inputs import BlockLists
 
 interface = import_fused("flash_attn.cute.interface")
 

@@ -7,11 +7,11 @@ from gpu_cases import gpu_test, slice_of_heads
 from requirements import import_fused
 
 import nsa
-from nsa.fused import own_kernels
+from nsa.fused import kernel_calls
 from nsa.fused.attention import query_placements
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
-from nsa.fused.layout import make_plan
 from nsa.fused.placement import IN_ORDER
+from nsa.fused.plan import make_plan
 from nsa.testing import make_cu_seqlens
 
 FORMS = ["weight", "gates", "mean"]
@@ -128,7 +128,7 @@ class TestKernels:
         exact = [None if x is None else x.double() for x in (gates, weight)]
 
         *branches, q, dout = (slice_of_heads(x)[0] for x in tensors)
-        actual = results(own_kernels, branches, q, gates, weight, dout)
+        actual = results(kernel_calls, branches, q, gates, weight, dout)
         *branches, q, dout = (x[0].double() for x in tensors)
         expected = results(emulated_own_kernels, branches, q, *exact, dout)
         for x, y in zip(actual, expected, strict=True):
@@ -156,7 +156,7 @@ class TestKernels:
         exact = [None if x is None else x.double() for x in (*branches, q, gates, weight, dout)]
 
         expected = results(emulated_own_kernels, exact[:3], *exact[3:], placements)
-        actual = results(own_kernels, branches, q, gates, weight, dout, placements)
+        actual = results(kernel_calls, branches, q, gates, weight, dout, placements)
         for x, y in zip(actual, expected, strict=True):
             tolerance = dict(rtol=torch.finfo(x.dtype).eps, atol=1e-4 * y.abs().max().item())
             torch.testing.assert_close(x.double(), y, **tolerance)

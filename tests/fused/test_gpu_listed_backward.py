@@ -7,8 +7,8 @@ import pytest
 import torch
 from gpu_cases import gpu_test
 
-from nsa.fused import own_kernels
-from nsa.fused.seam import BlockLists
+from nsa.fused import kernel_calls
+from nsa.fused.kernel_inputs import BlockLists
 
 pytestmark = gpu_test
 
@@ -79,7 +79,7 @@ def test_gradients(form):
             dout.double(), *wide, exact_out, exact_lse, lists, **arguments
         )
         out, lse = exact_out.to(dtype), exact_lse.float()
-        actual = own_kernels.listed_backward(dout, q, k, v, out, lse, lists, scale, limit)
+        actual = kernel_calls.listed_backward(dout, q, k, v, out, lse, lists, scale, limit)
         for name, x, y in zip(("dq", "dk", "dv"), actual, exact, strict=True):
             assert x.isfinite().all(), name
             error = (x.double() - y).norm() / y.norm()
@@ -97,8 +97,8 @@ def test_other_sizes_are_refused():
     ):
         lists = BlockLists(count, index, None, None, 64, 64)._replace(**changes)
         with pytest.raises(ValueError, match=message):
-            own_kernels.listed_backward(x, x, x, x, x, lse, lists, 1.0, None)
+            kernel_calls.listed_backward(x, x, x, x, x, lse, lists, 1.0, None)
     wide = torch.randn(1, 64, 1, 256, device="cuda", dtype=torch.bfloat16)
     lists = BlockLists(count, index, None, None, 64, 64)
     with pytest.raises(ValueError, match="same 64, 96 or 128 channels"):
-        own_kernels.listed_backward(wide, wide, wide, wide, wide, lse, lists, 1.0, None)
+        kernel_calls.listed_backward(wide, wide, wide, wide, wide, lse, lists, 1.0, None)

@@ -24,7 +24,7 @@ from token_cases import assert_same_selection
 
 import nsa
 from nsa.blocks import Geometry
-from nsa.fused.layout import make_plan
+from nsa.fused.plan import make_plan
 from nsa.fused.token_selection import select_tokens
 from nsa.reference.compression import compress
 from nsa.testing import make_cu_seqlens

@@ -8,7 +8,7 @@ import torch
 from gpu_cases import gpu_test
 
 import nsa
-from nsa.fused import own_kernels, selection
+from nsa.fused import kernel_calls, selection
 from nsa.testing import make_inputs
 
 pytestmark = gpu_test
@@ -66,7 +66,7 @@ def test_top_blocks(count, per_block, kind):
             torch.full(shape, -7, dtype=torch.int32, device="cuda") for _ in range(2)
         )
         emulated_own_kernels.top_blocks(scores, *vectors, expected, **rules)
-        own_kernels.top_blocks(scores, *vectors, actual, **rules)
+        kernel_calls.top_blocks(scores, *vectors, actual, **rules)
         assert torch.equal(actual, expected), width
 
 

@@ -4,7 +4,7 @@ import emulated_own_kernels
 import pytest
 from group_cases import GROUP_FORMS, check_groups, group_case
 
-from nsa.fused import own_kernels
+from nsa.fused import kernel_calls
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 
@@ -21,6 +21,6 @@ def test_another_group_is_noticed(monkeypatch):
         best = arguments[5][0, -1, 0]
         best.copy_(best == 0)
 
-    monkeypatch.setattr(own_kernels, "top_blocks", top_blocks)
+    monkeypatch.setattr(kernel_calls, "top_blocks", top_blocks)
     with pytest.raises(AssertionError, match="not close"):
         check_groups(group_case(32, 128, 1, packed=False), "cpu")

@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa
-from nsa import layers, packing, tracing, validation
-from nsa.fused import interface, layout, planner
+from nsa import host, layers, packing, validation
+from nsa.fused import entry, memory
+from nsa.fused import plan as plans
 from nsa.fused.call import Call, with_scale
 from nsa.testing import make_cu_seqlens, make_inputs
 
@@ -53,13 +54,13 @@ def _caller() -> Path:
 @pytest.fixture
 def capturing(monkeypatch):
     """As while a CUDA graph is captured."""
-    for module in (planner, packing):
+    for module in (memory, packing):
         monkeypatch.setattr(module, "is_capturing", lambda _: True)
-    monkeypatch.setattr(layout, "may_keep", lambda _: False)
+    monkeypatch.setattr(plans, "may_keep", lambda _: False)
     for module in (validation, packing, layers):
         monkeypatch.setattr(module, "has_readable_values", lambda _: False)
     # A dispatch mode, which the tests look with, is no reason for custom ops.
-    monkeypatch.setattr(interface, "is_traced", lambda *_: False)
+    monkeypatch.setattr(entry, "is_traced", lambda *_: False)
 
 
 @pytest.fixture
@@ -70,14 +71,14 @@ def backward_too(monkeypatch):
     def attention(inputs, block_indices, boundaries, config, schedule, scale, save):
         cu_seqlens, _, max_seqlen, given = boundaries or (None,) * 4
         config = with_scale(config, scale)
-        plan = layout.make_plan(inputs.q, cu_seqlens, max_seqlen, config, given)
+        plan = plans.make_plan(inputs.q, cu_seqlens, max_seqlen, config, given)
         call = Call(block_indices, plan, *schedule)
         out, saved = call.forward(inputs, save=True)
         grads = call.backward(torch.ones_like(out), inputs, saved)
         calls.append([x for x in grads if x is not None])
         return out
 
-    monkeypatch.setattr(interface, "attention", attention)
+    monkeypatch.setattr(entry, "attention", attention)
     return calls
 
 
@@ -157,31 +158,31 @@ def test_select_blocks(case, packed):
         lengths = packing.Boundaries(make_cu_seqlens(LENGTHS), LENGTHS, max(LENGTHS), None)
         extras = dict(boundaries=lengths)
     call = dict(config=CONFIGS[case], **extras)
-    expected = interface.select_blocks(q, k, **call)
+    expected = entry.select_blocks(q, k, **call)
     with NoHostReads():
-        assert torch.equal(interface.select_blocks(q, k, **call), expected)
+        assert torch.equal(entry.select_blocks(q, k, **call), expected)
 
 
 def test_the_mode_sees_reads_of_the_package(monkeypatch):
-    monkeypatch.setattr(interface, "is_traced", lambda *_: False)
+    monkeypatch.setattr(entry, "is_traced", lambda *_: False)
     q, k, _ = make_inputs((sum(LENGTHS),), 2, 1, 8)
     lengths = packing.Boundaries(make_cu_seqlens(LENGTHS), None, None, None)
     with NoHostReads(), pytest.raises(AssertionError, match="makes the host wait"):
-        interface.select_blocks(q, k, config=make_config(), boundaries=lengths)
+        entry.select_blocks(q, k, config=make_config(), boundaries=lengths)
 
 
 def test_a_captured_plan_is_not_kept(monkeypatch):
     """Its tensors would hold what no replay outside of its graph computes."""
     q = torch.zeros(1, 77, 2, 8)
     config = make_config()
-    kept = layout.make_plan(q, None, None, config)
-    assert layout.make_plan(q, None, None, config) is kept
-    monkeypatch.setattr(layout, "may_keep", lambda _: False)
-    assert layout.make_plan(q, None, None, config) is not kept
+    kept = plans.make_plan(q, None, None, config)
+    assert plans.make_plan(q, None, None, config) is kept
+    monkeypatch.setattr(plans, "may_keep", lambda _: False)
+    assert plans.make_plan(q, None, None, config) is not kept
     q = torch.zeros(1, 78, 2, 8)
-    captured = layout.make_plan(q, None, None, config)
-    monkeypatch.setattr(layout, "may_keep", lambda _: True)
-    assert layout.make_plan(q, None, None, config) is not captured
+    captured = plans.make_plan(q, None, None, config)
+    monkeypatch.setattr(plans, "may_keep", lambda _: True)
+    assert plans.make_plan(q, None, None, config) is not captured
 
 
 @pytest.mark.parametrize(("stream", "capturing"), [("side", False), ("default", True)])
@@ -190,9 +191,9 @@ def test_only_the_default_stream_keeps_what_it_computes(monkeypatch, stream, cap
     x = SimpleNamespace(is_cuda=True, device="cuda")
     monkeypatch.setattr(torch.cuda, "default_stream", lambda _: "default")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "default")
-    monkeypatch.setattr(tracing, "is_capturing", lambda _: False)
-    monkeypatch.setattr(tracing, "is_traced", lambda _: False)
-    assert tracing.may_keep(x)
+    monkeypatch.setattr(host, "is_capturing", lambda _: False)
+    monkeypatch.setattr(host, "is_traced", lambda _: False)
+    assert host.may_keep(x)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    monkeypatch.setattr(tracing, "is_capturing", lambda _: capturing)
-    assert not tracing.may_keep(x)
+    monkeypatch.setattr(host, "is_capturing", lambda _: capturing)
+    assert not host.may_keep(x)

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import nsa
 from nsa.blocks import Geometry, Segments
-from nsa.fused.layout import Plan, make_plan
+from nsa.fused.plan import Plan, make_plan
 from nsa.packing import MAX_KEPT
 from nsa.testing import make_cu_seqlens
 

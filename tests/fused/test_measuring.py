@@ -10,7 +10,7 @@ import torch
 import nsa
 import sanitize
 from measuring import gate, stages, work, workloads
-from nsa.fused import own_kernels, pipeline
+from nsa.fused import kernel_calls, pipeline
 
 OPTIONS = argparse.Namespace(heads=4, kv_heads=2, head_dim=16, dtype="bfloat16")
 CONFIG = nsa.NSAConfig(
@@ -27,8 +27,8 @@ def _on_cpu(fused_on_cpu, monkeypatch):
 def test_gate_passes_and_refuses(monkeypatch):
     lengths = [1, 130, 0, 64]
     gate.check_accuracy(OPTIONS, CONFIG, lengths=lengths)
-    right = own_kernels.gating_forward
-    monkeypatch.setattr(own_kernels, "gating_forward", lambda *args: right(*args) * 1.02)
+    right = kernel_calls.gating_forward
+    monkeypatch.setattr(kernel_calls, "gating_forward", lambda *args: right(*args) * 1.02)
     with pytest.raises(AssertionError, match="out: "):
         gate.check_accuracy(OPTIONS, CONFIG, lengths=lengths)
 

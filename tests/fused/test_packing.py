@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import nsa
 from nsa import blocks, layers, packing, validation
-from nsa.fused import importance, ops, planner
+from nsa.fused import importance, memory, ops
 from nsa.testing import make_cu_seqlens, make_inputs
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
@@ -421,7 +421,7 @@ def test_a_subclass_anywhere_takes_the_custom_op(name, monkeypatch):
 # Dynamo traces through a cached function of sizes, and says so.
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
 def test_pairs_past_what_the_kernels_count_are_refused_when_traced(monkeypatch):
-    monkeypatch.setattr(planner, "MAX_PAIRS", 1500)
+    monkeypatch.setattr(memory, "MAX_PAIRS", 1500)
     q, k, v = inputs(requires_grad=False)
     call = dict(config=CONFIGS["token"], cu_seqlens=make_cu_seqlens(LENGTHS), backend="fused")
     expected = nsa.forward(q, k, v, **call)

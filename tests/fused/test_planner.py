@@ -5,9 +5,9 @@ import torch
 
 import nsa
 from nsa.blocks import num_compressed_blocks
-from nsa.fused import autograd, interface, ops, planner
+from nsa.fused import autograd, entry, memory, ops
 from nsa.fused.call import Call
-from nsa.fused.planner import Problem, Schedule, choose, workspace_bytes
+from nsa.fused.memory import Problem, Schedule, choose, workspace_bytes
 from nsa.testing import make_cu_seqlens, make_inputs
 
 GIB = 1 << 30
@@ -100,7 +100,7 @@ def run(function, leaves):
 def scheduled(monkeypatch):
     """Sets the schedule of every call."""
     return lambda *args: monkeypatch.setattr(
-        interface, "make_schedule", lambda *_, **__: Schedule(*args)
+        entry, "make_schedule", lambda *_, **__: Schedule(*args)
     )
 
 
@@ -197,7 +197,7 @@ def test_max_workspace_bytes_compiles_once_for_all_lengths(packed):
 def test_max_workspace_bytes_reaches_the_planner(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        interface,
+        entry,
         "make_schedule",
         lambda *_, max_workspace_bytes, **__: (
             seen.append(max_workspace_bytes) or Schedule(1, False)
@@ -331,7 +331,7 @@ def test_the_goals_fit_one_gpu():
         inputs, results = queries + 2 * keys, queries
         if save:
             results += 2 * queries + 2 * keys
-        limit = int(planner.USABLE * (free - inputs)) - results
+        limit = int(memory.USABLE * (free - inputs)) - results
         chunks, recompute = choose(problem(length), save, limit)
         used = workspace_bytes(problem(length), -(-8 // chunks), save=save, recompute=recompute)
         assert inputs + results + used < free

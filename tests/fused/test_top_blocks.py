@@ -15,8 +15,8 @@ from profiles import examples
 from test_pipeline import kernel_problems, small_config
 
 import nsa
-from nsa.fused import own_kernels, selection
-from nsa.fused.layout import make_plan
+from nsa.fused import kernel_calls, selection
+from nsa.fused.plan import make_plan
 from nsa.testing import make_cu_seqlens, make_inputs
 
 SETTINGS = dict(suppress_health_check=list(HealthCheck), deadline=None)
@@ -94,7 +94,7 @@ def selected_columns(monkeypatch, q, k_cmp, plan):
         widths.append(scores.shape[-1])
         emulated_own_kernels.top_blocks(scores, *args, **kwargs)
 
-    monkeypatch.setattr(own_kernels, "top_blocks", top_blocks)
+    monkeypatch.setattr(kernel_calls, "top_blocks", top_blocks)
     monkeypatch.setattr(selection, "SCORE_ELEMENTS", 1)
     selection.select(plan.tokens.pack(q), k_cmp, plan, blocks=True, groups=False)
     return widths

@@ -20,9 +20,9 @@ import torch
 PACKAGE = "nsa.fused"
 PIPELINE = "nsa.fused.pipeline"
 # Calls of the attention kernels, of our own, and what prepares their arguments.
-PART_MODULES = ("nsa.fused.block_lists", "nsa.fused.fa4", "nsa.fused.own_kernels")
+PART_MODULES = ("nsa.fused.block_lists", "nsa.fused.fa4", "nsa.fused.kernel_calls")
 NOT_PARTS = ("version_problem",)
-PART_CLASSES = ("nsa.fused.layout.AlignedRows", "nsa.fused.layout.FoldedQueries")
+PART_CLASSES = ("nsa.fused.row_layouts.AlignedRows", "nsa.fused.plan.FoldedQueries")
 
 Path = tuple[str, ...]
 """The stage, the part of it, the part of that; () is the whole."""

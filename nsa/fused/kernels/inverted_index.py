@@ -55,7 +55,7 @@ class InvertIndex:
     """Three kernels: count the pairs of each block, add up, write the list.
 
     In the first and the last a thread has the ``slots`` pairs of a token and KV head. With
-    ``band``, pairs of :mod:`nsa.fused.kernels.band_forward` are left out.
+    ``band``, pairs of :mod:`nsa.fused.kernels.selected_band` are left out.
     """
 
     def __init__(self, slots: int, band: bool):

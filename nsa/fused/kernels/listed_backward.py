@@ -28,6 +28,7 @@ from flash_attn.cute import utils
 from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.kernel_inputs import BlockLists
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.rows import load_rows, row_copy, row_lanes
@@ -39,7 +40,6 @@ from nsa.fused.kernels.vectors import (
     flat_rows,
     load_vector,
 )
-from nsa.fused.seam import BlockLists
 
 _WARPGROUP = 128
 _WARP = 32

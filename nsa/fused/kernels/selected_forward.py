@@ -6,7 +6,7 @@ query head ``r % G`` of pair ``r // G``, so any group size fills the tiles. Each
 partial output (normalised, rounded to the dtype of q) and the log-sum-exp of its scores, stored in
 the order of the list; a second kernel adds up the pairs of each token. Where every token selects
 the blocks that it has in common with its neighbours, that kernel is
-:mod:`nsa.fused.kernels.band_forward`, which computes these itself.
+:mod:`nsa.fused.kernels.selected_band`, which computes these itself.
 
 Rows are gathered by cp.async two tiles ahead, one where shared memory has room for one stage alone.
 The scores of the next tile are computed while this one's output is stored. Three CTAs share an SM
@@ -28,7 +28,6 @@ from flash_attn.cute import utils
 from quack import layout_utils, sm90_utils
 from torch import Tensor
 
-from nsa.fused.kernels.band_forward import band_fits, compile_band
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
     QUAD,
@@ -53,6 +52,7 @@ from nsa.fused.kernels.rows import (
     pair_and_head,
     pair_rows,
 )
+from nsa.fused.kernels.selected_band import band_fits, compile_band
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nsa.fused import pipeline
-from nsa.fused.layout import Plan
 from nsa.fused.pipeline import Inputs, Saved
+from nsa.fused.plan import Plan
 
 # Where heads are in an input; KV heads unless it is one of _QUERY_HEADS.
 _HEADS_DIM = Inputs(**dict.fromkeys(Inputs._fields, 2))._replace(

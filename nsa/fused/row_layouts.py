@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import Geometry, Segments, SingleSegment, covered_tokens, prefix_sum
-from nsa.fused import own_kernels
+from nsa.fused import kernel_calls
 from nsa.fused.compressed_forms import extra_rows
 from nsa.fused.placement import Placement
 
@@ -181,7 +181,7 @@ def _places(row: Tensor, slot: Tensor, size: int, num_kv_heads: int) -> Tensor:
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Items ``index (R,)``, 0 where -1, of every entry of the batch: ``(B, R, H, D)``."""
-    return own_kernels.gather_rows(x, over_batch(index, *x.shape[:2]))
+    return kernel_calls.gather_rows(x, over_batch(index, *x.shape[:2]))
 
 
 def over_batch(index: Tensor, batch: int, stride: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The one file that calls our own CuTe DSL kernels, as ``fa4`` is for FA4's.
 
 A kernel file is imported on its first call, because CuTe takes seconds to import. Callers write
-``own_kernels.gating_forward(...)``, so that a test can replace the functions of this module.
+``kernel_calls.gating_forward(...)``, so that a test can replace the functions of this module.
 """
 
 from functools import cache
@@ -19,13 +19,13 @@ def _kernels(name: str) -> ModuleType:
 
 
 def gating_forward(*args) -> Tensor:
-    """See :func:`nsa.fused.kernels.gating.gating_forward`."""
-    return _kernels("gating").gating_forward(*args)
+    """See :func:`nsa.fused.kernels.gates.gating_forward`."""
+    return _kernels("gates").gating_forward(*args)
 
 
 def gating_backward(*args) -> tuple[Tensor | None, ...]:
-    """See :func:`nsa.fused.kernels.gating.gating_backward`."""
-    return _kernels("gating").gating_backward(*args)
+    """See :func:`nsa.fused.kernels.gates.gating_backward`."""
+    return _kernels("gates").gating_backward(*args)
 
 
 def query_gradient(*args) -> Tensor:
@@ -34,13 +34,13 @@ def query_gradient(*args) -> Tensor:
 
 
 def mean_forward(*args, **kwargs) -> Tensor:
-    """See :func:`nsa.fused.kernels.compression.mean_forward`."""
-    return _kernels("compression").mean_forward(*args, **kwargs)
+    """See :func:`nsa.fused.kernels.means.mean_forward`."""
+    return _kernels("means").mean_forward(*args, **kwargs)
 
 
 def mean_backward(*args) -> tuple[Tensor, Tensor]:
-    """See :func:`nsa.fused.kernels.compression.mean_backward`."""
-    return _kernels("compression").mean_backward(*args)
+    """See :func:`nsa.fused.kernels.means.mean_backward`."""
+    return _kernels("means").mean_backward(*args)
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -57,18 +57,18 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def list_key_blocks(*args) -> tuple[Tensor | None, ...]:
-    """See :func:`nsa.fused.kernels.block_lists.list_key_blocks`."""
-    return _kernels("block_lists").list_key_blocks(*args)
+    """See :func:`nsa.fused.kernels.lists.list_key_blocks`."""
+    return _kernels("lists").list_key_blocks(*args)
 
 
 def count_query_tiles(*args) -> Tensor:
-    """See :func:`nsa.fused.kernels.block_lists.count_query_tiles`."""
-    return _kernels("block_lists").count_query_tiles(*args)
+    """See :func:`nsa.fused.kernels.lists.count_query_tiles`."""
+    return _kernels("lists").count_query_tiles(*args)
 
 
 def list_query_tiles(*args) -> tuple[Tensor, Tensor]:
-    """See :func:`nsa.fused.kernels.block_lists.list_query_tiles`."""
-    return _kernels("block_lists").list_query_tiles(*args)
+    """See :func:`nsa.fused.kernels.lists.list_query_tiles`."""
+    return _kernels("lists").list_query_tiles(*args)
 
 
 def listed_backward(*args) -> tuple[Tensor, Tensor, Tensor]:

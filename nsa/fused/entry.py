@@ -10,11 +10,11 @@ from nsa.fused import ops, pipeline
 from nsa.fused.autograd import attention
 from nsa.fused.call import with_scale
 from nsa.fused.constraints import kernel_head_dim
-from nsa.fused.layout import make_plan, num_units_bound
+from nsa.fused.memory import make_schedule
 from nsa.fused.pipeline import Inputs
-from nsa.fused.planner import make_schedule
+from nsa.fused.plan import make_plan, num_units_bound
+from nsa.host import is_traced
 from nsa.packing import Boundaries
-from nsa.tracing import is_traced
 
 Branches = tuple[Tensor, Tensor, Tensor]
 
@@ -177,7 +177,7 @@ def _unit_major(
 ) -> Tensor | None:
     """The caller's ``(B, H, tiles, n)`` or ``(H, tiles, n)`` as ``(B, tiles, H, n)``.
 
-    Packed input gets empty tiles up to the bound that :class:`nsa.fused.layout.Plan` counts with.
+    Packed input gets empty tiles up to the bound that :class:`nsa.fused.plan.Plan` counts with.
     In token mode ``(B, T, H_kv, n)`` or ``(T, H_kv, n)`` becomes the former. Where ``save``, it is
     a copy, which nobody can overwrite before the backward.
     """

@@ -21,11 +21,11 @@ from nsa.config import NSAConfig
 from nsa.fused.block_lists import BOUNDED_BYTES, goes_by_query
 from nsa.fused.compressed_forms import CompressedForm, compressed_form, num_compressed_bound
 from nsa.fused.constraints import MAX_PAIRS
-from nsa.fused.layout import choose_key_block
+from nsa.fused.plan import choose_key_block
 from nsa.fused.selection import SCORE_ELEMENTS
 from nsa.fused.token_blocks import WORKSPACE_BYTES, choose_chunk_tokens
 from nsa.fused.token_selection import chunk_tokens
-from nsa.tracing import is_capturing
+from nsa.host import is_capturing
 
 ALWAYS_FITS = 1 << 30
 """Workspace for which the free memory is not even asked: that takes some 0.1 ms."""

@@ -22,11 +22,11 @@ from nsa.blocks import (
 from nsa.config import NSAConfig
 from nsa.fused.compressed_forms import CompressedForm, compressed_form, is_folded
 from nsa.fused.importance import TokenTiles, make_token_tiles
-from nsa.fused.packing import AlignedRows, FoldedQueries
+from nsa.fused.row_layouts import AlignedRows, FoldedQueries
 from nsa.fused.scoring import Scoring
 from nsa.fused.token_blocks import TokenBlocks, make_token_blocks
+from nsa.host import may_keep
 from nsa.packing import Packing
-from nsa.tracing import may_keep
 
 MAX_PLANS = 8
 """Plans to keep of batches. Few, because each keeps index tensors
