@@ -303,9 +303,9 @@ def _backend_module(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAC
     if name is None:
         raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
     if name == "fused":
-        from nsa.fused import entry
+        from nsa import fused
 
-        return entry
+        return fused
     if backend == "auto" and not torch.compiler.is_compiling():
         _log_once(limit, logging.WARNING if q.is_cuda else logging.INFO)
     from nsa import reference

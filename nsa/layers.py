@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nsa import dispatch
-from nsa.blocks import locate_items, num_compressed_blocks, prefix_sum
+from nsa.blocks import num_compressed_blocks
 from nsa.config import NSAConfig
+from nsa.geometry import locate_items, prefix_sum
 from nsa.host import has_readable_values
 from nsa.linears import (
     apply_linear,

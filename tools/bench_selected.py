@@ -5,7 +5,7 @@
 
 Each token and KV head attends blocks drawn at random among those that start at or before it: with
 those of the paper's rule always among them ("forced"), the first block and the last ones, or by no
-rule ("random"). Ours is what ``nsa.fused.token_attention`` does, the inverted index included; the
+rule ("random"). Ours is what ``nsa.fused.attention.selected`` does, inverted index included; the
 peer is the function under ``fla.ops.nsa.parallel_nsa``, which takes 16 query heads to a KV head or
 more. Its output and gradients must agree with ours first. The backward is timed alone, on what one
 forward left.
@@ -34,8 +34,8 @@ from torch import Tensor
 from measuring import environment, timing, workloads
 from measuring.tables import Table, quantile_columns, ratio_of_medians, rounded
 from measuring.workloads import Tensors
+from nsa.fused.attention import selected_attention, selected_attention_backward
 from nsa.fused.plan import make_plan
-from nsa.fused.token_attention import token_attention, token_attention_backward
 
 FIELDS = (
     "tokens", *workloads.SHAPE_FIELDS, "blocks", "indices", "pass",
@@ -143,12 +143,12 @@ def our_steps(tensors: Tensors, blocks: Tensor, config) -> tuple:
     plan = make_plan(q, None, None, config)
 
     def forward():
-        return token_attention(q, k, v, blocks, plan)
+        return selected_attention(q, k, v, blocks, plan)
 
     out, lse = forward()
 
     def backward():
-        return token_attention_backward(tensors.dout, q, k, v, out, lse, blocks, plan)
+        return selected_attention_backward(tensors.dout, q, k, v, out, lse, blocks, plan)
 
     return forward, backward, lambda: (out, *backward())
 

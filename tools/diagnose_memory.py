@@ -6,7 +6,7 @@ Prints, after the accuracy gate:
 
 - each stage in order of its calls: allocated before and after, and the peak inside above what was
   allocated before; then the peak of each pass, and in which stage it lies;
-- the workspace (what is neither input nor result) that the planner expects, and what it is;
+- the workspace (what is neither input nor result) that the estimate expects, and what it is;
 - the tensors that forward keeps for backward, inputs apart;
 - the device's memory that PyTorch's allocator does not hold: the CUDA context, and the code of
   kernels, which grows as they are compiled or loaded (on a shared GPU, other processes' memory
@@ -36,7 +36,7 @@ from measuring.gate import check_accuracy
 from measuring.tables import Table, rounded
 from measuring.variants import kernel_variants
 from measuring.workloads import describe_groups
-from nsa.fused import memory
+from nsa.fused import memory, schedule
 
 FIELDS = (
     "section", "name", "tokens", *workloads.SHAPE_FIELDS, "cmp_groups", "before_gib", "peak_gib",
@@ -169,9 +169,9 @@ def unaccounted_bytes() -> int:
 
 
 def plan_and_peaks(step: Callable, tensors) -> tuple[list, list]:
-    """(name, bytes) of what the planner expects of a pass, and of what a second pass takes."""
+    """(name, bytes) of what the estimate expects of a pass, and of what a second pass takes."""
     with (
-        stages.results_of(memory.make_schedule) as schedules,
+        stages.results_of(schedule.make_schedule) as schedules,
         stages.results_of(memory.workspace_bytes) as estimates,
     ):
         step()

@@ -1,1 +1,5 @@
-"""FlashAttention-4's kernels and kernels of our own, behind the interface of the reference."""
+"""The fused backend: FlashAttention-4's kernels and our own, in the CuTe DSL, on a GPU."""
+
+from nsa.fused.entry import forward, select_blocks
+
+__all__ = ["forward", "select_blocks"]

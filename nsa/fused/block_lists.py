@@ -10,6 +10,7 @@ from torch import Tensor
 from nsa.fused import kernel_calls
 from nsa.fused.kernel_inputs import BlockLists
 from nsa.fused.plan import Plan
+from nsa.fused.sizes import Sizes
 from nsa.host import is_capturing
 
 BOUNDED_BYTES = 256 << 20
@@ -84,3 +85,8 @@ def _widths(lists: list[tuple[Tensor, Tensor]], num_blocks: int) -> list[int]:
         return [num_tiles] * len(lists)
     longest = [kernel_calls.count_query_tiles(*pair, num_blocks).amax() for pair in lists]
     return torch.stack(longest).tolist()
+
+
+def list_bytes(sizes: Sizes) -> int:
+    """Lists of the forward; token mode has none."""
+    return 0 if sizes.token_mode else sizes.indices

@@ -9,6 +9,7 @@ from torch import Tensor
 from nsa.fused import kernel_calls
 from nsa.fused.plan import Plan
 from nsa.fused.row_layouts import over_batch
+from nsa.fused.sizes import Sizes
 from nsa.precision import accumulation_dtype
 
 Pair = tuple[Tensor, Tensor]
@@ -90,3 +91,8 @@ def _mean(x: Tensor, dtype: torch.dtype, plan: Plan, other: Tensor | None = None
     start = over_batch(plan.block_start, x.shape[0], plan.geometry.tokens.total)
     size = plan.config.compress_block_size
     return kernel_calls.mean_forward(x, start, size, dtype, other)
+
+
+def compress_bytes(sizes: Sizes) -> int:
+    """Compressed keys and values."""
+    return 2 * sizes.key_cmp

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused import fa4
-from nsa.fused.importance import MAX_GROUP, Rule
+from nsa.fused.kernel_inputs import MAX_GROUP, Rule
 
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)

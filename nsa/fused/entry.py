@@ -7,12 +7,11 @@ from torch.nn.functional import pad
 from nsa.blocks import num_query_tiles
 from nsa.config import NSAConfig
 from nsa.fused import ops, pipeline
-from nsa.fused.autograd import attention
-from nsa.fused.call import with_scale
 from nsa.fused.constraints import kernel_head_dim
-from nsa.fused.memory import make_schedule
 from nsa.fused.pipeline import Inputs
-from nsa.fused.plan import make_plan, num_units_bound
+from nsa.fused.plan import make_plan, with_scale
+from nsa.fused.schedule import make_schedule, run_forward
+from nsa.fused.sizes import Sizes, make_sizes
 from nsa.host import is_traced
 from nsa.packing import Boundaries
 
@@ -35,50 +34,50 @@ def forward(
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
+    cu_seqlens, _, max_seqlen, packing = boundaries or (None,) * 4
+    if gates is not None:
+        gate_proj_weight = None
+    given = (
+        q, *k, *v, gates, gate_proj_weight, compress_k_weight, compress_v_weight,
+        *(compressed_kv or ()),
+    )  # fmt: skip
     value_dim = v[0].shape[-1]
-    cu_seqlens, _, max_seqlen, _ = boundaries or (None,) * 4
-    k, v = _drop_repeats(k, v)
+    if q.numel() == 0:
+        return _empty_output(q, value_dim, given)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    dim, scale = kernel_head_dim(q.shape[-1], value_dim), config.softmax_scale(q.shape[-1])
     k_cmp, v_cmp = (None, None)
     if compressed_kv is not None:
         k_cmp, v_cmp = (_pad_compressed(x, q, cu_seqlens, config) for x in compressed_kv)
-    names = ("q", "k", "k_slc", "k_win", "v", "v_slc", "v_win", "k_cmp", "v_cmp")
-    tensors = dict(zip(names, (q, *k, *v, k_cmp, v_cmp), strict=True))
-    if gates is not None:
-        gate_proj_weight = None
-    compress_weights = dict(
-        compress_k_weight=compress_k_weight, compress_v_weight=compress_v_weight
-    )
-    differentiable = (*tensors.values(), *compress_weights.values(), gates, gate_proj_weight)
-    if q.numel() == 0:
-        return _empty_output(q, value_dim, differentiable)
-    dim = kernel_head_dim(q.shape[-1], value_dim)
-    tensors = {name: _batched(_widen(x, dim)) for name, x in tensors.items()}
-    save = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in differentiable
-    )
-    schedule = make_schedule(
-        tensors,
-        config,
-        cu_seqlens,
-        max_seqlen,
-        save=save,
-        max_workspace_bytes=max_workspace_bytes,
-    )
+    (k, k_slc, k_win), (v, v_slc, v_win) = _drop_repeats(k, v)
     inputs = Inputs(
-        **tensors,
-        **{name: _widen_square(x, dim) for name, x in compress_weights.items()},
-        gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
+        **{
+            name: _batched(_widen(x, dim))
+            for name, x in dict(
+                q=q, k=k, v=v, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, k_cmp=k_cmp,
+                v_cmp=v_cmp,
+            ).items()
+        },
         gates=_batched(gates),
-    )
-    out = attention(
-        inputs,
-        _unit_major(block_indices, q, cu_seqlens, config, save),
-        boundaries,
-        config,
-        schedule,
-        scale=config.softmax_scale(q.shape[-1]),
-        save=save,
-    )
+        gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
+        compress_k_weight=_widen_square(compress_k_weight, dim),
+        compress_v_weight=_widen_square(compress_v_weight, dim),
+    )  # fmt: skip
+    sizes = make_sizes(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen, config)
+    schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
+    block_indices = _unit_major(block_indices, sizes, save)
+    if is_traced(*inputs, block_indices, cu_seqlens):
+        options = ops.OpOptions(
+            block_indices, cu_seqlens, max_seqlen, packing is not None, config.encoded, scale,
+            *schedule, save,
+        )  # fmt: skip
+        out, _ = ops.attention(*inputs, *options)
+    else:
+        plan = make_plan(inputs.q, cu_seqlens, max_seqlen, with_scale(config, scale), packing)
+        if save:
+            out = ops.AttentionNode.apply(plan, schedule, block_indices, *inputs)
+        else:
+            out, _ = run_forward(inputs, block_indices, plan, schedule, save=False)
     # Not out[0], whose derivative fills a tensor with zeros first.
     out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim]
@@ -96,12 +95,8 @@ def select_blocks(
 ) -> Tensor:
     """See :func:`nsa.select_blocks`; ``k`` is the compressed branch's."""
     cu_seqlens, lengths, max_seqlen, packing = boundaries or (None,) * 4
-    token = config.selection == "token"
     if q.numel() == 0:
-        units = num_units_bound(q.shape[-3], None, config)
-        shape = (units, k.shape[-2]) if token else (q.shape[-2], units)
-        shape = (*q.shape[:-3], *shape, config.num_selected_blocks)
-        return torch.full(shape, -1, dtype=torch.int32, device=q.device)
+        return _empty_selection(q, k.shape[-2], config)
     dim, scale = kernel_head_dim(q.shape[-1], q.shape[-1]), config.softmax_scale(q.shape[-1])
     rows, k_cmp, weight = _batched(_widen(q, dim)), None, None
     if compressed_kv is None:
@@ -114,8 +109,8 @@ def select_blocks(
         blocks = ops.select_blocks(rows, k, weight, k_cmp, *bounds, config.encoded, scale)
     else:
         plan = make_plan(rows, cu_seqlens, max_seqlen, with_scale(config, scale), packing)
-        blocks = pipeline.select_blocks(rows, k, weight, k_cmp, plan)
-    if token:
+        blocks = pipeline.select(rows, k, weight, k_cmp, plan)
+    if config.selection == "token":
         return blocks if q.ndim == 4 else blocks[0]
     blocks = blocks.transpose(1, 2)
     if q.ndim == 4:
@@ -168,25 +163,19 @@ def _pad_compressed(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, config: NSA
     return pad(x, (0, 0, 0, 0, 0, q.shape[0] // config.compress_stride - x.shape[0]))
 
 
-def _unit_major(
-    indices: Tensor | None,
-    q: Tensor,
-    cu_seqlens: Tensor | None,
-    config: NSAConfig,
-    save: bool,
-) -> Tensor | None:
-    """The caller's ``(B, H, tiles, n)`` or ``(H, tiles, n)`` as ``(B, tiles, H, n)``.
+def _unit_major(indices: Tensor | None, sizes: Sizes, save: bool) -> Tensor | None:
+    """The caller's ``block_indices`` as the kernels take them.
 
-    Packed input gets empty tiles up to the bound that :class:`nsa.fused.plan.Plan` counts with.
-    In token mode ``(B, T, H_kv, n)`` or ``(T, H_kv, n)`` becomes the former. Where ``save``, it is
-    a copy, which nobody can overwrite before the backward.
+    In tile mode ``(B, H, tiles, n)`` or ``(H, tiles, n)`` becomes ``(B, tiles, H, n)``; packed
+    input gets empty tiles up to the bound that ``sizes`` have. In token mode ``(B, T, H_kv, n)``
+    or ``(T, H_kv, n)`` becomes the former. Where ``save``, it is a copy, which nobody can overwrite
+    before the backward.
     """
     if indices is None:
         return None
-    if config.selection == "token":
+    if sizes.token_mode:
         return _batched(indices.clone() if save else indices)
-    missing = num_units_bound(q.shape[-3], cu_seqlens, config) - indices.shape[-2]
-    indices = pad(indices, (0, 0, 0, missing), value=-1)
+    indices = pad(indices, (0, 0, 0, sizes.tiles - indices.shape[-2]), value=-1)
     indices = indices if indices.ndim == 4 else indices[None]
     return indices.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
@@ -195,3 +184,13 @@ def _empty_output(q: Tensor, value_dim: int, differentiable: tuple) -> Tensor:
     """No tokens: an empty output that still sends (zero) gradients to every input."""
     out = q.new_zeros(*q.shape[:-1], value_dim)
     return out + sum(x.sum() * 0 for x in differentiable if x is not None)
+
+
+def _empty_selection(q: Tensor, num_kv_heads: int, config: NSAConfig) -> Tensor:
+    """No tokens, or no head: as many empty slots as there would be."""
+    if config.selection == "token":
+        shape = (q.shape[-3], num_kv_heads)
+    else:
+        shape = (q.shape[-2], num_query_tiles(q.shape[-3], config))
+    shape = (*q.shape[:-3], *shape, config.num_selected_blocks)
+    return torch.full(shape, -1, dtype=torch.int32, device=q.device)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nsa.fused import kernel_calls
-from nsa.fused.placement import IN_ORDER, Placements
+from nsa.fused.kernel_inputs import IN_ORDER, Placements
+from nsa.fused.sizes import Sizes
 
 Branches = tuple[Tensor, Tensor, Tensor]
 
@@ -80,3 +81,8 @@ def query_gradient(
     """
     weight = None if dlogits is None else gate_proj_weight
     return kernel_calls.query_gradient(*branches, dlogits, weight, out, placements)
+
+
+def gate_gradient_bytes(sizes: Sizes) -> int:
+    """Gradients of the logits, or of the gates, in float32."""
+    return sizes.tokens * sizes.num_heads * 3 * 4

@@ -1,35 +1,115 @@
-"""The fused forward and backward as torch.library custom ops, so that torch.compile can trace them.
+"""The fused forward and backward as one autograd node: of Python, or of a torch.library custom op.
 
-Inside an op the code is opaque to tracing; the fake implementations give the shapes. Optional
-tensors that an op returns, or takes in a list, are empty where there is none, because there an op
-has tensors only.
+A custom op is what torch.compile can trace: inside it the code is opaque, and its fake
+implementation gives the shapes. It takes the host some 0.1 ms more a pass, which short sequences
+wait for, so it is used only where something traces. Optional tensors that an op returns, or takes
+in a list, are empty where there is none, because there an op has tensors only.
 """
 
 from functools import lru_cache
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused import pipeline
-from nsa.fused.call import Call, with_scale
-from nsa.fused.compressed_forms import (
-    CompressedForm,
-    compressed_form,
-    num_compressed_bound,
-    num_folded_rows,
-)
-from nsa.fused.memory import fewest_chunks
 from nsa.fused.pipeline import Inputs, Saved
-from nsa.fused.plan import (
-    Plan,
-    make_plan,
-    num_tiles_bound,
-    num_units_bound,
-)
-from nsa.fused.schedule import split_heads
+from nsa.fused.plan import Plan, make_plan, with_scale
+from nsa.fused.schedule import Schedule, fewest_chunks, run_backward, run_forward, split_heads
+from nsa.fused.sizes import Sizes, make_sizes
 from nsa.packing import find_packing
 from nsa.validation import UnsupportedError
+
+NUM_INPUTS = len(Inputs._fields)
+
+
+class AttentionNode(torch.autograd.Function):
+    """The node where nothing traces."""
+
+    @staticmethod
+    def forward(ctx, plan: Plan, schedule: Schedule, block_indices: Tensor | None, *inputs):
+        out, saved = run_forward(Inputs(*inputs), block_indices, plan, schedule, save=True)
+        ctx.save_for_backward(*inputs, block_indices, *(x for part in saved for x in part))
+        ctx.plan, ctx.schedule = plan, schedule
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        tensors = ctx.saved_tensors
+        inputs, block_indices = tensors[:NUM_INPUTS], tensors[NUM_INPUTS]
+        saved = Saved.of_chunks(tensors[NUM_INPUTS + 1 :])
+        arguments = (dout.contiguous(), block_indices, saved, ctx.plan, ctx.schedule)
+        return None, None, None, *_Gradients.apply(*arguments, *inputs)
+
+
+class _Gradients(torch.autograd.Function):
+    """A node of its own, so that with ``create_graph`` it refuses to be differentiated."""
+
+    @staticmethod
+    def forward(_, dout: Tensor, block_indices, saved, plan: Plan, schedule: Schedule, *inputs):
+        return tuple(run_backward(dout, Inputs(*inputs), block_indices, saved, plan, schedule))
+
+    @staticmethod
+    def backward(_, *__):
+        raise RuntimeError(
+            "nsa.forward can be differentiated once, not twice: its gradients have no derivative"
+        )
+
+
+class OpOptions(NamedTuple):
+    """What the ops take after :class:`Inputs`.
+
+    Attributes:
+        block_indices: as in :func:`nsa.fused.schedule.run_forward`.
+        cu_seqlens: boundaries of packed sequences, int32 ``(S + 1,)``.
+        max_seqlen: upper bound of their lengths.
+        owned: whether a Packing owns ``cu_seqlens``. Else the forward returns a copy, because the
+            caller may change them before the backward.
+        config: the caller's, encoded.
+        scale: for the ``config``.
+        chunks, recompute: the schedule.
+        save: whether there will be a backward.
+    """
+
+    block_indices: Tensor | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    owned: bool
+    config: str
+    scale: float
+    chunks: int
+    recompute: bool
+    save: bool
+
+    @property
+    def scaled_config(self) -> NSAConfig:
+        return _config(self.config, self.scale)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.chunks, self.recompute)
+
+    @property
+    def returns_bounds(self) -> bool:
+        return self.save and self.cu_seqlens is not None and not self.owned
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    int | None: "SymInt?",
+    bool: "bool",
+    str: "str",
+    float: "float",
+}
+
+
+def _schema(fields: type) -> str:
+    """The arguments of an op, one for each field of a NamedTuple."""
+    types = get_type_hints(fields)
+    return ", ".join(f"{_SCHEMA_TYPES[types[name]]} {name}" for name in fields._fields)
 
 
 @lru_cache(maxsize=64)
@@ -37,49 +117,37 @@ def _config(encoded: str, scale: float) -> NSAConfig:
     return with_scale(NSAConfig.decode(encoded), scale)
 
 
-@torch.library.custom_op("nsa::attention", mutates_args=())
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_slc: Tensor | None,
-    v_slc: Tensor | None,
-    k_win: Tensor | None,
-    v_win: Tensor | None,
-    gates: Tensor | None,
-    gate_proj_weight: Tensor | None,
-    compress_k_weight: Tensor | None,
-    compress_v_weight: Tensor | None,
-    k_cmp: Tensor | None,
-    v_cmp: Tensor | None,
-    block_indices: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    owned: bool,
-    config: str,
-    scale: float,
-    chunks: int,
-    save: bool,
-    recompute: bool,
-) -> tuple[Tensor, list[Tensor]]:
+def _split(arguments: tuple) -> tuple[Inputs, OpOptions]:
+    return Inputs(*arguments[:NUM_INPUTS]), OpOptions(*arguments[NUM_INPUTS:])
+
+
+def _plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config: NSAConfig) -> Plan:
+    packing = None if cu_seqlens is None else find_packing(cu_seqlens)
+    return make_plan(q, cu_seqlens, max_seqlen, config, packing)
+
+
+@torch.library.custom_op(
+    "nsa::attention",
+    mutates_args=(),
+    schema=f"({_schema(Inputs)}, {_schema(OpOptions)}) -> (Tensor, Tensor[])",
+)
+def attention(*arguments):
     """Output ``(B, T, H, Dv)`` and, where ``save``, a :class:`Saved` of each chunk, one by one.
 
-    KV heads are run in ``chunks``, see :mod:`nsa.fused.schedule`. Selected blocks are returned only
-    where the caller gave none, and with ``recompute`` nothing but what was selected. Last comes a
-    copy of ``cu_seqlens``, which the caller may change before the backward, unless they are
-    ``owned`` by a Packing.
+    Selected blocks are returned only where the caller gave none, and with ``recompute`` nothing but
+    what was selected. Last comes a copy of ``cu_seqlens`` that are not ``owned``.
     """
-    inputs = Inputs(
-        q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight,
-        compress_k_weight, compress_v_weight, k_cmp, v_cmp,
-    )  # fmt: skip
-    plan = _plan(q, cu_seqlens, max_seqlen, _config(config, scale))
-    _check_pairs(q, k, plan.config, chunks)
-    out, saved = Call(block_indices, plan, chunks, recompute).forward(inputs, save)
-    saved = [q.new_empty(0) if x is None else x for part in saved for x in part]
-    if save and cu_seqlens is not None and not owned:
-        saved.append(cu_seqlens.clone())
-    return out, saved
+    inputs, options = _split(arguments)
+    q, config = inputs.q, options.scaled_config
+    _check_pairs(q, inputs.k, config, options.chunks)
+    plan = _plan(q, options.cu_seqlens, options.max_seqlen, config)
+    out, saved = run_forward(
+        inputs, options.block_indices, plan, options.schedule, save=options.save
+    )
+    tensors = [q.new_empty(0) if x is None else x for part in saved for x in part]
+    if options.returns_bounds:
+        tensors.append(options.cu_seqlens.clone())
+    return out, tensors
 
 
 def _check_pairs(q: Tensor, k: Tensor, config: NSAConfig, chunks: int):
@@ -93,139 +161,55 @@ def _check_pairs(q: Tensor, k: Tensor, config: NSAConfig, chunks: int):
         )
 
 
-def _plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config: NSAConfig) -> Plan:
-    packing = None if cu_seqlens is None else find_packing(cu_seqlens)
-    return make_plan(q, cu_seqlens, max_seqlen, config, packing)
-
-
 @attention.register_fake
-def _(q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight, compress_k_weight,
-      compress_v_weight, k_cmp, v_cmp, block_indices, cu_seqlens, max_seqlen, owned, config,
-      scale, chunks, save, recompute):  # fmt: skip
+def _(*arguments):
+    inputs, options = _split(arguments)
+    q, v = inputs.q, inputs.v
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    if not save:
+    if not options.save:
         return out, []
-    config = _config(config, scale)
-    select = block_indices is None
+    config = options.scaled_config
+    # Shapes of outputs, whose channels are those of the values.
+    whole = make_sizes(out, v.shape[2], options.cu_seqlens, options.max_seqlen, config)
     saved = []
-    for heads in split_heads(q.shape[2], k.shape[2], chunks):
-        part, lists = out[:, :, heads.query], heads.query
-        if config.selection == "token":
-            lists = heads.kv
-        num_lists = lists.stop - lists.start
-        saved += _fake_saved(part, num_lists, cu_seqlens, config, select, recompute)
-    if cu_seqlens is not None and not owned:
-        saved.append(torch.empty_like(cu_seqlens))
+    for heads in split_heads(q.shape[2], v.shape[2], options.chunks):
+        saved += _fake_saved(out, whole.of_heads(heads.kv.stop - heads.kv.start), options)
+    if options.returns_bounds:
+        saved.append(torch.empty_like(options.cu_seqlens))
     return out, saved
 
 
-def _fake_saved(
-    out: Tensor,
-    num_lists: int,
-    cu_seqlens: Tensor | None,
-    config: NSAConfig,
-    select: bool,
-    recompute: bool,
-) -> list[Tensor]:
-    """:class:`Saved` of a chunk with output ``out``, whose units select ``num_lists`` times."""
-    batch, length = out.shape[:2]
-    tensors = {}
-    if not recompute:
-        shapes = _out_shapes(out, cu_seqlens, config)
-        lse_shapes = _lse_shapes(out, cu_seqlens, config)
-        for branch, shape, lse in zip(("cmp", "slc", "win"), shapes, lse_shapes, strict=True):
-            tensors[f"o_{branch}"] = out.new_empty(shape)
-            tensors[f"lse_{branch}"] = out.new_empty(lse, dtype=torch.float32)
-    units = num_units_bound(length, cu_seqlens, config)
-    counts = {
-        "block_indices": config.num_selected_blocks if select else None,
-        "groups": config.num_cmp_selected_blocks,
-    }
-    for name, count in counts.items():
-        if count is not None:
-            tensors[name] = out.new_empty(batch, units, num_lists, count, dtype=torch.int32)
+def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions) -> list[Tensor]:
+    """:class:`Saved` of a chunk."""
+    shapes = sizes.saved_shapes()
+    if options.block_indices is not None:
+        del shapes["block_indices"]
+    if options.recompute:
+        shapes = {name: shapes[name] for name in ("block_indices", "groups") if name in shapes}
+    dtypes = {"o": out.dtype, "lse": torch.float32}
     # An op's outputs share no memory, not even if they are empty.
-    return [tensors[name] if name in tensors else out.new_empty(0) for name in Saved._fields]
+    return [
+        out.new_empty(shapes[name], dtype=dtypes.get(name.split("_")[0], torch.int32))
+        if name in shapes
+        else out.new_empty(0)
+        for name in Saved._fields
+    ]
 
 
-def _form(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> CompressedForm:
-    packed = cu_seqlens is not None
-    bound = num_compressed_bound(length, packed, config)
-    return compressed_form(config, packed=packed, num_compressed=bound)
-
-
-def _out_shapes(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> list[tuple]:
-    """Shapes of the output of each branch, see :func:`nsa.fused.attention.query_placements`."""
-    length, num_heads, dim = q.shape[1:]
-    in_order = tuple(q.shape)
-    if cu_seqlens is None or config.selection == "token":
-        return [in_order] * 3
-    rows = num_tiles_bound(length, cu_seqlens, config) * config.q_tile_size
-    in_rows, out_cmp = (1, rows, num_heads, dim), in_order
-    form = _form(length, cu_seqlens, config)
-    if form is CompressedForm.LISTED:
-        out_cmp = in_rows
-    elif form is CompressedForm.FOLDED_ROWS:
-        folded = num_folded_rows(length, cu_seqlens.shape[0] - 1, config)
-        out_cmp = (1, folded, num_heads * config.compress_stride, dim)
-    return [out_cmp, in_rows, in_order]
-
-
-def _lse_shapes(q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> list[tuple]:
-    """Shapes of the log-sum-exp of each branch, in the layouts of :mod:`nsa.fused.attention`."""
-    batch, length, num_heads = q.shape[:3]
-    leading = (batch,) if cu_seqlens is None else ()
-    lse_cmp = in_order = (*leading, num_heads, length)
-    if config.selection == "token":
-        lse_slc = (batch * length, num_heads)
-    else:
-        rows = num_units_bound(length, cu_seqlens, config) * config.q_tile_size
-        lse_slc = (1, num_heads, batch * rows)
-    form = _form(length, cu_seqlens, config)
-    if form is CompressedForm.NONE:
-        lse_cmp = (0,)
-    elif form is CompressedForm.LISTED:
-        lse_cmp = lse_slc
-    elif form is CompressedForm.FOLDED_ROWS:
-        folded = num_folded_rows(length, cu_seqlens.shape[0] - 1, config)
-        lse_cmp = (num_heads * config.compress_stride, folded)
-    return [lse_cmp, lse_slc, in_order]
-
-
-@torch.library.custom_op("nsa::attention_backward", mutates_args=())
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_slc: Tensor | None,
-    v_slc: Tensor | None,
-    k_win: Tensor | None,
-    v_win: Tensor | None,
-    gates: Tensor | None,
-    gate_proj_weight: Tensor | None,
-    compress_k_weight: Tensor | None,
-    compress_v_weight: Tensor | None,
-    k_cmp: Tensor | None,
-    v_cmp: Tensor | None,
-    block_indices: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    config: str,
-    scale: float,
-    chunks: int,
-    recompute: bool,
-    saved: list[Tensor],
-) -> list[Tensor]:
-    """Gradients of the first thirteen arguments of :func:`attention`, empty where None."""
-    inputs = Inputs(
-        q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight,
-        compress_k_weight, compress_v_weight, k_cmp, v_cmp,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "nsa::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, {_schema(Inputs)}, {_schema(OpOptions)}, Tensor[] saved) -> Tensor[]",
+)
+def attention_backward(dout, *arguments):
+    """Gradients of the :class:`Inputs` of :func:`attention`, empty where None."""
+    *arguments, saved = arguments
+    inputs, options = _split(tuple(arguments))
     parts = [_without_empty(part) for part in Saved.of_chunks(saved)]
-    plan = _plan(q, cu_seqlens, max_seqlen, _config(config, scale))
-    grads = Call(block_indices, plan, chunks, recompute).backward(dout, inputs, parts)
-    return [q.new_empty(0) if grad is None else grad for grad in grads]
+    config = options.scaled_config
+    plan = _plan(inputs.q, options.cu_seqlens, options.max_seqlen, config)
+    grads = run_backward(dout, inputs, options.block_indices, parts, plan, options.schedule)
+    return [inputs.q.new_empty(0) if grad is None else grad for grad in grads]
 
 
 def _without_empty(saved: Saved) -> Saved:
@@ -234,12 +218,42 @@ def _without_empty(saved: Saved) -> Saved:
 
 
 @attention_backward.register_fake
-def _(dout, q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight, compress_k_weight,
-      compress_v_weight, k_cmp, v_cmp, *_):  # fmt: skip
-    inputs = (q, k, v, k_slc, v_slc, k_win, v_win, gates, gate_proj_weight,
-              compress_k_weight, compress_v_weight, k_cmp, v_cmp)  # fmt: skip
+def _(dout, *arguments):
+    inputs = Inputs(*arguments[:NUM_INPUTS])
     # Gradients are contiguous whatever the strides of the inputs.
-    return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
+    return [inputs.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, options = _split(inputs)
+    _, saved = output
+    if options.returns_bounds:
+        *saved, bounds = saved
+        options = options._replace(cu_seqlens=bounds)
+    ctx.save_for_backward(*tensors, options.block_indices, options.cu_seqlens, *saved)
+    ctx.options = options._replace(block_indices=None, cu_seqlens=None)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _):
+    # One gradient for each argument of the op; those after the inputs have none.
+    none = (None,) * len(OpOptions._fields)
+    if dout is None:
+        return (None,) * NUM_INPUTS + none
+    if not ctx.options.save:
+        raise RuntimeError("nsa::attention was called with save=False, so it has no backward")
+    # Once, because selective checkpointing unpacks once.
+    tensors = ctx.saved_tensors
+    inputs, (block_indices, cu_seqlens, *saved) = tensors[:NUM_INPUTS], tensors[NUM_INPUTS:]
+    options = ctx.options._replace(block_indices=block_indices, cu_seqlens=cu_seqlens)
+    grads = attention_backward(dout.contiguous(), *inputs, *options, saved)
+    return (
+        *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True)),
+        *none,
+    )
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("nsa::select_blocks", mutates_args=())
@@ -253,15 +267,13 @@ def select_blocks(
     config: str,
     scale: float,
 ) -> Tensor:
-    """See :func:`nsa.fused.pipeline.select_blocks`."""
+    """See :func:`nsa.fused.pipeline.select`."""
     plan = _plan(q, cu_seqlens, max_seqlen, _config(config, scale))
-    return pipeline.select_blocks(q, k, compress_k_weight, k_cmp, plan)
+    return pipeline.select(q, k, compress_k_weight, k_cmp, plan)
 
 
 @select_blocks.register_fake
 def _(q, k, compress_k_weight, k_cmp, cu_seqlens, max_seqlen, config, scale):
-    config = _config(config, scale)
-    units = num_units_bound(q.shape[1], cu_seqlens, config)
-    keys = k if k_cmp is None else k_cmp
-    lists = keys.shape[2] if config.selection == "token" else q.shape[2]
-    return q.new_empty(q.shape[0], units, lists, config.num_selected_blocks, dtype=torch.int32)
+    num_kv_heads = (k if k_cmp is None else k_cmp).shape[2]
+    sizes = make_sizes(q, num_kv_heads, cu_seqlens, max_seqlen, _config(config, scale))
+    return q.new_empty(sizes.saved_shapes()["block_indices"], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The whole of Native Sparse Attention, forward and backward, on tensors ``(B, T, H, D)``."""
+"""The stages of Native Sparse Attention in order, forward and backward, on ``(B, T, H, D)``."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,6 @@ from nsa.fused.attention import (
     compressed_attention,
     compressed_attention_backward,
     compressed_lse,
-    query_placements,
     selected_attention,
     selected_attention_backward,
     window_attention,
@@ -19,10 +18,8 @@ from nsa.fused.attention import (
 from nsa.fused.compression import Pair, compress, compress_pair, compress_pair_backward
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
 from nsa.fused.plan import Plan
-from nsa.fused.selection import select
-from nsa.fused.streams import Beside
-from nsa.fused.token_attention import token_attention, token_attention_backward
-from nsa.fused.token_selection import select_tokens
+from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_groups
+from nsa.fused.streams import SideStream
 from nsa.precision import without_autocast
 
 
@@ -66,7 +63,8 @@ class Inputs(NamedTuple):
 class Saved(NamedTuple):
     """What a forward leaves for its backward; without the branches to compute them again.
 
-    Outputs lie as :func:`nsa.fused.attention.query_placements` says.
+    Outputs lie as :meth:`nsa.fused.plan.Plan.query_placements` says; shapes are those of
+    :meth:`nsa.fused.sizes.Sizes.saved_shapes`.
     """
 
     o_cmp: Tensor | None
@@ -89,81 +87,76 @@ class Saved(NamedTuple):
         return Saved(*(None,) * 6, self.block_indices, self.groups)
 
 
-def forward(
-    inputs: Inputs, block_indices: Tensor | None, plan: Plan, out: Tensor | None = None
-) -> tuple[Tensor, Saved]:
-    """Output ``(B, T, H, Dv)``; ``block_indices`` is None to select.
+def attend(
+    inputs: Inputs, block_indices: Tensor | None, groups: Tensor | None, plan: Plan
+) -> Saved:
+    """The three branches; ``block_indices`` and ``groups``, where needed, are selected if None.
 
-    In tile mode they are ``(B, tiles, H, n)``, in token mode ``(B, T, H_kv, n)``.
+    ``block_indices`` are ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode.
+    """
+    q, token_mode = inputs.q, plan.config.selection == "token"
+    (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
+    side_stream = SideStream(q)
+    # The window first: it computes nothing of the plan, and runs while the host prepares the rest.
+    o_win, lse_win = window_attention(q, k_win, v_win, plan)
+    with side_stream:
+        k_cmp, v_cmp = inputs.compressed(plan)
+        q_rows = plan.align_queries(q)
+        if not token_mode:
+            block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
+        o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
+        if token_mode and block_indices is None:
+            lse = compressed_lse(lse_cmp, q, k_cmp, plan)
+            block_indices = select_blocks(q_rows, k_cmp, lse, plan)
+    o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
+    return Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, groups)
+
+
+def combine(inputs: Inputs, saved: Saved, plan: Plan, out: Tensor | None = None) -> Tensor:
+    """The gated sum of the branches, ``(B, T, H, Dv)``.
+
     It is written to ``out``, a slice of heads at most, where that is given.
     """
-    saved = attend(inputs, block_indices, None, plan)
-    out = combine_branches(
+    return combine_branches(
         (saved.o_cmp, saved.o_slc, saved.o_win),
         inputs.q,
         inputs.gates,
         inputs.gate_proj_weight,
         out,
-        query_placements(inputs.q, inputs.k.shape[2], plan),
+        plan.query_placements(inputs.q.shape[2], inputs.k.shape[2]),
     )
-    return out, saved
-
-
-def attend(
-    inputs: Inputs, block_indices: Tensor | None, groups: Tensor | None, plan: Plan
-) -> Saved:
-    """The three branches; ``block_indices`` and ``groups``, where needed, are selected if None."""
-    q = inputs.q
-    (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
-    beside_window = Beside(q)
-    # The window first: it computes nothing of the plan, and runs while the host prepares the rest.
-    o_win, lse_win = window_attention(q, k_win, v_win, plan)
-    if plan.config.selection == "token":
-        with beside_window:
-            k_cmp, v_cmp = inputs.compressed(plan)
-            o_cmp, lse_cmp = compressed_attention(q, None, k_cmp, v_cmp, None, plan)
-            if block_indices is None:
-                lse = compressed_lse(lse_cmp, q, k_cmp, plan)
-                block_indices = select_tokens(q, k_cmp, lse, plan)
-        o_slc, lse_slc = token_attention(q, k_slc, v_slc, block_indices, plan)
-        return Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, None)
-    with beside_window:
-        k_cmp, v_cmp = inputs.compressed(plan)
-        q_rows = plan.tokens.pack(q)
-        block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
-        o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
-    o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
-    return Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, groups)
 
 
 @torch.no_grad()
-def select_blocks(
+def select(
     q: Tensor, k: Tensor | None, compress_k_weight: Tensor | None, k_cmp: Tensor | None, plan: Plan
 ) -> Tensor:
-    """The blocks that :func:`attend` selects, as in :func:`forward`.
+    """The blocks that :func:`attend` selects.
 
     ``k (B, T, H_kv, D)`` is compressed where ``k_cmp (B, M, H_kv, D)`` is None.
     """
     with torch.cuda.device_of(q), without_autocast(q.device):
         if k_cmp is None:
             k_cmp = compress(k, compress_k_weight, plan)
+        q_rows, lse = plan.align_queries(q), None
         if plan.config.selection == "token":
             # For its log-sum-exp; the values do not matter.
-            _, lse = compressed_attention(q, None, k_cmp, k_cmp, None, plan)
-            return select_tokens(q, k_cmp, compressed_lse(lse, q, k_cmp, plan), plan)
-        q_rows = plan.tokens.pack(q)
-        return select(q_rows, k_cmp, plan, blocks=True, groups=False).blocks
+            _, lse_cmp = compressed_attention(q, q_rows, k_cmp, k_cmp, None, plan)
+            lse = compressed_lse(lse_cmp, q, k_cmp, plan)
+        return select_blocks(q_rows, k_cmp, lse, plan)
 
 
 def _select_missing(
     q_rows: Tensor, k_cmp: Tensor, blocks: Tensor | None, groups: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor | None]:
     """Blocks and, where needed, groups; those that are None are selected."""
-    select_groups = plan.config.num_cmp_selected_blocks is not None and groups is None
-    if blocks is None or select_groups:
-        selection = select(q_rows, k_cmp, plan, blocks=blocks is None, groups=select_groups)
-        blocks = selection.blocks if blocks is None else blocks
-        groups = selection.groups if groups is None else groups
+    missing_groups = plan.config.num_cmp_selected_blocks is not None and groups is None
+    if blocks is None and missing_groups:
+        return select_blocks_and_groups(q_rows, k_cmp, plan)
+    if blocks is None:
+        blocks = select_blocks(q_rows, k_cmp, None, plan)
+    if missing_groups:
+        groups = select_groups(q_rows, k_cmp, plan)
     return blocks, groups
 
 
@@ -178,7 +171,7 @@ def backward(
     """
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
-    placements = query_placements(q, inputs.k.shape[2], plan)
+    placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
     gating = combine_branches_backward(
         dout,
         (saved.o_cmp, saved.o_slc, saved.o_win),
@@ -191,14 +184,12 @@ def backward(
     dlogits, dgates, dgate_weight = gating[1:]
     del gating
 
-    beside_window = Beside(q)
+    side_stream = SideStream(q)
     dq_win, dk_win, dv_win = window_attention_backward(
         branch_grads.pop(), q, k_win, v_win, saved.o_win, saved.lse_win, plan
     )
-    token = plan.config.selection == "token"
-    selected_backward = token_attention_backward if token else selected_attention_backward
-    with beside_window:
-        dq_slc, dk_slc, dv_slc = selected_backward(
+    with side_stream:
+        dq_slc, dk_slc, dv_slc = selected_attention_backward(
             branch_grads.pop(), q, k_slc, v_slc, saved.o_slc, saved.lse_slc, saved.block_indices,
             plan,
         )  # fmt: skip

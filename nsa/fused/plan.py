@@ -4,27 +4,26 @@ Tensors here are ``(B, T, H, D)``: batched input as it is, packed input with ``B
 reads a length on the host, so sizes that depend on them are upper bounds.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from nsa.blocks import (
-    Geometry,
-    Segments,
-    most_query_tiles,
-    num_compressed_blocks,
-    num_query_tiles,
-    num_selection_blocks,
-)
+from nsa.blocks import num_compressed_blocks, num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.fused.compressed_forms import CompressedForm, compressed_form, is_folded
-from nsa.fused.importance import TokenTiles, make_token_tiles
+from nsa.fused.kernel_inputs import (
+    IN_ORDER,
+    Placements,
+    TokenBlocks,
+    TokenTiles,
+    make_token_blocks,
+    make_token_tiles,
+)
 from nsa.fused.row_layouts import AlignedRows, FoldedQueries
 from nsa.fused.scoring import Scoring
-from nsa.fused.token_blocks import TokenBlocks, make_token_blocks
+from nsa.geometry import Geometry, Segments
 from nsa.host import may_keep
 from nsa.packing import Packing
 
@@ -41,9 +40,11 @@ class Plan:
     """
 
     geometry: Geometry
+    batch: int
     head_dim: int
     cu_seqlens: Tensor | None
     max_seqlen: int | None
+    _token_tiles: dict[tuple[int, int], TokenTiles] = field(default_factory=dict)
 
     @property
     def config(self) -> NSAConfig:
@@ -81,6 +82,25 @@ class Plan:
         them through a :class:`Placement`.
         """
         return not self.packed or self.config.selection == "token"
+
+    def query_placements(self, num_heads: int, num_kv_heads: int) -> Placements:
+        """Where outputs and gradients of queries lie in the compressed and selected branch.
+
+        Where not :attr:`in_order` they lie as the kernels have them: the selected, and the sparse
+        compressed, in aligned rows, and the dense causal compressed folded.
+        """
+        if self.in_order:
+            return IN_ORDER
+        selected = self.tokens.placement(num_heads)
+        if self.compressed_form is CompressedForm.LISTED:
+            return selected, selected
+        if self.compressed_form is CompressedForm.FOLDED_ROWS:
+            return self.folded.placement(num_heads, num_kv_heads), selected
+        return None, selected
+
+    def align_queries(self, q: Tensor) -> Tensor:
+        """``q (B, T, H, D)`` in aligned rows, ``(1, B * rows, H, D)``; in token mode as it is."""
+        return q if self.config.selection == "token" else self.tokens.pack(q)
 
     def query_rows(self, x: Tensor) -> Tensor:
         """A branch's ``(1, B * rows, H, D)`` as the gates take it."""
@@ -152,14 +172,19 @@ class Plan:
         return *blocks, (seen // self.cmp_key_block).int()
 
     @cached_property
-    def token_blocks(self) -> Callable[[int], TokenBlocks]:
-        """Function of the entries of the batch: what each token may attend in token mode."""
-        return lru_cache(maxsize=1)(partial(make_token_blocks, self.geometry))
+    def token_blocks(self) -> TokenBlocks:
+        """What each token may attend in token mode."""
+        return make_token_blocks(self.geometry, self.batch)
 
-    @cached_property
-    def token_tiles(self) -> Callable[[int, int], TokenTiles]:
-        """Function of the tokens of a tile and of a chunk: the tiles of the importance kernel."""
-        return lru_cache(maxsize=1)(partial(make_token_tiles, self.geometry))
+    def token_tiles(self, tile_tokens: int, step_tokens: int) -> TokenTiles:
+        """Tiles of ``tile_tokens`` tokens for the importance kernel, for steps of so many tokens.
+
+        Both follow from the heads, which a chunk has fewer of.
+        """
+        key = (tile_tokens, step_tokens)
+        if key not in self._token_tiles:
+            self._token_tiles[key] = make_token_tiles(self.geometry, *key)
+        return self._token_tiles[key]
 
     @cached_property
     def token_candidates(self) -> tuple[Tensor, Tensor]:
@@ -172,7 +197,7 @@ class Plan:
     @cached_property
     def scoring(self) -> Scoring:
         """What each tile may see and take when it selects."""
-        return Scoring(self.geometry)
+        return Scoring(self.geometry, self.batch)
 
     def _tile_blocks(self, keys: AlignedRows, key_block: int) -> tuple[Tensor, Tensor]:
         tiles = self.geometry.tiles
@@ -206,17 +231,10 @@ def choose_key_block(block_size: int, config: NSAConfig, head_dim: int) -> int:
     return 128 if wide and head_dim <= 128 else 64
 
 
-def num_tiles_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
-    """Query tiles in ``length`` tokens of one sequence, or at most so many in packed ones."""
-    if cu_seqlens is None:
-        return num_query_tiles(length, config)
-    return most_query_tiles(length, cu_seqlens.shape[0] - 1, config)
-
-
-def num_units_bound(length: int, cu_seqlens: Tensor | None, config: NSAConfig) -> int:
-    """What selects together in ``length`` tokens: the tokens, or the tiles that there may be."""
-    token = config.selection == "token"
-    return length if token else num_tiles_bound(length, cu_seqlens, config)
+@lru_cache(maxsize=64)
+def with_scale(config: NSAConfig, scale: float) -> NSAConfig:
+    """``config`` with an explicit scale, because padding changes what it would follow from."""
+    return replace(config, scale=scale)
 
 
 def make_plan(
@@ -233,7 +251,7 @@ def make_plan(
     """
     if cu_seqlens is None:
         plan = _cached_batched_plan if may_keep(q) else _batched_plan
-        return plan(q.shape[1], q.shape[-1], q.device, config)
+        return plan(*q.shape[:2], q.shape[-1], q.device, config)
     if packing is not None:
         max_seqlen = packing.max_seqlen
     if max_seqlen is None:
@@ -248,11 +266,13 @@ def _packed_plan(
     cu_seqlens: Tensor, length: int, head_dim: int, max_seqlen: int, config: NSAConfig
 ) -> Plan:
     tokens = Segments(cu_seqlens.long(), length)
-    return Plan(Geometry(tokens, config, exact=False), head_dim, cu_seqlens, max_seqlen)
+    return Plan(Geometry(tokens, config, exact=False), 1, head_dim, cu_seqlens, max_seqlen)
 
 
-def _batched_plan(length: int, head_dim: int, device: torch.device, config: NSAConfig) -> Plan:
-    return Plan(Geometry.single(length, device, config), head_dim, None, None)
+def _batched_plan(
+    batch: int, length: int, head_dim: int, device: torch.device, config: NSAConfig
+) -> Plan:
+    return Plan(Geometry.single(length, device, config), batch, head_dim, None, None)
 
 
 _cached_batched_plan = lru_cache(maxsize=MAX_PLANS)(_batched_plan)

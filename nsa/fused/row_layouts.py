@@ -4,16 +4,16 @@ Tensors are ``(B, T, H, D)``. Nothing reads a length on the host, so sizes that 
 upper bounds.
 """
 
-from collections.abc import Callable
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from nsa.blocks import Geometry, Segments, SingleSegment, covered_tokens, prefix_sum
+from nsa.blocks import covered_tokens
 from nsa.fused import kernel_calls
 from nsa.fused.compressed_forms import extra_rows
-from nsa.fused.placement import Placement
+from nsa.fused.kernel_inputs import Placement
+from nsa.geometry import Geometry, Segments, SingleSegment, prefix_sum
 
 
 class AlignedRows:
@@ -103,6 +103,9 @@ class FoldedQueries:
         counts = geometry.compressed.count + self.extra
         total = geometry.compressed.total + self.extra * len(counts)
         self.rows = Segments(prefix_sum(counts), total)
+        # By the number of KV heads, which a chunk has fewer of.
+        self._fold_indices: dict[int, Tensor] = {}
+        self._places: dict[int, Tensor] = {}
 
     @cached_property
     def _token(self) -> Tensor:
@@ -122,15 +125,14 @@ class FoldedQueries:
         row = self.rows.offset[tokens.owner] + position // self.size
         return torch.where((position >= 0) & tokens.real, row, -1), position % self.size
 
-    @cached_property
-    def fold_index(self) -> Callable[[int], Tensor]:
-        """Function of the KV heads: which of ``(T, H_kv)`` is in each of ``(rows, H_kv, d)``."""
-        return lru_cache(maxsize=2)(partial(_fold_index, self._token))
-
-    @cached_property
-    def places(self) -> Callable[[int], Tensor]:
-        """Function of the KV heads: each token's place, see :meth:`placement`."""
-        return lru_cache(maxsize=2)(partial(_places, *self._place, self.size))
+    def _fold_index(self, num_kv_heads: int) -> Tensor:
+        """Which of ``(T, H_kv)`` is in each of ``(rows, H_kv, d)``, -1 for none: int32, flat."""
+        if num_kv_heads not in self._fold_indices:
+            head = torch.arange(num_kv_heads, device=self.rows.device)[:, None]
+            token = self._token[:, None]
+            index = torch.where(token >= 0, token * num_kv_heads + head, -1)
+            self._fold_indices[num_kv_heads] = index.flatten().int()
+        return self._fold_indices[num_kv_heads]
 
     @cached_property
     def bounds(self) -> Tensor:
@@ -141,7 +143,7 @@ class FoldedQueries:
         """``(B, T, H, D)`` to ``(B, rows, H_kv * d * G, D)``; empty slots are 0."""
         # One row of the gather is a token's group of heads.
         grouped = x.reshape(x.shape[0], -1, 1, x[0, 0].numel() // num_kv_heads)
-        folded = _gather(grouped, self.fold_index(num_kv_heads))
+        folded = _gather(grouped, self._fold_index(num_kv_heads))
         return folded.view(x.shape[0], self.rows.total, -1, x.shape[-1])
 
     def unfold(self, folded: Tensor, num_kv_heads: int) -> Tensor:
@@ -157,8 +159,12 @@ class FoldedQueries:
 
     def placement(self, num_heads: int, num_kv_heads: int) -> Placement:
         """Where :meth:`fold` puts the heads of each token; queries left out have no place."""
+        if num_kv_heads not in self._places:
+            row, slot = self._place
+            place = torch.where(row >= 0, row * (num_kv_heads * self.size) + slot, -1)
+            self._places[num_kv_heads] = place.int()
         group = num_heads // num_kv_heads
-        return Placement(self.places(num_kv_heads), group, group, self.size * group)
+        return Placement(self._places[num_kv_heads], group, group, self.size * group)
 
     def unfold_lse(self, lse: Tensor, num_kv_heads: int) -> Tensor:
         """``(H_kv * d * G, rows)`` to ``(1, H, T)``; undefined for queries left out."""
@@ -166,17 +172,6 @@ class FoldedQueries:
         index = slot * self.rows.total + row.clamp(min=0)
         by_head = lse.unflatten(0, (num_kv_heads, self.size, -1)).transpose(1, 2).flatten(2)
         return by_head.index_select(2, index).flatten(0, 1)[None]
-
-
-def _fold_index(token: Tensor, num_kv_heads: int) -> Tensor:
-    """From ``token (rows, d)``, int32 and flat; -1 where there is none."""
-    head = torch.arange(num_kv_heads, device=token.device)[:, None]
-    token = token[:, None]
-    return torch.where(token >= 0, token * num_kv_heads + head, -1).flatten().int()
-
-
-def _places(row: Tensor, slot: Tensor, size: int, num_kv_heads: int) -> Tensor:
-    return torch.where(row >= 0, row * (num_kv_heads * size) + slot, -1).int()
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -1,16 +1,105 @@
-"""The pipeline over a few KV heads at a time, so that intermediates exist for those alone.
+"""How many KV heads to run at a time, and the run of one such chunk after another.
 
 No branch mixes KV heads: a chunk is the same computation on slices of the heads, and its results
-are slices of the results.
+are slices of the results. Intermediates exist for the heads of a chunk alone. Backward may compute
+the forward of its chunk again, so that nothing but the selection is kept.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from nsa.config import NSAConfig
 from nsa.fused import pipeline
+from nsa.fused.constraints import MAX_PAIRS
+from nsa.fused.memory import workspace_bytes
 from nsa.fused.pipeline import Inputs, Saved
 from nsa.fused.plan import Plan
+from nsa.fused.sizes import Sizes
+from nsa.host import is_capturing
+from nsa.precision import without_autocast
+
+ALWAYS_FITS = 1 << 30
+"""Workspace for which the free memory is not even asked: that takes some 0.1 ms."""
+
+USABLE = 0.9
+"""Part of the free memory to plan with; the rest is lost to fragments and rounding."""
+
+
+class Schedule(NamedTuple):
+    """KV heads are run in ``chunks``; backward recomputes where forward saves no branch."""
+
+    chunks: int
+    recompute: bool
+
+
+def make_schedule(
+    inputs: Inputs, sizes: Sizes, *, save: bool, max_workspace_bytes: int | None
+) -> Schedule:
+    """The fewest chunks that fit, with recomputing only where no number of chunks fits without.
+
+    Args:
+        inputs: as the kernels get them.
+        sizes: of the call.
+        save: whether there will be a backward.
+        max_workspace_bytes: limit of the workspace; None for what is free beside the results.
+            While torch.compile traces or a CUDA graph is captured that is not asked, and nothing is
+            split.
+    """
+    q = inputs.q
+    if max_workspace_bytes is not None:
+        return choose(sizes, save, max_workspace_bytes)
+    if torch.compiler.is_compiling():
+        # A limit on a length would be guarded.
+        return Schedule(1, False)
+    whole = Schedule(_fewest(sizes), False)
+    if not q.is_cuda or is_capturing(q) or _always_fits(sizes, save):
+        return whole
+    # The output; for a backward also its gradient and those of the inputs.
+    results = q.nbytes
+    if save:
+        results += q.nbytes + sum(x.nbytes for x in inputs if x is not None)
+    return choose(sizes, save, int(USABLE * _free_bytes(q.device)) - results)
+
+
+def choose(sizes: Sizes, save: bool, limit: int) -> Schedule:
+    """The cheapest schedule whose workspace is at most ``limit``, else the smallest there is."""
+    num_kv_heads = int(sizes.num_kv_heads)
+    for recompute in (False, True) if save else (False,):
+        for chunks in range(_fewest(sizes), num_kv_heads + 1):
+            size = -(-num_kv_heads // chunks)
+            if workspace_bytes(sizes, size, save=save, recompute=recompute) <= limit:
+                return Schedule(chunks, recompute)
+    return Schedule(num_kv_heads, save)
+
+
+def fewest_chunks(tokens: int, num_kv_heads: int, config: NSAConfig) -> int:
+    """Chunks whose pairs of tokens and selected blocks the kernels can count; one in tile mode."""
+    if config.selection == "tile":
+        return 1
+    pairs = tokens * config.num_selected_blocks
+    heads = max(1, (MAX_PAIRS - 1) // max(1, pairs))
+    return -(-num_kv_heads // heads)
+
+
+def _fewest(sizes: Sizes) -> int:
+    return fewest_chunks(sizes.tokens, sizes.num_kv_heads, sizes.config)
+
+
+# Cached, because for a small call the sums take longer than what they decide.
+@lru_cache(maxsize=256)
+def _always_fits(sizes: Sizes, save: bool) -> bool:
+    whole = workspace_bytes(sizes, sizes.num_kv_heads, save=save, recompute=False)
+    return whole <= ALWAYS_FITS
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Free device memory, with what the caching allocator holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
 
 # Where heads are in an input; KV heads unless it is one of _QUERY_HEADS.
 _HEADS_DIM = Inputs(**dict.fromkeys(Inputs._fields, 2))._replace(
@@ -56,82 +145,78 @@ def split_heads(num_heads: int, num_kv_heads: int, chunks: int) -> list[Heads]:
     return parts
 
 
-def forward(
-    inputs: Inputs,
-    block_indices: Tensor | None,
-    plan: Plan,
-    *,
-    chunks: int,
-    save: bool,
-    recompute: bool,
+def run_forward(
+    inputs: Inputs, block_indices: Tensor | None, plan: Plan, schedule: Schedule, *, save: bool
 ) -> tuple[Tensor, list[Saved]]:
     """Output ``(B, T, H, Dv)`` and, where ``save``, what each chunk leaves for its backward.
 
-    With ``recompute`` that is only what was selected.
+    That is only what was selected where the schedule says to recompute. ``block_indices`` are the
+    caller's, see :func:`nsa.fused.pipeline.attend`, and not among it; None to select.
     """
     q = inputs.q
-    parts = split_heads(q.shape[2], inputs.k.shape[2], chunks)
-    if len(parts) == 1:
-        out, saved = pipeline.forward(inputs, block_indices, plan)
-        return out, [_kept(saved, recompute)] if save else []
-    out = q.new_empty(*q.shape[:-1], inputs.v.shape[-1])
-    kept = []
-    for heads in parts:
-        blocks, target = heads.of_indices(block_indices, plan), heads.of_queries(out)
-        _, saved = pipeline.forward(heads.of(inputs), blocks, plan, target)
-        if save:
-            kept.append(_kept(saved, recompute))
-        # Before the next chunk allocates.
-        del saved
-    return out, kept
+    parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
+    out, kept = None, []
+    if len(parts) > 1:
+        out = q.new_empty(*q.shape[:-1], inputs.v.shape[-1])
+    with torch.cuda.device_of(q), without_autocast(q.device):
+        for heads in parts:
+            # Slices of one chunk would be the whole, and take the host time.
+            part, blocks, target = inputs, block_indices, None
+            if out is not None:
+                part, blocks = heads.of(inputs), heads.of_indices(block_indices, plan)
+                target = heads.of_queries(out)
+            saved = pipeline.attend(part, blocks, None, plan)
+            result = pipeline.combine(part, saved, plan, target)
+            if save:
+                saved = saved.selection() if schedule.recompute else saved
+                kept.append(saved if blocks is None else saved._replace(block_indices=None))
+            # Before the next chunk allocates.
+            del saved
+    return result if out is None else out, kept
 
 
-def _kept(saved: Saved, recompute: bool) -> Saved:
-    return saved.selection() if recompute else saved
-
-
-def backward(
+def run_backward(
     dout: Tensor,
     inputs: Inputs,
     block_indices: Tensor | None,
     saved: list[Saved],
     plan: Plan,
-    *,
-    chunks: int,
-    recompute: bool,
+    schedule: Schedule,
 ) -> Inputs:
     """Gradient of each input, None where there is no such input.
 
     ``block_indices`` are the caller's; where None, ``saved`` holds those that were selected.
     """
-    parts = split_heads(inputs.q.shape[2], inputs.k.shape[2], chunks)
-    if len(parts) == 1:
-        return _backward(dout, inputs, block_indices, saved[0], plan, recompute)
-    grads = Inputs(*(None if x is None else x.new_empty(x.shape) for x in inputs))
-    for heads, part in zip(parts, saved, strict=True):
-        blocks, targets = heads.of_indices(block_indices, plan), heads.of(grads)
-        results = _backward(
-            heads.of_queries(dout), heads.of(inputs), blocks, part, plan, recompute, targets.q
-        )
-        for target, result in zip(targets[1:], results[1:], strict=True):
-            if target is not None:
-                target.copy_(result)
-        # Before the next chunk allocates.
-        del results, result
+    q = inputs.q
+    parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
+    with torch.cuda.device_of(q), without_autocast(q.device):
+        if len(parts) == 1:
+            return _run_chunk_backward(dout, inputs, block_indices, saved[0], plan, schedule)
+        grads = Inputs(*(None if x is None else x.new_empty(x.shape) for x in inputs))
+        for heads, part in zip(parts, saved, strict=True):
+            blocks, targets = heads.of_indices(block_indices, plan), heads.of(grads)
+            results = _run_chunk_backward(
+                heads.of_queries(dout), heads.of(inputs), blocks, part, plan, schedule, targets.q
+            )
+            for target, result in zip(targets[1:], results[1:], strict=True):
+                if target is not None:
+                    target.copy_(result)
+            # Before the next chunk allocates.
+            del results, result
     return grads
 
 
-def _backward(
+def _run_chunk_backward(
     dout: Tensor,
     inputs: Inputs,
     block_indices: Tensor | None,
     saved: Saved,
     plan: Plan,
-    recompute: bool,
+    schedule: Schedule,
     dq: Tensor | None = None,
 ) -> Inputs:
     if block_indices is not None:
         saved = saved._replace(block_indices=block_indices)
-    if recompute:
+    if schedule.recompute:
         saved = pipeline.attend(inputs, saved.block_indices, saved.groups, plan)
     return pipeline.backward(dout, inputs, saved, plan, dq)

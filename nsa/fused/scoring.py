@@ -1,19 +1,23 @@
 """What the tiles of a call may see and take when they select, as the kernel reads it."""
 
-from collections.abc import Callable
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from nsa.blocks import Geometry, num_selection_blocks
+from nsa.blocks import num_selection_blocks
+from nsa.geometry import Geometry
 
 
 class Scoring:
-    """One value a tile, int32 ``(tiles,)`` each; see :mod:`nsa.fused.kernels.top_blocks`."""
+    """One value a tile of an entry of the batch, int32 ``(tiles,)`` each but where said.
 
-    def __init__(self, geometry: Geometry):
+    See :mod:`nsa.fused.kernels.top_blocks`.
+    """
+
+    def __init__(self, geometry: Geometry, batch: int):
         self.geometry = geometry
+        self.batch = batch
 
     @cached_property
     def first(self) -> Tensor:
@@ -65,12 +69,11 @@ class Scoring:
         return not geometry.tiles.single or geometry.tokens.total % config.q_tile_size != 0
 
     @cached_property
-    def tile_start(self) -> Callable[[int], Tensor]:
-        """Function of the entries of the batch: the first aligned row of each of their tiles."""
-        tiles = self.geometry.tiles
-        size = self.geometry.config.q_tile_size
-        # Not a method, with which the function would keep this alive, and this the function.
-        return lru_cache(maxsize=1)(partial(_tile_start, tiles.total, size, tiles.device))
+    def tile_start(self) -> Tensor:
+        """The first aligned row of each tile of all entries of the batch, ``(B * tiles,)``."""
+        tiles, size = self.geometry.tiles, self.geometry.config.q_tile_size
+        end = self.batch * tiles.total * size
+        return torch.arange(0, end, size, dtype=torch.int32, device=tiles.device)
 
     @cached_property
     def filled(self) -> Tensor | None:
@@ -80,8 +83,3 @@ class Scoring:
             return None
         count = geometry.tile_last - geometry.tile_first + 1
         return count.clamp(min=1).float() / geometry.config.q_tile_size
-
-
-def _tile_start(tiles: int, size: int, device: torch.device, batch: int) -> Tensor:
-    end = batch * tiles * size
-    return torch.arange(0, end, size, dtype=torch.int32, device=device)

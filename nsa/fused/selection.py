@@ -1,68 +1,93 @@
-"""Which blocks and groups each tile attends: one scoring for both (paper section 3.3.2)."""
+"""Which blocks, and in tile mode which groups, queries attend (paper section 3.3.2, Eq. 8 to 12).
+
+Tile mode has one scoring for blocks and groups.
+"""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nsa.blocks import num_selection_blocks
 from nsa.fused import kernel_calls
+from nsa.fused.kernel_inputs import Rule, choose_shape
 from nsa.fused.plan import Plan
+from nsa.fused.sizes import Sizes
 from nsa.precision import accumulation_dtype
 
-SCORE_ELEMENTS = 1 << 26
-"""Scores that are held at a time."""
+TILE_SCORES = 1 << 26
+"""Scores that are held at a time in tile mode."""
+
+TOKEN_SCORES = 1 << 27
+"""Scores that are held at a time in token mode."""
+
+BYTES_PER_SCORE = 8
+"""Tile mode holds the float32 scores of a step and of the one before it."""
 
 FEW_SCORES = 1 << 22
 """Scores up to which a float64 product is as fast as three of bfloat16, in fewer launches."""
 
 
-class Selection(NamedTuple):
-    """Blocks ``(B, tiles, H, n)`` and groups ``(B, tiles, H, m)``, int32, None where not asked."""
+@torch.no_grad()
+def select_blocks(q_rows: Tensor, k_cmp: Tensor, lse_cmp: Tensor | None, plan: Plan) -> Tensor:
+    """The blocks of the selected branch.
 
-    blocks: Tensor | None
-    groups: Tensor | None
+    Args:
+        q_rows: ``plan.align_queries(q)``.
+        k_cmp: ``(B, M, H_kv, D)``.
+        lse_cmp: ``(B, H, T)``, of :func:`nsa.fused.attention.compressed_lse`; only in token mode.
+        plan: the sequences.
+
+    Returns:
+        int32 ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode: indices in the
+        sequence, ascending, -1 at the end of the row where fewer exist.
+    """
+    if plan.config.selection == "token":
+        return _select_token_blocks(q_rows, k_cmp, lse_cmp, plan)
+    blocks = _unwritten(q_rows, plan.config.num_selected_blocks, plan)
+    _select_tiles(q_rows, k_cmp, plan, blocks, None)
+    return blocks
 
 
 @torch.no_grad()
-def select(q_rows: Tensor, k_cmp: Tensor, plan: Plan, *, blocks: bool, groups: bool) -> Selection:
-    """Select per tile of queries and query head.
+def select_groups(q_rows: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
+    """The groups of the sparse compressed branch, ``(B, tiles, H, m)``; the rest as for blocks."""
+    groups = _unwritten(q_rows, plan.config.num_cmp_selected_blocks, plan)
+    _select_tiles(q_rows, k_cmp, plan, None, groups)
+    return groups
 
-    Args:
-        q_rows: queries in aligned rows, ``(1, B * rows, H, D)``.
-        k_cmp: ``(B, M, H_kv, D)``.
-        plan: the sequences and how they lie.
-        blocks: whether to select blocks for the selected branch.
-        groups: whether to select groups for the sparse compressed branch.
 
-    Returns:
-        Indices in the sequence, ascending, -1 at the end of the row where fewer exist.
-    """
+@torch.no_grad()
+def select_blocks_and_groups(q_rows: Tensor, k_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Both, by one scoring."""
     config = plan.config
+    blocks = _unwritten(q_rows, config.num_selected_blocks, plan)
+    groups = _unwritten(q_rows, config.num_cmp_selected_blocks, plan)
+    _select_tiles(q_rows, k_cmp, plan, blocks, groups)
+    return blocks, groups
+
+
+def _unwritten(q_rows: Tensor, count: int, plan: Plan) -> Tensor:
+    shape = (plan.batch, plan.geometry.tiles.total, q_rows.shape[2], count)
+    return torch.empty(shape, dtype=torch.int32, device=q_rows.device)
+
+
+def _select_tiles(
+    q_rows: Tensor, k_cmp: Tensor, plan: Plan, blocks: Tensor | None, groups: Tensor | None
+) -> None:
+    """Write ``blocks`` and ``groups``, where given, for each tile and query head."""
     summary = _tile_summary(q_rows, plan)  # (B, H, tiles, D)
     keys = k_cmp.transpose(1, 2)  # (B, H_kv, M, D)
-    batch, num_heads, num_tiles = summary.shape[:3]
     if k_cmp.dtype == torch.bfloat16 and summary[..., 0].numel() * k_cmp.shape[1] > FEW_SCORES:
         summary, keys = _bfloat16_parts(summary), keys.repeat(1, 1, 1, 3)
     else:
         summary, keys = summary.double(), _copy(keys, torch.float64)
-
-    def unwritten(count: int) -> Tensor:
-        shape = (batch, num_tiles, num_heads, count)
-        return torch.empty(shape, dtype=torch.int32, device=q_rows.device)
-
-    taken = Selection(
-        unwritten(config.num_selected_blocks) if blocks else None,
-        unwritten(config.num_cmp_selected_blocks) if groups else None,
-    )
     dtype = accumulation_dtype(q_rows.dtype)
-    for tiles, columns in _chunks(summary, keys, plan):
+    for tiles, columns in _steps(summary, keys, plan):
         scores = _scores(summary[:, :, tiles], keys[:, :, columns], dtype)
-        _take(scores, tiles, columns, taken, plan)
-    if blocks and plan.scoring.forced_past_end:
-        past = taken.blocks >= plan.scoring.num_blocks[:, None, None]
-        taken.blocks.masked_fill_(past, -1)
-    return taken
+        _take(scores, tiles, columns, blocks, groups, plan)
+    if blocks is not None and plan.scoring.forced_past_end:
+        blocks.masked_fill_(blocks >= plan.scoring.num_blocks[:, None, None], -1)
 
 
 def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
@@ -72,7 +97,7 @@ def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
     if plan.config.tile_summary == "first":
         first = q_rows[0].unflatten(0, (-1, num_tiles, size))[:, :, 0]
         return _copy(first.transpose(1, 2), dtype)
-    start = plan.scoring.tile_start(q_rows.shape[1] // (num_tiles * size))
+    start = plan.scoring.tile_start
     mean = kernel_calls.mean_forward(q_rows[0], start, size, dtype)
     mean = mean.unflatten(0, (-1, num_tiles)).transpose(1, 2)
     filled = plan.scoring.filled
@@ -82,14 +107,14 @@ def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
     return torch.div(mean, filled[:, None], out=out)
 
 
-def _chunks(summary: Tensor, keys: Tensor, plan: Plan) -> Iterator[tuple[slice, slice]]:
-    """Chunks of tiles and the columns (compressed tokens) that these may see."""
+def _steps(summary: Tensor, keys: Tensor, plan: Plan) -> Iterator[tuple[slice, slice]]:
+    """Tiles to score at a time, and the columns (compressed tokens) that these may see."""
     batch, num_heads, num_tiles = summary.shape[:3]
     of_a_tile = batch * num_heads * max(1, keys.shape[2])
     if summary.dtype == torch.float64:
         # Twice the bytes, and then a copy in float32.
         of_a_tile *= 2
-    step = max(1, SCORE_ELEMENTS // of_a_tile)
+    step = max(1, TILE_SCORES // of_a_tile)
     for start in range(0, num_tiles, step):
         tiles = slice(start, min(start + step, num_tiles))
         yield tiles, _visible_columns(tiles, plan)
@@ -134,7 +159,14 @@ def _bfloat16_parts(x: Tensor) -> Tensor:
     return torch.cat((high, middle, (rest - middle).bfloat16()), dim=-1)
 
 
-def _take(scores: Tensor, tiles: slice, columns: slice, taken: Selection, plan: Plan) -> None:
+def _take(
+    scores: Tensor,
+    tiles: slice,
+    columns: slice,
+    blocks: Tensor | None,
+    groups: Tensor | None,
+    plan: Plan,
+) -> None:
     """Write the blocks and groups of some tiles."""
     config, scoring = plan.config, plan.scoring
     common = dict(
@@ -142,27 +174,27 @@ def _take(scores: Tensor, tiles: slice, columns: slice, taken: Selection, plan: 
         column_offset=columns.start,
         scale=config.softmax_scale(plan.head_dim),
     )
-    if taken.blocks is not None:
+    if blocks is not None:
         kernel_calls.top_blocks(
             scores,
             scoring.first,
             scoring.visible,
             scoring.candidates,
             scoring.own,
-            taken.blocks,
+            blocks,
             per_block=config.select_block_size // config.compress_block_size,
             num_initial=config.num_initial_blocks,
             num_local=config.num_local_blocks,
             **common,
         )
-    if taken.groups is not None:
+    if groups is not None:
         kernel_calls.top_blocks(
             scores,
             scoring.first,
             scoring.visible,
             scoring.visible,  # at least the groups that have a score
             scoring.own,
-            taken.groups,
+            groups,
             per_block=config.cmp_group_size,
             num_initial=0,
             num_local=0,
@@ -173,3 +205,66 @@ def _take(scores: Tensor, tiles: slice, columns: slice, taken: Selection, plan: 
 def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in ``dtype``, contiguous, in one pass."""
     return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+
+
+def _select_token_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, plan: Plan) -> Tensor:
+    """Select per token of ``q (B, T, H, D)`` and KV head."""
+    config, rule = plan.config, Rule.of(plan.config)
+    (batch, length, num_heads, head_dim), num_kv_heads = q.shape, k_cmp.shape[2]
+    width, scale = plan.max_selection_blocks, config.softmax_scale(head_dim)
+    step, tile_tokens = scored_tokens(batch, length, num_heads, num_kv_heads, head_dim, width)
+    tiles = plan.token_tiles(tile_tokens, step)
+    own, candidates = plan.token_candidates
+    first = torch.zeros_like(own)
+    shape = (batch, length, num_kv_heads, config.num_selected_blocks)
+    taken = torch.empty(shape, dtype=torch.int32, device=q.device)
+    scratch = torch.empty(
+        batch * num_kv_heads * step * width, dtype=accumulation_dtype(q.dtype), device=q.device
+    )
+    for index, start in enumerate(range(0, length, step)):
+        shape = (batch, num_kv_heads, min(step, length - start), width)
+        scores = scratch[: shape[0] * shape[1] * shape[2] * width].view(shape)
+        kernel_calls.importance_scores(q, k_cmp, lse, tiles, index, scores, scale, rule)
+        kernel_calls.top_blocks(
+            scores,
+            first,
+            candidates,  # each has a score
+            candidates,
+            own,
+            taken,
+            tile_offset=start,
+            column_offset=0,
+            scale=1.0,
+            per_block=1,
+            num_initial=config.num_initial_blocks,
+            num_local=config.num_local_blocks,
+        )
+    return taken
+
+
+def scored_tokens(
+    batch: int, length: int, num_heads: int, num_kv_heads: int, head_dim: int, width: int
+) -> tuple[int, int]:
+    """Tokens of an entry of the batch that are scored at a time, and of a tile: whole tiles.
+
+    A tile that lies in two chunks is computed twice.
+    """
+    tile_tokens = choose_shape(head_dim, num_heads // num_kv_heads).tile_tokens
+    fitting = TOKEN_SCORES // (batch * num_kv_heads * width * tile_tokens)
+    return min(max(1, fitting), -(-length // tile_tokens)) * tile_tokens, tile_tokens
+
+
+def select_bytes(sizes: Sizes) -> int:
+    """What selection allocates beside its results: scores, and copies of what they come from."""
+    if sizes.token_mode:
+        width = num_selection_blocks(sizes.longest, sizes.config)
+        step, _ = scored_tokens(
+            sizes.batch, sizes.length, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, width
+        )
+        scores = sizes.batch * sizes.num_kv_heads * step * width
+        # And the log-sum-exp in order.
+        return scores * 4 + sizes.tokens * sizes.num_heads * 4
+    summaries = sizes.batch * sizes.tiles * sizes.num_heads
+    scores = min(TILE_SCORES, summaries * sizes.compressed)
+    in_float32 = (2 * summaries + sizes.compressed * sizes.num_kv_heads) * sizes.head_dim * 4
+    return scores * BYTES_PER_SCORE + in_float32

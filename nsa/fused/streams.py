@@ -16,7 +16,7 @@ SHORT = 1 << 27
 """Elements of the queries up to which work is captured side by side: 32K tokens, H=32, D=128."""
 
 
-class Beside:
+class SideStream:
     """Work beside what is launched after this is made and before its ``with`` block.
 
     The block's work waits for what was launched before, and what is launched after it waits for

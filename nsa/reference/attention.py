@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.blocks import Geometry, Segments
+from nsa.geometry import Geometry, Segments
 from nsa.precision import accumulation_dtype
 from nsa.reference.chunks import covered_range, fitting_chunks, query_chunks, recomputed
 from nsa.reference.operands import round_gradient, round_operand

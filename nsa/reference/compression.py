@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa.blocks import Geometry, Segments, prefix_sum
+from nsa.geometry import Geometry, Segments, prefix_sum
 from nsa.precision import accumulation_dtype
 from nsa.reference.products import weighted_sum
 

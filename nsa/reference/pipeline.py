@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from nsa.blocks import Geometry, num_query_tiles
+from nsa.blocks import num_query_tiles
 from nsa.config import NSAConfig
+from nsa.geometry import Geometry
 from nsa.packing import Boundaries
 from nsa.precision import without_autocast
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nsa.blocks import UNLIMITED, Geometry, Segments, overlap_weights
+from nsa.blocks import overlap_weights
+from nsa.geometry import UNLIMITED, Geometry, Segments
 from nsa.precision import accumulation_dtype
 from nsa.reference.chunks import covered_range, query_chunks
 

@@ -1,4 +1,4 @@
-"""The emulated kernels behind the seam, for tests without a GPU."""
+"""The emulated kernels in place of the kernels, for tests without a GPU."""
 
 import emulated_kernels
 import emulated_own_kernels
@@ -6,7 +6,8 @@ import emulated_token_kernels
 import poison
 import pytest
 
-from nsa.fused import compressed_forms, constraints, fa4, folded_attention, kernel_calls
+from nsa.fused import compressed_forms, constraints, fa4, kernel_calls
+from nsa.fused.attention import folded
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def compressed_calls(monkeypatch, request):
     if request.param != "one tile":
         monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
     if request.param == "shared keys":
-        monkeypatch.setattr(folded_attention, "SHARED_BYTES", 0)
+        monkeypatch.setattr(folded, "SHARED_BYTES", 0)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import emulated_kernels
 import torch
 from torch import Tensor
 
-from nsa.fused.importance import choose_shape
+from nsa.fused.kernel_inputs import choose_shape
 from nsa.precision import accumulation_dtype
 
 NAMES = ("importance_scores", "selected_forward", "selected_backward")

@@ -12,10 +12,11 @@ from requirements import missing_gpu
 from torch import Tensor
 
 import nsa
-from nsa.fused import compressed_forms, constraints, entry, fa4_replay, folded_attention
+from nsa.fused import compressed_forms, constraints, entry, fa4_replay
+from nsa.fused.attention import folded
 from nsa.fused.compression import compress
 from nsa.fused.plan import make_plan
-from nsa.fused.selection import select
+from nsa.fused.selection import select_groups
 from nsa.reference import pipeline as reference_pipeline
 from nsa.testing import assert_as_accurate, make_cu_seqlens
 
@@ -233,8 +234,7 @@ def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
         weight = arguments.get("compress_k_weight")
         with torch.no_grad():
             k_cmp = compress(entry._batched(k), weight, plan)
-    selection = select(plan.tokens.pack(rows), k_cmp, plan, blocks=False, groups=True)
-    groups = selection.groups.flatten(0, 1)
+    groups = select_groups(plan.align_queries(rows), k_cmp, plan).flatten(0, 1)
     return groups if cu_seqlens is None else groups[: plan.geometry.tiles.offsets[-1]]
 
 
@@ -256,7 +256,7 @@ def check_against_reference(case: Case, monkeypatch) -> None:
     if case.folded:
         monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
     if case.shared:
-        monkeypatch.setattr(folded_attention, "SHARED_BYTES", 0)
+        monkeypatch.setattr(folded, "SHARED_BYTES", 0)
     assert constraints.unsupported_reason(arguments["q"], _first(arguments["v"]), config) is None
     groups = fused_groups(arguments, config)
     if groups is not None:

@@ -5,7 +5,7 @@ from tile_cases import assert_same_groups
 from torch import Tensor
 
 import nsa
-from nsa.blocks import Geometry
+from nsa.geometry import Geometry
 from nsa.reference.selection import select_groups
 
 GROUP_FORMS = [

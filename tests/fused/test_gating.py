@@ -8,9 +8,8 @@ from requirements import import_fused
 
 import nsa
 from nsa.fused import kernel_calls
-from nsa.fused.attention import query_placements
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
-from nsa.fused.placement import IN_ORDER
+from nsa.fused.kernel_inputs import IN_ORDER
 from nsa.fused.plan import make_plan
 from nsa.testing import make_cu_seqlens
 
@@ -97,7 +96,7 @@ def make_placements(lengths, heads, kv_heads, visibility, device="cpu"):
     )  # fmt: skip
     q = torch.empty(1, sum(lengths), heads, 8, device=device)
     plan = make_plan(q, make_cu_seqlens(lengths).to(device), max(lengths), config)
-    placements = query_placements(q, kv_heads, plan)
+    placements = plan.query_placements(q.shape[2], kv_heads)
     return placements, (plan.folded.rows.total * 16 * heads, plan.tokens.rows * heads), plan
 
 

@@ -20,8 +20,8 @@ from profiles import gpu_property
 from tile_cases import assert_same_blocks
 
 import nsa
-from nsa.blocks import Geometry
 from nsa.fused import selection
+from nsa.geometry import Geometry
 
 pytestmark = gpu_test
 
@@ -93,7 +93,7 @@ def test_blocks_equal_reference(tile_summary, packed):
 @pytest.mark.parametrize("tile_summary", ["mean", "first"])
 def test_groups_equal_reference(tile_summary, form, packed, held, monkeypatch):
     if held is not None:
-        monkeypatch.setattr(selection, "SCORE_ELEMENTS", held)
+        monkeypatch.setattr(selection, "TILE_SCORES", held)
     check_groups(group_case(*form, packed, tile_summary), "cuda")
 
 

@@ -23,9 +23,9 @@ from test_gpu_graph import Call, check
 from token_cases import assert_same_selection
 
 import nsa
-from nsa.blocks import Geometry
 from nsa.fused.plan import make_plan
-from nsa.fused.token_selection import select_tokens
+from nsa.fused.selection import select_blocks
+from nsa.geometry import Geometry
 from nsa.reference.compression import compress
 from nsa.testing import make_cu_seqlens
 
@@ -216,7 +216,7 @@ def test_selection_of_64k_tokens_takes_2_gib_at_most(heads):
     plan = make_plan(q, None, None, config)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    taken = select_tokens(q, k_cmp, lse, plan)
+    taken = select_blocks(q, k_cmp, lse, plan)
     extra = torch.cuda.max_memory_allocated() - before - taken.nbytes
     assert extra <= 2 << 30
 

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa
 from nsa import host, layers, packing, validation
-from nsa.fused import entry, memory
+from nsa.fused import entry, schedule
 from nsa.fused import plan as plans
-from nsa.fused.call import Call, with_scale
+from nsa.fused.schedule import run_backward, run_forward
 from nsa.testing import make_cu_seqlens, make_inputs
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
@@ -54,7 +54,7 @@ def _caller() -> Path:
 @pytest.fixture
 def capturing(monkeypatch):
     """As while a CUDA graph is captured."""
-    for module in (memory, packing):
+    for module in (schedule, packing):
         monkeypatch.setattr(module, "is_capturing", lambda _: True)
     monkeypatch.setattr(plans, "may_keep", lambda _: False)
     for module in (validation, packing, layers):
@@ -68,17 +68,14 @@ def backward_too(monkeypatch):
     """Each call runs forward and backward, within no op, so that dispatch modes see inside."""
     calls = []
 
-    def attention(inputs, block_indices, boundaries, config, schedule, scale, save):
-        cu_seqlens, _, max_seqlen, given = boundaries or (None,) * 4
-        config = with_scale(config, scale)
-        plan = plans.make_plan(inputs.q, cu_seqlens, max_seqlen, config, given)
-        call = Call(block_indices, plan, *schedule)
-        out, saved = call.forward(inputs, save=True)
-        grads = call.backward(torch.ones_like(out), inputs, saved)
+    def forward_and_backward(inputs, block_indices, plan, chosen, save):
+        out, saved = run_forward(inputs, block_indices, plan, chosen, save=True)
+        dout = torch.ones_like(out)
+        grads = run_backward(dout, inputs, block_indices, saved, plan, chosen)
         calls.append([x for x in grads if x is not None])
-        return out
+        return out, saved
 
-    monkeypatch.setattr(entry, "attention", attention)
+    monkeypatch.setattr(entry, "run_forward", forward_and_backward)
     return calls
 
 

@@ -9,8 +9,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import nsa
-from nsa.blocks import Geometry, Segments
 from nsa.fused.plan import Plan, make_plan
+from nsa.geometry import Geometry, Segments
 from nsa.packing import MAX_KEPT
 from nsa.testing import make_cu_seqlens
 
@@ -28,9 +28,9 @@ CONFIGS = {
 @pytest.mark.parametrize("length", [1, 63, 64, 300, 512, 1024])
 def test_single_sequence(length, config):
     config, device = CONFIGS[config], torch.device("cpu")
-    single = Plan(Geometry.single(length, device, config), 64, None, None)
+    single = Plan(Geometry.single(length, device, config), 1, 64, None, None)
     tokens = Segments(torch.tensor([0, length]), length)
-    packed = Plan(Geometry(tokens, config), 64, None, None)
+    packed = Plan(Geometry(tokens, config), 1, 64, None, None)
 
     for name in ("tokens", "compressed", "selection", "tiles", "groups"):
         actual, expected = getattr(single.geometry, name), getattr(packed.geometry, name)
@@ -85,8 +85,8 @@ class TestPackedPlans:
         packing = nsa.Packing(make_cu_seqlens([100, 0, 200]))
         plan = self.plan(packing)
         plan.tokens.pack(self.q)
-        start = weakref.ref(plan.scoring.tile_start(1))
-        rows = weakref.ref(plan.folded.fold_index(2))
+        start = weakref.ref(plan.scoring.tile_start)
+        rows = weakref.ref(plan.folded._fold_index(2))
         gc.disable()
         try:
             del plan, packing

@@ -17,6 +17,7 @@ CONFIG = nsa.NSAConfig(
     compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2
 )
 TOKEN = nsa.NSAConfig.paper(num_selected_blocks=4)
+SPARSE = replace(CONFIG, num_cmp_selected_blocks=4, cmp_group_size=64)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def test_gate_passes_and_refuses(monkeypatch):
 
 
 def test_gate_checks_a_choice_among_groups():
-    gate.check_accuracy(OPTIONS, replace(CONFIG, num_cmp_selected_blocks=4, cmp_group_size=64))
+    gate.check_accuracy(OPTIONS, SPARSE)
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -61,16 +62,23 @@ def test_stages_of_a_pass_and_nothing_left_behind(parts):
         with stages.results_of(pipeline.compress) as compressed:
             nsa.select_blocks(tensors.q, tensors.k, config=config, backend="fused")
         unmet -= {"compress"} if compressed else set()
+    # Stages of the sparse compressed branch.
+    call = dict(config=SPARSE, backend="fused")
+    blocks = nsa.select_blocks(tensors.q, tensors.k, **call)
+    for name, block_indices in {"select_blocks_and_groups": None, "select_groups": blocks}.items():
+        with stages.results_of(getattr(pipeline, name)) as results:
+            nsa.forward(tensors.q, tensors.k, tensors.v, block_indices=block_indices, **call)
+        unmet -= {name} if results else set()
     assert not unmet
 
 
 def test_results_of_a_function():
     q, k, v = workloads.make_tensors((1, 100), OPTIONS, backward=False)[:3]
-    with stages.results_of(pipeline.select) as results:
+    with stages.results_of(pipeline.select_blocks) as results:
         nsa.forward(q, k, v, config=CONFIG, backend="fused")
     nsa.forward(q, k, v, config=CONFIG, backend="fused")
     assert len(results) == 1
-    assert results[0].blocks.dtype == torch.int32
+    assert results[0].dtype == torch.int32
 
 
 def test_reshaped_tensors_share_memory():

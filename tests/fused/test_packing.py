@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import nsa
-from nsa import blocks, layers, packing, validation
-from nsa.fused import importance, memory, ops
+from nsa import geometry, layers, packing, validation
+from nsa.fused import kernel_inputs, ops, schedule
 from nsa.testing import make_cu_seqlens, make_inputs
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
@@ -235,8 +235,8 @@ def test_a_layer_reads_a_tensor_once(reads):
 @pytest.mark.parametrize("mode", CONFIGS)
 def test_layers_with_one_packing_locate_nothing_again(mode, monkeypatch):
     located = []
-    locate = blocks.locate_items
-    for module in (blocks, layers, importance):
+    locate = geometry.locate_items
+    for module in (geometry, layers, kernel_inputs):
         monkeypatch.setattr(module, "locate_items", lambda *a: located.append(a) or locate(*a))
     stack = [nsa.NativeSparseAttention(32, 4, 2, CONFIGS[mode], backend="fused") for _ in "ab"]
     x = torch.randn(TOTAL, 32, requires_grad=True)
@@ -421,7 +421,7 @@ def test_a_subclass_anywhere_takes_the_custom_op(name, monkeypatch):
 # Dynamo traces through a cached function of sizes, and says so.
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
 def test_pairs_past_what_the_kernels_count_are_refused_when_traced(monkeypatch):
-    monkeypatch.setattr(memory, "MAX_PAIRS", 1500)
+    monkeypatch.setattr(schedule, "MAX_PAIRS", 1500)
     q, k, v = inputs(requires_grad=False)
     call = dict(config=CONFIGS["token"], cu_seqlens=make_cu_seqlens(LENGTHS), backend="fused")
     expected = nsa.forward(q, k, v, **call)

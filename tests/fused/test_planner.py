@@ -5,9 +5,10 @@ import torch
 
 import nsa
 from nsa.blocks import num_compressed_blocks
-from nsa.fused import autograd, entry, memory, ops
-from nsa.fused.call import Call
-from nsa.fused.memory import Problem, Schedule, choose, workspace_bytes
+from nsa.fused import entry, ops
+from nsa.fused.memory import workspace_bytes
+from nsa.fused.schedule import USABLE, Schedule, choose, run_forward
+from nsa.fused.sizes import Sizes
 from nsa.testing import make_cu_seqlens, make_inputs
 
 GIB = 1 << 30
@@ -117,25 +118,25 @@ def test_results_do_not_depend_on_the_schedule(form, packed, scheduled):
 
 
 @pytest.mark.usefixtures("fused_on_cpu")
-@pytest.mark.parametrize("schedule", [(1, True), (2, False), (3, True)])
-def test_what_is_kept_for_backward(schedule, scheduled, monkeypatch):
+@pytest.mark.parametrize("chosen", [(1, True), (2, False), (3, True)])
+def test_what_is_kept_for_backward(chosen, scheduled, monkeypatch):
     """With recomputing nothing as long as the queries, and without a gradient nothing at all."""
     kept = []
-    original = Call.forward
 
-    def forward(*arguments, **options):
-        kept.append(original(*arguments, **options))
+    def noted(*arguments, **options):
+        kept.append(run_forward(*arguments, **options))
         return kept[-1]
 
-    monkeypatch.setattr(Call, "forward", forward)
-    scheduled(*schedule)
+    for module in (entry, ops):
+        monkeypatch.setattr(module, "run_forward", noted)
+    scheduled(*chosen)
     function, leaves = make_problem(False)
     function(**leaves)
     with torch.no_grad():
         function(**leaves)
     (out, saved), (_, nothing) = kept
     assert len(nothing) == 0
-    chunks, recompute = schedule
+    chunks, recompute = chosen
     assert len(saved) == chunks
     tensors = [x for part in saved for x in part if x is not None]
     values = sum(x.numel() for x in tensors if x.is_floating_point())
@@ -151,7 +152,7 @@ def test_what_is_kept_for_backward(schedule, scheduled, monkeypatch):
 )
 def test_fakes_agree_with_the_ops(form, schedule, packed, scheduled, monkeypatch):
     calls = []
-    monkeypatch.setattr(autograd, "is_traced", lambda *_: True)
+    monkeypatch.setattr(entry, "is_traced", lambda *_: True)
     for name in ("attention", "attention_backward"):
         op = getattr(ops, name)
         monkeypatch.setattr(
@@ -231,12 +232,12 @@ def test_more_pairs_of_one_head_than_the_kernels_count_are_refused():
     assert f"got {1 << 30}; split the batch" in said
 
 
-def problem(length: int = 1 << 20, **changes) -> Problem:
+def problem(length: int = 1 << 20, **changes) -> Sizes:
     sizes = dict(
         batch=1, length=length, sequences=None, longest=length, num_heads=32, num_kv_heads=8,
         head_dim=128, itemsize=2, config=nsa.NSAConfig(),
     )  # fmt: skip
-    return Problem(**(sizes | changes))
+    return Sizes(**(sizes | changes))
 
 
 PROBLEMS = {
@@ -331,7 +332,7 @@ def test_the_goals_fit_one_gpu():
         inputs, results = queries + 2 * keys, queries
         if save:
             results += 2 * queries + 2 * keys
-        limit = int(memory.USABLE * (free - inputs)) - results
+        limit = int(USABLE * (free - inputs)) - results
         chunks, recompute = choose(problem(length), save, limit)
         used = workspace_bytes(problem(length), -(-8 // chunks), save=save, recompute=recompute)
         assert inputs + results + used < free

@@ -41,7 +41,7 @@ def log(monkeypatch):
 
 
 def run(log):
-    beside = streams.Beside(Q)
+    beside = streams.SideStream(Q)
     log.append("first")
     with beside:
         log.append("second")
@@ -55,7 +55,7 @@ def test_forks_before_and_joins_after(log):
 
 
 def test_joins_after_an_error(log):
-    beside = streams.Beside(Q)
+    beside = streams.SideStream(Q)
     with pytest.raises(ValueError, match="inside"), beside:
         raise ValueError("inside")
     assert log[-1] == "main waits for side"

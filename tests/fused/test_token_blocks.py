@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import nsa
-from nsa.blocks import Geometry
-from nsa.fused.token_blocks import (
+from nsa.fused.kernel_inputs import (
     WORKSPACE_BYTES,
     choose_chunk_tokens,
     make_token_blocks,
     units_of_wave,
 )
+from nsa.geometry import Geometry
 from nsa.testing import make_cu_seqlens
 
 SIZE = 32

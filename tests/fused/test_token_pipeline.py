@@ -10,7 +10,7 @@ from test_pipeline import KERNEL_SETTINGS, tensors
 from token_cases import assert_same_selection
 
 import nsa
-from nsa.blocks import Geometry
+from nsa.geometry import Geometry
 from nsa.reference.compression import compress
 from nsa.testing import make_cu_seqlens, make_inputs
 
@@ -141,7 +141,7 @@ def test_paper_config_equals_reference(heads, packed):
 @settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(chunk=st.sampled_from([1, 5000, 70_000]), packed=st.booleans())
 def test_selection_does_not_depend_on_chunks(chunk, packed):
-    from nsa.fused import token_selection
+    from nsa.fused import selection
 
     config = nsa.NSAConfig.paper(num_selected_blocks=4)
     lengths = [70, 0, 300, 1]
@@ -150,7 +150,7 @@ def test_selection_does_not_depend_on_chunks(chunk, packed):
     extras = {"cu_seqlens": make_cu_seqlens(lengths)} if packed else {}
     expected = nsa.select_blocks(q, k, config=config, backend="reference", **extras)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_selection, "SCORE_ELEMENTS", chunk)
+        patch.setattr(selection, "TOKEN_SCORES", chunk)
         actual = nsa.select_blocks(q, k, config=config, backend="fused", **extras)
     assert torch.equal(actual, expected)
 

@@ -80,7 +80,7 @@ def test_chunks_of_tiles_select_the_same(fused_on_cpu, problem, held):
     expected = problem.forward(backend="reference")
     indices = problem.select_blocks(backend="reference")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(selection, "SCORE_ELEMENTS", held)
+        monkeypatch.setattr(selection, "TILE_SCORES", held)
         assert torch.equal(problem.select_blocks(backend="fused"), indices)
         actual = problem.forward(backend="fused")
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
@@ -95,8 +95,8 @@ def selected_columns(monkeypatch, q, k_cmp, plan):
         emulated_own_kernels.top_blocks(scores, *args, **kwargs)
 
     monkeypatch.setattr(kernel_calls, "top_blocks", top_blocks)
-    monkeypatch.setattr(selection, "SCORE_ELEMENTS", 1)
-    selection.select(plan.tokens.pack(q), k_cmp, plan, blocks=True, groups=False)
+    monkeypatch.setattr(selection, "TILE_SCORES", 1)
+    selection.select_blocks(plan.align_queries(q), k_cmp, None, plan)
     return widths
 
 

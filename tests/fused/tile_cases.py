@@ -3,7 +3,7 @@
 from token_cases import assert_same_scores
 from torch import Tensor
 
-from nsa.blocks import Geometry, Segments
+from nsa.geometry import Geometry, Segments
 from nsa.reference import selection
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nsa.blocks import Geometry
 from nsa.config import NSAConfig
+from nsa.geometry import Geometry
 from nsa.reference import selection
 
 

@@ -22,7 +22,7 @@ PIPELINE = "nsa.fused.pipeline"
 # Calls of the attention kernels, of our own, and what prepares their arguments.
 PART_MODULES = ("nsa.fused.block_lists", "nsa.fused.fa4", "nsa.fused.kernel_calls")
 NOT_PARTS = ("version_problem",)
-PART_CLASSES = ("nsa.fused.row_layouts.AlignedRows", "nsa.fused.plan.FoldedQueries")
+PART_CLASSES = ("nsa.fused.row_layouts.AlignedRows", "nsa.fused.row_layouts.FoldedQueries")
 
 Path = tuple[str, ...]
 """The stage, the part of it, the part of that; () is the whole."""

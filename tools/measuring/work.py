@@ -72,12 +72,9 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
         # A tile scores the compressed tokens that its last query sees.
         scored = lists * num_compressed_blocks(length, config) // 2
     listed = lists * min(config.num_selected_blocks, num_selection_blocks(length, config))
-    select, attend = (
-        ("select_tokens", "token_attention") if token else ("select", "selected_attention")
-    )
     work = {
         "compress_pair": Work(2 * (key + compressed_key), 0),
-        select: Work(query + compressed_key + 4 * listed, 2 * dim * scored),
+        "select_blocks": Work(query + compressed_key + 4 * listed, 2 * dim * scored),
         "combine_branches": Work(5 * query, 0),
         "combine_branches_backward": Work(8 * query, 0),
         "query_gradient": Work(4 * query, 0),
@@ -92,7 +89,7 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
         }
     branches = {
         "compressed_attention": (pairs.compressed, compressed_key),
-        attend: (pairs.selected, key),
+        "selected_attention": (pairs.selected, key),
         "window_attention": (pairs.window, key),
     }
     for name, (count, keys) in branches.items():

@@ -16,6 +16,7 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.kernel_inputs import IN_ORDER, Placements
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.head_rows import (
     PLACED,
@@ -40,7 +41,6 @@ from nsa.fused.kernels.vectors import (
     load_vector,
     store_vector,
 )
-from nsa.fused.placement import IN_ORDER, Placements
 
 FORMS = ("weight", "gates", "mean")
 

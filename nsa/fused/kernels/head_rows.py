@@ -4,7 +4,7 @@ A CTA keeps to one head, so that what belongs to the head stays in registers. ``
 neighbouring threads share a row, VECTOR elements each; a CTA handles ``rows_per_step`` rows at once
 and ``chunks`` CTAs of a head take the steps in turn.
 
-A tensor may have a :class:`nsa.fused.placement.Placement`: its rows then lie where an index says.
+A tensor may have a ``Placement`` (``kernel_inputs``): its rows then lie where an index says.
 In a kernel that is the flat index, ``mPlace``, and a layout ``(unit, group, group_stride)``; None
 twice for rows that follow each other.
 """
@@ -18,8 +18,8 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.kernel_inputs import Placement, Placements
 from nsa.fused.kernels.vectors import VECTOR, check_float, check_tensor, fake_flat, load_vector
-from nsa.fused.placement import Placement, Placements
 
 MAX_HEAD_DIM = 32 * VECTOR
 THREADS = 128

@@ -27,7 +27,7 @@ from quack import sm90_utils
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.fused.importance import (
+from nsa.fused.kernel_inputs import (
     LANES,
     MAX_GROUP,
     PITCH,

@@ -19,9 +19,9 @@ from cutlass import Int32, Int64, const_expr
 from quack.utils import warp_prefix_sum
 from torch import Tensor
 
+from nsa.fused.kernel_inputs import TokenBlocks
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.vectors import fake_flat, flat
-from nsa.fused.token_blocks import TokenBlocks
 
 ITEM_FIELDS = 4
 """Of a work item: first position, pairs, first key (token), keys."""

@@ -15,6 +15,7 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.kernel_inputs import IN_ORDER, Placements
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.head_rows import (
     PLACED,
@@ -38,7 +39,6 @@ from nsa.fused.kernels.vectors import (
     load_vector,
     store_vector,
 )
-from nsa.fused.placement import IN_ORDER, Placements
 
 # 9 accesses of 16 bytes that a thread issues together, as many as the gating kernels do.
 _ROWS_IN_FLIGHT = 3

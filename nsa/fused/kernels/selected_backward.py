@@ -25,6 +25,7 @@ from flash_attn.cute import utils
 from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.kernel_inputs import TokenBlocks, choose_chunk_tokens
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
@@ -45,7 +46,6 @@ from nsa.fused.kernels.vectors import (
     flat_rows,
     load_vector,
 )
-from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens
 
 _WARPGROUP = 128
 _WARP = 32

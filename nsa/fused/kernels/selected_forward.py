@@ -28,6 +28,7 @@ from flash_attn.cute import utils
 from quack import layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.kernel_inputs import TokenBlocks, choose_chunk_tokens, units_of_wave
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
     QUAD,
@@ -62,7 +63,6 @@ from nsa.fused.kernels.vectors import (
     load_shared,
     store_vector,
 )
-from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens, units_of_wave
 
 _THREADS = 128
 _LOG2_E = math.log2(math.e)

@@ -1,0 +1,25 @@
+"""The three attention branches (paper section 3.3), forward and backward.
+
+Shapes: ``q`` and ``out (B, T, H, D)``, ``k`` and ``v (B, T, H_kv, D)``. The log-sum-exp that a
+forward returns is in the layout of its kernel and meant for its backward alone. In tile mode packed
+outputs and gradients of queries of the compressed and selected branch are in such layouts too;
+:meth:`nsa.fused.plan.Plan.query_placements` says where in them a token is.
+"""
+
+from nsa.fused.attention.compressed import (
+    compressed_attention,
+    compressed_attention_backward,
+    compressed_lse,
+)
+from nsa.fused.attention.selected import selected_attention, selected_attention_backward
+from nsa.fused.attention.window import window_attention, window_attention_backward
+
+__all__ = [
+    "compressed_attention",
+    "compressed_attention_backward",
+    "compressed_lse",
+    "selected_attention",
+    "selected_attention_backward",
+    "window_attention",
+    "window_attention_backward",
+]

@@ -1,0 +1,149 @@
+"""The compressed branch (paper section 3.3): queries attend the means of blocks of keys.
+
+Shapes as in :mod:`nsa.fused.attention`; ``k_cmp`` and ``v_cmp`` are ``(B, M, H_kv, D)``.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import covered_tokens
+from nsa.fused.attention.fa4_calls import (
+    accumulator_bytes,
+    dense_backward,
+    dense_forward,
+    row_limit,
+    sparse_backward,
+    sparse_backward_bytes,
+    sparse_forward,
+)
+from nsa.fused.attention.folded import folded_attention, folded_attention_backward, lse_in_order
+from nsa.fused.block_lists import compressed_lists
+from nsa.fused.compressed_forms import CompressedForm
+from nsa.fused.plan import Plan
+from nsa.fused.sizes import Sizes
+from nsa.precision import accumulation_dtype
+
+
+def compressed_attention(
+    q: Tensor,
+    q_rows: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    groups: Tensor | None,
+    plan: Plan,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the visible compressed tokens, or those of ``groups (B, tiles, H, m)``.
+
+    ``q_rows`` is ``plan.align_queries(q)``.
+    """
+    form = plan.compressed_form
+    if form is CompressedForm.NONE:
+        return torch.zeros_like(q), q.new_zeros(0, dtype=accumulation_dtype(q.dtype))
+    if form is CompressedForm.LISTED:
+        lists = compressed_lists(groups, plan)
+        k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
+        return sparse_forward(q_rows, k_rows, v_rows, lists, _compressed_mask(q_rows, plan), plan)
+    if plan.folds:
+        return folded_attention(q, k_cmp, v_cmp, plan)
+    return dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan))
+
+
+def compressed_lse(lse: Tensor, q: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
+    """The log-sum-exp of :func:`compressed_attention` without groups, as ``(B, H, T)``.
+
+    Of queries that see no compressed token it is undefined.
+    """
+    form = plan.compressed_form
+    if form is CompressedForm.NONE:
+        return lse.new_zeros(q.shape[0], q.shape[2], q.shape[1])
+    if plan.folds:
+        return lse_in_order(lse, q, k_cmp.shape[2], plan)
+    return lse[None] if plan.packed else lse
+
+
+def compressed_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    groups: Tensor | None,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``, the last two perhaps in float32."""
+    form = plan.compressed_form
+    if form is CompressedForm.NONE:
+        return torch.zeros_like(q), torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
+    if form is CompressedForm.LISTED:
+        lists = compressed_lists(groups, plan)
+        k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
+        q_rows = plan.align_queries(q)
+        mask = _compressed_mask(q_rows, plan)
+        dq, dk, dv = sparse_backward(dout, q_rows, k_rows, v_rows, out, lse, lists, mask, plan)
+        return dq, plan.compressed.unpack(dk), plan.compressed.unpack(dv)
+    if plan.folds:
+        return folded_attention_backward(dout, q, k_cmp, v_cmp, out, lse, plan)
+    call = _compressed_call(plan)
+    dq, dk, dv = dense_backward(dout, q, k_cmp, v_cmp, out, lse, plan, **call)
+    if plan.packed:
+        # The kernels write nothing past the last sequence's blocks.
+        none = ~plan.geometry.compressed.real
+        dk, dv = (x.masked_fill_(none[:, None, None], 0) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _compressed_call(plan: Plan) -> dict:
+    """Mask and lengths of the dense compressed branch where it is not folded."""
+    config, call = plan.config, dict(causal=False, window_size=(None, None))
+    if plan.compressed_form is CompressedForm.BATCH:
+        first = covered_tokens(config, config.compressed_visibility) - 1
+        return call | dict(key_times=(config.compress_stride, first))
+    if not plan.packed:
+        return call
+    return call | dict(
+        cu_seqlens_q=plan.cu_seqlens,
+        cu_seqlens_k=plan.compressed_bounds,
+        max_seqlen_q=plan.max_seqlen,
+        max_seqlen_k=plan.max_compressed,
+    )
+
+
+def _compressed_mask(q_rows: Tensor, plan: Plan) -> dict:
+    """For each row of queries the row of the first compressed token that it does not see."""
+    geometry, rows = plan.geometry, plan.tokens
+    owner = rows.segments.owner
+    seen = geometry.num_visible(rows.segments.local, owner, plan.config.compressed_visibility)
+    end = plan.compressed.segments.offset[owner] + seen
+    return dict(causal=False, key_limit=row_limit(end, q_rows, plan.compressed.rows))
+
+
+def compressed_forward_bytes(sizes: Sizes) -> int:
+    """What the forward allocates beside its results: copies."""
+    kept_folded = sizes.packed and not sizes.token_mode
+    return _copies(sizes, queries=1 if kept_folded else 2)
+
+
+def compressed_backward_bytes(sizes: Sizes) -> int:
+    """What the backward allocates: copies, FA4's sums, and gradients of queries and keys."""
+    if sizes.form is CompressedForm.LISTED:
+        return sparse_backward_bytes(
+            sizes, sizes.config.cmp_group_size, sizes.compressed,
+            keys=sizes.key_cmp, key_copy=sizes.key_cmp,
+        )  # fmt: skip
+    copies = _copies(sizes, queries=4 if sizes.token_mode else 1)
+    # Gradients of each query head's own keys, where it has them, and their sum in float32.
+    gradients = sizes.query + 4 * sizes.key_cmp + (0 if sizes.packed else copies)
+    return copies + gradients + accumulator_bytes(sizes, sizes.tokens, sizes.compressed)
+
+
+def _copies(sizes: Sizes, queries: int) -> int:
+    """Copies of ``queries`` tensors of queries that are folded or unfolded, and of keys."""
+    if sizes.form is CompressedForm.LISTED:
+        return (queries - 1) * sizes.query_copy + 2 * sizes.key_cmp
+    if sizes.form is CompressedForm.FOLDED_ROWS:
+        return queries * sizes.query
+    if sizes.form is CompressedForm.BATCH:
+        # Where it is folded, each query head gets keys of its own; else there are few.
+        return 2 * sizes.group * sizes.key_cmp
+    return 0

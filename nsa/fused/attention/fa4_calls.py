@@ -1,0 +1,106 @@
+"""FlashAttention-4's calls for the tensors of a plan."""
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import num_query_tiles
+from nsa.fused import fa4, kernel_calls
+from nsa.fused.block_lists import BOUNDED_BYTES, goes_by_query, transpose_lists
+from nsa.fused.kernel_inputs import BlockLists
+from nsa.fused.plan import Plan, choose_key_block
+from nsa.fused.sizes import Sizes
+
+
+def dense_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, **call) -> tuple[Tensor, Tensor]:
+    scale = plan.config.softmax_scale(q.shape[-1])
+    if not plan.packed:
+        return fa4.dense_forward(q, k, v, scale=scale, **call)
+    out, lse = fa4.dense_forward(q[0], k[0], v[0], scale=scale, **call)
+    return out[None], lse
+
+
+def dense_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, **call
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = plan.config.softmax_scale(q.shape[-1])
+    tensors = (dout, q, k, v, out)
+    if not plan.packed:
+        return fa4.dense_backward(*tensors, lse, scale=scale, **call)
+    grads = fa4.dense_backward(*(x[0] for x in tensors), lse, scale=scale, **call)
+    return tuple(grad[None] for grad in grads)
+
+
+def sparse_forward(
+    q_rows: Tensor, k_rows: Tensor, v_rows: Tensor, lists: BlockLists, mask: dict, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    scale = plan.config.softmax_scale(q_rows.shape[-1])
+    out, lse = fa4.sparse_forward(q_rows, k_rows, v_rows, lists, scale=scale, **mask)
+    return plan.query_rows(out), lse
+
+
+def sparse_backward(
+    dout: Tensor,
+    q_rows: Tensor,
+    k_rows: Tensor,
+    v_rows: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: BlockLists,
+    mask: dict,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, and of ``k`` and ``v`` in rows."""
+    scale = plan.config.softmax_scale(q_rows.shape[-1])
+    if plan.in_order:
+        dout, out = plan.tokens.pack(dout), plan.tokens.pack(out)
+    tensors = (dout, q_rows, k_rows, v_rows, out)
+    if goes_by_query(lists.key_block, q_rows.shape[-1]):
+        limit = mask.get("key_limit")
+        dq, dk, dv = kernel_calls.listed_backward(*tensors, lse, lists, scale, limit)
+    else:
+        transposed = transpose_lists(lists, k_rows.shape[1])
+        dq, dk, dv = fa4.sparse_backward(*tensors, lse, transposed, scale=scale, **mask)
+    return plan.query_rows(dq), dk, dv
+
+
+def row_limit(end: Tensor, q_rows: Tensor, keys_per_entry: int) -> Tensor:
+    """int32 ``(B * rows,)`` from ``end (rows,)`` in one entry of the batch."""
+    batch = q_rows.shape[1] // len(end)
+    offset = torch.arange(batch, device=end.device)[:, None] * keys_per_entry
+    return (end + offset).flatten().int()
+
+
+def accumulator_bytes(sizes: Sizes, queries: int, keys: int) -> int:
+    """FA4's sums of a backward: dq and two numbers a query; with grouped heads also dk and dv."""
+    of_queries = queries * sizes.num_heads * (sizes.head_dim + 2) * 4
+    return of_queries + (_key_sums(sizes, keys) if sizes.group > 1 else 0)
+
+
+def sparse_backward_bytes(
+    sizes: Sizes, block_size: int, num_keys: int, *, keys: int, key_copy: int
+) -> int:
+    """What :func:`sparse_backward` and its caller allocate: copies, gradients, sums and lists.
+
+    ``keys`` are the bytes of ``num_keys`` rows of keys, and ``key_copy`` of those that are copied.
+    """
+    # Copied are q, keys and values; of a batch out and dout too, which packed lie in rows.
+    copies = (1 if sizes.packed else 3) * sizes.query_copy + 2 * key_copy
+    total = copies + sizes.query_rows + 2 * keys + sizes.indices
+    key_block = choose_key_block(block_size, sizes.config, sizes.head_dim)
+    if goes_by_query(key_block, sizes.head_dim):
+        return total + _key_sums(sizes, num_keys)
+    total += _transposed_bytes(sizes, num_keys)
+    return total + accumulator_bytes(sizes, sizes.rows, num_keys)
+
+
+def _key_sums(sizes: Sizes, keys: int) -> int:
+    """dk and dv in float32."""
+    return 2 * keys * sizes.num_kv_heads * sizes.head_dim * 4
+
+
+def _transposed_bytes(sizes: Sizes, num_keys: int) -> int:
+    """Lists by key block, each as long as the longest: at most all tiles of a sequence."""
+    rows, tiles = sizes.num_heads * -(-num_keys // 64), sizes.batch * sizes.tiles
+    if rows * tiles * 4 > BOUNDED_BYTES:
+        tiles = num_query_tiles(sizes.longest, sizes.config)
+    return rows * tiles * 4

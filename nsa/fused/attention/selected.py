@@ -1,0 +1,143 @@
+"""The selected branch (paper section 3.3): queries attend the tokens of the selected blocks.
+
+Tile mode runs on FlashAttention-4 and a kernel of our own, token mode on kernels of our own.
+"""
+
+from torch import Tensor
+
+from nsa.blocks import num_selection_blocks
+from nsa.fused import kernel_calls
+from nsa.fused.attention.fa4_calls import (
+    row_limit,
+    sparse_backward,
+    sparse_backward_bytes,
+    sparse_forward,
+)
+from nsa.fused.block_lists import selected_lists
+from nsa.fused.kernel_inputs import WORKSPACE_BYTES, choose_chunk_tokens
+from nsa.fused.plan import Plan
+from nsa.fused.sizes import Sizes
+
+
+def selected_attention(
+    q_rows: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """Attention over the tokens of the selected blocks.
+
+    Args:
+        q_rows: ``plan.align_queries(q)``.
+        k, v: ``(B, T, H_kv, D)``.
+        block_indices: ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode.
+        plan: the sequences.
+
+    Returns:
+        The output and the log-sum-exp, in token mode ``(B * T, H)``.
+    """
+    if plan.config.selection == "token":
+        return _token_forward(q_rows, k, v, block_indices, plan)
+    lists = selected_lists(block_indices, plan)
+    k_rows, v_rows = plan.tokens.pack(k), plan.tokens.pack(v)
+    return sparse_forward(q_rows, k_rows, v_rows, lists, _mask(q_rows, plan), plan)
+
+
+def selected_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k`` and ``v``."""
+    if plan.config.selection == "token":
+        return _token_backward(dout, q, k, v, out, lse, block_indices, plan)
+    lists = selected_lists(block_indices, plan)
+    k_rows, v_rows = plan.tokens.pack(k), plan.tokens.pack(v)
+    q_rows = plan.align_queries(q)
+    mask = _mask(q_rows, plan)
+    dq, dk, dv = sparse_backward(dout, q_rows, k_rows, v_rows, out, lse, lists, mask, plan)
+    return dq, plan.tokens.unpack(dk), plan.tokens.unpack(dv)
+
+
+def _mask(q_rows: Tensor, plan: Plan) -> dict:
+    """Tile mode: which keys of a listed block a query sees."""
+    if plan.config.causal:
+        return dict(causal=True)
+    # The end of each sequence in the row; the causal flag would also hide the padding.
+    rows, owner = plan.tokens, plan.tokens.segments.owner
+    end = rows.segments.offset[owner] + rows.items.count[owner]
+    return dict(causal=False, key_limit=row_limit(end, q_rows, rows.rows))
+
+
+def _token_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    config = plan.config
+    out, lse = kernel_calls.selected_forward(
+        *(x.flatten(0, 1) for x in (q, k, v, block_indices)),
+        plan.token_blocks,
+        config.select_block_size,
+        config.softmax_scale(q.shape[-1]),
+        config.causal,
+        config.num_initial_blocks + config.num_local_blocks > 0,
+    )
+    return out.unflatten(0, q.shape[:2]), lse
+
+
+def _token_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    config = plan.config
+    grads = kernel_calls.selected_backward(
+        *(x.flatten(0, 1) for x in (dout, q, k, v, out)),
+        lse,
+        block_indices.flatten(0, 1),
+        plan.token_blocks,
+        config.select_block_size,
+        config.softmax_scale(q.shape[-1]),
+        config.causal,
+    )
+    return tuple(grad.unflatten(0, q.shape[:2]) for grad in grads)
+
+
+def selected_forward_bytes(sizes: Sizes) -> int:
+    """What the forward allocates beside its results and, in tile mode, the lists.
+
+    In token mode the inverted index, and the partial results of a wave; in tile mode copies.
+    """
+    if not sizes.token_mode:
+        return sizes.query_copy + 2 * sizes.key_copy
+    slots, blocks = (
+        sizes.config.num_selected_blocks,
+        num_selection_blocks(sizes.tokens, sizes.config),
+    )
+    chunk = choose_chunk_tokens(sizes.tokens, sizes.group, blocks, slots, 2 * sizes.head_dim)
+    of_token = slots * sizes.group * (sizes.head_dim * sizes.itemsize + 4)
+    # At least a unit; the last chunk is not shorter than the others.
+    wave = max(WORKSPACE_BYTES, chunk * of_token)
+    results = min(wave, sizes.num_kv_heads * (sizes.tokens + chunk) * of_token)
+    return 3 * sizes.indices + results
+
+
+def selected_backward_bytes(sizes: Sizes) -> int:
+    """What the backward allocates: gradients, copies, and sums in float32.
+
+    In token mode also the inverted index.
+    """
+    if not sizes.token_mode:
+        block_size = sizes.config.select_block_size
+        return sparse_backward_bytes(
+            sizes, block_size, sizes.rows, keys=sizes.key_rows, key_copy=sizes.key_copy
+        )
+    of_queries = sizes.num_heads * (sizes.head_dim + 2)
+    sums = sizes.tokens * (of_queries + 2 * sizes.num_kv_heads * sizes.head_dim) * 4
+    return sizes.query + 2 * sizes.key + 3 * sizes.indices + sums

@@ -1,0 +1,40 @@
+"""The window branch (paper section 3.3): queries attend the last keys.
+
+Shapes as in :mod:`nsa.fused.attention`.
+"""
+
+from torch import Tensor
+
+from nsa.fused.attention.fa4_calls import accumulator_bytes, dense_backward, dense_forward
+from nsa.fused.plan import Plan
+from nsa.fused.sizes import Sizes
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Attention over the ``window_size`` last keys, the query's own included."""
+    return dense_forward(q, k, v, plan, **_window_call(plan))
+
+
+def window_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k`` and ``v``."""
+    return dense_backward(dout, q, k, v, out, lse, plan, **_window_call(plan))
+
+
+def _window_call(plan: Plan) -> dict:
+    # An int32 of the kernels, to which they add positions.
+    reach = min(plan.config.window_size - 1, 1 << 30)
+    return dict(
+        causal=plan.config.causal,
+        window_size=(reach, None if plan.config.causal else reach),
+        cu_seqlens_q=plan.cu_seqlens,
+        cu_seqlens_k=plan.cu_seqlens,
+        max_seqlen_q=plan.max_seqlen,
+        max_seqlen_k=plan.max_seqlen,
+    )
+
+
+def window_backward_bytes(sizes: Sizes) -> int:
+    """What the backward allocates: gradients, and FA4's sums."""
+    return sizes.query + 2 * sizes.key + accumulator_bytes(sizes, sizes.tokens, sizes.tokens)

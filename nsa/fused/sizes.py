@@ -1,0 +1,235 @@
+"""The sizes of a call: shapes of results, and the memory that stages need, follow from them.
+
+Lengths of packed sequences are not read, so what depends on them is an upper bound.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nsa.blocks import most_query_tiles, num_compressed_blocks, num_query_tiles
+from nsa.config import NSAConfig
+from nsa.fused.compressed_forms import (
+    CompressedForm,
+    compressed_form,
+    num_compressed_bound,
+    num_folded_rows,
+)
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call, or of a chunk of its KV heads.
+
+    Attributes:
+        batch: entries of the batch; 1 for packed sequences.
+        length: tokens of an entry.
+        sequences: of packed input; None for a batch.
+        longest: tokens of a sequence, at most.
+        num_heads, num_kv_heads: query heads and KV heads.
+        head_dim: of the kernels.
+        itemsize: bytes of an element of ``q``.
+        config: block sizes and counts.
+    """
+
+    batch: int
+    length: int
+    sequences: int | None
+    longest: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    itemsize: int
+    config: NSAConfig
+
+    def of_heads(self, num_kv_heads: int) -> "Sizes":
+        """The same with fewer KV heads, and their query heads."""
+        return self._replace(num_kv_heads=num_kv_heads, num_heads=num_kv_heads * self.group)
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def packed(self) -> bool:
+        return self.sequences is not None
+
+    @property
+    def token_mode(self) -> bool:
+        return self.config.selection == "token"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all entries."""
+        return self.batch * self.length
+
+    @property
+    def tiles(self) -> int:
+        """Query tiles of an entry."""
+        if self.packed:
+            return most_query_tiles(self.length, self.sequences, self.config)
+        return num_query_tiles(self.length, self.config)
+
+    @property
+    def units(self) -> int:
+        """What selects together in an entry: the tokens or the query tiles."""
+        return self.length if self.token_mode else self.tiles
+
+    @property
+    def rows(self) -> int:
+        """Rows of queries of all entries, in tile mode aligned to tiles."""
+        tile_size = 1 if self.token_mode else self.config.q_tile_size
+        return self.batch * self.units * tile_size
+
+    @property
+    def compressed(self) -> int:
+        """Compressed tokens of all entries, if each were one sequence."""
+        return self.batch * num_compressed_blocks(self.length, self.config)
+
+    @property
+    def form(self) -> CompressedForm:
+        """How the compressed branch is computed."""
+        bound = num_compressed_bound(self.length, self.packed, self.config)
+        return compressed_form(self.config, packed=self.packed, num_compressed=bound)
+
+    # Shapes of results.
+
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the fields of :class:`nsa.fused.pipeline.Saved`, without those that are None.
+
+        Packed tile mode keeps outputs as the kernels write them, see
+        :meth:`nsa.fused.plan.Plan.query_placements`.
+        """
+        selecting = self.num_kv_heads if self.token_mode else self.num_heads
+        indices = (self.batch, self.units, selecting)
+        o_cmp, lse_cmp = self._compressed_shapes()
+        o_slc, lse_slc = self._selected_shapes()
+        shapes = dict(
+            o_cmp=o_cmp,
+            lse_cmp=lse_cmp,
+            o_slc=o_slc,
+            lse_slc=lse_slc,
+            o_win=self._in_order,
+            lse_win=self._lse_in_order,
+            block_indices=(*indices, self.config.num_selected_blocks),
+        )
+        if self.config.num_cmp_selected_blocks is not None:
+            shapes["groups"] = (*indices, self.config.num_cmp_selected_blocks)
+        return shapes
+
+    @property
+    def _in_order(self) -> tuple[int, ...]:
+        return self.batch, self.length, self.num_heads, self.head_dim
+
+    @property
+    def _lse_in_order(self) -> tuple[int, ...]:
+        by_head = (self.num_heads, self.length)
+        return by_head if self.packed else (self.batch, *by_head)
+
+    def _compressed_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the output and log-sum-exp of the compressed branch."""
+        out = self._in_order
+        if self.form is CompressedForm.NONE:
+            return out, (0,)
+        if self.form is CompressedForm.LISTED:
+            return self._selected_shapes()
+        if self.form is CompressedForm.FOLDED_ROWS:
+            rows = num_folded_rows(self.length, self.sequences, self.config)
+            heads = self.num_heads * self.config.compress_stride
+            folded = (1, rows, heads, self.head_dim)
+            return out if self.token_mode else folded, (heads, rows)
+        return out, self._lse_in_order
+
+    def _selected_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the output and log-sum-exp of the selected branch."""
+        if self.token_mode:
+            return self._in_order, (self.tokens, self.num_heads)
+        rows = (1, self.rows, self.num_heads, self.head_dim)
+        return rows if self.packed else self._in_order, (1, self.num_heads, self.rows)
+
+    # Bytes of tensors.
+
+    @property
+    def query(self) -> int:
+        """Bytes of a tensor of queries."""
+        return self.tokens * self.num_heads * self.head_dim * self.itemsize
+
+    @property
+    def query_rows(self) -> int:
+        """Bytes of a tensor of queries in :attr:`rows`."""
+        return self.rows * self.num_heads * self.head_dim * self.itemsize
+
+    @property
+    def key(self) -> int:
+        """Bytes of a tensor of keys."""
+        return self.tokens * self.num_kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def key_rows(self) -> int:
+        """Bytes of a tensor of keys in :attr:`rows`."""
+        return self.rows * self.num_kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def key_cmp(self) -> int:
+        """Bytes of a tensor of compressed keys."""
+        return self.compressed * self.num_kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def query_copy(self) -> int:
+        """Bytes that bringing queries into rows copies."""
+        return self.query_rows if self._copies else 0
+
+    @property
+    def key_copy(self) -> int:
+        """Bytes that bringing keys into rows copies."""
+        return self.key_rows if self._copies else 0
+
+    @property
+    def _copies(self) -> bool:
+        """Whether rows are no view of the tokens."""
+        if self.token_mode:
+            return False
+        return self.packed or self.length % self.config.q_tile_size != 0
+
+    @property
+    def branch_outputs(self) -> int:
+        """Bytes of the outputs and log-sum-exps of the three branches."""
+        shapes = self.saved_shapes()
+        outputs = sum(_numel(shapes[f"o_{branch}"]) for branch in ("cmp", "slc", "win"))
+        lse = sum(_numel(shapes[f"lse_{branch}"]) for branch in ("cmp", "slc", "win"))
+        return outputs * self.itemsize + lse * 4
+
+    @property
+    def indices(self) -> int:
+        """Bytes of the indices of blocks and groups."""
+        shapes = self.saved_shapes()
+        return 4 * sum(_numel(shapes[x]) for x in ("block_indices", "groups") if x in shapes)
+
+
+def make_sizes(
+    q: Tensor,
+    num_kv_heads: int,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    config: NSAConfig,
+) -> Sizes:
+    """Sizes of a call for ``q (B, T, H, D)``, with ``B = 1`` for packed input."""
+    batch, length, num_heads, head_dim = q.shape
+    return Sizes(
+        batch=batch,
+        length=length,
+        sequences=None if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        longest=length if max_seqlen is None else max_seqlen,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        itemsize=q.element_size(),
+        config=config,
+    )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
