@@ -7,7 +7,6 @@ import sys
 import pytest
 
 import sanitize
-from measuring import environment
 
 CLEAN = """\
 ========= COMPUTE-SANITIZER
@@ -80,7 +79,7 @@ def fake_sanitizer(tmp_path, monkeypatch):
     script.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/commands"\ncat "{tmp_path}/$2"\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(environment, "require_gpu", lambda: None)
+    monkeypatch.setattr(sanitize, "require_gpu", lambda: None)
     monkeypatch.setattr(sanitize, "step_command", lambda: [sys.executable, "-c", "pass"])
     return tmp_path
 
