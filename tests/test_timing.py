@@ -1,4 +1,4 @@
-"""How the measuring tools time GPU work, with stand-ins for the GPU."""
+"""How the benchmarks time GPU work, with stand-ins for the GPU."""
 
 import pytest
 import torch

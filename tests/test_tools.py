@@ -1,4 +1,4 @@
-"""The measuring tools, as far as a CPU can tell: arguments, tables, counts of work, the chart."""
+"""The benchmarks, as far as a CPU can tell: arguments, tables, counts of work, the chart."""
 
 import functools
 import importlib

@@ -1,4 +1,4 @@
-"""What the measuring tools put around the fused pipeline, on the emulated kernels."""
+"""What the benchmarks put around the fused pipeline, on the emulated kernels."""
 
 import argparse
 from dataclasses import replace

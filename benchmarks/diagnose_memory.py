@@ -1,6 +1,6 @@
 """Where the memory of a forward and backward goes: stages, saved tensors, allocator, driver.
 
-    python tools/diagnose_memory.py --length 131072
+    python benchmarks/diagnose_memory.py --length 131072
 
 Prints, after the accuracy gate:
 

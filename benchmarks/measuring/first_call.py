@@ -1,4 +1,4 @@
-"""The process that ``tools/cold_start.py`` times: imports, then the first calls.
+"""The process that ``benchmarks/cold_start.py`` times: imports, then the first calls.
 
 Run as ``python -m measuring.first_call OPTIONS``, where OPTIONS is JSON with tokens, heads,
 kv_heads, head_dim, dtype, selection and started, the time at which the process was started. It

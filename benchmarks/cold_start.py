@@ -1,6 +1,6 @@
 """Time from import to first output, with and without the kernel cache on disk; and recompilation.
 
-    python tools/cold_start.py --csv cold_start.csv
+    python benchmarks/cold_start.py --csv cold_start.csv
 
 First this process trains: over packed batches of ever different lengths, the last two shorter, then
 over batches of equal sequences, the last two smaller. It counts kernel variants after each step,
@@ -127,8 +127,8 @@ def cold_starts(options) -> Iterator[dict]:
 
 def first_call(options, folder: Path, *, cached: bool) -> dict:
     """What a process of its own says of its first calls (``measuring.first_call``)."""
-    tools = Path(__file__).resolve().parent
-    paths = [str(tools), str(tools.parent), os.environ.get("PYTHONPATH", "")]
+    here = Path(__file__).resolve().parent
+    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
     environ = os.environ | {
         "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1" if cached else "0",
         "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(folder),

@@ -1,8 +1,8 @@
 """Time and peak memory of nsa's fused backend beside FlashAttention-4 dense causal attention.
 
-    python tools/bench_vs_dense.py --csv dense.csv
-    python tools/bench_vs_dense.py --lengths 8192 32768 --cmp-groups none --csv short.csv
-    python tools/bench_vs_dense.py --selection token --heads 64 --kv-heads 4 --csv token.csv
+    python benchmarks/bench_vs_dense.py --csv dense.csv
+    python benchmarks/bench_vs_dense.py --lengths 8192 32768 --cmp-groups none --csv short.csv
+    python benchmarks/bench_vs_dense.py --selection token --heads 64 --kv-heads 4 --csv token.csv
 
 Same tensors, same run, blocks of repetitions in turn. Nothing is reported unless the fused output
 and gradients first pass against the float64 reference. Times are of calls in a row, which the host

@@ -1,7 +1,7 @@
 """Time of token mode's selected branch alone, beside fla-core's on the same block indices.
 
     pip install fla-core==0.6.0
-    python tools/bench_selected.py --csv selected.csv
+    python benchmarks/bench_selected.py --csv selected.csv
 
 Each token and KV head attends blocks drawn at random among those that start at or before it: with
 those of the paper's rule always among them ("forced"), the first block and the last ones, or by no

@@ -71,4 +71,4 @@ def commit() -> str:
 def require_gpu():
     """Exit with a message where the fused backend has no GPU to run on."""
     if not torch.cuda.is_available():
-        sys.exit("this tool measures the fused backend and needs an NVIDIA GPU; PyTorch sees none")
+        sys.exit("this measures the fused backend and needs an NVIDIA GPU; PyTorch sees none")

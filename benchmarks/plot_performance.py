@@ -1,6 +1,6 @@
 """Draw docs/performance.svg from the tables of bench_vs_dense.py and bench_varlen.py.
 
-    python tools/plot_performance.py dense.csv --varlen varlen.csv
+    python benchmarks/plot_performance.py dense.csv --varlen varlen.csv
 
 Left: latency of dense attention and of nsa over length, forward and forward with backward; the
 faster of with and without a CUDA graph where both were measured. Right: dense time over nsa's, so

@@ -1,7 +1,7 @@
 """The longest sequence that fits this GPU, with the time and memory of each length tried.
 
-    python tools/probe_max_seqlen.py --backward --csv longest.csv
-    python tools/probe_max_seqlen.py --cmp-groups 16 --max-workspace-gib 8 --bisect 3
+    python benchmarks/probe_max_seqlen.py --backward --csv longest.csv
+    python benchmarks/probe_max_seqlen.py --cmp-groups 16 --max-workspace-gib 8 --bisect 3
 
 Lengths double from ``--start`` until memory does not suffice; ``--bisect`` then halves the gap so
 many times. Each length runs in a process of its own, twice: the second call is timed. The first

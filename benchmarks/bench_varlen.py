@@ -1,6 +1,6 @@
 """Cost of packed sequences of mixed length beside a batch of equal ones, per attended key.
 
-    python tools/bench_varlen.py --csv varlen.csv
+    python benchmarks/bench_varlen.py --csv varlen.csv
 
 Two cases of 256K tokens: 64 sequences of 1 to 32K, and 8 that halve from 128K to 2K. The first is
 compared with 8 sequences of 32K; the second also with one of 256K, since its number of attended

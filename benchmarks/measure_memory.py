@@ -1,6 +1,6 @@
 """Print the peak memory of a forward and backward pass of the reference on a CPU.
 
-    python tools/measure_memory.py --tokens 16384
+    python benchmarks/measure_memory.py --tokens 16384
 
 Each configuration runs in a process of its own; its peak resident set counts the interpreter and
 PyTorch too.

@@ -1,7 +1,7 @@
 """Where the time of a forward, or of a forward and backward, goes: a table of stages.
 
-    python tools/profile_forward.py --csv forward.csv
-    python tools/profile_forward.py --backward --lengths 131072 --top-kernels 15
+    python benchmarks/profile_forward.py --csv forward.csv
+    python benchmarks/profile_forward.py --backward --lengths 131072 --top-kernels 15
 
 Stages are the functions that the fused pipeline calls; their parts (block lists, kernel calls,
 copies between layouts) stand below them. GPU time is between CUDA events around each, while the

@@ -1,6 +1,6 @@
 """What a stack of layers pays for packed sequences: a bare tensor of boundaries beside a Packing.
 
-    python tools/bench_packing.py
+    python benchmarks/bench_packing.py
 
 Forward and backward of 12 layers of ``NativeSparseAttention`` on sequences of mixed length, once
 with each way to say where they are: a batch of as many tokens, one ``nsa.Packing`` for all steps, a
