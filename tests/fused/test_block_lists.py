@@ -2,19 +2,19 @@
 
 from typing import NamedTuple
 
-import emulated_own_kernels
 import pytest
 import torch
-from gpu_cases import gpu_test
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from profiles import examples
 
 import nsa
 from nsa.fused import block_lists, kernel_calls
 from nsa.fused.kernel_inputs import BlockLists
 from nsa.fused.plan import make_plan
 from nsa.testing import make_cu_seqlens
+from tests.helpers import emulated_kernels
+from tests.helpers.gpu_cases import gpu_test
+from tests.helpers.profiles import examples
 
 # The fixture replaces functions; nothing of it changes between examples.
 LIST_SETTINGS = dict(
@@ -251,7 +251,7 @@ class TestKernels:
         arguments = (indices, first, num_blocks, num_full)
         device = [x if x is None else x.cuda() for x in arguments]
         actual = kernel_calls.list_key_blocks(*device, parts, entry_blocks)
-        expected = emulated_own_kernels.list_key_blocks(*device, parts, entry_blocks)
+        expected = emulated_kernels.list_key_blocks(*device, parts, entry_blocks)
         pairs = ((0, 1), (2, 3)) if has_full else ((0, 1),)
         assert_same_lists(*([(x[i], x[j]) for i, j in pairs] for x in (actual, expected)))
 
@@ -263,7 +263,7 @@ class TestKernels:
         count = torch.randint(width + 1, (1, heads, tiles), device="cuda").int()
         order = torch.rand(1, heads, tiles, num_blocks, device="cuda").argsort(-1)
         index = order[..., :width].int().contiguous()
-        expected = emulated_own_kernels.list_query_tiles(count, index, num_blocks, tiles)
+        expected = emulated_kernels.list_query_tiles(count, index, num_blocks, tiles)
         longest = max(1, int(expected[0].max()))
         for new_width in (longest, tiles):
             actual = kernel_calls.list_query_tiles(count, index, num_blocks, new_width)

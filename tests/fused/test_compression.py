@@ -1,10 +1,7 @@
 """Compressed keys and values: as autograd has them, and the kernels of the mean against float64."""
 
-import emulated_own_kernels
 import pytest
 import torch
-from gpu_cases import gpu_test, slice_of_heads
-from requirements import import_fused
 
 import nsa
 from nsa.blocks import num_compressed_blocks
@@ -12,6 +9,9 @@ from nsa.fused import kernel_calls
 from nsa.fused.compression import compress, compress_pair, compress_pair_backward
 from nsa.fused.plan import make_plan
 from nsa.testing import make_cu_seqlens
+from tests.helpers import emulated_kernels
+from tests.helpers.gpu_cases import gpu_test, slice_of_heads
+from tests.helpers.requirements import import_fused
 
 TILES = nsa.NSAConfig(compress_block_size=16, select_block_size=64, q_tile_size=64)
 OVERLAPPING = nsa.NSAConfig(selection="token", compress_block_size=32, compress_stride=16)
@@ -127,7 +127,7 @@ class TestKernels:
         start[torch.rand(len(start), device="cuda") < 0.2] = -1
         for out_dtype in dict.fromkeys((dtype, torch.float32)):
             expected = [
-                emulated_own_kernels.mean_forward(i.double(), start, size, torch.float64)
+                emulated_kernels.mean_forward(i.double(), start, size, torch.float64)
                 for i in (x, other)
             ]
             alone = kernel_calls.mean_forward(slice_of_heads(x), start, size, out_dtype)
@@ -150,7 +150,7 @@ class TestKernels:
             dmeans[:, 0, 0] = torch.nan
             arguments = (tuple(dmeans), blocks, size, dtype)
             exact = (tuple(dmeans.double()), blocks, size, torch.float64)
-            expected = emulated_own_kernels.mean_backward(*exact)
+            expected = emulated_kernels.mean_backward(*exact)
             new = kernel_calls.mean_backward(*arguments)
             assert {x.shape for x in new} == {shape}
             assert new[0].untyped_storage().data_ptr() != new[1].untyped_storage().data_ptr()
@@ -158,7 +158,7 @@ class TestKernels:
 
             window, selected = torch.randn(2, 2, *shape, device="cuda").to(dtype)
             added = (tuple(window.double()), tuple(selected.double()))
-            expected = emulated_own_kernels.mean_backward(*exact, added)
+            expected = emulated_kernels.mean_backward(*exact, added)
             for written, read in ((0, 1), (1, 0)):
                 # One of each pair is a slice of heads.
                 targets, others = list(window.clone()), list(selected.clone())

@@ -1,10 +1,7 @@
 """The gated sum and the gradient of the queries: as autograd has it, also on slices of heads."""
 
-import emulated_own_kernels
 import pytest
 import torch
-from gpu_cases import gpu_test, slice_of_heads
-from requirements import import_fused
 
 import nsa
 from nsa.fused import kernel_calls
@@ -13,6 +10,9 @@ from nsa.fused.gating import combine_branches, combine_branches_backward, query_
 from nsa.fused.placement import IN_ORDER
 from nsa.fused.plan import make_plan
 from nsa.testing import make_cu_seqlens
+from tests.helpers import emulated_kernels
+from tests.helpers.gpu_cases import gpu_test, slice_of_heads
+from tests.helpers.requirements import import_fused
 
 FORMS = ["weight", "gates", "mean"]
 
@@ -130,7 +130,7 @@ class TestKernels:
         *branches, q, dout = (slice_of_heads(x)[0] for x in tensors)
         actual = results(kernel_calls, branches, q, gates, weight, dout)
         *branches, q, dout = (x[0].double() for x in tensors)
-        expected = results(emulated_own_kernels, branches, q, *exact, dout)
+        expected = results(emulated_kernels, branches, q, *exact, dout)
         for x, y in zip(actual, expected, strict=True):
             tolerance = dict(rtol=torch.finfo(x.dtype).eps, atol=1e-4 * y.abs().max().item())
             torch.testing.assert_close(x.double(), y, **tolerance)
@@ -155,7 +155,7 @@ class TestKernels:
         weight = None if weight is None else weight / dim**0.5
         exact = [None if x is None else x.double() for x in (*branches, q, gates, weight, dout)]
 
-        expected = results(emulated_own_kernels, exact[:3], *exact[3:], placements)
+        expected = results(emulated_kernels, exact[:3], *exact[3:], placements)
         actual = results(kernel_calls, branches, q, gates, weight, dout, placements)
         for x, y in zip(actual, expected, strict=True):
             tolerance = dict(rtol=torch.finfo(x.dtype).eps, atol=1e-4 * y.abs().max().item())

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from gpu_cases import (
+from hypothesis import given
+
+import nsa
+from nsa.blocks import Geometry
+from nsa.fused import selection
+from tests.helpers.gpu_cases import (
     VARIANTS,
     Variant,
     cases,
@@ -14,14 +19,9 @@ from gpu_cases import (
     leaves,
     make_tensors,
 )
-from group_cases import GROUP_FORMS, check_groups, group_case, reference_groups
-from hypothesis import given
-from profiles import gpu_property
-from tile_cases import assert_same_blocks
-
-import nsa
-from nsa.blocks import Geometry
-from nsa.fused import selection
+from tests.helpers.group_cases import GROUP_FORMS, check_groups, group_case, reference_groups
+from tests.helpers.profiles import gpu_property
+from tests.helpers.tile_cases import assert_same_blocks
 
 pytestmark = gpu_test
 

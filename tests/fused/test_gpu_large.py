@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from gpu_cases import gpu_test
 
 import nsa
 from nsa.testing import assert_as_accurate, make_inputs
+from tests.helpers.gpu_cases import gpu_test
 
 pytestmark = [*gpu_test, pytest.mark.filterwarnings("default")]
 

@@ -2,10 +2,20 @@
 
 from typing import NamedTuple
 
-import gpu_cases
 import pytest
 import torch
-from gpu_cases import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nsa
+from nsa.blocks import Geometry
+from nsa.fused.plan import make_plan
+from nsa.fused.token_selection import select_tokens
+from nsa.reference.compression import compress
+from nsa.testing import make_cu_seqlens
+from tests.fused.test_gpu_graph import Call, check
+from tests.helpers import gpu_cases
+from tests.helpers.gpu_cases import (
     Case,
     Variant,
     assert_equal_but_for_rounding,
@@ -16,18 +26,8 @@ from gpu_cases import (
     gpu_test,
     make_tensors,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from profiles import gpu_property
-from test_gpu_graph import Call, check
-from token_cases import assert_same_selection
-
-import nsa
-from nsa.blocks import Geometry
-from nsa.fused.plan import make_plan
-from nsa.fused.token_selection import select_tokens
-from nsa.reference.compression import compress
-from nsa.testing import make_cu_seqlens
+from tests.helpers.profiles import gpu_property
+from tests.helpers.token_cases import assert_same_selection
 
 pytestmark = gpu_test
 

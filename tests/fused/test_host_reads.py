@@ -17,7 +17,7 @@ from nsa.testing import make_cu_seqlens, make_inputs
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 
-PACKAGE, TESTS = Path(nsa.__file__).parent, Path(__file__).parent
+PACKAGE, TESTS = Path(nsa.__file__).parent, Path(__file__).parents[1]
 LENGTHS = [70, 0, 1, 130]
 
 # What copies from the device, or has a size that depends on values; or, lift_fresh, copies a tensor

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from profiles import examples
-from strategies import Problem, problems
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.profiles import examples
+from tests.helpers.strategies import Problem, problems
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu", "compressed_calls")
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from profiles import examples
-from strategies import Problem, problems
-from test_pipeline import KERNEL_SETTINGS, tensors
-from token_cases import assert_same_selection
 
 import nsa
 from nsa.blocks import Geometry
 from nsa.reference.compression import compress
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.fused.test_pipeline import KERNEL_SETTINGS, tensors
+from tests.helpers.profiles import examples
+from tests.helpers.strategies import Problem, problems
+from tests.helpers.token_cases import assert_same_selection
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu", "compressed_calls")
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch_defaults import DEFAULTS
 
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.torch_defaults import DEFAULTS
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from hypothesis import strategies as st
-from poison import poisoned_memory
-from requirements import missing_gpu
 from torch import Tensor
 
 import nsa
@@ -18,6 +16,8 @@ from nsa.fused.plan import make_plan
 from nsa.fused.selection import select
 from nsa.reference import pipeline as reference_pipeline
 from nsa.testing import assert_as_accurate, make_cu_seqlens
+from tests.helpers.poison import poisoned_memory
+from tests.helpers.requirements import missing_gpu
 
 gpu_test = [
     pytest.mark.gpu,

@@ -1,12 +1,12 @@
 """Groups of the sparse compressed branch: what the fused backend selects against the reference."""
 
-from gpu_cases import Case, Variant, default_case, fused_groups, make_tensors
-from tile_cases import assert_same_groups
 from torch import Tensor
 
 import nsa
 from nsa.blocks import Geometry
 from nsa.reference.selection import select_groups
+from tests.helpers.gpu_cases import Case, Variant, default_case, fused_groups, make_tensors
+from tests.helpers.tile_cases import assert_same_groups
 
 GROUP_FORMS = [
     # l, cmp_group_size, num_cmp_selected_blocks

@@ -1,11 +1,11 @@
 """The emulated kernels against attention written out and differentiated by autograd, in float64."""
 
-import emulated_kernels as emulation
 import pytest
 import torch
 
 from nsa.fused import fa4
 from nsa.fused.kernel_inputs import BlockLists
+from tests.helpers import emulated_fa4 as emulation
 
 H, H_KV, D = 6, 2, 8
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from hypothesis import event, given
-from oracle import assert_same_selection, nsa_oracle
-from strategies import problems
 
 import nsa
 from nsa.testing import make_inputs
+from tests.helpers.strategies import problems
+from tests.oracle import assert_same_selection, nsa_oracle
 
 F64 = torch.float64
 SMALL = {

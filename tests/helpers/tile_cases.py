@@ -1,10 +1,10 @@
 """How selections of tile mode are held against each other: others only for equal scores."""
 
-from token_cases import assert_same_scores
 from torch import Tensor
 
 from nsa.blocks import Geometry, Segments
 from nsa.reference import selection
+from tests.helpers.token_cases import assert_same_scores
 
 
 def assert_same_blocks(

@@ -6,12 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 from hypothesis import assume, given
-from strategies import problems
-from test_reference import SMALL
 
 import nsa
 from nsa.reference import attention
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.strategies import problems
+from tests.reference.test_against_oracle import SMALL
 
 F64 = torch.float64
 CLOSE = dict(rtol=0, atol=1e-12)

@@ -2,14 +2,14 @@
 
 import math
 
-import emulated_own_kernels
 import pytest
 import torch
-from gpu_cases import gpu_test
 
 import nsa
 from nsa.fused import kernel_calls, selection
 from nsa.testing import make_inputs
+from tests.helpers import emulated_kernels
+from tests.helpers.gpu_cases import gpu_test
 
 pytestmark = gpu_test
 
@@ -65,7 +65,7 @@ def test_top_blocks(count, per_block, kind):
         expected, actual = (
             torch.full(shape, -7, dtype=torch.int32, device="cuda") for _ in range(2)
         )
-        emulated_own_kernels.top_blocks(scores, *vectors, expected, **rules)
+        emulated_kernels.top_blocks(scores, *vectors, expected, **rules)
         kernel_calls.top_blocks(scores, *vectors, actual, **rules)
         assert torch.equal(actual, expected), width
 

@@ -4,11 +4,11 @@ Same names and arguments; results are contiguous, as the kernels' are. Sums are 
 16-bit inputs, else in the dtype of the inputs, so that float64 stays float64.
 """
 
-import emulated_kernels
 import torch
 from torch import Tensor
 
 from nsa.precision import accumulation_dtype
+from tests.helpers import emulated_fa4
 
 NAMES = (
     "gating_forward",
@@ -65,7 +65,7 @@ def listed_backward(dout, q, k, v, out, lse, lists, scale, key_limit):
     assert q.shape[1] % lists.query_block == 0, (q.shape, lists.query_block)
     assert k.shape[1] % lists.key_block == 0, k.shape
     assert k.shape == v.shape, (k.shape, v.shape)
-    grads = emulated_kernels.listed_gradients(
+    grads = emulated_fa4.listed_gradients(
         dout, q, k, v, out, lse, lists, scale=scale, causal=key_limit is None, key_limit=key_limit
     )
     return tuple(x.contiguous() for x in grads)

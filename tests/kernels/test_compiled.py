@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from requirements import import_fused
+
+from tests.helpers.requirements import import_fused
 
 SCRIPT = """
 import warnings

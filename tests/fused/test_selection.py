@@ -6,18 +6,18 @@ emulation on a GPU.
 
 import math
 
-import emulated_own_kernels
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from profiles import examples
-from test_pipeline import kernel_problems, small_config
 
 import nsa
 from nsa.fused import kernel_calls, selection
 from nsa.fused.plan import make_plan
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.fused.test_pipeline import kernel_problems, small_config
+from tests.helpers import emulated_kernels
+from tests.helpers.profiles import examples
 
 SETTINGS = dict(suppress_health_check=list(HealthCheck), deadline=None)
 
@@ -60,7 +60,7 @@ def test_emulated_top_blocks(data):
     vectors = [torch.tensor(x, dtype=torch.int32) for x in (first, visible, candidates, own)]
     out = torch.full((batch, total, heads, count), -7, dtype=torch.int32)
     offsets = dict(tile_offset=skipped, column_offset=column_offset)
-    emulated_own_kernels.top_blocks(scores, *vectors, out, scale=0.5, **offsets, **rules)
+    emulated_kernels.top_blocks(scores, *vectors, out, scale=0.5, **offsets, **rules)
 
     assert (out[:, :skipped] == -7).all()
     assert (out[:, skipped + tiles :] == -7).all()
@@ -92,7 +92,7 @@ def selected_columns(monkeypatch, q, k_cmp, plan):
 
     def top_blocks(scores, *args, **kwargs):
         widths.append(scores.shape[-1])
-        emulated_own_kernels.top_blocks(scores, *args, **kwargs)
+        emulated_kernels.top_blocks(scores, *args, **kwargs)
 
     monkeypatch.setattr(kernel_calls, "top_blocks", top_blocks)
     monkeypatch.setattr(selection, "SCORE_ELEMENTS", 1)

@@ -1,14 +1,14 @@
 """What the kernels of token mode in ``nsa.fused.kernels`` compute, in plain PyTorch, for any float
-dtype. As in ``emulated_own_kernels``."""
+dtype. As in ``emulated_kernels``."""
 
 import itertools
 
-import emulated_kernels
 import torch
 from torch import Tensor
 
 from nsa.fused.importance import choose_shape
 from nsa.precision import accumulation_dtype
+from tests.helpers import emulated_fa4
 
 NAMES = ("importance_scores", "selected_forward", "selected_backward")
 """The functions of ``nsa.fused.kernel_calls`` that are answered here."""
@@ -69,14 +69,14 @@ def _score_tile(q, k_cmp, lse, tile, start, stop, scores, scale, rule) -> None:
 
 def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, _band):
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
-    out, lse = emulated_kernels._forward(q, k, v, mask, scale)
+    out, lse = emulated_fa4._forward(q, k, v, mask, scale)
     return out.contiguous(), lse.T.contiguous()
 
 
 def selected_backward(dout, q, k, v, out, lse, block_indices, blocks, block_size, scale, causal):
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
     assert lse.shape == q.shape[:2]
-    grads = emulated_kernels._backward(dout, q, k, v, out, lse.T, mask, scale)
+    grads = emulated_fa4._backward(dout, q, k, v, out, lse.T, mask, scale)
     return tuple(grad.contiguous() for grad in grads)
 
 

@@ -2,13 +2,13 @@
 
 import itertools
 
-import emulated_kernels
 import pytest
 import torch
-from gpu_cases import gpu_test
 
 from nsa.fused import kernel_calls
 from nsa.fused.kernel_inputs import BlockLists
+from tests.helpers import emulated_fa4
+from tests.helpers.gpu_cases import gpu_test
 
 pytestmark = gpu_test
 
@@ -74,8 +74,8 @@ def test_gradients(form):
         )
         arguments = dict(scale=scale, causal=not limited, key_limit=limit)
         wide = [x.double() for x in (q, k, v)]
-        exact_out, exact_lse = emulated_kernels.sparse_forward(*wide, lists, **arguments)
-        exact = emulated_kernels.listed_gradients(
+        exact_out, exact_lse = emulated_fa4.sparse_forward(*wide, lists, **arguments)
+        exact = emulated_fa4.listed_gradients(
             dout.double(), *wide, exact_out, exact_lse, lists, **arguments
         )
         out, lse = exact_out.to(dtype), exact_lse.float()

@@ -9,7 +9,7 @@ import pytest
 
 from nsa.fused import fa4
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # It notes its arguments, and "makes" a virtual environment with itself in it.
 PYTHON = """\
