@@ -14,6 +14,7 @@ import nsa
 from nsa import blocks, layers, packing, validation
 from nsa.fused import importance, memory, ops
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.small_configs import tile_config, token_config
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 
@@ -21,11 +22,8 @@ F64 = torch.float64
 LENGTHS, OTHER = [70, 0, 1, 130], [30, 101, 0, 70]
 TOTAL = sum(LENGTHS)
 CONFIGS = {
-    "tile": nsa.NSAConfig(
-        compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2,
-        num_local_blocks=1, window_size=20,
-    ),
-    "token": nsa.NSAConfig.paper(num_selected_blocks=4, window_size=20),
+    "tile": tile_config(num_local_blocks=1),
+    "token": token_config(),
 }  # fmt: skip
 both = pytest.mark.parametrize("backend", ["reference", "fused"])
 modes = pytest.mark.parametrize("mode", CONFIGS)

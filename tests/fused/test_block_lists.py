@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nsa
@@ -14,12 +14,9 @@ from nsa.fused.plan import make_plan
 from nsa.testing import make_cu_seqlens
 from tests.helpers import emulated_kernels
 from tests.helpers.gpu_cases import gpu_test
-from tests.helpers.profiles import examples
+from tests.helpers.profiles import WITH_FIXTURES, examples
 
-# The fixture replaces functions; nothing of it changes between examples.
-LIST_SETTINGS = dict(
-    suppress_health_check=list(HealthCheck), deadline=None, max_examples=examples(80)
-)
+LIST_SETTINGS = dict(max_examples=examples(80), **WITH_FIXTURES)
 HEADS = 2
 
 

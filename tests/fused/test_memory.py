@@ -9,6 +9,7 @@ from nsa.fused import autograd, entry, memory, ops
 from nsa.fused.call import Call
 from nsa.fused.memory import Problem, Schedule, choose, workspace_bytes
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.small_configs import tile_config, token_config
 
 GIB = 1 << 30
 LENGTHS = [70, 0, 1, 130]
@@ -16,16 +17,8 @@ HEADS, KV_HEADS, DIM = 6, 3, 8
 DOUBLE = torch.float64
 
 
-def small_config(**changes) -> nsa.NSAConfig:
-    sizes = dict(
-        compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2,
-        window_size=20,
-    )  # fmt: skip
-    return nsa.NSAConfig(**(sizes | changes))
-
-
-SPARSE = small_config(num_cmp_selected_blocks=1, cmp_group_size=64, compress_block_size=1)
-TOKEN = nsa.NSAConfig.paper(num_selected_blocks=4, window_size=20)
+SPARSE = tile_config(num_cmp_selected_blocks=1, cmp_group_size=64, compress_block_size=1)
+TOKEN = token_config()
 TOKEN_NON_CAUSAL = nsa.NSAConfig.paper(num_selected_blocks=4, causal=False)
 FORMS = {
     "shared k and v": {},
@@ -35,7 +28,7 @@ FORMS = {
     "compress weights": {"compress": True},
     "compressed_kv": {"compressed_kv": True},
     "sparse compressed": {"config": SPARSE, "weight": True},
-    "non-causal": {"config": small_config(causal=False), "compress": True},
+    "non-causal": {"config": tile_config(causal=False), "compress": True},
     "block_indices": {"indices": True, "separate": True},
     "token": {"config": TOKEN, "weight": True, "compress": True},
     "token, block_indices": {"config": TOKEN, "indices": True},
@@ -50,7 +43,7 @@ TOKEN_FORMS = [form for form in FORMS if form.startswith("token")]
 def make_problem(packed, *, config=None, separate=False, gates=False, weight=False, compress=False,
                  compressed_kv=False, indices=False):  # fmt: skip
     """Function of a dict of differentiable tensors, and that dict."""
-    config = config or small_config()
+    config = config or tile_config()
     leading = (sum(LENGTHS),) if packed else (2, LENGTHS[-1])
     generator = torch.Generator().manual_seed(0)
 
@@ -172,7 +165,7 @@ def test_fakes_agree_with_the_ops(form, schedule, packed, scheduled, monkeypatch
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_max_workspace_bytes_compiles_once_for_all_lengths(packed):
     torch._dynamo.reset()
-    config = small_config()
+    config = tile_config()
     weight = torch.randn(4, 3, 8, dtype=DOUBLE, requires_grad=True)
 
     def function(q, k, v, cu_seqlens, max_seqlen):
@@ -204,9 +197,9 @@ def test_max_workspace_bytes_reaches_the_planner(monkeypatch):
         ),
     )
     q, k, v = make_inputs((1, 70), 2, 1, 8)
-    nsa.forward(q, k, v, config=small_config(), max_workspace_bytes=12345, backend="fused")
+    nsa.forward(q, k, v, config=tile_config(), max_workspace_bytes=12345, backend="fused")
     layer = nsa.NativeSparseAttention(
-        16, 2, 1, config=small_config(), max_workspace_bytes=99, backend="fused"
+        16, 2, 1, config=tile_config(), max_workspace_bytes=99, backend="fused"
     )
     layer(torch.randn(1, 70, 16))
     assert seen == [12345, 99]

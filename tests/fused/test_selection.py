@@ -8,18 +8,17 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nsa
 from nsa.fused import kernel_calls, selection
 from nsa.fused.plan import make_plan
 from nsa.testing import make_cu_seqlens, make_inputs
-from tests.fused.test_pipeline import kernel_problems, small_config
 from tests.helpers import emulated_kernels
-from tests.helpers.profiles import examples
-
-SETTINGS = dict(suppress_health_check=list(HealthCheck), deadline=None)
+from tests.helpers.profiles import WITH_FIXTURES, examples
+from tests.helpers.small_configs import tile_config
+from tests.helpers.strategies import tile_problems
 
 
 def best_of_row(scores, visible, candidates, own, count, per_block, num_initial, num_local):
@@ -35,7 +34,7 @@ def best_of_row(scores, visible, candidates, own, count, per_block, num_initial,
     return taken + [-1] * (count - len(taken))
 
 
-@settings(max_examples=examples(100), **SETTINGS)
+@settings(max_examples=examples(100), **WITH_FIXTURES)
 @given(data=st.data())
 def test_emulated_top_blocks(data):
     integers, dtype = st.integers, data.draw(st.sampled_from([torch.float32, torch.float64]))
@@ -73,8 +72,8 @@ def test_emulated_top_blocks(data):
                 assert out[b, t, h].tolist() == expected
 
 
-@settings(max_examples=examples(60), **SETTINGS)
-@given(problem=kernel_problems(), held=st.sampled_from([1, 30, 200]))
+@settings(max_examples=examples(60), **WITH_FIXTURES)
+@given(problem=tile_problems(), held=st.sampled_from([1, 30, 200]))
 def test_chunks_of_tiles_select_the_same(fused_on_cpu, problem, held):
     """The emulated kernel also checks that every visible column is in its chunk."""
     expected = problem.forward(backend="reference")
@@ -102,7 +101,7 @@ def selected_columns(monkeypatch, q, k_cmp, plan):
 
 def test_columns_past_the_tile_are_not_computed(fused_on_cpu, monkeypatch):
     q, k, _ = make_inputs((2, 400), 2, 1, 8, dtype=torch.float64)
-    plan = make_plan(q, None, None, small_config())
+    plan = make_plan(q, None, None, tile_config())
     widths = selected_columns(monkeypatch, q, k[:, :25], plan)
     assert widths == [4, 8, 12, 16, 20, 24, 25]  # blocks of 16 complete at 64, 128, ..., 400
 
@@ -110,7 +109,7 @@ def test_columns_past_the_tile_are_not_computed(fused_on_cpu, monkeypatch):
 def test_columns_far_before_the_tile_are_not_computed(fused_on_cpu, monkeypatch):
     q, k, _ = make_inputs((1, 4000), 2, 1, 8, dtype=torch.float64)
     cu_seqlens = make_cu_seqlens([400] * 10)
-    plan = make_plan(q, cu_seqlens, 400, small_config())
+    plan = make_plan(q, cu_seqlens, 400, tile_config())
     widths = selected_columns(monkeypatch, q, k[:, :250], plan)
     # A sequence has 25; tiles and blocks that may be short leave some doubt about where it starts.
     assert max(widths) < 100
@@ -132,7 +131,7 @@ def test_selection_neither_uses_nor_sets_float32_precision(fused_on_cpu, monkeyp
         type(torch.backends.cuda.matmul), "__setattr__", lambda *_: pytest.fail("a setting changed")
     )
     q, k, _ = make_inputs((2, 700), 4, 2, 16, dtype=dtype)
-    nsa.select_blocks(q, k, config=small_config(), backend="fused")
+    nsa.select_blocks(q, k, config=tile_config(), backend="fused")
     assert products
     assert torch.float32 not in products
     assert torch.backends.cuda.matmul.fp32_precision == before
@@ -149,7 +148,7 @@ def test_selection_is_limited_to_what_the_kernel_holds():
 @pytest.mark.parametrize("tile_summary", ["mean", "first"])
 def test_bfloat16_parts_score_as_float32(fused_on_cpu, monkeypatch, tile_summary):
     q, k, _ = make_inputs((2, 700), 4, 2, 16, dtype=torch.bfloat16)
-    config = small_config(tile_summary=tile_summary)
+    config = tile_config(tile_summary=tile_summary)
     expected = nsa.select_blocks(q, k, config=config, backend="fused")
     rows = torch.randn(3, 5, 16)
     assert torch.equal(selection._bfloat16_parts(rows).float().unflatten(-1, (3, -1)).sum(-2), rows)

@@ -44,7 +44,7 @@ def dense_forward(
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     for queries, keys in sequences:
         mask = _dense_mask(queries, keys, q, k, causal, window_size, key_times)
-        out[queries], lse[_rows(queries)] = _forward(q[queries], k[keys], v[keys], mask, scale)
+        out[queries], lse[_rows(queries)] = attend(q[queries], k[keys], v[keys], mask, scale)
     return out, lse
 
 
@@ -74,7 +74,7 @@ def dense_backward(
     for queries, keys in sequences:
         mask = _dense_mask(queries, keys, q, k, causal, window_size, key_times)
         assert out[queries].isfinite().all()
-        dq[queries], dk[keys], dv[keys] = _backward(
+        dq[queries], dk[keys], dv[keys] = attend_backward(
             *(x[queries] for x in (dout, q)),
             *(x[keys] for x in (k, v)),
             out[queries],
@@ -88,7 +88,7 @@ def dense_backward(
 def sparse_forward(q, k, v, lists, *, scale, causal, key_limit=None):
     _check_tensors(q, k, v)
     mask = _sparse_mask(q, k, lists, causal, key_limit, transposed=False)
-    out, lse = _forward(q[0], k[0], v[0], mask, scale)
+    out, lse = attend(q[0], k[0], v[0], mask, scale)
     return out[None].contiguous(), lse[None].contiguous()
 
 
@@ -105,7 +105,7 @@ def listed_gradients(
     _check_backward(dout, q, k, v, out, lse)
     assert out.isfinite().all()
     mask = _sparse_mask(q, k, lists, causal, key_limit, transposed)
-    gradients = _backward(dout[0], q[0], k[0], v[0], out[0], lse[0], mask, scale)
+    gradients = attend_backward(dout[0], q[0], k[0], v[0], out[0], lse[0], mask, scale)
     # The kernels lay a gradient out as its input.
     return tuple(
         torch.empty_like(x).copy_(gradient[None])
@@ -113,7 +113,7 @@ def listed_gradients(
     )
 
 
-def _forward(q, k, v, mask, scale):
+def attend(q, k, v, mask, scale):
     """One sequence: q (Sq, H, D), k and v (Sk, H_kv, .), mask (H or 1, Sq, Sk)."""
     q, k, v, dtype = _wide(q), _per_query_head(k, q), _per_query_head(v, q), q.dtype
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -122,7 +122,7 @@ def _forward(q, k, v, mask, scale):
     return torch.einsum("hqk,khd->qhd", probability, v).to(dtype), lse
 
 
-def _backward(dout, q, k, v, out, lse, mask, scale):
+def attend_backward(dout, q, k, v, out, lse, mask, scale):
     """Gradients of one sequence, from the results of forward as the kernels compute them."""
     dtype, num_kv_heads = q.dtype, k.shape[1]
     dout, q, out = _wide(dout), _wide(q), _wide(out)

@@ -69,14 +69,14 @@ def _score_tile(q, k_cmp, lse, tile, start, stop, scores, scale, rule) -> None:
 
 def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, _band):
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
-    out, lse = emulated_fa4._forward(q, k, v, mask, scale)
+    out, lse = emulated_fa4.attend(q, k, v, mask, scale)
     return out.contiguous(), lse.T.contiguous()
 
 
 def selected_backward(dout, q, k, v, out, lse, block_indices, blocks, block_size, scale, causal):
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
     assert lse.shape == q.shape[:2]
-    grads = emulated_fa4._backward(dout, q, k, v, out, lse.T, mask, scale)
+    grads = emulated_fa4.attend_backward(dout, q, k, v, out, lse.T, mask, scale)
     return tuple(grad.contiguous() for grad in grads)
 
 

@@ -100,6 +100,12 @@ def default_case(**changes) -> Case:
     return Case(**(settings | changes))
 
 
+def paper_case(**changes) -> Case:
+    """A case of the paper's configuration."""
+    paper = dict(variant=Variant(128, 128, 16, _BF16, 0), config=nsa.NSAConfig.paper())
+    return default_case(**(paper | changes))
+
+
 @st.composite
 def configs(draw, block: int) -> nsa.NSAConfig:
     initial, local = draw(st.integers(0, 1)), draw(st.integers(0, 2))

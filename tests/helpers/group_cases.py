@@ -6,7 +6,7 @@ import nsa
 from nsa.blocks import Geometry
 from nsa.reference.selection import select_groups
 from tests.helpers.gpu_cases import Case, Variant, default_case, fused_groups, make_tensors
-from tests.helpers.tile_cases import assert_same_groups
+from tests.helpers.selections import assert_same_tile_groups
 
 GROUP_FORMS = [
     # l, cmp_group_size, num_cmp_selected_blocks
@@ -52,7 +52,7 @@ def check_groups(case: Case, device: str) -> None:
     expected, geometry = reference_groups(arguments, case.config)
     assert max(geometry.groups.counts) > case.config.num_cmp_selected_blocks, "nothing to choose"
     actual = fused_groups(arguments, case.config)
-    assert_same_groups(actual, expected, *_scored(arguments), geometry, atol=1e-5)
+    assert_same_tile_groups(actual, expected, *_scored(arguments), geometry, atol=1e-5)
 
 
 def _scored(arguments: dict) -> tuple[Tensor, Tensor]:

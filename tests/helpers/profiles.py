@@ -21,6 +21,9 @@ settings.register_profile("ci", derandomize=True, max_examples=60, **_COMMON)
 settings.register_profile("thorough", derandomize=False, max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+WITH_FIXTURES = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+"""Settings of property tests whose fixtures replace functions: the same ones in each example."""
+
 
 def examples(count: int) -> int:
     """``max_examples`` of a test that tries ``count`` in the profile "ci", in the one in use."""

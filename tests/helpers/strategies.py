@@ -98,6 +98,55 @@ def problems(draw, max_tokens: int = 70, **fixed) -> Problem:
 
 
 @st.composite
+def tile_problems(draw, max_tokens: int = 300) -> Problem:
+    """Problems of tile mode with the block sizes that the kernels have."""
+    block = draw(st.sampled_from([1, 4, 16, 64]))
+    sizes = [size for size in (64, 128, 192) if size % block == 0]
+    return draw(
+        problems(
+            max_tokens,
+            selection="tile",
+            compress_block_size=block,
+            compress_stride=block,
+            select_block_size=draw(st.sampled_from(sizes)),
+            q_tile_size=draw(st.sampled_from([64, 128])),
+            cmp_group_size=draw(st.sampled_from([64, 128])),
+            window_size=draw(st.sampled_from([1, 30, 100])),
+        )
+    )
+
+
+@st.composite
+def token_problems(draw, max_tokens: int = 330) -> Problem:
+    """The same of token mode, with overlap and without."""
+    size = draw(st.sampled_from([32, 64]))
+    stride = draw(st.sampled_from([4, 16, 32]))
+    initial, local = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    return draw(
+        problems(
+            max_tokens,
+            selection="token",
+            compress_block_size=stride * draw(st.integers(1, 3)),
+            compress_stride=stride,
+            select_block_size=size,
+            num_initial_blocks=initial,
+            num_local_blocks=local,
+            num_selected_blocks=max(1, initial + local + draw(st.integers(0, 2))),
+            window_size=draw(st.sampled_from([1, 30, 100])),
+        )
+    )
+
+
+def leaves(problem: Problem) -> list[Tensor]:
+    """The differentiable tensors of a problem."""
+    found = []
+    for x in (problem.q, problem.k, problem.v, *problem.extras.values()):
+        items = x if isinstance(x, tuple) else (x,)
+        found += [i for i in items if isinstance(i, Tensor) and i.is_floating_point()]
+    return found
+
+
+@st.composite
 def _layouts(draw, max_tokens: int):
     """``(lengths, leading, extras)`` of batched or packed input, 0 and 1 token included."""
     if draw(st.booleans()):

@@ -8,36 +8,11 @@ from hypothesis import event, given
 
 import nsa
 from nsa.testing import make_inputs
+from tests.helpers.small_configs import SMALL
 from tests.helpers.strategies import problems
 from tests.oracle import assert_same_selection, nsa_oracle
 
 F64 = torch.float64
-SMALL = {
-    "token": nsa.NSAConfig.paper(
-        compress_block_size=4,
-        compress_stride=2,
-        select_block_size=8,
-        num_selected_blocks=4,
-        window_size=20,
-    ),
-    "tile": nsa.NSAConfig(
-        compress_block_size=4,
-        select_block_size=8,
-        num_selected_blocks=3,
-        num_local_blocks=1,
-        window_size=20,
-        q_tile_size=16,
-    ),
-    "sparse": nsa.NSAConfig(
-        compress_block_size=2,
-        select_block_size=4,
-        num_selected_blocks=3,
-        window_size=7,
-        q_tile_size=8,
-        num_cmp_selected_blocks=2,
-        cmp_group_size=5,
-    ),
-}
 
 
 def assert_equals_oracle(problem, tolerance: float = 1e-10):

@@ -10,8 +10,8 @@ from hypothesis import assume, given
 import nsa
 from nsa.reference import attention
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.small_configs import SMALL
 from tests.helpers.strategies import problems
-from tests.reference.test_against_oracle import SMALL
 
 F64 = torch.float64
 CLOSE = dict(rtol=0, atol=1e-12)

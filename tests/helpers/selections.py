@@ -1,4 +1,4 @@
-"""How selections of token mode are held against each other: other blocks only for equal scores."""
+"""How selections are held against each other: other blocks only for equal scores."""
 
 from collections.abc import Iterable
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nsa.blocks import Geometry
+from nsa.blocks import Geometry, Segments
 from nsa.config import NSAConfig
 from nsa.reference import selection
 
 
-def assert_same_selection(
+def assert_same_token_blocks(
     actual: Tensor,
     expected: Tensor,
     q: Tensor,
@@ -31,6 +31,43 @@ def assert_same_selection(
         q, k_cmp, actual, expected = (x.flatten(0, 1) for x in (q, k_cmp, actual, expected))
     offset = geometry.selection.offset[geometry.tokens.owner]
     chunks = selection._token_block_scores(q.double(), k_cmp.double(), geometry)
+    assert_same_scores(actual, expected, chunks, offset, atol)
+
+
+def assert_same_tile_blocks(
+    actual: Tensor, expected: Tensor, q: Tensor, k_cmp: Tensor, geometry: Geometry, atol: float
+) -> None:
+    """Assert that tiles of ``actual`` take as many blocks as ``expected``, of the same scores.
+
+    Scores are the reference's in float64, for flattened ``q (T, H, D)`` and
+    ``k_cmp (M, H_kv, D)``. Blocks are ``(tiles, H, n)``.
+    """
+    config = geometry.config
+    size = config.select_block_size // config.compress_block_size
+    _assert_same_of_tiles(actual, expected, q, k_cmp, geometry.selection, size, geometry, atol)
+
+
+def assert_same_tile_groups(
+    actual: Tensor, expected: Tensor, q: Tensor, k_cmp: Tensor, geometry: Geometry, atol: float
+) -> None:
+    """The same of groups of the sparse compressed branch, ``(tiles, H, m)``."""
+    size = geometry.config.cmp_group_size
+    _assert_same_of_tiles(actual, expected, q, k_cmp, geometry.groups, size, geometry, atol)
+
+
+def _assert_same_of_tiles(
+    actual: Tensor,
+    expected: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    blocks: Segments,
+    size: int,
+    geometry: Geometry,
+    atol: float,
+) -> None:
+    offset = blocks.offset[geometry.tiles.owner]
+    wide = q.double(), k_cmp.double()
+    chunks = selection._tile_block_scores(*wide, blocks, size, geometry)
     assert_same_scores(actual, expected, chunks, offset, atol)
 
 
