@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import nsa
-import sanitize
 from measuring import gate, stages, work, workloads
 from nsa.fused import kernel_calls, pipeline
 
@@ -81,8 +80,3 @@ def test_reshaped_tensors_share_memory():
     assert batched.k.data_ptr() == packed.k.data_ptr()
     assert all(x.is_leaf and x.requires_grad for x in batched.leaves)
     assert batched.extra == {}
-
-
-def test_steps_to_sanitize_are_of_both_modes(capsys):
-    sanitize.run_steps("cpu")
-    assert capsys.readouterr().out == f"{sanitize.DONE}\n"

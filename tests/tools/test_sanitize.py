@@ -121,3 +121,9 @@ def test_the_steps_run_themselves():
     command = [*sanitize.step_command(), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "memcheck" in result.stdout
+
+
+@pytest.mark.usefixtures("fused_on_cpu")
+def test_steps_to_sanitize_are_of_both_modes(capsys):
+    sanitize.run_steps("cpu")
+    assert capsys.readouterr().out == f"{sanitize.DONE}\n"
