@@ -7,17 +7,21 @@ grow with the flat query index.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
 
+Count = TypeVar("Count", int, Tensor)
+"""Of one sequence, or of each of several."""
+
 UNLIMITED = 1 << 62
 """More than there is of anything, and a sum of two does not overflow an int64."""
 
 
-def num_compressed_blocks(length: int | Tensor, config: NSAConfig) -> int | Tensor:
+def num_compressed_blocks(length: Count, config: NSAConfig) -> Count:
     """Complete compressed blocks of a sequence: ``max(0, (N - l) // d + 1)``."""
     blocks = length // config.compress_stride
     extra = config.compress_block_size // config.compress_stride - 1
@@ -31,12 +35,12 @@ def covered_tokens(config: NSAConfig, visibility: str) -> int:
     return config.compress_block_size if visibility == "complete" else 1
 
 
-def num_selection_blocks(length: int | Tensor, config: NSAConfig) -> int | Tensor:
+def num_selection_blocks(length: Count, config: NSAConfig) -> Count:
     """Selection blocks of a sequence, the last one possibly short: ``ceil(N / l')``."""
     return -(-length // config.select_block_size)
 
 
-def num_query_tiles(length: int | Tensor, config: NSAConfig) -> int | Tensor:
+def num_query_tiles(length: Count, config: NSAConfig) -> Count:
     """Query tiles of a sequence, the last one possibly short: ``ceil(N / q_tile_size)``."""
     return -(-length // config.q_tile_size)
 
@@ -46,7 +50,7 @@ def most_query_tiles(tokens: int, sequences: int, config: NSAConfig) -> int:
     return tokens // config.q_tile_size + sequences
 
 
-def num_cmp_groups(length: int | Tensor, config: NSAConfig) -> int | Tensor:
+def num_cmp_groups(length: Count, config: NSAConfig) -> Count:
     """Groups of compressed tokens of a sequence: ``ceil(N_cmp / cmp_group_size)``."""
     return -(-num_compressed_blocks(length, config) // config.cmp_group_size)
 
@@ -159,8 +163,8 @@ class SingleSegment(Segments):
         self.device = device
 
     @cached_property
-    def offset(self) -> Tensor:
-        # Not from a list, which would be copied from the host.
+    def offset(self) -> Tensor:  # type: ignore[override]
+        # Nothing assigns it. Not from a list, which would be copied from the host.
         return torch.arange(2, device=self.device) * self.total
 
     @cached_property
