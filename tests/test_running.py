@@ -156,6 +156,14 @@ def test_the_thorough_profile_tries_more():
     assert counts == dict(ci=["20", "120"], thorough=["333", "2000"])
 
 
+def test_no_test_imports_a_test_and_no_two_have_one_name():
+    """What two share is in tests/helpers."""
+    modules = [path for path in TESTS.rglob("*.py") if path.name != "__init__.py"]
+    assert len({path.name for path in modules}) == len(modules)
+    imports = re.compile(r"^\s*(?:from|import) .*\btest_\w+", re.MULTILINE)
+    assert not [path.name for path in modules if imports.search(path.read_text("utf-8"))]
+
+
 def test_no_property_test_has_a_number_of_examples_of_its_own():
     """Such a number would be the same in every profile."""
     fixed = re.compile(r"max_examples=\d")
