@@ -57,13 +57,18 @@ def configs(draw, **fixed) -> nsa.NSAConfig:
 
 
 @st.composite
-def problems(draw, max_tokens: int = 70, **fixed) -> Problem:
-    """A problem in float64; ``fixed`` sets fields of the configuration."""
+def problems(
+    draw, max_tokens: int = 70, packed: bool | None = None, min_sequences: int = 0, **fixed
+) -> Problem:
+    """A problem in float64; ``fixed`` sets fields of the configuration.
+
+    ``packed`` is drawn unless given.
+    """
     config = draw(configs(**fixed))
     heads = draw(st.sampled_from([(1, 1), (2, 2), (2, 1), (6, 2), (4, 1), (6, 1)]))
     dims = draw(st.sampled_from([(3, 3), (4, 2), (2, 5)]))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    lengths, leading, extras = draw(_layouts(max_tokens))
+    lengths, leading, extras = draw(_layouts(max_tokens, packed, min_sequences))
     num_heads, num_kv_heads = heads
     dim, value_dim = dims
 
@@ -147,14 +152,16 @@ def leaves(problem: Problem) -> list[Tensor]:
 
 
 @st.composite
-def _layouts(draw, max_tokens: int):
+def _layouts(draw, max_tokens: int, packed: bool | None, min_sequences: int):
     """``(lengths, leading, extras)`` of batched or packed input, 0 and 1 token included."""
-    if draw(st.booleans()):
-        batch = draw(st.sampled_from([1, 2, 1, 0]))
+    if packed is None:
+        packed = draw(st.booleans())
+    if not packed:
+        batch = draw(st.sampled_from([n for n in (1, 2, 1, 0) if n >= min_sequences]))
         length = draw(st.integers(0, max_tokens // max(1, batch)))
         return [length] * batch, (batch, length), {}
     some = st.one_of(st.sampled_from([0, 1]), st.integers(2, max_tokens // 3))
-    lengths = draw(st.lists(some, max_size=4))
+    lengths = draw(st.lists(some, min_size=min_sequences, max_size=4))
     extras = {"cu_seqlens": make_cu_seqlens(lengths)}
     if draw(st.booleans()):
         extras["max_seqlen"] = max(lengths, default=0) + draw(st.integers(0, 3))

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 
 import nsa
 from nsa.reference import attention
@@ -24,7 +24,7 @@ def _slice(name: str, x, cut):
     return tuple(map(cut, x)) if isinstance(x, tuple) else cut(x)
 
 
-@given(problems())
+@given(problems(min_sequences=2))
 def test_batch_elements_and_sequences_do_not_meet(problem):
     q, k, v, config, extras = problem
     whole = problem.forward()
@@ -50,10 +50,9 @@ def test_batch_elements_and_sequences_do_not_meet(problem):
         )
 
 
-@given(problems(max_tokens=40))
+@given(problems(max_tokens=40, packed=False, min_sequences=1))
 def test_packed_equals_batched(problem):
     q, k, v, config, extras = problem
-    assume(q.ndim == 4 and q.shape[0] > 0)
     flat = {
         name: _slice(name, x, lambda x: x.flatten(0, 1))
         for name, x in {"q": q, "k": k, "v": v, **extras}.items()
@@ -111,11 +110,19 @@ def test_the_published_system_sees_ahead():
     assert not torch.equal(after[:, :2303], before[:, :2303])
 
 
-@given(problems(max_tokens=60, tile_summary="first", compressed_visibility="complete", causal=True))
+@given(
+    problems(
+        max_tokens=60,
+        packed=False,
+        min_sequences=1,
+        tile_summary="first",
+        compressed_visibility="complete",
+        causal=True,
+    )
+)
 def test_a_sequence_that_grows_keeps_its_earlier_outputs(problem):
     """Forced blocks past the end keep their slots, so that later tokens take none away."""
     q, k, v, config, extras = problem
-    assume(q.ndim == 4)
     extras = {name: x for name, x in extras.items() if name != "compressed_kv"}
     whole = nsa.forward(q, k, v, config=config, **extras)
     for length in {0, 1, q.shape[1] // 3, q.shape[1] // 2, max(0, q.shape[1] - 1)}:
