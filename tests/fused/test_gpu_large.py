@@ -32,8 +32,10 @@ def expected_tail(q, k, v, indices, config, dtype):
     last_token = torch.arange(blocks, device="cuda") * size + size - 1
     tile = (query // config.q_tile_size)[:, 0]
     chosen = indices[0].long()[:, tile]  # (H, LAST, n)
-    selected = torch.zeros(HEADS, LAST, -(-LENGTH // size), dtype=torch.bool, device="cuda")
-    selected.scatter_(2, chosen.clamp(min=0), chosen >= 0)
+    # One block more, for empty slots.
+    none = -(-LENGTH // size)
+    selected = torch.zeros(HEADS, LAST, none + 1, dtype=torch.bool, device="cuda")
+    selected.scatter_(2, torch.where(chosen >= 0, chosen, none), True)
     selected = selected.repeat_interleave(size, dim=2)[..., :LENGTH] & (position <= query)
     window = (position <= query) & (position > query - config.window_size)
     total = attend(q, k_cmp, v_cmp, (last_token <= query)[None])
