@@ -15,7 +15,7 @@ help:
 	@echo "make test      run the CPU tests, with coverage"
 	@echo "make test-gpu  run the tests that need an NVIDIA GPU; fails where they cannot run"
 	@echo "make sanitize  run a small training step under compute-sanitizer, on an NVIDIA GPU"
-	@echo "make lint      check style; make format mends it"
+	@echo "make lint      check style and types; make format mends style"
 	@echo "make clean     remove the virtual environment and outputs"
 
 $(STAMP): pyproject.toml tools/setup_venv.sh
@@ -39,6 +39,7 @@ sanitize: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .

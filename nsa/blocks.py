@@ -1,11 +1,16 @@
 """How many blocks, groups and tiles a sequence has, and how blocks overlap: numbers alone."""
 
+from typing import TypeVar
+
 from torch import Tensor
 
 from nsa.config import NSAConfig
 
+Count = TypeVar("Count", int, Tensor)
+"""Of one sequence, or of each of several."""
 
-def num_compressed_blocks(length: int | Tensor, config: NSAConfig) -> int | Tensor:
+
+def num_compressed_blocks(length: Count, config: NSAConfig) -> Count:
     """Complete compressed blocks of a sequence: ``max(0, (N - l) // d + 1)``."""
     blocks = length // config.compress_stride
     extra = config.compress_block_size // config.compress_stride - 1
@@ -19,12 +24,12 @@ def covered_tokens(config: NSAConfig, visibility: str) -> int:
     return config.compress_block_size if visibility == "complete" else 1
 
 
-def num_selection_blocks(length: int | Tensor, config: NSAConfig) -> int | Tensor:
+def num_selection_blocks(length: Count, config: NSAConfig) -> Count:
     """Selection blocks of a sequence, the last one possibly short: ``ceil(N / l')``."""
     return -(-length // config.select_block_size)
 
 
-def num_query_tiles(length: int | Tensor, config: NSAConfig) -> int | Tensor:
+def num_query_tiles(length: Count, config: NSAConfig) -> Count:
     """Query tiles of a sequence, the last one possibly short: ``ceil(N / q_tile_size)``."""
     return -(-length // config.q_tile_size)
 
@@ -34,7 +39,7 @@ def most_query_tiles(tokens: int, sequences: int, config: NSAConfig) -> int:
     return tokens // config.q_tile_size + sequences
 
 
-def num_cmp_groups(length: int | Tensor, config: NSAConfig) -> int | Tensor:
+def num_cmp_groups(length: Count, config: NSAConfig) -> Count:
     """Groups of compressed tokens of a sequence: ``ceil(N_cmp / cmp_group_size)``."""
     return -(-num_compressed_blocks(length, config) // config.cmp_group_size)
 

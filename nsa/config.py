@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import InitVar, asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +31,9 @@ class _Followed(int):
     def __deepcopy__(self, _) -> int:
         return int(self)
 
+
+# What a follower has in the signature; in every instance it is an int.
+_FOLLOW: Any = None
 
 # So that a checkpoint which holds a field loads with weights_only=True.
 torch.serialization.add_safe_globals([_Followed])
@@ -83,8 +87,8 @@ class NSAConfig:
 
     selection: str = "tile"
     compress_block_size: int = 64
-    compress_stride: int | None = None
-    select_block_size: int | None = None
+    compress_stride: int = _FOLLOW
+    select_block_size: int = _FOLLOW
     num_selected_blocks: int = 16
     num_initial_blocks: int = 0
     num_local_blocks: int = 0
@@ -98,6 +102,15 @@ class NSAConfig:
     scale: float | None = None
     # Given by dataclasses.replace alone: the defaults of the configuration that it starts from.
     _followed: InitVar[tuple[_Followed, ...]] = field(default=(), kw_only=True)
+
+    if TYPE_CHECKING:
+        # Not fields: the form in which a custom op takes a configuration, and an equal one of
+        # plain ints, which torch.compile needs; None if this is one.
+        @property
+        def encoded(self) -> str: ...
+
+        @property
+        def plain(self) -> "NSAConfig | None": ...
 
     def __post_init__(self, _followed):
         self._check_fields()
@@ -114,8 +127,6 @@ class NSAConfig:
             # One form of each value, so that equal configurations have equal hashes.
             object.__setattr__(self, "scale", float(self.scale))
         self._check_relations()
-        # Not fields: the form in which a custom op takes a configuration, and an equal one of
-        # plain ints, which torch.compile needs; None if this is one.
         object.__setattr__(self, "encoded", json.dumps(asdict(self)))
         object.__setattr__(self, "plain", self.decode(self.encoded) if followed else None)
 
@@ -138,7 +149,7 @@ class NSAConfig:
     @classmethod
     def paper(cls, **overrides) -> "NSAConfig":
         """The paper's configuration (section 4.1); keyword arguments replace single fields."""
-        settings = dict(
+        settings: dict[str, Any] = dict(
             selection="token",
             compress_block_size=32,
             compress_stride=16,
@@ -158,7 +169,8 @@ class NSAConfig:
         tokens, and ``compressed_visibility="started"`` leaks up to ``l - 1`` later tokens through
         the mean. Keyword arguments replace single fields.
         """
-        return cls(**(dict(tile_summary="mean", compressed_visibility="started") | overrides))
+        leaks: dict[str, Any] = dict(tile_summary="mean", compressed_visibility="started")
+        return cls(**(leaks | overrides))
 
     def softmax_scale(self, head_dim: int) -> float:
         """The factor on the logits for queries of ``head_dim`` channels."""

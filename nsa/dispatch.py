@@ -160,11 +160,11 @@ def select_blocks(
             that a row would be mostly empty slots.
     """
     config = validation.check_config(config)
-    k = validation.per_branch("k", k)
-    q, k, compress_k_weight, compressed_kv = autocast_tensors(
-        q, k, compress_k_weight, compressed_kv
+    keys = validation.per_branch("k", k)
+    q, keys, compress_k_weight, compressed_kv = autocast_tensors(
+        q, keys, compress_k_weight, compressed_kv
     )
-    problem = validation.check_qkv(q, k, None, config, cu_seqlens)
+    problem = validation.check_qkv(q, keys, None, config, cu_seqlens)
     if isinstance(compressed_kv, (tuple, list)) and len(compressed_kv) == 2:
         value = compressed_kv[1]
         if isinstance(value, Tensor) and value.ndim == q.ndim:
@@ -172,10 +172,10 @@ def select_blocks(
     boundaries = check_boundaries(cu_seqlens, max_seqlen, q)
     validation.check_compression(compress_k_weight, None, compressed_kv, boundaries, q, problem)
     validation.check_selection_width(boundaries, problem)
-    module = _backend_module(backend, q, k, config)
+    module = _backend_module(backend, q, keys, config)
     return module.select_blocks(
         q,
-        k[0],
+        keys[0],
         config=config,
         compress_k_weight=compress_k_weight,
         compressed_kv=compressed_kv,
@@ -270,7 +270,18 @@ def _check_call(
     )
     validation.check_block_indices(block_indices, boundaries, q, problem)
     validation.check_max_workspace_bytes(max_workspace_bytes)
-    return _Call(q, k, v, config, *floats, boundaries)
+    return _Call(
+        q=q,
+        k=k,
+        v=v,
+        config=config,
+        gate_proj_weight=gate_proj_weight,
+        gates=gates,
+        compress_k_weight=compress_k_weight,
+        compress_v_weight=compress_v_weight,
+        compressed_kv=compressed_kv,
+        boundaries=boundaries,
+    )
 
 
 def _check_backend(backend) -> str:

@@ -116,8 +116,8 @@ class SingleSegment(Segments):
         self.device = device
 
     @cached_property
-    def offset(self) -> Tensor:
-        # Not from a list, which would be copied from the host.
+    def offset(self) -> Tensor:  # type: ignore[override]
+        # Nothing assigns it. Not from a list, which would be copied from the host.
         return torch.arange(2, device=self.device) * self.total
 
     @cached_property

@@ -5,6 +5,8 @@ projections, the learned compression ``phi`` of Eq. 7 and the gate MLP of Eq. 5 
 https://arxiv.org/abs/2502.11089.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +54,7 @@ class BlockCompressor(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.position = nn.Parameter(torch.empty(block_size, dim, **factory))
         self.mlp = make_mlp(block_size * dim, 2 * dim, dim, **factory)
         self.reset_parameters()
@@ -141,20 +143,22 @@ class NativeSparseAttention(nn.Module):
         self.max_workspace_bytes = max_workspace_bytes
         self.backend = backend
 
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         kv_rows = self.num_kv_branches * num_kv_heads
         self.q_proj = make_linear(dim, num_heads * self.head_dim, bias, **factory)
         self.k_proj = make_linear(dim, kv_rows * self.head_dim, bias, **factory)
         self.v_proj = make_linear(dim, kv_rows * self.value_head_dim, bias, **factory)
         self.o_proj = make_linear(num_heads * self.value_head_dim, dim, bias, **factory)
-        self.gate_mlp = self.gate_proj_weight = None
+        self.gate_mlp: nn.Module | None = None
+        self.gate_proj_weight: nn.Parameter | None = None
         if gate == "hidden":
             hidden = max(3 * num_heads, dim // 4)
             self.gate_mlp = make_mlp(dim, hidden, 3 * num_heads, last_std=0.02, **factory)
         else:
             weight = torch.empty(num_heads, 3, self.head_dim, **factory)
             self.gate_proj_weight = nn.Parameter(weight)
-        self.compress_k = self.compress_v = None
+        self.compress_k: nn.Module | None = None
+        self.compress_v: nn.Module | None = None
         if compressor == "mlp":
             block_size = self.config.compress_block_size
             self.compress_k = BlockCompressor(block_size, self.head_dim, **factory)
@@ -191,7 +195,7 @@ class NativeSparseAttention(nn.Module):
         gates = gate_proj_weight = None
         if self.gate_mlp is not None:
             gates = self.gate_mlp(x).sigmoid().to(q.dtype).unflatten(-1, (self.num_heads, 3))
-        else:
+        elif self.gate_proj_weight is not None:
             gate_proj_weight = self.gate_proj_weight.to(q.dtype)
         out = dispatch.forward(
             q,
@@ -244,26 +248,28 @@ class NativeSparseAttention(nn.Module):
         q, k, v = to_one_dtype(self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
         branches = (self.num_kv_branches, self.num_kv_heads)
-        k = k.unflatten(-1, (*branches, self.head_dim)).unbind(-3)
-        v = v.unflatten(-1, (*branches, self.value_head_dim)).unbind(-3)
+        keys = k.unflatten(-1, (*branches, self.head_dim)).unbind(-3)
+        values = v.unflatten(-1, (*branches, self.value_head_dim)).unbind(-3)
         compressed_kv = None
         if self.compress_k is not None:
             # Wrapped linears get the dtype of x.
-            dtype = k[0].dtype if autocast_dtype(x.device) else x.dtype
-            compressed = self._compress(k[0].to(dtype), v[0].to(dtype), boundaries)
+            dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
+            compressed = self._compress(keys[0].to(dtype), values[0].to(dtype), boundaries)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         if self.rope_theta is not None:
             positions = _positions(x, boundaries)
             q = apply_rope(q, positions, self.rope_theta)
-            k = tuple(apply_rope(branch, positions, self.rope_theta) for branch in k)
+            keys = tuple(apply_rope(k, positions, self.rope_theta) for k in keys)
         if self.num_kv_branches == 1:
-            k, v = k[0], v[0]
-        return q, k, v, compressed_kv
+            return q, keys[0], values[0], compressed_kv
+        return q, keys, values, compressed_kv
 
     def _compress(
         self, k: Tensor, v: Tensor, boundaries: Boundaries | None
     ) -> tuple[Tensor, Tensor]:
         """Compressed keys, rotated to their blocks' centres, and values."""
+        assert self.compress_k is not None
+        assert self.compress_v is not None
         config = check_config(self.config)
         first, local = _block_starts(k, boundaries, config)
         index = first[:, None] + torch.arange(config.compress_block_size, device=k.device)

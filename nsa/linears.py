@@ -5,6 +5,7 @@ have no ``weight``, or one whose dtype says nothing.
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ def make_linear(
 ) -> nn.Linear:
     """A linear layer that starts normal with ``std``, by default ``1 / sqrt(dim)``."""
     linear = nn.Linear(dim, out, bias=bias, device=device, dtype=dtype)
-    linear.reset_parameters = _Initialiser(linear, dim**-0.5 if std is None else std)
+    initialise = _Initialiser(linear, dim**-0.5 if std is None else std)
+    linear.reset_parameters = initialise  # type: ignore[method-assign]
     linear.reset_parameters()
     return linear
 
@@ -29,7 +31,7 @@ def make_mlp(
 
     ``last_std`` is that of the last layer, by default ``1 / sqrt(hidden)``.
     """
-    factory = {"device": device, "dtype": dtype}
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
     return MLP(
         make_linear(dim, hidden, std=(2 / dim) ** 0.5, **factory),
         nn.SiLU(),
@@ -60,6 +62,7 @@ class _Initialiser:
 
     def __call__(self):
         linear = self._linear()
+        assert linear is not None, "it is an attribute of the layer"
         nn.init.normal_(linear.weight, std=self._std)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
@@ -85,8 +88,9 @@ def takes_dtype(linear: nn.Module, dtype: torch.dtype) -> bool:
 
 def weight_dtype(linear: nn.Module) -> torch.dtype | None:
     """The dtype that a plain linear layer takes; None for one that is wrapped or replaced."""
-    plain = type(linear) is nn.Linear and "forward" not in vars(linear)
-    if not plain or linear._forward_pre_hooks or not linear.weight.is_floating_point():
+    if type(linear) is not nn.Linear or "forward" in vars(linear):
+        return None
+    if linear._forward_pre_hooks or not linear.weight.is_floating_point():
         return None
     return linear.weight.dtype
 

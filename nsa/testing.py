@@ -19,12 +19,13 @@ def make_inputs(
     """Standard normal ``q``, ``k`` and ``v``; ``leading`` is ``(B, N)``, or ``(T,)`` for packed."""
     generator = torch.Generator(device=device).manual_seed(seed)
     heads = ((num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, value_dim or head_dim))
-    return tuple(
+    q, k, v = (
         torch.randn(*leading, *shape, generator=generator, device=device)
         .to(dtype)
         .requires_grad_(requires_grad)
         for shape in heads
     )
+    return q, k, v
 
 
 def make_cu_seqlens(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:

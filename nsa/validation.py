@@ -199,8 +199,9 @@ def check_compression(
     dims = (problem.head_dim, problem.value_dim)
     for i, (x, dim) in enumerate(zip(compressed_kv, dims, strict=True)):
         name = f"compressed_kv[{i}]"
-        if problem.batched:
-            counts = (problem.leading[0], num_compressed_blocks(problem.leading[1], problem.config))
+        if boundaries is None:
+            batch, length = problem.leading
+            counts: tuple[int, ...] = (batch, num_compressed_blocks(length, problem.config))
         elif boundaries.lengths is not None:
             counts = (sum(num_compressed_blocks(n, problem.config) for n in boundaries.lengths),)
         else:
@@ -244,7 +245,7 @@ def _block_indices_shape(boundaries: Boundaries | None, problem: Problem) -> tup
     config = problem.config
     if config.selection == "token":
         return (*problem.leading, problem.num_kv_heads, config.num_selected_blocks)
-    if problem.batched:
+    if boundaries is None:
         batch, length = problem.leading
         tiles = num_query_tiles(length, config)
         return (batch, problem.num_heads, tiles, config.num_selected_blocks)
@@ -257,8 +258,9 @@ def _block_indices_shape(boundaries: Boundaries | None, problem: Problem) -> tup
 
 def _has_unknown_tiles(indices: Tensor, boundaries: Boundaries | None, problem: Problem) -> bool:
     """Whether these are right for some number of tiles, and the right number was not read."""
-    known = problem.batched or problem.config.selection == "token"
-    if known or boundaries.lengths is not None or indices.ndim != 3:
+    if boundaries is None or problem.config.selection == "token":
+        return False
+    if boundaries.lengths is not None or indices.ndim != 3:
         return False
     heads, most, slots = _block_indices_shape(boundaries, problem)
     if (indices.shape[0], indices.shape[2]) != (heads, slots):
@@ -269,7 +271,8 @@ def _has_unknown_tiles(indices: Tensor, boundaries: Boundaries | None, problem: 
 
 def _check_block_values(indices: Tensor, boundaries: Boundaries | None, problem: Problem):
     config = problem.config
-    if problem.batched:
+    count: int | Tensor
+    if boundaries is None:
         most = count = num_selection_blocks(problem.leading[1], config)
     elif boundaries.lengths is None:
         longest = boundaries.max_seqlen
@@ -281,9 +284,8 @@ def _check_block_values(indices: Tensor, boundaries: Boundaries | None, problem:
         units = lengths if token else [num_query_tiles(n, config) for n in lengths]
         blocks = [num_selection_blocks(n, config) for n in lengths]
         most = max(blocks, default=0)
-        blocks, units = (torch.tensor(x, device="cpu") for x in (blocks, units))
-        count = torch.repeat_interleave(blocks, units).to(indices.device)[:, None]
-        count = count[:, None] if token else count
+        each = torch.repeat_interleave(*(torch.tensor(x, device="cpu") for x in (blocks, units)))
+        count = each.to(indices.device)[(..., None, None) if token else (..., None)]
     outside = (indices < -1) | (indices >= count)
     before, after = indices[..., :-1], indices[..., 1:]
     descends = (after != -1) & ((after <= before) | (before == -1))

@@ -1,11 +1,20 @@
-"""What a run needs and draws from, and the same seed and thread count for every test."""
+"""What a run needs and draws from, one seed and thread count for every test, and fixtures."""
 
-import profiles
 import pytest
-import requirements
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+
+from nsa.fused import compressed_forms, constraints, fa4, kernel_calls
+from nsa.fused.attention import folded
+from tests.helpers import (
+    emulated_fa4,
+    emulated_kernels,
+    emulated_token_kernels,
+    poison,
+    profiles,
+    requirements,
+)
 
 # pytest-xdist runs one worker a core; more threads than that only contend.
 torch.set_num_threads(1)
@@ -40,3 +49,32 @@ def mesh(tmp_path):
     distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
+
+
+@pytest.fixture
+def fused_on_cpu(monkeypatch):
+    """The fused backend on a CPU and in any dtype: its kernel calls answered by PyTorch."""
+    for name in emulated_fa4.NAMES:
+        monkeypatch.setattr(fa4, name, getattr(emulated_fa4, name))
+    for module in (emulated_kernels, emulated_token_kernels):
+        for name in module.NAMES:
+            monkeypatch.setattr(kernel_calls, name, getattr(module, name))
+    monkeypatch.setattr(constraints, "_tensor_limit", lambda *_: None)
+    monkeypatch.setattr(constraints, "_device_limit", lambda *_: None)
+    monkeypatch.setattr(fa4, "version_problem", lambda: None)
+
+
+@pytest.fixture(params=["one tile", "folded", "shared keys"])
+def compressed_calls(monkeypatch, request):
+    """All ways to compute the compressed branch of a batch: as of few, more and many tokens."""
+    if request.param != "one tile":
+        monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
+    if request.param == "shared keys":
+        monkeypatch.setattr(folded, "SHARED_BYTES", 0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """What is not written is NaN, or the largest integer."""
+    with poison.poisoned_memory():
+        yield

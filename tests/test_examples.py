@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from requirements import missing_gpu
+
+from tests.helpers.requirements import missing_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch_defaults import DEFAULTS, default_dtype
 
 import nsa
 from nsa.layers import BlockCompressor, _block_starts
 from nsa.rope import apply_rope
 from nsa.testing import make_cu_seqlens
+from tests.helpers.torch_defaults import DEFAULTS, default_dtype
 
 DIM, HEADS, KV_HEADS = 24, 4, 2
 # Overlapping compression and short blocks, so that short sequences reach every branch.

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from poison import poisoned_memory
+
+from tests.helpers.poison import poisoned_memory
 
 FACTORIES = {
     "empty": lambda x: torch.empty(3, 2, dtype=x.dtype),

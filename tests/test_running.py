@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import profiles
 import pytest
-import requirements
 import torch
 
 from nsa.fused import fa4
+from tests.helpers import profiles, requirements
 
 TESTS = Path(__file__).parent
 
@@ -20,9 +19,9 @@ import os
 from pathlib import Path
 
 import pytest
-import requirements
 from hypothesis import given, strategies as st
-from profiles import gpu_property
+from tests.helpers import requirements
+from tests.helpers.profiles import gpu_property
 
 REASON = requirements.missing_gpu()
 
@@ -54,10 +53,11 @@ def run(tmp_path: Path, *options: str, **environment: str) -> subprocess.Complet
     (tmp_path / "test_it.py").write_text(CODE)
     own = ("PYTEST_", "COV_", "CI", profiles.SEED, requirements.REQUIRE_GPU)
     inherited = {name: x for name, x in os.environ.items() if not name.startswith(own)}
-    given = dict(PYTHONPATH=str(TESTS), CUDA_VISIBLE_DEVICES="", DRAWN=str(tmp_path))
+    given = dict(PYTHONPATH=str(TESTS.parent), CUDA_VISIBLE_DEVICES="", DRAWN=str(tmp_path))
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--rootdir",
-         str(tmp_path), "-c", str(TESTS.parent / "pyproject.toml"), *options, "test_it.py"],
+        [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider",
+         "--rootdir", str(tmp_path), "-c", str(TESTS.parent / "pyproject.toml"), *options,
+         "test_it.py"],
         cwd=tmp_path, env=inherited | given | environment,
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -147,13 +147,21 @@ def test_with_the_fused_extra_they_import_it(ci, monkeypatch):
 
 
 def test_the_thorough_profile_tries_more():
-    code = "from profiles import examples; print(examples(20), examples(120))"
+    code = "from tests.helpers.profiles import examples; print(examples(20), examples(120))"
     counts = {}
     for profile in ("ci", "thorough"):
-        environment = dict(os.environ, PYTHONPATH=str(TESTS), HYPOTHESIS_PROFILE=profile)
+        environment = dict(os.environ, PYTHONPATH=str(TESTS.parent), HYPOTHESIS_PROFILE=profile)
         command = [sys.executable, "-c", code]
         counts[profile] = subprocess.check_output(command, env=environment, text=True).split()
     assert counts == dict(ci=["20", "120"], thorough=["333", "2000"])
+
+
+def test_no_test_imports_a_test_and_no_two_have_one_name():
+    """What two share is in tests/helpers."""
+    modules = [path for path in TESTS.rglob("*.py") if path.name != "__init__.py"]
+    assert len({path.name for path in modules}) == len(modules)
+    imports = re.compile(r"^\s*(?:from|import) .*\btest_\w+", re.MULTILINE)
+    assert not [path.name for path in modules if imports.search(path.read_text("utf-8"))]
 
 
 def test_no_property_test_has_a_number_of_examples_of_its_own():

@@ -27,7 +27,6 @@ from typing import NamedTuple
 import torch
 
 import nsa
-from measuring import environment
 from nsa.testing import make_cu_seqlens, make_inputs
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -58,7 +57,7 @@ class Verdict(NamedTuple):
 
 def main(argv: list[str] | None = None):
     options = parse_arguments(argv)
-    environment.require_gpu()
+    require_gpu()
     if options.step:
         run_steps("cuda")
         return
@@ -106,6 +105,12 @@ def run_steps(device: str):
             if not all(x.isfinite().all() for x in (out, *grads)):
                 sys.exit(f"{name} mode: a result is not finite")
     print(DONE)
+
+
+def require_gpu():
+    """Exit with a message where there is no GPU to run on."""
+    if not torch.cuda.is_available():
+        sys.exit("the steps run on the fused backend and need an NVIDIA GPU; PyTorch sees none")
 
 
 def step_command() -> list[str]:

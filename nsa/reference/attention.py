@@ -160,10 +160,11 @@ def _listed_attention(
         mask = real[:, :, None] & (flat[:, :, None] < seen_end[:, None, :, None])
         kv_head = torch.arange(flat.shape[1], device=q.device) * num_kv_heads // flat.shape[1]
         index = flat * num_kv_heads + kv_head[:, None]
-        gathered = (
+        listed_keys, listed_values = (
             x.index_select(0, index.flatten()).unflatten(0, index.shape) for x in (keys, values)
         )
-        return restore(_masked_attention(rows, *gathered, mask, scale, q.dtype))
+        out = _masked_attention(rows, listed_keys, listed_values, mask, scale, q.dtype)
+        return restore(out)
 
     chunks = _unit_chunks(q, v, indices, table, geometry)
     pieces = q.to(dtype).split(_num_tokens(chunks, geometry))

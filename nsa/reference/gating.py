@@ -1,5 +1,7 @@
 """Gated sum of the three branches (paper Eq. 5)."""
 
+from typing import cast
+
 from torch import Tensor
 
 from nsa.precision import accumulation_dtype
@@ -25,10 +27,11 @@ def combine_branches(
         ``(T, H, Dv)`` in the dtype of ``q``.
     """
     dtype = accumulation_dtype(q.dtype)
-    if gates is None and gate_proj_weight is None:
-        return (sum(branch.to(dtype) for branch in branches) / 3).to(q.dtype)
     if gates is None:
+        if gate_proj_weight is None:
+            total = cast(Tensor, sum(branch.to(dtype) for branch in branches))
+            return (total / 3).to(q.dtype)
         logits = inner_products(q.to(dtype).transpose(0, 1), gate_proj_weight.to(dtype))
         gates = logits.sigmoid().transpose(0, 1)
     weighted = [gates[..., i, None].to(dtype) * o.to(dtype) for i, o in enumerate(branches)]
-    return sum(weighted).to(q.dtype)
+    return cast(Tensor, sum(weighted)).to(q.dtype)

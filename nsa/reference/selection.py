@@ -1,6 +1,7 @@
 """Which blocks each query attends (paper section 3.3.2). No gradient passes through here."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -49,7 +50,9 @@ def select_groups(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
         most the groups of the longest sequence.
     """
     config, groups = geometry.config, geometry.groups
-    count = min(config.num_cmp_selected_blocks, max(groups.counts, default=0))
+    count, wanted = max(groups.counts, default=0), config.num_cmp_selected_blocks
+    if wanted is not None:
+        count = min(count, wanted)
     taken = []
     for start, stop, scores, low in _tile_block_scores(
         q, k_cmp, groups, config.cmp_group_size, geometry
@@ -83,7 +86,7 @@ def _token_block_scores(
         # A query that sees nothing has probability 0 everywhere.
         probability = torch.where(seen[:, None], scores.softmax(dim=-1), 0)
         # Term by term: Tensor.sum may round equal columns differently and so break ties.
-        probability = sum(probability.unbind(dim=2))  # (H_kv, C, K)
+        probability = cast(Tensor, sum(probability.unbind(dim=2)))  # (H_kv, C, K)
         block_range = _block_range(owner[start:stop], geometry.selection)
         importance = _block_importance(probability, low, block_range, geometry)
         yield start, stop, importance, block_range.start

@@ -3,7 +3,7 @@
     pytest tests/benchmarks --benchmark-only --benchmark-group-by=group,param:step
 
 ``make test`` runs each once, untimed. One is timed after another, and short of the care that
-``tools/bench_vs_dense.py`` takes.
+``benchmarks/bench_vs_dense.py`` takes.
 """
 
 import pytest

@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
-from poison import poisoned_memory
-from requirements import import_fused
 
 from nsa.fused import fa4, fa4_replay
 from nsa.fused.kernel_inputs import BlockLists
+from tests.helpers.poison import poisoned_memory
+from tests.helpers.requirements import import_fused
 
 interface = import_fused("flash_attn.cute.interface")
 

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from gpu_cases import (
+from hypothesis import given
+
+import nsa
+from nsa.fused import selection
+from nsa.geometry import Geometry
+from tests.helpers.gpu_cases import (
     VARIANTS,
     Variant,
     cases,
@@ -14,14 +19,9 @@ from gpu_cases import (
     leaves,
     make_tensors,
 )
-from group_cases import GROUP_FORMS, check_groups, group_case, reference_groups
-from hypothesis import given
-from profiles import gpu_property
-from tile_cases import assert_same_blocks
-
-import nsa
-from nsa.fused import selection
-from nsa.geometry import Geometry
+from tests.helpers.group_cases import GROUP_FORMS, check_groups, group_case, reference_groups
+from tests.helpers.profiles import gpu_property
+from tests.helpers.selections import assert_same_tile_blocks
 
 pytestmark = gpu_test
 
@@ -84,7 +84,7 @@ def test_blocks_equal_reference(tile_summary, packed):
     if not packed:
         q, k_cmp, actual, expected = (x[0] for x in (q, k_cmp, actual, expected))
     by_tile = (x.transpose(0, 1) for x in (actual, expected))
-    assert_same_blocks(*by_tile, q.detach(), k_cmp.detach(), geometry, atol=1e-5)
+    assert_same_tile_blocks(*by_tile, q.detach(), k_cmp.detach(), geometry, atol=1e-5)
 
 
 @pytest.mark.parametrize("held", [None, 1000], ids=["at once", "in pieces"])

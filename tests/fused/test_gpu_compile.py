@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from gpu_cases import assert_equal_but_for_rounding, assert_same_step, gpu_test
 
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.gpu_cases import assert_equal_but_for_rounding, assert_same_step, gpu_test
 
 pytestmark = gpu_test
 

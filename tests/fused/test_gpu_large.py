@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from gpu_cases import gpu_test
 
 import nsa
 from nsa.testing import assert_as_accurate, make_inputs
+from tests.helpers.gpu_cases import gpu_test
 
 pytestmark = [*gpu_test, pytest.mark.filterwarnings("default")]
 
@@ -15,14 +15,14 @@ LAST = 300
 
 @pytest.fixture(scope="module", autouse=True)
 def _enough_memory():
-    if torch.cuda.mem_get_info()[1] < 100 * 2**30:
-        pytest.skip("needs a GPU with 100 GiB")
+    # Inputs and results take 18 GiB, the workspace of the backward 44, or less where less is free.
+    if torch.cuda.mem_get_info()[1] < 75 * 2**30:
+        pytest.skip("needs a GPU with 75 GiB")
 
 
 def expected_tail(q, k, v, indices, config, dtype):
     """The output of the last queries, each branch written out."""
     q, k, v = q[0, -LAST:].to(dtype), k[0].to(dtype), v[0].to(dtype)
-    k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
     size, position = config.compress_block_size, torch.arange(LENGTH, device="cuda")
     query = position[-LAST:, None]
     blocks = LENGTH // size
@@ -32,8 +32,10 @@ def expected_tail(q, k, v, indices, config, dtype):
     last_token = torch.arange(blocks, device="cuda") * size + size - 1
     tile = (query // config.q_tile_size)[:, 0]
     chosen = indices[0].long()[:, tile]  # (H, LAST, n)
-    selected = torch.zeros(HEADS, LAST, -(-LENGTH // size), dtype=torch.bool, device="cuda")
-    selected.scatter_(2, chosen.clamp(min=0), chosen >= 0)
+    # One block more, for empty slots.
+    none = -(-LENGTH // size)
+    selected = torch.zeros(HEADS, LAST, none + 1, dtype=torch.bool, device="cuda")
+    selected.scatter_(2, torch.where(chosen >= 0, chosen, none), True)
     selected = selected.repeat_interleave(size, dim=2)[..., :LENGTH] & (position <= query)
     window = (position <= query) & (position > query - config.window_size)
     total = attend(q, k_cmp, v_cmp, (last_token <= query)[None])
@@ -43,9 +45,10 @@ def expected_tail(q, k, v, indices, config, dtype):
 def attend(q, k, v, mask):
     outs = []
     for head in range(HEADS):
-        scores = (q[:, head] @ k[:, head].T) * DIM**-0.5
+        kv_head = head // (HEADS // KV_HEADS)
+        scores = (q[:, head] @ k[:, kv_head].T) * DIM**-0.5
         scores = scores.masked_fill(~mask[head % len(mask)], -torch.inf)
-        outs.append(scores.softmax(-1) @ v[:, head])
+        outs.append(scores.softmax(-1) @ v[:, kv_head])
     return torch.stack(outs, dim=1)
 
 

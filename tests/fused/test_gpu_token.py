@@ -2,10 +2,19 @@
 
 from typing import NamedTuple
 
-import gpu_cases
 import pytest
 import torch
-from gpu_cases import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nsa
+from nsa.fused.plan import make_plan
+from nsa.fused.selection import select_blocks
+from nsa.geometry import Geometry
+from nsa.reference.compression import compress
+from nsa.testing import make_cu_seqlens
+from tests.helpers.cuda_graphs import PACKS, Call, check_replays
+from tests.helpers.gpu_cases import (
     Case,
     Variant,
     assert_equal_but_for_rounding,
@@ -15,19 +24,10 @@ from gpu_cases import (
     enough_kv_heads,
     gpu_test,
     make_tensors,
+    paper_case,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from profiles import gpu_property
-from test_gpu_graph import Call, check
-from token_cases import assert_same_selection
-
-import nsa
-from nsa.fused.plan import make_plan
-from nsa.fused.selection import select_blocks
-from nsa.geometry import Geometry
-from nsa.reference.compression import compress
-from nsa.testing import make_cu_seqlens
+from tests.helpers.profiles import gpu_property
+from tests.helpers.selections import assert_same_token_blocks
 
 pytestmark = gpu_test
 
@@ -111,17 +111,11 @@ def test_output_and_gradients(form):
     check_case()
 
 
-def default_case(**changes) -> Case:
-    """A case of the paper's configuration."""
-    paper = dict(variant=Variant(128, 128, 16, _BF16, 0), config=nsa.NSAConfig.paper())
-    return gpu_cases.default_case(**(paper | changes))
-
-
 # The band's kernel adds up to 32 partial results; more have a kernel of their own.
 @pytest.mark.parametrize("blocks", [17, 24, 32, 33])
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_many_blocks(packed, blocks, monkeypatch):
-    case = default_case(
+    case = paper_case(
         lengths=(4000, 0, 65, 1) if packed else (4000,),
         packed=packed,
         config=nsa.NSAConfig.paper(num_selected_blocks=blocks),
@@ -137,7 +131,7 @@ def test_selection_equals_reference(form, packed):
     lengths = (3000, 1, 0, 700, 31, 33) if packed else (4097,)
     config = nsa.NSAConfig.paper(**form.changes, num_selected_blocks=7)
     variant = Variant(form.head_dim, form.value_dim, form.group, form.dtype, 0)
-    case = default_case(
+    case = paper_case(
         variant=variant, lengths=lengths, packed=packed, compressor="given", config=config
     )
     arguments = make_tensors(case)
@@ -150,13 +144,13 @@ def test_selection_equals_reference(form, packed):
     assert (actual == expected).float().mean() > 0.999
     # A score is a sum over the group of weighted probabilities.
     atol = 1e-4 * form.group
-    assert_same_selection(actual, expected, q, k_cmp, extras.get("cu_seqlens"), config, atol)
+    assert_same_token_blocks(actual, expected, q, k_cmp, extras.get("cu_seqlens"), config, atol)
 
 
 @torch.no_grad()
 def test_equal_scores_go_to_the_lower_index():
     config = nsa.NSAConfig.paper(num_selected_blocks=7)
-    arguments = make_tensors(default_case(config=config, lengths=(3000,)))
+    arguments = make_tensors(paper_case(config=config, lengths=(3000,)))
     keys = arguments["k"][:, :1].expand_as(arguments["k"])
     actual, expected = (
         nsa.select_blocks(arguments["q"], keys, config=config, backend=backend)
@@ -169,7 +163,7 @@ def test_equal_scores_go_to_the_lower_index():
 @torch.no_grad()
 def test_forward_selects_as_select_blocks(packed):
     lengths = (700, 0, 1, 4096) if packed else (4096,)
-    case = default_case(lengths=lengths, packed=packed)
+    case = paper_case(lengths=lengths, packed=packed)
     arguments = make_tensors(case)
     extras = {"cu_seqlens": arguments["cu_seqlens"]} if packed else {}
     q, k = arguments["q"], arguments["k"]
@@ -185,7 +179,7 @@ def test_forward_selects_as_select_blocks(packed):
 def test_later_tokens_change_nothing(packed):
     """Strictly causal, routing included: to the bit."""
     length = 3000
-    case = default_case(lengths=(length,), packed=packed)
+    case = paper_case(lengths=(length,), packed=packed)
     arguments, others = make_tensors(case), make_tensors(case._replace(seed=1))
     call = dict(config=case.config, backend="fused")
     expected = nsa.forward(**arguments, **call)
@@ -201,7 +195,7 @@ def test_later_tokens_change_nothing(packed):
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_nothing_is_left_unwritten(packed, monkeypatch):
     lengths = (700, 0, 1, 65, 4096, 31) if packed else (1000,)
-    check_nothing_is_left_unwritten(default_case(lengths=lengths, packed=packed), monkeypatch)
+    check_nothing_is_left_unwritten(paper_case(lengths=lengths, packed=packed), monkeypatch)
 
 
 @pytest.mark.parametrize("heads", [(64, 4), (32, 8)], ids=str)
@@ -226,14 +220,11 @@ def test_selection_of_64k_tokens_takes_2_gib_at_most(heads):
 def test_results_do_not_depend_on_the_schedule(packed):
     """Chunks of KV heads: slices of heads are read where they are."""
     lengths = (700, 0, 1, 2000) if packed else (2000,)
-    case = default_case(lengths=lengths, packed=packed, num_kv_heads=3)
+    case = paper_case(lengths=lengths, packed=packed, num_kv_heads=3)
     arguments = make_tensors(case)
     call = dict(arguments, config=case.config, backend="fused")
     outs = [nsa.forward(**call, max_workspace_bytes=limit) for limit in (None, 1)]
     assert_equal_but_for_rounding(*outs)
-
-
-PACKS = [[700, 0, 1, 65, 3330], [1, 1300, 63, 2000, 732]]
 
 
 @pytest.mark.parametrize("passes", ["forward_only", "forward_and_backward"])
@@ -245,7 +236,7 @@ def test_cuda_graph(passes, packed):
         packs = [make_cu_seqlens(lengths, "cuda") for lengths in PACKS]
         extra = (packs[0].clone(), max(map(max, PACKS)))
     call = Call(leading, 128, config, *extra)
-    check(call, getattr(call, passes), packs)
+    check_replays(call, getattr(call, passes), packs)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])

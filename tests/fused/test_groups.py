@@ -1,10 +1,10 @@
 """The groups of the sparse compressed branch, on emulated kernels; GPU tests check the same."""
 
-import emulated_own_kernels
 import pytest
-from group_cases import GROUP_FORMS, check_groups, group_case
 
 from nsa.fused import kernel_calls
+from tests.helpers import emulated_kernels
+from tests.helpers.group_cases import GROUP_FORMS, check_groups, group_case
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 
@@ -17,7 +17,7 @@ def test_groups_equal_reference(form, packed):
 
 def test_another_group_is_noticed(monkeypatch):
     def top_blocks(*arguments, **rules):
-        emulated_own_kernels.top_blocks(*arguments, **rules)
+        emulated_kernels.top_blocks(*arguments, **rules)
         best = arguments[5][0, -1, 0]
         best.copy_(best == 0)
 

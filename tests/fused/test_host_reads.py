@@ -14,10 +14,11 @@ from nsa.fused import entry, schedule
 from nsa.fused import plan as plans
 from nsa.fused.schedule import run_backward, run_forward
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.small_configs import tile_config, token_config
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 
-PACKAGE, TESTS = Path(nsa.__file__).parent, Path(__file__).parent
+PACKAGE, TESTS = Path(nsa.__file__).parent, Path(__file__).parents[1]
 LENGTHS = [70, 0, 1, 130]
 
 # What copies from the device, or has a size that depends on values; or, lift_fresh, copies a tensor
@@ -79,23 +80,15 @@ def backward_too(monkeypatch):
     return calls
 
 
-def make_config(**changes) -> nsa.NSAConfig:
-    sizes = dict(
-        compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2,
-        window_size=20,
-    )  # fmt: skip
-    return nsa.NSAConfig(**(sizes | changes))
-
-
 CONFIGS = {
-    "default": make_config(),
-    "forced blocks": make_config(num_initial_blocks=1, num_local_blocks=1),
-    "non-causal": make_config(causal=False),
-    "started": make_config(compressed_visibility="started", tile_summary="first"),
-    "sparse compressed": make_config(
+    "default": tile_config(),
+    "forced blocks": tile_config(num_initial_blocks=1, num_local_blocks=1),
+    "non-causal": tile_config(causal=False),
+    "started": tile_config(compressed_visibility="started", tile_summary="first"),
+    "sparse compressed": tile_config(
         num_cmp_selected_blocks=1, cmp_group_size=64, compress_block_size=1
     ),
-    "token": nsa.NSAConfig.paper(num_selected_blocks=4, window_size=20),
+    "token": token_config(),
     "token non-causal": nsa.NSAConfig.paper(num_selected_blocks=4, causal=False),
 }
 
@@ -142,7 +135,7 @@ def test_layer(case, compressor, packed, backward_too):
 def test_packed_sequences_need_max_seqlen_to_be_captured():
     q, k, v = make_inputs((sum(LENGTHS),), 2, 1, 8)
     with pytest.raises(ValueError, match=r"max_seqlen must be an int while.*captured, got None"):
-        nsa.forward(q, k, v, config=make_config(), cu_seqlens=make_cu_seqlens(LENGTHS))
+        nsa.forward(q, k, v, config=tile_config(), cu_seqlens=make_cu_seqlens(LENGTHS))
 
 
 @pytest.mark.usefixtures("capturing")
@@ -165,13 +158,13 @@ def test_the_mode_sees_reads_of_the_package(monkeypatch):
     q, k, _ = make_inputs((sum(LENGTHS),), 2, 1, 8)
     lengths = packing.Boundaries(make_cu_seqlens(LENGTHS), None, None, None)
     with NoHostReads(), pytest.raises(AssertionError, match="makes the host wait"):
-        entry.select_blocks(q, k, config=make_config(), boundaries=lengths)
+        entry.select_blocks(q, k, config=tile_config(), boundaries=lengths)
 
 
 def test_a_captured_plan_is_not_kept(monkeypatch):
     """Its tensors would hold what no replay outside of its graph computes."""
     q = torch.zeros(1, 77, 2, 8)
-    config = make_config()
+    config = tile_config()
     kept = plans.make_plan(q, None, None, config)
     assert plans.make_plan(q, None, None, config) is kept
     monkeypatch.setattr(plans, "may_keep", lambda _: False)

@@ -6,54 +6,24 @@ ops; the kernels themselves are covered by the GPU tests.
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from profiles import examples
-from strategies import Problem, problems
+from hypothesis import given, settings
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.profiles import WITH_FIXTURES, examples
+from tests.helpers.small_configs import tile_config
+from tests.helpers.strategies import leaves, tile_problems
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu", "compressed_calls")
 
-# The fixture replaces functions; nothing of it changes between examples.
-KERNEL_SETTINGS = dict(suppress_health_check=list(HealthCheck), deadline=None)
 
-
-@st.composite
-def kernel_problems(draw, max_tokens: int = 300) -> Problem:
-    """Problems with the block sizes that the kernels have."""
-    block = draw(st.sampled_from([1, 4, 16, 64]))
-    sizes = [size for size in (64, 128, 192) if size % block == 0]
-    return draw(
-        problems(
-            max_tokens,
-            selection="tile",
-            compress_block_size=block,
-            compress_stride=block,
-            select_block_size=draw(st.sampled_from(sizes)),
-            q_tile_size=draw(st.sampled_from([64, 128])),
-            cmp_group_size=draw(st.sampled_from([64, 128])),
-            window_size=draw(st.sampled_from([1, 30, 100])),
-        )
-    )
-
-
-def tensors(problem: Problem) -> list[torch.Tensor]:
-    found = []
-    for x in (problem.q, problem.k, problem.v, *problem.extras.values()):
-        items = x if isinstance(x, tuple) else (x,)
-        found += [i for i in items if isinstance(i, torch.Tensor) and i.is_floating_point()]
-    return found
-
-
-@settings(max_examples=examples(80), **KERNEL_SETTINGS)
-@given(problem=kernel_problems())
+@settings(max_examples=examples(80), **WITH_FIXTURES)
+@given(problem=tile_problems())
 def test_output_and_gradients_equal_reference(problem):
-    inputs = [x.requires_grad_() for x in tensors(problem)]
+    inputs = [x.requires_grad_() for x in leaves(problem)]
     results = []
     for backend in ("reference", "fused"):
         out = problem.forward(backend=backend)
@@ -68,8 +38,8 @@ def test_output_and_gradients_equal_reference(problem):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
-@settings(max_examples=examples(60), **KERNEL_SETTINGS)
-@given(problem=kernel_problems())
+@settings(max_examples=examples(60), **WITH_FIXTURES)
+@given(problem=tile_problems())
 def test_selection_equals_reference(problem):
     expected = problem.select_blocks(backend="reference")
     actual = problem.select_blocks(backend="fused")
@@ -91,21 +61,13 @@ def test_no_block_past_the_end_is_listed(block, tile, causal):
         assert torch.equal(nsa.select_blocks(q, k, config=config, backend="fused"), expected)
 
 
-@settings(max_examples=examples(30), **KERNEL_SETTINGS)
-@given(problem=kernel_problems())
+@settings(max_examples=examples(30), **WITH_FIXTURES)
+@given(problem=tile_problems())
 def test_block_indices_of_the_caller(problem):
     indices = problem.select_blocks(backend="reference")
     expected = problem.forward(backend="reference", block_indices=indices)
     actual = problem.forward(backend="fused", block_indices=indices)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
-
-
-def small_config(**changes) -> nsa.NSAConfig:
-    sizes = dict(
-        compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2,
-        window_size=20,
-    )  # fmt: skip
-    return nsa.NSAConfig(**(sizes | changes))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +82,7 @@ def small_config(**changes) -> nsa.NSAConfig:
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_gradcheck(packed, changes):
-    config = small_config(**changes)
+    config = tile_config(**changes)
     lengths = [3, 0, 70, 1]
     leading = (sum(lengths),) if packed else (1, 67)
     q, k, v = make_inputs(leading, 2, 1, 2, dtype=torch.float64, requires_grad=True)
@@ -141,7 +103,7 @@ def test_gradcheck(packed, changes):
 
 def test_gradcheck_of_separate_inputs():
     """Three keys and values, gates and compressed keys and values of the caller."""
-    config = small_config()
+    config = tile_config()
     q, *_ = make_inputs((1, 67), 2, 1, 2, dtype=torch.float64, requires_grad=True)
     kv = [torch.randn(1, 67, 1, 2, dtype=torch.float64, requires_grad=True) for _ in range(6)]
     compressed = [torch.randn(1, 4, 1, 2, dtype=torch.float64, requires_grad=True) for _ in "kv"]
@@ -159,7 +121,7 @@ def test_gradcheck_of_separate_inputs():
 
 def test_double_backward_is_refused():
     q, k, v = make_inputs((1, 70), 2, 1, 4, dtype=torch.float64, requires_grad=True)
-    out = nsa.forward(q, k, v, config=small_config(), backend="fused")
+    out = nsa.forward(q, k, v, config=tile_config(), backend="fused")
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         torch.autograd.grad(grad.sum(), k)
@@ -175,7 +137,7 @@ def test_what_is_saved_may_be_computed_again_or_moved(form):
     q, k, v = make_inputs((1, 70), 2, 1, 64, dtype=torch.float64, requires_grad=True)
 
     def function(q, k, v):
-        return nsa.forward(q, k, v, config=small_config(), backend="fused").sin()
+        return nsa.forward(q, k, v, config=tile_config(), backend="fused").sin()
 
     expected = torch.autograd.grad(function(q, k, v).sum(), (q, k, v))
     if form == "moved to the host":
@@ -191,7 +153,7 @@ def test_what_is_saved_may_be_computed_again_or_moved(form):
 def test_a_changed_input_is_noticed():
     q, k, v = make_inputs((1, 70), 2, 1, 64, dtype=torch.float64, requires_grad=True)
     changed = q * 1
-    out = nsa.forward(changed, k, v, config=small_config(), backend="fused")
+    out = nsa.forward(changed, k, v, config=tile_config(), backend="fused")
     with torch.no_grad():
         changed.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -214,7 +176,7 @@ def test_what_traces_sees_the_whole_as_one_operation():
     q, k, v = make_inputs((1, 70), 2, 1, 4, dtype=torch.float64, requires_grad=True)
 
     def loss(q):
-        return nsa.forward(q, k, v, config=small_config(), backend="fused").sin().sum()
+        return nsa.forward(q, k, v, config=tile_config(), backend="fused").sin().sum()
 
     expected = torch.autograd.grad(loss(q), q)[0]
     with Names() as names:
@@ -229,7 +191,7 @@ def test_what_traces_sees_the_whole_as_one_operation():
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_compiles_once_for_all_lengths(packed):
     torch._dynamo.reset()
-    config = small_config()
+    config = tile_config()
     weight = torch.randn(4, 3, 8, dtype=torch.float64, requires_grad=True)
 
     def function(q, k, v, cu_seqlens, max_seqlen):

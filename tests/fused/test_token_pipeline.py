@@ -2,40 +2,19 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiles import examples
-from strategies import Problem, problems
-from test_pipeline import KERNEL_SETTINGS, tensors
-from token_cases import assert_same_selection
 
 import nsa
 from nsa.geometry import Geometry
 from nsa.reference.compression import compress
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.profiles import WITH_FIXTURES, examples
+from tests.helpers.selections import assert_same_token_blocks
+from tests.helpers.small_configs import token_config
+from tests.helpers.strategies import Problem, leaves, token_problems
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu", "compressed_calls")
-
-
-@st.composite
-def token_problems(draw, max_tokens: int = 330) -> Problem:
-    """Problems with the block sizes that the kernels have, with overlap and without."""
-    size = draw(st.sampled_from([32, 64]))
-    stride = draw(st.sampled_from([4, 16, 32]))
-    initial, local = draw(st.integers(0, 2)), draw(st.integers(0, 2))
-    return draw(
-        problems(
-            max_tokens,
-            selection="token",
-            compress_block_size=stride * draw(st.integers(1, 3)),
-            compress_stride=stride,
-            select_block_size=size,
-            num_initial_blocks=initial,
-            num_local_blocks=local,
-            num_selected_blocks=max(1, initial + local + draw(st.integers(0, 2))),
-            window_size=draw(st.sampled_from([1, 30, 100])),
-        )
-    )
 
 
 def compressed_keys(problem: Problem) -> torch.Tensor:
@@ -48,19 +27,19 @@ def compressed_keys(problem: Problem) -> torch.Tensor:
     return k_cmp.unflatten(0, (len(k), -1)) if k.ndim == 4 and len(k) else k_cmp
 
 
-@settings(max_examples=examples(120), **KERNEL_SETTINGS)
+@settings(max_examples=examples(120), **WITH_FIXTURES)
 @given(problem=token_problems())
 def test_selection_equals_reference(problem):
     expected = problem.select_blocks(backend="reference")
     actual = problem.select_blocks(backend="fused")
     call = (problem.q, compressed_keys(problem), problem.extras.get("cu_seqlens"), problem.config)
-    assert_same_selection(actual, expected, *call, atol=1e-12)
+    assert_same_token_blocks(actual, expected, *call, atol=1e-12)
 
 
-@settings(max_examples=examples(120), **KERNEL_SETTINGS)
+@settings(max_examples=examples(120), **WITH_FIXTURES)
 @given(problem=token_problems())
 def test_output_and_gradients_equal_reference(problem):
-    inputs = [x.requires_grad_() for x in tensors(problem)]
+    inputs = [x.requires_grad_() for x in leaves(problem)]
     # Ties may be broken otherwise; forward must select what select_blocks does.
     indices = problem.select_blocks(backend="fused")
     results = []
@@ -76,17 +55,13 @@ def test_output_and_gradients_equal_reference(problem):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
-@settings(max_examples=examples(20), **KERNEL_SETTINGS)
+@settings(max_examples=examples(20), **WITH_FIXTURES)
 @given(problem=token_problems())
 def test_block_indices_of_the_caller(problem):
     indices = problem.select_blocks(backend="reference")
     expected = problem.forward(backend="reference", block_indices=indices)
     actual = problem.forward(backend="fused", block_indices=indices)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
-
-
-def small_config(**changes) -> nsa.NSAConfig:
-    return nsa.NSAConfig.paper(**(dict(num_selected_blocks=3, window_size=20) | changes))
 
 
 FORMS = {
@@ -101,7 +76,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_gradcheck(packed, form):
-    config = small_config(**FORMS[form])
+    config = token_config(num_selected_blocks=3, **FORMS[form])
     lengths = [3, 0, 290, 1]
     leading = (sum(lengths),) if packed else (1, 270)
     q, k, v = make_inputs(leading, 2, 1, 2, dtype=torch.float64, requires_grad=True)
@@ -138,7 +113,7 @@ def test_paper_config_equals_reference(heads, packed):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(20), **WITH_FIXTURES)
 @given(chunk=st.sampled_from([1, 5000, 70_000]), packed=st.booleans())
 def test_selection_does_not_depend_on_chunks(chunk, packed):
     from nsa.fused import selection
@@ -178,7 +153,7 @@ def test_later_tokens_change_nothing(packed):
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_compiles_once_for_all_lengths(packed):
     torch._dynamo.reset()
-    config = nsa.NSAConfig.paper(num_selected_blocks=4, window_size=20)
+    config = token_config()
     weight = torch.randn(4, 3, 8, dtype=torch.float64, requires_grad=True)
 
     def function(q, k, v, cu_seqlens, max_seqlen):
@@ -203,7 +178,7 @@ def test_compiles_once_for_all_lengths(packed):
 def test_layer_equals_reference(compressor):
     """Also what it compiles to, for packed sequences some of which have no compressed block."""
     torch._dynamo.reset()
-    config = nsa.NSAConfig.paper(num_selected_blocks=4, window_size=20)
+    config = token_config()
     layer = nsa.NativeSparseAttention(
         32, num_heads=4, num_kv_heads=2, config=config, compressor=compressor,
         head_dim=8, value_head_dim=6,

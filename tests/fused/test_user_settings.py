@@ -5,24 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch_defaults import DEFAULTS
 
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.small_configs import tile_config, token_config
+from tests.helpers.torch_defaults import DEFAULTS
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 
 LENGTHS = [70, 0, 1, 130]
 CONFIGS = {
-    "tile": nsa.NSAConfig(
-        compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2,
-        num_local_blocks=1, window_size=20,
+    "tile": tile_config(num_local_blocks=1),
+    "sparse": tile_config(
+        compress_block_size=1, num_cmp_selected_blocks=1, cmp_group_size=64
     ),
-    "sparse": nsa.NSAConfig(
-        compress_block_size=1, select_block_size=64, q_tile_size=64, num_selected_blocks=2,
-        num_cmp_selected_blocks=1, cmp_group_size=64, window_size=20,
-    ),
-    "token": nsa.NSAConfig.paper(num_selected_blocks=4, window_size=20),
+    "token": token_config(),
 }  # fmt: skip
 GATES = ["gates", "gate weight", "neither"]
 both = pytest.mark.parametrize("backend", ["reference", "fused"])

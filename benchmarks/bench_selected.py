@@ -1,0 +1,222 @@
+"""Time of token mode's selected branch alone, beside fla-core's on the same block indices.
+
+    pip install fla-core==0.6.0
+    python benchmarks/bench_selected.py --csv selected.csv
+
+Each token and KV head attends blocks drawn at random among those that start at or before it: with
+those of the paper's rule always among them ("forced"), the first block and the last ones, or by no
+rule ("random"). Ours is what ``nsa.fused.attention.selected`` does, inverted index included; the
+peer is the function under ``fla.ops.nsa.parallel_nsa``, which takes 16 query heads to a KV head or
+more. Its output and gradients must agree with ours first. The backward is timed alone, on what one
+forward left.
+
+The CSV has one row for each shape and pass:
+
+- tokens, selection, heads, kv_heads, head_dim, dtype, blocks: the shape, batch 1
+- indices: "forced" or "random"
+- pass: "forward" or "backward"
+- fla_p20_ms, fla_p50_ms, fla_p80_ms and the same of nsa; empty where the peer does not run
+- ratio: the peer's median over ours
+- gib: gibibytes of keys and values that the selection names, once for each token and KV head, and
+  gib_per_s
+- gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit, time
+"""
+
+import argparse
+import statistics
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from measuring import environment, timing, workloads
+from measuring.tables import Table, quantile_columns, ratio_of_medians, rounded
+from measuring.workloads import Tensors
+from nsa.fused.attention import selected_attention, selected_attention_backward
+from nsa.fused.plan import make_plan
+
+FIELDS = (
+    "tokens", *workloads.SHAPE_FIELDS, "blocks", "indices", "pass",
+    *(f"{side}_{quantile}_ms" for side in ("fla", "nsa") for quantile in ("p20", "p50", "p80")),
+    "ratio", "gib", "gib_per_s", *environment.FIELDS,
+)  # fmt: skip
+INDICES = ("forced", "random")
+PEER_GROUP = 16
+# Of two results in 16 bits, in norm.
+AGREEMENT = 2e-2
+
+
+def main(argv: list[str] | None = None):
+    options = parse_arguments(argv)
+    environment.require_gpu()
+    table = Table(options.csv, FIELDS)
+    for heads, kv_heads in options.shapes:
+        options.heads, options.kv_heads = heads, kv_heads
+        for indices in INDICES if options.indices == "both" else (options.indices,):
+            for row in bench(indices, options):
+                table.add(row)
+                print(describe(row))
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--length", type=int, default=65536)
+    parser.add_argument(
+        "--shapes",
+        type=shape_argument,
+        nargs="+",
+        default=[(64, 4), (32, 8)],
+        metavar="H/H_KV",
+        help="query heads and KV heads, as 64/4",
+    )
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--indices", choices=(*INDICES, "both"), default="both")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=3, help="for each call and its repeats")
+    parser.add_argument("--csv", type=Path, help="write the rows here")
+    options = parser.parse_args(argv)
+    options.selection = "token"
+    return options
+
+
+def shape_argument(text: str) -> tuple[int, int]:
+    """Query heads and KV heads from the command line."""
+    heads, kv_heads = map(int, text.split("/"))
+    return heads, kv_heads
+
+
+def random_blocks(length: int, kv_heads: int, config) -> Tensor:
+    """Distinct blocks at or before each token, ascending, -1 at the end: ``(1, N, H_kv, n)``.
+
+    Those that ``config`` forces are among them.
+    """
+    slots, size = config.num_selected_blocks, config.select_block_size
+    blocks = -(-length // size)
+    taken = torch.empty(1, length, kv_heads, slots, dtype=torch.int32, device=workloads.DEVICE)
+    generator = torch.Generator(device=workloads.DEVICE).manual_seed(0)
+    step = 4096
+    for start in range(0, length, step):
+        rows = torch.arange(start, min(start + step, length), device=workloads.DEVICE)
+        draw = torch.rand(len(rows), kv_heads, blocks, device=rows.device, generator=generator)
+        block = torch.arange(blocks, device=rows.device)
+        own = (rows // size)[:, None, None]
+        local = block > own - config.num_local_blocks
+        draw.masked_fill_(local | (block < config.num_initial_blocks), 2)
+        draw.masked_fill_(block > own, -1)
+        value, index = draw.topk(min(slots, blocks), dim=-1)
+        index = index.masked_fill(value < 0, blocks).sort(-1).values
+        index = torch.nn.functional.pad(index, (0, slots - index.shape[-1]), value=blocks)
+        taken[0, start : start + len(rows)] = index.masked_fill(index == blocks, -1).int()
+    return taken
+
+
+def bench(indices: str, options) -> list[dict]:
+    """The rows of one shape and kind of ``INDICES``."""
+    config = workloads.make_config(options)
+    tensors = workloads.make_tensors((1, options.length), options, backward=True)
+    if indices == "random":
+        config = replace(config, num_initial_blocks=0, num_local_blocks=0)
+    blocks = random_blocks(options.length, options.kv_heads, config)
+    steps = {"nsa": our_steps(tensors, blocks, config)}
+    if find_spec("fla") and options.heads // options.kv_heads >= PEER_GROUP:
+        steps["fla"] = peer_steps(tensors, blocks, config)
+        check_agreement(*(forward_backward() for _, _, forward_backward in steps.values()))
+    counted = int((blocks >= 0).sum()) * config.select_block_size
+    gib = counted * 2 * options.head_dim * tensors.q.element_size() / 2**30
+    rows = []
+    for i, name in enumerate(("forward", "backward")):
+        timings = timing.measure(
+            {side: passes[i] for side, passes in steps.items()},
+            repeats=options.repeats,
+            seconds=options.seconds,
+        )
+        rows.append(make_row(name, indices, timings, gib, config, options))
+    return rows
+
+
+def our_steps(tensors: Tensors, blocks: Tensor, config) -> tuple:
+    """Our forward and backward as calls without arguments, and one of both with results."""
+    q, k, v = (x.detach() for x in tensors.leaves[:3])
+    plan = make_plan(q, None, None, config)
+
+    def forward():
+        return selected_attention(q, k, v, blocks, plan)
+
+    out, lse = forward()
+
+    def backward():
+        return selected_attention_backward(tensors.dout, q, k, v, out, lse, blocks, plan)
+
+    return forward, backward, lambda: (out, *backward())
+
+
+def peer_steps(tensors: Tensors, blocks: Tensor, config) -> tuple:
+    """The same of fla-core."""
+    from fla.ops.nsa.parallel import ParallelNSAFunction
+
+    leaves = [x.detach().requires_grad_() for x in tensors.leaves[:3]]
+    counts = (blocks >= 0).sum(-1)
+    rest = (
+        blocks.long(),
+        counts,
+        config.select_block_size,
+        config.softmax_scale(leaves[0].shape[-1]),
+    )
+
+    def attention():
+        return ParallelNSAFunction.apply(*leaves, *rest, None)
+
+    def forward():
+        with torch.no_grad():
+            return attention()
+
+    out = attention()
+
+    def backward():
+        return torch.autograd.grad(out, leaves, tensors.dout, retain_graph=True)
+
+    return forward, backward, lambda: (out.detach(), *backward())
+
+
+def check_agreement(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]):
+    """Hold outputs and gradients of both sides against each other.
+
+    Raises:
+        AssertionError: they differ by more than ``AGREEMENT`` in norm.
+    """
+    for name, x, y in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
+        x, y = x.float(), y.float()
+        difference = float((x - y).norm() / y.norm())
+        if not difference < AGREEMENT:
+            raise AssertionError(f"{name} differs by {difference:.3g}, want below {AGREEMENT}")
+
+
+def make_row(name: str, indices: str, timings: dict, gib: float, config, options) -> dict:
+    """One row of ``FIELDS``."""
+    row = dict(tokens=options.length, blocks=config.num_selected_blocks, indices=indices)
+    row["pass"] = name
+    row |= workloads.shape_columns(options)
+    ours, theirs = timings["nsa"].eager, timings["fla"].eager if "fla" in timings else []
+    row |= quantile_columns("fla", theirs) | quantile_columns("nsa", ours)
+    row["ratio"] = rounded(ratio_of_medians(theirs, ours), 3)
+    row["gib"] = rounded(gib, 3)
+    row["gib_per_s"] = rounded(1e3 * gib / statistics.median(ours), 0)
+    return row | environment.columns()
+
+
+def describe(row: dict) -> str:
+    """A line for the terminal."""
+    return (
+        f"{row['tokens']} tokens, {row['heads']} heads, {row['kv_heads']} KV heads, "
+        f"{row['indices']} blocks, {row['pass']}: "
+        f"fla {row['fla_p50_ms'] or '-'} ms, nsa {row['nsa_p50_ms']} ms, {row['ratio'] or '-'}x, "
+        f"{row['gib_per_s']} GiB/s"
+    )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

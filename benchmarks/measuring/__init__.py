@@ -1,0 +1,1 @@
+"""What the benchmarks share: inputs, the accuracy gate, timing, stages, work, tables."""

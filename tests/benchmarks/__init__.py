@@ -1,0 +1,1 @@
+"""Benchmarks under pytest, and tests of the scripts in benchmarks/."""

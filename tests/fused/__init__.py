@@ -1,0 +1,1 @@
+"""The fused backend: on emulated kernels on a CPU, and whole on a GPU."""

@@ -1,0 +1,265 @@
+"""What the kernels of ``nsa.fused.kernels`` compute, in plain PyTorch, for any float dtype.
+
+Same names and arguments; results are contiguous, as the kernels' are. Sums are in float32 for
+16-bit inputs, else in the dtype of the inputs, so that float64 stays float64.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa.precision import accumulation_dtype
+from tests.helpers import emulated_fa4
+
+NAMES = (
+    "gating_forward",
+    "gating_backward",
+    "query_gradient",
+    "mean_forward",
+    "mean_backward",
+    "list_key_blocks",
+    "count_query_tiles",
+    "list_query_tiles",
+    "listed_backward",
+    "top_blocks",
+    "float32_products",
+)
+"""The functions of ``nsa.fused.kernel_calls`` that are answered here."""
+
+_UNWRITTEN = -7
+
+
+def gating_forward(
+    o_cmp, o_slc, o_win, q, gates, weight, out=None, placements=(None, None)
+) -> Tensor:
+    dtype = accumulation_dtype(o_cmp.dtype)
+    o_cmp, o_slc = (_read(x, p, o_win) for x, p in zip((o_cmp, o_slc), placements, strict=True))
+    branches = torch.stack((o_cmp, o_slc, o_win), dim=-2).to(dtype)
+    g = _gates(o_cmp, q, gates, weight)
+    return _written((g[..., None] * branches).sum(dim=-2).to(o_cmp.dtype), out)
+
+
+def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight, placements=(None, None)):
+    dtype = accumulation_dtype(o_cmp.dtype)
+    placed = (o_cmp, o_slc)
+    o_cmp, o_slc = (_read(x, p, o_win) for x, p in zip(placed, placements, strict=True))
+    branches = torch.stack((o_cmp, o_slc, o_win), dim=-2).to(dtype)
+    g = _gates(o_cmp, q, gates, weight)
+    dbranches = (g[..., None] * dout[..., None, :].to(dtype)).to(o_cmp.dtype)
+    dbranches = [x.contiguous() for x in dbranches.unbind(dim=-2)]
+    for i, (x, placement) in enumerate(zip(placed, placements, strict=True)):
+        dbranches[i] = _write(dbranches[i], placement, x)
+    dgates = torch.einsum("...hd,...hid->...hi", dout.to(dtype), branches)
+    if gates is not None:
+        return (*dbranches, None, dgates.to(gates.dtype).contiguous(), None)
+    if weight is None:
+        return (*dbranches, None, None, None)
+    dlogits = (dgates * g * (1 - g)).contiguous()
+    rows = (x.flatten(0, -3) for x in (dlogits, q.to(dtype)))
+    dweight = torch.einsum("rhi,rhd->hid", *rows).to(weight.dtype).contiguous()
+    return (*dbranches, dlogits, None, dweight)
+
+
+def listed_backward(dout, q, k, v, out, lse, lists, scale, key_limit):
+    """By query tile, on the forward's lists, what ``sparse_backward`` does by key block."""
+    assert lists.key_block == 64
+    assert q.shape[1] % lists.query_block == 0, (q.shape, lists.query_block)
+    assert k.shape[1] % lists.key_block == 0, k.shape
+    assert k.shape == v.shape, (k.shape, v.shape)
+    grads = emulated_fa4.listed_gradients(
+        dout, q, k, v, out, lse, lists, scale=scale, causal=key_limit is None, key_limit=key_limit
+    )
+    return tuple(x.contiguous() for x in grads)
+
+
+def query_gradient(
+    dq_cmp, dq_slc, dq_win, dlogits, weight, out=None, placements=(None, None)
+) -> Tensor:
+    dtype = accumulation_dtype(dq_cmp.dtype)
+    branches = zip((dq_cmp, dq_slc), placements, strict=True)
+    dq_cmp, dq_slc = (_read(x, placement, dq_win) for x, placement in branches)
+    dq = dq_cmp.to(dtype) + dq_slc.to(dtype) + dq_win.to(dtype)
+    if weight is not None:
+        assert dlogits.dtype == dtype
+        dq += torch.einsum("...hi,hid->...hd", dlogits, weight.to(dtype))
+    return _written(dq.to(dq_cmp.dtype), out)
+
+
+def _vectors(placement, heads) -> Tensor:
+    """The vector of each token and head, -1 for none: ``(R, H)``."""
+    place = placement.place.long()[:, None]
+    head = torch.arange(heads, device=place.device)
+    in_place = head // placement.group * placement.group_stride + head % placement.group
+    return torch.where(place >= 0, place * placement.unit + in_place, -1)
+
+
+def _read(x, placement, like) -> Tensor:
+    """``x`` as ``like (..., H, D)``."""
+    if placement is None:
+        return x
+    assert x.is_contiguous()
+    assert placement.place.dtype == torch.int32
+    index = _vectors(placement, like.shape[-2])
+    vectors = x.view(-1, x.shape[-1])[index.clamp(min=0)]
+    return torch.where(index[..., None] >= 0, vectors, 0).view(like.shape)
+
+
+def _write(rows, placement, like) -> Tensor:
+    """``rows (..., H, D)`` as ``like``, with zeros between."""
+    if placement is None:
+        return rows
+    rows = rows.flatten(0, -3)
+    index = _vectors(placement, rows.shape[1])
+    used = index >= 0
+    assert index[used].unique().numel() == used.sum(), "tokens share a vector"
+    result = torch.zeros(like.shape, dtype=rows.dtype, device=rows.device)
+    result.view(-1, rows.shape[-1])[index[used]] = rows[used]
+    return result
+
+
+def _written(result, out) -> Tensor:
+    return result.contiguous() if out is None else out.copy_(result)
+
+
+def _gates(o_cmp, q, gates, weight) -> Tensor:
+    """``(..., H, 3)``."""
+    dtype = accumulation_dtype(o_cmp.dtype)
+    if gates is not None and weight is not None:
+        raise ValueError("gates and weight are both given; at most one of them may be")
+    if gates is not None:
+        return gates.to(dtype)
+    if weight is not None:
+        return torch.einsum("...hd,hid->...hi", q.to(dtype), weight.to(dtype)).sigmoid()
+    return torch.full((*o_cmp.shape[:-1], 3), 1 / 3, dtype=dtype, device=o_cmp.device)
+
+
+def mean_forward(x, start, block_size, out_dtype, other=None) -> Tensor:
+    if other is not None:
+        assert (other.shape, other.dtype) == (x.shape, x.dtype)
+        return torch.stack([mean_forward(i, start, block_size, out_dtype) for i in (x, other)])
+    assert x.shape[-1] % 8 == 0, "the kernel loads 16 bytes of channels"
+    rows, used = x.flatten(0, -3), start >= 0
+    token = start[used].long()[:, None] + torch.arange(block_size, device=x.device)
+    dtype = accumulation_dtype(x.dtype)
+    mean = torch.zeros((len(start), *x.shape[-2:]), dtype=dtype, device=x.device)
+    mean[used] = rows[token].to(dtype).sum(dim=1) / block_size
+    return mean.to(out_dtype).view(*_leading(x, len(start)), *x.shape[-2:])
+
+
+def mean_backward(dmeans, blocks, block_size, dtype, addends=None) -> tuple[Tensor, Tensor]:
+    used = (blocks >= 0)[..., None, None]
+    assert dmeans[0].dtype == dmeans[1].dtype
+    assert dmeans[0].dtype in (dtype, torch.float32)
+    results = []
+    for i, dmean in enumerate(dmeans):
+        rows = dmean.flatten(0, -3).to(accumulation_dtype(dtype))
+        # One row more, so that there is one.
+        share = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 1))[blocks.long().clamp(min=0)]
+        dx = share.masked_fill(~used, 0).sum(dim=1) / block_size
+        dx = dx.view(*_leading(dmean, len(blocks)), *dmean.shape[-2:])
+        if addends is not None:
+            for pair in addends:
+                assert (pair[i].shape, pair[i].dtype) == (dx.shape, dtype)
+                dx = dx + pair[i].to(dx.dtype)
+        dx = dx.to(dtype)
+        results.append(dx if addends is None else addends[0][i].copy_(dx))
+    return tuple(results)
+
+
+def _leading(x, rows) -> tuple[int, ...]:
+    """The leading dimensions of ``x (..., R, H, D)`` with as many rows for each entry."""
+    leading = x.shape[:-3]
+    return (*leading, rows // max(1, leading.numel()))
+
+
+def list_key_blocks(indices, first, num_blocks, num_full, parts, entry_blocks):
+    batch = len(indices)
+    part = torch.arange(parts, device=indices.device)
+    block = (indices[..., None] * parts + part).flatten(-2)  # (B, tiles, H, n * parts)
+    listed = (block >= 0) & (block < num_blocks[:, None, None])
+    entry = torch.arange(batch, device=indices.device).view(-1, 1, 1, 1)
+    in_row = block + first[:, None, None] + entry * entry_blocks
+    width = min(block.shape[-1], batch * entry_blocks)
+    if num_full is None:
+        return (*_listed_first(in_row, listed, width), None, None)
+    full = listed & (block < num_full[:, None, None])
+    partial = _listed_first(in_row, listed & ~full, width)
+    return (*partial, *_listed_first(in_row, full, width))
+
+
+def _listed_first(block, listed, width):
+    """Count and index of ``(B, tiles, H, ...)`` as ``(1, H, B * tiles, ...)``."""
+    index = block.gather(-1, (~listed).int().argsort(dim=-1, stable=True))
+    count = listed.sum(-1, keepdim=True)
+    used = torch.arange(block.shape[-1], device=block.device) < count
+    index = torch.where(used, index, _UNWRITTEN)[..., :width]
+    return tuple(
+        x.flatten(0, 1).transpose(0, 1).int().contiguous()[None] for x in (count[..., 0], index)
+    )
+
+
+def count_query_tiles(count, index, num_blocks):
+    head, _, block = _entries(count, index)
+    counts = torch.bincount(head * num_blocks + block, minlength=index.shape[1] * num_blocks)
+    return counts.view(1, -1, num_blocks).int()
+
+
+def list_query_tiles(count, index, num_blocks, width):
+    counts = count_query_tiles(count, index, num_blocks)
+    head, tile, block = _entries(count, index)
+    row, order = (head * num_blocks + block).sort(stable=True)
+    start = counts.flatten().cumsum(0) - counts.flatten()
+    rank = torch.arange(len(row), device=row.device) - start[row]
+    tiles = index.new_full((counts.numel(), width), _UNWRITTEN)
+    tiles[row, rank] = tile[order].int()
+    return counts, tiles.view(*counts.shape, width)
+
+
+def _entries(count, index):
+    """Head, tile and key block of each entry, by head and tile."""
+    used = torch.arange(index.shape[-1], device=index.device) < count[0, ..., None]
+    head, tile, _ = used.nonzero(as_tuple=True)
+    return head, tile, index[0][used].long()
+
+
+def top_blocks(
+    scores, first, visible, candidates, own, out,
+    *, tile_offset, column_offset, scale, per_block, num_initial, num_local,
+) -> None:  # fmt: skip
+    assert all(x.is_contiguous() for x in (scores, out))
+    assert out.dtype == torch.int32
+    tiles = slice(tile_offset, tile_offset + scores.shape[2])
+    vectors = (first, visible, candidates, own)
+    assert all(x.dtype == torch.int32 and x.shape == out.shape[1:2] for x in vectors)
+    first, visible, candidates, own = (x[tiles, None].long() for x in vectors)
+    start = first - column_offset
+    used = visible > 0
+    assert (start >= 0)[used].all()
+    assert (start + visible <= scores.shape[-1])[used].all()
+
+    num_blocks = max(int(candidates.max()), -(-int(visible.max()) // per_block))
+    index = torch.arange(num_blocks * per_block, device=scores.device)
+    # One column more, for what is not visible.
+    column = torch.where(index < visible, start + index, scores.shape[-1])
+    scores = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf)
+    scores = scores.gather(-1, column.expand(*scores.shape[:3], -1)) * scale
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    block = torch.arange(num_blocks, device=scores.device)
+    best = scores.unflatten(-1, (num_blocks, per_block)).amax(-1)
+    best = best.masked_fill(block >= candidates, -torch.inf)
+    forced = (block <= own) & (block < candidates)
+    forced &= (block < num_initial) | (block > own - num_local)
+    # By score, then forced ones first; both sorts are stable, so that ties go to the lower index.
+    order = best.sort(dim=-1, descending=True, stable=True).indices
+    forced = forced.expand_as(order)
+    rank = forced.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, rank)[..., : out.shape[-1]]
+    taken = (best.gather(-1, order) > -torch.inf) | forced.gather(-1, order)
+    order = torch.where(taken, order, num_blocks).sort(dim=-1).values
+    order = torch.where(order < num_blocks, order, -1)
+    order = torch.nn.functional.pad(order, (0, out.shape[-1] - order.shape[-1]), value=-1)
+    out[:, tiles] = order.transpose(1, 2).int()
+
+
+def float32_products(a, b) -> Tensor:
+    assert a.dtype == b.dtype == torch.bfloat16
+    return a.float() @ b.float()

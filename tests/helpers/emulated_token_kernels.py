@@ -1,0 +1,107 @@
+"""What the kernels of token mode in ``nsa.fused.kernels`` compute, in plain PyTorch, for any float
+dtype. As in ``emulated_kernels``."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from nsa.fused.kernel_inputs import choose_shape
+from nsa.precision import accumulation_dtype
+from tests.helpers import emulated_fa4
+
+NAMES = ("importance_scores", "selected_forward", "selected_backward")
+"""The functions of ``nsa.fused.kernel_calls`` that are answered here."""
+
+
+def importance_scores(q, k_cmp, lse, tiles, chunk, scores, scale, rule) -> None:
+    batch, length, num_heads, head_dim = q.shape
+    num_kv_heads, dtype = k_cmp.shape[2], accumulation_dtype(q.dtype)
+    start = chunk * tiles.chunk
+    stop = min(start + tiles.chunk, length)
+    assert scores.shape[:3] == (batch, num_kv_heads, stop - start)
+    assert lse.shape == (batch, num_heads, length)
+    assert lse.dtype == scores.dtype == dtype
+    assert scores.is_contiguous()
+    assert tiles.fields.dtype == tiles.first.dtype == torch.int32
+    shape = choose_shape(head_dim, num_heads // num_kv_heads)
+    assert (tiles.fields[:, 2] <= shape.tile_tokens).all()
+    scores.fill_(torch.nan)
+    first = int(tiles.first[chunk])
+    for tile in tiles.fields[first : first + tiles.grid].tolist():
+        _score_tile(q, k_cmp, lse, tile, start, stop, scores, scale, rule)
+
+
+def _score_tile(q, k_cmp, lse, tile, start, stop, scores, scale, rule) -> None:
+    tile_start, position, count, k_start, k_count, num_blocks = tile
+    low, high = max(tile_start, start), min(tile_start + count, stop)
+    if low >= high:
+        return
+    at = position + torch.arange(low - tile_start, high - tile_start, device=q.device)
+    visible, limit = torch.full_like(at, k_count), torch.full_like(at, num_blocks)
+    if rule.causal:
+        seen = (at + 1 - rule.covered).div(rule.stride, rounding_mode="floor") + 1
+        visible = seen.clamp(min=0).minimum(visible)
+        limit = at // rule.select_size + 1
+    assert limit.max() <= scores.shape[-1]
+    block = torch.arange(int(limit.max()), device=q.device)
+    wanted = block < limit[:, None]
+    for entry, kv_head in itertools.product(*map(range, scores.shape[:2])):
+        keys = k_cmp[entry, k_start : k_start + k_count, kv_head].to(scores.dtype)
+        # Equal keys get equal products, which a matrix product does not promise.
+        distinct, which = keys.unique(dim=0, return_inverse=True) if k_count else (keys, slice(0))
+        seen = torch.arange(k_count, device=q.device) < visible[:, None]
+        group = q.shape[2] // scores.shape[1]
+        total = scores.new_zeros(high - low, k_count)
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            products = (q[entry, low:high, head].to(scores.dtype) @ distinct.T)[:, which]
+            exponent = products.reshape(total.shape) * scale - lse[entry, head, low:high, None]
+            total += torch.where(seen, exponent, -torch.inf).exp()
+        result = scores.new_zeros(high - low, len(block))
+        for o, weight in enumerate(rule.weights()):
+            j = block * rule.per_select - rule.carried + o
+            inside = (j >= 0) & (j < k_count)
+            share = torch.nn.functional.pad(total, (0, 1))[:, torch.where(inside, j, k_count)]
+            result += weight * share
+        target = scores[entry, kv_head, low - start : high - start, : len(block)]
+        target.copy_(torch.where(wanted, result, target))
+
+
+def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, _band):
+    mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
+    out, lse = emulated_fa4.attend(q, k, v, mask, scale)
+    return out.contiguous(), lse.T.contiguous()
+
+
+def selected_backward(dout, q, k, v, out, lse, block_indices, blocks, block_size, scale, causal):
+    mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
+    assert lse.shape == q.shape[:2]
+    grads = emulated_fa4.attend_backward(dout, q, k, v, out, lse.T, mask, scale)
+    return tuple(grad.contiguous() for grad in grads)
+
+
+def _selected_mask(q, k, block_indices, blocks, block_size, causal) -> Tensor:
+    """The pairs ``(H, T, T)`` that the lists and the mask allow."""
+    total, num_kv_heads = k.shape[:2]
+    assert block_indices.shape[:2] == (total, num_kv_heads)
+    assert block_indices.dtype == torch.int32
+    assert all(x.dtype == torch.int32 for x in blocks[:4])
+    assert blocks.base.shape == blocks.limit.shape == (total,)
+    num_blocks = len(blocks.first)
+    key_block = torch.full((total,), -1, device=q.device)
+    for block, (first, keys) in enumerate(zip(*map(Tensor.tolist, blocks[2:4]), strict=True)):
+        assert 0 <= keys <= block_size
+        assert (key_block[first : first + keys] == -1).all(), "a key is in two blocks"
+        key_block[first : first + keys] = block
+    valid = (block_indices >= 0) & (block_indices < blocks.limit[:, None, None])
+    listed = torch.where(valid, blocks.base[:, None, None] + block_indices, num_blocks).long()
+    assert (listed <= num_blocks).all()
+    chosen = block_indices.new_zeros(total, num_kv_heads, num_blocks + 1)
+    chosen.scatter_add_(-1, listed, torch.ones_like(listed, dtype=torch.int))
+    chosen = chosen[..., :num_blocks]
+    assert (chosen <= 1).all(), "a block is listed twice"
+    visible = chosen.bool()[..., key_block.clamp(min=0)] & (key_block >= 0)  # (T, H_kv, T)
+    if causal:
+        index = torch.arange(total, device=q.device)
+        visible &= (index <= index[:, None])[:, None]
+    return visible.transpose(0, 1).repeat_interleave(q.shape[1] // num_kv_heads, dim=0)

@@ -1,0 +1,56 @@
+"""Problems of the gated sum, and results of its kernels and emulations, by one call each."""
+
+import torch
+
+import nsa
+from nsa.fused.kernel_inputs import IN_ORDER
+from nsa.fused.plan import make_plan
+from nsa.testing import make_cu_seqlens
+from tests.helpers.gpu_cases import slice_of_heads
+
+FORMS = ["weight", "gates", "mean"]
+
+
+def make_problem(form: str, shape, dtype=torch.float64, device="cpu"):
+    """(branches, q, gates, weight, dout) of ``shape (B, T, H, D)``."""
+    x = torch.randn(5, *shape, dtype=dtype, device=device)
+    gates = weight = None
+    if form == "gates":
+        gates = torch.randn(*shape[:3], 3, dtype=dtype, device=device)
+    if form == "weight":
+        weight = torch.randn(shape[2], 3, shape[3], dtype=dtype, device=device)
+    return x[:3].unbind(), x[3], gates, weight, x[4]
+
+
+def results(kernels, branches, q, gates, weight, dout, placements=IN_ORDER) -> list[torch.Tensor]:
+    """Output, gradient of ``q`` in place of one of its terms, and the other gradients."""
+    out = slice_of_heads(q[None])[0]
+    out = kernels.gating_forward(*branches, q, gates, weight, out, placements)
+    tensors = (dout, *branches, q, gates, weight, placements)
+    *grads, dlogits, dgates, dweight = kernels.gating_backward(*tensors)
+    dq = kernels.query_gradient(*branches, dlogits, weight, branches[2], placements)
+    return [x for x in (out, dq, *grads, dlogits, dgates, dweight) if x is not None]
+
+
+def place(x: torch.Tensor, placement, size: int) -> torch.Tensor:
+    """``x (R, H, D)`` where ``placement`` says, among NaN, one token and head after the other."""
+    placed = x.new_full((size, 1, x.shape[2]), torch.nan)
+    for row, start in enumerate(placement.place.tolist()):
+        for head in range(x.shape[1]):
+            group, member = divmod(head, placement.group)
+            if start >= 0:
+                vector = start * placement.unit + group * placement.group_stride + member
+                placed[vector, 0] = x[row, head]
+    return placed
+
+
+def make_placements(lengths, heads, kv_heads, visibility, device="cpu"):
+    """Placements of packed sequences, (folded, aligned rows), and the vectors of each layout."""
+    config = nsa.NSAConfig(
+        compress_block_size=16, select_block_size=64, q_tile_size=64,
+        compressed_visibility=visibility,
+    )  # fmt: skip
+    q = torch.empty(1, sum(lengths), heads, 8, device=device)
+    plan = make_plan(q, make_cu_seqlens(lengths).to(device), max(lengths), config)
+    placements = plan.query_placements(q.shape[2], kv_heads)
+    return placements, (plan.folded.rows.total * 16 * heads, plan.tokens.rows * heads), plan

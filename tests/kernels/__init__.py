@@ -1,0 +1,1 @@
+"""Our kernels, each by itself."""

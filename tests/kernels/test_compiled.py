@@ -1,0 +1,102 @@
+"""Compiled kernels are kept on disk: a second process loads what the first one compiled."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.requirements import import_fused
+
+SCRIPT = """
+import warnings
+warnings.simplefilter("ignore")
+import torch
+from cutlass import cute
+from nsa.fused.kernels import gates, top_blocks
+compiled, compile = [], cute.compile
+class Counted:
+    def __call__(self, *arguments, **options):
+        compiled.append(arguments[0])
+        return compile(*arguments, **options)
+cute.compile = Counted()
+for _ in range(2):
+    top_blocks.compile_top_blocks(16, 4)
+    gates.compile_forward(torch.bfloat16, 64, "gates", (False, False))
+print("compiled", len(compiled))
+"""
+
+
+def compiled_kernels(**environment) -> int:
+    """How many kernels a new process compiles of the two that it needs."""
+    return int(run_script(SCRIPT, **environment).split("compiled")[1])
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_second_process_compiles_nothing(tmp_path):
+    import_fused("quack.cache")
+    folder = {"QUACK_CACHE_DIR": str(tmp_path)}
+    assert compiled_kernels(**folder) == 2
+    assert compiled_kernels(**folder) == 0
+    # Of another GPU or with nothing kept, kernels are compiled.
+    assert compiled_kernels(**folder, CUTE_DSL_ARCH="sm_100a") == 2
+    assert compiled_kernels(**folder, QUACK_CACHE_ENABLED="0") == 2
+
+
+MASKS = """
+import warnings
+warnings.simplefilter("ignore")
+from nsa.fused import fa4
+fa4._interface()
+from flash_attn.cute import cache_utils
+from flash_attn.cute.utils import hash_callable
+masks = [fa4._key_limit_mask(), fa4._key_times_mask(16, 31), fa4._key_times_mask(16, 0)]
+print("masks", cache_utils.CUTE_DSL_CACHE_ENABLED, *map(hash_callable, masks))
+"""
+
+
+def run_script(script: str, **environment) -> str:
+    target = {"CUDA_VISIBLE_DEVICES": "", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_ARCH": "90"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | target | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.filterwarnings("default")
+def test_fa4_knows_our_masks_in_another_process(tmp_path):
+    import_fused("quack.cache")
+    folder = {"FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(tmp_path)}
+    first, second = (run_script(MASKS, **folder).split("masks")[1].split() for _ in range(2))
+    assert first == second
+    assert first[0] == "True"
+    assert len(set(first)) == 4
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_folder_that_cannot_be_made_keeps_nothing(tmp_path):
+    import_fused("quack.cache")
+    no_folder = tmp_path / "file"
+    no_folder.write_text("")
+    assert compiled_kernels(QUACK_CACHE_DIR=str(no_folder / "kernels")) == 2
+    said = run_script(MASKS, FLASH_ATTENTION_CUTE_DSL_CACHE_DIR=str(no_folder / "kernels"))
+    assert "masks False" in said
+
+
+@pytest.mark.filterwarnings("default")
+def test_kernels_of_other_sources_or_settings_are_others(tmp_path, monkeypatch):
+    compiled = import_fused("nsa.fused.kernels.compiled")
+    source = tmp_path / "kernel.py"
+    monkeypatch.setattr(compiled, "_SOURCES", (tmp_path,))
+    seen = set()
+    for text, setting in (("a", "0"), ("b", "0"), ("b", "1")):
+        source.write_text(text)
+        monkeypatch.setenv("CUTE_DSL_LINEINFO", setting)
+        compiled._fingerprint.cache_clear()
+        seen.add(compiled._fingerprint())
+    compiled._fingerprint.cache_clear()
+    assert len(seen) == 3

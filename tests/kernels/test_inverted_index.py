@@ -1,0 +1,92 @@
+"""On the GPU: the pairs of each block, and the work items that they are cut into, by hand."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+from tests.helpers.gpu_cases import gpu_test
+from tests.helpers.requirements import import_fused
+from tests.helpers.token_cases import KV_HEADS, LENGTHS, TokenForm, make_selected_case
+
+pytestmark = [*gpu_test, pytest.mark.usefixtures("poisoned_memory")]
+
+
+def expected_pairs(case, chunk_tokens: int, band: bool) -> dict[tuple, list[int]]:
+    """The tokens of each KV head, chunk and block."""
+    own = [at // case.block_size for length in LENGTHS for at in range(length)]
+    base, limit = case.blocks.base.tolist(), case.blocks.limit.tolist()
+    pairs = defaultdict(list)
+    for token, heads in enumerate(case.block_indices.tolist()):
+        for head, row in enumerate(heads):
+            for block in row:
+                left_out = band and block in (0, own[token] - 1, own[token])
+                if 0 <= block < limit[token] and not left_out:
+                    pairs[head, token // chunk_tokens, base[token] + block].append(token)
+    return pairs
+
+
+def listed_pairs(index, case, item_tokens: int) -> dict[tuple, list[int]]:
+    """The same, as the work items have it; checks what holds of each item."""
+    first, keys = case.blocks.first.tolist(), case.blocks.keys.tolist()
+    block_of = {start: block for block, start in enumerate(first) if keys[block]}
+    tokens, unit_pairs = index.tokens.tolist(), index.chunk_tokens * index.slots
+    pairs, taken = defaultdict(list), set()
+    for wave, (items, count) in enumerate(zip(index.items.tolist(), index.num_items, strict=True)):
+        assert count <= len(items)
+        for position, number, key, num_keys in items[: int(count)]:
+            unit, block = position // unit_pairs, block_of[key]
+            assert unit // index.wave_units == wave
+            assert 1 <= number <= item_tokens
+            assert num_keys == keys[block]
+            places = range(position, position + number)
+            assert taken.isdisjoint(places), "a pair is in two items"
+            taken.update(places)
+            head, chunk = divmod(unit, index.chunks)
+            pairs[head, chunk, block] += [tokens[i] for i in places]
+    return pairs
+
+
+def check_positions(index, case, pairs: dict[tuple, list[int]]):
+    """Each pair's position is one of its token's, in the part of the list of its KV head and chunk;
+    what is no pair has none."""
+    tokens, unit_pairs = index.tokens.tolist(), index.chunk_tokens * index.slots
+    base, rows = case.blocks.base.tolist(), case.block_indices.tolist()
+    seen = set()
+    for token, heads in enumerate(index.position.tolist()):
+        for head, positions in enumerate(heads):
+            for block, position in zip(rows[token][head], positions, strict=True):
+                chunk = token // index.chunk_tokens
+                if block < 0 or token not in pairs.get((head, chunk, base[token] + block), ()):
+                    assert position == -1
+                    continue
+                assert tokens[position] == token
+                assert position // unit_pairs == head * index.chunks + chunk
+                assert position not in seen
+                seen.add(position)
+    assert len(seen) == sum(map(len, pairs.values()))
+
+
+@pytest.mark.parametrize("band", [False, True], ids=["any blocks", "band"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("slots", "block_size", "chunk_tokens", "wave_units", "item_tokens"),
+    [(1, 64, 64, 100, 16), (3, 32, 100, 1, 16), (16, 32, 64, 3, 100), (7, 64, 512, 2, 512)],
+)
+def test_inverted_index(slots, block_size, chunk_tokens, wave_units, item_tokens, causal, band):
+    form = TokenForm(64, 1, block_size, slots, causal, torch.bfloat16)
+    case = make_selected_case(form, forced=band)
+    invert_index = import_fused("nsa.fused.kernels.inverted_index").invert_index
+    sizes = (chunk_tokens, wave_units, item_tokens)
+    index = invert_index(case.block_indices, case.blocks, block_size, causal, *sizes, band)
+    check_index(index, case, chunk_tokens, item_tokens, band)
+
+
+def check_index(index, case, chunk_tokens: int, item_tokens: int, band: bool):
+    assert index.position.shape == case.block_indices.shape
+    assert index.chunks == -(-sum(LENGTHS) // chunk_tokens)
+    assert index.units == KV_HEADS * index.chunks
+    expected = expected_pairs(case, chunk_tokens, band)
+    actual = listed_pairs(index, case, item_tokens)
+    assert {key: sorted(tokens) for key, tokens in actual.items()} == expected
+    check_positions(index, case, expected)

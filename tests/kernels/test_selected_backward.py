@@ -1,0 +1,30 @@
+"""On the GPU: the gradients of token mode's selected branch against their emulation."""
+
+import pytest
+
+from nsa.fused import kernel_calls
+from nsa.testing import assert_as_accurate
+from tests.helpers import emulated_token_kernels
+from tests.helpers.gpu_cases import gpu_test
+from tests.helpers.token_cases import FORMS, form_id, make_selected_case
+
+pytestmark = [*gpu_test, pytest.mark.usefixtures("poisoned_memory")]
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["any blocks", "band"])
+@pytest.mark.parametrize("form", FORMS, ids=form_id)
+def test_selected_backward(form, forced):
+    case = make_selected_case(form, forced=forced)
+    wide = case.exact()
+    out, lse = emulated_token_kernels.selected_forward(*wide[:3], *wide.selected, forced)
+
+    def gradients(kernels, x, out, lse):
+        results = (out.to(x.q), lse.to(x.q.device))
+        return kernels.selected_backward(x.dout, *x[:3], *results, *x.selected)
+
+    exact = gradients(emulated_token_kernels, wide, out, lse)
+    same_dtype = gradients(emulated_token_kernels, case.to("cpu", form.dtype), out, lse.float())
+    actual = gradients(kernel_calls, case, out, lse.float())
+    for name, *grads in zip(("dq", "dk", "dv"), actual, same_dtype, exact, strict=True):
+        # The kernel adds into float32 what it rounded to 16 bits.
+        assert_as_accurate(name, grads[0].cpu(), *grads[1:], atol=1e-4)

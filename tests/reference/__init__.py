@@ -1,0 +1,1 @@
+"""The reference backend, against the oracle and by its own rules."""

@@ -1,0 +1,303 @@
+"""Boundaries: a bare tensor is read in each call, a Packing once; equal results, whoever writes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nsa
+from nsa import geometry, layers, packing, validation
+from nsa.fused import kernel_inputs
+from nsa.testing import make_cu_seqlens
+from tests.helpers.packed_calls import (
+    CONFIGS,
+    F64,
+    LENGTHS,
+    OTHER,
+    TOTAL,
+    assert_same,
+    both,
+    inputs,
+    modes,
+    run,
+)
+
+pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+
+
+@both
+@modes
+def test_a_packing_gives_what_the_tensor_gives(mode, backend):
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    expected = run(cu_seqlens, mode, backend)
+    given = nsa.Packing(cu_seqlens)
+    for _ in range(2):
+        assert_same(run(given, mode, backend), expected)
+    assert_same(run(nsa.Packing(cu_seqlens, max_seqlen=200), mode, backend), expected)
+    assert_same(run(cu_seqlens, mode, backend, max_seqlen=140), expected)
+    q, k, _ = inputs()
+    call = dict(config=CONFIGS[mode], backend=backend)
+    assert torch.equal(
+        nsa.select_blocks(q, k, cu_seqlens=given, **call),
+        nsa.select_blocks(q, k, cu_seqlens=cu_seqlens, **call),
+    )
+    said = nsa.explain_backend(q, k, k, cu_seqlens=given, **call)
+    assert said == nsa.explain_backend(q, k, k, cu_seqlens=cu_seqlens, **call)
+
+
+def broadcast(target, values):
+    """As torch.distributed writes: the version of the tensor stays."""
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        torch.distributed.all_gather([target], values.clone())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+WRITES = {
+    "copy_": lambda target, values: target.copy_(values),
+    "data": lambda target, values: target.data.copy_(values),
+    "set data": lambda target, values: setattr(target, "data", values.clone()),
+    "numpy": lambda target, values: target.numpy().__setitem__(slice(None), values.numpy()),
+    "dlpack": lambda target, values: torch.from_dlpack(target.__dlpack__()).copy_(values),
+    "torch.distributed": broadcast,
+}
+
+
+@both
+@modes
+@pytest.mark.parametrize("write", WRITES)
+def test_whoever_writes_boundaries_is_noticed(write, mode, backend):
+    cu_seqlens, other = make_cu_seqlens(LENGTHS), make_cu_seqlens(OTHER)
+    first, second = run(cu_seqlens, mode, backend), run(other, mode, backend)
+    assert_same(run(cu_seqlens, mode, backend), first)
+    given = nsa.Packing(cu_seqlens)
+    WRITES[write](cu_seqlens, other)
+    assert_same(run(cu_seqlens, mode, backend), second)
+    assert_same(run(cu_seqlens, mode, backend, max_seqlen=130), second)
+    # A Packing has its own.
+    assert_same(run(given, mode, backend), first)
+
+
+@both
+@modes
+@pytest.mark.parametrize("write", WRITES)
+def test_boundaries_may_be_overwritten_before_the_backward(write, mode, backend):
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    expected = run(cu_seqlens, mode, backend)
+    other = make_cu_seqlens(OTHER)
+    actual = run(cu_seqlens, mode, backend, between=lambda: WRITES[write](cu_seqlens, other))
+    assert_same(actual, expected)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Boundaries that the host reads; the emulated kernels read too."""
+    seen = []
+    read = packing.read_lengths
+    monkeypatch.setattr(packing, "read_lengths", lambda x: seen.append(x.shape) or read(x))
+    return seen
+
+
+@modes
+def test_a_packing_is_read_once_and_a_tensor_in_each_call(mode, reads):
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    given = nsa.Packing(cu_seqlens)
+    assert len(reads) == 1
+    for _ in range(3):
+        run(given, mode, "fused")
+    assert len(reads) == 1
+    for index in range(3):
+        run(cu_seqlens, mode, "fused")
+        assert len(reads) == 2 + index
+
+
+def test_a_layer_reads_a_tensor_once(reads):
+    layer = nsa.NativeSparseAttention(32, 4, 2, CONFIGS["token"], backend="fused").double()
+    x = torch.randn(TOTAL, 32, dtype=F64)
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    out = layer(x, cu_seqlens)
+    assert len(reads) == 1
+    given = nsa.Packing(cu_seqlens)
+    assert torch.equal(layer(x, given), out)
+    assert torch.equal(layer(x, given), out)
+    assert torch.equal(layer.select_blocks(x, given), layer.select_blocks(x, cu_seqlens))
+    assert len(reads) == 3
+
+
+@pytest.mark.parametrize("mode", CONFIGS)
+def test_layers_with_one_packing_locate_nothing_again(mode, monkeypatch):
+    located = []
+    locate = geometry.locate_items
+    for module in (geometry, layers, kernel_inputs):
+        monkeypatch.setattr(module, "locate_items", lambda *a: located.append(a) or locate(*a))
+    stack = [nsa.NativeSparseAttention(32, 4, 2, CONFIGS[mode], backend="fused") for _ in "ab"]
+    x = torch.randn(TOTAL, 32, requires_grad=True)
+    given = nsa.Packing(make_cu_seqlens(LENGTHS))
+    stack[0](x, given).sum().backward()
+    assert located
+    del located[:]
+    for layer in stack:
+        layer(x, given).sum().backward()
+    assert not located
+
+
+def test_a_bound_spares_reading_on_a_gpu(monkeypatch, reads):
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    x = torch.zeros(TOTAL, 1, 1)
+    on_gpu, like = cu_seqlens.as_subclass(OnGpu), x.as_subclass(OnGpu)
+    found = packing.check_boundaries(on_gpu, 140, like)
+    assert (found.lengths, found.max_seqlen, len(reads)) == (None, 140, 0)
+    found = packing.check_boundaries(on_gpu, None, like)
+    assert (found.lengths, found.max_seqlen, len(reads)) == (LENGTHS, 130, 1)
+
+
+@both
+@modes
+@pytest.mark.parametrize("huge", [2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30])
+def test_a_huge_bound_is_that_of_the_tokens(huge, mode, backend):
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    expected = run(cu_seqlens, mode, backend)
+    assert_same(run(cu_seqlens, mode, backend, max_seqlen=huge), expected)
+    assert_same(run(nsa.Packing(cu_seqlens, max_seqlen=huge), mode, backend), expected)
+    q, k, _ = inputs()
+    call = dict(config=CONFIGS[mode], backend=backend, cu_seqlens=cu_seqlens)
+    assert torch.equal(
+        nsa.select_blocks(q, k, max_seqlen=huge, **call), nsa.select_blocks(q, k, **call)
+    )
+
+
+BAD = {
+    "no tensor": ([0, 3], {}, TypeError, "cu_seqlens must be an int32 tensor, got list"),
+    "dtype": (torch.tensor([0, 3]), {}, TypeError, "must have dtype torch.int32, got torch.int64"),
+    "shape": (torch.zeros(2, 2, dtype=torch.int32), {}, ValueError, r"\(S \+ 1,\), got \(2, 2\)"),
+    "start": (torch.tensor([1, 3], dtype=torch.int32), {}, ValueError, "start at 0, got 1"),
+    "order": (torch.tensor([0, 3, 2], dtype=torch.int32), {}, ValueError, "decrease, got 3 then 2"),
+    "bound": (make_cu_seqlens([3]), {"max_seqlen": 2}, ValueError, "longest sequence, 3, got 2"),
+    "no bound": (make_cu_seqlens([3]), {"max_seqlen": -1}, ValueError, "at least 0, got -1"),
+    "kind": (make_cu_seqlens([3]), {"max_seqlen": 3.0}, TypeError, "must be an int, got 3.0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_packing_checks_its_arguments(case):
+    cu_seqlens, extras, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        nsa.Packing(cu_seqlens, **extras)
+
+
+def test_a_packing_is_checked_against_every_call():
+    q, k, v = inputs()
+    given = nsa.Packing(make_cu_seqlens([3, 4]))
+    with pytest.raises(ValueError, match=rf"cu_seqlens must end at the {TOTAL} tokens of q, got 7"):
+        nsa.forward(q, k, v, cu_seqlens=given)
+    given = nsa.Packing(make_cu_seqlens(LENGTHS))
+    with pytest.raises(ValueError, match=r"max_seqlen must be at least the longest .* 130, got 7"):
+        nsa.forward(q, k, v, cu_seqlens=given, max_seqlen=7)
+    with pytest.raises(ValueError, match=r"must be on the device of q, meta, got cpu"):
+        nsa.forward(*(x.to("meta") for x in (q, k, v)), cu_seqlens=given)
+    assert repr(given) == f"Packing(sequences=4, tokens={TOTAL}, max_seqlen=130)"
+
+
+def test_a_packing_cannot_be_made_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(packing, "is_capturing", lambda _: True)
+    with pytest.raises(ValueError, match="before, not while a CUDA graph is captured"):
+        nsa.Packing(make_cu_seqlens(LENGTHS))
+
+
+UNREAD = {
+    "wrong heads": lambda x: x[:-1] if x.shape[0] < 10 else x[:, :-1],
+    "wrong slots": lambda x: x[..., :-1],
+    "wrong rank": lambda x: x[None],
+    "past the longest": lambda x: torch.where(x >= 0, x + 1000, x),
+    "descending": lambda x: x.flip(-1),
+}
+
+
+@pytest.fixture
+def unread_with_a_bound(monkeypatch):
+    """As on a GPU, where a bound spares reading."""
+    read = packing._lengths
+    monkeypatch.setattr(
+        packing, "_lengths", lambda *a: None if a[1] is None and a[2] is not None else read(*a)
+    )
+
+
+@both
+@modes
+@pytest.mark.usefixtures("unread_with_a_bound")
+def test_block_indices_are_checked_where_lengths_are_not_read(mode, backend):
+    q, k, v = inputs(requires_grad=False)
+    call = dict(config=CONFIGS[mode], cu_seqlens=make_cu_seqlens(LENGTHS), backend=backend)
+    blocks = nsa.select_blocks(q, k, **call)
+    call["max_seqlen"] = max(LENGTHS)
+    out = nsa.forward(q, k, v, block_indices=blocks, **call)
+    assert torch.equal(out, nsa.forward(q, k, v, **call))
+    assert torch.equal(nsa.select_blocks(q, k, **call), blocks)
+    for spoil in UNREAD.values():
+        with pytest.raises(ValueError, match=r"block_indices must"):
+            nsa.forward(q, k, v, block_indices=spoil(blocks).contiguous(), **call)
+    if mode == "tile":
+        with pytest.raises(ValueError, match=r"block_indices must have shape"):
+            nsa.forward(q, k, v, block_indices=blocks.repeat(1, 4, 1), **call)
+
+
+@both
+@modes
+@pytest.mark.usefixtures("unread_with_a_bound")
+def test_compressed_keys_are_counted_where_lengths_are_not_read(mode, backend):
+    q, k, v = inputs(requires_grad=False)
+    call = dict(
+        config=CONFIGS[mode], cu_seqlens=make_cu_seqlens(LENGTHS), max_seqlen=130, backend=backend
+    )
+    for keys, values in ((11, 5), (300, 300)):
+        compressed = (torch.zeros(keys, 2, 8, dtype=F64), torch.zeros(values, 2, 8, dtype=F64))
+        with pytest.raises(ValueError, match=rf"as many blocks of keys.*, got {keys} and {values}"):
+            nsa.forward(q, k, v, compressed_kv=compressed, **call)
+
+
+def test_block_indices_are_waited_for_once():
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            waits.append(func is torch.ops.aten._local_scalar_dense.default)
+            return func(*args, **(kwargs or {}))
+
+    waits = []
+    q, k, _ = inputs(requires_grad=False)
+    call = dict(config=CONFIGS["token"], cu_seqlens=nsa.Packing(make_cu_seqlens(LENGTHS)))
+    blocks = nsa.select_blocks(q, k, **call)
+    boundaries = packing.check_boundaries(call["cu_seqlens"], None, q)
+    problem = validation.check_qkv(q, (k,) * 3, (k,) * 3, call["config"], call["cu_seqlens"])
+    with Waits():
+        validation.check_block_indices(blocks, boundaries, q, problem)
+    assert sum(waits) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_packing_can_be_copied_and_pickled(copied):
+    given = nsa.Packing(make_cu_seqlens(LENGTHS), max_seqlen=150)
+    expected = run(given, "tile", "fused")
+    other = copied(given)
+    # Custom ops find it too.
+    assert packing.find_packing(other.cu_seqlens) is other
+    assert (other.lengths, other.max_seqlen) == (LENGTHS, 150)
+    assert_same(run(other, "tile", "fused"), expected)
+
+
+def test_an_address_finds_its_packing_alone():
+    given = nsa.Packing(make_cu_seqlens(LENGTHS))
+    found = packing.find_packing(given.cu_seqlens.detach())
+    assert found is given
+    assert packing.find_packing(given.cu_seqlens[:-1]) is None
+    assert packing.find_packing(given.cu_seqlens[:1].expand(5)) is None
+    assert packing.find_packing(given.cu_seqlens.clone()) is None
+    kept = given.cu_seqlens
+    del given, found
+    assert packing.find_packing(kept) is None

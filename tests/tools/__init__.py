@@ -1,0 +1,1 @@
+"""The scripts in tools/, and what make and CI run."""

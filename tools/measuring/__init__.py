@@ -1,1 +1,0 @@
-"""What the measuring tools share: inputs, the accuracy gate, timing, stages, work, tables."""
