@@ -12,19 +12,14 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.utils import hopper_helpers
-from flash_attn.cute import utils
-from quack import copy_utils
 
+from nsa.fused.hardware import QUAD, WARPGROUP
+from nsa.fused.kernels.hopper import fadd_reduce, fmax, fmax_reduce, store_v4
 from nsa.fused.kernels.rows import TILE_ROWS, Place
 from nsa.fused.kernels.vectors import VECTOR, load_vector
 
-QUAD = 4
-"""Neighbouring threads that share a row of wgmma's registers."""
-
 GROUP_COLUMNS = QUAD * VECTOR
 """Columns of which each thread of a quad holds a vector."""
-
-_THREADS = 128
 
 
 def make_mmas(
@@ -54,10 +49,10 @@ def load_values(
 ) -> cute.Tensor:
     """A thread's groups of columns of what is to fill ``sV``: (words, vectors, groups)."""
     groups = const_expr(cute.size(sV) // GROUP_COLUMNS)
-    values = cute.make_rmem_tensor((QUAD, QUAD, cute.ceil_div(groups, _THREADS)), Int32)
+    values = cute.make_rmem_tensor((QUAD, QUAD, cute.ceil_div(groups, WARPGROUP)), Int32)
     for i in cutlass.range_constexpr(cute.size(values, mode=[2])):
-        if groups % _THREADS == 0 or i * _THREADS + tidx < groups:
-            key, group = _row_and_group(sV, i * _THREADS + tidx)
+        if groups % WARPGROUP == 0 or i * WARPGROUP + tidx < groups:
+            key, group = _row_and_group(sV, i * WARPGROUP + tidx)
             row, column = place(key, 0)
             offset = Int64(row) * stride + (column + group * GROUP_COLUMNS)
             for v in cutlass.range_constexpr(QUAD):
@@ -74,8 +69,8 @@ def store_values(values: cute.Tensor, sV: cute.Tensor, tidx: Int32):
     """
     groups = const_expr(cute.size(sV) // GROUP_COLUMNS)
     for i in cutlass.range_constexpr(cute.size(values, mode=[2])):
-        if groups % _THREADS == 0 or i * _THREADS + tidx < groups:
-            key, group = _row_and_group(sV, i * _THREADS + tidx)
+        if groups % WARPGROUP == 0 or i * WARPGROUP + tidx < groups:
+            key, group = _row_and_group(sV, i * WARPGROUP + tidx)
             for w in cutlass.range_constexpr(QUAD):
                 vector = cute.make_rmem_tensor(VECTOR, sV.element_type)
                 cute.recast_tensor(vector, Int32).store(values[w, None, i].load())
@@ -107,7 +102,7 @@ def store_row(rO: cute.Tensor, r: cutlass.Constexpr[int], mOut: cute.Tensor, off
     for group in cutlass.range_constexpr(cute.size(words) // (2 * QUAD)):
         vector = [words[word] for word in row_words(r, group)]
         pointer = mOut.iterator + (offset + group * GROUP_COLUMNS)
-        copy_utils.store_v4(pointer, *vector, cop="cs")
+        store_v4(pointer, *vector, cop="cs")
 
 
 @cute.jit
@@ -119,13 +114,13 @@ def softmax(
     With ``empty`` all of a row may be -inf, which gives 0 and -inf.
     """
     scores = row.load()
-    largest = cute.arch.warp_reduction_max(utils.fmax_reduce(scores), threads_in_group=QUAD)
+    largest = cute.arch.warp_reduction_max(fmax_reduce(scores), threads_in_group=QUAD)
     offset = largest * scale_log2
     if const_expr(empty):
         offset = Float32(0.0) if largest == -Float32.inf else offset
     scores = cute.math.exp2(scores * scale_log2 - offset, fastmath=True)
     row.store(scores)
-    total = cute.arch.warp_reduction_sum(utils.fadd_reduce(scores), threads_in_group=QUAD)
+    total = cute.arch.warp_reduction_sum(fadd_reduce(scores), threads_in_group=QUAD)
     inverse = cute.arch.rcp_approx(total)
     if const_expr(empty):
         inverse = Float32(0.0) if total == 0.0 else inverse
@@ -149,7 +144,7 @@ def weigh(
     """
     largest = -Float32.inf if const_expr(other is None) else other
     for i in cutlass.range_constexpr(cute.size(lse)):
-        largest = utils.fmax(largest, lse[i])
+        largest = fmax(largest, lse[i])
     if const_expr(threads > 1):
         largest = cute.arch.warp_reduction_max(largest, threads_in_group=threads)
     # Of a row with no result, all weights are then 0.

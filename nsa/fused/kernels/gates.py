@@ -16,6 +16,7 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.hardware import LOG2_E
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.head_rows import (
     PLACED,
@@ -80,7 +81,7 @@ class _Gating(HeadRows):
             return [gate.to(Float32) for gate in given]
         logits = [self._row_sum(dot(q, rW[None, i].load()), active) for i in range(3)]
         # exp2 overflows to infinity where the gate is 0, and the reciprocal of that is 0.
-        exps = [cute.math.exp2(x * -math.log2(math.e), fastmath=True) for x in logits]
+        exps = [cute.math.exp2(x * -LOG2_E, fastmath=True) for x in logits]
         return [cute.arch.rcp_approx(1.0 + exp) for exp in exps]
 
 

@@ -18,10 +18,11 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.hardware import WARP
 from nsa.fused.kernels.vectors import VECTOR, check_float, check_tensor, fake_flat, load_vector
 from nsa.fused.placement import Placement, Placements
 
-MAX_HEAD_DIM = 32 * VECTOR
+MAX_HEAD_DIM = WARP * VECTOR
 THREADS = 128
 
 # Some 4 fit at a time: several rounds, so that the last one, part empty, costs little.

@@ -14,7 +14,6 @@ one waits in the registers of the threads that write these.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 
 import cutlass
@@ -23,15 +22,13 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import LayoutEnum, hopper_helpers
-from quack import sm90_utils
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP, WGMMA_ROWS
 from nsa.fused.importance import (
-    LANES,
     MAX_GROUP,
     PITCH,
-    ROWS,
     TILE_FIELDS,
     WARPGROUPS,
     Rule,
@@ -39,6 +36,7 @@ from nsa.fused.importance import (
     choose_shape,
 )
 from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.hopper import gemm, make_smem_layout
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
@@ -48,9 +46,7 @@ from nsa.fused.kernels.vectors import (
     flat_rows,
 )
 
-_WARPGROUP = 128
-_THREADS = (1 + WARPGROUPS) * _WARPGROUP
-_LOG2_E = math.log2(math.e)
+_THREADS = (1 + WARPGROUPS) * WARPGROUP
 
 
 class ImportanceScores:
@@ -65,7 +61,7 @@ class ImportanceScores:
         self.blocks = rule.rows // rule.per_select
         self.weights = rule.weights()
         # Selection blocks of a tile by tokens of a unit, that a thread weights.
-        self.items = -(-self.blocks * self.shape.unit_tokens // _WARPGROUP)
+        self.items = -(-self.blocks * self.shape.unit_tokens // WARPGROUP)
 
     @cute.jit
     def __call__(
@@ -94,17 +90,15 @@ class ImportanceScores:
         row = cute.assume(Int64(kv_heads) * dim, divby=VECTOR)
         entry = cute.assume(Int64(compressed) * kv_heads * dim, divby=VECTOR)
         k_layout = cute.make_layout((compressed, dim, kv_heads, batch), stride=(row, 1, dim, entry))
-        k_smem = sm90_utils.make_smem_layout(
-            self.dtype, LayoutEnum.ROW_MAJOR, (ROWS, dim), shape.stages
-        )
-        q_smem = sm90_utils.make_smem_layout(
+        k_smem = make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, (WGMMA_ROWS, dim), shape.stages)
+        q_smem = make_smem_layout(
             self.dtype, LayoutEnum.ROW_MAJOR, (shape.columns, dim), WARPGROUPS * shape.parts
         )
         tma_atom, tma_tensor = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
             cute.make_tensor(mK.iterator, k_layout),
             cute.select(k_smem, mode=[0, 1]),
-            (ROWS, dim),
+            (WGMMA_ROWS, dim),
             1,
         )
         tiled_mma = hopper_helpers.make_trivial_tiled_mma(
@@ -114,7 +108,7 @@ class ImportanceScores:
             OperandMajorMode.K,
             Float32,
             atom_layout_mnk=(1, 1, 1),
-            tiler_mn=(ROWS, shape.columns),
+            tiler_mn=(WGMMA_ROWS, shape.columns),
         )
         tensors = (mQ, tma_atom, tma_tensor, mLse, mTiles, mFirstTile, mScores)
         sizes = (batch, length, kv_heads, tiles, grid_tiles, chunk, start, stop, width, q_stride)
@@ -154,7 +148,7 @@ class ImportanceScores:
         units = const_expr(WARPGROUPS * shape.parts)
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
-        warp = cute.arch.make_warp_uniform(tidx // 32)
+        warp = cute.arch.make_warp_uniform(tidx // WARP)
         if warp == 0:
             cpasync.prefetch_descriptor(tma_atom)
 
@@ -171,7 +165,7 @@ class ImportanceScores:
             stride=(PITCH, 1, shape.unit_tokens * PITCH, 2 * shape.unit_tokens * PITCH),
         )
         sSums = smem.allocate_tensor(Float32, sums_layout, byte_alignment=16)
-        lse_layout = cute.make_ordered_layout((shape.lse_pitch, LANES, units), order=(0, 1, 2))
+        lse_layout = cute.make_ordered_layout((shape.lse_pitch, QUAD, units), order=(0, 1, 2))
         sLse = smem.allocate_tensor(Float32, lse_layout, byte_alignment=16)
         bounds_layout = cute.make_ordered_layout((shape.unit_tokens, units), order=(0, 1))
         sVisible = smem.allocate_tensor(Int32, bounds_layout, byte_alignment=16)
@@ -182,8 +176,8 @@ class ImportanceScores:
             barrier_storage=barriers,
             num_stages=shape.stages,
             producer_group=group_of(1),
-            consumer_group=group_of(WARPGROUPS * _WARPGROUP // 32),
-            tx_count=ROWS * self.head_dim * self.dtype.width // 8,
+            consumer_group=group_of(WARPGROUPS * WARPGROUP // WARP),
+            tx_count=WGMMA_ROWS * self.head_dim * self.dtype.width // 8,
         )
 
         # Late tiles see most and start first; the heads of a tile run together.
@@ -212,8 +206,8 @@ class ImportanceScores:
         else:
             cute.arch.setmaxregister_increase(240)
             if num_steps > 0:
-                tid = tidx % _WARPGROUP
-                wg = cute.arch.make_warp_uniform(tidx // _WARPGROUP - 1)
+                tid = tidx % WARPGROUP
+                wg = cute.arch.make_warp_uniform(tidx // WARPGROUP - 1)
                 row = entry * length + tile_start
                 for part in cutlass.range_constexpr(shape.parts):
                     unit = wg * shape.parts + part
@@ -238,7 +232,7 @@ class ImportanceScores:
                 cute.arch.cp_async_wait_group(0)
                 # Written by ordinary copies, read by the tensor cores.
                 cute.arch.fence_view_async_shared()
-                cute.arch.barrier(barrier_id=1 + wg, number_of_threads=_WARPGROUP)
+                cute.arch.barrier(barrier_id=1 + wg, number_of_threads=WARPGROUP)
 
                 score_row = (
                     (Int64(entry) * kv_heads + kv_head) * (stop - start) + tile_start - start
@@ -271,7 +265,7 @@ class ImportanceScores:
             mTile = cute.domain_offset(
                 (first + i * self.rule.rows, 0), mK[None, None, kv_head, entry]
             )
-            gK = cute.local_tile(mTile, (ROWS, self.head_dim), (0, 0))
+            gK = cute.local_tile(mTile, (WGMMA_ROWS, self.head_dim), (0, 0))
             tKsK, tKgK = cpasync.tma_partition(
                 tma_atom,
                 0,
@@ -296,7 +290,7 @@ class ImportanceScores:
         token, then of its second. Tokens are numbered with the lane fastest.
         """
         in_lane = column // 8 * 2 + column % 2
-        return in_lane // self.group * LANES + column % 8 // 2, in_lane % self.group
+        return in_lane // self.group * QUAD + column % 8 // 2, in_lane % self.group
 
     @cute.jit
     def _load_queries(
@@ -319,8 +313,8 @@ class ImportanceScores:
         vectors = const_expr(self.head_dim // VECTOR)
         total = const_expr(self.shape.columns * vectors)
         sVectors = cute.flat_divide(sQ, (1, VECTOR))
-        for i in cutlass.range(cute.ceil_div(total, _WARPGROUP), unroll=4):
-            vector = i * _WARPGROUP + tid
+        for i in cutlass.range(cute.ceil_div(total, WARPGROUP), unroll=4):
+            vector = i * WARPGROUP + tid
             column, channel = vector // vectors, vector % vectors
             slot, head = self._query(column)
             token = unit * self.shape.unit_tokens + slot
@@ -346,7 +340,7 @@ class ImportanceScores:
         token = unit * self.shape.unit_tokens + slot
         value = Float32(0.0)
         if slot < self.shape.unit_tokens and token < count:
-            value = -_LOG2_E * mLse[offset + Int64(head) * length + token]
+            value = -LOG2_E * mLse[offset + Int64(head) * length + token]
         sLse[column // 8 * 2 + column % 2, column % 8 // 2, unit] = value
 
     @cute.jit
@@ -373,7 +367,7 @@ class ImportanceScores:
         thread_mma = tiled_mma.get_slice(0)
         tSrK = thread_mma.make_fragment_A(thread_mma.partition_A(sK))
         tSrQ = thread_mma.make_fragment_B(thread_mma.partition_B(sQ))
-        acc_shape = tiled_mma.partition_shape_C((ROWS, shape.columns))
+        acc_shape = tiled_mma.partition_shape_C((WGMMA_ROWS, shape.columns))
         acc0 = cute.make_rmem_tensor(acc_shape, Float32)
         acc1 = cute.make_rmem_tensor(acc_shape, Float32)
         # For each part, what the tile before adds to the blocks of this thread.
@@ -395,15 +389,11 @@ class ImportanceScores:
         tiles_a_step = const_expr(1 if side_by_side else 2)
 
         pipeline_k.consumer_wait(read)
-        sm90_utils.gemm(
-            tiled_mma, acc0, tSrK[None, None, None, read.index], tQ0, zero_init=True, wg_wait=-1
-        )
+        gemm(tiled_mma, acc0, tSrK[None, None, None, read.index], tQ0, zero_init=True, wg_wait=-1)
         if const_expr(not side_by_side):
             read.advance()
             pipeline_k.consumer_wait(read)
-        sm90_utils.gemm(
-            tiled_mma, acc1, tSrK[None, None, None, read.index], tQ1, zero_init=True, wg_wait=-1
-        )
+        gemm(tiled_mma, acc1, tSrK[None, None, None, read.index], tQ1, zero_init=True, wg_wait=-1)
         read.advance()
         warpgroup.wait_group(1)
         if const_expr(not side_by_side):
@@ -415,7 +405,7 @@ class ImportanceScores:
         free.advance()
         for _ in cutlass.range(num_steps - 1, unroll=1):
             pipeline_k.consumer_wait(read)
-            sm90_utils.gemm(
+            gemm(
                 tiled_mma, acc0, tSrK[None, None, None, read.index], tQ0, zero_init=True, wg_wait=-1
             )
             if const_expr(not side_by_side):
@@ -424,7 +414,7 @@ class ImportanceScores:
             tile1 += tiles_a_step
             if const_expr(not side_by_side):
                 pipeline_k.consumer_wait(read)
-            sm90_utils.gemm(
+            gemm(
                 tiled_mma, acc1, tSrK[None, None, None, read.index], tQ1, zero_init=True, wg_wait=-1
             )
             read.advance()
@@ -458,24 +448,24 @@ class ImportanceScores:
     ):
         """From the products of a unit to the scores of its blocks."""
         shape, rule = self.shape, self.rule
-        lane = tid % LANES
+        lane = tid % QUAD
         # The first of this thread's rows; the other is 8 further.
-        row = tid // 32 * 16 + tid % 32 // LANES
+        row = tid // WARP * WARP_ROWS + tid % WARP // QUAD
         rLse = cute.make_rmem_tensor(shape.lse_pitch, Float32)
         cute.autovec_copy(sLse[None, lane, unit], rLse)
         for u in cutlass.range_constexpr(shape.tokens):
-            slot = u * LANES + lane
+            slot = u * QUAD + lane
             visible = sVisible[slot, unit] - tile * rule.rows
             for half in cutlass.range_constexpr(2):
                 total = self._sum_over_heads(acc, rLse, u, half, scale_log2)
                 # Of keys that are not visible not even the log-sum-exp need be defined.
                 place = row + 8 * half
                 sums[slot, place + place // 32] = total if place < visible else Float32(0.0)
-        cute.arch.barrier(barrier_id=1 + wg, number_of_threads=_WARPGROUP)
+        cute.arch.barrier(barrier_id=1 + wg, number_of_threads=WARPGROUP)
 
         token0 = unit * shape.unit_tokens
         for i in cutlass.range_constexpr(self.items):
-            item = i * _WARPGROUP + tid
+            item = i * WARPGROUP + tid
             block, slot = item % self.blocks, item // self.blocks
             # Threads past the last token do its work again.
             slot = cutlass.min(slot, shape.unit_tokens - 1)
@@ -599,10 +589,10 @@ def importance_scores(
         raise ValueError(f"{group} query heads share a KV head; they must be 1 to {MAX_GROUP}")
     if head_dim % 32 or not 32 <= head_dim <= 256:
         raise ValueError(f"D is {head_dim}; it must be a multiple of 32 up to 256")
-    if rule.per_select > ROWS or rule.carried > rule.rows:
+    if rule.per_select > WGMMA_ROWS or rule.carried > rule.rows:
         raise ValueError(
             f"a selection block has {rule.per_select} strides and overlaps {rule.carried} "
-            f"compressed tokens before it; they must be at most {ROWS} and {rule.rows}"
+            f"compressed tokens before it; they must be at most {WGMMA_ROWS} and {rule.rows}"
         )
     start = chunk * tiles.chunk
     stop = min(start + tiles.chunk, length)
@@ -626,5 +616,5 @@ def importance_scores(
         scores.view(-1),
         *(batch, length, kv_heads, compressed, len(tiles.fields), tiles.grid),
         *(chunk, start, stop, width, q_stride),
-        scale * _LOG2_E,
+        scale * LOG2_E,
     )

@@ -16,10 +16,11 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Int32, Int64, const_expr
-from quack.utils import warp_prefix_sum
 from torch import Tensor
 
+from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.hopper import warp_prefix_sum
 from nsa.fused.kernels.vectors import fake_flat, flat
 from nsa.fused.token_blocks import TokenBlocks
 
@@ -28,7 +29,6 @@ ITEM_FIELDS = 4
 
 _THREADS = 256
 _SCAN_THREADS = 1024
-_WARP = 32
 
 
 def item_tokens(group: int) -> int:
@@ -157,8 +157,8 @@ class InvertIndex:
         """``count`` becomes where each block's pairs start in the unit; emits the work items."""
         tidx, _, _ = cute.arch.thread_idx()
         unit, _, _ = cute.arch.block_idx()
-        warp, lane = cute.arch.make_warp_uniform(tidx // _WARP), tidx % _WARP
-        warps = _SCAN_THREADS // _WARP
+        warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
+        warps = _SCAN_THREADS // WARP
         smem = cutlass.utils.SmemAllocator()
         sTotals = smem.allocate_tensor(Int32, cute.make_layout((2, warps)), byte_alignment=16)
         sSlot = smem.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16)
@@ -174,7 +174,7 @@ class InvertIndex:
             items = cute.ceil_div(count, item_tokens)
             pairs_through = warp_prefix_sum(count, lane)
             items_through = warp_prefix_sum(items, lane)
-            if lane == _WARP - 1:
+            if lane == WARP - 1:
                 sTotals[0, warp] = pairs_through
                 sTotals[1, warp] = items_through
             cute.arch.barrier()

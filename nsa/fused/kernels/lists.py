@@ -17,11 +17,12 @@ import torch
 from cutlass import Boolean, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.vectors import check_tensor, fake_flat
 
 _WARPS = 8
-_THREADS = _WARPS * 32
+_THREADS = _WARPS * WARP
 # Key blocks of a CTA of the transpose: 32 KB of counters, of which six CTAs share an SM.
 _RANGE = 1024
 # Lists whose loads a warp issues together, before it uses the first.
@@ -83,9 +84,9 @@ class ListKeyBlocks:
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
-        lane = tidx % 32
+        lane = tidx % WARP
         # Neighbouring warps take neighbouring heads, whose indices are neighbours in memory.
-        source = bidx * _WARPS + tidx // 32
+        source = bidx * _WARPS + tidx // WARP
         if source < batch * tiles * heads:
             row, head = source // heads, source % heads
             tile = row % tiles
@@ -96,8 +97,8 @@ class ListKeyBlocks:
                 num_full = mNumFull[tile]
             target = head * (batch * tiles) + row
             num_partial, num_whole = Int32(0), Int32(0)
-            for step in cutlass.range(cute.ceil_div(width, 32), unroll=1):
-                entry = step * 32 + lane
+            for step in cutlass.range(cute.ceil_div(width, WARP), unroll=1):
+                entry = step * WARP + lane
                 block = Int32(-1)
                 if entry < width:
                     index = mIndices[Int64(source) * listed + entry // self.parts]
@@ -215,19 +216,19 @@ class ListQueryTiles:
     ):
         """This warp's run of tiles in order; lists its tiles unless ``mTileIndex`` is None."""
         tidx, _, _ = cute.arch.thread_idx()
-        run, lane = tidx // 32, tidx % 32
+        run, lane = tidx // WARP, tidx % WARP
         tiles_per_run = cute.ceil_div(tiles, _WARPS)
         first = run * tiles_per_run
         tiles_of_run = cutlass.max(cutlass.min(tiles_per_run, tiles - first), 0)
         # A list of more than 32 entries takes several steps of the warp.
-        chunks = cute.ceil_div(width, 32)
+        chunks = cute.ceil_div(width, WARP)
         steps = tiles_of_run * chunks
         for group in cutlass.range(cute.ceil_div(steps, _LISTS_IN_FLIGHT), unroll=1):
             loaded = []
             for u in cutlass.range_constexpr(_LISTS_IN_FLIGHT):
                 step = group * _LISTS_IN_FLIGHT + u
                 tile = first + step // chunks
-                entry = step % chunks * 32 + lane
+                entry = step % chunks * WARP + lane
                 # What is past the end is read inside it and left out: a load under a condition
                 # would wait.
                 source = Int64(head) * tiles + cutlass.min(tile, tiles - 1)

@@ -37,9 +37,9 @@ Pair = tuple[Tensor, Tensor]
 _TensorPair = tuple[cute.Tensor, cute.Tensor]
 
 _THREADS = 128
-_LANES = 16
-_GROUPS = _THREADS // _LANES
-_COLUMNS = _LANES * VECTOR
+_ROW_THREADS = 16
+_GROUPS = _THREADS // _ROW_THREADS
+_COLUMNS = _ROW_THREADS * VECTOR
 # 16-byte loads (of a 16-bit dtype) that a thread issues together, before it uses the first.
 _FORWARD_LOADS = 8
 _BACKWARD_TOKENS = 4
@@ -94,10 +94,10 @@ class MeanForward:
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, which, _ = cute.arch.block_idx()
-        group = tidx // _LANES
+        group = tidx // _ROW_THREADS
         split = group % self.splits
         block = bidx // tiles * self.blocks_per_cta + group // self.splits
-        column = bidx % tiles * _COLUMNS + tidx % _LANES * VECTOR
+        column = bidx % tiles * _COLUMNS + tidx % _ROW_THREADS * VECTOR
         inside = block < num_blocks and column < width
         stride = strides[0]
         if const_expr(mOther is not None):
@@ -125,7 +125,7 @@ class MeanForward:
             cute.arch.barrier()
             if split == 0:
                 for other in cutlass.range_constexpr(1, self.splits):
-                    rSum.store(rSum.load() + sSum[tidx + other * _LANES, None].load())
+                    rSum.store(rSum.load() + sSum[tidx + other * _ROW_THREADS, None].load())
         if inside and split == 0:
             mean = rSum.load() * (1.0 / self.block_size)
             row = Int64(which) * num_blocks + block
@@ -176,8 +176,8 @@ class MeanBackward:
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, which, _ = cute.arch.block_idx()
-        first = bidx // tiles * self.tokens_per_cta + tidx // _LANES
-        column = bidx % tiles * _COLUMNS + tidx % _LANES * VECTOR
+        first = bidx // tiles * self.tokens_per_cta + tidx // _ROW_THREADS
+        column = bidx % tiles * _COLUMNS + tidx % _ROW_THREADS * VECTOR
         mdX, stride = _choose(which, dxs, strides[0])
         sources = []
         if const_expr(addends is not None):

@@ -21,14 +21,27 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import LayoutEnum, hopper_helpers
-from flash_attn.cute import utils
-from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
+from nsa.fused.kernels.hopper import (
+    cvt_f16,
+    gemm,
+    gemm_zero_init,
+    get_smem_store_C,
+    load_s2r,
+    make_smem_layout,
+    mma_partition_C_vec,
+    partition_fragment_ABC,
+    reshape_acc_to_frgA,
+    reshape_acc_to_mn,
+    transpose_view,
+)
 from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
 from nsa.fused.kernels.rows import (
+    TILE_KEYS,
     TILE_ROWS,
     block_rows,
     load_rows,
@@ -47,13 +60,6 @@ from nsa.fused.kernels.vectors import (
 )
 from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens
 
-_WARPGROUP = 128
-_WARP = 32
-# Query rows of a tile, and keys of a CTA: rows of wgmma.
-_KEYS = 64
-_WARP_ROWS = 16
-_SHARED_BYTES = 227 * 1024
-_LOG2_E = math.log2(math.e)
 _THREADS = 256
 
 
@@ -77,17 +83,17 @@ class SelectedBackward:
         self.causal = causal
         # dK and dV take (D + Dv) / 2 registers of a warpgroup's threads.
         self.warpgroups = 1 if head_dim + head_dim_v <= 320 else 2
-        self.threads = _WARPGROUP * self.warpgroups
+        self.threads = WARPGROUP * self.warpgroups
         # With more than 128 registers for them, S and dP are not computed at once, nor dQ and dK.
         self.overlap = (head_dim + head_dim_v) // self.warpgroups <= 256
         columns = head_dim // self.warpgroups
         self.dq_columns = 64 if columns % 64 == 0 else columns
         self.dq_parts = columns // self.dq_columns
         row_bytes = 2 * (head_dim + head_dim_v)
-        fixed = _KEYS * row_bytes + TILE_ROWS * _KEYS * 2 + item_tokens(group) * 4 + 4096
+        fixed = TILE_KEYS * row_bytes + TILE_ROWS * TILE_KEYS * 2 + item_tokens(group) * 4 + 4096
         stage = TILE_ROWS * row_bytes
         self.ctas = 2 if self.warpgroups == 1 else 1
-        self.stages = 2 if fixed + 2 * stage <= _SHARED_BYTES // self.ctas else 1
+        self.stages = 2 if fixed + 2 * stage <= SHARED_BYTES // self.ctas else 1
 
     @cute.jit
     def __call__(
@@ -118,17 +124,15 @@ class SelectedBackward:
         stream,
     ):
         # Row-major; a warpgroup's columns are whole swizzle atoms.
-        make_layout = functools.partial(
-            sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
-        )
+        make_layout = functools.partial(make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR)
         atom, atom_v = self.dq_columns, self.head_dim_v // self.warpgroups
         q_smem = make_layout((TILE_ROWS, self.head_dim), stage=self.stages, major_mode_size=atom)
         do_smem = make_layout(
             (TILE_ROWS, self.head_dim_v), stage=self.stages, major_mode_size=atom_v
         )
-        k_smem = make_layout((_KEYS, self.head_dim), major_mode_size=atom)
-        v_smem = make_layout((_KEYS, self.head_dim_v), major_mode_size=atom_v)
-        ds_smem = make_layout((TILE_ROWS, _KEYS))
+        k_smem = make_layout((TILE_KEYS, self.head_dim), major_mode_size=atom)
+        v_smem = make_layout((TILE_KEYS, self.head_dim_v), major_mode_size=atom_v)
+        ds_smem = make_layout((TILE_ROWS, TILE_KEYS))
         make_mma = functools.partial(
             hopper_helpers.make_trivial_tiled_mma,
             self.dtype,
@@ -137,11 +141,11 @@ class SelectedBackward:
             acc_dtype=Float32,
             atom_layout_mnk=(1, 1, 1),
         )
-        mma_s = make_mma(b_leading_mode=OperandMajorMode.K, tiler_mn=(_KEYS, TILE_ROWS))
+        mma_s = make_mma(b_leading_mode=OperandMajorMode.K, tiler_mn=(TILE_KEYS, TILE_ROWS))
         mma_dk, mma_dv = (
             make_mma(
                 b_leading_mode=OperandMajorMode.MN,
-                tiler_mn=(_KEYS, width // self.warpgroups),
+                tiler_mn=(TILE_KEYS, width // self.warpgroups),
                 a_source=warpgroup.OperandSource.RMEM,
             )
             for width in (self.head_dim, self.head_dim_v)
@@ -152,7 +156,7 @@ class SelectedBackward:
         sizes = (kv_heads, wave_items, unit_pairs, chunks, chunk_tokens)
         layouts = (mma_s, mma_dk, mma_dv, mma_dq, q_smem, do_smem, k_smem, v_smem, ds_smem)
         self.kernel(*tensors, *strides, *sizes, scale_log2, *layouts).launch(
-            grid=[wave_items, waves, -(-self.block_size // _KEYS)],
+            grid=[wave_items, waves, -(-self.block_size // TILE_KEYS)],
             block=[self.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.ctas,
@@ -200,14 +204,14 @@ class SelectedBackward:
         if bidx < mNumItems[wave]:
             field = (Int64(wave) * wave_items + bidx) * ITEM_FIELDS
             begin, count = mItems[field], mItems[field + 1]
-            first = mItems[field + 2] + part * _KEYS
-            keys = cutlass.min(mItems[field + 3] - part * _KEYS, _KEYS)
+            first = mItems[field + 2] + part * TILE_KEYS
+            keys = cutlass.min(mItems[field + 3] - part * TILE_KEYS, TILE_KEYS)
         if keys > 0:
             unit = begin // unit_pairs
             kv_head, chunk_start = unit // chunks, unit % chunks * chunk_tokens
-            warp_in_cta = cute.arch.make_warp_uniform(tidx // _WARP)
+            warp_in_cta = cute.arch.make_warp_uniform(tidx // WARP)
             wg, warp = warp_in_cta // 4, warp_in_cta % 4
-            lane = tidx % _WARP
+            lane = tidx % WARP
 
             smem = cutlass.utils.SmemAllocator()
             sK, sV, sQ, sdO, sdS = (
@@ -243,49 +247,49 @@ class SelectedBackward:
             )
             columns = const_expr(self.head_dim // self.warpgroups)
             columns_v = const_expr(self.head_dim_v // self.warpgroups)
-            partition = sm90_utils.partition_fragment_ABC
-            _, tSrK, tSrQ = partition(thr_s, (_KEYS, TILE_ROWS, self.head_dim), sK, sQ)
-            _, tPrV, tPrdO = partition(thr_s, (_KEYS, TILE_ROWS, self.head_dim_v), sV, sdO)
-            sQt = self._columns_of(layout_utils.transpose_view(sQ), columns, wg)
-            sdOt = self._columns_of(layout_utils.transpose_view(sdO), columns_v, wg)
-            acc_dK, _, tdKrQt = partition(thr_dk, (_KEYS, columns, TILE_ROWS), None, sQt)
-            acc_dV, _, tdVrdOt = partition(thr_dv, (_KEYS, columns_v, TILE_ROWS), None, sdOt)
-            sKt = layout_utils.transpose_view(sK)
+            partition = partition_fragment_ABC
+            _, tSrK, tSrQ = partition(thr_s, (TILE_KEYS, TILE_ROWS, self.head_dim), sK, sQ)
+            _, tPrV, tPrdO = partition(thr_s, (TILE_KEYS, TILE_ROWS, self.head_dim_v), sV, sdO)
+            sQt = self._columns_of(transpose_view(sQ), columns, wg)
+            sdOt = self._columns_of(transpose_view(sdO), columns_v, wg)
+            acc_dK, _, tdKrQt = partition(thr_dk, (TILE_KEYS, columns, TILE_ROWS), None, sQt)
+            acc_dV, _, tdVrdOt = partition(thr_dv, (TILE_KEYS, columns_v, TILE_ROWS), None, sdOt)
+            sKt = transpose_view(sK)
             tdQrKt = []
             for i in cutlass.range_constexpr(self.dq_parts):
                 slice_of_K = cute.local_tile(
-                    sKt, (self.dq_columns, _KEYS), (wg * self.dq_parts + i, 0)
+                    sKt, (self.dq_columns, TILE_KEYS), (wg * self.dq_parts + i, 0)
                 )
                 _, tdQrdS, fragment = partition(
-                    thr_dq, (TILE_ROWS, self.dq_columns, _KEYS), sdS, slice_of_K
+                    thr_dq, (TILE_ROWS, self.dq_columns, TILE_KEYS), sdS, slice_of_K
                 )
                 tdQrKt.append(fragment)
             acc_dK.fill(0.0)
             acc_dV.fill(0.0)
 
-            thr_mma = mma_s.get_slice(tidx % _WARPGROUP)
-            store_ds, _, _ = copy_utils.get_smem_store_C(
+            thr_mma = mma_s.get_slice(tidx % WARPGROUP)
+            store_ds, _, _ = get_smem_store_C(
                 mma_s,
-                layout_utils.transpose_view(sdS),
-                tidx % _WARPGROUP,
+                transpose_view(sdS),
+                tidx % WARPGROUP,
                 transpose=True,
                 position_independent=True,
             )
-            tScS = layout_utils.reshape_acc_to_mn(
-                thr_mma.partition_C(cute.make_identity_tensor((_KEYS, TILE_ROWS)))
+            tScS = reshape_acc_to_mn(
+                thr_mma.partition_C(cute.make_identity_tensor((TILE_KEYS, TILE_ROWS)))
             )
             tLse, tDelta = (
-                layout_utils.mma_partition_C_vec(
-                    sStatistics[None, i, None], thr_mma, expand_shape=_KEYS, is_colvec=False
+                mma_partition_C_vec(
+                    sStatistics[None, i, None], thr_mma, expand_shape=TILE_KEYS, is_colvec=False
                 )
                 for i in range(2)
             )
 
             rows = count * self.group
-            hidden = keys < _KEYS
+            hidden = keys < TILE_KEYS
             if const_expr(self.causal):
                 # Tokens of the item do not come before its chunk.
-                hidden = keys < _KEYS or first + (_KEYS - 1) > chunk_start
+                hidden = keys < TILE_KEYS or first + (TILE_KEYS - 1) > chunk_start
             tiles = cute.ceil_div(rows, TILE_ROWS)
             for tile in cutlass.range(tiles, unroll=1):
                 stage = tile % self.stages
@@ -308,34 +312,34 @@ class SelectedBackward:
                     cute.arch.cp_async_commit_group()
 
                 scores = functools.partial(
-                    sm90_utils.gemm_zero_init, mma_s, (_KEYS, TILE_ROWS), B_idx=stage
+                    gemm_zero_init, mma_s, (TILE_KEYS, TILE_ROWS), B_idx=stage
                 )
                 acc_S = scores(tSrK, tSrQ, wg_wait=-1 if self.overlap else 0)
                 if const_expr(self.overlap):
                     acc_dP = scores(tPrV, tPrdO, wg_wait=1)
                 if hidden or (tile + 1) * TILE_ROWS > rows:
                     self._mask(acc_S, tScS, sTokens, tile, first, keys, count)
-                acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
-                lse = copy_utils.load_s2r(tLse[None, stage])
+                acc_S_mn = reshape_acc_to_mn(acc_S)
+                lse = load_s2r(tLse[None, stage])
                 for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
                     for r in cutlass.range_constexpr(2):
                         acc_S_mn[r, c] = cute.math.exp2(
                             acc_S_mn[r, c] * scale_log2 - lse[c], fastmath=True
                         )
-                rP = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), self.dtype)
+                rP = cvt_f16(reshape_acc_to_frgA(acc_S), self.dtype)
                 tdVrdOt_stage = tdVrdOt[None, None, None, stage]
                 if const_expr(self.overlap):
-                    sm90_utils.gemm(mma_dv, acc_dV, rP, tdVrdOt_stage, wg_wait=1)
+                    gemm(mma_dv, acc_dV, rP, tdVrdOt_stage, wg_wait=1)
                 else:
-                    sm90_utils.gemm(mma_dv, acc_dV, rP, tdVrdOt_stage, wg_wait=0)
+                    gemm(mma_dv, acc_dV, rP, tdVrdOt_stage, wg_wait=0)
                     acc_dP = scores(tPrV, tPrdO, wg_wait=0)
 
-                acc_dP_mn = layout_utils.reshape_acc_to_mn(acc_dP)
-                delta = copy_utils.load_s2r(tDelta[None, stage])
+                acc_dP_mn = reshape_acc_to_mn(acc_dP)
+                delta = load_s2r(tDelta[None, stage])
                 for c in cutlass.range_constexpr(cute.size(acc_dP_mn, mode=[1])):
                     for r in cutlass.range_constexpr(2):
                         acc_dP_mn[r, c] = acc_S_mn[r, c] * (acc_dP_mn[r, c] - delta[c])
-                rdS = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_dP), self.dtype)
+                rdS = cvt_f16(reshape_acc_to_frgA(acc_dP), self.dtype)
                 if const_expr(self.warpgroups == 1):
                     store_ds(rdS)
                 else:
@@ -346,14 +350,14 @@ class SelectedBackward:
 
                 tdKrQt_stage = tdKrQt[None, None, None, stage]
                 if const_expr(not self.overlap):
-                    sm90_utils.gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=0)
+                    gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=0)
                 offsets = self._row_offsets(sTokens, kv_heads, kv_head, tile, warp, lane, count)
                 for i in cutlass.range_constexpr(self.dq_parts):
-                    acc_dQ = sm90_utils.gemm_zero_init(
+                    acc_dQ = gemm_zero_init(
                         mma_dq, (TILE_ROWS, self.dq_columns), tdQrdS, tdQrKt[i], wg_wait=-1
                     )
                     if const_expr(self.overlap and i == 0):
-                        sm90_utils.gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=1)
+                        gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=1)
                     else:
                         warpgroup.wait_group(0)
                     column = (wg * self.dq_parts + i) * self.dq_columns
@@ -364,7 +368,7 @@ class SelectedBackward:
 
             for acc, mX, width in ((acc_dK, mdK, columns), (acc_dV, mdV, columns_v)):
                 for r in cutlass.range_constexpr(2):
-                    key = warp * _WARP_ROWS + lane // 4 + 8 * r
+                    key = warp * WARP_ROWS + lane // QUAD + 8 * r
                     if key < keys:
                         row = Int64(first + key) * kv_heads + kv_head
                         offset = (row * self.warpgroups + wg) * width
@@ -430,7 +434,7 @@ class SelectedBackward:
         count: Int32,
     ):
         """-inf for keys past the block or after the token, and for rows past the item's pairs."""
-        acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
+        acc_S_mn = reshape_acc_to_mn(acc_S)
         for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
             pair, _ = pair_and_head(tile, tScS[0, c][1], 0, self.group)
             limit = keys
@@ -455,7 +459,7 @@ class SelectedBackward:
         """Where the thread's two rows of dQ start, -1 for one past the item's pairs."""
         offsets = []
         for r in cutlass.range_constexpr(2):
-            row = warp * _WARP_ROWS + lane // 4 + 8 * r
+            row = warp * WARP_ROWS + lane // QUAD + 8 * r
             pair, head = pair_and_head(tile, row, 0, self.group)
             offset = (Int64(sTokens[pair]) * kv_heads + kv_head) * self.group + head
             offsets.append(offset * self.head_dim if pair < count else Int64(-1))
@@ -517,7 +521,7 @@ class RowStatistics:
             delta += dot(rdO.load().to(Float32), rO.load().to(Float32))
         delta = cute.arch.warp_reduction_sum(delta, threads_in_group=self.lanes)
         if lane == 0 and row < rows:
-            mLse2[row] = mLse[row] * _LOG2_E
+            mLse2[row] = mLse[row] * LOG2_E
             mDelta[row] = delta
 
 
@@ -612,7 +616,7 @@ def selected_backward(
     compile_backward(q.dtype, head_dim, head_dim_v, group, block_size, causal)(
         *(q, k, v, dout, lse2, delta, index.tokens, index.items.view(-1), index.num_items, *sums),
         *(q_stride, k_stride, v_stride, do_stride, kv_heads, waves, wave_items),
-        *(index.chunk_tokens * index.slots, index.chunks, index.chunk_tokens, scale * _LOG2_E),
+        *(index.chunk_tokens * index.slots, index.chunks, index.chunk_tokens, scale * LOG2_E),
     )
     return tuple(
         convert_sums(x, shape, q.dtype, factor)

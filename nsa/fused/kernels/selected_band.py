@@ -22,13 +22,11 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
-from flash_attn.cute import utils
-from quack import layout_utils, sm90_utils
 
+from nsa.fused.hardware import QUAD, SHARED_BYTES, WARP, WARPGROUP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
     GROUP_COLUMNS,
-    QUAD,
     load_values,
     make_mmas,
     row_words,
@@ -36,6 +34,15 @@ from nsa.fused.kernels.forward_tiles import (
     store_row,
     store_values,
     weigh,
+)
+from nsa.fused.kernels.hopper import (
+    cvt_f16,
+    gemm_zero_init,
+    make_smem_layout,
+    partition_fragment_ABC,
+    reshape_acc_to_frgA,
+    reshape_acc_to_mn,
+    transpose_view,
 )
 from nsa.fused.kernels.rows import TILE_ROWS, load_rows, pair_and_head
 from nsa.fused.kernels.vectors import (
@@ -46,13 +53,10 @@ from nsa.fused.kernels.vectors import (
     load_shared,
 )
 
-_THREADS = 128
 # In this order: the first block, the one before the tokens' own, their own.
 _PARTS = 3
-# What a CTA may have; the hardware takes 1 KiB more.
-_SHARED_BYTES = 227 * 1024
 # Segments of a shuffle, and the last lane of a segment.
-_WITHIN_QUAD = (32 - QUAD) << 8 | 31
+_WITHIN_QUAD = (WARP - QUAD) << 8 | (WARP - 1)
 # Of a row, partial results under way: a second warpgroup must leave room for so many, and more than
 # the other are of no use.
 _ENOUGH_STAGES = 3
@@ -68,7 +72,7 @@ def choose_ring(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> 
     for warpgroups in (2, 1):
         rows = warpgroups * TILE_ROWS
         elements = rows * head_dim + _PARTS * block_size * (head_dim + head_dim_v)
-        left = _SHARED_BYTES - 2 * elements - 4 * _PARTS * block_size
+        left = SHARED_BYTES - 2 * elements - 4 * _PARTS * block_size
         stages = left // (2 * rows * head_dim_v)
         if stages >= _ENOUGH_STAGES:
             break
@@ -147,7 +151,7 @@ class BandForward:
         stream,
     ):
         q_smem, k_smem, v_smem = (
-            sm90_utils.make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, shape, stage=stage)
+            make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, shape, stage=stage)
             for shape, stage in (
                 ((TILE_ROWS, self.head_dim), self.warpgroups),
                 ((self.keys, self.head_dim), None),
@@ -161,7 +165,7 @@ class BandForward:
         sizes += (chunks, chunk_tokens, num_tokens, kv_heads)
         self.kernel(*tensors, *sizes, mma_qk, mma_pv, q_smem, k_smem, v_smem).launch(
             grid=[chunk_blocks * self.shares, units, 1],
-            block=[self.warpgroups * _THREADS, 1, 1],
+            block=[self.warpgroups * WARPGROUP, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
         )
@@ -199,8 +203,8 @@ class BandForward:
         v_smem: cute.ComposedLayout,
     ):
         cta_tidx, _, _ = cute.arch.thread_idx()
-        warpgroup_idx = cute.arch.make_warp_uniform(cta_tidx // _THREADS)
-        tidx = cta_tidx % _THREADS
+        warpgroup_idx = cute.arch.make_warp_uniform(cta_tidx // WARPGROUP)
+        tidx = cta_tidx % WARPGROUP
         share, unit, _ = cute.arch.block_idx()
         unit += first_unit
         kv_head = unit // chunks
@@ -226,7 +230,7 @@ class BandForward:
                 smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
                 for x in (q_smem, k_smem, v_smem)
             )
-            ring_shape = (self.stages, 2, self.groups, self.warpgroups * _THREADS, (VECTOR, 1))
+            ring_shape = (self.stages, 2, self.groups, self.warpgroups * WARPGROUP, (VECTOR, 1))
             ring_layout = cute.make_ordered_layout(ring_shape, order=(4, 3, 2, 1, 0))
             sRing = smem.allocate_tensor(self.dtype, ring_layout, 128)
             # A thread reads what it loaded itself.
@@ -235,7 +239,7 @@ class BandForward:
             limits_layout = cute.make_layout((_PARTS, self.block_size))
             sLimits = smem.allocate_tensor(Int32, limits_layout, 16)
 
-            tScS = layout_utils.reshape_acc_to_mn(
+            tScS = reshape_acc_to_mn(
                 mma_qk.get_slice(tidx).partition_C(
                     cute.make_identity_tensor((TILE_ROWS, self.keys))
                 )
@@ -251,7 +255,7 @@ class BandForward:
             key_place = functools.partial(self._key_place, mFirst[base], first, own, keys)
             place = functools.partial(key_place, kv_head * self.head_dim, 0)
             if warpgroup_idx == 0:
-                load_rows(mK, sK, k_stride, place, tidx, _THREADS)
+                load_rows(mK, sK, k_stride, place, tidx, WARPGROUP)
             load_queries = functools.partial(
                 self._load_queries, mQ, sQ, q_stride, begin, kv_head, count, tidx, warpgroup_idx
             )
@@ -274,14 +278,14 @@ class BandForward:
                     values = load_values(mV, sV_pass, v_stride, v_place, tidx)
                     store_values(values, sV_pass, tidx)
 
-            _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
+            _, tSrQ, tSrK = partition_fragment_ABC(
                 mma_qk.get_slice(0), (TILE_ROWS, self.keys, self.head_dim), sQ, sK
             )
-            _, tOrP, tOrVt = sm90_utils.partition_fragment_ABC(
+            _, tOrP, tOrVt = partition_fragment_ABC(
                 mma_pv.get_slice(0),
                 (TILE_ROWS, self.head_dim_v, self.keys),
                 None,
-                layout_utils.transpose_view(sV),
+                transpose_view(sV),
             )
             tiles = cute.ceil_div(count * self.group, TILE_ROWS)
             stage = Int32(0)
@@ -292,8 +296,8 @@ class BandForward:
                 # The queries came with a slot that is not one of the last ``stages - 1``.
                 cute.arch.cp_async_wait_group(self.stages - 1)
                 cute.arch.fence_view_async_shared()
-                cute.arch.barrier(barrier_id=warpgroup_idx + 1, number_of_threads=_THREADS)
-                acc_S = sm90_utils.gemm_zero_init(
+                cute.arch.barrier(barrier_id=warpgroup_idx + 1, number_of_threads=WARPGROUP)
+                acc_S = gemm_zero_init(
                     mma_qk, (TILE_ROWS, self.keys), tSrQ, tSrK, A_idx=warpgroup_idx, wg_wait=-1
                 )
                 weights = self._load_partial_lse(mPartialLse, positions, tile, tile_row)
@@ -306,23 +310,23 @@ class BandForward:
                         limits[part, r] = sLimits[part, token]
                 warpgroup.wait_group(0)
                 # All warps have read the queries.
-                cute.arch.barrier(barrier_id=warpgroup_idx + 1, number_of_threads=_THREADS)
+                cute.arch.barrier(barrier_id=warpgroup_idx + 1, number_of_threads=WARPGROUP)
                 if tile + self.warpgroups < tiles:
                     load_queries(tile + self.warpgroups)
-                acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
+                acc_S_mn = reshape_acc_to_mn(acc_S)
                 self._mask(acc_S_mn, tScS, limits)
                 inverse_sum, lse = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
                 for r in cutlass.range_constexpr(2):
                     inverse_sum[r], lse[r] = softmax(acc_S_mn[r, None], scale_log2, empty=True)
-                utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
-                acc_O = sm90_utils.gemm_zero_init(
+                cvt_f16(reshape_acc_to_frgA(acc_S), tOrP)
+                acc_O = gemm_zero_init(
                     mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
                 )
                 for r in cutlass.range_constexpr(2):
                     band_share, lse[r] = self._share(weights[r, None], lse[r])
                     inverse_sum[r] *= band_share
                 warpgroup.wait_group(0)
-                acc_O_mn = layout_utils.reshape_acc_to_mn(acc_O)
+                acc_O_mn = reshape_acc_to_mn(acc_O)
                 for r in cutlass.range_constexpr(2):
                     acc_O_mn[r, None].store(acc_O_mn[r, None].load() * inverse_sum[r])
 
@@ -347,7 +351,7 @@ class BandForward:
                         stage = stage + 1 if stage + 1 < self.stages else Int32(0)
                 positions.store(next_positions.load())
 
-                rO = utils.cvt_f16(acc_O, self.dtype)
+                rO = cvt_f16(acc_O, self.dtype)
                 for r in cutlass.range_constexpr(2):
                     pair, head = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
                     if pair < count:
@@ -401,7 +405,7 @@ class BandForward:
             column = (kv_head * self.group + head) * self.head_dim
             return first + cutlass.min(pair, count - 1), column
 
-        load_rows(mQ, sQ, stride, place, tidx, _THREADS, warpgroup_idx)
+        load_rows(mQ, sQ, stride, place, tidx, WARPGROUP, warpgroup_idx)
 
     @cute.jit
     def _limits(

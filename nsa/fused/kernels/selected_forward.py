@@ -24,19 +24,27 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
-from flash_attn.cute import utils
-from quack import layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARPGROUP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
-    QUAD,
     load_values,
     make_mmas,
     softmax,
     store_row,
     store_values,
     weigh,
+)
+from nsa.fused.kernels.hopper import (
+    cvt_f16,
+    gemm_w_idx,
+    gemm_zero_init,
+    make_smem_layout,
+    partition_fragment_ABC,
+    reshape_acc_to_frgA,
+    reshape_acc_to_mn,
+    transpose_view,
 )
 from nsa.fused.kernels.inverted_index import (
     ITEM_FIELDS,
@@ -64,9 +72,7 @@ from nsa.fused.kernels.vectors import (
 )
 from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens, units_of_wave
 
-_THREADS = 128
-_LOG2_E = math.log2(math.e)
-_SHARED_BYTES = 227 * 1024
+_COMBINE_THREADS = 128
 # Partial results that a thread of the combination loads together.
 _LOADS = 16
 
@@ -94,7 +100,7 @@ class SelectedForward:
         # With room for two CTAs at least, queries have two stages.
         for self.stages in (2, 1):
             elements = self.stages * TILE_ROWS * head_dim + block_size * (head_dim + head_dim_v)
-            self.ctas = min(most, _SHARED_BYTES // (2 * elements + 4 * item_tokens(group) + 3072))
+            self.ctas = min(most, SHARED_BYTES // (2 * elements + 4 * item_tokens(group) + 3072))
             if self.ctas > 1:
                 break
 
@@ -120,9 +126,7 @@ class SelectedForward:
         scale_log2: Float32,
         stream,
     ):
-        make_layout = functools.partial(
-            sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
-        )
+        make_layout = functools.partial(make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR)
         q_smem = make_layout((TILE_ROWS, self.head_dim), stage=self.stages)
         k_smem, v_smem = (
             make_layout((self.block_size, dim)) for dim in (self.head_dim, self.head_dim_v)
@@ -133,7 +137,7 @@ class SelectedForward:
         layouts = (mma_qk, mma_pv, q_smem, k_smem, v_smem)
         self.kernel(*tensors, *sizes, scale_log2, *layouts).launch(
             grid=[wave_items, 1, 1],
-            block=[_THREADS, 1, 1],
+            block=[WARPGROUP, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.ctas,
             preferred_smem_carveout=100,
@@ -186,9 +190,9 @@ class SelectedForward:
             )
             load_rows(
                 *(mK, sK, k_stride, block_rows(first, keys, kv_head * self.head_dim)),
-                *(tidx, _THREADS),
+                *(tidx, WARPGROUP),
             )
-            load_tokens(mTokens, sTokens, begin, count, tidx, _THREADS)
+            load_tokens(mTokens, sTokens, begin, count, tidx, WARPGROUP)
             cute.arch.barrier()
             load_queries = functools.partial(
                 self._load_queries, mQ, sQ, sTokens, q_stride, kv_head, tidx
@@ -200,16 +204,16 @@ class SelectedForward:
                 cute.arch.cp_async_commit_group()
             store_values(values, sV, tidx)
 
-            _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
+            _, tSrQ, tSrK = partition_fragment_ABC(
                 mma_qk.get_slice(0), (TILE_ROWS, self.block_size, self.head_dim), sQ, sK
             )
-            _, tOrP, tOrVt = sm90_utils.partition_fragment_ABC(
+            _, tOrP, tOrVt = partition_fragment_ABC(
                 mma_pv.get_slice(0),
                 (TILE_ROWS, self.head_dim_v, self.block_size),
                 None,
-                layout_utils.transpose_view(sV),
+                transpose_view(sV),
             )
-            tScS = layout_utils.reshape_acc_to_mn(
+            tScS = reshape_acc_to_mn(
                 mma_qk.get_slice(tidx).partition_C(
                     cute.make_identity_tensor((TILE_ROWS, self.block_size))
                 )
@@ -219,7 +223,7 @@ class SelectedForward:
             acc_S = cute.make_rmem_tensor(
                 mma_qk.partition_shape_C((TILE_ROWS, self.block_size)), Float32
             )
-            acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
+            acc_S_mn = reshape_acc_to_mn(acc_S)
             compute_scores = functools.partial(self._scores, mma_qk, acc_S, tSrQ, tSrK)
             cute.arch.cp_async_wait_group(self.stages - 1)
             cute.arch.fence_view_async_shared()
@@ -253,7 +257,7 @@ class SelectedForward:
                 for r in cutlass.range_constexpr(2):
                     inverse_sum, lse[r] = softmax(acc_S_mn[r, None], scale_log2)
                     acc_S_mn[r, None].store(acc_S_mn[r, None].load() * inverse_sum)
-                utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
+                cvt_f16(reshape_acc_to_frgA(acc_S), tOrP)
                 for r in cutlass.range_constexpr(2):
                     if tidx % QUAD == 0 and row + 8 * r < rows:
                         mLse[tile_row + 8 * r] = lse[r]
@@ -261,7 +265,7 @@ class SelectedForward:
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.fence_view_async_shared()
                 cute.arch.barrier()
-                acc_O = sm90_utils.gemm_zero_init(
+                acc_O = gemm_zero_init(
                     mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
                 )
                 # Of the next tile, while this one's output is stored; past the last, for nothing.
@@ -271,7 +275,7 @@ class SelectedForward:
                         load_queries(tile + 2)
                     cute.arch.cp_async_commit_group()
                 warpgroup.wait_group(1)
-                rO = utils.cvt_f16(acc_O, self.dtype)
+                rO = cvt_f16(acc_O, self.dtype)
                 for r in cutlass.range_constexpr(2):
                     if row + 8 * r < rows:
                         # As a sum, in which the rows' offsets share all but a constant.
@@ -283,7 +287,7 @@ class SelectedForward:
     def _scores(self, mma_qk, acc_S, tSrQ, tSrK, tile: Int32):
         """Start to compute those of the tile's stage."""
         stage = tile % self.stages
-        sm90_utils.gemm_w_idx(mma_qk, acc_S, tSrQ, tSrK, True, A_idx=stage, wg_wait=-1)
+        gemm_w_idx(mma_qk, acc_S, tSrQ, tSrK, True, A_idx=stage, wg_wait=-1)
 
     @cute.jit
     def _load_queries(
@@ -297,7 +301,7 @@ class SelectedForward:
         tile: Int32,
     ):
         place = pair_rows(sTokens, tile, kv_head, self.group, self.head_dim)
-        load_rows(mQ, sQ, stride, place, tidx, _THREADS, tile % self.stages)
+        load_rows(mQ, sQ, stride, place, tidx, WARPGROUP, tile % self.stages)
 
 
 class CombinePartials:
@@ -336,7 +340,7 @@ class CombinePartials:
         sizes = (wave_start, first_unit, units, chunks, chunk_tokens, num_tokens, kv_heads)
         self.kernel(*tensors, *sizes).launch(
             grid=[self._tiles_of_unit(chunk_tokens) * units, 1, 1],
-            block=[_THREADS, 1, 1],
+            block=[_COMBINE_THREADS, 1, 1],
             stream=stream,
         )
 
@@ -360,7 +364,7 @@ class CombinePartials:
         bidx, _, _ = cute.arch.block_idx()
         tiles = self._tiles_of_unit(chunk_tokens)
         unit = first_unit + bidx // tiles
-        thread = bidx % tiles * _THREADS + tidx
+        thread = bidx % tiles * _COMBINE_THREADS + tidx
         row, column = thread // self.lanes, thread % self.lanes * VECTOR
         local, head = row // self.group, row % self.group
         kv_head, token = unit // chunks, unit % chunks * chunk_tokens + local
@@ -375,7 +379,7 @@ class CombinePartials:
             out_row = token_row * self.group + head
             # Partial results pass through shared memory, and warps synchronise, for else the
             # compiler puts loads off until their results are needed, to save registers.
-            shape = (self.loads, _THREADS, (VECTOR, 1))
+            shape = (self.loads, _COMBINE_THREADS, (VECTOR, 1))
             layout = cute.make_ordered_layout(shape, order=(2, 1, 0))
             smem = cutlass.utils.SmemAllocator()
             sPartial = smem.allocate_tensor(mPartial.element_type, layout, 128)[None, tidx, None]
@@ -414,7 +418,7 @@ class CombinePartials:
                     mLse[out_row] = log2_sum * math.log(2.0)
 
     def _tiles_of_unit(self, chunk_tokens: Int32) -> Int32:
-        return cute.ceil_div(chunk_tokens * (self.group * self.lanes), _THREADS)
+        return cute.ceil_div(chunk_tokens * (self.group * self.lanes), _COMBINE_THREADS)
 
     @cute.jit
     def _load_partials(
@@ -532,7 +536,7 @@ def selected_forward(
     out = torch.empty(total, heads, head_dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(total, heads, dtype=torch.float32, device=q.device)
     (q, q_stride), (k, k_stride), (v, v_stride) = flat_rows(q), flat_rows(k), flat_rows(v)
-    rows, strides, scale_log2 = (q, k, v), (q_stride, k_stride, v_stride), scale * _LOG2_E
+    rows, strides, scale_log2 = (q, k, v), (q_stride, k_stride, v_stride), scale * LOG2_E
     forward = compile_forward(*form)
     if band:
         combine = functools.partial(

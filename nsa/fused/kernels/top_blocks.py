@@ -18,13 +18,13 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.vectors import check_tensor, fake_flat
 
 MAX_BLOCKS = 256
 """The most blocks of a row that can be asked for; they lie in the registers of a warp."""
 
-_WARP = 32
 _WARPS = 4
 # Loads that a thread issues together, before it uses the first.
 _LOADS = 16
@@ -48,13 +48,13 @@ class TopBlocks:
     def __init__(self, count: int, per_block: int):
         self.count = count
         self.per_block = per_block
-        self.lanes_per_block = math.gcd(per_block, _WARP)
+        self.lanes_per_block = math.gcd(per_block, WARP)
         self.loads = per_block // self.lanes_per_block
         self.rounds = max(1, _LOADS // self.loads)
-        self.blocks_per_round = _WARP // self.lanes_per_block
+        self.blocks_per_round = WARP // self.lanes_per_block
         self.blocks_per_step = self.blocks_per_round * self.rounds
         # Registers that hold the best: the merge needs a power of two.
-        self.registers = 1 << math.ceil(math.log2(max(1, count / _WARP)))
+        self.registers = 1 << math.ceil(math.log2(max(1, count / WARP)))
 
     @cute.jit
     def __call__(
@@ -82,7 +82,7 @@ class TopBlocks:
         sizes = (sequences, heads, tiles, columns, total_tiles, tile_offset, column_offset)
         self.kernel(*tensors, *sizes, num_initial, num_local, scale).launch(
             grid=[cute.ceil_div(rows, _WARPS), 1, 1],
-            block=[_WARPS * _WARP, 1, 1],
+            block=[_WARPS * WARP, 1, 1],
             stream=stream,
             # Without it the compiler saves registers and waits after every few loads.
             min_blocks_per_mp=1,
@@ -110,9 +110,9 @@ class TopBlocks:
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
-        warp, lane = cute.arch.make_warp_uniform(tidx // _WARP), tidx % _WARP
+        warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         smem = cutlass.utils.SmemAllocator()
-        layout = cute.make_layout((_WARPS, 2 * _WARP), stride=(2 * _WARP, 1))
+        layout = cute.make_layout((_WARPS, 2 * WARP), stride=(2 * WARP, 1))
         sWaiting = smem.allocate_tensor(Int64, layout, byte_alignment=16)[warp, None]
 
         # Past the end, the last row is done again. Late tiles see most and start first; the heads
@@ -139,7 +139,7 @@ class TopBlocks:
 
         rBest = cute.make_rmem_tensor(self.registers, Int64)
         for r in cutlass.range_constexpr(self.registers):
-            slot = r * _WARP + lane
+            slot = r * WARP + lane
             block = slot if slot < initial_end else local_begin + slot - initial_end
             rBest[r] = Int64(_FORCED) - block if slot < num_forced else Int64(_NONE)
 
@@ -176,10 +176,10 @@ class TopBlocks:
                     sWaiting[num_waiting + cute.arch.popc(before)] = rank
                 num_waiting += cute.arch.popc(ballot)
                 cute.arch.sync_warp()
-                if num_waiting >= _WARP:
-                    waiting, rest = sWaiting[lane], sWaiting[lane + _WARP]
+                if num_waiting >= WARP:
+                    waiting, rest = sWaiting[lane], sWaiting[lane + WARP]
                     cute.arch.sync_warp()
-                    num_waiting -= _WARP
+                    num_waiting -= WARP
                     if lane < num_waiting:
                         sWaiting[lane] = rest
                     self._merge(rBest, waiting, lane)
@@ -245,13 +245,13 @@ class TopBlocks:
 
     def _merge(self, rBest: cute.Tensor, waiting: Int64, lane: Int32) -> None:
         """The best of ``rBest`` and a rank in each lane, in the order of ``rBest``."""
-        for size in _powers(2, _WARP):
+        for size in _powers(2, WARP):
             for stride in reversed(_powers(1, size // 2)):
                 larger = ((lane // size) ^ (lane // stride)) & 1 == 0
                 waiting = _exchange(waiting, stride, larger)
         # Of two sorted sequences, one reversed, the larger at each place are the best, in an order
         # (bitonic) that the exchanges below sort. All but the last register have nothing to meet.
-        waiting = cute.arch.shuffle_sync(waiting, _WARP - 1 - lane)
+        waiting = cute.arch.shuffle_sync(waiting, WARP - 1 - lane)
         best = [rBest[r] for r in range(self.registers)]
         best[-1] = cutlass.max(best[-1], waiting)
         for stride in reversed(_powers(1, self.registers // 2)):
@@ -259,7 +259,7 @@ class TopBlocks:
                 if r & stride == 0:
                     low, high = best[r], best[r + stride]
                     best[r], best[r + stride] = cutlass.max(low, high), cutlass.min(low, high)
-        for stride in reversed(_powers(1, _WARP // 2)):
+        for stride in reversed(_powers(1, WARP // 2)):
             larger = lane & stride == 0
             best = [_exchange(x, stride, larger) for x in best]
         for r in range(self.registers):
@@ -267,7 +267,7 @@ class TopBlocks:
 
     def _bar(self, rBest: cute.Tensor) -> tuple[Int64, Float32]:
         """Rank and score of the last of the ``count`` best."""
-        register, lane = divmod(self.count - 1, _WARP)
+        register, lane = divmod(self.count - 1, WARP)
         bar = cute.arch.shuffle_sync(rBest[register], lane)
         return bar, _score(bar)
 
@@ -276,29 +276,29 @@ class TopBlocks:
         """The first ``count`` blocks of ``rBest``, by index, -1 where there is none."""
         blocks = []
         for r in cutlass.range_constexpr(self.registers):
-            taken = r * _WARP + lane < self.count and rBest[r] > _NONE
+            taken = r * WARP + lane < self.count and rBest[r] > _NONE
             blocks.append(~rBest[r].to(Int32) if taken else Int32(_NO_INDEX))
         blocks = self._sorted(blocks, lane)
         for r in cutlass.range_constexpr(self.registers):
-            slot = r * _WARP + lane
+            slot = r * WARP + lane
             if slot < self.count:
                 mOut[offset + slot] = blocks[r] if blocks[r] != _NO_INDEX else Int32(-1)
 
     def _sorted(self, x: list[Int32], lane: Int32) -> list[Int32]:
         """``x`` ascending over registers, then lanes, by bitonic sort."""
-        for size in _powers(2, self.registers * _WARP):
+        for size in _powers(2, self.registers * WARP):
             for stride in reversed(_powers(1, size // 2)):
-                if stride < _WARP:
+                if stride < WARP:
                     for r in range(self.registers):
-                        slot = r * _WARP + lane
+                        slot = r * WARP + lane
                         larger = ((slot // size) ^ (slot // stride)) & 1 == 1
                         x[r] = _exchange(x[r], stride, larger)
                     continue
                 for r in range(self.registers):
-                    other = r + stride // _WARP
-                    if r & (stride // _WARP) == 0:
+                    other = r + stride // WARP
+                    if r & (stride // WARP) == 0:
                         low, high = cutlass.min(x[r], x[other]), cutlass.max(x[r], x[other])
-                        ascending = r * _WARP & size == 0
+                        ascending = r * WARP & size == 0
                         x[r], x[other] = (low, high) if ascending else (high, low)
         return x
 
