@@ -15,6 +15,7 @@ one waits in the registers of the threads that write these.
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -36,7 +37,7 @@ from nsa.fused.importance import (
     choose_shape,
 )
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.hopper import gemm, make_smem_layout
+from nsa.fused.kernels.hopper import gemm, make_smem_layout, mlir_namedtuple
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
@@ -47,6 +48,35 @@ from nsa.fused.kernels.vectors import (
 )
 
 _THREADS = (1 + WARPGROUPS) * WARPGROUP
+
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """Compressed keys, the other inputs but the queries, and the scores."""
+
+    k: cute.Tensor
+    lse: cute.Tensor
+    tiles: cute.Tensor
+    first_tile: cute.Tensor
+    scores: cute.Tensor
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """``tiles`` of tokens in all, ``grid_tiles`` of them for this chunk; ``width`` of the scores.
+
+    The tokens of the chunk are ``start`` to ``stop - 1``.
+    """
+
+    batch: Int32
+    length: Int32
+    kv_heads: Int32
+    tiles: Int32
+    grid_tiles: Int32
+    chunk: Int32
+    start: Int32
+    stop: Int32
+    width: Int32
 
 
 class ImportanceScores:
@@ -67,36 +97,25 @@ class ImportanceScores:
     def __call__(
         self,
         mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mLse: cute.Tensor,
-        mTiles: cute.Tensor,
-        mFirstTile: cute.Tensor,
-        mScores: cute.Tensor,
-        batch: Int32,
-        length: Int32,
-        kv_heads: Int32,
+        tensors: _Tensors,
+        sizes: _Sizes,
         compressed: Int32,
-        tiles: Int32,
-        grid_tiles: Int32,
-        chunk: Int32,
-        start: Int32,
-        stop: Int32,
-        width: Int32,
         q_stride: Int64,
         scale_log2: Float32,
         stream,
     ):
         shape, dim = self.shape, self.head_dim
-        row = cute.assume(Int64(kv_heads) * dim, divby=VECTOR)
-        entry = cute.assume(Int64(compressed) * kv_heads * dim, divby=VECTOR)
-        k_layout = cute.make_layout((compressed, dim, kv_heads, batch), stride=(row, 1, dim, entry))
+        row = cute.assume(Int64(sizes.kv_heads) * dim, divby=VECTOR)
+        entry = cute.assume(Int64(compressed) * sizes.kv_heads * dim, divby=VECTOR)
+        shape_k = (compressed, dim, sizes.kv_heads, sizes.batch)
+        k_layout = cute.make_layout(shape_k, stride=(row, 1, dim, entry))
         k_smem = make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, (WGMMA_ROWS, dim), shape.stages)
         q_smem = make_smem_layout(
             self.dtype, LayoutEnum.ROW_MAJOR, (shape.columns, dim), WARPGROUPS * shape.parts
         )
         tma_atom, tma_tensor = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
-            cute.make_tensor(mK.iterator, k_layout),
+            cute.make_tensor(tensors.k.iterator, k_layout),
             cute.select(k_smem, mode=[0, 1]),
             (WGMMA_ROWS, dim),
             1,
@@ -110,10 +129,12 @@ class ImportanceScores:
             atom_layout_mnk=(1, 1, 1),
             tiler_mn=(WGMMA_ROWS, shape.columns),
         )
-        tensors = (mQ, tma_atom, tma_tensor, mLse, mTiles, mFirstTile, mScores)
-        sizes = (batch, length, kv_heads, tiles, grid_tiles, chunk, start, stop, width, q_stride)
-        self.kernel(*tensors, *sizes, scale_log2, tiled_mma, q_smem, k_smem).launch(
-            grid=[grid_tiles * kv_heads * batch, 1, 1],
+        tensors = tensors._replace(k=tma_tensor)
+        layouts = (q_smem, k_smem)
+        self.kernel(
+            *(mQ, tma_atom, tensors, sizes, q_stride, scale_log2, tiled_mma, layouts)
+        ).launch(
+            grid=[sizes.grid_tiles * sizes.kv_heads * sizes.batch, 1, 1],
             block=[_THREADS, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -124,26 +145,16 @@ class ImportanceScores:
         self,
         mQ: cute.Tensor,
         tma_atom: cute.CopyAtom,
-        mK: cute.Tensor,
-        mLse: cute.Tensor,
-        mTiles: cute.Tensor,
-        mFirstTile: cute.Tensor,
-        mScores: cute.Tensor,
-        batch: Int32,
-        length: Int32,
-        kv_heads: Int32,
-        tiles: Int32,
-        grid_tiles: Int32,
-        chunk: Int32,
-        start: Int32,
-        stop: Int32,
-        width: Int32,
+        tensors: _Tensors,
+        sizes: _Sizes,
         q_stride: Int64,
         scale_log2: Float32,
         tiled_mma: cute.TiledMma,
-        q_smem: cute.ComposedLayout,
-        k_smem: cute.ComposedLayout,
+        layouts: tuple[cute.ComposedLayout, ...],
     ):
+        q_smem, k_smem = layouts
+        batch, length, kv_heads, tiles, grid_tiles, chunk, start, stop, width = sizes
+        mTiles = tensors.tiles
         shape, rule = self.shape, self.rule
         units = const_expr(WARPGROUPS * shape.parts)
         tidx, _, _ = cute.arch.thread_idx()
@@ -182,7 +193,7 @@ class ImportanceScores:
 
         # Late tiles see most and start first; the heads of a tile run together.
         kv_head, entry = bidx % kv_heads, bidx // kv_heads % batch
-        tile = mFirstTile[chunk] + grid_tiles - 1 - bidx // (kv_heads * batch)
+        tile = tensors.first_tile[chunk] + grid_tiles - 1 - bidx // (kv_heads * batch)
         field = cutlass.min(tile, tiles - 1) * TILE_FIELDS
         tile_start, position, count = mTiles[field], mTiles[field + 1], mTiles[field + 2]
         k_start, k_count, k_blocks = mTiles[field + 3], mTiles[field + 4], mTiles[field + 5]
@@ -202,7 +213,7 @@ class ImportanceScores:
             cute.arch.setmaxregister_decrease(24)
             if warp == 0:
                 loads = num_tiles if const_expr(shape.parts == 2) else 2 * num_steps
-                self._load_keys(tma_atom, mK, sK, pipeline_k, kv_head, entry, k_start, loads)
+                self._load_keys(tma_atom, tensors.k, sK, pipeline_k, kv_head, entry, k_start, loads)
         else:
             cute.arch.setmaxregister_increase(240)
             if num_steps > 0:
@@ -218,7 +229,7 @@ class ImportanceScores:
                     if tid < shape.columns:
                         lse_row = (entry * kv_heads + kv_head) * self.group
                         offset = Int64(lse_row) * length + tile_start
-                        self._load_lse(mLse, sLse, offset, length, count, unit, tid)
+                        self._load_lse(tensors.lse, sLse, offset, length, count, unit, tid)
                     if tid < shape.unit_tokens:
                         token = unit * shape.unit_tokens + tid
                         visible, blocks = k_count, k_blocks
@@ -238,7 +249,7 @@ class ImportanceScores:
                     (Int64(entry) * kv_heads + kv_head) * (stop - start) + tile_start - start
                 )
                 mOut = cute.make_tensor(
-                    mScores.iterator + score_row * width, cute.make_layout(1 << 30)
+                    tensors.scores.iterator + score_row * width, cute.make_layout(1 << 30)
                 )
                 self._score_tiles(
                     tiled_mma, pipeline_k, sQ, sK, sSums, sLse, sVisible, sBlocks, mOut,
@@ -536,14 +547,14 @@ def compile_importance_scores(
     return compile_kernel(
         ImportanceScores(dtype, head_dim, group, rule),
         fake_flat(dtype),
-        fake_flat(dtype),
-        fake_flat(Float32, alignment=4),
-        fake_flat(Int32, alignment=4),
-        fake_flat(Int32, alignment=4),
-        fake_flat(Float32, alignment=4),
-        *(Int32(1) for _ in range(10)),
-        Int64(1),
-        Float32(1.0),
+        _Tensors(
+            fake_flat(dtype),
+            fake_flat(Float32, alignment=4),
+            *(fake_flat(Int32, alignment=4) for _ in range(2)),
+            fake_flat(Float32, alignment=4),
+        ),
+        _Sizes(*(Int32(1) for _ in range(9))),
+        *(Int32(1), Int64(1), Float32(1.0)),
     )
 
 
@@ -566,22 +577,7 @@ def importance_scores(
     scale: float,
     rule: Rule,
 ) -> None:
-    """Write Eq. 8 to 10 for the tokens of a chunk.
-
-    ``p_h[j] = exp(scale * q_h . k_cmp[j] - lse_h)`` of the compressed tokens that the token sees;
-    the score of a selection block is the sum over the heads of the group and over ``j`` of
-    ``p_h[j]`` by the overlap of ``j`` and the block. Equal keys score equally, bit for bit.
-
-    Args:
-        q: ``(B, T, H, D)``, bfloat16 or float16; ``D`` a multiple of 32 up to 256. A slice of heads
-            is read where it is.
-        k_cmp: ``(B, M, H_kv, D)``; ``H / H_kv`` up to MAX_GROUP.
-        lse: float32 ``(B, H, T)``, natural logarithm. Not used of tokens that see no key.
-        tiles: of an entry of the batch, tiles of ``choose_shape(D, G).tile_tokens`` tokens.
-        chunk: which chunk of ``tiles``.
-        scores: float32 ``(B, H_kv, C, W)``, contiguous, for the ``C`` tokens of the chunk. Of each
-            the blocks are written that start at or before it (not causal: all of its sequence).
-    """
+    """See :func:`nsa.fused.kernel_calls.importance_scores`."""
     batch, length, num_heads, head_dim = q.shape
     compressed, kv_heads = k_cmp.shape[1:3]
     group = num_heads // kv_heads
@@ -607,14 +603,11 @@ def importance_scores(
         scores.zero_()
         return
     queries, q_stride = flat_rows(q.flatten(0, 1))
+    tensors = (flat(k_cmp), lse.contiguous().view(-1), tiles.fields.view(-1), tiles.first)
+    sizes = (batch, length, kv_heads, len(tiles.fields), tiles.grid, chunk, start, stop, width)
     compile_importance_scores(q.dtype, head_dim, group, rule)(
         queries,
-        flat(k_cmp),
-        lse.contiguous().view(-1),
-        tiles.fields.view(-1),
-        tiles.first,
-        scores.view(-1),
-        *(batch, length, kv_heads, compressed, len(tiles.fields), tiles.grid),
-        *(chunk, start, stop, width, q_stride),
-        scale * LOG2_E,
+        _Tensors(*tensors, scores.view(-1)),
+        _Sizes(*sizes),
+        *(compressed, q_stride, scale * LOG2_E),
     )

@@ -16,6 +16,7 @@ What a row's dO and O add up to (delta) is computed at the start, while Q and dO
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -35,6 +36,7 @@ from nsa.fused.kernels.hopper import (
     gemm_zero_init,
     get_smem_store_C,
     make_smem_layout,
+    mlir_namedtuple,
     partition_fragment_ABC,
     reshape_acc_to_frgA,
     reshape_acc_to_mn,
@@ -49,6 +51,48 @@ from nsa.fused.kernels.vectors import (
     flat_rows,
     load_vector,
 )
+
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """Inputs, the lists, dQ, and the float32 sums that are added to."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    dout: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    limit: cute.Tensor | None
+    partial_count: cute.Tensor
+    partial_index: cute.Tensor
+    full_count: cute.Tensor | None
+    full_index: cute.Tensor | None
+    dq: cute.Tensor
+    dv: cute.Tensor
+    dk: cute.Tensor
+
+
+@mlir_namedtuple
+class _Strides(NamedTuple):
+    """Elements from token to token."""
+
+    q: Int64
+    k: Int64
+    v: Int64
+    dout: Int64
+    out: Int64
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """``parts`` CTAs share a list; ``width`` and ``full_width`` are the entries of a list."""
+
+    num_rows: Int32
+    kv_heads: Int32
+    parts: Int32
+    width: Int32
+    full_width: Int32
 
 
 class ListedBackward:
@@ -79,30 +123,9 @@ class ListedBackward:
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mdO: cute.Tensor,
-        mO: cute.Tensor,
-        mLse: cute.Tensor,
-        mLimit: cute.Tensor | None,
-        mCount: cute.Tensor,
-        mIndex: cute.Tensor,
-        mFullCount: cute.Tensor | None,
-        mFullIndex: cute.Tensor | None,
-        mdQ: cute.Tensor,
-        mdV: cute.Tensor,
-        mdK: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
-        do_stride: Int64,
-        o_stride: Int64,
-        num_rows: Int32,
-        kv_heads: Int32,
-        parts: Int32,
-        width: Int32,
-        full_width: Int32,
+        tensors: _Tensors,
+        strides: _Strides,
+        sizes: _Sizes,
         scale: Float32,
         stream,
     ):
@@ -127,12 +150,10 @@ class ListedBackward:
             a_source=warpgroup.OperandSource.RMEM,
         )
         mma_dkv = make_mma(mn_major, mn_major, tiler_mn=(TILE_KEYS, self.head_dim))
-        tensors = (mQ, mK, mV, mdO, mO, mLse, mLimit, mCount, mIndex, mFullCount, mFullIndex)
-        strides = (q_stride, k_stride, v_stride, do_stride, o_stride)
-        sizes = (num_rows, kv_heads, parts, width, full_width, scale)
-        layouts = (mma_s, mma_dq, mma_dkv, rows_smem, keys_smem, ds_smem)
-        self.kernel(*tensors, mdQ, mdV, mdK, *strides, *sizes, *layouts).launch(
-            grid=[num_rows // self.rows, kv_heads * self.group, 1],
+        mmas = (mma_s, mma_dq, mma_dkv)
+        layouts = (rows_smem, keys_smem, ds_smem)
+        self.kernel(tensors, strides, sizes, scale, mmas, layouts).launch(
+            grid=[sizes.num_rows // self.rows, sizes.kv_heads * self.group, 1],
             block=[self.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -142,38 +163,16 @@ class ListedBackward:
     @cute.kernel
     def kernel(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mdO: cute.Tensor,
-        mO: cute.Tensor,
-        mLse: cute.Tensor,
-        mLimit: cute.Tensor | None,
-        mCount: cute.Tensor,
-        mIndex: cute.Tensor,
-        mFullCount: cute.Tensor | None,
-        mFullIndex: cute.Tensor | None,
-        mdQ: cute.Tensor,
-        mdV: cute.Tensor,
-        mdK: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
-        do_stride: Int64,
-        o_stride: Int64,
-        num_rows: Int32,
-        kv_heads: Int32,
-        parts: Int32,
-        width: Int32,
-        full_width: Int32,
+        tensors: _Tensors,
+        strides: _Strides,
+        sizes: _Sizes,
         scale: Float32,
-        mma_s: cute.TiledMma,
-        mma_dq: cute.TiledMma,
-        mma_dkv: cute.TiledMma,
-        rows_smem: cute.ComposedLayout,
-        keys_smem: cute.ComposedLayout,
-        ds_smem: cute.ComposedLayout,
+        mmas: tuple[cute.TiledMma, ...],
+        layouts: tuple[cute.ComposedLayout, ...],
     ):
+        mma_s, mma_dq, mma_dkv = mmas
+        rows_smem, keys_smem, ds_smem = layouts
+        kv_heads = sizes.kv_heads
         tidx, _, _ = cute.arch.thread_idx()
         bidx, head, _ = cute.arch.block_idx()
         first_row = bidx * self.rows
@@ -191,32 +190,33 @@ class ListedBackward:
             smem.allocate_tensor(Float32, cute.make_layout(self.rows), 16) for _ in range(2)
         )
 
-        # A list is of `parts` CTAs.
-        tiles = num_rows // (self.rows * parts)
-        listed = Int64(head) * tiles + bidx // parts
-        entries = mCount[listed]
+        # `parts` CTAs share a list.
+        tiles = sizes.num_rows // (self.rows * sizes.parts)
+        listed = Int64(head) * tiles + bidx // sizes.parts
+        entries = tensors.partial_count[listed]
         partial = entries
-        if const_expr(mFullCount is not None):
-            entries += mFullCount[listed]
+        if const_expr(tensors.full_count is not None):
+            entries += tensors.full_count[listed]
         block_of = functools.partial(
-            self._block, mIndex, mFullIndex, listed * width, listed * full_width, partial
+            *(self._block, tensors.partial_index, tensors.full_index),
+            *(listed * sizes.width, listed * sizes.full_width, partial),
         )
         load = functools.partial(self._load, tidx)
         k_column = kv_head * self.head_dim
         block = Int32(0)
         if entries > 0:
             block = block_of(Int32(0))
-            load(mK, sK, k_stride, k_column, block * TILE_KEYS)
-            load(mV, sV, v_stride, k_column, block * TILE_KEYS)
+            load(tensors.k, sK, strides.k, k_column, block * TILE_KEYS)
+            load(tensors.v, sV, strides.v, k_column, block * TILE_KEYS)
         q_column = head * self.head_dim
         for i in cutlass.range_constexpr(self.stages):
             row = first_row + i * TILE_ROWS
-            load(mdO, sRows[None, None, i], do_stride, q_column, row)
-            load(mQ, sRows[None, None, self.stages + i], q_stride, q_column, row)
+            load(tensors.dout, sRows[None, None, i], strides.dout, q_column, row)
+            load(tensors.q, sRows[None, None, self.stages + i], strides.q, q_column, row)
         cute.arch.cp_async_commit_group()
         self._row_statistics(
-            *(mdO, mO, mLse, sLse, sDelta, do_stride, o_stride, q_column),
-            *(Int64(head) * num_rows, first_row, tidx),
+            *(tensors.dout, tensors.out, tensors.lse, sLse, sDelta, strides.dout, strides.out),
+            *(q_column, Int64(head) * sizes.num_rows, first_row, tidx),
         )
 
         thr_s, thr_dq, thr_dkv = (mma.get_slice(0) for mma in (mma_s, mma_dq, mma_dkv))
@@ -258,7 +258,7 @@ class ListedBackward:
                 acc_dP = scores(tPrV, A_idx=unit, wg_wait=1)
                 acc_S_mn = reshape_acc_to_mn(acc_S)
                 row = unit * TILE_ROWS + tScS[0, 0][0]
-                self._mask(acc_S_mn, tScS, mLimit, first_row + row, first_key)
+                self._mask(acc_S_mn, tScS, tensors.limit, first_row + row, first_key)
                 for r in cutlass.range_constexpr(2):
                     lse = sLse[row + 8 * r]
                     for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
@@ -299,17 +299,17 @@ class ListedBackward:
                     )
                 if const_expr(i == 0):
                     if entry + 1 < entries:
-                        load(mK, sK, k_stride, k_column, block * TILE_KEYS)
-                        load(mV, sV, v_stride, k_column, block * TILE_KEYS)
+                        load(tensors.k, sK, strides.k, k_column, block * TILE_KEYS)
+                        load(tensors.v, sV, strides.v, k_column, block * TILE_KEYS)
                     cute.arch.cp_async_commit_group()
                 warpgroup.wait_group(0)
                 for r in cutlass.range_constexpr(2):
                     key = Int64(first_key + (warp * WARP_ROWS + lane // QUAD + 8 * r))
                     offset = (key * kv_heads + kv_head) * self.head_dim
                     if which == 0:
-                        add_row(acc, r, mdV, offset, lane)
+                        add_row(acc, r, tensors.dv, offset, lane)
                     else:
-                        add_row(acc, r, mdK, offset, lane)
+                        add_row(acc, r, tensors.dk, offset, lane)
 
         # All have read Q; its place takes dQ.
         cute.arch.cp_async_wait_group(0)
@@ -324,7 +324,7 @@ class ListedBackward:
             heads = kv_heads * self.group
             self._store_rows(
                 sRows[None, None, self.stages + unit],
-                mdQ,
+                tensors.dq,
                 (row * heads + head) * self.head_dim,
                 Int64(heads) * self.head_dim,
                 warp,
@@ -456,14 +456,16 @@ def compile_backward(
 
     return compile_kernel(
         ListedBackward(cute_dtype, head_dim, group, rows, limited),
-        *(fake_flat(cute_dtype) for _ in range(5)),
-        fake_flat(Float32, alignment=4),
-        ints(limited),
-        *(ints(), ints(), ints(has_full), ints(has_full)),
-        fake_flat(cute_dtype),
-        *(fake_flat(Float32) for _ in range(2)),
-        *(Int64(1) for _ in range(5)),
-        *(Int32(1) for _ in range(5)),
+        _Tensors(
+            *(fake_flat(cute_dtype) for _ in range(5)),
+            fake_flat(Float32, alignment=4),
+            ints(limited),
+            *(ints(), ints(), ints(has_full), ints(has_full)),
+            fake_flat(cute_dtype),
+            *(fake_flat(Float32) for _ in range(2)),
+        ),
+        _Strides(*(Int64(1) for _ in range(5))),
+        _Sizes(*(Int32(1) for _ in range(5))),
         Float32(1.0),
     )
 
@@ -490,22 +492,7 @@ def listed_backward(
     scale: float,
     key_limit: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of attention to listed key blocks; the last bits of dk and dv vary.
-
-    Args:
-        dout: ``(1, Tq, H, D)``, the gradient of ``out``.
-        q: ``(1, Tq, H, D)``, bfloat16 or float16. Slices of heads are read where they are, as of
-            the others. ``Tq`` is a multiple of ``lists.query_block``.
-        k, v: ``(1, Tk, H_kv, D)``, ``Tk`` a multiple of 64.
-        out, lse: as :func:`nsa.fused.fa4.sparse_forward` gave them, ``lse (1, H, Tq)``.
-        lists: the forward's, of 64-key blocks.
-        scale: positive.
-        key_limit: int32 ``(Tq,)``, at most ``Tk``: a query sees keys before it; None: those up to
-            its own row.
-
-    Returns:
-        dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous.
-    """
+    """See :func:`nsa.fused.kernel_calls.listed_backward`."""
     (_, num_rows, heads, head_dim), kv_heads = q.shape, k.shape[2]
     _check(q, k, v, lists)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -520,8 +507,12 @@ def listed_backward(
         entries = [None if x is None else x.contiguous().view(-1) for x in lists[:4]]
         widths = [0 if x is None else x.shape[-1] for x in (lists.partial_index, lists.full_index)]
         kernel(
-            *(*flattened, lse.contiguous().view(-1), key_limit, *entries, dq.view(-1), *sums),
-            *(*strides, num_rows, kv_heads, lists.query_block // rows, *widths, scale),
+            _Tensors(
+                *(*flattened, lse.contiguous().view(-1), key_limit, *entries, dq.view(-1), *sums)
+            ),
+            _Strides(*strides),
+            _Sizes(num_rows, kv_heads, lists.query_block // rows, *widths),
+            scale,
         )
     dv, dk = (
         convert_sums(x, like.shape, q.dtype, factor)

@@ -285,21 +285,7 @@ def mean_forward(
     out_dtype: torch.dtype,
     other: Tensor | None = None,
 ) -> Tensor:
-    """``mean[m] = mean(x[start[m] : start[m] + block_size])``, summed in float32.
-
-    Args:
-        x: ``(..., T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. A slice of heads
-            is read where it is; other strides are copied.
-        start: int32 ``(M,)``, the first token of each block among all rows of ``x``, -1 for a
-            block that is 0. Not checked: a block must end within ``x``. Blocks may overlap.
-        block_size: tokens in a block.
-        out_dtype: one of the dtypes of ``x``.
-        other: a second tensor like ``x``, but for its strides.
-
-    Returns:
-        ``(..., M', H_kv, D)`` in ``out_dtype`` with the M blocks in order, as many for each of the
-        leading dimensions; with ``other`` ``(2, ...)``.
-    """
+    """See :func:`nsa.fused.kernel_calls.mean_forward`."""
     _check("x", x, block_size)
     if other is not None:
         check_tensor("other", other, x.shape, x.dtype, x.device)
@@ -329,21 +315,7 @@ def mean_backward(
     dtype: torch.dtype,
     addends: tuple[Pair, Pair] | None = None,
 ) -> Pair:
-    """``dx[t] = sum_i dmean[blocks[t, i]] / block_size`` of keys and values, rounded once.
-
-    Args:
-        dmeans: ``(..., M, H_kv, D)`` each, in float32 or ``dtype``. Copied if not contiguous.
-        blocks: int32 ``(T, overlap)``, the blocks of each token among all rows of a ``dmean``, -1
-            for none. Not checked against them.
-        block_size: tokens in a block.
-        dtype: bfloat16, float16 or float32.
-        addends: gradients that are added, two of keys and values: ``(..., T', H_kv, D)`` each, in
-            ``dtype``. The first two are written over, and so slices of heads at most; the others
-            are read where they are if they are no more than that, else copied.
-
-    Returns:
-        ``(..., T', H_kv, D)`` each in ``dtype``: the first two ``addends``, new ones without.
-    """
+    """See :func:`nsa.fused.kernel_calls.mean_backward`."""
     _check("dmean", dmeans[0], block_size)
     (num_tokens, overlap), device = blocks.shape, blocks.device
     shape = _with_rows(dmeans[0], num_tokens)

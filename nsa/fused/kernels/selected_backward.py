@@ -14,6 +14,7 @@ P and dS, and each half the columns of dK, dV and dQ.
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -33,6 +34,7 @@ from nsa.fused.kernels.hopper import (
     get_smem_store_C,
     load_s2r,
     make_smem_layout,
+    mlir_namedtuple,
     mma_partition_C_vec,
     partition_fragment_ABC,
     reshape_acc_to_frgA,
@@ -61,6 +63,45 @@ from nsa.fused.kernels.vectors import (
 from nsa.fused.token_blocks import TokenBlocks, choose_chunk_tokens
 
 _THREADS = 256
+
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """Inputs, the inverted index, and the float32 sums that are added to."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    dout: cute.Tensor
+    lse: cute.Tensor
+    delta: cute.Tensor
+    tokens: cute.Tensor
+    items: cute.Tensor
+    num_items: cute.Tensor
+    dq: cute.Tensor
+    dk: cute.Tensor
+    dv: cute.Tensor
+
+
+@mlir_namedtuple
+class _Strides(NamedTuple):
+    """Elements from token to token."""
+
+    q: Int64
+    k: Int64
+    v: Int64
+    dout: Int64
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """``unit_pairs`` are the places of a unit in the list; see the inverted index for the rest."""
+
+    kv_heads: Int32
+    wave_items: Int32
+    unit_pairs: Int32
+    chunks: Int32
+    chunk_tokens: Int32
 
 
 class SelectedBackward:
@@ -98,28 +139,10 @@ class SelectedBackward:
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mdO: cute.Tensor,
-        mLse: cute.Tensor,
-        mDelta: cute.Tensor,
-        mTokens: cute.Tensor,
-        mItems: cute.Tensor,
-        mNumItems: cute.Tensor,
-        mdQ: cute.Tensor,
-        mdK: cute.Tensor,
-        mdV: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
-        do_stride: Int64,
-        kv_heads: Int32,
+        tensors: _Tensors,
+        strides: _Strides,
+        sizes: _Sizes,
         waves: Int32,
-        wave_items: Int32,
-        unit_pairs: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
         scale_log2: Float32,
         stream,
     ):
@@ -151,12 +174,10 @@ class SelectedBackward:
             for width in (self.head_dim, self.head_dim_v)
         )
         mma_dq = make_mma(b_leading_mode=OperandMajorMode.MN, tiler_mn=(TILE_ROWS, self.dq_columns))
-        tensors = (mQ, mK, mV, mdO, mLse, mDelta, mTokens, mItems, mNumItems, mdQ, mdK, mdV)
-        strides = (q_stride, k_stride, v_stride, do_stride)
-        sizes = (kv_heads, wave_items, unit_pairs, chunks, chunk_tokens)
-        layouts = (mma_s, mma_dk, mma_dv, mma_dq, q_smem, do_smem, k_smem, v_smem, ds_smem)
-        self.kernel(*tensors, *strides, *sizes, scale_log2, *layouts).launch(
-            grid=[wave_items, waves, -(-self.block_size // TILE_KEYS)],
+        mmas = (mma_s, mma_dk, mma_dv, mma_dq)
+        layouts = (q_smem, do_smem, k_smem, v_smem, ds_smem)
+        self.kernel(tensors, strides, sizes, scale_log2, mmas, layouts).launch(
+            grid=[sizes.wave_items, waves, -(-self.block_size // TILE_KEYS)],
             block=[self.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.ctas,
@@ -166,49 +187,26 @@ class SelectedBackward:
     @cute.kernel
     def kernel(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mdO: cute.Tensor,
-        mLse: cute.Tensor,
-        mDelta: cute.Tensor,
-        mTokens: cute.Tensor,
-        mItems: cute.Tensor,
-        mNumItems: cute.Tensor,
-        mdQ: cute.Tensor,
-        mdK: cute.Tensor,
-        mdV: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
-        do_stride: Int64,
-        kv_heads: Int32,
-        wave_items: Int32,
-        unit_pairs: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
+        tensors: _Tensors,
+        strides: _Strides,
+        sizes: _Sizes,
         scale_log2: Float32,
-        mma_s: cute.TiledMma,
-        mma_dk: cute.TiledMma,
-        mma_dv: cute.TiledMma,
-        mma_dq: cute.TiledMma,
-        q_smem: cute.ComposedLayout,
-        do_smem: cute.ComposedLayout,
-        k_smem: cute.ComposedLayout,
-        v_smem: cute.ComposedLayout,
-        ds_smem: cute.ComposedLayout,
+        mmas: tuple[cute.TiledMma, ...],
+        layouts: tuple[cute.ComposedLayout, ...],
     ):
+        mma_s, mma_dk, mma_dv, mma_dq = mmas
+        q_smem, do_smem, k_smem, v_smem, ds_smem = layouts
         tidx, _, _ = cute.arch.thread_idx()
         bidx, wave, part = cute.arch.block_idx()
         begin, count, first, keys = Int32(0), Int32(0), Int32(0), Int32(0)
-        if bidx < mNumItems[wave]:
-            field = (Int64(wave) * wave_items + bidx) * ITEM_FIELDS
-            begin, count = mItems[field], mItems[field + 1]
-            first = mItems[field + 2] + part * TILE_KEYS
-            keys = cutlass.min(mItems[field + 3] - part * TILE_KEYS, TILE_KEYS)
+        if bidx < tensors.num_items[wave]:
+            field = (Int64(wave) * sizes.wave_items + bidx) * ITEM_FIELDS
+            begin, count = tensors.items[field], tensors.items[field + 1]
+            first = tensors.items[field + 2] + part * TILE_KEYS
+            keys = cutlass.min(tensors.items[field + 3] - part * TILE_KEYS, TILE_KEYS)
         if keys > 0:
-            unit = begin // unit_pairs
-            kv_head, chunk_start = unit // chunks, unit % chunks * chunk_tokens
+            unit = begin // sizes.unit_pairs
+            kv_head, chunk_start = unit // sizes.chunks, unit % sizes.chunks * sizes.chunk_tokens
             warp_in_cta = cute.arch.make_warp_uniform(tidx // WARP)
             wg, warp = warp_in_cta // 4, warp_in_cta % 4
             lane = tidx % WARP
@@ -224,10 +222,10 @@ class SelectedBackward:
             statistics_layout = cute.make_layout((TILE_ROWS, 2, self.stages))
             sStatistics = smem.allocate_tensor(Float32, statistics_layout, 16)
 
-            load_tokens(mTokens, sTokens, begin, count, tidx, self.threads)
+            load_tokens(tensors.tokens, sTokens, begin, count, tidx, self.threads)
             for mX, sX, stride, width in (
-                (mK, sK, k_stride, self.head_dim),
-                (mV, sV, v_stride, self.head_dim_v),
+                (tensors.k, sK, strides.k, self.head_dim),
+                (tensors.v, sV, strides.v, self.head_dim_v),
             ):
                 place = block_rows(first, keys, kv_head * width)
                 load_rows(mX, sX, stride, place, tidx, self.threads)
@@ -235,10 +233,10 @@ class SelectedBackward:
             load_pairs = functools.partial(self._load_pairs, sTokens, kv_head, tidx)
             load_statistics = functools.partial(
                 self._load_statistics,
-                *(mLse, mDelta, sStatistics, sTokens, kv_heads, kv_head, tidx),
+                *(tensors.lse, tensors.delta, sStatistics, sTokens, sizes.kv_heads, kv_head, tidx),
             )
-            load_pairs(mQ, sQ, q_stride, Int32(0), Int32(0))
-            load_pairs(mdO, sdO, do_stride, Int32(0), Int32(0))
+            load_pairs(tensors.q, sQ, strides.q, Int32(0), Int32(0))
+            load_pairs(tensors.dout, sdO, strides.dout, Int32(0), Int32(0))
             load_statistics(Int32(0), Int32(0))
             cute.arch.cp_async_commit_group()
 
@@ -296,8 +294,8 @@ class SelectedBackward:
                 if const_expr(self.stages == 1):  # noqa: SIM102 (one is decided at compile time)
                     if tile > 0:
                         cute.arch.barrier()
-                        load_pairs(mQ, sQ, q_stride, tile, Int32(0))
-                        load_pairs(mdO, sdO, do_stride, tile, Int32(0))
+                        load_pairs(tensors.q, sQ, strides.q, tile, Int32(0))
+                        load_pairs(tensors.dout, sdO, strides.dout, tile, Int32(0))
                         load_statistics(tile, Int32(0))
                         cute.arch.cp_async_commit_group()
                 # Also orders what was done in the other stage before it is loaded again.
@@ -306,8 +304,8 @@ class SelectedBackward:
                 cute.arch.barrier()
                 if const_expr(self.stages == 2):
                     if tile + 1 < tiles:
-                        load_pairs(mQ, sQ, q_stride, tile + 1, 1 - stage)
-                        load_pairs(mdO, sdO, do_stride, tile + 1, 1 - stage)
+                        load_pairs(tensors.q, sQ, strides.q, tile + 1, 1 - stage)
+                        load_pairs(tensors.dout, sdO, strides.dout, tile + 1, 1 - stage)
                         load_statistics(tile + 1, 1 - stage)
                     cute.arch.cp_async_commit_group()
 
@@ -351,7 +349,9 @@ class SelectedBackward:
                 tdKrQt_stage = tdKrQt[None, None, None, stage]
                 if const_expr(not self.overlap):
                     gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=0)
-                offsets = self._row_offsets(sTokens, kv_heads, kv_head, tile, warp, lane, count)
+                offsets = self._row_offsets(
+                    sTokens, sizes.kv_heads, kv_head, tile, warp, lane, count
+                )
                 for i in cutlass.range_constexpr(self.dq_parts):
                     acc_dQ = gemm_zero_init(
                         mma_dq, (TILE_ROWS, self.dq_columns), tdQrdS, tdQrKt[i], wg_wait=-1
@@ -363,14 +363,14 @@ class SelectedBackward:
                     column = (wg * self.dq_parts + i) * self.dq_columns
                     for r in cutlass.range_constexpr(2):
                         if offsets[r] >= 0:
-                            add_row(acc_dQ, r, mdQ, offsets[r] + column, lane)
+                            add_row(acc_dQ, r, tensors.dq, offsets[r] + column, lane)
                 warpgroup.wait_group(0)
 
-            for acc, mX, width in ((acc_dK, mdK, columns), (acc_dV, mdV, columns_v)):
+            for acc, mX, width in ((acc_dK, tensors.dk, columns), (acc_dV, tensors.dv, columns_v)):
                 for r in cutlass.range_constexpr(2):
                     key = warp * WARP_ROWS + lane // QUAD + 8 * r
                     if key < keys:
-                        row = Int64(first + key) * kv_heads + kv_head
+                        row = Int64(first + key) * sizes.kv_heads + kv_head
                         offset = (row * self.warpgroups + wg) * width
                         add_row(acc, r, mX, offset, lane)
 
@@ -466,6 +466,17 @@ class SelectedBackward:
         return offsets[0], offsets[1]
 
 
+@mlir_namedtuple
+class _RowTensors(NamedTuple):
+    """What the statistics are computed from, then these."""
+
+    dout: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    lse2: cute.Tensor
+    delta: cute.Tensor
+
+
 class RowStatistics:
     """``lse * log2(e)``, and delta, the sum of ``dout * out``, of each row and head."""
 
@@ -476,32 +487,22 @@ class RowStatistics:
     @cute.jit
     def __call__(
         self,
-        mdO: cute.Tensor,
-        mO: cute.Tensor,
-        mLse: cute.Tensor,
-        mLse2: cute.Tensor,
-        mDelta: cute.Tensor,
-        do_stride: Int64,
-        o_stride: Int64,
+        tensors: _RowTensors,
+        strides: cute.Stride,
         rows: Int32,
         heads: Int32,
         stream,
     ):
         grid = [cute.ceil_div(rows, _THREADS // self.lanes), 1, 1]
-        self.kernel(mdO, mO, mLse, mLse2, mDelta, do_stride, o_stride, rows, heads).launch(
+        self.kernel(tensors, strides, rows, heads).launch(
             grid=grid, block=[_THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(
         self,
-        mdO: cute.Tensor,
-        mO: cute.Tensor,
-        mLse: cute.Tensor,
-        mLse2: cute.Tensor,
-        mDelta: cute.Tensor,
-        do_stride: Int64,
-        o_stride: Int64,
+        tensors: _RowTensors,
+        strides: cute.Stride,
         rows: Int32,
         heads: Int32,
     ):
@@ -514,15 +515,15 @@ class RowStatistics:
         loaded = []
         for k in cutlass.range_constexpr(self.head_dim_v // (self.lanes * VECTOR)):
             at = column + k * self.lanes * VECTOR
-            pair = load_vector(mdO, token * do_stride + at), load_vector(mO, token * o_stride + at)
-            loaded.append(pair)
+            rdO = load_vector(tensors.dout, token * strides[0] + at)
+            loaded.append((rdO, load_vector(tensors.out, token * strides[1] + at)))
         delta = Float32(0.0)
         for rdO, rO in loaded:
             delta += dot(rdO.load().to(Float32), rO.load().to(Float32))
         delta = cute.arch.warp_reduction_sum(delta, threads_in_group=self.lanes)
         if lane == 0 and row < rows:
-            mLse2[row] = mLse[row] * LOG2_E
-            mDelta[row] = delta
+            tensors.lse2[row] = tensors.lse[row] * LOG2_E
+            tensors.delta[row] = delta
 
 
 @kept
@@ -537,13 +538,15 @@ def compile_backward(
     cute_dtype = CUTE_DTYPES[dtype]
     return compile_kernel(
         SelectedBackward(cute_dtype, head_dim, head_dim_v, group, block_size, causal),
-        *(fake_flat(cute_dtype) for _ in range(4)),
-        *(fake_flat(Float32, alignment=4) for _ in range(2)),
-        *(fake_flat(Int32, alignment=4) for _ in range(3)),
-        *(fake_flat(Float32) for _ in range(3)),
-        *(Int64(1) for _ in range(4)),
-        *(Int32(1) for _ in range(6)),
-        Float32(1.0),
+        _Tensors(
+            *(fake_flat(cute_dtype) for _ in range(4)),
+            *(fake_flat(Float32, alignment=4) for _ in range(2)),
+            *(fake_flat(Int32, alignment=4) for _ in range(3)),
+            *(fake_flat(Float32) for _ in range(3)),
+        ),
+        _Strides(*(Int64(1) for _ in range(4))),
+        _Sizes(*(Int32(1) for _ in range(5))),
+        *(Int32(1), Float32(1.0)),
     )
 
 
@@ -551,9 +554,12 @@ def compile_backward(
 def compile_statistics(dtype: torch.dtype, head_dim_v: int) -> Callable:
     return compile_kernel(
         RowStatistics(head_dim_v),
-        *(fake_flat(CUTE_DTYPES[dtype]) for _ in range(2)),
-        *(fake_flat(Float32, alignment=4) for _ in range(3)),
-        *(Int64(1), Int64(1), Int32(1), Int32(1)),
+        _RowTensors(
+            *(fake_flat(CUTE_DTYPES[dtype]) for _ in range(2)),
+            *(fake_flat(Float32, alignment=4) for _ in range(3)),
+        ),
+        (Int64(1),) * 2,
+        *(Int32(1), Int32(1)),
     )
 
 
@@ -583,13 +589,7 @@ def selected_backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in the dtype of q; their last bits vary from run to run.
-
-    Args:
-        dout: ``(T, H, Dv)``, the gradient of ``out``.
-        out, lse: as the forward gave them.
-        q, k, v, and the others: as the forward took them.
-    """
+    """See :func:`nsa.fused.kernel_calls.selected_backward`."""
     total, heads, head_dim = q.shape
     kv_heads, head_dim_v = v.shape[1:]
     group = heads // kv_heads
@@ -610,13 +610,18 @@ def selected_backward(
     rows = [flat_rows(x) for x in (q, k, v, dout, out)]
     (q, q_stride), (k, k_stride), (v, v_stride), (dout, do_stride), (out, out_stride) = rows
     compile_statistics(q.dtype, head_dim_v)(
-        *(dout, out, lse.view(-1), lse2, delta, do_stride, out_stride, total * heads, heads)
+        _RowTensors(dout, out, lse.view(-1), lse2, delta),
+        (do_stride, out_stride),
+        *(total * heads, heads),
     )
     waves, wave_items, _ = index.items.shape
+    unit_pairs = index.chunk_tokens * index.slots
+    listed = (index.tokens, index.items.view(-1), index.num_items)
     compile_backward(q.dtype, head_dim, head_dim_v, group, block_size, causal)(
-        *(q, k, v, dout, lse2, delta, index.tokens, index.items.view(-1), index.num_items, *sums),
-        *(q_stride, k_stride, v_stride, do_stride, kv_heads, waves, wave_items),
-        *(index.chunk_tokens * index.slots, index.chunks, index.chunk_tokens, scale * LOG2_E),
+        _Tensors(q, k, v, dout, lse2, delta, *listed, *sums),
+        _Strides(q_stride, k_stride, v_stride, do_stride),
+        _Sizes(kv_heads, wave_items, unit_pairs, index.chunks, index.chunk_tokens),
+        *(waves, scale * LOG2_E),
     )
     return tuple(
         convert_sums(x, shape, q.dtype, factor)

@@ -15,6 +15,7 @@ cp.async fills while scores and outputs are computed: memory sets the pace.
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -39,6 +40,7 @@ from nsa.fused.kernels.hopper import (
     cvt_f16,
     gemm_zero_init,
     make_smem_layout,
+    mlir_namedtuple,
     partition_fragment_ABC,
     reshape_acc_to_frgA,
     reshape_acc_to_mn,
@@ -89,6 +91,52 @@ def band_fits(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> bo
     return slots <= _MAX_SLOTS and choose_ring(head_dim, head_dim_v, block_size, slots)[1] >= 2
 
 
+@mlir_namedtuple
+class Strides(NamedTuple):
+    """Elements from token to token."""
+
+    q: Int64
+    k: Int64
+    v: Int64
+
+
+@mlir_namedtuple
+class Results(NamedTuple):
+    """Partial results, where each token's pairs stand among them, and the results of the tokens."""
+
+    partial: cute.Tensor
+    partial_lse: cute.Tensor
+    position: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+
+
+@mlir_namedtuple
+class WaveSizes(NamedTuple):
+    """A wave of the inverted index: its places in the list start at ``wave_start``."""
+
+    wave_start: Int32
+    first_unit: Int32
+    units: Int32 | None
+    chunks: Int32
+    chunk_tokens: Int32
+    num_tokens: Int32
+    kv_heads: Int32
+
+
+@mlir_namedtuple
+class BandTensors(NamedTuple):
+    """The inputs, and of :class:`nsa.fused.token_blocks.TokenBlocks` what the band needs."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    indices: cute.Tensor
+    base: cute.Tensor
+    first: cute.Tensor
+    keys: cute.Tensor
+
+
 class BandForward:
     """Outputs and log-sum-exp of the tokens of a wave, 0 and -inf for a token with no block."""
 
@@ -123,31 +171,13 @@ class BandForward:
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mIndices: cute.Tensor,
-        mBase: cute.Tensor,
-        mFirst: cute.Tensor,
-        mKeys: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
+        tensors: BandTensors,
+        strides: Strides,
         scale_log2: Float32,
         num_blocks: Int32,
         chunk_blocks: Int32,
-        mPartial: cute.Tensor,
-        mPartialLse: cute.Tensor,
-        mPosition: cute.Tensor,
-        mOut: cute.Tensor,
-        mLse: cute.Tensor,
-        wave_start: Int32,
-        first_unit: Int32,
-        units: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
-        num_tokens: Int32,
-        kv_heads: Int32,
+        results: Results,
+        sizes: WaveSizes,
         stream,
     ):
         q_smem, k_smem, v_smem = (
@@ -159,12 +189,13 @@ class BandForward:
             )
         )
         mma_qk, mma_pv = make_mmas(self.dtype, self.keys, self.head_dim_v)
-        tensors = (mQ, mK, mV, mIndices, mBase, mFirst, mKeys)
-        tensors += (mPartial, mPartialLse, mPosition, mOut, mLse)
-        sizes = (q_stride, k_stride, v_stride, scale_log2, num_blocks, wave_start, first_unit)
-        sizes += (chunks, chunk_tokens, num_tokens, kv_heads)
-        self.kernel(*tensors, *sizes, mma_qk, mma_pv, q_smem, k_smem, v_smem).launch(
-            grid=[chunk_blocks * self.shares, units, 1],
+        mmas, layouts = (mma_qk, mma_pv), (q_smem, k_smem, v_smem)
+        # The grid has the units.
+        kernel_sizes = sizes._replace(units=None)
+        self.kernel(
+            *(tensors, results, strides, scale_log2, num_blocks, kernel_sizes, mmas, layouts)
+        ).launch(
+            grid=[chunk_blocks * self.shares, sizes.units, 1],
             block=[self.warpgroups * WARPGROUP, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -173,50 +204,32 @@ class BandForward:
     @cute.kernel
     def kernel(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mIndices: cute.Tensor,
-        mBase: cute.Tensor,
-        mFirst: cute.Tensor,
-        mKeys: cute.Tensor,
-        mPartial: cute.Tensor,
-        mPartialLse: cute.Tensor,
-        mPosition: cute.Tensor,
-        mOut: cute.Tensor,
-        mLse: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
+        tensors: BandTensors,
+        results: Results,
+        strides: Strides,
         scale_log2: Float32,
         num_blocks: Int32,
-        wave_start: Int32,
-        first_unit: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
-        num_tokens: Int32,
-        kv_heads: Int32,
-        mma_qk: cute.TiledMma,
-        mma_pv: cute.TiledMma,
-        q_smem: cute.ComposedLayout,
-        k_smem: cute.ComposedLayout,
-        v_smem: cute.ComposedLayout,
+        sizes: WaveSizes,
+        mmas: tuple[cute.TiledMma, ...],
+        layouts: tuple[cute.ComposedLayout, ...],
     ):
+        (mma_qk, mma_pv), (q_smem, k_smem, v_smem) = mmas, layouts
+        mBase, mFirst, kv_heads = tensors.base, tensors.first, sizes.kv_heads
         cta_tidx, _, _ = cute.arch.thread_idx()
         warpgroup_idx = cute.arch.make_warp_uniform(cta_tidx // WARPGROUP)
         tidx = cta_tidx % WARPGROUP
         share, unit, _ = cute.arch.block_idx()
-        unit += first_unit
-        kv_head = unit // chunks
-        start = unit % chunks * chunk_tokens
-        end = cutlass.min(start + chunk_tokens, num_tokens)
+        unit += sizes.first_unit
+        kv_head = unit // sizes.chunks
+        start = unit % sizes.chunks * sizes.chunk_tokens
+        end = cutlass.min(start + sizes.chunk_tokens, sizes.num_tokens)
         # Blocks are numbered as tokens are: from the one of the chunk's first token on. A graph's
         # sequences, which nothing checks, may end before it; it then has none.
         start_base = cutlass.min(mBase[start], num_blocks - 1)
         block = start_base + (start - mFirst[start_base]) // self.block_size + share // self.shares
         first, keys = Int32(0), Int32(0)
         if block < num_blocks:
-            first, keys = mFirst[block], mKeys[block]
+            first, keys = mFirst[block], tensors.keys[block]
         share_first = first + share % self.shares * self.share_tokens
         begin = cutlass.max(share_first, start)
         count = cutlass.min(cutlass.min(first + keys, share_first + self.share_tokens), end) - begin
@@ -247,17 +260,20 @@ class BandForward:
             # A thread has two rows, this one and the 8th after it.
             tile_row = tScS[0, 0][0]
             load_positions = functools.partial(
-                *(self._load_positions, mPosition, wave_start, begin, count),
+                *(self._load_positions, results.position, sizes.wave_start, begin, count),
                 *(kv_heads, kv_head, tile_row, tidx),
             )
-            load_partial = functools.partial(self._load_partial, mPartial, sRing, tile_row, tidx)
+            load_partial = functools.partial(
+                self._load_partial, results.partial, sRing, tile_row, tidx
+            )
             positions = load_positions(warpgroup_idx)
             key_place = functools.partial(self._key_place, mFirst[base], first, own, keys)
             place = functools.partial(key_place, kv_head * self.head_dim, 0)
             if warpgroup_idx == 0:
-                load_rows(mK, sK, k_stride, place, tidx, WARPGROUP)
+                load_rows(tensors.k, sK, strides.k, place, tidx, WARPGROUP)
             load_queries = functools.partial(
-                self._load_queries, mQ, sQ, q_stride, begin, kv_head, count, tidx, warpgroup_idx
+                *(self._load_queries, tensors.q, sQ, strides.q),
+                *(begin, kv_head, count, tidx, warpgroup_idx),
             )
             load_queries(warpgroup_idx)
             for slot in cutlass.range_constexpr(self.stages):
@@ -267,7 +283,7 @@ class BandForward:
             if cta_tidx < self.block_size:
                 token = cutlass.min(tidx, keys - 1)
                 row = Int64(first + token) * kv_heads + kv_head
-                limits = self._limits(mIndices, row * self.slots, own, token, keys)
+                limits = self._limits(tensors.indices, row * self.slots, own, token, keys)
                 for part in cutlass.range_constexpr(_PARTS):
                     sLimits[part, tidx] = limits[part]
             pass_rows = const_expr(self.keys // self.value_passes)
@@ -275,7 +291,7 @@ class BandForward:
                 for i in cutlass.range_constexpr(self.value_passes):
                     sV_pass = cute.local_tile(sV, (pass_rows, self.head_dim_v), (i, 0))
                     v_place = functools.partial(key_place, kv_head * self.head_dim_v, i * pass_rows)
-                    values = load_values(mV, sV_pass, v_stride, v_place, tidx)
+                    values = load_values(tensors.v, sV_pass, strides.v, v_place, tidx)
                     store_values(values, sV_pass, tidx)
 
             _, tSrQ, tSrK = partition_fragment_ABC(
@@ -300,7 +316,7 @@ class BandForward:
                 acc_S = gemm_zero_init(
                     mma_qk, (TILE_ROWS, self.keys), tSrQ, tSrK, A_idx=warpgroup_idx, wg_wait=-1
                 )
-                weights = self._load_partial_lse(mPartialLse, positions, tile, tile_row)
+                weights = self._load_partial_lse(results.partial_lse, positions, tile, tile_row)
                 next_positions = load_positions(tile + self.warpgroups)
                 limits = cute.make_rmem_tensor((_PARTS, 2), Int32)
                 for r in cutlass.range_constexpr(2):
@@ -356,9 +372,9 @@ class BandForward:
                     pair, head = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
                     if pair < count:
                         row = (Int64(begin + pair) * kv_heads + kv_head) * self.group + head
-                        store_row(rO, r, mOut, row * self.head_dim_v)
+                        store_row(rO, r, results.out, row * self.head_dim_v)
                         if tidx % QUAD == 0:
-                            mLse[row] = lse[r] * math.log(2.0)
+                            results.lse[row] = lse[r] * math.log(2.0)
             cute.arch.cp_async_wait_group(0)
 
     @cute.jit
@@ -554,14 +570,23 @@ def compile_band(
     cute_dtype = CUTE_DTYPES[dtype]
     return compile_kernel(
         BandForward(cute_dtype, head_dim, head_dim_v, group, block_size, causal, slots),
-        *(fake_flat(cute_dtype) for _ in range(3)),
-        *(fake_flat(Int32, alignment=4) for _ in range(4)),
-        *(Int64(1) for _ in range(3)),
+        BandTensors(
+            *(fake_flat(cute_dtype) for _ in range(3)),
+            *(fake_flat(Int32, alignment=4) for _ in range(4)),
+        ),
+        Strides(*(Int64(1) for _ in range(3))),
         *(Float32(1.0), Int32(1), Int32(1)),
-        *(fake_flat(cute_dtype), fake_flat(Float32, alignment=4), fake_flat(Int32)),
-        *(fake_flat(cute_dtype), fake_flat(Float32, alignment=4)),
-        *(Int32(1) for _ in range(7)),
+        *fake_results(cute_dtype),
     )
+
+
+def fake_results(dtype: type[cutlass.Numeric]) -> tuple[Results, WaveSizes]:
+    """Stand-ins, to compile with."""
+    results = Results(
+        *(fake_flat(dtype), fake_flat(Float32, alignment=4), fake_flat(Int32)),
+        *(fake_flat(dtype), fake_flat(Float32, alignment=4)),
+    )
+    return results, WaveSizes(*(Int32(1) for _ in range(7)))
 
 
 # Head dimensions of queries and values, and query heads of a KV head, that are compiled as a test.

@@ -11,6 +11,7 @@ blocks of equal score, the lower index first.
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import check_tensor, fake_flat
 
 MAX_BLOCKS = 256
@@ -36,6 +38,33 @@ _FORCED = 0x7FFFFFFFFFFFFFFF
 # Below every finite score of every block, above -inf: what is not above it is not taken.
 _LOWEST = -3.4028234663852886e38
 _NONE = ((-0x00800001) ^ 0x7FFFFFFF) << 32
+
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """What :func:`top_blocks` takes."""
+
+    scores: cute.Tensor
+    first: cute.Tensor
+    visible: cute.Tensor
+    candidates: cute.Tensor
+    own: cute.Tensor
+    out: cute.Tensor
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """Of the scores, of ``out``, where the scores start in it, and the forced blocks."""
+
+    sequences: Int32
+    heads: Int32
+    tiles: Int32
+    columns: Int32
+    total_tiles: Int32
+    tile_offset: Int32
+    column_offset: Int32
+    num_initial: Int32
+    num_local: Int32
 
 
 class TopBlocks:
@@ -57,30 +86,9 @@ class TopBlocks:
         self.registers = 1 << math.ceil(math.log2(max(1, count / WARP)))
 
     @cute.jit
-    def __call__(
-        self,
-        mScores: cute.Tensor,
-        mFirst: cute.Tensor,
-        mVisible: cute.Tensor,
-        mCandidates: cute.Tensor,
-        mOwn: cute.Tensor,
-        mOut: cute.Tensor,
-        sequences: Int32,
-        heads: Int32,
-        tiles: Int32,
-        columns: Int32,
-        total_tiles: Int32,
-        tile_offset: Int32,
-        column_offset: Int32,
-        num_initial: Int32,
-        num_local: Int32,
-        scale: Float32,
-        stream,
-    ):
-        rows = sequences * heads * tiles
-        tensors = (mScores, mFirst, mVisible, mCandidates, mOwn, mOut)
-        sizes = (sequences, heads, tiles, columns, total_tiles, tile_offset, column_offset)
-        self.kernel(*tensors, *sizes, num_initial, num_local, scale).launch(
+    def __call__(self, tensors: _Tensors, sizes: _Sizes, scale: Float32, stream):
+        rows = sizes.sequences * sizes.heads * sizes.tiles
+        self.kernel(tensors, sizes, scale).launch(
             grid=[cute.ceil_div(rows, _WARPS), 1, 1],
             block=[_WARPS * WARP, 1, 1],
             stream=stream,
@@ -89,25 +97,9 @@ class TopBlocks:
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        mScores: cute.Tensor,
-        mFirst: cute.Tensor,
-        mVisible: cute.Tensor,
-        mCandidates: cute.Tensor,
-        mOwn: cute.Tensor,
-        mOut: cute.Tensor,
-        sequences: Int32,
-        heads: Int32,
-        tiles: Int32,
-        columns: Int32,
-        total_tiles: Int32,
-        tile_offset: Int32,
-        column_offset: Int32,
-        num_initial: Int32,
-        num_local: Int32,
-        scale: Float32,
-    ):
+    def kernel(self, tensors: _Tensors, sizes: _Sizes, scale: Float32):
+        sequences, heads, tiles, columns, total_tiles, *rest = sizes
+        tile_offset, column_offset, num_initial, num_local = rest
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
@@ -121,12 +113,12 @@ class TopBlocks:
         row = cutlass.min(bidx * _WARPS + warp, sequence_heads * tiles - 1)
         sequence_head, tile = row % sequence_heads, tiles - 1 - row // sequence_heads
         index = tile_offset + tile
-        start = mFirst[index] - column_offset
-        candidates, own = mCandidates[index], mOwn[index]
+        start = tensors.first[index] - column_offset
+        candidates, own = tensors.candidates[index], tensors.own[index]
         # Whatever the tensors say, nothing is read outside of the row.
-        visible = cutlass.min(mVisible[index], columns - start) if start >= 0 else Int32(0)
+        visible = cutlass.min(tensors.visible[index], columns - start) if start >= 0 else Int32(0)
         offset = (Int64(sequence_head) * tiles + tile) * columns + start
-        mRow = cute.make_tensor(mScores.iterator + offset, cute.make_layout(columns))
+        mRow = cute.make_tensor(tensors.scores.iterator + offset, cute.make_layout(columns))
 
         # Forced blocks: 0 .. initial_end - 1 and local_begin .. local_end - 1.
         local_end = cutlass.min(own + 1, candidates)
@@ -189,7 +181,7 @@ class TopBlocks:
 
         out_row = Int64(sequence_head // heads) * total_tiles + index
         out_offset = (out_row * heads + sequence_head % heads) * self.count
-        self._write(rBest, mOut, out_offset, lane)
+        self._write(rBest, tensors.out, out_offset, lane)
 
     @cute.jit
     def _promising(
@@ -342,9 +334,8 @@ def compile_top_blocks(count: int, per_block: int) -> Callable:
     integers = [fake_flat(Int32, alignment=4) for _ in range(5)]
     return compile_kernel(
         TopBlocks(count, per_block),
-        fake_flat(Float32, alignment=4),
-        *integers,
-        *(Int32(1) for _ in range(9)),
+        _Tensors(fake_flat(Float32, alignment=4), *integers),
+        _Sizes(*(Int32(1) for _ in range(9))),
         Float32(1.0),
     )
 
@@ -372,31 +363,7 @@ def top_blocks(
     num_initial: int,
     num_local: int,
 ) -> None:
-    """For ``C`` tiles and each head write the ``n`` best blocks of the tile's sequence to ``out``.
-
-    Block ``J < candidates`` scores the largest ``scale * s[j]`` of the compressed tokens
-    ``J * per_block <= j < (J + 1) * per_block``, ``j < visible``. Blocks ``J <= own`` with
-    ``J < num_initial`` or ``J > own - num_local`` are taken; then the best of the others, equal
-    scores going to the lower index; a block whose every score is -inf or NaN, or that has none, is
-    not.
-
-    Args:
-        scores: float32 ``(B, H, C, W)``, contiguous; ``s[j]`` is in column
-            ``first - column_offset + j``.
-        first: the column of the first compressed token of each tile's sequence, int32 ``(tiles,)``,
-            as are the next three. Columns outside of ``scores`` count as not visible.
-        visible: compressed tokens that are scored.
-        candidates: blocks that may be taken, 0 for a tile of no sequence.
-        own: the block of the tile's last query.
-        out: int32 ``(B, tiles, H, n)``, contiguous, ``n`` up to MAX_BLOCKS, at least
-            ``num_initial + num_local``. Tiles ``tile_offset`` to ``tile_offset + C - 1`` are
-            written: indices in the sequence, ascending, -1 at the end where fewer exist.
-        tile_offset: the tile of ``scores[:, :, 0]``.
-        column_offset: the column of ``scores[..., 0]``.
-        scale: positive.
-        per_block: compressed tokens in a block.
-        num_initial, num_local: first and last blocks that are always taken.
-    """
+    """See :func:`nsa.fused.kernel_calls.top_blocks`."""
     batch, heads, tiles, columns = scores.shape
     total_tiles, count = out.shape[1], out.shape[-1]
     device = scores.device
@@ -421,11 +388,11 @@ def top_blocks(
         )
     if batch * heads * tiles == 0:
         return
+    # A kernel takes no empty tensor; of this one nothing is read.
+    scores = scores.view(-1) if columns else scores.new_empty(1)
+    sizes = (batch, heads, tiles, columns, total_tiles, tile_offset, column_offset)
     compile_top_blocks(count, per_block)(
-        # A kernel takes no empty tensor; of this one nothing is read.
-        scores.view(-1) if columns else scores.new_empty(1),
-        *vectors.values(),
-        out.view(-1),
-        *(batch, heads, tiles, columns, total_tiles, tile_offset, column_offset),
-        *(num_initial, num_local, scale),
+        _Tensors(scores, *vectors.values(), out.view(-1)),
+        _Sizes(*sizes, num_initial, num_local),
+        scale,
     )
