@@ -1,7 +1,8 @@
-"""Sums in global memory that many CTAs add to: float32, in an order that suits who adds.
+"""Float32 sums in global memory that many CTAs add to.
 
-Within each 16 columns a row of sums holds them in the order in which a thread of wgmma has them, so
-that a thread adds 16 bytes at a time; the conversion to the result's dtype restores it.
+A row of sums holds each 16 columns in the order in which the threads of a quad have them after a
+wgmma, so that a thread adds 16 bytes at a time. The conversion to the result's dtype restores the
+order of the columns.
 """
 
 import functools
@@ -42,7 +43,7 @@ def add_row(
 
 
 class ConvertSums:
-    """Rows of sums, times a factor, in a dtype and the order of the columns."""
+    """Writes rows of sums, times a factor, in a dtype and in the order of the columns."""
 
     @cute.jit
     def __call__(self, mSum: cute.Tensor, mX: cute.Tensor, quads: Int32, factor: Float32, stream):

@@ -19,13 +19,16 @@ from nsa.fused.kernels.rows import TILE_ROWS, Place
 from nsa.fused.kernels.vectors import VECTOR, load_vector
 
 GROUP_COLUMNS = QUAD * VECTOR
-"""Columns of which each thread of a quad holds a vector."""
+"""A group of columns: each thread of a quad holds a vector of them."""
 
 
 def make_mmas(
     dtype: type[cutlass.Numeric], keys: int, head_dim_v: int
 ) -> tuple[cute.TiledMma, cute.TiledMma]:
-    """Of the scores of 64 rows and ``keys`` keys, and of the output from P in registers."""
+    """The products for the scores of 64 rows and ``keys`` keys, and for the output.
+
+    The second one takes P from registers.
+    """
     make_mma = functools.partial(
         hopper_helpers.make_trivial_tiled_mma,
         dtype,
@@ -47,7 +50,7 @@ def make_mmas(
 def load_values(
     mV: cute.Tensor, sV: cute.Tensor, stride: Int64, place: Place, tidx: Int32
 ) -> cute.Tensor:
-    """A thread's groups of columns of what is to fill ``sV``: (words, vectors, groups)."""
+    """This thread's part of what is to fill ``sV``: (words, vectors, groups of columns)."""
     groups = const_expr(cute.size(sV) // GROUP_COLUMNS)
     values = cute.make_rmem_tensor((QUAD, QUAD, cute.ceil_div(groups, WARPGROUP)), Int32)
     for i in cutlass.range_constexpr(cute.size(values, mode=[2])):
@@ -79,22 +82,22 @@ def store_values(values: cute.Tensor, sV: cute.Tensor, tidx: Int32):
 
 
 def _row_and_group(sV: cute.Tensor, index: Int32) -> tuple[Int32, Int32]:
-    """Neighbours differ in the banks of shared memory."""
+    """Row and group of columns of a thread's ``index``: neighbours use different banks."""
     keys, head_dim = (cute.size(sV, mode=[mode]) for mode in range(2))
     side = 2 if head_dim % (2 * GROUP_COLUMNS) == 0 else 1
     return index // side % keys, index // (side * keys) * side + index % side
 
 
 def row_words(r: int, group: int) -> list[int]:
-    """Of the words of an output in registers, two columns each, the vector of a row and group."""
+    """Which words (two columns each) of an output in registers are a row and group's vector."""
     return [2 * (group * QUAD + w) + r for w in range(QUAD)]
 
 
 @cute.jit
 def store_row(rO: cute.Tensor, r: cutlass.Constexpr[int], mOut: cute.Tensor, offset: Int64):
-    """Row ``r`` of the thread's two, to ``offset`` on: in registers, their words alternate.
+    """Store row ``r`` of the thread's two, whose words alternate in registers, at ``offset``.
 
-    The stores are to leave L2 first, of which partial results exceed the size.
+    The stores are marked to leave L2 first: partial results are larger than L2.
     """
     words = cute.recast_tensor(cute.make_tensor(rO.iterator, cute.size(rO)), Int32)
     tidx, _, _ = cute.arch.thread_idx()
@@ -109,7 +112,7 @@ def store_row(rO: cute.Tensor, r: cutlass.Constexpr[int], mOut: cute.Tensor, off
 def softmax(
     row: cute.Tensor, scale_log2: Float32, empty: cutlass.Constexpr[bool] = False
 ) -> tuple[Float32, Float32]:
-    """``row`` becomes ``exp2(scale_log2 * (row - its largest))``; 1 / sum, log2 of the sum.
+    """Turn ``row`` into ``exp2(scale_log2 * (row - its largest))``; return 1 / sum and log2(sum).
 
     With ``empty`` all of a row may be -inf, which gives 0 and -inf.
     """
@@ -131,23 +134,23 @@ def softmax(
 def weigh(
     lse: cute.Tensor, threads: cutlass.Constexpr[int] = 1, other: Float32 | None = None
 ) -> tuple[Float32, Float32, Float32]:
-    """log2 of the sums of a row's results become their weights, relative to the largest.
+    """Turn log2 of the sums of a row's results into weights, relative to the largest.
 
     Args:
-        lse: of this thread's results, -inf for none; overwritten.
-        threads: neighbouring ones that have the row's results.
-        other: of one more result, which all of them have.
+        lse: log2 of the sums of this thread's results, -inf for none; overwritten.
+        threads: how many neighbouring threads have the row's results.
+        other: log2 of the sum of one more result, which all of these threads have.
 
     Returns:
-        log2 of what the weights are relative to; their sum, 0 of a row with no result; and that of
-        ``other``.
+        log2 of what the weights are relative to; the sum of the weights, 0 for a row with no
+        result; the weight of ``other``.
     """
     largest = -Float32.inf if const_expr(other is None) else other
     for i in cutlass.range_constexpr(cute.size(lse)):
         largest = fmax(largest, lse[i])
     if const_expr(threads > 1):
         largest = cute.arch.warp_reduction_max(largest, threads_in_group=threads)
-    # Of a row with no result, all weights are then 0.
+    # A row with no result then has weights of 0.
     reference = Float32(0.0) if largest == -Float32.inf else largest
     total = Float32(0.0)
     for i in cutlass.range_constexpr(cute.size(lse)):

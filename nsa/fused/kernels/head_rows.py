@@ -5,8 +5,8 @@ neighbouring threads share a row, VECTOR elements each; a CTA handles ``rows_per
 and ``chunks`` CTAs of a head take the steps in turn.
 
 A tensor may have a :class:`nsa.fused.placement.Placement`: its rows then lie where an index says.
-In a kernel that is the flat index, ``mPlace``, and a layout ``(unit, group, group_stride)``; None
-twice for rows that follow each other.
+A kernel gets the flat index and a layout ``(unit, group, group_stride)``, see :class:`Places`; both
+are None for rows that follow each other.
 """
 
 import functools

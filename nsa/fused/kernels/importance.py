@@ -90,7 +90,7 @@ class ImportanceScores:
         self.shape = choose_shape(head_dim, group)
         self.blocks = rule.rows // rule.per_select
         self.weights = rule.weights()
-        # Selection blocks of a tile by tokens of a unit, that a thread weights.
+        # (Selection block of a tile, token of a unit) pairs that a thread weights.
         self.items = -(-self.blocks * self.shape.unit_tokens // WARPGROUP)
 
     @cute.jit
@@ -238,7 +238,7 @@ class ImportanceScores:
                             visible = cutlass.min(cutlass.max(seen, 0) // rule.stride, k_count)
                             blocks = (position + token) // rule.select_size + 1
                         sVisible[tid, unit] = visible
-                        # Of a token outside of the chunk nothing is written.
+                        # Nothing is written for a token outside of the chunk.
                         sBlocks[tid, unit] = blocks if token >= low and token < high else Int32(0)
                 cute.arch.cp_async_wait_group(0)
                 # Written by ordinary copies, read by the tensor cores.
@@ -271,8 +271,7 @@ class ImportanceScores:
         """Load tiles of compressed keys, from key ``first``, every ``rule.rows`` keys."""
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.shape.stages)
         for i in cutlass.range(loads, unroll=1):
-            # Past the last key of the tensor there are zeros; past those of the sequence what comes
-            # is masked.
+            # TMA gives zeros past the last key of the tensor. Keys of other sequences are masked.
             mTile = cute.domain_offset(
                 (first + i * self.rule.rows, 0), mK[None, None, kv_head, entry]
             )
@@ -469,7 +468,7 @@ class ImportanceScores:
             visible = sVisible[slot, unit] - tile * rule.rows
             for half in cutlass.range_constexpr(2):
                 total = self._sum_over_heads(acc, rLse, u, half, scale_log2)
-                # Of keys that are not visible not even the log-sum-exp need be defined.
+                # Not even the log-sum-exp need be defined for keys that are not visible.
                 place = row + 8 * half
                 sums[slot, place + place // 32] = total if place < visible else Float32(0.0)
         cute.arch.barrier(barrier_id=1 + wg, number_of_threads=WARPGROUP)

@@ -26,20 +26,20 @@ from nsa.fused.kernels.vectors import fake_flat, flat
 from nsa.fused.token_blocks import TokenBlocks
 
 ITEM_FIELDS = 4
-"""Of a work item: first position, pairs, first key (token), keys."""
+"""A work item has four numbers: first position, pairs, first key (token), keys."""
 
 _THREADS = 256
 _SCAN_THREADS = 1024
 
 
 def item_tokens(group: int) -> int:
-    """The most pairs of a work item: 32 tiles of rows, for a CTA with more would end long after the
-    others; but no more tokens than need little shared memory."""
+    """The most pairs of a work item: 32 tiles of rows, because a CTA with more would end long after
+    the others; fewer where their tokens would take much shared memory."""
     return max(16, min(512, 2048 // group))
 
 
 def slots_of(mX: cute.Tensor, row: Int32 | Int64, slots: int) -> cute.Tensor:
-    """Of ``(T * H_kv, slots)``, flat and 16-byte aligned, the row of a token and KV head."""
+    """The row of a token and KV head of ``(T * H_kv, slots)``, which is flat, 16-byte aligned."""
     aligned = 4 if slots % 4 == 0 else 1
     pointer = mX.iterator + cute.assume(row * slots, divby=aligned)
     return cute.make_tensor(pointer, cute.make_layout(slots))
@@ -154,7 +154,7 @@ class InvertIndex:
         wave_items: Int32,
         item_tokens: Int32,
     ):
-        """``count`` becomes where each block's pairs start in the unit; emits the work items."""
+        """Turn counts into where each block's pairs start in the unit; write the work items."""
         tidx, _, _ = cute.arch.thread_idx()
         unit, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
@@ -294,14 +294,14 @@ def invert_index(
     """Invert int32 ``block_indices (T, H_kv, slots)``; -1, and what a token cannot see, drop out.
 
     Args:
-        blocks: of the ``T`` tokens.
+        blocks: those of the ``T`` tokens.
         block_size: tokens of a block.
         causal: whether a token sees only blocks that start at or before it.
         chunk_tokens: tokens of a chunk.
         wave_units: units of a wave, at most.
         tokens: pairs of a work item, at most.
-        band: whether to leave out, of each token, the first block of its sequence, its own and the
-            one before.
+        band: whether to leave out each token's pairs with the first block of its sequence, its own
+            block and the one before.
     """
     total, kv_heads, slots = block_indices.shape
     chunks = -(-total // chunk_tokens)
@@ -349,7 +349,7 @@ def item_bounds(
     slots: int,
     tokens: int,
 ) -> list[int]:
-    """For each chunk, a number of work items of a KV head that is never exceeded."""
+    """An upper bound of the work items of each chunk of a KV head."""
     bounds = []
     for start in range(0, total, chunk_tokens):
         end = min(start + chunk_tokens, total)

@@ -246,7 +246,7 @@ class ListedBackward:
         for entry in cutlass.range(entries, unroll=1):
             cute.arch.cp_async_wait_group(0)
             cute.arch.fence_view_async_shared()
-            # Also: what reads P and dS of the last block is done.
+            # Also, all reads of the last block's P and dS are done.
             cute.arch.barrier()
             first_key = block * TILE_KEYS
             if entry + 1 < entries:
@@ -362,7 +362,7 @@ class ListedBackward:
         column: Int32,
         first: Int32,
     ):
-        """64 rows from ``first`` on."""
+        """Start to load 64 rows from ``first`` on."""
         load_rows(mX, sX, stride, lambda i, more: (first + i + more, column), tidx, self.threads)
 
     @cute.jit
@@ -407,7 +407,7 @@ class ListedBackward:
         row: Int32,
         first_key: Int32,
     ):
-        """-inf for keys that the thread's two rows, ``row`` and eight after, do not see."""
+        """Set scores to -inf for keys that the thread's rows, ``row`` and 8 after, do not see."""
         limits = cute.make_rmem_tensor(2, Int32)
         for r in cutlass.range_constexpr(2):
             limit = row + 8 * r + 1
@@ -430,7 +430,7 @@ class ListedBackward:
         warp: Int32,
         lane: Int32,
     ):
-        """The warp's 16 rows of a unit, in whole lines."""
+        """Store the warp's 16 rows of a unit, in whole lines."""
         lanes = const_expr(row_lanes(self.head_dim))
         thr_copy = row_copy(self.dtype, lanes, WARP, cute.nvgpu.CopyUniversalOp()).get_slice(lane)
         tile = cute.local_tile(sX, (WARP_ROWS, self.head_dim), (warp, 0))

@@ -32,7 +32,7 @@ from nsa.fused.kernels.vectors import (
 )
 
 Pair = tuple[Tensor, Tensor]
-"""Of keys and of values, alike but for their strides."""
+"""One of keys and one of values, alike but for their strides."""
 
 _TensorPair = tuple[cute.Tensor, cute.Tensor]
 

@@ -15,8 +15,8 @@ from nsa.fused.kernels.hopper import partition_D_position_independent
 from nsa.fused.kernels.vectors import VECTOR
 
 Place = Callable[[Int32, int], tuple[Int32, Int32]]
-"""Of row ``i + more`` of a tile: the row of the tensor, and the first column there. ``i`` is a
-thread's first row and ``more`` a constant, so that what depends on ``i`` is computed once."""
+"""Gives the row of the tensor, and the first column there, of row ``i + more`` of a tile. ``i`` is
+a thread's first row and ``more`` a constant, so that what depends on ``i`` is computed once."""
 
 TILE_ROWS = WGMMA_ROWS
 """Query rows of a tile. Row r is query head ``r % group`` of pair ``r // group``."""
@@ -57,8 +57,8 @@ def pair_rows(
 
 
 def pair_and_head(tile: Int32, i: Int32, more: int, group: int) -> tuple[Int32, Int32]:
-    """Pair, and query head of its KV head, of row ``i + more`` of a tile."""
-    # Of unsigned numbers, because for signed ones // takes more instructions.
+    """The pair of row ``i + more`` of a tile, and the query head within its KV head."""
+    # Unsigned, because // of signed numbers takes more instructions.
     if TILE_ROWS % group == 0 and more % group == 0:
         pair = tile * (TILE_ROWS // group) + more // group + Int32(Uint32(i) // group)
         return pair, Int32(Uint32(i) % group)

@@ -218,7 +218,7 @@ class SelectedBackward:
             )
             tokens = const_expr(item_tokens(self.group) + TILE_ROWS)
             sTokens = smem.allocate_tensor(Int32, cute.make_layout(tokens), 16)
-            # Log-sum-exp, then delta, of the rows of a stage.
+            # The rows of a stage have their log-sum-exp first, then delta.
             statistics_layout = cute.make_layout((TILE_ROWS, 2, self.stages))
             sStatistics = smem.allocate_tensor(Float32, statistics_layout, 16)
 
@@ -393,7 +393,7 @@ class SelectedBackward:
         tile: Int32,
         stage: Int32,
     ):
-        """Rows of q or dO."""
+        """Start to load the rows of q or dO of a tile."""
         width = const_expr(cute.size(sX, mode=[1]))
         place = pair_rows(sTokens, tile, kv_head, self.group, width)
         load_rows(mX, sX, stride, place, tidx, self.threads, stage)
@@ -478,7 +478,7 @@ class _RowTensors(NamedTuple):
 
 
 class RowStatistics:
-    """``lse * log2(e)``, and delta, the sum of ``dout * out``, of each row and head."""
+    """Computes ``lse * log2(e)`` and delta, the sum of ``dout * out``, for each row and head."""
 
     def __init__(self, head_dim_v: int):
         self.head_dim_v = head_dim_v
@@ -593,7 +593,7 @@ def selected_backward(
     total, heads, head_dim = q.shape
     kv_heads, head_dim_v = v.shape[1:]
     group = heads // kv_heads
-    # Of a chunk, q, dout and the sums of dq stay in L2. There are no partial results, so one wave.
+    # The q, dout and sums of dq of a chunk stay in L2. Without partial results, one wave is enough.
     chunk = choose_chunk_tokens(
         total, group, len(blocks.first), block_indices.shape[2], 6 * head_dim + 2 * head_dim_v
     )

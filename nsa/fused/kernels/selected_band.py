@@ -1,15 +1,18 @@
-"""Token mode's selected branch: attention over the band, and the sum of it and of partial results.
+"""Selected branch of token mode, forward: attention over the band. A part of ``selected_forward``.
+
+This file has no launcher: :func:`nsa.fused.kernels.selected_forward.selected_forward` launches the
+kernel in place of its second one, the combination of partial results.
 
 The paper's configuration has each token select the first block of its sequence, its own block and
-the one before. Tokens of a block have this *band* in common, so that a CTA keeps K and V of all
-three in shared memory while the query rows of some of the block's tokens stream past, 64 at a time
-and warpgroup: row r is query head ``r % G`` of token ``r // G``. They then need neither an index
-nor a partial result each. A token sees those of the three that its list names, whatever the
-configuration.
+the one before. The tokens of a block have these three in common; they are its *band*. A CTA keeps
+K and V of all three in shared memory, while the query rows of some of the block's tokens stream
+past, 64 at a time and warpgroup: row r is query head ``r % G`` of token ``r // G``. The band then
+needs neither an index nor partial results. A token sees those of the three blocks that its list
+names, whatever the configuration.
 
-To a tile's output, still in registers, the partial results of the tokens' other blocks are added
-(:mod:`nsa.fused.kernels.selected_forward`). What is left of shared memory is a ring of them, which
-cp.async fills while scores and outputs are computed: memory sets the pace.
+The kernel adds the partial results of the tokens' other blocks to a tile's output while that is in
+registers. It stores partial results in a ring in the rest of shared memory, which cp.async fills
+while scores and outputs are computed. Memory sets the pace.
 """
 
 import functools
@@ -57,20 +60,20 @@ from nsa.fused.kernels.vectors import (
 
 # In this order: the first block, the one before the tokens' own, their own.
 _PARTS = 3
-# Segments of a shuffle, and the last lane of a segment.
+# A shuffle takes the size of its segments and the last lane of a segment.
 _WITHIN_QUAD = (WARP - QUAD) << 8 | (WARP - 1)
-# Of a row, partial results under way: a second warpgroup must leave room for so many, and more than
-# the other are of no use.
+# Partial results of a row that are under way. A second warpgroup must leave room for so many; more
+# than the maximum are of no use.
 _ENOUGH_STAGES = 3
 _MAX_STAGES = 8
-# Tiles of a CTA: with more, some CTAs end long after the others.
+# With more tiles, some CTAs end long after the others.
 _CTA_TILES = 8
 # A thread keeps four numbers for four of them.
 _MAX_SLOTS = 32
 
 
 def choose_ring(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> tuple[int, int]:
-    """Warpgroups, and slots of partial results of a tile of each that fit beside three blocks."""
+    """How many warpgroups, and how many stages of the ring, fit beside three blocks."""
     for warpgroups in (2, 1):
         rows = warpgroups * TILE_ROWS
         elements = rows * head_dim + _PARTS * block_size * (head_dim + head_dim_v)
@@ -82,12 +85,12 @@ def choose_ring(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> 
 
 
 def _lane_slots(slots: int) -> int:
-    """Of a row's slots, those whose positions and weights one thread of the quad keeps."""
+    """How many of a row's slots a thread of the quad keeps the positions and weights of."""
     return -(-slots // QUAD)
 
 
 def band_fits(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> bool:
-    """Not where shared memory has no room for a ring, as for 64 tokens with 256 channels each."""
+    """Whether shared memory has room for a ring: not with blocks of 64 tokens and 256 channels."""
     return slots <= _MAX_SLOTS and choose_ring(head_dim, head_dim_v, block_size, slots)[1] >= 2
 
 
@@ -126,7 +129,7 @@ class WaveSizes(NamedTuple):
 
 @mlir_namedtuple
 class BandTensors(NamedTuple):
-    """The inputs, and of :class:`nsa.fused.token_blocks.TokenBlocks` what the band needs."""
+    """The inputs, the block indices, and what the band needs of the token blocks."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -248,7 +251,7 @@ class BandForward:
             sRing = smem.allocate_tensor(self.dtype, ring_layout, 128)
             # A thread reads what it loaded itself.
             sRing = sRing[None, None, None, cta_tidx, None]
-            # Of each part, the keys that a token sees.
+            # How many keys of each part a token sees.
             limits_layout = cute.make_layout((_PARTS, self.block_size))
             sLimits = smem.allocate_tensor(Int32, limits_layout, 16)
 
@@ -389,8 +392,9 @@ class BandForward:
         i: Int32,
         more: int,
     ) -> tuple[Int32, Int32]:
-        """Of a row of the parts. Where there is no key, another of the sequence, for what is
-        masked must be finite.
+        """The token and the first column of a row of the parts.
+
+        Where there is no key, the place is another key's: masked values must still be finite.
         """
         part_row = rows_before + i + more
         part, row = part_row // self.block_size, part_row % self.block_size
@@ -432,9 +436,9 @@ class BandForward:
         token: Int32,
         count: Int32,
     ) -> tuple[Int32, Int32, Int32]:
-        """How many keys of each part the token ``token`` of the block sees; no block counts twice.
+        """How many keys of each part a token of the block sees; no block counts twice.
 
-        Its list is at ``start``.
+        The token's list is at ``start``.
         """
         sees_first, sees_before, sees_own = Int32(0), Int32(0), Int32(0)
         for i in cutlass.range(self.slots, unroll=4):
@@ -471,7 +475,7 @@ class BandForward:
         tidx: Int32,
         tile: Int32,
     ) -> cute.Tensor:
-        """In the workspace, of this thread's share of the slots of its two rows; -1 for no pair."""
+        """Places in the workspace of this thread's slots of its two rows; -1 for no pair."""
         positions = cute.make_rmem_tensor((2, self.lane_slots), Int32)
         for r in cutlass.range_constexpr(2):
             pair, _ = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
@@ -487,12 +491,12 @@ class BandForward:
     def _load_partial_lse(
         self, mPartialLse: cute.Tensor, positions: cute.Tensor, tile: Int32, tile_row: Int32
     ) -> cute.Tensor:
-        """Those of ``positions``, log2, -inf for no pair."""
+        """log2 of the sums at ``positions``, -inf for no pair."""
         lse = cute.make_rmem_tensor((2, self.lane_slots), Float32)
         for r in cutlass.range_constexpr(2):
             _, head = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
             for i in cutlass.range_constexpr(self.lane_slots):
-                # Where there is no pair, of the first in the workspace, for a condition would hold
+                # Without a pair, the first one of the workspace is loaded: a condition would hold
                 # up the next load.
                 source = cutlass.max(positions[r, i], 0)
                 value = mPartialLse[Int64(source) * self.group + head]
@@ -523,7 +527,7 @@ class BandForward:
 
     @cute.jit
     def _share(self, weights: cute.Tensor, band_lse: Float32) -> tuple[Float32, Float32]:
-        """Log-sum-exps of a row become shares of the sum; the band's share, and log2 of the sum."""
+        """Turn a row's log-sum-exps into shares of the sum; return the band's, and log2(sum)."""
         reference, total, band = weigh(weights, QUAD, band_lse)
         inverse = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
         for i in cutlass.range_constexpr(self.lane_slots):
@@ -553,7 +557,7 @@ class BandForward:
 
 @cute.jit
 def of_quad(value: Int32 | Float32, lane: Int32) -> Int32 | Float32:
-    """What thread ``lane`` of the quad has."""
+    """The ``value`` of thread ``lane`` of the quad."""
     return cute.arch.shuffle_sync(value, lane, mask_and_clamp=_WITHIN_QUAD)
 
 

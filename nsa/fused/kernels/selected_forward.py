@@ -4,14 +4,14 @@ A CTA is one warpgroup and takes one work item of the inverted index: a block's 
 shared memory while query rows of the item's pairs stream past, 64 at a time. Row r of an item is
 query head ``r % G`` of pair ``r // G``, so any group size fills the tiles. Each pair gives a
 partial output (normalised, rounded to the dtype of q) and the log-sum-exp of its scores, stored in
-the order of the list; a second kernel adds up the pairs of each token. Where every token selects
-the blocks that it has in common with its neighbours, that kernel is
-:mod:`nsa.fused.kernels.selected_band`, which computes these itself.
+the order of the list; a second kernel adds up the pairs of each token. Where most tokens select
+the blocks that they have in common with their neighbours, the second kernel is that of
+:mod:`nsa.fused.kernels.selected_band`, which computes these blocks itself.
 
 Rows are gathered by cp.async two tiles ahead, one where shared memory has room for one stage alone.
 The scores of the next tile are computed while this one's output is stored. Three CTAs share an SM
-at head dimension 128 and hide each other's latencies; there is no warp specialisation. What takes
-the time are the partial results, which memory sees twice.
+at head dimension 128 and hide each other's latencies; there is no warp specialisation. Most of the
+time goes to the partial results, which are written to memory and read again.
 """
 
 import functools
@@ -103,7 +103,7 @@ class _Tensors(NamedTuple):
 
 @mlir_namedtuple
 class _Sizes(NamedTuple):
-    """Of the inverted index; a wave's places in the list start at ``wave_start``."""
+    """Sizes of the inverted index; a wave's places in the list start at ``wave_start``."""
 
     wave: Int32
     wave_items: Int32
@@ -274,7 +274,8 @@ class SelectedForward:
                 acc_O = gemm_zero_init(
                     mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
                 )
-                # Of the next tile, while this one's output is stored; past the last, for nothing.
+                # The next tile's scores are computed while this one's output is stored. Past the
+                # last tile they are not used.
                 compute_scores(tile + 1)
                 if const_expr(self.stages == 2):
                     if tile + 2 < tiles:
@@ -284,14 +285,14 @@ class SelectedForward:
                 rO = cvt_f16(acc_O, self.dtype)
                 for r in cutlass.range_constexpr(2):
                     if row + 8 * r < rows:
-                        # As a sum, in which the rows' offsets share all but a constant.
+                        # A sum in which the offsets of both rows share all but a constant.
                         offset = tile_row * self.head_dim_v + 8 * r * self.head_dim_v
                         store_row(rO, r, tensors.partial, offset)
             warpgroup.wait_group(0)
             cute.arch.cp_async_wait_group(0)
 
     def _scores(self, mma_qk, acc_S, tSrQ, tSrK, tile: Int32):
-        """Start to compute those of the tile's stage."""
+        """Start to compute the scores of the tile's stage."""
         stage = tile % self.stages
         gemm_w_idx(mma_qk, acc_S, tSrQ, tSrK, True, A_idx=stage, wg_wait=-1)
 
@@ -353,7 +354,7 @@ class CombinePartials:
         row, column = thread // self.lanes, thread % self.lanes * VECTOR
         local, head = row // self.group, row % self.group
         kv_head, token = unit // sizes.chunks, unit % sizes.chunks * chunk_tokens + local
-        # Of warps, all threads go the same way, with nothing to do as well.
+        # All threads of a warp take the same branches, also those with nothing to do.
         wanted = local < chunk_tokens and token < num_tokens
         if unit < sizes.first_unit + sizes.units:
             token_row = Int64(cutlass.min(token, num_tokens - 1)) * sizes.kv_heads + kv_head
@@ -362,8 +363,8 @@ class CombinePartials:
                 present = wanted and position[i] >= 0
                 position[i] = position[i] - sizes.wave_start if present else Int32(-1)
             out_row = token_row * self.group + head
-            # Partial results pass through shared memory, and warps synchronise, for else the
-            # compiler puts loads off until their results are needed, to save registers.
+            # Partial results pass through shared memory, and warps synchronise. Otherwise the
+            # compiler delays loads until their results are needed, to save registers.
             shape = (self.loads, _COMBINE_THREADS, (VECTOR, 1))
             layout = cute.make_ordered_layout(shape, order=(2, 1, 0))
             smem = cutlass.utils.SmemAllocator()
@@ -377,7 +378,7 @@ class CombinePartials:
             cute.arch.sync_warp()
             weight = cute.make_rmem_tensor(self.slots, Float32)
             for i in cutlass.range_constexpr(self.slots):
-                # Where there is no pair, of the first in the workspace, for a condition would hold
+                # Without a pair, the first one of the workspace is loaded: a condition would hold
                 # up the next load.
                 source = cutlass.max(position[i], 0)
                 weight[i] = results.partial_lse[Int64(source) * self.group + head]
@@ -415,7 +416,7 @@ class CombinePartials:
         column: Int32,
         start: cutlass.Constexpr[int],
     ):
-        """Those of the slots from ``start`` on, 0 for no pair; a thread reads what it loaded."""
+        """Start to load the slots from ``start`` on, 0 for no pair; a thread reads its own."""
         for i in cutlass.range_constexpr(start, min(start + _LOADS, self.slots)):
             offset = Int64(cutlass.max(position[i], 0)) * (self.group * self.head_dim_v) + column
             copy_vector(mPartial, offset, sPartial[i - start, None], position[i] >= 0)

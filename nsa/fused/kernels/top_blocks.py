@@ -54,7 +54,7 @@ class _Tensors(NamedTuple):
 
 @mlir_namedtuple
 class _Sizes(NamedTuple):
-    """Of the scores, of ``out``, where the scores start in it, and the forced blocks."""
+    """Sizes of the scores and of ``out``, where the scores start in it, and the forced blocks."""
 
     sequences: Int32
     heads: Int32
@@ -241,8 +241,9 @@ class TopBlocks:
             for stride in reversed(_powers(1, size // 2)):
                 larger = ((lane // size) ^ (lane // stride)) & 1 == 0
                 waiting = _exchange(waiting, stride, larger)
-        # Of two sorted sequences, one reversed, the larger at each place are the best, in an order
-        # (bitonic) that the exchanges below sort. All but the last register have nothing to meet.
+        # One of two sorted sequences is reversed. The larger of the two at each place are then the
+        # best, in bitonic order, which the exchanges below sort. All but the last register have
+        # nothing to be compared with.
         waiting = cute.arch.shuffle_sync(waiting, WARP - 1 - lane)
         best = [rBest[r] for r in range(self.registers)]
         best[-1] = cutlass.max(best[-1], waiting)
