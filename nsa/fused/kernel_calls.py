@@ -1,6 +1,8 @@
 """The one file that calls our own CuTe DSL kernels, as ``fa4`` is for FA4's.
 
-A kernel file is imported on its first call, because CuTe takes seconds to import. Callers write
+The functions are documented here, so that ``help`` shows them on a machine without CuTe; those of
+the same names in :mod:`nsa.fused.kernels` check their arguments, allocate and launch. A kernel file
+is imported on its first call, because CuTe takes seconds to import. Callers write
 ``kernel_calls.gating_forward(...)``, so that a test can replace the functions of this module.
 """
 
@@ -11,6 +13,10 @@ import torch
 from torch import Tensor
 
 from nsa.fused.disk_cache import import_kernels
+from nsa.fused.kernel_inputs import IN_ORDER, BlockLists, Placements, Rule, TokenBlocks, TokenTiles
+
+Pair = tuple[Tensor, Tensor]
+"""One of keys and one of values, alike but for their strides."""
 
 
 @cache
@@ -18,29 +24,168 @@ def _kernels(name: str) -> ModuleType:
     return import_kernels(f"nsa.fused.kernels.{name}")
 
 
-def gating_forward(*args) -> Tensor:
-    """See :func:`nsa.fused.kernels.gates.gating_forward`."""
-    return _kernels("gates").gating_forward(*args)
+def gating_forward(
+    o_cmp: Tensor,
+    o_slc: Tensor,
+    o_win: Tensor,
+    q: Tensor,
+    gates: Tensor | None,
+    weight: Tensor | None,
+    out: Tensor | None = None,
+    placements: Placements = IN_ORDER,
+) -> Tensor:
+    """``g0 * o_cmp + g1 * o_slc + g2 * o_win``, computed in float32.
+
+    Args:
+        o_cmp, o_slc, o_win: ``(..., H, D)``, bfloat16, float16 or float32; D a multiple of 8 up to
+            256. Slices of heads are read where they are; other strides are copied. With a
+            placement any ``(..., D)``, contiguous and not empty.
+        q: ``(..., H, D)``; used only with ``weight``.
+        gates: ``(..., H, 3)`` or None; used as they are.
+        weight: ``(H, 3, D)`` or None: ``g_i = sigmoid(<q, weight[h, i]>)``. With neither gates nor
+            weight each gate is 1/3; both is an error.
+        out: where to write the result: like ``o_win``, a slice of heads at most. By default new.
+        placements: where the rows of ``o_cmp`` and ``o_slc`` lie.
+
+    Returns:
+        ``(..., H, D)`` in the dtype of ``o_win``: ``out`` where it is given.
+    """
+    return _kernels("gates").gating_forward(
+        o_cmp=o_cmp,
+        o_slc=o_slc,
+        o_win=o_win,
+        q=q,
+        gates=gates,
+        weight=weight,
+        out=out,
+        placements=placements,
+    )
 
 
-def gating_backward(*args) -> tuple[Tensor | None, ...]:
-    """See :func:`nsa.fused.kernels.gates.gating_backward`."""
-    return _kernels("gates").gating_backward(*args)
+def gating_backward(
+    dout: Tensor,
+    o_cmp: Tensor,
+    o_slc: Tensor,
+    o_win: Tensor,
+    q: Tensor,
+    gates: Tensor | None,
+    weight: Tensor | None,
+    placements: Placements = IN_ORDER,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of :func:`gating_forward`, in one pass; the same bits each time on a device.
+
+    With ``dgate_i = <dout, o_i>`` and ``dlogit_i = dgate_i * g_i * (1 - g_i)``:
+    ``do_i = g_i * dout`` and ``dweight[h, i] = sum_r dlogit_i * q``, summed in float32.
+    :func:`query_gradient` adds what ``dlogits`` contribute to the gradient of ``q``.
+
+    Args:
+        dout: ``(..., H, D)``; the rest as in forward.
+
+    Returns:
+        ``(do_cmp, do_slc, do_win, dlogits, dgates, dweight)``: ``dlogits`` float32 ``(..., H, 3)``,
+        the others in the shape and dtype of what they are the gradient of. ``dlogits`` and
+        ``dweight`` are None without ``weight``, ``dgates`` without ``gates``. A gradient with a
+        placement is 0 where no row lies.
+    """
+    return _kernels("gates").gating_backward(
+        dout=dout,
+        o_cmp=o_cmp,
+        o_slc=o_slc,
+        o_win=o_win,
+        q=q,
+        gates=gates,
+        weight=weight,
+        placements=placements,
+    )
 
 
-def query_gradient(*args) -> Tensor:
-    """See :func:`nsa.fused.kernels.query_gradient.query_gradient`."""
-    return _kernels("query_gradient").query_gradient(*args)
+def query_gradient(
+    dq_cmp: Tensor,
+    dq_slc: Tensor,
+    dq_win: Tensor,
+    dlogits: Tensor | None,
+    weight: Tensor | None,
+    out: Tensor | None = None,
+    placements: Placements = IN_ORDER,
+) -> Tensor:
+    """``dq_cmp + dq_slc + dq_win + sum_i dlogits[..., i] * weight[:, i]``, rounded once.
+
+    Args:
+        dq_cmp, dq_slc, dq_win: ``(..., H, D)``, bfloat16, float16 or float32; D a multiple of 8 up
+            to 256. Slices of heads are read where they are; other strides are copied. With a
+            placement any ``(..., D)``, contiguous and not empty.
+        dlogits: float32 ``(..., H, 3)``, or None without ``weight``.
+        weight: ``(H, 3, D)`` in the dtype of ``dq_win``, or None: the plain sum of three.
+        out: where to write the result: like ``dq_win``, a slice of heads at most. It may be one of
+            the gradients without a placement; it must not overlap any otherwise. By default new.
+        placements: where the rows of ``dq_cmp`` and ``dq_slc`` lie.
+
+    Returns:
+        ``(..., H, D)`` in the dtype of ``dq_win``: ``out`` where it is given.
+    """
+    return _kernels("query_gradient").query_gradient(
+        dq_cmp=dq_cmp,
+        dq_slc=dq_slc,
+        dq_win=dq_win,
+        dlogits=dlogits,
+        weight=weight,
+        out=out,
+        placements=placements,
+    )
 
 
-def mean_forward(*args, **kwargs) -> Tensor:
-    """See :func:`nsa.fused.kernels.means.mean_forward`."""
-    return _kernels("means").mean_forward(*args, **kwargs)
+def mean_forward(
+    x: Tensor,
+    start: Tensor,
+    block_size: int,
+    out_dtype: torch.dtype,
+    other: Tensor | None = None,
+) -> Tensor:
+    """``mean[m] = mean(x[start[m] : start[m] + block_size])``, summed in float32.
+
+    Args:
+        x: ``(..., T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. A slice of heads
+            is read where it is; other strides are copied.
+        start: int32 ``(M,)``, the first token of each block among all rows of ``x``, -1 for a
+            block that is 0. Not checked: a block must end within ``x``. Blocks may overlap.
+        block_size: tokens in a block.
+        out_dtype: one of the dtypes of ``x``.
+        other: a second tensor like ``x``, but for its strides.
+
+    Returns:
+        ``(..., M', H_kv, D)`` in ``out_dtype`` with the M blocks in order, as many for each of the
+        leading dimensions; with ``other`` ``(2, ...)``.
+    """
+    return _kernels("means").mean_forward(
+        x=x, start=start, block_size=block_size, out_dtype=out_dtype, other=other
+    )
 
 
-def mean_backward(*args) -> tuple[Tensor, Tensor]:
-    """See :func:`nsa.fused.kernels.means.mean_backward`."""
-    return _kernels("means").mean_backward(*args)
+def mean_backward(
+    dmeans: Pair,
+    blocks: Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    addends: tuple[Pair, Pair] | None = None,
+) -> Pair:
+    """``dx[t] = sum_i dmean[blocks[t, i]] / block_size`` of keys and values, rounded once.
+
+    Args:
+        dmeans: ``(..., M, H_kv, D)`` each, in float32 or ``dtype``. Copied if not contiguous.
+        blocks: int32 ``(T, overlap)``, the blocks of each token among all rows of a ``dmean``, -1
+            for none. Not checked against them.
+        block_size: tokens in a block.
+        dtype: bfloat16, float16 or float32.
+        addends: gradients that are added, two of keys and values: ``(..., T', H_kv, D)`` each, in
+            ``dtype``. The first two are written over, and so slices of heads at most; the others
+            are read where they are if they are no more than that, else copied.
+
+    Returns:
+        ``(..., T', H_kv, D)`` each in ``dtype``: the first two ``addends``, new ones without.
+    """
+    return _kernels("means").mean_backward(
+        dmeans=dmeans, blocks=blocks, block_size=block_size, dtype=dtype, addends=addends
+    )
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -56,44 +201,277 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     return mean_forward(x, index, 1, x.dtype)
 
 
-def list_key_blocks(*args) -> tuple[Tensor | None, ...]:
-    """See :func:`nsa.fused.kernels.lists.list_key_blocks`."""
-    return _kernels("lists").list_key_blocks(*args)
+def list_key_blocks(
+    indices: Tensor,
+    first: Tensor,
+    num_blocks: Tensor,
+    num_full: Tensor | None,
+    parts: int,
+    entry_blocks: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Cut each listed block into key blocks of the row, and drop those past its sequence.
+
+    Args:
+        indices: int32 ``(B, tiles, H, n)``, blocks in the tile's sequence; negative ones are
+            dropped. Copied if it is not contiguous.
+        first: int32 ``(tiles,)``, where the key blocks of the tile's sequence start in the row of
+            an entry of the batch.
+        num_blocks: int32 ``(tiles,)``, how many there are; 0 for a tile of no sequence.
+        num_full: int32 ``(tiles,)`` or None, how many of them, from the first, are full.
+        parts: key blocks in a block.
+        entry_blocks: key blocks in the row of an entry of the batch.
+
+    Returns:
+        partial_count: int32 ``(1, H, B * tiles)``; full blocks are in the other list.
+        partial_index: int32 ``(1, H, B * tiles, width)``, in the order of ``indices``, with ``width
+            = min(n * parts, B * entry_blocks)``: the most that can be listed. What is past the
+            count is not written.
+        full_count: like ``partial_count``; None without ``num_full``.
+        full_index: like ``partial_index``; None without ``num_full``.
+    """
+    return _kernels("lists").list_key_blocks(
+        indices=indices,
+        first=first,
+        num_blocks=num_blocks,
+        num_full=num_full,
+        parts=parts,
+        entry_blocks=entry_blocks,
+    )
 
 
-def count_query_tiles(*args) -> Tensor:
-    """See :func:`nsa.fused.kernels.lists.count_query_tiles`."""
-    return _kernels("lists").count_query_tiles(*args)
+def count_query_tiles(count: Tensor, index: Tensor, num_blocks: int) -> Tensor:
+    """The counts of :func:`list_query_tiles` alone: int32 ``(1, H, num_blocks)``."""
+    return _kernels("lists").count_query_tiles(count=count, index=index, num_blocks=num_blocks)
 
 
-def list_query_tiles(*args) -> tuple[Tensor, Tensor]:
-    """See :func:`nsa.fused.kernels.lists.list_query_tiles`."""
-    return _kernels("lists").list_query_tiles(*args)
+def list_query_tiles(
+    count: Tensor, index: Tensor, num_blocks: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Transpose lists of key blocks into lists of query tiles; the same bits each time.
+
+    Args:
+        count: int32 ``(1, H, tiles)``.
+        index: int32 ``(1, H, tiles, W)``, key blocks below ``num_blocks`` in any order, that do not
+            repeat in a list. What is past the count is not used.
+        num_blocks: key blocks.
+        width: at least the longest of the new lists. Not checked.
+
+    Returns:
+        count: int32 ``(1, H, num_blocks)``.
+        index: int32 ``(1, H, num_blocks, width)``, query tiles in ascending order. What is past
+            the count is not written.
+    """
+    return _kernels("lists").list_query_tiles(
+        count=count, index=index, num_blocks=num_blocks, width=width
+    )
 
 
-def listed_backward(*args) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`nsa.fused.kernels.listed_backward.listed_backward`."""
-    return _kernels("listed_backward").listed_backward(*args)
+def listed_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_limit: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of attention to listed key blocks; the last bits of dk and dv vary.
+
+    Args:
+        dout: ``(1, Tq, H, D)``, the gradient of ``out``.
+        q: ``(1, Tq, H, D)``, bfloat16 or float16. Slices of heads are read where they are, as are
+            those of the others. ``Tq`` is a multiple of ``lists.query_block``.
+        k, v: ``(1, Tk, H_kv, D)``, ``Tk`` a multiple of 64.
+        out, lse: as :func:`nsa.fused.fa4.sparse_forward` gave them, ``lse (1, H, Tq)``.
+        lists: the forward's, of 64-key blocks.
+        scale: positive.
+        key_limit: int32 ``(Tq,)``, at most ``Tk``: a query sees keys before it; None: those up to
+            its own row.
+
+    Returns:
+        dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous.
+    """
+    return _kernels("listed_backward").listed_backward(
+        dout=dout,
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        lse=lse,
+        lists=lists,
+        scale=scale,
+        key_limit=key_limit,
+    )
 
 
-def importance_scores(*args) -> None:
-    """See :func:`nsa.fused.kernels.importance.importance_scores`."""
-    _kernels("importance").importance_scores(*args)
+def importance_scores(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    tiles: TokenTiles,
+    chunk: int,
+    scores: Tensor,
+    scale: float,
+    rule: Rule,
+) -> None:
+    """Write Eq. 8 to 10 for the tokens of a chunk.
+
+    ``p_h[j] = exp(scale * q_h . k_cmp[j] - lse_h)`` of the compressed tokens that the token sees;
+    the score of a selection block is the sum over the heads of the group and over ``j`` of
+    ``p_h[j]`` by the overlap of ``j`` and the block. Equal keys score equally, bit for bit.
+
+    Args:
+        q: ``(B, T, H, D)``, bfloat16 or float16; ``D`` a multiple of 32 up to 256. A slice of heads
+            is read where it is.
+        k_cmp: ``(B, M, H_kv, D)``; ``H / H_kv`` up to 32.
+        lse: float32 ``(B, H, T)``, natural logarithm. Not used for tokens that see no key.
+        tiles: those of an entry of the batch, of ``choose_shape(D, G).tile_tokens`` tokens each.
+        chunk: which chunk of ``tiles``.
+        scores: float32 ``(B, H_kv, C, W)``, contiguous, for the ``C`` tokens of the chunk. The
+            blocks are written that start at or before a token (not causal: all of its sequence).
+        scale: positive.
+        rule: what the kernel needs of the configuration.
+    """
+    _kernels("importance").importance_scores(
+        q=q, k_cmp=k_cmp, lse=lse, tiles=tiles, chunk=chunk, scores=scores, scale=scale, rule=rule
+    )
 
 
-def selected_forward(*args) -> tuple[Tensor, Tensor]:
-    """See :func:`nsa.fused.kernels.selected_forward.selected_forward`."""
-    return _kernels("selected_forward").selected_forward(*args)
+def selected_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    blocks: TokenBlocks,
+    block_size: int,
+    scale: float,
+    causal: bool,
+    band: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each token over the keys of its blocks.
+
+    Args:
+        q: ``(T, H, D)``, bfloat16 or float16. Slices of heads are read where they are, as are those
+            of k and v.
+        k: ``(T, H_kv, D)``.
+        v: ``(T, H_kv, Dv)``.
+        block_indices: int32 ``(T, H_kv, slots)``, indices in the token's sequence, in any order and
+            none twice. Others than those that ``blocks`` lets the token attend are left out.
+        blocks: those of the ``T`` tokens.
+        block_size: tokens of a block, 32 or 64.
+        scale: positive.
+        causal: whether a token sees only keys at or before it.
+        band: whether most lists name the first block of the sequence, the token's own and the one
+            before, so that it pays to compute these by themselves. It changes the rounding alone.
+
+    Returns:
+        out: ``(T, H, Dv)`` in the dtype of q, 0 for a token with no block.
+        lse: float32 ``(T, H)``, natural logarithm, -inf for a token with no block.
+    """
+    return _kernels("selected_forward").selected_forward(
+        q=q,
+        k=k,
+        v=v,
+        block_indices=block_indices,
+        blocks=blocks,
+        block_size=block_size,
+        scale=scale,
+        causal=causal,
+        band=band,
+    )
 
 
-def selected_backward(*args) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`nsa.fused.kernels.selected_backward.selected_backward`."""
-    return _kernels("selected_backward").selected_backward(*args)
+def selected_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    blocks: TokenBlocks,
+    block_size: int,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in the dtype of q; their last bits vary from run to run.
+
+    Args:
+        dout: ``(T, H, Dv)``, the gradient of ``out``.
+        q, k, v: as the forward took them, and likewise the other arguments.
+        out, lse: as the forward gave them.
+    """
+    return _kernels("selected_backward").selected_backward(
+        dout=dout,
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        lse=lse,
+        block_indices=block_indices,
+        blocks=blocks,
+        block_size=block_size,
+        scale=scale,
+        causal=causal,
+    )
 
 
-def top_blocks(*args, **kwargs) -> None:
-    """See :func:`nsa.fused.kernels.top_blocks.top_blocks`."""
-    _kernels("top_blocks").top_blocks(*args, **kwargs)
+def top_blocks(
+    scores: Tensor,
+    first: Tensor,
+    visible: Tensor,
+    candidates: Tensor,
+    own: Tensor,
+    out: Tensor,
+    *,
+    tile_offset: int,
+    column_offset: int,
+    scale: float,
+    per_block: int,
+    num_initial: int,
+    num_local: int,
+) -> None:
+    """For ``C`` tiles and each head write the ``n`` best blocks of the tile's sequence to ``out``.
+
+    Block ``J < candidates`` scores the largest ``scale * s[j]`` of the compressed tokens
+    ``J * per_block <= j < (J + 1) * per_block``, ``j < visible``. Blocks ``J <= own`` with
+    ``J < num_initial`` or ``J > own - num_local`` are taken; then the best of the others, equal
+    scores going to the lower index. A block is not taken if each of its scores is -inf or NaN, or
+    if it has none.
+
+    Args:
+        scores: float32 ``(B, H, C, W)``, contiguous; ``s[j]`` is in column
+            ``first - column_offset + j``.
+        first: the column of the first compressed token of each tile's sequence, int32 ``(tiles,)``,
+            contiguous, as are the next three. Columns outside of ``scores`` count as not visible.
+        visible: compressed tokens that are scored.
+        candidates: blocks that may be taken, 0 for a tile of no sequence.
+        own: the block of the tile's last query.
+        out: int32 ``(B, tiles, H, n)``, contiguous, ``n`` up to 256, at least
+            ``num_initial + num_local``. Tiles ``tile_offset`` to ``tile_offset + C - 1`` are
+            written: indices in the sequence, ascending, -1 at the end where fewer exist.
+        tile_offset: the tile of ``scores[:, :, 0]``.
+        column_offset: the column of ``scores[..., 0]``.
+        scale: positive.
+        per_block: compressed tokens in a block.
+        num_initial, num_local: first and last blocks that are always taken.
+    """
+    _kernels("top_blocks").top_blocks(
+        scores=scores,
+        first=first,
+        visible=visible,
+        candidates=candidates,
+        own=own,
+        out=out,
+        tile_offset=tile_offset,
+        column_offset=column_offset,
+        scale=scale,
+        per_block=per_block,
+        num_initial=num_initial,
+        num_local=num_local,
+    )
 
 
 def float32_products(a: Tensor, b: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ from torch import Tensor
 
 from nsa.blocks import covered_tokens, overlap_weights
 from nsa.config import NSAConfig
+from nsa.fused.hardware import QUAD, SHARED_BYTES, WGMMA_ROWS
 from nsa.geometry import Geometry, Segments, locate_items, prefix_sum
 
 
@@ -107,12 +108,6 @@ IN_ORDER: Placements = (None, None)
 MAX_GROUP = 32
 """The most query heads of a KV head: they share a thread's columns."""
 
-ROWS = 64
-"""Compressed tokens of a tile: the rows of wgmma."""
-
-LANES = 4
-"""Lanes of a warp that hold different columns of a row."""
-
 WARPGROUPS = 2
 """Warpgroups of a CTA that have queries."""
 
@@ -123,8 +118,6 @@ PITCH = 74
 """Words from token to token of the sums in shared memory. With a word skipped after 32 rows, and 10
 modulo 32, both the stores (8 rows by 4 tokens of a warp) and the loads (every 4th row) use all
 banks."""
-
-_SHARED_BYTES = 227 * 1024
 
 
 class Rule(NamedTuple):
@@ -157,7 +150,7 @@ class Rule(NamedTuple):
     @property
     def rows(self) -> int:
         """Compressed tokens from tile to tile: whole selection blocks."""
-        return ROWS // self.per_select * self.per_select
+        return WGMMA_ROWS // self.per_select * self.per_select
 
     @property
     def carried(self) -> int:
@@ -188,7 +181,7 @@ class Shape(NamedTuple):
 
     @property
     def unit_tokens(self) -> int:
-        return LANES * self.tokens
+        return QUAD * self.tokens
 
     @property
     def tile_tokens(self) -> int:
@@ -197,7 +190,7 @@ class Shape(NamedTuple):
     @property
     def lse_pitch(self) -> int:
         # 16 bytes more than a multiple: the four lanes' loads of 16 bytes meet different banks.
-        per_lane = self.columns // LANES
+        per_lane = self.columns // QUAD
         return -(-per_lane // 32) * 32 + 4
 
 
@@ -206,9 +199,9 @@ def choose_shape(head_dim: int, group: int) -> Shape:
     """The largest shape that fits shared memory with keys loaded ahead."""
     for per_lane, parts in ((32, 2), (32, 1), (16, 2), (16, 1)):
         tokens = max(1, per_lane // group)
-        columns = LANES * (-(-tokens * group // 2) * 2)
+        columns = QUAD * (-(-tokens * group // 2) * 2)
         shape = Shape(tokens, columns, parts, 0)
-        stages = (_SHARED_BYTES - _bytes_but_keys(shape, head_dim)) // (ROWS * head_dim * 2)
+        stages = (SHARED_BYTES - _bytes_but_keys(shape, head_dim)) // (WGMMA_ROWS * head_dim * 2)
         # Without parts side by side two tiles are in use at a time.
         if stages >= (3 if parts == 2 else 4):
             return shape._replace(stages=min(stages, 5))
@@ -221,7 +214,7 @@ def _bytes_but_keys(shape: Shape, head_dim: int) -> int:
     units = WARPGROUPS * shape.parts
     queries = units * shape.columns * head_dim * 2
     sums = WARPGROUPS * 2 * shape.unit_tokens * PITCH * 4
-    lse = units * LANES * shape.lse_pitch * 4
+    lse = units * QUAD * shape.lse_pitch * 4
     bounds = 2 * shape.tile_tokens * 4
     return queries + sums + lse + bounds + 4096
 

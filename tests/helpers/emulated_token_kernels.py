@@ -67,7 +67,7 @@ def _score_tile(q, k_cmp, lse, tile, start, stop, scores, scale, rule) -> None:
         target.copy_(torch.where(wanted, result, target))
 
 
-def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, _band):
+def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, band):
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
     out, lse = emulated_fa4.attend(q, k, v, mask, scale)
     return out.contiguous(), lse.T.contiguous()

@@ -1,7 +1,23 @@
-"""Our own CuTe DSL kernels, one operation a file; they share ``vectors`` and ``head_rows``.
+"""Our own CuTe DSL kernels.
 
-Each file has the same ladder: a class for a kernel, a cached function that compiles it for a dtype
-and static sizes, the function that allocates and launches, and ``compile_cases`` for a tool that
-compiles everything on a machine without a GPU. Importing a file imports cutlass; importing this
-package does not.
+Importing a file imports cutlass; importing this package does not. Callers use
+:mod:`nsa.fused.kernel_calls`, which documents the operations.
+
+Files with an operation: ``means``, ``gates``, ``query_gradient``, ``lists``, ``top_blocks``,
+``importance``, ``selected_forward``, ``selected_backward`` and ``listed_backward``. Each has
+
+- classes of kernels. ``__call__`` runs on the host and launches ``kernel``. Tensors and sizes come
+  in named tuples, so that each list of arguments is written once;
+- cached functions that compile a class for a dtype and static sizes;
+- ``compile_cases``, with which a tool compiles every form on a machine without a GPU;
+- the functions that check, allocate and launch.
+
+Parts of other operations, with kernels of their own: ``inverted_index`` (selected forward and
+backward), ``selected_band`` (selected forward) and ``float_sums`` (the backward kernels of
+attention).
+
+Files without kernels: ``vectors`` (16-byte loads and stores, how tensors are passed), ``head_rows``
+(the tiles of ``gates`` and ``query_gradient``), ``rows`` (copies of rows to shared memory),
+``forward_tiles`` (what the two forward kernels of token mode share), ``hopper`` (what is used of
+FlashAttention-4 and quack-kernels) and ``compiled`` (compiled kernels in memory and on disk).
 """

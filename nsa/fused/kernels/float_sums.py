@@ -1,7 +1,8 @@
-"""Sums in global memory that many CTAs add to: float32, in an order that suits who adds.
+"""Float32 sums in global memory that many CTAs add to.
 
-Within each 16 columns a row of sums holds them in the order in which a thread of wgmma has them, so
-that a thread adds 16 bytes at a time; the conversion to the result's dtype restores it.
+A row of sums holds each 16 columns in the order in which the threads of a quad have them after a
+wgmma, so that a thread adds 16 bytes at a time. The conversion to the result's dtype restores the
+order of the columns.
 """
 
 import functools
@@ -11,11 +12,11 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64
-from flash_attn.cute.copy_utils import atomic_add_fp32x4
-from quack import layout_utils
 from torch import Tensor
 
+from nsa.fused.hardware import QUAD
 from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.hopper import atomic_add_fp32x4, reshape_acc_to_mn
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
@@ -25,8 +26,8 @@ from nsa.fused.kernels.vectors import (
 )
 
 _THREADS = 256
-# Columns that a quad of threads adds together, 4 each.
-_QUAD = 16
+# Columns of a row of sums that a quad of threads adds together, 4 each.
+_QUAD_COLUMNS = 4 * QUAD
 
 
 @cute.jit
@@ -34,15 +35,15 @@ def add_row(
     acc: cute.Tensor, r: cutlass.Constexpr[int], mSum: cute.Tensor, offset: Int64, lane: Int32
 ):
     """Add the thread's row ``r`` of a wgmma accumulator to the row of sums at ``offset``."""
-    row = layout_utils.reshape_acc_to_mn(acc)[r, None]
-    pointer = mSum.iterator + (offset + lane % 4 * 4)
+    row = reshape_acc_to_mn(acc)[r, None]
+    pointer = mSum.iterator + (offset + lane % QUAD * 4)
     for i in cutlass.range_constexpr(cute.size(row) // 4):
         values = tuple(row[4 * i + j] for j in range(4))
-        atomic_add_fp32x4(*values, pointer + i * _QUAD)
+        atomic_add_fp32x4(*values, pointer + i * _QUAD_COLUMNS)
 
 
 class ConvertSums:
-    """Rows of sums, times a factor, in a dtype and the order of the columns."""
+    """Writes rows of sums, times a factor, in a dtype and in the order of the columns."""
 
     @cute.jit
     def __call__(self, mSum: cute.Tensor, mX: cute.Tensor, quads: Int32, factor: Float32, stream):
@@ -56,12 +57,12 @@ class ConvertSums:
         bidx, _, _ = cute.arch.block_idx()
         quad = bidx * _THREADS + tidx
         if quad < quads:
-            offset = Int64(quad) * _QUAD
+            offset = Int64(quad) * _QUAD_COLUMNS
             halves = [load_vector(mSum, offset + i * VECTOR) for i in range(2)]
             for i in cutlass.range_constexpr(2):
                 # Column 8 i + 2 t + c stands at 4 t + 2 i + c: thread t of the quad had it.
                 out = cute.make_rmem_tensor(VECTOR, Float32)
-                for t in cutlass.range_constexpr(4):
+                for t in cutlass.range_constexpr(QUAD):
                     for c in cutlass.range_constexpr(2):
                         out[2 * t + c] = halves[t // 2][t % 2 * 4 + 2 * i + c]
                 store_vector(out.load() * factor, mX, offset + i * VECTOR)
@@ -84,5 +85,5 @@ def convert_sums(sums: Tensor, shape: tuple[int, ...], dtype: torch.dtype, facto
     """``factor * sums`` as a new tensor; ``sums`` is flat float32, the rows a multiple of 16."""
     out = torch.empty(shape, dtype=dtype, device=sums.device)
     if out.numel():
-        compile_convert(dtype)(sums, out.view(-1), out.numel() // _QUAD, factor)
+        compile_convert(dtype)(sums, out.view(-1), out.numel() // _QUAD_COLUMNS, factor)
     return out

@@ -9,6 +9,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -16,18 +17,23 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.hardware import LOG2_E
 from nsa.fused.kernel_inputs import IN_ORDER, Placements
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.head_rows import (
     PLACED,
     THREADS,
     HeadRows,
+    HeadSizes,
+    Places,
     are_placed,
     check_branch,
     check_head_rows,
     fake_places,
+    fake_sizes,
     place_arguments,
 )
+from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     FLOAT_DTYPES,
@@ -80,81 +86,54 @@ class _Gating(HeadRows):
             return [gate.to(Float32) for gate in given]
         logits = [self._row_sum(dot(q, rW[None, i].load()), active) for i in range(3)]
         # exp2 overflows to infinity where the gate is 0, and the reciprocal of that is 0.
-        exps = [cute.math.exp2(x * -math.log2(math.e), fastmath=True) for x in logits]
+        exps = [cute.math.exp2(x * -LOG2_E, fastmath=True) for x in logits]
         return [cute.arch.rcp_approx(1.0 + exp) for exp in exps]
 
 
-class GatingForward(_Gating):
-    """``strides`` are of ``mCmp``, ``mSlc``, ``mWin``, ``mQ`` and ``mOut``."""
+@mlir_namedtuple
+class _ForwardTensors(NamedTuple):
+    """What :func:`gating_forward` takes and returns."""
 
-    @cute.jit
-    def __call__(
-        self,
-        mCmp: cute.Tensor,
-        mSlc: cute.Tensor,
-        mWin: cute.Tensor,
-        mQ: cute.Tensor | None,
-        mOut: cute.Tensor,
-        mGates: cute.Tensor | None,
-        mWeight: cute.Tensor | None,
-        mCmpPlace: cute.Tensor | None,
-        mSlcPlace: cute.Tensor | None,
-        cmp_layout: cute.Stride | None,
-        slc_layout: cute.Stride | None,
-        strides: cute.Stride,
-        rows: Int32,
-        heads: Int32,
-        chunks: Int32,
-        stream,
-    ):
-        tensors = (mCmp, mSlc, mWin, mQ, mOut, mGates, mWeight)
-        places = (mCmpPlace, mSlcPlace, cmp_layout, slc_layout)
-        self.kernel(*tensors, *places, strides, rows, heads, chunks).launch(
-            grid=[chunks * heads, 1, 1], block=[THREADS, 1, 1], stream=stream
-        )
+    o_cmp: cute.Tensor
+    o_slc: cute.Tensor
+    o_win: cute.Tensor
+    q: cute.Tensor | None
+    out: cute.Tensor
+    gates: cute.Tensor | None
+    weight: cute.Tensor | None
+
+
+class GatingForward(_Gating):
+    """``strides`` are of the branches, ``q`` and ``out``."""
 
     @cute.kernel
     def kernel(
-        self,
-        mCmp: cute.Tensor,
-        mSlc: cute.Tensor,
-        mWin: cute.Tensor,
-        mQ: cute.Tensor | None,
-        mOut: cute.Tensor,
-        mGates: cute.Tensor | None,
-        mWeight: cute.Tensor | None,
-        mCmpPlace: cute.Tensor | None,
-        mSlcPlace: cute.Tensor | None,
-        cmp_layout: cute.Stride | None,
-        slc_layout: cute.Stride | None,
-        strides: cute.Stride,
-        rows: Int32,
-        heads: Int32,
-        chunks: Int32,
+        self, tensors: _ForwardTensors, places: Places, strides: cute.Stride, sizes: HeadSizes
     ):
+        rows, heads, chunks = sizes
         head, chunk, first, column, active = self.place(heads)
         in_row = head * self.head_dim + column
-        rW = self.load_weight(mWeight, head, column)
-        sources = (mCmp, mSlc, mWin)
+        rW = self.load_weight(tensors.weight, head, column)
+        sources = (tensors.o_cmp, tensors.o_slc, tensors.o_win)
         if const_expr(self.form == "weight"):
-            sources = (mCmp, mSlc, mWin, mQ)
-        layouts = (cmp_layout, slc_layout, None, None)
+            sources = (tensors.o_cmp, tensors.o_slc, tensors.o_win, tensors.q)
+        layouts = (places.cmp_layout, places.slc_layout, None, None)
         columns = tuple(self.in_place(layouts[i], head, column) for i in range(4))
         for step in cutlass.range(chunk, cute.ceil_div(rows, self.rows_per_step), chunks):
-            placed = self.load_places((mCmpPlace, mSlcPlace), step, first, rows)
+            placed = self.load_places((places.cmp, places.slc), step, first, rows)
             loaded = []
             for u in cutlass.range_constexpr(self.rows_in_flight):
                 row = step * self.rows_per_step + u * self.rows_in_parallel + first
                 # Past the end, the last row is read again: a load under a condition would wait.
                 source = Int64(cutlass.min(row, rows - 1))
-                places = (*placed[u], None, None)
+                row_places = (*placed[u], None, None)
                 offsets = [
-                    self.offset(places[i], layouts[i], source, strides[i], columns[i])
+                    self.offset(row_places[i], layouts[i], source, strides[i], columns[i])
                     for i in range(len(sources))
                 ]
                 row_head = source * heads + head
-                given, fragments = self._load_row(sources, offsets, mGates, row_head)
-                loaded.append((row, source, places, given, fragments))
+                given, fragments = self._load_row(sources, offsets, tensors.gates, row_head)
+                loaded.append((row, source, row_places, given, fragments))
             # All gates before the first store, so that their sums over threads overlap.
             gates = []
             for u in cutlass.range_constexpr(self.rows_in_flight):
@@ -162,118 +141,85 @@ class GatingForward(_Gating):
                 q = fragments[3].load().to(Float32) if const_expr(self.form == "weight") else None
                 gates.append(self._gates(given, q, rW, active))
             for u in cutlass.range_constexpr(self.rows_in_flight):
-                row, source, places, _, fragments = loaded[u]
+                row, source, row_places, _, fragments = loaded[u]
                 if row < rows and active:
                     for i in cutlass.range_constexpr(2):
-                        self.clear_unplaced(fragments[i], places[i])
+                        self.clear_unplaced(fragments[i], row_places[i])
                     out = cute.full(VECTOR, 0.0, Float32)
                     for i in cutlass.range_constexpr(3):
                         out = out + fragments[i].load().to(Float32) * gates[u][i]
-                    store_vector(out, mOut, source * strides[4] + in_row)
+                    store_vector(out, tensors.out, source * strides[4] + in_row)
+
+
+@mlir_namedtuple
+class _BackwardTensors(NamedTuple):
+    """What :func:`gating_backward` takes and returns; see :class:`GatingBackward`."""
+
+    dout: cute.Tensor
+    o_cmp: cute.Tensor
+    o_slc: cute.Tensor
+    o_win: cute.Tensor
+    q: cute.Tensor | None
+    gates: cute.Tensor | None
+    weight: cute.Tensor | None
+    do_cmp: cute.Tensor
+    do_slc: cute.Tensor
+    do_win: cute.Tensor
+    dgates: cute.Tensor | None
+    partial: cute.Tensor | None
 
 
 class GatingBackward(_Gating):
-    """All gradients in one pass; ``mPartial (chunks, H, 3, D)`` sums the weight's over a chunk.
+    """All gradients in one pass; ``partial (chunks, H, 3, D)`` sums the weight's over a chunk.
 
-    ``mdGates (R, H, 3)`` is the gradient of the gates, with a weight that of the logits under them.
-    ``strides`` are of ``mdOut``, ``mCmp``, ``mSlc``, ``mWin`` and ``mQ``.
+    ``dgates (R, H, 3)`` is the gradient of the gates, with a weight that of the logits under them.
+    ``strides`` are of ``dout``, the branches and ``q``.
     """
-
-    @cute.jit
-    def __call__(
-        self,
-        mdOut: cute.Tensor,
-        mCmp: cute.Tensor,
-        mSlc: cute.Tensor,
-        mWin: cute.Tensor,
-        mQ: cute.Tensor | None,
-        mGates: cute.Tensor | None,
-        mWeight: cute.Tensor | None,
-        mdCmp: cute.Tensor,
-        mdSlc: cute.Tensor,
-        mdWin: cute.Tensor,
-        mdGates: cute.Tensor | None,
-        mPartial: cute.Tensor | None,
-        mCmpPlace: cute.Tensor | None,
-        mSlcPlace: cute.Tensor | None,
-        cmp_layout: cute.Stride | None,
-        slc_layout: cute.Stride | None,
-        strides: cute.Stride,
-        rows: Int32,
-        heads: Int32,
-        chunks: Int32,
-        stream,
-    ):
-        inputs = (mdOut, mCmp, mSlc, mWin, mQ, mGates, mWeight)
-        outputs = (mdCmp, mdSlc, mdWin, mdGates, mPartial)
-        places = (mCmpPlace, mSlcPlace, cmp_layout, slc_layout)
-        self.kernel(*inputs, *outputs, *places, strides, rows, heads, chunks).launch(
-            grid=[chunks * heads, 1, 1], block=[THREADS, 1, 1], stream=stream
-        )
 
     @cute.kernel
     def kernel(
-        self,
-        mdOut: cute.Tensor,
-        mCmp: cute.Tensor,
-        mSlc: cute.Tensor,
-        mWin: cute.Tensor,
-        mQ: cute.Tensor | None,
-        mGates: cute.Tensor | None,
-        mWeight: cute.Tensor | None,
-        mdCmp: cute.Tensor,
-        mdSlc: cute.Tensor,
-        mdWin: cute.Tensor,
-        mdGates: cute.Tensor | None,
-        mPartial: cute.Tensor | None,
-        mCmpPlace: cute.Tensor | None,
-        mSlcPlace: cute.Tensor | None,
-        cmp_layout: cute.Stride | None,
-        slc_layout: cute.Stride | None,
-        strides: cute.Stride,
-        rows: Int32,
-        heads: Int32,
-        chunks: Int32,
+        self, tensors: _BackwardTensors, places: Places, strides: cute.Stride, sizes: HeadSizes
     ):
+        rows, heads, chunks = sizes
         head, chunk, first, column, active = self.place(heads)
         lane = cute.arch.thread_idx()[0] % self.threads_per_row
-        rW = self.load_weight(mWeight, head, column)
+        rW = self.load_weight(tensors.weight, head, column)
         rdW = cute.make_rmem_tensor((VECTOR, 3), Float32)
         rdW.fill(0.0)
-        dbranches = (mdCmp, mdSlc, mdWin)
+        dbranches, mdGates = (tensors.do_cmp, tensors.do_slc, tensors.do_win), tensors.dgates
         # Constant gates have no gradient, so nothing but dout is read.
-        sources = (mdOut,)
+        sources = (tensors.dout,)
         if const_expr(self.form == "gates"):
-            sources = (mdOut, mCmp, mSlc, mWin)
+            sources = (tensors.dout, tensors.o_cmp, tensors.o_slc, tensors.o_win)
         if const_expr(self.form == "weight"):
-            sources = (mdOut, mCmp, mSlc, mWin, mQ)
-        layouts = (None, cmp_layout, slc_layout, None, None)
+            sources = (tensors.dout, tensors.o_cmp, tensors.o_slc, tensors.o_win, tensors.q)
+        layouts = (None, places.cmp_layout, places.slc_layout, None, None)
         columns = tuple(self.in_place(layouts[i], head, column) for i in range(5))
         for step in cutlass.range(chunk, cute.ceil_div(rows, self.rows_per_step), chunks):
-            placed = self.load_places((mCmpPlace, mSlcPlace), step, first, rows)
+            placed = self.load_places((places.cmp, places.slc), step, first, rows)
             loaded = []
             for u in cutlass.range_constexpr(self.rows_in_flight):
                 row = step * self.rows_per_step + u * self.rows_in_parallel + first
                 source = Int64(cutlass.min(row, rows - 1))
-                places = (None, *placed[u], None, None)
+                row_places = (None, *placed[u], None, None)
                 offsets = [
-                    self.offset(places[i], layouts[i], source, strides[i], columns[i])
+                    self.offset(row_places[i], layouts[i], source, strides[i], columns[i])
                     for i in range(len(sources))
                 ]
                 row_head = source * heads + head
-                given, fragments = self._load_row(sources, offsets, mGates, row_head)
-                loaded.append((row, row_head, places, given, fragments))
+                given, fragments = self._load_row(sources, offsets, tensors.gates, row_head)
+                loaded.append((row, row_head, row_places, given, fragments))
             # As in forward: all sums over threads before the first store.
             gates, dgates = [], []
             for u in cutlass.range_constexpr(self.rows_in_flight):
-                _, _, places, given, fragments = loaded[u]
+                _, _, row_places, given, fragments = loaded[u]
                 for i in cutlass.range_constexpr(1, min(3, len(sources))):
-                    self.clear_unplaced(fragments[i], places[i])
+                    self.clear_unplaced(fragments[i], row_places[i])
                 q = fragments[4].load().to(Float32) if const_expr(self.form == "weight") else None
                 gates.append(self._gates(given, q, rW, active))
                 dgates.append(self._dgates(fragments, gates[u], active))
             for u in cutlass.range_constexpr(self.rows_in_flight):
-                row, row_head, places, _, fragments = loaded[u]
+                row, row_head, row_places, _, fragments = loaded[u]
                 if const_expr(self.form == "weight"):
                     q = fragments[4].load().to(Float32)
                     for i in cutlass.range_constexpr(3):
@@ -290,15 +236,15 @@ class GatingBackward(_Gating):
                     for i in cutlass.range_constexpr(3):
                         # New gradients are contiguous, whatever their branches are.
                         offset = row_head * self.head_dim + column
-                        if const_expr(places[i + 1] is None):
+                        if const_expr(row_places[i + 1] is None):
                             store_vector(dout * gates[u][i], dbranches[i], offset)
                         else:
-                            place, layout = places[i + 1], layouts[i + 1]
+                            place, layout = row_places[i + 1], layouts[i + 1]
                             if place >= 0:
                                 offset = self.offset(place, layout, None, None, columns[i + 1])
                                 store_vector(dout * gates[u][i], dbranches[i], offset)
         if const_expr(self.form == "weight"):
-            self._store_partial(rdW, mPartial, chunk * heads + head, first, column, active)
+            self._store_partial(rdW, tensors.partial, chunk * heads + head, first, column, active)
 
     def _dgates(self, fragments, gates: list[Float32], active: Boolean) -> list[Float32] | None:
         """``<dout, o_i>``, with a weight times the sigmoid's derivative ``g_i * (1 - g_i)``."""
@@ -350,10 +296,10 @@ def compile_forward(
     q, gates, weight = _fake_inputs(dtype, form)
     return compile_kernel(
         GatingForward(head_dim, form),
-        *(*vectors, q, fake_flat(CUTE_DTYPES[dtype]), gates, weight),
-        *fake_places(placed),
+        _ForwardTensors(*vectors, q, fake_flat(CUTE_DTYPES[dtype]), gates, weight),
+        fake_places(placed),
         (Int64(1),) * 5,
-        *(Int32(1), Int32(1), Int32(1)),
+        fake_sizes(),
     )
 
 
@@ -367,11 +313,13 @@ def compile_backward(
     gate_dtype = {"weight": Float32, "gates": CUTE_DTYPES[dtype], "mean": None}[form]
     return compile_kernel(
         GatingBackward(head_dim, form),
-        *(*inputs, *_fake_inputs(dtype, form)),
-        *(*outputs, fake_flat(gate_dtype), fake_flat(Float32 if form == "weight" else None)),
-        *fake_places(placed),
+        _BackwardTensors(
+            *(*inputs, *_fake_inputs(dtype, form)),
+            *(*outputs, fake_flat(gate_dtype), fake_flat(Float32 if form == "weight" else None)),
+        ),
+        fake_places(placed),
         (Int64(1),) * 5,
-        *(Int32(1), Int32(1), Int32(1)),
+        fake_sizes(),
     )
 
 
@@ -403,22 +351,7 @@ def gating_forward(
     out: Tensor | None = None,
     placements: Placements = IN_ORDER,
 ) -> Tensor:
-    """``g0 * o_cmp + g1 * o_slc + g2 * o_win``, computed in float32.
-
-    Args:
-        o_cmp, o_slc, o_win: ``(..., H, D)``, bfloat16, float16 or float32; D a multiple of 8 up to
-            256. Slices of heads are read where they are; other strides are copied. With a
-            placement any ``(..., D)``, contiguous and not empty.
-        q: ``(..., H, D)``; with ``weight`` only, else not looked at.
-        gates: ``(..., H, 3)`` or None; used as they are.
-        weight: ``(H, 3, D)`` or None: ``g_i = sigmoid(<q, weight[h, i]>)``. With neither gates nor
-            weight each gate is 1/3; both is an error.
-        out: where to write the result: like ``o_win``, a slice of heads at most. By default new.
-        placements: where the rows of ``o_cmp`` and ``o_slc`` lie.
-
-    Returns:
-        ``(..., H, D)`` in the dtype of ``o_win``: ``out`` where it is given.
-    """
+    """See :func:`nsa.fused.kernel_calls.gating_forward`."""
     form = _check((o_cmp, o_slc, o_win), q, gates, weight, placements)
     if out is None:
         out = torch.empty(o_win.shape, dtype=o_win.dtype, device=o_win.device)
@@ -432,9 +365,9 @@ def gating_forward(
     tensors, strides = zip(*map(flat_rows, (o_cmp, o_slc, o_win, q, out)), strict=True)
     kernel = compile_forward(o_win.dtype, head_dim, form, are_placed(placements))
     chunks = _Gating(head_dim, form).num_chunks(o_win)
-    places = place_arguments(placements)
-    rows = math.prod(leading)
-    kernel(*tensors, flat(gates), flat(weight), *places, strides, rows, heads, chunks)
+    tensors = _ForwardTensors(*tensors, flat(gates), flat(weight))
+    sizes = HeadSizes(math.prod(leading), heads, chunks)
+    kernel(tensors, place_arguments(placements), strides, sizes)
     return out
 
 
@@ -448,22 +381,7 @@ def gating_backward(
     weight: Tensor | None,
     placements: Placements = IN_ORDER,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of :func:`gating_forward`, in one pass; the same bits each time on a device.
-
-    With ``dgate_i = <dout, o_i>`` and ``dlogit_i = dgate_i * g_i * (1 - g_i)``:
-    ``do_i = g_i * dout`` and ``dweight[h, i] = sum_r dlogit_i * q``, summed in float32. What
-    ``dlogits`` add to the gradient of ``q`` is left to
-    :func:`nsa.fused.kernels.query_gradient.query_gradient`.
-
-    Args:
-        dout: ``(..., H, D)``; the rest as in forward.
-
-    Returns:
-        ``(do_cmp, do_slc, do_win, dlogits, dgates, dweight)``: ``dlogits`` float32 ``(..., H, 3)``,
-        the others in the shape and dtype of what they are the gradient of. ``dlogits`` and
-        ``dweight`` are None without ``weight``, ``dgates`` without ``gates``. A gradient with a
-        placement is 0 where no row lies.
-    """
+    """See :func:`nsa.fused.kernel_calls.gating_backward`."""
     form = _check((o_cmp, o_slc, o_win), q, gates, weight, placements)
     check_tensor("dout", dout, o_win.shape, o_win.dtype, o_win.device)
     *leading, heads, head_dim = o_win.shape
@@ -485,10 +403,9 @@ def gating_backward(
     tensors, strides = zip(*map(flat_rows, (dout, o_cmp, o_slc, o_win, q)), strict=True)
     outputs = (*dbranches, dlogits if form == "weight" else dgates, partial)
     kernel = compile_backward(o_win.dtype, head_dim, form, are_placed(placements))
-    flattened = map(flat, (gates, weight, *outputs))
-    places = place_arguments(placements)
-    rows = math.prod(leading)
-    kernel(*tensors, *flattened, *places, strides, rows, heads, chunks)
+    tensors = _BackwardTensors(*tensors, *map(flat, (gates, weight, *outputs)))
+    sizes = HeadSizes(math.prod(leading), heads, chunks)
+    kernel(tensors, place_arguments(placements), strides, sizes)
     dweight = None if partial is None else partial.sum(0).to(weight.dtype)
     return (*dbranches, dlogits, dgates, dweight)
 

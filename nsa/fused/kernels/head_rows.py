@@ -5,12 +5,13 @@ neighbouring threads share a row, VECTOR elements each; a CTA handles ``rows_per
 and ``chunks`` CTAs of a head take the steps in turn.
 
 A tensor may have a ``Placement`` (``kernel_inputs``): its rows then lie where an index says.
-In a kernel that is the flat index, ``mPlace``, and a layout ``(unit, group, group_stride)``; None
-twice for rows that follow each other.
+A kernel gets the flat index and a layout ``(unit, group, group_stride)``, see :class:`Places`; both
+are None for rows that follow each other.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -18,14 +19,35 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.hardware import WARP
 from nsa.fused.kernel_inputs import Placement, Placements
+from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import VECTOR, check_float, check_tensor, fake_flat, load_vector
 
-MAX_HEAD_DIM = 32 * VECTOR
+MAX_HEAD_DIM = WARP * VECTOR
 THREADS = 128
 
 # Some 4 fit at a time: several rounds, so that the last one, part empty, costs little.
 _CTAS_PER_SM = 32
+
+
+@mlir_namedtuple
+class Places(NamedTuple):
+    """The placements of the compressed and the selected branch, as a kernel gets them."""
+
+    cmp: cute.Tensor | None
+    slc: cute.Tensor | None
+    cmp_layout: tuple[Int32, Int32, Int32] | None
+    slc_layout: tuple[Int32, Int32, Int32] | None
+
+
+@mlir_namedtuple
+class HeadSizes(NamedTuple):
+    """Rows and heads of the tensors, and CTAs that share the rows of a head."""
+
+    rows: Int32
+    heads: Int32
+    chunks: Int32
 
 
 class HeadRows:
@@ -39,6 +61,14 @@ class HeadRows:
         self.is_even = self.threads_per_row == vectors
         self.rows_in_parallel = THREADS // self.threads_per_row
         self.rows_per_step = self.rows_in_parallel * rows_in_flight
+
+    @cute.jit
+    def __call__(
+        self, tensors: tuple, places: Places, strides: cute.Stride, sizes: HeadSizes, stream
+    ):
+        self.kernel(tensors, places, strides, sizes).launch(
+            grid=[sizes.chunks * sizes.heads, 1, 1], block=[THREADS, 1, 1], stream=stream
+        )
 
     def num_chunks(self, x: Tensor) -> int:
         """CTAs of a head of ``x (..., H, D)``: enough for the GPU, no more than steps of rows."""
@@ -129,16 +159,20 @@ PLACED = ((False, False), (False, True), (True, True))
 """Which of the compressed and selected branch may have a placement."""
 
 
-def fake_places(placed: tuple[bool, bool]) -> tuple:
-    """Stand-ins for the indices and the numbers of the placements, in that order."""
-    indices = tuple(fake_flat(Int32, alignment=4) if is_placed else None for is_placed in placed)
-    return *indices, *((Int32(1),) * 3 if is_placed else None for is_placed in placed)
+def fake_places(placed: tuple[bool, bool]) -> Places:
+    """Stand-ins for the placements, to compile with."""
+    indices = (fake_flat(Int32, alignment=4) if is_placed else None for is_placed in placed)
+    return Places(*indices, *((Int32(1),) * 3 if is_placed else None for is_placed in placed))
 
 
-def place_arguments(placements: Placements) -> tuple:
+def place_arguments(placements: Placements) -> Places:
     """What :func:`fake_places` stands for."""
-    indices = tuple(None if p is None else p.place for p in placements)
-    return *indices, *(None if p is None else tuple(p[1:]) for p in placements)
+    indices = (None if p is None else p.place for p in placements)
+    return Places(*indices, *(None if p is None else tuple(p[1:]) for p in placements))
+
+
+def fake_sizes() -> HeadSizes:
+    return HeadSizes(*(Int32(1) for _ in range(3)))
 
 
 def are_placed(placements: Placements) -> tuple[bool, bool]:

@@ -14,8 +14,8 @@ one waits in the registers of the threads that write these.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -23,15 +23,13 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import LayoutEnum, hopper_helpers
-from quack import sm90_utils
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP, WGMMA_ROWS
 from nsa.fused.kernel_inputs import (
-    LANES,
     MAX_GROUP,
     PITCH,
-    ROWS,
     TILE_FIELDS,
     WARPGROUPS,
     Rule,
@@ -39,6 +37,7 @@ from nsa.fused.kernel_inputs import (
     choose_shape,
 )
 from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.hopper import gemm, make_smem_layout, mlir_namedtuple
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
@@ -48,9 +47,36 @@ from nsa.fused.kernels.vectors import (
     flat_rows,
 )
 
-_WARPGROUP = 128
-_THREADS = (1 + WARPGROUPS) * _WARPGROUP
-_LOG2_E = math.log2(math.e)
+_THREADS = (1 + WARPGROUPS) * WARPGROUP
+
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """Compressed keys, the other inputs but the queries, and the scores."""
+
+    k: cute.Tensor
+    lse: cute.Tensor
+    tiles: cute.Tensor
+    first_tile: cute.Tensor
+    scores: cute.Tensor
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """``tiles`` of tokens in all, ``grid_tiles`` of them for this chunk; ``width`` of the scores.
+
+    The tokens of the chunk are ``start`` to ``stop - 1``.
+    """
+
+    batch: Int32
+    length: Int32
+    kv_heads: Int32
+    tiles: Int32
+    grid_tiles: Int32
+    chunk: Int32
+    start: Int32
+    stop: Int32
+    width: Int32
 
 
 class ImportanceScores:
@@ -64,47 +90,34 @@ class ImportanceScores:
         self.shape = choose_shape(head_dim, group)
         self.blocks = rule.rows // rule.per_select
         self.weights = rule.weights()
-        # Selection blocks of a tile by tokens of a unit, that a thread weights.
-        self.items = -(-self.blocks * self.shape.unit_tokens // _WARPGROUP)
+        # (Selection block of a tile, token of a unit) pairs that a thread weights.
+        self.items = -(-self.blocks * self.shape.unit_tokens // WARPGROUP)
 
     @cute.jit
     def __call__(
         self,
         mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mLse: cute.Tensor,
-        mTiles: cute.Tensor,
-        mFirstTile: cute.Tensor,
-        mScores: cute.Tensor,
-        batch: Int32,
-        length: Int32,
-        kv_heads: Int32,
+        tensors: _Tensors,
+        sizes: _Sizes,
         compressed: Int32,
-        tiles: Int32,
-        grid_tiles: Int32,
-        chunk: Int32,
-        start: Int32,
-        stop: Int32,
-        width: Int32,
         q_stride: Int64,
         scale_log2: Float32,
         stream,
     ):
         shape, dim = self.shape, self.head_dim
-        row = cute.assume(Int64(kv_heads) * dim, divby=VECTOR)
-        entry = cute.assume(Int64(compressed) * kv_heads * dim, divby=VECTOR)
-        k_layout = cute.make_layout((compressed, dim, kv_heads, batch), stride=(row, 1, dim, entry))
-        k_smem = sm90_utils.make_smem_layout(
-            self.dtype, LayoutEnum.ROW_MAJOR, (ROWS, dim), shape.stages
-        )
-        q_smem = sm90_utils.make_smem_layout(
+        row = cute.assume(Int64(sizes.kv_heads) * dim, divby=VECTOR)
+        entry = cute.assume(Int64(compressed) * sizes.kv_heads * dim, divby=VECTOR)
+        shape_k = (compressed, dim, sizes.kv_heads, sizes.batch)
+        k_layout = cute.make_layout(shape_k, stride=(row, 1, dim, entry))
+        k_smem = make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, (WGMMA_ROWS, dim), shape.stages)
+        q_smem = make_smem_layout(
             self.dtype, LayoutEnum.ROW_MAJOR, (shape.columns, dim), WARPGROUPS * shape.parts
         )
         tma_atom, tma_tensor = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
-            cute.make_tensor(mK.iterator, k_layout),
+            cute.make_tensor(tensors.k.iterator, k_layout),
             cute.select(k_smem, mode=[0, 1]),
-            (ROWS, dim),
+            (WGMMA_ROWS, dim),
             1,
         )
         tiled_mma = hopper_helpers.make_trivial_tiled_mma(
@@ -114,12 +127,14 @@ class ImportanceScores:
             OperandMajorMode.K,
             Float32,
             atom_layout_mnk=(1, 1, 1),
-            tiler_mn=(ROWS, shape.columns),
+            tiler_mn=(WGMMA_ROWS, shape.columns),
         )
-        tensors = (mQ, tma_atom, tma_tensor, mLse, mTiles, mFirstTile, mScores)
-        sizes = (batch, length, kv_heads, tiles, grid_tiles, chunk, start, stop, width, q_stride)
-        self.kernel(*tensors, *sizes, scale_log2, tiled_mma, q_smem, k_smem).launch(
-            grid=[grid_tiles * kv_heads * batch, 1, 1],
+        tensors = tensors._replace(k=tma_tensor)
+        layouts = (q_smem, k_smem)
+        self.kernel(
+            *(mQ, tma_atom, tensors, sizes, q_stride, scale_log2, tiled_mma, layouts)
+        ).launch(
+            grid=[sizes.grid_tiles * sizes.kv_heads * sizes.batch, 1, 1],
             block=[_THREADS, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -130,31 +145,21 @@ class ImportanceScores:
         self,
         mQ: cute.Tensor,
         tma_atom: cute.CopyAtom,
-        mK: cute.Tensor,
-        mLse: cute.Tensor,
-        mTiles: cute.Tensor,
-        mFirstTile: cute.Tensor,
-        mScores: cute.Tensor,
-        batch: Int32,
-        length: Int32,
-        kv_heads: Int32,
-        tiles: Int32,
-        grid_tiles: Int32,
-        chunk: Int32,
-        start: Int32,
-        stop: Int32,
-        width: Int32,
+        tensors: _Tensors,
+        sizes: _Sizes,
         q_stride: Int64,
         scale_log2: Float32,
         tiled_mma: cute.TiledMma,
-        q_smem: cute.ComposedLayout,
-        k_smem: cute.ComposedLayout,
+        layouts: tuple[cute.ComposedLayout, ...],
     ):
+        q_smem, k_smem = layouts
+        batch, length, kv_heads, tiles, grid_tiles, chunk, start, stop, width = sizes
+        mTiles = tensors.tiles
         shape, rule = self.shape, self.rule
         units = const_expr(WARPGROUPS * shape.parts)
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
-        warp = cute.arch.make_warp_uniform(tidx // 32)
+        warp = cute.arch.make_warp_uniform(tidx // WARP)
         if warp == 0:
             cpasync.prefetch_descriptor(tma_atom)
 
@@ -171,7 +176,7 @@ class ImportanceScores:
             stride=(PITCH, 1, shape.unit_tokens * PITCH, 2 * shape.unit_tokens * PITCH),
         )
         sSums = smem.allocate_tensor(Float32, sums_layout, byte_alignment=16)
-        lse_layout = cute.make_ordered_layout((shape.lse_pitch, LANES, units), order=(0, 1, 2))
+        lse_layout = cute.make_ordered_layout((shape.lse_pitch, QUAD, units), order=(0, 1, 2))
         sLse = smem.allocate_tensor(Float32, lse_layout, byte_alignment=16)
         bounds_layout = cute.make_ordered_layout((shape.unit_tokens, units), order=(0, 1))
         sVisible = smem.allocate_tensor(Int32, bounds_layout, byte_alignment=16)
@@ -182,13 +187,13 @@ class ImportanceScores:
             barrier_storage=barriers,
             num_stages=shape.stages,
             producer_group=group_of(1),
-            consumer_group=group_of(WARPGROUPS * _WARPGROUP // 32),
-            tx_count=ROWS * self.head_dim * self.dtype.width // 8,
+            consumer_group=group_of(WARPGROUPS * WARPGROUP // WARP),
+            tx_count=WGMMA_ROWS * self.head_dim * self.dtype.width // 8,
         )
 
         # Late tiles see most and start first; the heads of a tile run together.
         kv_head, entry = bidx % kv_heads, bidx // kv_heads % batch
-        tile = mFirstTile[chunk] + grid_tiles - 1 - bidx // (kv_heads * batch)
+        tile = tensors.first_tile[chunk] + grid_tiles - 1 - bidx // (kv_heads * batch)
         field = cutlass.min(tile, tiles - 1) * TILE_FIELDS
         tile_start, position, count = mTiles[field], mTiles[field + 1], mTiles[field + 2]
         k_start, k_count, k_blocks = mTiles[field + 3], mTiles[field + 4], mTiles[field + 5]
@@ -208,12 +213,12 @@ class ImportanceScores:
             cute.arch.setmaxregister_decrease(24)
             if warp == 0:
                 loads = num_tiles if const_expr(shape.parts == 2) else 2 * num_steps
-                self._load_keys(tma_atom, mK, sK, pipeline_k, kv_head, entry, k_start, loads)
+                self._load_keys(tma_atom, tensors.k, sK, pipeline_k, kv_head, entry, k_start, loads)
         else:
             cute.arch.setmaxregister_increase(240)
             if num_steps > 0:
-                tid = tidx % _WARPGROUP
-                wg = cute.arch.make_warp_uniform(tidx // _WARPGROUP - 1)
+                tid = tidx % WARPGROUP
+                wg = cute.arch.make_warp_uniform(tidx // WARPGROUP - 1)
                 row = entry * length + tile_start
                 for part in cutlass.range_constexpr(shape.parts):
                     unit = wg * shape.parts + part
@@ -224,7 +229,7 @@ class ImportanceScores:
                     if tid < shape.columns:
                         lse_row = (entry * kv_heads + kv_head) * self.group
                         offset = Int64(lse_row) * length + tile_start
-                        self._load_lse(mLse, sLse, offset, length, count, unit, tid)
+                        self._load_lse(tensors.lse, sLse, offset, length, count, unit, tid)
                     if tid < shape.unit_tokens:
                         token = unit * shape.unit_tokens + tid
                         visible, blocks = k_count, k_blocks
@@ -233,18 +238,18 @@ class ImportanceScores:
                             visible = cutlass.min(cutlass.max(seen, 0) // rule.stride, k_count)
                             blocks = (position + token) // rule.select_size + 1
                         sVisible[tid, unit] = visible
-                        # Of a token outside of the chunk nothing is written.
+                        # Nothing is written for a token outside of the chunk.
                         sBlocks[tid, unit] = blocks if token >= low and token < high else Int32(0)
                 cute.arch.cp_async_wait_group(0)
                 # Written by ordinary copies, read by the tensor cores.
                 cute.arch.fence_view_async_shared()
-                cute.arch.barrier(barrier_id=1 + wg, number_of_threads=_WARPGROUP)
+                cute.arch.barrier(barrier_id=1 + wg, number_of_threads=WARPGROUP)
 
                 score_row = (
                     (Int64(entry) * kv_heads + kv_head) * (stop - start) + tile_start - start
                 )
                 mOut = cute.make_tensor(
-                    mScores.iterator + score_row * width, cute.make_layout(1 << 30)
+                    tensors.scores.iterator + score_row * width, cute.make_layout(1 << 30)
                 )
                 self._score_tiles(
                     tiled_mma, pipeline_k, sQ, sK, sSums, sLse, sVisible, sBlocks, mOut,
@@ -266,12 +271,11 @@ class ImportanceScores:
         """Load tiles of compressed keys, from key ``first``, every ``rule.rows`` keys."""
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.shape.stages)
         for i in cutlass.range(loads, unroll=1):
-            # Past the last key of the tensor there are zeros; past those of the sequence what comes
-            # is masked.
+            # TMA gives zeros past the last key of the tensor. Keys of other sequences are masked.
             mTile = cute.domain_offset(
                 (first + i * self.rule.rows, 0), mK[None, None, kv_head, entry]
             )
-            gK = cute.local_tile(mTile, (ROWS, self.head_dim), (0, 0))
+            gK = cute.local_tile(mTile, (WGMMA_ROWS, self.head_dim), (0, 0))
             tKsK, tKgK = cpasync.tma_partition(
                 tma_atom,
                 0,
@@ -296,7 +300,7 @@ class ImportanceScores:
         token, then of its second. Tokens are numbered with the lane fastest.
         """
         in_lane = column // 8 * 2 + column % 2
-        return in_lane // self.group * LANES + column % 8 // 2, in_lane % self.group
+        return in_lane // self.group * QUAD + column % 8 // 2, in_lane % self.group
 
     @cute.jit
     def _load_queries(
@@ -319,8 +323,8 @@ class ImportanceScores:
         vectors = const_expr(self.head_dim // VECTOR)
         total = const_expr(self.shape.columns * vectors)
         sVectors = cute.flat_divide(sQ, (1, VECTOR))
-        for i in cutlass.range(cute.ceil_div(total, _WARPGROUP), unroll=4):
-            vector = i * _WARPGROUP + tid
+        for i in cutlass.range(cute.ceil_div(total, WARPGROUP), unroll=4):
+            vector = i * WARPGROUP + tid
             column, channel = vector // vectors, vector % vectors
             slot, head = self._query(column)
             token = unit * self.shape.unit_tokens + slot
@@ -346,7 +350,7 @@ class ImportanceScores:
         token = unit * self.shape.unit_tokens + slot
         value = Float32(0.0)
         if slot < self.shape.unit_tokens and token < count:
-            value = -_LOG2_E * mLse[offset + Int64(head) * length + token]
+            value = -LOG2_E * mLse[offset + Int64(head) * length + token]
         sLse[column // 8 * 2 + column % 2, column % 8 // 2, unit] = value
 
     @cute.jit
@@ -373,7 +377,7 @@ class ImportanceScores:
         thread_mma = tiled_mma.get_slice(0)
         tSrK = thread_mma.make_fragment_A(thread_mma.partition_A(sK))
         tSrQ = thread_mma.make_fragment_B(thread_mma.partition_B(sQ))
-        acc_shape = tiled_mma.partition_shape_C((ROWS, shape.columns))
+        acc_shape = tiled_mma.partition_shape_C((WGMMA_ROWS, shape.columns))
         acc0 = cute.make_rmem_tensor(acc_shape, Float32)
         acc1 = cute.make_rmem_tensor(acc_shape, Float32)
         # For each part, what the tile before adds to the blocks of this thread.
@@ -395,15 +399,11 @@ class ImportanceScores:
         tiles_a_step = const_expr(1 if side_by_side else 2)
 
         pipeline_k.consumer_wait(read)
-        sm90_utils.gemm(
-            tiled_mma, acc0, tSrK[None, None, None, read.index], tQ0, zero_init=True, wg_wait=-1
-        )
+        gemm(tiled_mma, acc0, tSrK[None, None, None, read.index], tQ0, zero_init=True, wg_wait=-1)
         if const_expr(not side_by_side):
             read.advance()
             pipeline_k.consumer_wait(read)
-        sm90_utils.gemm(
-            tiled_mma, acc1, tSrK[None, None, None, read.index], tQ1, zero_init=True, wg_wait=-1
-        )
+        gemm(tiled_mma, acc1, tSrK[None, None, None, read.index], tQ1, zero_init=True, wg_wait=-1)
         read.advance()
         warpgroup.wait_group(1)
         if const_expr(not side_by_side):
@@ -415,7 +415,7 @@ class ImportanceScores:
         free.advance()
         for _ in cutlass.range(num_steps - 1, unroll=1):
             pipeline_k.consumer_wait(read)
-            sm90_utils.gemm(
+            gemm(
                 tiled_mma, acc0, tSrK[None, None, None, read.index], tQ0, zero_init=True, wg_wait=-1
             )
             if const_expr(not side_by_side):
@@ -424,7 +424,7 @@ class ImportanceScores:
             tile1 += tiles_a_step
             if const_expr(not side_by_side):
                 pipeline_k.consumer_wait(read)
-            sm90_utils.gemm(
+            gemm(
                 tiled_mma, acc1, tSrK[None, None, None, read.index], tQ1, zero_init=True, wg_wait=-1
             )
             read.advance()
@@ -458,24 +458,24 @@ class ImportanceScores:
     ):
         """From the products of a unit to the scores of its blocks."""
         shape, rule = self.shape, self.rule
-        lane = tid % LANES
+        lane = tid % QUAD
         # The first of this thread's rows; the other is 8 further.
-        row = tid // 32 * 16 + tid % 32 // LANES
+        row = tid // WARP * WARP_ROWS + tid % WARP // QUAD
         rLse = cute.make_rmem_tensor(shape.lse_pitch, Float32)
         cute.autovec_copy(sLse[None, lane, unit], rLse)
         for u in cutlass.range_constexpr(shape.tokens):
-            slot = u * LANES + lane
+            slot = u * QUAD + lane
             visible = sVisible[slot, unit] - tile * rule.rows
             for half in cutlass.range_constexpr(2):
                 total = self._sum_over_heads(acc, rLse, u, half, scale_log2)
-                # Of keys that are not visible not even the log-sum-exp need be defined.
+                # Not even the log-sum-exp need be defined for keys that are not visible.
                 place = row + 8 * half
                 sums[slot, place + place // 32] = total if place < visible else Float32(0.0)
-        cute.arch.barrier(barrier_id=1 + wg, number_of_threads=_WARPGROUP)
+        cute.arch.barrier(barrier_id=1 + wg, number_of_threads=WARPGROUP)
 
         token0 = unit * shape.unit_tokens
         for i in cutlass.range_constexpr(self.items):
-            item = i * _WARPGROUP + tid
+            item = i * WARPGROUP + tid
             block, slot = item % self.blocks, item // self.blocks
             # Threads past the last token do its work again.
             slot = cutlass.min(slot, shape.unit_tokens - 1)
@@ -546,14 +546,14 @@ def compile_importance_scores(
     return compile_kernel(
         ImportanceScores(dtype, head_dim, group, rule),
         fake_flat(dtype),
-        fake_flat(dtype),
-        fake_flat(Float32, alignment=4),
-        fake_flat(Int32, alignment=4),
-        fake_flat(Int32, alignment=4),
-        fake_flat(Float32, alignment=4),
-        *(Int32(1) for _ in range(10)),
-        Int64(1),
-        Float32(1.0),
+        _Tensors(
+            fake_flat(dtype),
+            fake_flat(Float32, alignment=4),
+            *(fake_flat(Int32, alignment=4) for _ in range(2)),
+            fake_flat(Float32, alignment=4),
+        ),
+        _Sizes(*(Int32(1) for _ in range(9))),
+        *(Int32(1), Int64(1), Float32(1.0)),
     )
 
 
@@ -576,22 +576,7 @@ def importance_scores(
     scale: float,
     rule: Rule,
 ) -> None:
-    """Write Eq. 8 to 10 for the tokens of a chunk.
-
-    ``p_h[j] = exp(scale * q_h . k_cmp[j] - lse_h)`` of the compressed tokens that the token sees;
-    the score of a selection block is the sum over the heads of the group and over ``j`` of
-    ``p_h[j]`` by the overlap of ``j`` and the block. Equal keys score equally, bit for bit.
-
-    Args:
-        q: ``(B, T, H, D)``, bfloat16 or float16; ``D`` a multiple of 32 up to 256. A slice of heads
-            is read where it is.
-        k_cmp: ``(B, M, H_kv, D)``; ``H / H_kv`` up to MAX_GROUP.
-        lse: float32 ``(B, H, T)``, natural logarithm. Not used of tokens that see no key.
-        tiles: of an entry of the batch, tiles of ``choose_shape(D, G).tile_tokens`` tokens.
-        chunk: which chunk of ``tiles``.
-        scores: float32 ``(B, H_kv, C, W)``, contiguous, for the ``C`` tokens of the chunk. Of each
-            the blocks are written that start at or before it (not causal: all of its sequence).
-    """
+    """See :func:`nsa.fused.kernel_calls.importance_scores`."""
     batch, length, num_heads, head_dim = q.shape
     compressed, kv_heads = k_cmp.shape[1:3]
     group = num_heads // kv_heads
@@ -599,10 +584,10 @@ def importance_scores(
         raise ValueError(f"{group} query heads share a KV head; they must be 1 to {MAX_GROUP}")
     if head_dim % 32 or not 32 <= head_dim <= 256:
         raise ValueError(f"D is {head_dim}; it must be a multiple of 32 up to 256")
-    if rule.per_select > ROWS or rule.carried > rule.rows:
+    if rule.per_select > WGMMA_ROWS or rule.carried > rule.rows:
         raise ValueError(
             f"a selection block has {rule.per_select} strides and overlaps {rule.carried} "
-            f"compressed tokens before it; they must be at most {ROWS} and {rule.rows}"
+            f"compressed tokens before it; they must be at most {WGMMA_ROWS} and {rule.rows}"
         )
     start = chunk * tiles.chunk
     stop = min(start + tiles.chunk, length)
@@ -617,14 +602,11 @@ def importance_scores(
         scores.zero_()
         return
     queries, q_stride = flat_rows(q.flatten(0, 1))
+    tensors = (flat(k_cmp), lse.contiguous().view(-1), tiles.fields.view(-1), tiles.first)
+    sizes = (batch, length, kv_heads, len(tiles.fields), tiles.grid, chunk, start, stop, width)
     compile_importance_scores(q.dtype, head_dim, group, rule)(
         queries,
-        flat(k_cmp),
-        lse.contiguous().view(-1),
-        tiles.fields.view(-1),
-        tiles.first,
-        scores.view(-1),
-        *(batch, length, kv_heads, compressed, len(tiles.fields), tiles.grid),
-        *(chunk, start, stop, width, q_stride),
-        scale * _LOG2_E,
+        _Tensors(*tensors, scores.view(-1)),
+        _Sizes(*sizes),
+        *(compressed, q_stride, scale * LOG2_E),
     )

@@ -11,34 +11,35 @@ fit a workspace.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Int32, Int64, const_expr
-from quack.utils import warp_prefix_sum
 from torch import Tensor
 
+from nsa.fused.hardware import WARP
 from nsa.fused.kernel_inputs import TokenBlocks
 from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
 from nsa.fused.kernels.vectors import fake_flat, flat
 
 ITEM_FIELDS = 4
-"""Of a work item: first position, pairs, first key (token), keys."""
+"""A work item has four numbers: first position, pairs, first key (token), keys."""
 
 _THREADS = 256
 _SCAN_THREADS = 1024
-_WARP = 32
 
 
 def item_tokens(group: int) -> int:
-    """The most pairs of a work item: 32 tiles of rows, for a CTA with more would end long after the
-    others; but no more tokens than need little shared memory."""
+    """The most pairs of a work item: 32 tiles of rows, because a CTA with more would end long after
+    the others; fewer where their tokens would take much shared memory."""
     return max(16, min(512, 2048 // group))
 
 
 def slots_of(mX: cute.Tensor, row: Int32 | Int64, slots: int) -> cute.Tensor:
-    """Of ``(T * H_kv, slots)``, flat and 16-byte aligned, the row of a token and KV head."""
+    """The row of a token and KV head of ``(T * H_kv, slots)``, which is flat, 16-byte aligned."""
     aligned = 4 if slots % 4 == 0 else 1
     pointer = mX.iterator + cute.assume(row * slots, divby=aligned)
     return cute.make_tensor(pointer, cute.make_layout(slots))
@@ -49,6 +50,36 @@ def load_slots(mX: cute.Tensor, row: Int32 | Int64, slots: cutlass.Constexpr[int
     values = cute.make_rmem_tensor(slots, Int32)
     cute.autovec_copy(slots_of(mX, row, slots), values)
     return values
+
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """The block indices, the token blocks, and the index. A kernel has those that it uses."""
+
+    indices: cute.Tensor | None
+    base: cute.Tensor | None
+    limit: cute.Tensor | None
+    first: cute.Tensor | None
+    keys: cute.Tensor | None
+    pair_count: cute.Tensor
+    position: cute.Tensor | None
+    tokens: cute.Tensor | None
+    items: cute.Tensor | None
+    num_items: cute.Tensor | None
+
+    def only(self, *names: str) -> "_Tensors":
+        return self._replace(**{x: None for x in self._fields if x not in names})
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """``rows`` are (token, KV head) pairs."""
+
+    rows: Int32
+    kv_heads: Int32
+    blocks: Int32
+    chunks: Int32
+    chunk_tokens: Int32
 
 
 class InvertIndex:
@@ -65,68 +96,40 @@ class InvertIndex:
     @cute.jit
     def __call__(
         self,
-        mIndices: cute.Tensor,
-        mBase: cute.Tensor,
-        mLimit: cute.Tensor,
-        mFirst: cute.Tensor,
-        mKeys: cute.Tensor,
-        mCount: cute.Tensor,
-        mPosition: cute.Tensor,
-        mTokens: cute.Tensor,
-        mItems: cute.Tensor,
-        mNumItems: cute.Tensor,
-        rows: Int32,
-        kv_heads: Int32,
-        blocks: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
+        tensors: _Tensors,
+        sizes: _Sizes,
         wave_units: Int32,
         wave_items: Int32,
         block_size: Int32,
         item_tokens: Int32,
         stream,
     ):
-        sizes = (rows, kv_heads, blocks, chunks, chunk_tokens)
-        grid = [cute.ceil_div(rows, _THREADS), 1, 1]
-        self.count(mIndices, mBase, mLimit, mFirst, mCount, mPosition, *sizes, block_size).launch(
+        grid = [cute.ceil_div(sizes.rows, _THREADS), 1, 1]
+        count = tensors.only("indices", "base", "limit", "first", "pair_count", "position")
+        self.count(count, sizes, block_size).launch(
             grid=grid, block=[_THREADS, 1, 1], stream=stream
         )
-        capacity = chunk_tokens * self.slots
-        tensors = (mFirst, mKeys, mCount, mItems, mNumItems)
-        self.add_up(*tensors, blocks, capacity, wave_units, wave_items, item_tokens).launch(
-            grid=[kv_heads * chunks, 1, 1], block=[_SCAN_THREADS, 1, 1], stream=stream
+        capacity = sizes.chunk_tokens * self.slots
+        add_up = tensors.only("first", "keys", "pair_count", "items", "num_items")
+        self.add_up(add_up, sizes.blocks, capacity, wave_units, wave_items, item_tokens).launch(
+            grid=[sizes.kv_heads * sizes.chunks, 1, 1], block=[_SCAN_THREADS, 1, 1], stream=stream
         )
-        self.write(mIndices, mBase, mCount, mPosition, mTokens, *sizes).launch(
-            grid=grid, block=[_THREADS, 1, 1], stream=stream
-        )
+        write = tensors.only("indices", "base", "pair_count", "position", "tokens")
+        self.write(write, sizes).launch(grid=grid, block=[_THREADS, 1, 1], stream=stream)
 
     @cute.kernel
-    def count(
-        self,
-        mIndices: cute.Tensor,
-        mBase: cute.Tensor,
-        mLimit: cute.Tensor,
-        mFirst: cute.Tensor,
-        mCount: cute.Tensor,
-        mPosition: cute.Tensor,
-        rows: Int32,
-        kv_heads: Int32,
-        blocks: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
-        block_size: Int32,
-    ):
+    def count(self, tensors: _Tensors, sizes: _Sizes, block_size: Int32):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         row = bidx * _THREADS + tidx
-        if row < rows:
-            token, unit = self._unit(row, kv_heads, chunks, chunk_tokens)
-            selected = load_slots(mIndices, row, self.slots)
-            base, limit = mBase[token], mLimit[token]
+        if row < sizes.rows:
+            token, unit = self._unit(row, sizes)
+            selected = load_slots(tensors.indices, row, self.slots)
+            base, limit = tensors.base[token], tensors.limit[token]
             own = Int32(0)
             if const_expr(self.band):
                 # A token of no sequence may have no block.
-                own = (token - mFirst[cutlass.min(base, blocks - 1)]) // block_size
+                own = (token - tensors.first[cutlass.min(base, sizes.blocks - 1)]) // block_size
             ranks = cute.make_rmem_tensor(self.slots, Int32)
             for i in cutlass.range_constexpr(self.slots):
                 block = selected[i]
@@ -135,30 +138,27 @@ class InvertIndex:
                     listed = listed and block > 0 and (block < own - 1 or block > own)
                 rank = Int32(-1)
                 if listed:
-                    counter = Int64(unit) * blocks + (base + block)
-                    rank = cute.arch.atomic_add((mCount.iterator + counter).llvm_ptr, Int32(1))
+                    counter = Int64(unit) * sizes.blocks + (base + block)
+                    pointer = tensors.pair_count.iterator + counter
+                    rank = cute.arch.atomic_add(pointer.llvm_ptr, Int32(1))
                 ranks[i] = rank
-            cute.autovec_copy(ranks, slots_of(mPosition, row, self.slots))
+            cute.autovec_copy(ranks, slots_of(tensors.position, row, self.slots))
 
     @cute.kernel
     def add_up(
         self,
-        mFirst: cute.Tensor,
-        mKeys: cute.Tensor,
-        mCount: cute.Tensor,
-        mItems: cute.Tensor,
-        mNumItems: cute.Tensor,
+        tensors: _Tensors,
         blocks: Int32,
         capacity: Int32,
         wave_units: Int32,
         wave_items: Int32,
         item_tokens: Int32,
     ):
-        """``count`` becomes where each block's pairs start in the unit; emits the work items."""
+        """Turn counts into where each block's pairs start in the unit; write the work items."""
         tidx, _, _ = cute.arch.thread_idx()
         unit, _, _ = cute.arch.block_idx()
-        warp, lane = cute.arch.make_warp_uniform(tidx // _WARP), tidx % _WARP
-        warps = _SCAN_THREADS // _WARP
+        warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
+        warps = _SCAN_THREADS // WARP
         smem = cutlass.utils.SmemAllocator()
         sTotals = smem.allocate_tensor(Int32, cute.make_layout((2, warps)), byte_alignment=16)
         sSlot = smem.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16)
@@ -170,11 +170,11 @@ class InvertIndex:
             counter = Int64(unit) * blocks + block
             count = Int32(0)
             if block < blocks:
-                count = mCount[counter]
+                count = tensors.pair_count[counter]
             items = cute.ceil_div(count, item_tokens)
             pairs_through = warp_prefix_sum(count, lane)
             items_through = warp_prefix_sum(items, lane)
-            if lane == _WARP - 1:
+            if lane == WARP - 1:
                 sTotals[0, warp] = pairs_through
                 sTotals[1, warp] = items_through
             cute.arch.barrier()
@@ -186,68 +186,58 @@ class InvertIndex:
                 pairs_total += sTotals[0, w]
                 items_total += sTotals[1, w]
             if tidx == 0:
-                sSlot[0] = cute.arch.atomic_add((mNumItems.iterator + wave).llvm_ptr, items_total)
+                pointer = tensors.num_items.iterator + wave
+                sSlot[0] = cute.arch.atomic_add(pointer.llvm_ptr, items_total)
             cute.arch.barrier()
             offset = start + pairs_before + pairs_through - count
             slot = wave * wave_items + sSlot[0] + items_before + items_through - items
             if block < blocks:
-                mCount[counter] = offset
+                tensors.pair_count[counter] = offset
             first, keys = Int32(0), Int32(0)
             if items > 0:
-                first, keys = mFirst[block], mKeys[block]
+                first, keys = tensors.first[block], tensors.keys[block]
             for item in cutlass.range(items, unroll=1):
                 done = item * item_tokens
                 field = Int64(slot + item) * ITEM_FIELDS
-                mItems[field] = unit * capacity + offset + done
-                mItems[field + 1] = cutlass.min(count - done, item_tokens)
-                mItems[field + 2] = first
-                mItems[field + 3] = keys
+                tensors.items[field] = unit * capacity + offset + done
+                tensors.items[field + 1] = cutlass.min(count - done, item_tokens)
+                tensors.items[field + 2] = first
+                tensors.items[field + 3] = keys
             start += pairs_total
 
     @cute.kernel
-    def write(
-        self,
-        mIndices: cute.Tensor,
-        mBase: cute.Tensor,
-        mCount: cute.Tensor,
-        mPosition: cute.Tensor,
-        mTokens: cute.Tensor,
-        rows: Int32,
-        kv_heads: Int32,
-        blocks: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
-    ):
+    def write(self, tensors: _Tensors, sizes: _Sizes):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         row = bidx * _THREADS + tidx
-        if row < rows:
-            token, unit = self._unit(row, kv_heads, chunks, chunk_tokens)
+        if row < sizes.rows:
+            token, unit = self._unit(row, sizes)
             selected, positions = (
-                load_slots(mIndices, row, self.slots),
-                load_slots(mPosition, row, self.slots),
+                load_slots(tensors.indices, row, self.slots),
+                load_slots(tensors.position, row, self.slots),
             )
-            first_counter = Int64(unit) * blocks + mBase[token]
-            first = unit * (chunk_tokens * self.slots)
+            first_counter = Int64(unit) * sizes.blocks + tensors.base[token]
+            first = unit * (sizes.chunk_tokens * self.slots)
             for i in cutlass.range_constexpr(self.slots):
                 if positions[i] >= 0:
-                    positions[i] += first + mCount[first_counter + selected[i]]
-                    mTokens[positions[i]] = token
-            cute.autovec_copy(positions, slots_of(mPosition, row, self.slots))
+                    positions[i] += first + tensors.pair_count[first_counter + selected[i]]
+                    tensors.tokens[positions[i]] = token
+            cute.autovec_copy(positions, slots_of(tensors.position, row, self.slots))
 
     @cute.jit
-    def _unit(
-        self, row: Int32, kv_heads: Int32, chunks: Int32, chunk_tokens: Int32
-    ) -> tuple[Int32, Int32]:
-        token = row // kv_heads
-        return token, row % kv_heads * chunks + token // chunk_tokens
+    def _unit(self, row: Int32, sizes: _Sizes) -> tuple[Int32, Int32]:
+        token = row // sizes.kv_heads
+        return token, row % sizes.kv_heads * sizes.chunks + token // sizes.chunk_tokens
 
 
 @kept
 def compile_invert_index(slots: int, band: bool) -> Callable:
     tensors = [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(5)]
     tensors += [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(3)]
-    return compile_kernel(InvertIndex(slots, band), *tensors, *(Int32(1) for _ in range(9)))
+    sizes = _Sizes(*(Int32(1) for _ in range(5)))
+    return compile_kernel(
+        InvertIndex(slots, band), _Tensors(*tensors), sizes, *(Int32(1) for _ in range(4))
+    )
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -304,14 +294,14 @@ def invert_index(
     """Invert int32 ``block_indices (T, H_kv, slots)``; -1, and what a token cannot see, drop out.
 
     Args:
-        blocks: of the ``T`` tokens.
+        blocks: those of the ``T`` tokens.
         block_size: tokens of a block.
         causal: whether a token sees only blocks that start at or before it.
         chunk_tokens: tokens of a chunk.
         wave_units: units of a wave, at most.
         tokens: pairs of a work item, at most.
-        band: whether to leave out, of each token, the first block of its sequence, its own and the
-            one before.
+        band: whether to leave out each token's pairs with the first block of its sequence, its own
+            block and the one before.
     """
     total, kv_heads, slots = block_indices.shape
     chunks = -(-total // chunk_tokens)
@@ -332,10 +322,10 @@ def invert_index(
     count, num_items = zeros[: units * num_blocks], zeros[units * num_blocks :]
     position, listed = empty(total * kv_heads * slots), empty(units * chunk_tokens * slots)
     items = empty(waves * wave_items * ITEM_FIELDS)
+    tensors = (base, limit, first, keys, count, position, listed, items, num_items)
     compile_invert_index(slots, band)(
-        flat(block_indices),
-        *(base, limit, first, keys, count, position, listed, items, num_items),
-        *(total * kv_heads, kv_heads, num_blocks, chunks, chunk_tokens),
+        _Tensors(flat(block_indices), *tensors),
+        _Sizes(total * kv_heads, kv_heads, num_blocks, chunks, chunk_tokens),
         *(wave_units, wave_items, block_size, tokens),
     )
     return InvertedIndex(
@@ -359,7 +349,7 @@ def item_bounds(
     slots: int,
     tokens: int,
 ) -> list[int]:
-    """For each chunk, a number of work items of a KV head that is never exceeded."""
+    """An upper bound of the work items of each chunk of a KV head."""
     bounds = []
     for start in range(0, total, chunk_tokens):
         end = min(start + chunk_tokens, total)

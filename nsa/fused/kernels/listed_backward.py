@@ -15,8 +15,8 @@ What a row's dO and O add up to (delta) is computed at the start, while Q and dO
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -24,14 +24,25 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.utils import LayoutEnum, hopper_helpers
-from flash_attn.cute import utils
-from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import BlockLists
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
-from nsa.fused.kernels.rows import load_rows, row_copy, row_lanes
+from nsa.fused.kernels.hopper import (
+    cvt_f16,
+    gemm,
+    gemm_zero_init,
+    get_smem_store_C,
+    make_smem_layout,
+    mlir_namedtuple,
+    partition_fragment_ABC,
+    reshape_acc_to_frgA,
+    reshape_acc_to_mn,
+    transpose_view,
+)
+from nsa.fused.kernels.rows import TILE_KEYS, TILE_ROWS, load_rows, row_copy, row_lanes
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
@@ -41,13 +52,47 @@ from nsa.fused.kernels.vectors import (
     load_vector,
 )
 
-_WARPGROUP = 128
-_WARP = 32
-_WARP_ROWS = 16
-# Rows of a unit, and keys of a block: rows of wgmma.
-_ROWS = 64
-_KEYS = 64
-_LOG2_E = math.log2(math.e)
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """Inputs, the lists, dQ, and the float32 sums that are added to."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    dout: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    limit: cute.Tensor | None
+    partial_count: cute.Tensor
+    partial_index: cute.Tensor
+    full_count: cute.Tensor | None
+    full_index: cute.Tensor | None
+    dq: cute.Tensor
+    dv: cute.Tensor
+    dk: cute.Tensor
+
+
+@mlir_namedtuple
+class _Strides(NamedTuple):
+    """Elements from token to token."""
+
+    q: Int64
+    k: Int64
+    v: Int64
+    dout: Int64
+    out: Int64
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """``parts`` CTAs share a list; ``width`` and ``full_width`` are the entries of a list."""
+
+    num_rows: Int32
+    kv_heads: Int32
+    parts: Int32
+    width: Int32
+    full_width: Int32
 
 
 class ListedBackward:
@@ -70,48 +115,25 @@ class ListedBackward:
         self.group = group
         self.rows = rows
         self.limited = limited
-        self.stages = rows // _ROWS
+        self.stages = rows // TILE_ROWS
         self.warpgroups = min(2, self.stages)
         self.units = self.stages // self.warpgroups
-        self.threads = _WARPGROUP * self.warpgroups
+        self.threads = WARPGROUP * self.warpgroups
 
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mdO: cute.Tensor,
-        mO: cute.Tensor,
-        mLse: cute.Tensor,
-        mLimit: cute.Tensor | None,
-        mCount: cute.Tensor,
-        mIndex: cute.Tensor,
-        mFullCount: cute.Tensor | None,
-        mFullIndex: cute.Tensor | None,
-        mdQ: cute.Tensor,
-        mdV: cute.Tensor,
-        mdK: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
-        do_stride: Int64,
-        o_stride: Int64,
-        num_rows: Int32,
-        kv_heads: Int32,
-        parts: Int32,
-        width: Int32,
-        full_width: Int32,
+        tensors: _Tensors,
+        strides: _Strides,
+        sizes: _Sizes,
         scale: Float32,
         stream,
     ):
-        make_layout = functools.partial(
-            sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
-        )
+        make_layout = functools.partial(make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR)
         # dO, then Q; and P, then dS.
-        rows_smem = make_layout((_ROWS, self.head_dim), stage=2 * self.stages)
-        ds_smem = make_layout((_ROWS, _KEYS), stage=2 * self.stages)
-        keys_smem = make_layout((_KEYS, self.head_dim))
+        rows_smem = make_layout((TILE_ROWS, self.head_dim), stage=2 * self.stages)
+        ds_smem = make_layout((TILE_ROWS, TILE_KEYS), stage=2 * self.stages)
+        keys_smem = make_layout((TILE_KEYS, self.head_dim))
         make_mma = functools.partial(
             hopper_helpers.make_trivial_tiled_mma,
             self.dtype,
@@ -120,20 +142,18 @@ class ListedBackward:
             atom_layout_mnk=(1, 1, 1),
         )
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-        mma_s = make_mma(k_major, k_major, tiler_mn=(_ROWS, _KEYS))
+        mma_s = make_mma(k_major, k_major, tiler_mn=(TILE_ROWS, TILE_KEYS))
         mma_dq = make_mma(
             k_major,
             mn_major,
-            tiler_mn=(_ROWS, self.head_dim),
+            tiler_mn=(TILE_ROWS, self.head_dim),
             a_source=warpgroup.OperandSource.RMEM,
         )
-        mma_dkv = make_mma(mn_major, mn_major, tiler_mn=(_KEYS, self.head_dim))
-        tensors = (mQ, mK, mV, mdO, mO, mLse, mLimit, mCount, mIndex, mFullCount, mFullIndex)
-        strides = (q_stride, k_stride, v_stride, do_stride, o_stride)
-        sizes = (num_rows, kv_heads, parts, width, full_width, scale)
-        layouts = (mma_s, mma_dq, mma_dkv, rows_smem, keys_smem, ds_smem)
-        self.kernel(*tensors, mdQ, mdV, mdK, *strides, *sizes, *layouts).launch(
-            grid=[num_rows // self.rows, kv_heads * self.group, 1],
+        mma_dkv = make_mma(mn_major, mn_major, tiler_mn=(TILE_KEYS, self.head_dim))
+        mmas = (mma_s, mma_dq, mma_dkv)
+        layouts = (rows_smem, keys_smem, ds_smem)
+        self.kernel(tensors, strides, sizes, scale, mmas, layouts).launch(
+            grid=[sizes.num_rows // self.rows, sizes.kv_heads * self.group, 1],
             block=[self.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -143,45 +163,23 @@ class ListedBackward:
     @cute.kernel
     def kernel(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mdO: cute.Tensor,
-        mO: cute.Tensor,
-        mLse: cute.Tensor,
-        mLimit: cute.Tensor | None,
-        mCount: cute.Tensor,
-        mIndex: cute.Tensor,
-        mFullCount: cute.Tensor | None,
-        mFullIndex: cute.Tensor | None,
-        mdQ: cute.Tensor,
-        mdV: cute.Tensor,
-        mdK: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
-        do_stride: Int64,
-        o_stride: Int64,
-        num_rows: Int32,
-        kv_heads: Int32,
-        parts: Int32,
-        width: Int32,
-        full_width: Int32,
+        tensors: _Tensors,
+        strides: _Strides,
+        sizes: _Sizes,
         scale: Float32,
-        mma_s: cute.TiledMma,
-        mma_dq: cute.TiledMma,
-        mma_dkv: cute.TiledMma,
-        rows_smem: cute.ComposedLayout,
-        keys_smem: cute.ComposedLayout,
-        ds_smem: cute.ComposedLayout,
+        mmas: tuple[cute.TiledMma, ...],
+        layouts: tuple[cute.ComposedLayout, ...],
     ):
+        mma_s, mma_dq, mma_dkv = mmas
+        rows_smem, keys_smem, ds_smem = layouts
+        kv_heads = sizes.kv_heads
         tidx, _, _ = cute.arch.thread_idx()
         bidx, head, _ = cute.arch.block_idx()
         first_row = bidx * self.rows
         kv_head = head // self.group
-        warp_in_cta = cute.arch.make_warp_uniform(tidx // _WARP)
+        warp_in_cta = cute.arch.make_warp_uniform(tidx // WARP)
         wg, warp = warp_in_cta // 4, warp_in_cta % 4
-        lane, thread = tidx % _WARP, tidx % _WARPGROUP
+        lane, thread = tidx % WARP, tidx % WARPGROUP
 
         smem = cutlass.utils.SmemAllocator()
         sRows, sdS, sK, sV = (
@@ -192,94 +190,93 @@ class ListedBackward:
             smem.allocate_tensor(Float32, cute.make_layout(self.rows), 16) for _ in range(2)
         )
 
-        # A list is of `parts` CTAs.
-        tiles = num_rows // (self.rows * parts)
-        listed = Int64(head) * tiles + bidx // parts
-        entries = mCount[listed]
+        # `parts` CTAs share a list.
+        tiles = sizes.num_rows // (self.rows * sizes.parts)
+        listed = Int64(head) * tiles + bidx // sizes.parts
+        entries = tensors.partial_count[listed]
         partial = entries
-        if const_expr(mFullCount is not None):
-            entries += mFullCount[listed]
+        if const_expr(tensors.full_count is not None):
+            entries += tensors.full_count[listed]
         block_of = functools.partial(
-            self._block, mIndex, mFullIndex, listed * width, listed * full_width, partial
+            *(self._block, tensors.partial_index, tensors.full_index),
+            *(listed * sizes.width, listed * sizes.full_width, partial),
         )
         load = functools.partial(self._load, tidx)
         k_column = kv_head * self.head_dim
         block = Int32(0)
         if entries > 0:
             block = block_of(Int32(0))
-            load(mK, sK, k_stride, k_column, block * _KEYS)
-            load(mV, sV, v_stride, k_column, block * _KEYS)
+            load(tensors.k, sK, strides.k, k_column, block * TILE_KEYS)
+            load(tensors.v, sV, strides.v, k_column, block * TILE_KEYS)
         q_column = head * self.head_dim
         for i in cutlass.range_constexpr(self.stages):
-            row = first_row + i * _ROWS
-            load(mdO, sRows[None, None, i], do_stride, q_column, row)
-            load(mQ, sRows[None, None, self.stages + i], q_stride, q_column, row)
+            row = first_row + i * TILE_ROWS
+            load(tensors.dout, sRows[None, None, i], strides.dout, q_column, row)
+            load(tensors.q, sRows[None, None, self.stages + i], strides.q, q_column, row)
         cute.arch.cp_async_commit_group()
         self._row_statistics(
-            *(mdO, mO, mLse, sLse, sDelta, do_stride, o_stride, q_column),
-            *(Int64(head) * num_rows, first_row, tidx),
+            *(tensors.dout, tensors.out, tensors.lse, sLse, sDelta, strides.dout, strides.out),
+            *(q_column, Int64(head) * sizes.num_rows, first_row, tidx),
         )
 
         thr_s, thr_dq, thr_dkv = (mma.get_slice(0) for mma in (mma_s, mma_dq, mma_dkv))
-        partition = sm90_utils.partition_fragment_ABC
-        _, tSrRows, tSrK = partition(thr_s, (_ROWS, _KEYS, self.head_dim), sRows, sK)
-        _, _, tPrV = partition(thr_s, (_ROWS, _KEYS, self.head_dim), sRows, sV)
-        shape = (_ROWS, self.head_dim, _KEYS)
-        _, _, tdQrKt = partition(thr_dq, shape, None, layout_utils.transpose_view(sK))
+        partition = partition_fragment_ABC
+        _, tSrRows, tSrK = partition(thr_s, (TILE_ROWS, TILE_KEYS, self.head_dim), sRows, sK)
+        _, _, tPrV = partition(thr_s, (TILE_ROWS, TILE_KEYS, self.head_dim), sRows, sV)
+        shape = (TILE_ROWS, self.head_dim, TILE_KEYS)
+        _, _, tdQrKt = partition(thr_dq, shape, None, transpose_view(sK))
         _, tdKVrdSt, tdKVrRowst = partition(
             thr_dkv,
-            (_KEYS, self.head_dim, _ROWS),
-            layout_utils.transpose_view(sdS),
-            layout_utils.transpose_view(sRows),
+            (TILE_KEYS, self.head_dim, TILE_ROWS),
+            transpose_view(sdS),
+            transpose_view(sRows),
         )
         acc_dQ = [
-            cute.make_rmem_tensor(thr_dq.partition_shape_C((_ROWS, self.head_dim)), Float32)
+            cute.make_rmem_tensor(thr_dq.partition_shape_C((TILE_ROWS, self.head_dim)), Float32)
             for _ in range(self.units)
         ]
         for acc in acc_dQ:
             acc.fill(0.0)
-        store_ds, _, _ = copy_utils.get_smem_store_C(mma_s, sdS, thread, position_independent=True)
-        tScS = layout_utils.reshape_acc_to_mn(
-            mma_s.get_slice(thread).partition_C(cute.make_identity_tensor((_ROWS, _KEYS)))
+        store_ds, _, _ = get_smem_store_C(mma_s, sdS, thread, position_independent=True)
+        tScS = reshape_acc_to_mn(
+            mma_s.get_slice(thread).partition_C(cute.make_identity_tensor((TILE_ROWS, TILE_KEYS)))
         )
 
-        scale_log2 = scale * _LOG2_E
+        scale_log2 = scale * LOG2_E
         for entry in cutlass.range(entries, unroll=1):
             cute.arch.cp_async_wait_group(0)
             cute.arch.fence_view_async_shared()
-            # Also: what reads P and dS of the last block is done.
+            # Also, all reads of the last block's P and dS are done.
             cute.arch.barrier()
-            first_key = block * _KEYS
+            first_key = block * TILE_KEYS
             if entry + 1 < entries:
                 block = block_of(entry + 1)
             for u in cutlass.range_constexpr(self.units):
                 unit = wg * self.units + u
-                scores = functools.partial(
-                    sm90_utils.gemm_zero_init, mma_s, (_ROWS, _KEYS), tSrRows
-                )
+                scores = functools.partial(gemm_zero_init, mma_s, (TILE_ROWS, TILE_KEYS), tSrRows)
                 acc_S = scores(tSrK, A_idx=self.stages + unit, wg_wait=-1)
                 acc_dP = scores(tPrV, A_idx=unit, wg_wait=1)
-                acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
-                row = unit * _ROWS + tScS[0, 0][0]
-                self._mask(acc_S_mn, tScS, mLimit, first_row + row, first_key)
+                acc_S_mn = reshape_acc_to_mn(acc_S)
+                row = unit * TILE_ROWS + tScS[0, 0][0]
+                self._mask(acc_S_mn, tScS, tensors.limit, first_row + row, first_key)
                 for r in cutlass.range_constexpr(2):
                     lse = sLse[row + 8 * r]
                     for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
                         acc_S_mn[r, c] = cute.math.exp2(
                             acc_S_mn[r, c] * scale_log2 - lse, fastmath=True
                         )
-                rP = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), self.dtype)
+                rP = cvt_f16(reshape_acc_to_frgA(acc_S), self.dtype)
                 store_ds(rP, dst_idx=unit)
 
                 warpgroup.wait_group(0)
-                acc_dP_mn = layout_utils.reshape_acc_to_mn(acc_dP)
+                acc_dP_mn = reshape_acc_to_mn(acc_dP)
                 for r in cutlass.range_constexpr(2):
                     delta = sDelta[row + 8 * r]
                     for c in cutlass.range_constexpr(cute.size(acc_dP_mn, mode=[1])):
                         acc_dP_mn[r, c] = acc_S_mn[r, c] * (acc_dP_mn[r, c] - delta)
-                rdS = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_dP), self.dtype)
+                rdS = cvt_f16(reshape_acc_to_frgA(acc_dP), self.dtype)
                 store_ds(rdS, dst_idx=self.stages + unit)
-                sm90_utils.gemm(mma_dq, acc_dQ[u], rdS, tdQrKt, wg_wait=-1)
+                gemm(mma_dq, acc_dQ[u], rdS, tdQrKt, wg_wait=-1)
             warpgroup.wait_group(0)
             cute.arch.fence_view_async_shared()
             cute.arch.barrier()
@@ -288,11 +285,11 @@ class ListedBackward:
             for i in cutlass.range_constexpr(2 // self.warpgroups):
                 which = wg + i
                 acc = cute.make_rmem_tensor(
-                    thr_dkv.partition_shape_C((_KEYS, self.head_dim)), Float32
+                    thr_dkv.partition_shape_C((TILE_KEYS, self.head_dim)), Float32
                 )
                 for stage in cutlass.range_constexpr(self.stages):
                     at = which * self.stages + stage
-                    sm90_utils.gemm(
+                    gemm(
                         mma_dkv,
                         acc,
                         tdKVrdSt[None, None, None, at],
@@ -302,34 +299,32 @@ class ListedBackward:
                     )
                 if const_expr(i == 0):
                     if entry + 1 < entries:
-                        load(mK, sK, k_stride, k_column, block * _KEYS)
-                        load(mV, sV, v_stride, k_column, block * _KEYS)
+                        load(tensors.k, sK, strides.k, k_column, block * TILE_KEYS)
+                        load(tensors.v, sV, strides.v, k_column, block * TILE_KEYS)
                     cute.arch.cp_async_commit_group()
                 warpgroup.wait_group(0)
                 for r in cutlass.range_constexpr(2):
-                    key = Int64(first_key + (warp * _WARP_ROWS + lane // 4 + 8 * r))
+                    key = Int64(first_key + (warp * WARP_ROWS + lane // QUAD + 8 * r))
                     offset = (key * kv_heads + kv_head) * self.head_dim
                     if which == 0:
-                        add_row(acc, r, mdV, offset, lane)
+                        add_row(acc, r, tensors.dv, offset, lane)
                     else:
-                        add_row(acc, r, mdK, offset, lane)
+                        add_row(acc, r, tensors.dk, offset, lane)
 
         # All have read Q; its place takes dQ.
         cute.arch.cp_async_wait_group(0)
         cute.arch.barrier()
-        store_dq, _, _ = copy_utils.get_smem_store_C(
-            mma_dq, sRows, thread, position_independent=True
-        )
+        store_dq, _, _ = get_smem_store_C(mma_dq, sRows, thread, position_independent=True)
         for u in cutlass.range_constexpr(self.units):
             unit = wg * self.units + u
             acc_dQ[u].store(acc_dQ[u].load() * scale)
-            store_dq(utils.cvt_f16(acc_dQ[u], self.dtype), dst_idx=self.stages + unit)
+            store_dq(cvt_f16(acc_dQ[u], self.dtype), dst_idx=self.stages + unit)
             cute.arch.sync_warp()
-            row = Int64(first_row + unit * _ROWS + warp * _WARP_ROWS)
+            row = Int64(first_row + unit * TILE_ROWS + warp * WARP_ROWS)
             heads = kv_heads * self.group
             self._store_rows(
                 sRows[None, None, self.stages + unit],
-                mdQ,
+                tensors.dq,
                 (row * heads + head) * self.head_dim,
                 Int64(heads) * self.head_dim,
                 warp,
@@ -367,7 +362,7 @@ class ListedBackward:
         column: Int32,
         first: Int32,
     ):
-        """64 rows from ``first`` on."""
+        """Start to load 64 rows from ``first`` on."""
         load_rows(mX, sX, stride, lambda i, more: (first + i + more, column), tidx, self.threads)
 
     @cute.jit
@@ -400,7 +395,7 @@ class ListedBackward:
             delta = cute.arch.warp_reduction_sum(delta, threads_in_group=lanes)
             if lane == 0:
                 lse = mLse[lse_start + row]
-                sLse[local] = Float32.inf if lse == -Float32.inf else lse * _LOG2_E
+                sLse[local] = Float32.inf if lse == -Float32.inf else lse * LOG2_E
                 sDelta[local] = delta
 
     @cute.jit
@@ -412,14 +407,14 @@ class ListedBackward:
         row: Int32,
         first_key: Int32,
     ):
-        """-inf for keys that the thread's two rows, ``row`` and eight after, do not see."""
+        """Set scores to -inf for keys that the thread's rows, ``row`` and 8 after, do not see."""
         limits = cute.make_rmem_tensor(2, Int32)
         for r in cutlass.range_constexpr(2):
             limit = row + 8 * r + 1
             if const_expr(self.limited):
                 limit = mLimit[row + 8 * r]
             limits[r] = limit - first_key
-        if cutlass.min(limits[0], limits[1]) < _KEYS:
+        if cutlass.min(limits[0], limits[1]) < TILE_KEYS:
             for r in cutlass.range_constexpr(2):
                 for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
                     visible = tScS[r, c][1] < limits[r]
@@ -435,13 +430,13 @@ class ListedBackward:
         warp: Int32,
         lane: Int32,
     ):
-        """The warp's 16 rows of a unit, in whole lines."""
+        """Store the warp's 16 rows of a unit, in whole lines."""
         lanes = const_expr(row_lanes(self.head_dim))
-        thr_copy = row_copy(self.dtype, lanes, _WARP, cute.nvgpu.CopyUniversalOp()).get_slice(lane)
-        tile = cute.local_tile(sX, (_WARP_ROWS, self.head_dim), (warp, 0))
+        thr_copy = row_copy(self.dtype, lanes, WARP, cute.nvgpu.CopyUniversalOp()).get_slice(lane)
+        tile = cute.local_tile(sX, (WARP_ROWS, self.head_dim), (warp, 0))
         tXsX = thr_copy.partition_S(tile)
         for m in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
-            row = lane // lanes + m * (_WARP // lanes)
+            row = lane // lanes + m * (WARP // lanes)
             offset = start + row * stride + lane % lanes * VECTOR
             for k in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
                 rX = cute.make_rmem_tensor(((VECTOR, 1),), self.dtype)
@@ -461,14 +456,16 @@ def compile_backward(
 
     return compile_kernel(
         ListedBackward(cute_dtype, head_dim, group, rows, limited),
-        *(fake_flat(cute_dtype) for _ in range(5)),
-        fake_flat(Float32, alignment=4),
-        ints(limited),
-        *(ints(), ints(), ints(has_full), ints(has_full)),
-        fake_flat(cute_dtype),
-        *(fake_flat(Float32) for _ in range(2)),
-        *(Int64(1) for _ in range(5)),
-        *(Int32(1) for _ in range(5)),
+        _Tensors(
+            *(fake_flat(cute_dtype) for _ in range(5)),
+            fake_flat(Float32, alignment=4),
+            ints(limited),
+            *(ints(), ints(), ints(has_full), ints(has_full)),
+            fake_flat(cute_dtype),
+            *(fake_flat(Float32) for _ in range(2)),
+        ),
+        _Strides(*(Int64(1) for _ in range(5))),
+        _Sizes(*(Int32(1) for _ in range(5))),
         Float32(1.0),
     )
 
@@ -495,22 +492,7 @@ def listed_backward(
     scale: float,
     key_limit: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of attention to listed key blocks; the last bits of dk and dv vary.
-
-    Args:
-        dout: ``(1, Tq, H, D)``, the gradient of ``out``.
-        q: ``(1, Tq, H, D)``, bfloat16 or float16. Slices of heads are read where they are, as of
-            the others. ``Tq`` is a multiple of ``lists.query_block``.
-        k, v: ``(1, Tk, H_kv, D)``, ``Tk`` a multiple of 64.
-        out, lse: as :func:`nsa.fused.fa4.sparse_forward` gave them, ``lse (1, H, Tq)``.
-        lists: the forward's, of 64-key blocks.
-        scale: positive.
-        key_limit: int32 ``(Tq,)``, at most ``Tk``: a query sees keys before it; None: those up to
-            its own row.
-
-    Returns:
-        dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous.
-    """
+    """See :func:`nsa.fused.kernel_calls.listed_backward`."""
     (_, num_rows, heads, head_dim), kv_heads = q.shape, k.shape[2]
     _check(q, k, v, lists)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -525,8 +507,12 @@ def listed_backward(
         entries = [None if x is None else x.contiguous().view(-1) for x in lists[:4]]
         widths = [0 if x is None else x.shape[-1] for x in (lists.partial_index, lists.full_index)]
         kernel(
-            *(*flattened, lse.contiguous().view(-1), key_limit, *entries, dq.view(-1), *sums),
-            *(*strides, num_rows, kv_heads, lists.query_block // rows, *widths, scale),
+            _Tensors(
+                *(*flattened, lse.contiguous().view(-1), key_limit, *entries, dq.view(-1), *sums)
+            ),
+            _Strides(*strides),
+            _Sizes(num_rows, kv_heads, lists.query_block // rows, *widths),
+            scale,
         )
     dv, dk = (
         convert_sums(x, like.shape, q.dtype, factor)
@@ -542,8 +528,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> None:
             f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; they must "
             "have the same 64, 96 or 128 channels"
         )
-    if lists.key_block != _KEYS:
-        raise ValueError(f"lists are of {lists.key_block}-key blocks; they must be of {_KEYS}")
-    for name, x, multiple in (("q", q, lists.query_block), ("k", k, _KEYS)):
+    if lists.key_block != TILE_KEYS:
+        raise ValueError(f"lists are of {lists.key_block}-key blocks; they must be of {TILE_KEYS}")
+    for name, x, multiple in (("q", q, lists.query_block), ("k", k, TILE_KEYS)):
         if x.shape[1] % multiple:
             raise ValueError(f"{name} has {x.shape[1]} rows; it must have a multiple of {multiple}")

@@ -10,6 +10,7 @@ two lanes meet at a counter and tiles ascend in each list, the same each time.
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -17,15 +18,43 @@ import torch
 from cutlass import Boolean, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import check_tensor, fake_flat
 
 _WARPS = 8
-_THREADS = _WARPS * 32
+_THREADS = _WARPS * WARP
 # Key blocks of a CTA of the transpose: 32 KB of counters, of which six CTAs share an SM.
 _RANGE = 1024
 # Lists whose loads a warp issues together, before it uses the first.
 _LISTS_IN_FLIGHT = 8
+
+
+@mlir_namedtuple
+class _KeyBlockTensors(NamedTuple):
+    """What :func:`list_key_blocks` takes and returns."""
+
+    indices: cute.Tensor
+    first: cute.Tensor
+    num_blocks: cute.Tensor
+    num_full: cute.Tensor | None
+    partial_count: cute.Tensor
+    partial_index: cute.Tensor
+    full_count: cute.Tensor | None
+    full_index: cute.Tensor | None
+
+
+@mlir_namedtuple
+class _KeyBlockSizes(NamedTuple):
+    """``listed`` blocks of a tile and head, ``width`` key blocks of a list."""
+
+    batch: Int32
+    tiles: Int32
+    heads: Int32
+    listed: Int32
+    width: Int32
+    entry_blocks: Int32
 
 
 class ListKeyBlocks:
@@ -36,71 +65,38 @@ class ListKeyBlocks:
         self.has_full = has_full
 
     @cute.jit
-    def __call__(
-        self,
-        mIndices: cute.Tensor,
-        mFirst: cute.Tensor,
-        mNumBlocks: cute.Tensor,
-        mNumFull: cute.Tensor | None,
-        mPartialCount: cute.Tensor,
-        mPartialIndex: cute.Tensor,
-        mFullCount: cute.Tensor | None,
-        mFullIndex: cute.Tensor | None,
-        batch: Int32,
-        tiles: Int32,
-        heads: Int32,
-        listed: Int32,
-        width: Int32,
-        entry_blocks: Int32,
-        stream,
-    ):
-        inputs = (mIndices, mFirst, mNumBlocks, mNumFull)
-        outputs = (mPartialCount, mPartialIndex, mFullCount, mFullIndex)
-        sizes = (batch, tiles, heads, listed, width, entry_blocks)
-        self.kernel(*inputs, *outputs, *sizes).launch(
-            grid=[cute.ceil_div(batch * tiles * heads, _WARPS), 1, 1],
+    def __call__(self, tensors: _KeyBlockTensors, sizes: _KeyBlockSizes, stream):
+        rows = sizes.batch * sizes.tiles * sizes.heads
+        self.kernel(tensors, sizes).launch(
+            grid=[cute.ceil_div(rows, _WARPS), 1, 1],
             block=[_THREADS, 1, 1],
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        mIndices: cute.Tensor,
-        mFirst: cute.Tensor,
-        mNumBlocks: cute.Tensor,
-        mNumFull: cute.Tensor | None,
-        mPartialCount: cute.Tensor,
-        mPartialIndex: cute.Tensor,
-        mFullCount: cute.Tensor | None,
-        mFullIndex: cute.Tensor | None,
-        batch: Int32,
-        tiles: Int32,
-        heads: Int32,
-        listed: Int32,
-        width: Int32,
-        entry_blocks: Int32,
-    ):
+    def kernel(self, tensors: _KeyBlockTensors, sizes: _KeyBlockSizes):
+        batch, tiles, heads, listed, width, entry_blocks = sizes
+        mPartialIndex, mFullIndex = tensors.partial_index, tensors.full_index
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
-        lane = tidx % 32
+        lane = tidx % WARP
         # Neighbouring warps take neighbouring heads, whose indices are neighbours in memory.
-        source = bidx * _WARPS + tidx // 32
+        source = bidx * _WARPS + tidx // WARP
         if source < batch * tiles * heads:
             row, head = source // heads, source % heads
             tile = row % tiles
-            first = mFirst[tile] + row // tiles * entry_blocks
-            num_blocks = mNumBlocks[tile]
+            first = tensors.first[tile] + row // tiles * entry_blocks
+            num_blocks = tensors.num_blocks[tile]
             num_full = Int32(0)
             if const_expr(self.has_full):
-                num_full = mNumFull[tile]
+                num_full = tensors.num_full[tile]
             target = head * (batch * tiles) + row
             num_partial, num_whole = Int32(0), Int32(0)
-            for step in cutlass.range(cute.ceil_div(width, 32), unroll=1):
-                entry = step * 32 + lane
+            for step in cutlass.range(cute.ceil_div(width, WARP), unroll=1):
+                entry = step * WARP + lane
                 block = Int32(-1)
                 if entry < width:
-                    index = mIndices[Int64(source) * listed + entry // self.parts]
+                    index = tensors.indices[Int64(source) * listed + entry // self.parts]
                     if index >= 0:
                         block = index * self.parts + entry % self.parts
                 real = block >= 0 and block < num_blocks
@@ -116,15 +112,35 @@ class ListKeyBlocks:
                         mFullIndex[Int64(target) * width + num_whole + place] = first + block
                     num_whole = num_whole + added
             if lane == 0:
-                mPartialCount[target] = num_partial
+                tensors.partial_count[target] = num_partial
                 if const_expr(self.has_full):
-                    mFullCount[target] = num_whole
+                    tensors.full_count[target] = num_whole
 
     @cute.jit
     def _place(self, chosen: Boolean, lane: Int32) -> tuple[Int32, Int32]:
         """How many lanes before this one chose, and how many of the warp did."""
         votes = cute.arch.vote_ballot_sync(chosen)
         return cute.arch.popc(votes & ((Int32(1) << lane) - 1)), cute.arch.popc(votes)
+
+
+@mlir_namedtuple
+class _QueryTileTensors(NamedTuple):
+    """What :func:`list_query_tiles` takes and returns."""
+
+    block_count: cute.Tensor
+    block_index: cute.Tensor
+    tile_count: cute.Tensor
+    tile_index: cute.Tensor | None
+
+
+@mlir_namedtuple
+class _QueryTileSizes(NamedTuple):
+    """``width`` entries of a list of key blocks, ``tile_width`` of one of query tiles."""
+
+    tiles: Int32
+    width: Int32
+    blocks: Int32
+    tile_width: Int32
 
 
 class ListQueryTiles:
@@ -134,38 +150,15 @@ class ListQueryTiles:
         self.fill = fill
 
     @cute.jit
-    def __call__(
-        self,
-        mCount: cute.Tensor,
-        mIndex: cute.Tensor,
-        mTileCount: cute.Tensor,
-        mTileIndex: cute.Tensor | None,
-        heads: Int32,
-        tiles: Int32,
-        width: Int32,
-        blocks: Int32,
-        tile_width: Int32,
-        stream,
-    ):
-        ranges = cute.ceil_div(blocks, _RANGE)
-        sizes = (tiles, width, blocks, tile_width, ranges)
-        self.kernel(mCount, mIndex, mTileCount, mTileIndex, *sizes).launch(
+    def __call__(self, tensors: _QueryTileTensors, heads: Int32, sizes: _QueryTileSizes, stream):
+        ranges = cute.ceil_div(sizes.blocks, _RANGE)
+        self.kernel(tensors, sizes, ranges).launch(
             grid=[ranges * heads, 1, 1], block=[_THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        mCount: cute.Tensor,
-        mIndex: cute.Tensor,
-        mTileCount: cute.Tensor,
-        mTileIndex: cute.Tensor | None,
-        tiles: Int32,
-        width: Int32,
-        blocks: Int32,
-        tile_width: Int32,
-        ranges: Int32,
-    ):
+    def kernel(self, tensors: _QueryTileTensors, sizes: _QueryTileSizes, ranges: Int32):
+        blocks = sizes.blocks
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         head = bidx // ranges
@@ -179,8 +172,7 @@ class ListQueryTiles:
             for run in cutlass.range_constexpr(_WARPS):
                 sNext[run, local] = Int32(0)
         cute.arch.barrier()
-        sizes = (head, tiles, width, low, high)
-        self._pass(mCount, mIndex, None, sNext, *sizes, blocks, tile_width)
+        self._pass(tensors._replace(tile_index=None), sizes, sNext, head, low, high)
         cute.arch.barrier()
         # From the entries of each run to where they start in the list.
         for block in cutlass.range(low + tidx, high, _THREADS):
@@ -192,47 +184,43 @@ class ListQueryTiles:
             if const_expr(self.fill):
                 # Longer lists come only of a caller's blocks that repeat, which nothing checks
                 # while a CUDA graph is captured: they must not lead out of the index.
-                total = cutlass.min(total, tile_width)
-            mTileCount[head * blocks + block] = total
+                total = cutlass.min(total, sizes.tile_width)
+            tensors.tile_count[head * blocks + block] = total
         if const_expr(self.fill):
             cute.arch.barrier()
-            self._pass(mCount, mIndex, mTileIndex, sNext, *sizes, blocks, tile_width)
+            self._pass(tensors, sizes, sNext, head, low, high)
 
     @cute.jit
     def _pass(
         self,
-        mCount: cute.Tensor,
-        mIndex: cute.Tensor,
-        mTileIndex: cute.Tensor | None,
+        tensors: _QueryTileTensors,
+        sizes: _QueryTileSizes,
         sNext: cute.Tensor,
         head: Int32,
-        tiles: Int32,
-        width: Int32,
         low: Int32,
         high: Int32,
-        blocks: Int32,
-        tile_width: Int32,
     ):
-        """This warp's run of tiles in order; lists its tiles unless ``mTileIndex`` is None."""
+        """This warp's run of tiles in order; lists its tiles where it is given an index."""
+        tiles, width, blocks, tile_width = sizes
         tidx, _, _ = cute.arch.thread_idx()
-        run, lane = tidx // 32, tidx % 32
+        run, lane = tidx // WARP, tidx % WARP
         tiles_per_run = cute.ceil_div(tiles, _WARPS)
         first = run * tiles_per_run
         tiles_of_run = cutlass.max(cutlass.min(tiles_per_run, tiles - first), 0)
         # A list of more than 32 entries takes several steps of the warp.
-        chunks = cute.ceil_div(width, 32)
+        chunks = cute.ceil_div(width, WARP)
         steps = tiles_of_run * chunks
         for group in cutlass.range(cute.ceil_div(steps, _LISTS_IN_FLIGHT), unroll=1):
             loaded = []
             for u in cutlass.range_constexpr(_LISTS_IN_FLIGHT):
                 step = group * _LISTS_IN_FLIGHT + u
                 tile = first + step // chunks
-                entry = step % chunks * 32 + lane
+                entry = step % chunks * WARP + lane
                 # What is past the end is read inside it and left out: a load under a condition
                 # would wait.
                 source = Int64(head) * tiles + cutlass.min(tile, tiles - 1)
-                count = mCount[source]
-                block = mIndex[source * width + cutlass.min(entry, width - 1)]
+                count = tensors.block_count[source]
+                block = tensors.block_index[source * width + cutlass.min(entry, width - 1)]
                 listed = step < steps and entry < count
                 wanted = listed and block >= low and block < high
                 loaded.append((tile, block, wanted))
@@ -241,11 +229,11 @@ class ListQueryTiles:
                 if wanted:
                     place = sNext[run, block - low]
                     sNext[run, block - low] = place + 1
-                    if const_expr(mTileIndex is not None):
+                    if const_expr(tensors.tile_index is not None):
                         fits = place < tile_width
                         if fits:
                             target = (Int64(head) * blocks + block) * tile_width + place
-                            mTileIndex[target] = tile
+                            tensors.tile_index[target] = tile
                 # Another lane may go on from this counter.
                 cute.arch.sync_warp()
 
@@ -256,8 +244,8 @@ def compile_list_key_blocks(parts: int, has_full: bool) -> Callable:
     wanted = (True, True, True, has_full, True, True, has_full, has_full)
     return compile_kernel(
         ListKeyBlocks(parts, has_full),
-        *map(_fake_int32, wanted),
-        *(Int32(1) for _ in range(6)),
+        _KeyBlockTensors(*map(_fake_int32, wanted)),
+        _KeyBlockSizes(*(Int32(1) for _ in range(6))),
     )
 
 
@@ -266,8 +254,9 @@ def compile_list_query_tiles(fill: bool) -> Callable:
     """The compiled kernel that counts query tiles, and with ``fill`` lists them."""
     return compile_kernel(
         ListQueryTiles(fill),
-        *map(_fake_int32, (True, True, True, fill)),
-        *(Int32(1) for _ in range(5)),
+        _QueryTileTensors(*map(_fake_int32, (True, True, True, fill))),
+        Int32(1),
+        _QueryTileSizes(*(Int32(1) for _ in range(4))),
     )
 
 
@@ -294,26 +283,7 @@ def list_key_blocks(
     parts: int,
     entry_blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Cut each listed block into key blocks of the row, and drop those past its sequence.
-
-    Args:
-        indices: int32 ``(B, tiles, H, n)``, blocks in the tile's sequence; negative ones are
-            dropped. Copied if it is not contiguous.
-        first: int32 ``(tiles,)``, where the key blocks of the tile's sequence start in the row of
-            an entry of the batch.
-        num_blocks: int32 ``(tiles,)``, how many there are; 0 for a tile of no sequence.
-        num_full: int32 ``(tiles,)`` or None, how many of them, from the first, are full.
-        parts: key blocks in a block.
-        entry_blocks: key blocks in the row of an entry of the batch.
-
-    Returns:
-        partial_count: int32 ``(1, H, B * tiles)``; full blocks are in the other list.
-        partial_index: int32 ``(1, H, B * tiles, width)``, in the order of ``indices``, with ``width
-            = min(n * parts, B * entry_blocks)``: the most that can be listed. What is past the
-            count is not written.
-        full_count: like ``partial_count``; None without ``num_full``.
-        full_index: like ``partial_index``; None without ``num_full``.
-    """
+    """See :func:`nsa.fused.kernel_calls.list_key_blocks`."""
     _check_lists("indices", indices)
     batch, num_tiles, num_heads, listed = indices.shape
     for name, x in (("first", first), ("num_blocks", num_blocks), ("num_full", num_full)):
@@ -331,34 +301,21 @@ def list_key_blocks(
         vectors = (first, num_blocks, num_full)
         optional = lists if has_full else (*lists, None, None)
         compile_list_key_blocks(parts, has_full)(
-            *map(_flat, (indices, *vectors, *optional)),
-            *(batch, num_tiles, num_heads, listed, width, entry_blocks),
+            _KeyBlockTensors(*map(_flat, (indices, *vectors, *optional))),
+            _KeyBlockSizes(batch, num_tiles, num_heads, listed, width, entry_blocks),
         )
     return tuple(lists) if has_full else (*lists, None, None)
 
 
 def count_query_tiles(count: Tensor, index: Tensor, num_blocks: int) -> Tensor:
-    """The counts of :func:`list_query_tiles` alone: int32 ``(1, H, num_blocks)``."""
+    """See :func:`nsa.fused.kernel_calls.count_query_tiles`."""
     return _list_query_tiles(count, index, num_blocks, None)[0]
 
 
 def list_query_tiles(
     count: Tensor, index: Tensor, num_blocks: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Transpose lists of key blocks into lists of query tiles; the same bits each time.
-
-    Args:
-        count: int32 ``(1, H, tiles)``.
-        index: int32 ``(1, H, tiles, W)``, key blocks below ``num_blocks`` in any order, that do not
-            repeat in a list. What is past the count is not used.
-        num_blocks: key blocks.
-        width: at least the longest of the new lists. Not checked.
-
-    Returns:
-        count: int32 ``(1, H, num_blocks)``.
-        index: int32 ``(1, H, num_blocks, width)``, query tiles in ascending order. What is past
-            the count is not written.
-    """
+    """See :func:`nsa.fused.kernel_calls.list_query_tiles`."""
     return _list_query_tiles(count, index, num_blocks, width)
 
 
@@ -374,8 +331,9 @@ def _list_query_tiles(
     if index.numel() == 0 or tile_count.numel() == 0 or width == 0:
         return tile_count.zero_(), tile_index
     compile_list_query_tiles(width is not None)(
-        *map(_flat, (count, index, tile_count, tile_index)),
-        *(num_heads, num_tiles, listed, num_blocks, width or 0),
+        _QueryTileTensors(*map(_flat, (count, index, tile_count, tile_index))),
+        num_heads,
+        _QueryTileSizes(num_tiles, listed, num_blocks, width or 0),
     )
     return tile_count, tile_index
 

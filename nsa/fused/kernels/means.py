@@ -32,14 +32,14 @@ from nsa.fused.kernels.vectors import (
 )
 
 Pair = tuple[Tensor, Tensor]
-"""Of keys and of values, alike but for their strides."""
+"""One of keys and one of values, alike but for their strides."""
 
 _TensorPair = tuple[cute.Tensor, cute.Tensor]
 
 _THREADS = 128
-_LANES = 16
-_GROUPS = _THREADS // _LANES
-_COLUMNS = _LANES * VECTOR
+_ROW_THREADS = 16
+_GROUPS = _THREADS // _ROW_THREADS
+_COLUMNS = _ROW_THREADS * VECTOR
 # 16-byte loads (of a 16-bit dtype) that a thread issues together, before it uses the first.
 _FORWARD_LOADS = 8
 _BACKWARD_TOKENS = 4
@@ -94,10 +94,10 @@ class MeanForward:
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, which, _ = cute.arch.block_idx()
-        group = tidx // _LANES
+        group = tidx // _ROW_THREADS
         split = group % self.splits
         block = bidx // tiles * self.blocks_per_cta + group // self.splits
-        column = bidx % tiles * _COLUMNS + tidx % _LANES * VECTOR
+        column = bidx % tiles * _COLUMNS + tidx % _ROW_THREADS * VECTOR
         inside = block < num_blocks and column < width
         stride = strides[0]
         if const_expr(mOther is not None):
@@ -125,7 +125,7 @@ class MeanForward:
             cute.arch.barrier()
             if split == 0:
                 for other in cutlass.range_constexpr(1, self.splits):
-                    rSum.store(rSum.load() + sSum[tidx + other * _LANES, None].load())
+                    rSum.store(rSum.load() + sSum[tidx + other * _ROW_THREADS, None].load())
         if inside and split == 0:
             mean = rSum.load() * (1.0 / self.block_size)
             row = Int64(which) * num_blocks + block
@@ -176,8 +176,8 @@ class MeanBackward:
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, which, _ = cute.arch.block_idx()
-        first = bidx // tiles * self.tokens_per_cta + tidx // _LANES
-        column = bidx % tiles * _COLUMNS + tidx % _LANES * VECTOR
+        first = bidx // tiles * self.tokens_per_cta + tidx // _ROW_THREADS
+        column = bidx % tiles * _COLUMNS + tidx % _ROW_THREADS * VECTOR
         mdX, stride = _choose(which, dxs, strides[0])
         sources = []
         if const_expr(addends is not None):
@@ -285,21 +285,7 @@ def mean_forward(
     out_dtype: torch.dtype,
     other: Tensor | None = None,
 ) -> Tensor:
-    """``mean[m] = mean(x[start[m] : start[m] + block_size])``, summed in float32.
-
-    Args:
-        x: ``(..., T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. A slice of heads
-            is read where it is; other strides are copied.
-        start: int32 ``(M,)``, the first token of each block among all rows of ``x``, -1 for a
-            block that is 0. Not checked: a block must end within ``x``. Blocks may overlap.
-        block_size: tokens in a block.
-        out_dtype: one of the dtypes of ``x``.
-        other: a second tensor like ``x``, but for its strides.
-
-    Returns:
-        ``(..., M', H_kv, D)`` in ``out_dtype`` with the M blocks in order, as many for each of the
-        leading dimensions; with ``other`` ``(2, ...)``.
-    """
+    """See :func:`nsa.fused.kernel_calls.mean_forward`."""
     _check("x", x, block_size)
     if other is not None:
         check_tensor("other", other, x.shape, x.dtype, x.device)
@@ -329,21 +315,7 @@ def mean_backward(
     dtype: torch.dtype,
     addends: tuple[Pair, Pair] | None = None,
 ) -> Pair:
-    """``dx[t] = sum_i dmean[blocks[t, i]] / block_size`` of keys and values, rounded once.
-
-    Args:
-        dmeans: ``(..., M, H_kv, D)`` each, in float32 or ``dtype``. Copied if not contiguous.
-        blocks: int32 ``(T, overlap)``, the blocks of each token among all rows of a ``dmean``, -1
-            for none. Not checked against them.
-        block_size: tokens in a block.
-        dtype: bfloat16, float16 or float32.
-        addends: gradients that are added, two of keys and values: ``(..., T', H_kv, D)`` each, in
-            ``dtype``. The first two are written over, and so slices of heads at most; the others
-            are read where they are if they are no more than that, else copied.
-
-    Returns:
-        ``(..., T', H_kv, D)`` each in ``dtype``: the first two ``addends``, new ones without.
-    """
+    """See :func:`nsa.fused.kernel_calls.mean_backward`."""
     _check("dmean", dmeans[0], block_size)
     (num_tokens, overlap), device = blocks.shape, blocks.device
     shape = _with_rows(dmeans[0], num_tokens)

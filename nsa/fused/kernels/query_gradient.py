@@ -8,25 +8,29 @@ the sigmoids take. Tiled as :mod:`nsa.fused.kernels.head_rows` says.
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int64, const_expr
 from torch import Tensor
 
 from nsa.fused.kernel_inputs import IN_ORDER, Placements
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.head_rows import (
     PLACED,
-    THREADS,
     HeadRows,
+    HeadSizes,
+    Places,
     are_placed,
     check_branch,
     check_head_rows,
     fake_places,
+    fake_sizes,
     place_arguments,
 )
+from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     FLOAT_DTYPES,
@@ -44,92 +48,66 @@ from nsa.fused.kernels.vectors import (
 _ROWS_IN_FLIGHT = 3
 
 
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """The branches' gradients, those of the logits, the weight, and the result."""
+
+    dq_cmp: cute.Tensor
+    dq_slc: cute.Tensor
+    dq_win: cute.Tensor
+    dlogits: cute.Tensor | None
+    weight: cute.Tensor | None
+    dq: cute.Tensor
+
+
 class QueryGradient(HeadRows):
     """``strides`` are the elements from row to row of the branches' gradients and of ``dq``.
 
-    That of a branch with a placement is not looked at. ``mdQ`` may be that of a branch without: a
+    That of a branch with a placement is not looked at. ``dq`` may be that of a branch without: a
     thread reads its elements before it writes them.
     """
 
     def __init__(self, head_dim: int):
         super().__init__(head_dim, _ROWS_IN_FLIGHT)
 
-    @cute.jit
-    def __call__(
-        self,
-        mCmp: cute.Tensor,
-        mSlc: cute.Tensor,
-        mWin: cute.Tensor,
-        mdLogits: cute.Tensor | None,
-        mWeight: cute.Tensor | None,
-        mdQ: cute.Tensor,
-        mCmpPlace: cute.Tensor | None,
-        mSlcPlace: cute.Tensor | None,
-        cmp_layout: cute.Stride | None,
-        slc_layout: cute.Stride | None,
-        strides: cute.Stride,
-        rows: Int32,
-        heads: Int32,
-        chunks: Int32,
-        stream,
-    ):
-        tensors = (mCmp, mSlc, mWin, mdLogits, mWeight, mdQ)
-        places = (mCmpPlace, mSlcPlace, cmp_layout, slc_layout)
-        self.kernel(*tensors, *places, strides, rows, heads, chunks).launch(
-            grid=[chunks * heads, 1, 1], block=[THREADS, 1, 1], stream=stream
-        )
-
     @cute.kernel
-    def kernel(
-        self,
-        mCmp: cute.Tensor,
-        mSlc: cute.Tensor,
-        mWin: cute.Tensor,
-        mdLogits: cute.Tensor | None,
-        mWeight: cute.Tensor | None,
-        mdQ: cute.Tensor,
-        mCmpPlace: cute.Tensor | None,
-        mSlcPlace: cute.Tensor | None,
-        cmp_layout: cute.Stride | None,
-        slc_layout: cute.Stride | None,
-        strides: cute.Stride,
-        rows: Int32,
-        heads: Int32,
-        chunks: Int32,
-    ):
+    def kernel(self, tensors: _Tensors, places: Places, strides: cute.Stride, sizes: HeadSizes):
+        rows, heads, chunks = sizes
+        mdLogits = tensors.dlogits
         head, chunk, first, column, active = self.place(heads)
         in_row = head * self.head_dim + column
-        rW = self.load_weight(mWeight, head, column)
-        branches, layouts = (mCmp, mSlc, mWin), (cmp_layout, slc_layout, None)
+        rW = self.load_weight(tensors.weight, head, column)
+        branches = (tensors.dq_cmp, tensors.dq_slc, tensors.dq_win)
+        layouts = (places.cmp_layout, places.slc_layout, None)
         columns = tuple(self.in_place(layouts[i], head, column) for i in range(3))
         for step in cutlass.range(chunk, cute.ceil_div(rows, self.rows_per_step), chunks):
-            placed = self.load_places((mCmpPlace, mSlcPlace), step, first, rows)
+            placed = self.load_places((places.cmp, places.slc), step, first, rows)
             loaded = []
             for u in cutlass.range_constexpr(self.rows_in_flight):
                 row = step * self.rows_per_step + u * self.rows_in_parallel + first
                 # Past the end, the last row is read again: a load under a condition would wait.
                 source = Int64(cutlass.min(row, rows - 1))
-                places = (*placed[u], None)
+                row_places = (*placed[u], None)
                 dlogits = ()
-                if const_expr(mWeight is not None):
+                if const_expr(tensors.weight is not None):
                     dlogits = tuple(mdLogits[(source * heads + head) * 3 + i] for i in range(3))
                 offsets = [
-                    self.offset(places[i], layouts[i], source, strides[i], columns[i])
+                    self.offset(row_places[i], layouts[i], source, strides[i], columns[i])
                     for i in range(3)
                 ]
                 fragments = tuple(map(load_vector, branches, offsets))
-                loaded.append((row, source, places, dlogits, fragments))
+                loaded.append((row, source, row_places, dlogits, fragments))
             for u in cutlass.range_constexpr(self.rows_in_flight):
-                row, source, places, dlogits, fragments = loaded[u]
+                row, source, row_places, dlogits, fragments = loaded[u]
                 if row < rows and active:
                     for i in cutlass.range_constexpr(2):
-                        self.clear_unplaced(fragments[i], places[i])
+                        self.clear_unplaced(fragments[i], row_places[i])
                     dq = cute.full(VECTOR, 0.0, Float32)
                     for i in cutlass.range_constexpr(3):
                         dq = dq + fragments[i].load().to(Float32)
-                        if const_expr(mWeight is not None):
+                        if const_expr(tensors.weight is not None):
                             dq = dq + rW[None, i].load() * dlogits[i]
-                    store_vector(dq, mdQ, source * strides[3] + in_row)
+                    store_vector(dq, tensors.dq, source * strides[3] + in_row)
 
 
 @kept
@@ -143,13 +121,15 @@ def compile_query_gradient(
     element = CUTE_DTYPES[dtype]
     return compile_kernel(
         QueryGradient(head_dim),
-        *(fake_flat(element) for _ in range(3)),
-        fake_flat(Float32 if with_weight else None),
-        fake_flat(element if with_weight else None),
-        fake_flat(element),
-        *fake_places(placed),
+        _Tensors(
+            *(fake_flat(element) for _ in range(3)),
+            fake_flat(Float32 if with_weight else None),
+            fake_flat(element if with_weight else None),
+            fake_flat(element),
+        ),
+        fake_places(placed),
         (Int64(1),) * 4,
-        *(Int32(1), Int32(1), Int32(1)),
+        fake_sizes(),
     )
 
 
@@ -175,21 +155,7 @@ def query_gradient(
     out: Tensor | None = None,
     placements: Placements = IN_ORDER,
 ) -> Tensor:
-    """``dq_cmp + dq_slc + dq_win + sum_i dlogits[..., i] * weight[:, i]``, rounded once.
-
-    Args:
-        dq_cmp, dq_slc, dq_win: ``(..., H, D)``, bfloat16, float16 or float32; D a multiple of 8 up
-            to 256. Slices of heads are read where they are; other strides are copied. With a
-            placement any ``(..., D)``, contiguous and not empty.
-        dlogits: float32 ``(..., H, 3)``, or None without ``weight``.
-        weight: ``(H, 3, D)`` in the dtype of ``dq_win``, or None: the plain sum of three.
-        out: where to write the result: like ``dq_win``, a slice of heads at most. It may be one of
-            the gradients without a placement; it must not overlap any otherwise. By default new.
-        placements: where the rows of ``dq_cmp`` and ``dq_slc`` lie.
-
-    Returns:
-        ``(..., H, D)`` in the dtype of ``dq_win``: ``out`` where it is given.
-    """
+    """See :func:`nsa.fused.kernel_calls.query_gradient`."""
     _check(dq_cmp, dq_slc, dq_win, dlogits, weight, out, placements)
     if out is None:
         out = torch.empty(dq_win.shape, dtype=dq_win.dtype, device=dq_win.device)
@@ -201,8 +167,9 @@ def query_gradient(
     placed = are_placed(placements)
     kernel = compile_query_gradient(dq_win.dtype, head_dim, weight is not None, placed)
     chunks = QueryGradient(head_dim).num_chunks(dq_win)
-    places, rows = place_arguments(placements), math.prod(leading)
-    kernel(*branches, flat(dlogits), flat(weight), dq, *places, strides, rows, heads, chunks)
+    tensors = _Tensors(*branches, flat(dlogits), flat(weight), dq)
+    sizes = HeadSizes(math.prod(leading), heads, chunks)
+    kernel(tensors, place_arguments(placements), strides, sizes)
     return out
 
 

@@ -9,16 +9,20 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync
-from quack import copy_utils
 
+from nsa.fused.hardware import WGMMA_ROWS
+from nsa.fused.kernels.hopper import partition_D_position_independent
 from nsa.fused.kernels.vectors import VECTOR
 
 Place = Callable[[Int32, int], tuple[Int32, Int32]]
-"""Of row ``i + more`` of a tile: the row of the tensor, and the first column there. ``i`` is a
-thread's first row and ``more`` a constant, so that what depends on ``i`` is computed once."""
+"""Gives the row of the tensor, and the first column there, of row ``i + more`` of a tile. ``i`` is
+a thread's first row and ``more`` a constant, so that what depends on ``i`` is computed once."""
 
-TILE_ROWS = 64
-"""Rows of wgmma. Row r is query head ``r % group`` of pair ``r // group``."""
+TILE_ROWS = WGMMA_ROWS
+"""Query rows of a tile. Row r is query head ``r % group`` of pair ``r // group``."""
+
+TILE_KEYS = WGMMA_ROWS
+"""Keys of a tile in the backward kernels, where keys are rows of a wgmma as well."""
 
 
 def row_lanes(head_dim: int) -> int:
@@ -53,8 +57,8 @@ def pair_rows(
 
 
 def pair_and_head(tile: Int32, i: Int32, more: int, group: int) -> tuple[Int32, Int32]:
-    """Pair, and query head of its KV head, of row ``i + more`` of a tile."""
-    # Of unsigned numbers, because for signed ones // takes more instructions.
+    """The pair of row ``i + more`` of a tile, and the query head within its KV head."""
+    # Unsigned, because // of signed numbers takes more instructions.
     if TILE_ROWS % group == 0 and more % group == 0:
         pair = tile * (TILE_ROWS // group) + more // group + Int32(Uint32(i) // group)
         return pair, Int32(Uint32(i) % group)
@@ -100,7 +104,7 @@ def load_rows(
         raise ValueError(f"a tile has {rows} rows; it must have a multiple of {step}")
     operation = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
     thr_copy = row_copy(sX.element_type, lanes, threads, operation).get_slice(tidx)
-    tXsX = copy_utils.partition_D_position_independent(thr_copy, sX)
+    tXsX = partition_D_position_independent(thr_copy, sX)
     if const_expr(stage is not None):
         tXsX = tXsX[None, None, None, stage]
     for m in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):

@@ -14,6 +14,7 @@ P and dS, and each half the columns of dK, dV and dQ.
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -21,15 +22,29 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import LayoutEnum, hopper_helpers
-from flash_attn.cute import utils
-from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import TokenBlocks, choose_chunk_tokens
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
+from nsa.fused.kernels.hopper import (
+    cvt_f16,
+    gemm,
+    gemm_zero_init,
+    get_smem_store_C,
+    load_s2r,
+    make_smem_layout,
+    mlir_namedtuple,
+    mma_partition_C_vec,
+    partition_fragment_ABC,
+    reshape_acc_to_frgA,
+    reshape_acc_to_mn,
+    transpose_view,
+)
 from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
 from nsa.fused.kernels.rows import (
+    TILE_KEYS,
     TILE_ROWS,
     block_rows,
     load_rows,
@@ -47,14 +62,46 @@ from nsa.fused.kernels.vectors import (
     load_vector,
 )
 
-_WARPGROUP = 128
-_WARP = 32
-# Query rows of a tile, and keys of a CTA: rows of wgmma.
-_KEYS = 64
-_WARP_ROWS = 16
-_SHARED_BYTES = 227 * 1024
-_LOG2_E = math.log2(math.e)
 _THREADS = 256
+
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """Inputs, the inverted index, and the float32 sums that are added to."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    dout: cute.Tensor
+    lse: cute.Tensor
+    delta: cute.Tensor
+    tokens: cute.Tensor
+    items: cute.Tensor
+    num_items: cute.Tensor
+    dq: cute.Tensor
+    dk: cute.Tensor
+    dv: cute.Tensor
+
+
+@mlir_namedtuple
+class _Strides(NamedTuple):
+    """Elements from token to token."""
+
+    q: Int64
+    k: Int64
+    v: Int64
+    dout: Int64
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """``unit_pairs`` are the places of a unit in the list; see the inverted index for the rest."""
+
+    kv_heads: Int32
+    wave_items: Int32
+    unit_pairs: Int32
+    chunks: Int32
+    chunk_tokens: Int32
 
 
 class SelectedBackward:
@@ -77,58 +124,38 @@ class SelectedBackward:
         self.causal = causal
         # dK and dV take (D + Dv) / 2 registers of a warpgroup's threads.
         self.warpgroups = 1 if head_dim + head_dim_v <= 320 else 2
-        self.threads = _WARPGROUP * self.warpgroups
+        self.threads = WARPGROUP * self.warpgroups
         # With more than 128 registers for them, S and dP are not computed at once, nor dQ and dK.
         self.overlap = (head_dim + head_dim_v) // self.warpgroups <= 256
         columns = head_dim // self.warpgroups
         self.dq_columns = 64 if columns % 64 == 0 else columns
         self.dq_parts = columns // self.dq_columns
         row_bytes = 2 * (head_dim + head_dim_v)
-        fixed = _KEYS * row_bytes + TILE_ROWS * _KEYS * 2 + item_tokens(group) * 4 + 4096
+        fixed = TILE_KEYS * row_bytes + TILE_ROWS * TILE_KEYS * 2 + item_tokens(group) * 4 + 4096
         stage = TILE_ROWS * row_bytes
         self.ctas = 2 if self.warpgroups == 1 else 1
-        self.stages = 2 if fixed + 2 * stage <= _SHARED_BYTES // self.ctas else 1
+        self.stages = 2 if fixed + 2 * stage <= SHARED_BYTES // self.ctas else 1
 
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mdO: cute.Tensor,
-        mLse: cute.Tensor,
-        mDelta: cute.Tensor,
-        mTokens: cute.Tensor,
-        mItems: cute.Tensor,
-        mNumItems: cute.Tensor,
-        mdQ: cute.Tensor,
-        mdK: cute.Tensor,
-        mdV: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
-        do_stride: Int64,
-        kv_heads: Int32,
+        tensors: _Tensors,
+        strides: _Strides,
+        sizes: _Sizes,
         waves: Int32,
-        wave_items: Int32,
-        unit_pairs: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
         scale_log2: Float32,
         stream,
     ):
         # Row-major; a warpgroup's columns are whole swizzle atoms.
-        make_layout = functools.partial(
-            sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
-        )
+        make_layout = functools.partial(make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR)
         atom, atom_v = self.dq_columns, self.head_dim_v // self.warpgroups
         q_smem = make_layout((TILE_ROWS, self.head_dim), stage=self.stages, major_mode_size=atom)
         do_smem = make_layout(
             (TILE_ROWS, self.head_dim_v), stage=self.stages, major_mode_size=atom_v
         )
-        k_smem = make_layout((_KEYS, self.head_dim), major_mode_size=atom)
-        v_smem = make_layout((_KEYS, self.head_dim_v), major_mode_size=atom_v)
-        ds_smem = make_layout((TILE_ROWS, _KEYS))
+        k_smem = make_layout((TILE_KEYS, self.head_dim), major_mode_size=atom)
+        v_smem = make_layout((TILE_KEYS, self.head_dim_v), major_mode_size=atom_v)
+        ds_smem = make_layout((TILE_ROWS, TILE_KEYS))
         make_mma = functools.partial(
             hopper_helpers.make_trivial_tiled_mma,
             self.dtype,
@@ -137,22 +164,20 @@ class SelectedBackward:
             acc_dtype=Float32,
             atom_layout_mnk=(1, 1, 1),
         )
-        mma_s = make_mma(b_leading_mode=OperandMajorMode.K, tiler_mn=(_KEYS, TILE_ROWS))
+        mma_s = make_mma(b_leading_mode=OperandMajorMode.K, tiler_mn=(TILE_KEYS, TILE_ROWS))
         mma_dk, mma_dv = (
             make_mma(
                 b_leading_mode=OperandMajorMode.MN,
-                tiler_mn=(_KEYS, width // self.warpgroups),
+                tiler_mn=(TILE_KEYS, width // self.warpgroups),
                 a_source=warpgroup.OperandSource.RMEM,
             )
             for width in (self.head_dim, self.head_dim_v)
         )
         mma_dq = make_mma(b_leading_mode=OperandMajorMode.MN, tiler_mn=(TILE_ROWS, self.dq_columns))
-        tensors = (mQ, mK, mV, mdO, mLse, mDelta, mTokens, mItems, mNumItems, mdQ, mdK, mdV)
-        strides = (q_stride, k_stride, v_stride, do_stride)
-        sizes = (kv_heads, wave_items, unit_pairs, chunks, chunk_tokens)
-        layouts = (mma_s, mma_dk, mma_dv, mma_dq, q_smem, do_smem, k_smem, v_smem, ds_smem)
-        self.kernel(*tensors, *strides, *sizes, scale_log2, *layouts).launch(
-            grid=[wave_items, waves, -(-self.block_size // _KEYS)],
+        mmas = (mma_s, mma_dk, mma_dv, mma_dq)
+        layouts = (q_smem, do_smem, k_smem, v_smem, ds_smem)
+        self.kernel(tensors, strides, sizes, scale_log2, mmas, layouts).launch(
+            grid=[sizes.wave_items, waves, -(-self.block_size // TILE_KEYS)],
             block=[self.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.ctas,
@@ -162,52 +187,29 @@ class SelectedBackward:
     @cute.kernel
     def kernel(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mdO: cute.Tensor,
-        mLse: cute.Tensor,
-        mDelta: cute.Tensor,
-        mTokens: cute.Tensor,
-        mItems: cute.Tensor,
-        mNumItems: cute.Tensor,
-        mdQ: cute.Tensor,
-        mdK: cute.Tensor,
-        mdV: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
-        do_stride: Int64,
-        kv_heads: Int32,
-        wave_items: Int32,
-        unit_pairs: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
+        tensors: _Tensors,
+        strides: _Strides,
+        sizes: _Sizes,
         scale_log2: Float32,
-        mma_s: cute.TiledMma,
-        mma_dk: cute.TiledMma,
-        mma_dv: cute.TiledMma,
-        mma_dq: cute.TiledMma,
-        q_smem: cute.ComposedLayout,
-        do_smem: cute.ComposedLayout,
-        k_smem: cute.ComposedLayout,
-        v_smem: cute.ComposedLayout,
-        ds_smem: cute.ComposedLayout,
+        mmas: tuple[cute.TiledMma, ...],
+        layouts: tuple[cute.ComposedLayout, ...],
     ):
+        mma_s, mma_dk, mma_dv, mma_dq = mmas
+        q_smem, do_smem, k_smem, v_smem, ds_smem = layouts
         tidx, _, _ = cute.arch.thread_idx()
         bidx, wave, part = cute.arch.block_idx()
         begin, count, first, keys = Int32(0), Int32(0), Int32(0), Int32(0)
-        if bidx < mNumItems[wave]:
-            field = (Int64(wave) * wave_items + bidx) * ITEM_FIELDS
-            begin, count = mItems[field], mItems[field + 1]
-            first = mItems[field + 2] + part * _KEYS
-            keys = cutlass.min(mItems[field + 3] - part * _KEYS, _KEYS)
+        if bidx < tensors.num_items[wave]:
+            field = (Int64(wave) * sizes.wave_items + bidx) * ITEM_FIELDS
+            begin, count = tensors.items[field], tensors.items[field + 1]
+            first = tensors.items[field + 2] + part * TILE_KEYS
+            keys = cutlass.min(tensors.items[field + 3] - part * TILE_KEYS, TILE_KEYS)
         if keys > 0:
-            unit = begin // unit_pairs
-            kv_head, chunk_start = unit // chunks, unit % chunks * chunk_tokens
-            warp_in_cta = cute.arch.make_warp_uniform(tidx // _WARP)
+            unit = begin // sizes.unit_pairs
+            kv_head, chunk_start = unit // sizes.chunks, unit % sizes.chunks * sizes.chunk_tokens
+            warp_in_cta = cute.arch.make_warp_uniform(tidx // WARP)
             wg, warp = warp_in_cta // 4, warp_in_cta % 4
-            lane = tidx % _WARP
+            lane = tidx % WARP
 
             smem = cutlass.utils.SmemAllocator()
             sK, sV, sQ, sdO, sdS = (
@@ -216,14 +218,14 @@ class SelectedBackward:
             )
             tokens = const_expr(item_tokens(self.group) + TILE_ROWS)
             sTokens = smem.allocate_tensor(Int32, cute.make_layout(tokens), 16)
-            # Log-sum-exp, then delta, of the rows of a stage.
+            # The rows of a stage have their log-sum-exp first, then delta.
             statistics_layout = cute.make_layout((TILE_ROWS, 2, self.stages))
             sStatistics = smem.allocate_tensor(Float32, statistics_layout, 16)
 
-            load_tokens(mTokens, sTokens, begin, count, tidx, self.threads)
+            load_tokens(tensors.tokens, sTokens, begin, count, tidx, self.threads)
             for mX, sX, stride, width in (
-                (mK, sK, k_stride, self.head_dim),
-                (mV, sV, v_stride, self.head_dim_v),
+                (tensors.k, sK, strides.k, self.head_dim),
+                (tensors.v, sV, strides.v, self.head_dim_v),
             ):
                 place = block_rows(first, keys, kv_head * width)
                 load_rows(mX, sX, stride, place, tidx, self.threads)
@@ -231,10 +233,10 @@ class SelectedBackward:
             load_pairs = functools.partial(self._load_pairs, sTokens, kv_head, tidx)
             load_statistics = functools.partial(
                 self._load_statistics,
-                *(mLse, mDelta, sStatistics, sTokens, kv_heads, kv_head, tidx),
+                *(tensors.lse, tensors.delta, sStatistics, sTokens, sizes.kv_heads, kv_head, tidx),
             )
-            load_pairs(mQ, sQ, q_stride, Int32(0), Int32(0))
-            load_pairs(mdO, sdO, do_stride, Int32(0), Int32(0))
+            load_pairs(tensors.q, sQ, strides.q, Int32(0), Int32(0))
+            load_pairs(tensors.dout, sdO, strides.dout, Int32(0), Int32(0))
             load_statistics(Int32(0), Int32(0))
             cute.arch.cp_async_commit_group()
 
@@ -243,57 +245,57 @@ class SelectedBackward:
             )
             columns = const_expr(self.head_dim // self.warpgroups)
             columns_v = const_expr(self.head_dim_v // self.warpgroups)
-            partition = sm90_utils.partition_fragment_ABC
-            _, tSrK, tSrQ = partition(thr_s, (_KEYS, TILE_ROWS, self.head_dim), sK, sQ)
-            _, tPrV, tPrdO = partition(thr_s, (_KEYS, TILE_ROWS, self.head_dim_v), sV, sdO)
-            sQt = self._columns_of(layout_utils.transpose_view(sQ), columns, wg)
-            sdOt = self._columns_of(layout_utils.transpose_view(sdO), columns_v, wg)
-            acc_dK, _, tdKrQt = partition(thr_dk, (_KEYS, columns, TILE_ROWS), None, sQt)
-            acc_dV, _, tdVrdOt = partition(thr_dv, (_KEYS, columns_v, TILE_ROWS), None, sdOt)
-            sKt = layout_utils.transpose_view(sK)
+            partition = partition_fragment_ABC
+            _, tSrK, tSrQ = partition(thr_s, (TILE_KEYS, TILE_ROWS, self.head_dim), sK, sQ)
+            _, tPrV, tPrdO = partition(thr_s, (TILE_KEYS, TILE_ROWS, self.head_dim_v), sV, sdO)
+            sQt = self._columns_of(transpose_view(sQ), columns, wg)
+            sdOt = self._columns_of(transpose_view(sdO), columns_v, wg)
+            acc_dK, _, tdKrQt = partition(thr_dk, (TILE_KEYS, columns, TILE_ROWS), None, sQt)
+            acc_dV, _, tdVrdOt = partition(thr_dv, (TILE_KEYS, columns_v, TILE_ROWS), None, sdOt)
+            sKt = transpose_view(sK)
             tdQrKt = []
             for i in cutlass.range_constexpr(self.dq_parts):
                 slice_of_K = cute.local_tile(
-                    sKt, (self.dq_columns, _KEYS), (wg * self.dq_parts + i, 0)
+                    sKt, (self.dq_columns, TILE_KEYS), (wg * self.dq_parts + i, 0)
                 )
                 _, tdQrdS, fragment = partition(
-                    thr_dq, (TILE_ROWS, self.dq_columns, _KEYS), sdS, slice_of_K
+                    thr_dq, (TILE_ROWS, self.dq_columns, TILE_KEYS), sdS, slice_of_K
                 )
                 tdQrKt.append(fragment)
             acc_dK.fill(0.0)
             acc_dV.fill(0.0)
 
-            thr_mma = mma_s.get_slice(tidx % _WARPGROUP)
-            store_ds, _, _ = copy_utils.get_smem_store_C(
+            thr_mma = mma_s.get_slice(tidx % WARPGROUP)
+            store_ds, _, _ = get_smem_store_C(
                 mma_s,
-                layout_utils.transpose_view(sdS),
-                tidx % _WARPGROUP,
+                transpose_view(sdS),
+                tidx % WARPGROUP,
                 transpose=True,
                 position_independent=True,
             )
-            tScS = layout_utils.reshape_acc_to_mn(
-                thr_mma.partition_C(cute.make_identity_tensor((_KEYS, TILE_ROWS)))
+            tScS = reshape_acc_to_mn(
+                thr_mma.partition_C(cute.make_identity_tensor((TILE_KEYS, TILE_ROWS)))
             )
             tLse, tDelta = (
-                layout_utils.mma_partition_C_vec(
-                    sStatistics[None, i, None], thr_mma, expand_shape=_KEYS, is_colvec=False
+                mma_partition_C_vec(
+                    sStatistics[None, i, None], thr_mma, expand_shape=TILE_KEYS, is_colvec=False
                 )
                 for i in range(2)
             )
 
             rows = count * self.group
-            hidden = keys < _KEYS
+            hidden = keys < TILE_KEYS
             if const_expr(self.causal):
                 # Tokens of the item do not come before its chunk.
-                hidden = keys < _KEYS or first + (_KEYS - 1) > chunk_start
+                hidden = keys < TILE_KEYS or first + (TILE_KEYS - 1) > chunk_start
             tiles = cute.ceil_div(rows, TILE_ROWS)
             for tile in cutlass.range(tiles, unroll=1):
                 stage = tile % self.stages
                 if const_expr(self.stages == 1):  # noqa: SIM102 (one is decided at compile time)
                     if tile > 0:
                         cute.arch.barrier()
-                        load_pairs(mQ, sQ, q_stride, tile, Int32(0))
-                        load_pairs(mdO, sdO, do_stride, tile, Int32(0))
+                        load_pairs(tensors.q, sQ, strides.q, tile, Int32(0))
+                        load_pairs(tensors.dout, sdO, strides.dout, tile, Int32(0))
                         load_statistics(tile, Int32(0))
                         cute.arch.cp_async_commit_group()
                 # Also orders what was done in the other stage before it is loaded again.
@@ -302,40 +304,40 @@ class SelectedBackward:
                 cute.arch.barrier()
                 if const_expr(self.stages == 2):
                     if tile + 1 < tiles:
-                        load_pairs(mQ, sQ, q_stride, tile + 1, 1 - stage)
-                        load_pairs(mdO, sdO, do_stride, tile + 1, 1 - stage)
+                        load_pairs(tensors.q, sQ, strides.q, tile + 1, 1 - stage)
+                        load_pairs(tensors.dout, sdO, strides.dout, tile + 1, 1 - stage)
                         load_statistics(tile + 1, 1 - stage)
                     cute.arch.cp_async_commit_group()
 
                 scores = functools.partial(
-                    sm90_utils.gemm_zero_init, mma_s, (_KEYS, TILE_ROWS), B_idx=stage
+                    gemm_zero_init, mma_s, (TILE_KEYS, TILE_ROWS), B_idx=stage
                 )
                 acc_S = scores(tSrK, tSrQ, wg_wait=-1 if self.overlap else 0)
                 if const_expr(self.overlap):
                     acc_dP = scores(tPrV, tPrdO, wg_wait=1)
                 if hidden or (tile + 1) * TILE_ROWS > rows:
                     self._mask(acc_S, tScS, sTokens, tile, first, keys, count)
-                acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
-                lse = copy_utils.load_s2r(tLse[None, stage])
+                acc_S_mn = reshape_acc_to_mn(acc_S)
+                lse = load_s2r(tLse[None, stage])
                 for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
                     for r in cutlass.range_constexpr(2):
                         acc_S_mn[r, c] = cute.math.exp2(
                             acc_S_mn[r, c] * scale_log2 - lse[c], fastmath=True
                         )
-                rP = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), self.dtype)
+                rP = cvt_f16(reshape_acc_to_frgA(acc_S), self.dtype)
                 tdVrdOt_stage = tdVrdOt[None, None, None, stage]
                 if const_expr(self.overlap):
-                    sm90_utils.gemm(mma_dv, acc_dV, rP, tdVrdOt_stage, wg_wait=1)
+                    gemm(mma_dv, acc_dV, rP, tdVrdOt_stage, wg_wait=1)
                 else:
-                    sm90_utils.gemm(mma_dv, acc_dV, rP, tdVrdOt_stage, wg_wait=0)
+                    gemm(mma_dv, acc_dV, rP, tdVrdOt_stage, wg_wait=0)
                     acc_dP = scores(tPrV, tPrdO, wg_wait=0)
 
-                acc_dP_mn = layout_utils.reshape_acc_to_mn(acc_dP)
-                delta = copy_utils.load_s2r(tDelta[None, stage])
+                acc_dP_mn = reshape_acc_to_mn(acc_dP)
+                delta = load_s2r(tDelta[None, stage])
                 for c in cutlass.range_constexpr(cute.size(acc_dP_mn, mode=[1])):
                     for r in cutlass.range_constexpr(2):
                         acc_dP_mn[r, c] = acc_S_mn[r, c] * (acc_dP_mn[r, c] - delta[c])
-                rdS = utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_dP), self.dtype)
+                rdS = cvt_f16(reshape_acc_to_frgA(acc_dP), self.dtype)
                 if const_expr(self.warpgroups == 1):
                     store_ds(rdS)
                 else:
@@ -346,27 +348,29 @@ class SelectedBackward:
 
                 tdKrQt_stage = tdKrQt[None, None, None, stage]
                 if const_expr(not self.overlap):
-                    sm90_utils.gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=0)
-                offsets = self._row_offsets(sTokens, kv_heads, kv_head, tile, warp, lane, count)
+                    gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=0)
+                offsets = self._row_offsets(
+                    sTokens, sizes.kv_heads, kv_head, tile, warp, lane, count
+                )
                 for i in cutlass.range_constexpr(self.dq_parts):
-                    acc_dQ = sm90_utils.gemm_zero_init(
+                    acc_dQ = gemm_zero_init(
                         mma_dq, (TILE_ROWS, self.dq_columns), tdQrdS, tdQrKt[i], wg_wait=-1
                     )
                     if const_expr(self.overlap and i == 0):
-                        sm90_utils.gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=1)
+                        gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=1)
                     else:
                         warpgroup.wait_group(0)
                     column = (wg * self.dq_parts + i) * self.dq_columns
                     for r in cutlass.range_constexpr(2):
                         if offsets[r] >= 0:
-                            add_row(acc_dQ, r, mdQ, offsets[r] + column, lane)
+                            add_row(acc_dQ, r, tensors.dq, offsets[r] + column, lane)
                 warpgroup.wait_group(0)
 
-            for acc, mX, width in ((acc_dK, mdK, columns), (acc_dV, mdV, columns_v)):
+            for acc, mX, width in ((acc_dK, tensors.dk, columns), (acc_dV, tensors.dv, columns_v)):
                 for r in cutlass.range_constexpr(2):
-                    key = warp * _WARP_ROWS + lane // 4 + 8 * r
+                    key = warp * WARP_ROWS + lane // QUAD + 8 * r
                     if key < keys:
-                        row = Int64(first + key) * kv_heads + kv_head
+                        row = Int64(first + key) * sizes.kv_heads + kv_head
                         offset = (row * self.warpgroups + wg) * width
                         add_row(acc, r, mX, offset, lane)
 
@@ -389,7 +393,7 @@ class SelectedBackward:
         tile: Int32,
         stage: Int32,
     ):
-        """Rows of q or dO."""
+        """Start to load the rows of q or dO of a tile."""
         width = const_expr(cute.size(sX, mode=[1]))
         place = pair_rows(sTokens, tile, kv_head, self.group, width)
         load_rows(mX, sX, stride, place, tidx, self.threads, stage)
@@ -430,7 +434,7 @@ class SelectedBackward:
         count: Int32,
     ):
         """-inf for keys past the block or after the token, and for rows past the item's pairs."""
-        acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
+        acc_S_mn = reshape_acc_to_mn(acc_S)
         for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
             pair, _ = pair_and_head(tile, tScS[0, c][1], 0, self.group)
             limit = keys
@@ -455,15 +459,26 @@ class SelectedBackward:
         """Where the thread's two rows of dQ start, -1 for one past the item's pairs."""
         offsets = []
         for r in cutlass.range_constexpr(2):
-            row = warp * _WARP_ROWS + lane // 4 + 8 * r
+            row = warp * WARP_ROWS + lane // QUAD + 8 * r
             pair, head = pair_and_head(tile, row, 0, self.group)
             offset = (Int64(sTokens[pair]) * kv_heads + kv_head) * self.group + head
             offsets.append(offset * self.head_dim if pair < count else Int64(-1))
         return offsets[0], offsets[1]
 
 
+@mlir_namedtuple
+class _RowTensors(NamedTuple):
+    """What the statistics are computed from, then these."""
+
+    dout: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+    lse2: cute.Tensor
+    delta: cute.Tensor
+
+
 class RowStatistics:
-    """``lse * log2(e)``, and delta, the sum of ``dout * out``, of each row and head."""
+    """Computes ``lse * log2(e)`` and delta, the sum of ``dout * out``, for each row and head."""
 
     def __init__(self, head_dim_v: int):
         self.head_dim_v = head_dim_v
@@ -472,32 +487,22 @@ class RowStatistics:
     @cute.jit
     def __call__(
         self,
-        mdO: cute.Tensor,
-        mO: cute.Tensor,
-        mLse: cute.Tensor,
-        mLse2: cute.Tensor,
-        mDelta: cute.Tensor,
-        do_stride: Int64,
-        o_stride: Int64,
+        tensors: _RowTensors,
+        strides: cute.Stride,
         rows: Int32,
         heads: Int32,
         stream,
     ):
         grid = [cute.ceil_div(rows, _THREADS // self.lanes), 1, 1]
-        self.kernel(mdO, mO, mLse, mLse2, mDelta, do_stride, o_stride, rows, heads).launch(
+        self.kernel(tensors, strides, rows, heads).launch(
             grid=grid, block=[_THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(
         self,
-        mdO: cute.Tensor,
-        mO: cute.Tensor,
-        mLse: cute.Tensor,
-        mLse2: cute.Tensor,
-        mDelta: cute.Tensor,
-        do_stride: Int64,
-        o_stride: Int64,
+        tensors: _RowTensors,
+        strides: cute.Stride,
         rows: Int32,
         heads: Int32,
     ):
@@ -510,15 +515,15 @@ class RowStatistics:
         loaded = []
         for k in cutlass.range_constexpr(self.head_dim_v // (self.lanes * VECTOR)):
             at = column + k * self.lanes * VECTOR
-            pair = load_vector(mdO, token * do_stride + at), load_vector(mO, token * o_stride + at)
-            loaded.append(pair)
+            rdO = load_vector(tensors.dout, token * strides[0] + at)
+            loaded.append((rdO, load_vector(tensors.out, token * strides[1] + at)))
         delta = Float32(0.0)
         for rdO, rO in loaded:
             delta += dot(rdO.load().to(Float32), rO.load().to(Float32))
         delta = cute.arch.warp_reduction_sum(delta, threads_in_group=self.lanes)
         if lane == 0 and row < rows:
-            mLse2[row] = mLse[row] * _LOG2_E
-            mDelta[row] = delta
+            tensors.lse2[row] = tensors.lse[row] * LOG2_E
+            tensors.delta[row] = delta
 
 
 @kept
@@ -533,13 +538,15 @@ def compile_backward(
     cute_dtype = CUTE_DTYPES[dtype]
     return compile_kernel(
         SelectedBackward(cute_dtype, head_dim, head_dim_v, group, block_size, causal),
-        *(fake_flat(cute_dtype) for _ in range(4)),
-        *(fake_flat(Float32, alignment=4) for _ in range(2)),
-        *(fake_flat(Int32, alignment=4) for _ in range(3)),
-        *(fake_flat(Float32) for _ in range(3)),
-        *(Int64(1) for _ in range(4)),
-        *(Int32(1) for _ in range(6)),
-        Float32(1.0),
+        _Tensors(
+            *(fake_flat(cute_dtype) for _ in range(4)),
+            *(fake_flat(Float32, alignment=4) for _ in range(2)),
+            *(fake_flat(Int32, alignment=4) for _ in range(3)),
+            *(fake_flat(Float32) for _ in range(3)),
+        ),
+        _Strides(*(Int64(1) for _ in range(4))),
+        _Sizes(*(Int32(1) for _ in range(5))),
+        *(Int32(1), Float32(1.0)),
     )
 
 
@@ -547,9 +554,12 @@ def compile_backward(
 def compile_statistics(dtype: torch.dtype, head_dim_v: int) -> Callable:
     return compile_kernel(
         RowStatistics(head_dim_v),
-        *(fake_flat(CUTE_DTYPES[dtype]) for _ in range(2)),
-        *(fake_flat(Float32, alignment=4) for _ in range(3)),
-        *(Int64(1), Int64(1), Int32(1), Int32(1)),
+        _RowTensors(
+            *(fake_flat(CUTE_DTYPES[dtype]) for _ in range(2)),
+            *(fake_flat(Float32, alignment=4) for _ in range(3)),
+        ),
+        (Int64(1),) * 2,
+        *(Int32(1), Int32(1)),
     )
 
 
@@ -579,17 +589,11 @@ def selected_backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in the dtype of q; their last bits vary from run to run.
-
-    Args:
-        dout: ``(T, H, Dv)``, the gradient of ``out``.
-        out, lse: as the forward gave them.
-        q, k, v, and the others: as the forward took them.
-    """
+    """See :func:`nsa.fused.kernel_calls.selected_backward`."""
     total, heads, head_dim = q.shape
     kv_heads, head_dim_v = v.shape[1:]
     group = heads // kv_heads
-    # Of a chunk, q, dout and the sums of dq stay in L2. There are no partial results, so one wave.
+    # The q, dout and sums of dq of a chunk stay in L2. Without partial results, one wave is enough.
     chunk = choose_chunk_tokens(
         total, group, len(blocks.first), block_indices.shape[2], 6 * head_dim + 2 * head_dim_v
     )
@@ -606,13 +610,18 @@ def selected_backward(
     rows = [flat_rows(x) for x in (q, k, v, dout, out)]
     (q, q_stride), (k, k_stride), (v, v_stride), (dout, do_stride), (out, out_stride) = rows
     compile_statistics(q.dtype, head_dim_v)(
-        *(dout, out, lse.view(-1), lse2, delta, do_stride, out_stride, total * heads, heads)
+        _RowTensors(dout, out, lse.view(-1), lse2, delta),
+        (do_stride, out_stride),
+        *(total * heads, heads),
     )
     waves, wave_items, _ = index.items.shape
+    unit_pairs = index.chunk_tokens * index.slots
+    listed = (index.tokens, index.items.view(-1), index.num_items)
     compile_backward(q.dtype, head_dim, head_dim_v, group, block_size, causal)(
-        *(q, k, v, dout, lse2, delta, index.tokens, index.items.view(-1), index.num_items, *sums),
-        *(q_stride, k_stride, v_stride, do_stride, kv_heads, waves, wave_items),
-        *(index.chunk_tokens * index.slots, index.chunks, index.chunk_tokens, scale * _LOG2_E),
+        _Tensors(q, k, v, dout, lse2, delta, *listed, *sums),
+        _Strides(q_stride, k_stride, v_stride, do_stride),
+        _Sizes(kv_heads, wave_items, unit_pairs, index.chunks, index.chunk_tokens),
+        *(waves, scale * LOG2_E),
     )
     return tuple(
         convert_sums(x, shape, q.dtype, factor)

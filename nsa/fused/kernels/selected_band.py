@@ -1,20 +1,24 @@
-"""Token mode's selected branch: attention over the band, and the sum of it and of partial results.
+"""Selected branch of token mode, forward: attention over the band. A part of ``selected_forward``.
+
+This file has no launcher: :func:`nsa.fused.kernels.selected_forward.selected_forward` launches the
+kernel in place of its second one, the combination of partial results.
 
 The paper's configuration has each token select the first block of its sequence, its own block and
-the one before. Tokens of a block have this *band* in common, so that a CTA keeps K and V of all
-three in shared memory while the query rows of some of the block's tokens stream past, 64 at a time
-and warpgroup: row r is query head ``r % G`` of token ``r // G``. They then need neither an index
-nor a partial result each. A token sees those of the three that its list names, whatever the
-configuration.
+the one before. The tokens of a block have these three in common; they are its *band*. A CTA keeps
+K and V of all three in shared memory, while the query rows of some of the block's tokens stream
+past, 64 at a time and warpgroup: row r is query head ``r % G`` of token ``r // G``. The band then
+needs neither an index nor partial results. A token sees those of the three blocks that its list
+names, whatever the configuration.
 
-To a tile's output, still in registers, the partial results of the tokens' other blocks are added
-(:mod:`nsa.fused.kernels.selected_forward`). What is left of shared memory is a ring of them, which
-cp.async fills while scores and outputs are computed: memory sets the pace.
+The kernel adds the partial results of the tokens' other blocks to a tile's output while that is in
+registers. It stores partial results in a ring in the rest of shared memory, which cp.async fills
+while scores and outputs are computed. Memory sets the pace.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -22,13 +26,11 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
-from flash_attn.cute import utils
-from quack import layout_utils, sm90_utils
 
+from nsa.fused.hardware import QUAD, SHARED_BYTES, WARP, WARPGROUP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
     GROUP_COLUMNS,
-    QUAD,
     load_values,
     make_mmas,
     row_words,
@@ -36,6 +38,16 @@ from nsa.fused.kernels.forward_tiles import (
     store_row,
     store_values,
     weigh,
+)
+from nsa.fused.kernels.hopper import (
+    cvt_f16,
+    gemm_zero_init,
+    make_smem_layout,
+    mlir_namedtuple,
+    partition_fragment_ABC,
+    reshape_acc_to_frgA,
+    reshape_acc_to_mn,
+    transpose_view,
 )
 from nsa.fused.kernels.rows import TILE_ROWS, load_rows, pair_and_head
 from nsa.fused.kernels.vectors import (
@@ -46,29 +58,26 @@ from nsa.fused.kernels.vectors import (
     load_shared,
 )
 
-_THREADS = 128
 # In this order: the first block, the one before the tokens' own, their own.
 _PARTS = 3
-# What a CTA may have; the hardware takes 1 KiB more.
-_SHARED_BYTES = 227 * 1024
-# Segments of a shuffle, and the last lane of a segment.
-_WITHIN_QUAD = (32 - QUAD) << 8 | 31
-# Of a row, partial results under way: a second warpgroup must leave room for so many, and more than
-# the other are of no use.
+# A shuffle takes the size of its segments and the last lane of a segment.
+_WITHIN_QUAD = (WARP - QUAD) << 8 | (WARP - 1)
+# Partial results of a row that are under way. A second warpgroup must leave room for so many; more
+# than the maximum are of no use.
 _ENOUGH_STAGES = 3
 _MAX_STAGES = 8
-# Tiles of a CTA: with more, some CTAs end long after the others.
+# With more tiles, some CTAs end long after the others.
 _CTA_TILES = 8
 # A thread keeps four numbers for four of them.
 _MAX_SLOTS = 32
 
 
 def choose_ring(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> tuple[int, int]:
-    """Warpgroups, and slots of partial results of a tile of each that fit beside three blocks."""
+    """How many warpgroups, and how many stages of the ring, fit beside three blocks."""
     for warpgroups in (2, 1):
         rows = warpgroups * TILE_ROWS
         elements = rows * head_dim + _PARTS * block_size * (head_dim + head_dim_v)
-        left = _SHARED_BYTES - 2 * elements - 4 * _PARTS * block_size
+        left = SHARED_BYTES - 2 * elements - 4 * _PARTS * block_size
         stages = left // (2 * rows * head_dim_v)
         if stages >= _ENOUGH_STAGES:
             break
@@ -76,13 +85,59 @@ def choose_ring(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> 
 
 
 def _lane_slots(slots: int) -> int:
-    """Of a row's slots, those whose positions and weights one thread of the quad keeps."""
+    """How many of a row's slots a thread of the quad keeps the positions and weights of."""
     return -(-slots // QUAD)
 
 
 def band_fits(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> bool:
-    """Not where shared memory has no room for a ring, as for 64 tokens with 256 channels each."""
+    """Whether shared memory has room for a ring: not with blocks of 64 tokens and 256 channels."""
     return slots <= _MAX_SLOTS and choose_ring(head_dim, head_dim_v, block_size, slots)[1] >= 2
+
+
+@mlir_namedtuple
+class Strides(NamedTuple):
+    """Elements from token to token."""
+
+    q: Int64
+    k: Int64
+    v: Int64
+
+
+@mlir_namedtuple
+class Results(NamedTuple):
+    """Partial results, where each token's pairs stand among them, and the results of the tokens."""
+
+    partial: cute.Tensor
+    partial_lse: cute.Tensor
+    position: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor
+
+
+@mlir_namedtuple
+class WaveSizes(NamedTuple):
+    """A wave of the inverted index: its places in the list start at ``wave_start``."""
+
+    wave_start: Int32
+    first_unit: Int32
+    units: Int32 | None
+    chunks: Int32
+    chunk_tokens: Int32
+    num_tokens: Int32
+    kv_heads: Int32
+
+
+@mlir_namedtuple
+class BandTensors(NamedTuple):
+    """The inputs, the block indices, and what the band needs of the token blocks."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    indices: cute.Tensor
+    base: cute.Tensor
+    first: cute.Tensor
+    keys: cute.Tensor
 
 
 class BandForward:
@@ -119,35 +174,17 @@ class BandForward:
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mIndices: cute.Tensor,
-        mBase: cute.Tensor,
-        mFirst: cute.Tensor,
-        mKeys: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
+        tensors: BandTensors,
+        strides: Strides,
         scale_log2: Float32,
         num_blocks: Int32,
         chunk_blocks: Int32,
-        mPartial: cute.Tensor,
-        mPartialLse: cute.Tensor,
-        mPosition: cute.Tensor,
-        mOut: cute.Tensor,
-        mLse: cute.Tensor,
-        wave_start: Int32,
-        first_unit: Int32,
-        units: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
-        num_tokens: Int32,
-        kv_heads: Int32,
+        results: Results,
+        sizes: WaveSizes,
         stream,
     ):
         q_smem, k_smem, v_smem = (
-            sm90_utils.make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, shape, stage=stage)
+            make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, shape, stage=stage)
             for shape, stage in (
                 ((TILE_ROWS, self.head_dim), self.warpgroups),
                 ((self.keys, self.head_dim), None),
@@ -155,13 +192,14 @@ class BandForward:
             )
         )
         mma_qk, mma_pv = make_mmas(self.dtype, self.keys, self.head_dim_v)
-        tensors = (mQ, mK, mV, mIndices, mBase, mFirst, mKeys)
-        tensors += (mPartial, mPartialLse, mPosition, mOut, mLse)
-        sizes = (q_stride, k_stride, v_stride, scale_log2, num_blocks, wave_start, first_unit)
-        sizes += (chunks, chunk_tokens, num_tokens, kv_heads)
-        self.kernel(*tensors, *sizes, mma_qk, mma_pv, q_smem, k_smem, v_smem).launch(
-            grid=[chunk_blocks * self.shares, units, 1],
-            block=[self.warpgroups * _THREADS, 1, 1],
+        mmas, layouts = (mma_qk, mma_pv), (q_smem, k_smem, v_smem)
+        # The grid has the units.
+        kernel_sizes = sizes._replace(units=None)
+        self.kernel(
+            *(tensors, results, strides, scale_log2, num_blocks, kernel_sizes, mmas, layouts)
+        ).launch(
+            grid=[chunk_blocks * self.shares, sizes.units, 1],
+            block=[self.warpgroups * WARPGROUP, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
         )
@@ -169,50 +207,32 @@ class BandForward:
     @cute.kernel
     def kernel(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mIndices: cute.Tensor,
-        mBase: cute.Tensor,
-        mFirst: cute.Tensor,
-        mKeys: cute.Tensor,
-        mPartial: cute.Tensor,
-        mPartialLse: cute.Tensor,
-        mPosition: cute.Tensor,
-        mOut: cute.Tensor,
-        mLse: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
+        tensors: BandTensors,
+        results: Results,
+        strides: Strides,
         scale_log2: Float32,
         num_blocks: Int32,
-        wave_start: Int32,
-        first_unit: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
-        num_tokens: Int32,
-        kv_heads: Int32,
-        mma_qk: cute.TiledMma,
-        mma_pv: cute.TiledMma,
-        q_smem: cute.ComposedLayout,
-        k_smem: cute.ComposedLayout,
-        v_smem: cute.ComposedLayout,
+        sizes: WaveSizes,
+        mmas: tuple[cute.TiledMma, ...],
+        layouts: tuple[cute.ComposedLayout, ...],
     ):
+        (mma_qk, mma_pv), (q_smem, k_smem, v_smem) = mmas, layouts
+        mBase, mFirst, kv_heads = tensors.base, tensors.first, sizes.kv_heads
         cta_tidx, _, _ = cute.arch.thread_idx()
-        warpgroup_idx = cute.arch.make_warp_uniform(cta_tidx // _THREADS)
-        tidx = cta_tidx % _THREADS
+        warpgroup_idx = cute.arch.make_warp_uniform(cta_tidx // WARPGROUP)
+        tidx = cta_tidx % WARPGROUP
         share, unit, _ = cute.arch.block_idx()
-        unit += first_unit
-        kv_head = unit // chunks
-        start = unit % chunks * chunk_tokens
-        end = cutlass.min(start + chunk_tokens, num_tokens)
+        unit += sizes.first_unit
+        kv_head = unit // sizes.chunks
+        start = unit % sizes.chunks * sizes.chunk_tokens
+        end = cutlass.min(start + sizes.chunk_tokens, sizes.num_tokens)
         # Blocks are numbered as tokens are: from the one of the chunk's first token on. A graph's
         # sequences, which nothing checks, may end before it; it then has none.
         start_base = cutlass.min(mBase[start], num_blocks - 1)
         block = start_base + (start - mFirst[start_base]) // self.block_size + share // self.shares
         first, keys = Int32(0), Int32(0)
         if block < num_blocks:
-            first, keys = mFirst[block], mKeys[block]
+            first, keys = mFirst[block], tensors.keys[block]
         share_first = first + share % self.shares * self.share_tokens
         begin = cutlass.max(share_first, start)
         count = cutlass.min(cutlass.min(first + keys, share_first + self.share_tokens), end) - begin
@@ -226,16 +246,16 @@ class BandForward:
                 smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
                 for x in (q_smem, k_smem, v_smem)
             )
-            ring_shape = (self.stages, 2, self.groups, self.warpgroups * _THREADS, (VECTOR, 1))
+            ring_shape = (self.stages, 2, self.groups, self.warpgroups * WARPGROUP, (VECTOR, 1))
             ring_layout = cute.make_ordered_layout(ring_shape, order=(4, 3, 2, 1, 0))
             sRing = smem.allocate_tensor(self.dtype, ring_layout, 128)
             # A thread reads what it loaded itself.
             sRing = sRing[None, None, None, cta_tidx, None]
-            # Of each part, the keys that a token sees.
+            # How many keys of each part a token sees.
             limits_layout = cute.make_layout((_PARTS, self.block_size))
             sLimits = smem.allocate_tensor(Int32, limits_layout, 16)
 
-            tScS = layout_utils.reshape_acc_to_mn(
+            tScS = reshape_acc_to_mn(
                 mma_qk.get_slice(tidx).partition_C(
                     cute.make_identity_tensor((TILE_ROWS, self.keys))
                 )
@@ -243,17 +263,20 @@ class BandForward:
             # A thread has two rows, this one and the 8th after it.
             tile_row = tScS[0, 0][0]
             load_positions = functools.partial(
-                *(self._load_positions, mPosition, wave_start, begin, count),
+                *(self._load_positions, results.position, sizes.wave_start, begin, count),
                 *(kv_heads, kv_head, tile_row, tidx),
             )
-            load_partial = functools.partial(self._load_partial, mPartial, sRing, tile_row, tidx)
+            load_partial = functools.partial(
+                self._load_partial, results.partial, sRing, tile_row, tidx
+            )
             positions = load_positions(warpgroup_idx)
             key_place = functools.partial(self._key_place, mFirst[base], first, own, keys)
             place = functools.partial(key_place, kv_head * self.head_dim, 0)
             if warpgroup_idx == 0:
-                load_rows(mK, sK, k_stride, place, tidx, _THREADS)
+                load_rows(tensors.k, sK, strides.k, place, tidx, WARPGROUP)
             load_queries = functools.partial(
-                self._load_queries, mQ, sQ, q_stride, begin, kv_head, count, tidx, warpgroup_idx
+                *(self._load_queries, tensors.q, sQ, strides.q),
+                *(begin, kv_head, count, tidx, warpgroup_idx),
             )
             load_queries(warpgroup_idx)
             for slot in cutlass.range_constexpr(self.stages):
@@ -263,7 +286,7 @@ class BandForward:
             if cta_tidx < self.block_size:
                 token = cutlass.min(tidx, keys - 1)
                 row = Int64(first + token) * kv_heads + kv_head
-                limits = self._limits(mIndices, row * self.slots, own, token, keys)
+                limits = self._limits(tensors.indices, row * self.slots, own, token, keys)
                 for part in cutlass.range_constexpr(_PARTS):
                     sLimits[part, tidx] = limits[part]
             pass_rows = const_expr(self.keys // self.value_passes)
@@ -271,17 +294,17 @@ class BandForward:
                 for i in cutlass.range_constexpr(self.value_passes):
                     sV_pass = cute.local_tile(sV, (pass_rows, self.head_dim_v), (i, 0))
                     v_place = functools.partial(key_place, kv_head * self.head_dim_v, i * pass_rows)
-                    values = load_values(mV, sV_pass, v_stride, v_place, tidx)
+                    values = load_values(tensors.v, sV_pass, strides.v, v_place, tidx)
                     store_values(values, sV_pass, tidx)
 
-            _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
+            _, tSrQ, tSrK = partition_fragment_ABC(
                 mma_qk.get_slice(0), (TILE_ROWS, self.keys, self.head_dim), sQ, sK
             )
-            _, tOrP, tOrVt = sm90_utils.partition_fragment_ABC(
+            _, tOrP, tOrVt = partition_fragment_ABC(
                 mma_pv.get_slice(0),
                 (TILE_ROWS, self.head_dim_v, self.keys),
                 None,
-                layout_utils.transpose_view(sV),
+                transpose_view(sV),
             )
             tiles = cute.ceil_div(count * self.group, TILE_ROWS)
             stage = Int32(0)
@@ -292,11 +315,11 @@ class BandForward:
                 # The queries came with a slot that is not one of the last ``stages - 1``.
                 cute.arch.cp_async_wait_group(self.stages - 1)
                 cute.arch.fence_view_async_shared()
-                cute.arch.barrier(barrier_id=warpgroup_idx + 1, number_of_threads=_THREADS)
-                acc_S = sm90_utils.gemm_zero_init(
+                cute.arch.barrier(barrier_id=warpgroup_idx + 1, number_of_threads=WARPGROUP)
+                acc_S = gemm_zero_init(
                     mma_qk, (TILE_ROWS, self.keys), tSrQ, tSrK, A_idx=warpgroup_idx, wg_wait=-1
                 )
-                weights = self._load_partial_lse(mPartialLse, positions, tile, tile_row)
+                weights = self._load_partial_lse(results.partial_lse, positions, tile, tile_row)
                 next_positions = load_positions(tile + self.warpgroups)
                 limits = cute.make_rmem_tensor((_PARTS, 2), Int32)
                 for r in cutlass.range_constexpr(2):
@@ -306,23 +329,23 @@ class BandForward:
                         limits[part, r] = sLimits[part, token]
                 warpgroup.wait_group(0)
                 # All warps have read the queries.
-                cute.arch.barrier(barrier_id=warpgroup_idx + 1, number_of_threads=_THREADS)
+                cute.arch.barrier(barrier_id=warpgroup_idx + 1, number_of_threads=WARPGROUP)
                 if tile + self.warpgroups < tiles:
                     load_queries(tile + self.warpgroups)
-                acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
+                acc_S_mn = reshape_acc_to_mn(acc_S)
                 self._mask(acc_S_mn, tScS, limits)
                 inverse_sum, lse = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
                 for r in cutlass.range_constexpr(2):
                     inverse_sum[r], lse[r] = softmax(acc_S_mn[r, None], scale_log2, empty=True)
-                utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
-                acc_O = sm90_utils.gemm_zero_init(
+                cvt_f16(reshape_acc_to_frgA(acc_S), tOrP)
+                acc_O = gemm_zero_init(
                     mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
                 )
                 for r in cutlass.range_constexpr(2):
                     band_share, lse[r] = self._share(weights[r, None], lse[r])
                     inverse_sum[r] *= band_share
                 warpgroup.wait_group(0)
-                acc_O_mn = layout_utils.reshape_acc_to_mn(acc_O)
+                acc_O_mn = reshape_acc_to_mn(acc_O)
                 for r in cutlass.range_constexpr(2):
                     acc_O_mn[r, None].store(acc_O_mn[r, None].load() * inverse_sum[r])
 
@@ -347,14 +370,14 @@ class BandForward:
                         stage = stage + 1 if stage + 1 < self.stages else Int32(0)
                 positions.store(next_positions.load())
 
-                rO = utils.cvt_f16(acc_O, self.dtype)
+                rO = cvt_f16(acc_O, self.dtype)
                 for r in cutlass.range_constexpr(2):
                     pair, head = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
                     if pair < count:
                         row = (Int64(begin + pair) * kv_heads + kv_head) * self.group + head
-                        store_row(rO, r, mOut, row * self.head_dim_v)
+                        store_row(rO, r, results.out, row * self.head_dim_v)
                         if tidx % QUAD == 0:
-                            mLse[row] = lse[r] * math.log(2.0)
+                            results.lse[row] = lse[r] * math.log(2.0)
             cute.arch.cp_async_wait_group(0)
 
     @cute.jit
@@ -369,8 +392,9 @@ class BandForward:
         i: Int32,
         more: int,
     ) -> tuple[Int32, Int32]:
-        """Of a row of the parts. Where there is no key, another of the sequence, for what is
-        masked must be finite.
+        """The token and the first column of a row of the parts.
+
+        Where there is no key, the place is another key's: masked values must still be finite.
         """
         part_row = rows_before + i + more
         part, row = part_row // self.block_size, part_row % self.block_size
@@ -401,7 +425,7 @@ class BandForward:
             column = (kv_head * self.group + head) * self.head_dim
             return first + cutlass.min(pair, count - 1), column
 
-        load_rows(mQ, sQ, stride, place, tidx, _THREADS, warpgroup_idx)
+        load_rows(mQ, sQ, stride, place, tidx, WARPGROUP, warpgroup_idx)
 
     @cute.jit
     def _limits(
@@ -412,9 +436,9 @@ class BandForward:
         token: Int32,
         count: Int32,
     ) -> tuple[Int32, Int32, Int32]:
-        """How many keys of each part the token ``token`` of the block sees; no block counts twice.
+        """How many keys of each part a token of the block sees; no block counts twice.
 
-        Its list is at ``start``.
+        The token's list is at ``start``.
         """
         sees_first, sees_before, sees_own = Int32(0), Int32(0), Int32(0)
         for i in cutlass.range(self.slots, unroll=4):
@@ -451,7 +475,7 @@ class BandForward:
         tidx: Int32,
         tile: Int32,
     ) -> cute.Tensor:
-        """In the workspace, of this thread's share of the slots of its two rows; -1 for no pair."""
+        """Places in the workspace of this thread's slots of its two rows; -1 for no pair."""
         positions = cute.make_rmem_tensor((2, self.lane_slots), Int32)
         for r in cutlass.range_constexpr(2):
             pair, _ = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
@@ -467,12 +491,12 @@ class BandForward:
     def _load_partial_lse(
         self, mPartialLse: cute.Tensor, positions: cute.Tensor, tile: Int32, tile_row: Int32
     ) -> cute.Tensor:
-        """Those of ``positions``, log2, -inf for no pair."""
+        """log2 of the sums at ``positions``, -inf for no pair."""
         lse = cute.make_rmem_tensor((2, self.lane_slots), Float32)
         for r in cutlass.range_constexpr(2):
             _, head = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
             for i in cutlass.range_constexpr(self.lane_slots):
-                # Where there is no pair, of the first in the workspace, for a condition would hold
+                # Without a pair, the first one of the workspace is loaded: a condition would hold
                 # up the next load.
                 source = cutlass.max(positions[r, i], 0)
                 value = mPartialLse[Int64(source) * self.group + head]
@@ -503,7 +527,7 @@ class BandForward:
 
     @cute.jit
     def _share(self, weights: cute.Tensor, band_lse: Float32) -> tuple[Float32, Float32]:
-        """Log-sum-exps of a row become shares of the sum; the band's share, and log2 of the sum."""
+        """Turn a row's log-sum-exps into shares of the sum; return the band's, and log2(sum)."""
         reference, total, band = weigh(weights, QUAD, band_lse)
         inverse = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
         for i in cutlass.range_constexpr(self.lane_slots):
@@ -533,7 +557,7 @@ class BandForward:
 
 @cute.jit
 def of_quad(value: Int32 | Float32, lane: Int32) -> Int32 | Float32:
-    """What thread ``lane`` of the quad has."""
+    """The ``value`` of thread ``lane`` of the quad."""
     return cute.arch.shuffle_sync(value, lane, mask_and_clamp=_WITHIN_QUAD)
 
 
@@ -550,14 +574,23 @@ def compile_band(
     cute_dtype = CUTE_DTYPES[dtype]
     return compile_kernel(
         BandForward(cute_dtype, head_dim, head_dim_v, group, block_size, causal, slots),
-        *(fake_flat(cute_dtype) for _ in range(3)),
-        *(fake_flat(Int32, alignment=4) for _ in range(4)),
-        *(Int64(1) for _ in range(3)),
+        BandTensors(
+            *(fake_flat(cute_dtype) for _ in range(3)),
+            *(fake_flat(Int32, alignment=4) for _ in range(4)),
+        ),
+        Strides(*(Int64(1) for _ in range(3))),
         *(Float32(1.0), Int32(1), Int32(1)),
-        *(fake_flat(cute_dtype), fake_flat(Float32, alignment=4), fake_flat(Int32)),
-        *(fake_flat(cute_dtype), fake_flat(Float32, alignment=4)),
-        *(Int32(1) for _ in range(7)),
+        *fake_results(cute_dtype),
     )
+
+
+def fake_results(dtype: type[cutlass.Numeric]) -> tuple[Results, WaveSizes]:
+    """Stand-ins, to compile with."""
+    results = Results(
+        *(fake_flat(dtype), fake_flat(Float32, alignment=4), fake_flat(Int32)),
+        *(fake_flat(dtype), fake_flat(Float32, alignment=4)),
+    )
+    return results, WaveSizes(*(Int32(1) for _ in range(7)))
 
 
 # Head dimensions of queries and values, and query heads of a KV head, that are compiled as a test.

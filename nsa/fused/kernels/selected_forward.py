@@ -4,19 +4,20 @@ A CTA is one warpgroup and takes one work item of the inverted index: a block's 
 shared memory while query rows of the item's pairs stream past, 64 at a time. Row r of an item is
 query head ``r % G`` of pair ``r // G``, so any group size fills the tiles. Each pair gives a
 partial output (normalised, rounded to the dtype of q) and the log-sum-exp of its scores, stored in
-the order of the list; a second kernel adds up the pairs of each token. Where every token selects
-the blocks that it has in common with its neighbours, that kernel is
-:mod:`nsa.fused.kernels.selected_band`, which computes these itself.
+the order of the list; a second kernel adds up the pairs of each token. Where most tokens select
+the blocks that they have in common with their neighbours, the second kernel is that of
+:mod:`nsa.fused.kernels.selected_band`, which computes these blocks itself.
 
 Rows are gathered by cp.async two tiles ahead, one where shared memory has room for one stage alone.
 The scores of the next tile are computed while this one's output is stored. Three CTAs share an SM
-at head dimension 128 and hide each other's latencies; there is no warp specialisation. What takes
-the time are the partial results, which memory sees twice.
+at head dimension 128 and hide each other's latencies; there is no warp specialisation. Most of the
+time goes to the partial results, which are written to memory and read again.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -24,20 +25,29 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
-from flash_attn.cute import utils
-from quack import layout_utils, sm90_utils
 from torch import Tensor
 
+from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARPGROUP
 from nsa.fused.kernel_inputs import TokenBlocks, choose_chunk_tokens, units_of_wave
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
-    QUAD,
     load_values,
     make_mmas,
     softmax,
     store_row,
     store_values,
     weigh,
+)
+from nsa.fused.kernels.hopper import (
+    cvt_f16,
+    gemm_w_idx,
+    gemm_zero_init,
+    make_smem_layout,
+    mlir_namedtuple,
+    partition_fragment_ABC,
+    reshape_acc_to_frgA,
+    reshape_acc_to_mn,
+    transpose_view,
 )
 from nsa.fused.kernels.inverted_index import (
     ITEM_FIELDS,
@@ -53,7 +63,15 @@ from nsa.fused.kernels.rows import (
     pair_and_head,
     pair_rows,
 )
-from nsa.fused.kernels.selected_band import band_fits, compile_band
+from nsa.fused.kernels.selected_band import (
+    BandTensors,
+    Results,
+    Strides,
+    WaveSizes,
+    band_fits,
+    compile_band,
+    fake_results,
+)
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
@@ -64,11 +82,34 @@ from nsa.fused.kernels.vectors import (
     store_vector,
 )
 
-_THREADS = 128
-_LOG2_E = math.log2(math.e)
-_SHARED_BYTES = 227 * 1024
+_COMBINE_THREADS = 128
 # Partial results that a thread of the combination loads together.
 _LOADS = 16
+
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """Inputs, the inverted index, and the workspace of partial results."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    tokens: cute.Tensor
+    items: cute.Tensor
+    num_items: cute.Tensor
+    partial: cute.Tensor
+    partial_lse: cute.Tensor
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """Sizes of the inverted index; a wave's places in the list start at ``wave_start``."""
+
+    wave: Int32
+    wave_items: Int32
+    wave_start: Int32
+    unit_pairs: Int32
+    chunks: Int32
 
 
 class SelectedForward:
@@ -94,46 +135,29 @@ class SelectedForward:
         # With room for two CTAs at least, queries have two stages.
         for self.stages in (2, 1):
             elements = self.stages * TILE_ROWS * head_dim + block_size * (head_dim + head_dim_v)
-            self.ctas = min(most, _SHARED_BYTES // (2 * elements + 4 * item_tokens(group) + 3072))
+            self.ctas = min(most, SHARED_BYTES // (2 * elements + 4 * item_tokens(group) + 3072))
             if self.ctas > 1:
                 break
 
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mTokens: cute.Tensor,
-        mItems: cute.Tensor,
-        mNumItems: cute.Tensor,
-        mPartial: cute.Tensor,
-        mLse: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
-        wave: Int32,
-        wave_items: Int32,
-        wave_start: Int32,
-        unit_pairs: Int32,
-        chunks: Int32,
+        tensors: _Tensors,
+        strides: Strides,
+        sizes: _Sizes,
         scale_log2: Float32,
         stream,
     ):
-        make_layout = functools.partial(
-            sm90_utils.make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR
-        )
+        make_layout = functools.partial(make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR)
         q_smem = make_layout((TILE_ROWS, self.head_dim), stage=self.stages)
         k_smem, v_smem = (
             make_layout((self.block_size, dim)) for dim in (self.head_dim, self.head_dim_v)
         )
         mma_qk, mma_pv = make_mmas(self.dtype, self.block_size, self.head_dim_v)
-        tensors = (mQ, mK, mV, mTokens, mItems, mNumItems, mPartial, mLse)
-        sizes = (q_stride, k_stride, v_stride, wave, wave_items, wave_start, unit_pairs, chunks)
-        layouts = (mma_qk, mma_pv, q_smem, k_smem, v_smem)
-        self.kernel(*tensors, *sizes, scale_log2, *layouts).launch(
-            grid=[wave_items, 1, 1],
-            block=[_THREADS, 1, 1],
+        mmas, layouts = (mma_qk, mma_pv), (q_smem, k_smem, v_smem)
+        self.kernel(tensors, strides, sizes, scale_log2, mmas, layouts).launch(
+            grid=[sizes.wave_items, 1, 1],
+            block=[WARPGROUP, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.ctas,
             preferred_smem_carveout=100,
@@ -142,36 +166,22 @@ class SelectedForward:
     @cute.kernel
     def kernel(
         self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mTokens: cute.Tensor,
-        mItems: cute.Tensor,
-        mNumItems: cute.Tensor,
-        mPartial: cute.Tensor,
-        mLse: cute.Tensor,
-        q_stride: Int64,
-        k_stride: Int64,
-        v_stride: Int64,
-        wave: Int32,
-        wave_items: Int32,
-        wave_start: Int32,
-        unit_pairs: Int32,
-        chunks: Int32,
+        tensors: _Tensors,
+        strides: Strides,
+        sizes: _Sizes,
         scale_log2: Float32,
-        mma_qk: cute.TiledMma,
-        mma_pv: cute.TiledMma,
-        q_smem: cute.ComposedLayout,
-        k_smem: cute.ComposedLayout,
-        v_smem: cute.ComposedLayout,
+        mmas: tuple[cute.TiledMma, ...],
+        layouts: tuple[cute.ComposedLayout, ...],
     ):
+        (mma_qk, mma_pv), (q_smem, k_smem, v_smem) = mmas, layouts
+        mItems = tensors.items
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
-        if bidx < mNumItems[wave]:
-            field = (Int64(wave) * wave_items + bidx) * ITEM_FIELDS
+        if bidx < tensors.num_items[sizes.wave]:
+            field = (Int64(sizes.wave) * sizes.wave_items + bidx) * ITEM_FIELDS
             begin, count = mItems[field], mItems[field + 1]
             first, keys = mItems[field + 2], mItems[field + 3]
-            kv_head = begin // unit_pairs // chunks
+            kv_head = begin // sizes.unit_pairs // sizes.chunks
 
             smem = cutlass.utils.SmemAllocator()
             sQ, sK, sV = (
@@ -182,16 +192,16 @@ class SelectedForward:
             tokens = const_expr(item_tokens(self.group) + TILE_ROWS)
             sTokens = smem.allocate_tensor(Int32, cute.make_layout(tokens), 16)
             values = load_values(
-                mV, sV, v_stride, block_rows(first, keys, kv_head * self.head_dim_v), tidx
+                tensors.v, sV, strides.v, block_rows(first, keys, kv_head * self.head_dim_v), tidx
             )
             load_rows(
-                *(mK, sK, k_stride, block_rows(first, keys, kv_head * self.head_dim)),
-                *(tidx, _THREADS),
+                *(tensors.k, sK, strides.k, block_rows(first, keys, kv_head * self.head_dim)),
+                *(tidx, WARPGROUP),
             )
-            load_tokens(mTokens, sTokens, begin, count, tidx, _THREADS)
+            load_tokens(tensors.tokens, sTokens, begin, count, tidx, WARPGROUP)
             cute.arch.barrier()
             load_queries = functools.partial(
-                self._load_queries, mQ, sQ, sTokens, q_stride, kv_head, tidx
+                self._load_queries, tensors.q, sQ, sTokens, strides.q, kv_head, tidx
             )
             tiles = cute.ceil_div(rows, TILE_ROWS)
             for tile in cutlass.range_constexpr(self.stages):
@@ -200,26 +210,26 @@ class SelectedForward:
                 cute.arch.cp_async_commit_group()
             store_values(values, sV, tidx)
 
-            _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
+            _, tSrQ, tSrK = partition_fragment_ABC(
                 mma_qk.get_slice(0), (TILE_ROWS, self.block_size, self.head_dim), sQ, sK
             )
-            _, tOrP, tOrVt = sm90_utils.partition_fragment_ABC(
+            _, tOrP, tOrVt = partition_fragment_ABC(
                 mma_pv.get_slice(0),
                 (TILE_ROWS, self.head_dim_v, self.block_size),
                 None,
-                layout_utils.transpose_view(sV),
+                transpose_view(sV),
             )
-            tScS = layout_utils.reshape_acc_to_mn(
+            tScS = reshape_acc_to_mn(
                 mma_qk.get_slice(tidx).partition_C(
                     cute.make_identity_tensor((TILE_ROWS, self.block_size))
                 )
             )
-            out_row = Int64(begin - wave_start) * self.group + tScS[0, 0][0]
+            out_row = Int64(begin - sizes.wave_start) * self.group + tScS[0, 0][0]
 
             acc_S = cute.make_rmem_tensor(
                 mma_qk.partition_shape_C((TILE_ROWS, self.block_size)), Float32
             )
-            acc_S_mn = layout_utils.reshape_acc_to_mn(acc_S)
+            acc_S_mn = reshape_acc_to_mn(acc_S)
             compute_scores = functools.partial(self._scores, mma_qk, acc_S, tSrQ, tSrK)
             cute.arch.cp_async_wait_group(self.stages - 1)
             cute.arch.fence_view_async_shared()
@@ -253,37 +263,38 @@ class SelectedForward:
                 for r in cutlass.range_constexpr(2):
                     inverse_sum, lse[r] = softmax(acc_S_mn[r, None], scale_log2)
                     acc_S_mn[r, None].store(acc_S_mn[r, None].load() * inverse_sum)
-                utils.cvt_f16(layout_utils.reshape_acc_to_frgA(acc_S), tOrP)
+                cvt_f16(reshape_acc_to_frgA(acc_S), tOrP)
                 for r in cutlass.range_constexpr(2):
                     if tidx % QUAD == 0 and row + 8 * r < rows:
-                        mLse[tile_row + 8 * r] = lse[r]
+                        tensors.partial_lse[tile_row + 8 * r] = lse[r]
                 # The next queries are there, and all warps have read these.
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.fence_view_async_shared()
                 cute.arch.barrier()
-                acc_O = sm90_utils.gemm_zero_init(
+                acc_O = gemm_zero_init(
                     mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
                 )
-                # Of the next tile, while this one's output is stored; past the last, for nothing.
+                # The next tile's scores are computed while this one's output is stored. Past the
+                # last tile they are not used.
                 compute_scores(tile + 1)
                 if const_expr(self.stages == 2):
                     if tile + 2 < tiles:
                         load_queries(tile + 2)
                     cute.arch.cp_async_commit_group()
                 warpgroup.wait_group(1)
-                rO = utils.cvt_f16(acc_O, self.dtype)
+                rO = cvt_f16(acc_O, self.dtype)
                 for r in cutlass.range_constexpr(2):
                     if row + 8 * r < rows:
-                        # As a sum, in which the rows' offsets share all but a constant.
+                        # A sum in which the offsets of both rows share all but a constant.
                         offset = tile_row * self.head_dim_v + 8 * r * self.head_dim_v
-                        store_row(rO, r, mPartial, offset)
+                        store_row(rO, r, tensors.partial, offset)
             warpgroup.wait_group(0)
             cute.arch.cp_async_wait_group(0)
 
     def _scores(self, mma_qk, acc_S, tSrQ, tSrK, tile: Int32):
-        """Start to compute those of the tile's stage."""
+        """Start to compute the scores of the tile's stage."""
         stage = tile % self.stages
-        sm90_utils.gemm_w_idx(mma_qk, acc_S, tSrQ, tSrK, True, A_idx=stage, wg_wait=-1)
+        gemm_w_idx(mma_qk, acc_S, tSrQ, tSrK, True, A_idx=stage, wg_wait=-1)
 
     @cute.jit
     def _load_queries(
@@ -297,7 +308,7 @@ class SelectedForward:
         tile: Int32,
     ):
         place = pair_rows(sTokens, tile, kv_head, self.group, self.head_dim)
-        load_rows(mQ, sQ, stride, place, tidx, _THREADS, tile % self.stages)
+        load_rows(mQ, sQ, stride, place, tidx, WARPGROUP, tile % self.stages)
 
 
 class CombinePartials:
@@ -318,79 +329,59 @@ class CombinePartials:
     @cute.jit
     def __call__(
         self,
-        mPartial: cute.Tensor,
-        mPartialLse: cute.Tensor,
-        mPosition: cute.Tensor,
-        mOut: cute.Tensor,
-        mLse: cute.Tensor,
-        wave_start: Int32,
-        first_unit: Int32,
-        units: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
-        num_tokens: Int32,
-        kv_heads: Int32,
+        results: Results,
+        sizes: WaveSizes,
         stream,
     ):
-        tensors = (mPartial, mPartialLse, mPosition, mOut, mLse)
-        sizes = (wave_start, first_unit, units, chunks, chunk_tokens, num_tokens, kv_heads)
-        self.kernel(*tensors, *sizes).launch(
-            grid=[self._tiles_of_unit(chunk_tokens) * units, 1, 1],
-            block=[_THREADS, 1, 1],
+        self.kernel(results, sizes).launch(
+            grid=[self._tiles_of_unit(sizes.chunk_tokens) * sizes.units, 1, 1],
+            block=[_COMBINE_THREADS, 1, 1],
             stream=stream,
         )
 
     @cute.kernel
     def kernel(
         self,
-        mPartial: cute.Tensor,
-        mPartialLse: cute.Tensor,
-        mPosition: cute.Tensor,
-        mOut: cute.Tensor,
-        mLse: cute.Tensor,
-        wave_start: Int32,
-        first_unit: Int32,
-        units: Int32,
-        chunks: Int32,
-        chunk_tokens: Int32,
-        num_tokens: Int32,
-        kv_heads: Int32,
+        results: Results,
+        sizes: WaveSizes,
     ):
+        chunk_tokens, num_tokens = sizes.chunk_tokens, sizes.num_tokens
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         tiles = self._tiles_of_unit(chunk_tokens)
-        unit = first_unit + bidx // tiles
-        thread = bidx % tiles * _THREADS + tidx
+        unit = sizes.first_unit + bidx // tiles
+        thread = bidx % tiles * _COMBINE_THREADS + tidx
         row, column = thread // self.lanes, thread % self.lanes * VECTOR
         local, head = row // self.group, row % self.group
-        kv_head, token = unit // chunks, unit % chunks * chunk_tokens + local
-        # Of warps, all threads go the same way, with nothing to do as well.
+        kv_head, token = unit // sizes.chunks, unit % sizes.chunks * chunk_tokens + local
+        # All threads of a warp take the same branches, also those with nothing to do.
         wanted = local < chunk_tokens and token < num_tokens
-        if unit < first_unit + units:
-            token_row = Int64(cutlass.min(token, num_tokens - 1)) * kv_heads + kv_head
-            position = load_slots(mPosition, token_row, self.slots)
+        if unit < sizes.first_unit + sizes.units:
+            token_row = Int64(cutlass.min(token, num_tokens - 1)) * sizes.kv_heads + kv_head
+            position = load_slots(results.position, token_row, self.slots)
             for i in cutlass.range_constexpr(self.slots):
                 present = wanted and position[i] >= 0
-                position[i] = position[i] - wave_start if present else Int32(-1)
+                position[i] = position[i] - sizes.wave_start if present else Int32(-1)
             out_row = token_row * self.group + head
-            # Partial results pass through shared memory, and warps synchronise, for else the
-            # compiler puts loads off until their results are needed, to save registers.
-            shape = (self.loads, _THREADS, (VECTOR, 1))
+            # Partial results pass through shared memory, and warps synchronise. Otherwise the
+            # compiler delays loads until their results are needed, to save registers.
+            shape = (self.loads, _COMBINE_THREADS, (VECTOR, 1))
             layout = cute.make_ordered_layout(shape, order=(2, 1, 0))
             smem = cutlass.utils.SmemAllocator()
-            sPartial = smem.allocate_tensor(mPartial.element_type, layout, 128)[None, tidx, None]
+            sPartial = smem.allocate_tensor(results.partial.element_type, layout, 128)
+            sPartial = sPartial[None, tidx, None]
             load_partials = functools.partial(
                 self._load_partials,
-                *(mPartial, sPartial, position, head * self.head_dim_v + column),
+                *(results.partial, sPartial, position, head * self.head_dim_v + column),
             )
             load_partials(0)
             cute.arch.sync_warp()
             weight = cute.make_rmem_tensor(self.slots, Float32)
             for i in cutlass.range_constexpr(self.slots):
-                # Where there is no pair, of the first in the workspace, for a condition would hold
+                # Without a pair, the first one of the workspace is loaded: a condition would hold
                 # up the next load.
                 source = cutlass.max(position[i], 0)
-                weight[i] = mPartialLse[Int64(source) * self.group + head]
+                weight[i] = results.partial_lse[Int64(source) * self.group + head]
             cute.arch.sync_warp()
             for i in cutlass.range_constexpr(self.slots):
                 weight[i] = weight[i] if position[i] >= 0 else -Float32.inf
@@ -407,14 +398,14 @@ class CombinePartials:
                     values = load_shared(sPartial[i - start, None])
                     out.store(out.load() + values * (weight[i] * inverse))
             if wanted:
-                store_vector(out.load(), mOut, out_row * self.head_dim_v + column)
+                store_vector(out.load(), results.out, out_row * self.head_dim_v + column)
                 if column == 0:
                     # log2 of 0 is -inf.
                     log2_sum = reference + cute.math.log2(total, fastmath=True)
-                    mLse[out_row] = log2_sum * math.log(2.0)
+                    results.lse[out_row] = log2_sum * math.log(2.0)
 
     def _tiles_of_unit(self, chunk_tokens: Int32) -> Int32:
-        return cute.ceil_div(chunk_tokens * (self.group * self.lanes), _THREADS)
+        return cute.ceil_div(chunk_tokens * (self.group * self.lanes), _COMBINE_THREADS)
 
     @cute.jit
     def _load_partials(
@@ -425,7 +416,7 @@ class CombinePartials:
         column: Int32,
         start: cutlass.Constexpr[int],
     ):
-        """Those of the slots from ``start`` on, 0 for no pair; a thread reads what it loaded."""
+        """Start to load the slots from ``start`` on, 0 for no pair; a thread reads its own."""
         for i in cutlass.range_constexpr(start, min(start + _LOADS, self.slots)):
             offset = Int64(cutlass.max(position[i], 0)) * (self.group * self.head_dim_v) + column
             copy_vector(mPartial, offset, sPartial[i - start, None], position[i] >= 0)
@@ -444,27 +435,21 @@ def compile_forward(
     cute_dtype = CUTE_DTYPES[dtype]
     return compile_kernel(
         SelectedForward(cute_dtype, head_dim, head_dim_v, group, block_size, causal),
-        *(fake_flat(cute_dtype) for _ in range(3)),
-        *(fake_flat(Int32, alignment=4) for _ in range(3)),
-        *(fake_flat(cute_dtype), fake_flat(Float32, alignment=4)),
-        *(Int64(1) for _ in range(3)),
-        *(Int32(1) for _ in range(5)),
+        _Tensors(
+            *(fake_flat(cute_dtype) for _ in range(3)),
+            *(fake_flat(Int32, alignment=4) for _ in range(3)),
+            *(fake_flat(cute_dtype), fake_flat(Float32, alignment=4)),
+        ),
+        Strides(*(Int64(1) for _ in range(3))),
+        _Sizes(*(Int32(1) for _ in range(5))),
         Float32(1.0),
     )
 
 
 @kept
 def compile_combine(dtype: torch.dtype, head_dim_v: int, group: int, slots: int) -> Callable:
-    cute_dtype = CUTE_DTYPES[dtype]
-    return compile_kernel(
-        CombinePartials(head_dim_v, group, slots),
-        fake_flat(cute_dtype),
-        fake_flat(Float32, alignment=4),
-        fake_flat(Int32),
-        fake_flat(cute_dtype),
-        fake_flat(Float32, alignment=4),
-        *(Int32(1) for _ in range(7)),
-    )
+    results, sizes = fake_results(CUTE_DTYPES[dtype])
+    return compile_kernel(CombinePartials(head_dim_v, group, slots), results, sizes)
 
 
 # Head dimensions of queries and values, and query heads of a KV head, that are compiled as a test.
@@ -499,25 +484,7 @@ def selected_forward(
     causal: bool,
     band: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each token over the keys of its blocks.
-
-    Args:
-        q: ``(T, H, D)``, bfloat16 or float16. Slices of heads are read where they are, as of k, v.
-        k: ``(T, H_kv, D)``.
-        v: ``(T, H_kv, Dv)``.
-        block_indices: int32 ``(T, H_kv, slots)``, indices in the token's sequence, in any order and
-            none twice. Others than those that ``blocks`` lets the token attend are left out.
-        blocks: of the ``T`` tokens.
-        block_size: tokens of a block, 32 or 64.
-        scale: positive.
-        causal: whether a token sees only keys at or before it.
-        band: whether most lists name the first block of the sequence, the token's own and the one
-            before, so that to compute these by themselves pays. It changes the rounding alone.
-
-    Returns:
-        out: ``(T, H, Dv)`` in the dtype of q, 0 for a token with no block.
-        lse: float32 ``(T, H)``, natural logarithm, -inf for a token with no block.
-    """
+    """See :func:`nsa.fused.kernel_calls.selected_forward`."""
     total, heads, head_dim = q.shape
     kv_heads, head_dim_v = v.shape[1:]
     group, slots = heads // kv_heads, block_indices.shape[2]
@@ -532,13 +499,15 @@ def selected_forward(
     out = torch.empty(total, heads, head_dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(total, heads, dtype=torch.float32, device=q.device)
     (q, q_stride), (k, k_stride), (v, v_stride) = flat_rows(q), flat_rows(k), flat_rows(v)
-    rows, strides, scale_log2 = (q, k, v), (q_stride, k_stride, v_stride), scale * _LOG2_E
+    strides, scale_log2 = Strides(q_stride, k_stride, v_stride), scale * LOG2_E
     forward = compile_forward(*form)
     if band:
+        listed = (block_indices.view(-1), blocks.base, blocks.first, blocks.keys)
+        chunk_blocks = blocks.most_of_range(chunk, block_size)
         combine = functools.partial(
             compile_band(*form, slots),
-            *(*rows, block_indices.view(-1), blocks.base, blocks.first, blocks.keys),
-            *(*strides, scale_log2, len(blocks.first), blocks.most_of_range(chunk, block_size)),
+            *(BandTensors(q, k, v, *listed), strides),
+            *(scale_log2, len(blocks.first), chunk_blocks),
         )
     else:
         combine = compile_combine(q.dtype, head_dim_v, group, slots)
@@ -548,16 +517,14 @@ def selected_forward(
     partial = torch.empty(partial_rows * head_dim_v, dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(partial_rows, dtype=torch.float32, device=q.device)
     items, position = index.items.view(-1), index.position.view(-1)
+    tensors = _Tensors(q, k, v, index.tokens, items, index.num_items, partial, partial_lse)
+    results = Results(partial, partial_lse, position, out.view(-1), lse.view(-1))
     for wave in range(waves):
         first_unit = wave * index.wave_units
         wave_start = first_unit * unit_pairs
-        forward(
-            *(*rows, index.tokens, items, index.num_items, partial, partial_lse, *strides),
-            *(wave, wave_items, wave_start, unit_pairs, index.chunks, scale_log2),
-        )
-        combine(
-            *(partial, partial_lse, position, out.view(-1), lse.view(-1), wave_start),
-            *(first_unit, min(index.wave_units, index.units - first_unit)),
-            *(index.chunks, index.chunk_tokens, total, kv_heads),
-        )
+        sizes = _Sizes(wave, wave_items, wave_start, unit_pairs, index.chunks)
+        forward(tensors, strides, sizes, scale_log2)
+        units = min(index.wave_units, index.units - first_unit)
+        chunks = (index.chunks, index.chunk_tokens)
+        combine(results, WaveSizes(wave_start, first_unit, units, *chunks, total, kv_heads))
     return out, lse

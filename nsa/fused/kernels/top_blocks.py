@@ -11,6 +11,7 @@ blocks of equal score, the lower index first.
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -18,13 +19,14 @@ import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import check_tensor, fake_flat
 
 MAX_BLOCKS = 256
 """The most blocks of a row that can be asked for; they lie in the registers of a warp."""
 
-_WARP = 32
 _WARPS = 4
 # Loads that a thread issues together, before it uses the first.
 _LOADS = 16
@@ -38,6 +40,33 @@ _LOWEST = -3.4028234663852886e38
 _NONE = ((-0x00800001) ^ 0x7FFFFFFF) << 32
 
 
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """What :func:`top_blocks` takes."""
+
+    scores: cute.Tensor
+    first: cute.Tensor
+    visible: cute.Tensor
+    candidates: cute.Tensor
+    own: cute.Tensor
+    out: cute.Tensor
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """Sizes of the scores and of ``out``, where the scores start in it, and the forced blocks."""
+
+    sequences: Int32
+    heads: Int32
+    tiles: Int32
+    columns: Int32
+    total_tiles: Int32
+    tile_offset: Int32
+    column_offset: Int32
+    num_initial: Int32
+    num_local: Int32
+
+
 class TopBlocks:
     """``count`` best of blocks of ``per_block`` scores.
 
@@ -48,71 +77,34 @@ class TopBlocks:
     def __init__(self, count: int, per_block: int):
         self.count = count
         self.per_block = per_block
-        self.lanes_per_block = math.gcd(per_block, _WARP)
+        self.lanes_per_block = math.gcd(per_block, WARP)
         self.loads = per_block // self.lanes_per_block
         self.rounds = max(1, _LOADS // self.loads)
-        self.blocks_per_round = _WARP // self.lanes_per_block
+        self.blocks_per_round = WARP // self.lanes_per_block
         self.blocks_per_step = self.blocks_per_round * self.rounds
         # Registers that hold the best: the merge needs a power of two.
-        self.registers = 1 << math.ceil(math.log2(max(1, count / _WARP)))
+        self.registers = 1 << math.ceil(math.log2(max(1, count / WARP)))
 
     @cute.jit
-    def __call__(
-        self,
-        mScores: cute.Tensor,
-        mFirst: cute.Tensor,
-        mVisible: cute.Tensor,
-        mCandidates: cute.Tensor,
-        mOwn: cute.Tensor,
-        mOut: cute.Tensor,
-        sequences: Int32,
-        heads: Int32,
-        tiles: Int32,
-        columns: Int32,
-        total_tiles: Int32,
-        tile_offset: Int32,
-        column_offset: Int32,
-        num_initial: Int32,
-        num_local: Int32,
-        scale: Float32,
-        stream,
-    ):
-        rows = sequences * heads * tiles
-        tensors = (mScores, mFirst, mVisible, mCandidates, mOwn, mOut)
-        sizes = (sequences, heads, tiles, columns, total_tiles, tile_offset, column_offset)
-        self.kernel(*tensors, *sizes, num_initial, num_local, scale).launch(
+    def __call__(self, tensors: _Tensors, sizes: _Sizes, scale: Float32, stream):
+        rows = sizes.sequences * sizes.heads * sizes.tiles
+        self.kernel(tensors, sizes, scale).launch(
             grid=[cute.ceil_div(rows, _WARPS), 1, 1],
-            block=[_WARPS * _WARP, 1, 1],
+            block=[_WARPS * WARP, 1, 1],
             stream=stream,
             # Without it the compiler saves registers and waits after every few loads.
             min_blocks_per_mp=1,
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        mScores: cute.Tensor,
-        mFirst: cute.Tensor,
-        mVisible: cute.Tensor,
-        mCandidates: cute.Tensor,
-        mOwn: cute.Tensor,
-        mOut: cute.Tensor,
-        sequences: Int32,
-        heads: Int32,
-        tiles: Int32,
-        columns: Int32,
-        total_tiles: Int32,
-        tile_offset: Int32,
-        column_offset: Int32,
-        num_initial: Int32,
-        num_local: Int32,
-        scale: Float32,
-    ):
+    def kernel(self, tensors: _Tensors, sizes: _Sizes, scale: Float32):
+        sequences, heads, tiles, columns, total_tiles, *rest = sizes
+        tile_offset, column_offset, num_initial, num_local = rest
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
-        warp, lane = cute.arch.make_warp_uniform(tidx // _WARP), tidx % _WARP
+        warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         smem = cutlass.utils.SmemAllocator()
-        layout = cute.make_layout((_WARPS, 2 * _WARP), stride=(2 * _WARP, 1))
+        layout = cute.make_layout((_WARPS, 2 * WARP), stride=(2 * WARP, 1))
         sWaiting = smem.allocate_tensor(Int64, layout, byte_alignment=16)[warp, None]
 
         # Past the end, the last row is done again. Late tiles see most and start first; the heads
@@ -121,12 +113,12 @@ class TopBlocks:
         row = cutlass.min(bidx * _WARPS + warp, sequence_heads * tiles - 1)
         sequence_head, tile = row % sequence_heads, tiles - 1 - row // sequence_heads
         index = tile_offset + tile
-        start = mFirst[index] - column_offset
-        candidates, own = mCandidates[index], mOwn[index]
+        start = tensors.first[index] - column_offset
+        candidates, own = tensors.candidates[index], tensors.own[index]
         # Whatever the tensors say, nothing is read outside of the row.
-        visible = cutlass.min(mVisible[index], columns - start) if start >= 0 else Int32(0)
+        visible = cutlass.min(tensors.visible[index], columns - start) if start >= 0 else Int32(0)
         offset = (Int64(sequence_head) * tiles + tile) * columns + start
-        mRow = cute.make_tensor(mScores.iterator + offset, cute.make_layout(columns))
+        mRow = cute.make_tensor(tensors.scores.iterator + offset, cute.make_layout(columns))
 
         # Forced blocks: 0 .. initial_end - 1 and local_begin .. local_end - 1.
         local_end = cutlass.min(own + 1, candidates)
@@ -139,7 +131,7 @@ class TopBlocks:
 
         rBest = cute.make_rmem_tensor(self.registers, Int64)
         for r in cutlass.range_constexpr(self.registers):
-            slot = r * _WARP + lane
+            slot = r * WARP + lane
             block = slot if slot < initial_end else local_begin + slot - initial_end
             rBest[r] = Int64(_FORCED) - block if slot < num_forced else Int64(_NONE)
 
@@ -176,10 +168,10 @@ class TopBlocks:
                     sWaiting[num_waiting + cute.arch.popc(before)] = rank
                 num_waiting += cute.arch.popc(ballot)
                 cute.arch.sync_warp()
-                if num_waiting >= _WARP:
-                    waiting, rest = sWaiting[lane], sWaiting[lane + _WARP]
+                if num_waiting >= WARP:
+                    waiting, rest = sWaiting[lane], sWaiting[lane + WARP]
                     cute.arch.sync_warp()
-                    num_waiting -= _WARP
+                    num_waiting -= WARP
                     if lane < num_waiting:
                         sWaiting[lane] = rest
                     self._merge(rBest, waiting, lane)
@@ -189,7 +181,7 @@ class TopBlocks:
 
         out_row = Int64(sequence_head // heads) * total_tiles + index
         out_offset = (out_row * heads + sequence_head % heads) * self.count
-        self._write(rBest, mOut, out_offset, lane)
+        self._write(rBest, tensors.out, out_offset, lane)
 
     @cute.jit
     def _promising(
@@ -245,13 +237,14 @@ class TopBlocks:
 
     def _merge(self, rBest: cute.Tensor, waiting: Int64, lane: Int32) -> None:
         """The best of ``rBest`` and a rank in each lane, in the order of ``rBest``."""
-        for size in _powers(2, _WARP):
+        for size in _powers(2, WARP):
             for stride in reversed(_powers(1, size // 2)):
                 larger = ((lane // size) ^ (lane // stride)) & 1 == 0
                 waiting = _exchange(waiting, stride, larger)
-        # Of two sorted sequences, one reversed, the larger at each place are the best, in an order
-        # (bitonic) that the exchanges below sort. All but the last register have nothing to meet.
-        waiting = cute.arch.shuffle_sync(waiting, _WARP - 1 - lane)
+        # One of two sorted sequences is reversed. The larger of the two at each place are then the
+        # best, in bitonic order, which the exchanges below sort. All but the last register have
+        # nothing to be compared with.
+        waiting = cute.arch.shuffle_sync(waiting, WARP - 1 - lane)
         best = [rBest[r] for r in range(self.registers)]
         best[-1] = cutlass.max(best[-1], waiting)
         for stride in reversed(_powers(1, self.registers // 2)):
@@ -259,7 +252,7 @@ class TopBlocks:
                 if r & stride == 0:
                     low, high = best[r], best[r + stride]
                     best[r], best[r + stride] = cutlass.max(low, high), cutlass.min(low, high)
-        for stride in reversed(_powers(1, _WARP // 2)):
+        for stride in reversed(_powers(1, WARP // 2)):
             larger = lane & stride == 0
             best = [_exchange(x, stride, larger) for x in best]
         for r in range(self.registers):
@@ -267,7 +260,7 @@ class TopBlocks:
 
     def _bar(self, rBest: cute.Tensor) -> tuple[Int64, Float32]:
         """Rank and score of the last of the ``count`` best."""
-        register, lane = divmod(self.count - 1, _WARP)
+        register, lane = divmod(self.count - 1, WARP)
         bar = cute.arch.shuffle_sync(rBest[register], lane)
         return bar, _score(bar)
 
@@ -276,29 +269,29 @@ class TopBlocks:
         """The first ``count`` blocks of ``rBest``, by index, -1 where there is none."""
         blocks = []
         for r in cutlass.range_constexpr(self.registers):
-            taken = r * _WARP + lane < self.count and rBest[r] > _NONE
+            taken = r * WARP + lane < self.count and rBest[r] > _NONE
             blocks.append(~rBest[r].to(Int32) if taken else Int32(_NO_INDEX))
         blocks = self._sorted(blocks, lane)
         for r in cutlass.range_constexpr(self.registers):
-            slot = r * _WARP + lane
+            slot = r * WARP + lane
             if slot < self.count:
                 mOut[offset + slot] = blocks[r] if blocks[r] != _NO_INDEX else Int32(-1)
 
     def _sorted(self, x: list[Int32], lane: Int32) -> list[Int32]:
         """``x`` ascending over registers, then lanes, by bitonic sort."""
-        for size in _powers(2, self.registers * _WARP):
+        for size in _powers(2, self.registers * WARP):
             for stride in reversed(_powers(1, size // 2)):
-                if stride < _WARP:
+                if stride < WARP:
                     for r in range(self.registers):
-                        slot = r * _WARP + lane
+                        slot = r * WARP + lane
                         larger = ((slot // size) ^ (slot // stride)) & 1 == 1
                         x[r] = _exchange(x[r], stride, larger)
                     continue
                 for r in range(self.registers):
-                    other = r + stride // _WARP
-                    if r & (stride // _WARP) == 0:
+                    other = r + stride // WARP
+                    if r & (stride // WARP) == 0:
                         low, high = cutlass.min(x[r], x[other]), cutlass.max(x[r], x[other])
-                        ascending = r * _WARP & size == 0
+                        ascending = r * WARP & size == 0
                         x[r], x[other] = (low, high) if ascending else (high, low)
         return x
 
@@ -342,9 +335,8 @@ def compile_top_blocks(count: int, per_block: int) -> Callable:
     integers = [fake_flat(Int32, alignment=4) for _ in range(5)]
     return compile_kernel(
         TopBlocks(count, per_block),
-        fake_flat(Float32, alignment=4),
-        *integers,
-        *(Int32(1) for _ in range(9)),
+        _Tensors(fake_flat(Float32, alignment=4), *integers),
+        _Sizes(*(Int32(1) for _ in range(9))),
         Float32(1.0),
     )
 
@@ -372,31 +364,7 @@ def top_blocks(
     num_initial: int,
     num_local: int,
 ) -> None:
-    """For ``C`` tiles and each head write the ``n`` best blocks of the tile's sequence to ``out``.
-
-    Block ``J < candidates`` scores the largest ``scale * s[j]`` of the compressed tokens
-    ``J * per_block <= j < (J + 1) * per_block``, ``j < visible``. Blocks ``J <= own`` with
-    ``J < num_initial`` or ``J > own - num_local`` are taken; then the best of the others, equal
-    scores going to the lower index; a block whose every score is -inf or NaN, or that has none, is
-    not.
-
-    Args:
-        scores: float32 ``(B, H, C, W)``, contiguous; ``s[j]`` is in column
-            ``first - column_offset + j``.
-        first: the column of the first compressed token of each tile's sequence, int32 ``(tiles,)``,
-            as are the next three. Columns outside of ``scores`` count as not visible.
-        visible: compressed tokens that are scored.
-        candidates: blocks that may be taken, 0 for a tile of no sequence.
-        own: the block of the tile's last query.
-        out: int32 ``(B, tiles, H, n)``, contiguous, ``n`` up to MAX_BLOCKS, at least
-            ``num_initial + num_local``. Tiles ``tile_offset`` to ``tile_offset + C - 1`` are
-            written: indices in the sequence, ascending, -1 at the end where fewer exist.
-        tile_offset: the tile of ``scores[:, :, 0]``.
-        column_offset: the column of ``scores[..., 0]``.
-        scale: positive.
-        per_block: compressed tokens in a block.
-        num_initial, num_local: first and last blocks that are always taken.
-    """
+    """See :func:`nsa.fused.kernel_calls.top_blocks`."""
     batch, heads, tiles, columns = scores.shape
     total_tiles, count = out.shape[1], out.shape[-1]
     device = scores.device
@@ -421,11 +389,11 @@ def top_blocks(
         )
     if batch * heads * tiles == 0:
         return
+    # A kernel takes no empty tensor; of this one nothing is read.
+    scores = scores.view(-1) if columns else scores.new_empty(1)
+    sizes = (batch, heads, tiles, columns, total_tiles, tile_offset, column_offset)
     compile_top_blocks(count, per_block)(
-        # A kernel takes no empty tensor; of this one nothing is read.
-        scores.view(-1) if columns else scores.new_empty(1),
-        *vectors.values(),
-        out.view(-1),
-        *(batch, heads, tiles, columns, total_tiles, tile_offset, column_offset),
-        *(num_initial, num_local, scale),
+        _Tensors(scores, *vectors.values(), out.view(-1)),
+        _Sizes(*sizes, num_initial, num_local),
+        scale,
     )

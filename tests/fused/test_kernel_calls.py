@@ -1,0 +1,70 @@
+"""The functions of ``nsa.fused.kernel_calls``, their emulations and the launchers take the same."""
+
+import inspect
+
+import emulated_own_kernels
+import emulated_token_kernels
+import pytest
+from requirements import import_fused
+
+from nsa.fused import kernel_calls
+
+EMULATIONS = {
+    name: module
+    for module in (emulated_own_kernels, emulated_token_kernels)
+    for name in module.NAMES
+}
+LAUNCHERS = {
+    "gates": ("gating_forward", "gating_backward"),
+    "query_gradient": ("query_gradient",),
+    "means": ("mean_forward", "mean_backward"),
+    "lists": ("list_key_blocks", "count_query_tiles", "list_query_tiles"),
+    "listed_backward": ("listed_backward",),
+    "importance": ("importance_scores",),
+    "selected_forward": ("selected_forward",),
+    "selected_backward": ("selected_backward",),
+    "top_blocks": ("top_blocks",),
+}
+COMPOSED = ("gather_rows", "float32_products")
+"""Functions without a kernel of their own."""
+
+
+def parameters(function) -> list[tuple]:
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+def test_each_function_is_emulated_and_has_a_launcher():
+    functions = dict(inspect.getmembers(kernel_calls, inspect.isfunction))
+    names = {name for name, x in functions.items() if x.__module__ == kernel_calls.__name__}
+    launched = [name for names in LAUNCHERS.values() for name in names]
+    assert sorted(names) == sorted([*launched, *COMPOSED])
+    # A mean over blocks of one is emulated by the mean.
+    assert sorted(EMULATIONS) == sorted(names - {"gather_rows"})
+
+
+@pytest.mark.parametrize("name", EMULATIONS)
+def test_emulations_take_the_same_arguments(name):
+    emulation = getattr(EMULATIONS[name], name)
+    assert parameters(emulation) == parameters(getattr(kernel_calls, name))
+
+
+@pytest.mark.parametrize("module", LAUNCHERS)
+def test_launchers_take_the_same_arguments(module):
+    kernels = import_fused(f"nsa.fused.kernels.{module}")
+    for name in LAUNCHERS[module]:
+        assert parameters(getattr(kernels, name)) == parameters(getattr(kernel_calls, name)), name
+
+
+@pytest.mark.parametrize("module", LAUNCHERS)
+def test_calls_pass_each_argument_by_its_name(module, monkeypatch):
+    class Recorder:
+        def __getattr__(self, name):
+            return lambda **arguments: called.append((name, arguments))
+
+    called = []
+    monkeypatch.setattr(kernel_calls, "_kernels", {module: Recorder()}.__getitem__)
+    for name in LAUNCHERS[module]:
+        function = getattr(kernel_calls, name)
+        arguments = {parameter: object() for parameter, _, _ in parameters(function)}
+        function(**arguments)
+        assert called.pop() == (name, arguments)
