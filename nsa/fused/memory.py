@@ -1,8 +1,9 @@
 """How many KV heads to run at a time, and whether backward computes the forward again.
 
 A call's workspace is what it allocates beside arguments, output and their gradients. The estimates
-follow what the stages hold at a time: see :mod:`nsa.fused.pipeline` for the stages and FA4's
-``_flash_attn_bwd`` for its float32 accumulators. They leave out what does not grow with the heads.
+follow what the stages hold at a time: see :mod:`nsa.fused.pipeline` for the stages and
+:class:`nsa.fused.fa4_call.Sums` for FA4's float32 buffers. They leave out what does not grow with
+the heads.
 """
 
 from functools import lru_cache

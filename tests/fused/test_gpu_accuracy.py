@@ -54,12 +54,12 @@ def test_forward_gives_the_same_bits_twice(packed):
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["all compressed", "sparse compressed"])
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
-def test_nothing_is_left_unwritten(packed, sparse, monkeypatch):
+def test_nothing_is_left_unwritten(packed, sparse):
     lengths = (700, 0, 1, 65, 4096) if packed else (1000,)
     groups = dict(num_cmp_selected_blocks=1, cmp_group_size=64) if sparse else {}
     config = nsa.NSAConfig(num_initial_blocks=1, **groups)
     case = default_case(lengths=lengths, packed=packed, config=config)
-    check_nothing_is_left_unwritten(case, monkeypatch)
+    check_nothing_is_left_unwritten(case)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
