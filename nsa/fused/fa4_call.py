@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.fused.fa4_variants import Mask, Variant, Window, backward_tile
+from nsa.fused.fa4_variants import BackwardTile, Mask, Variant, Window
 
 MANY_SEQUENCES = 256
 """Above as many, kernels look up in a table where the tiles of each sequence start, as in FA4."""
@@ -72,9 +72,8 @@ class Sums(NamedTuple):
     dv: Tensor | None = None
 
     @classmethod
-    def new(cls, call: Call, variant: Variant) -> "Sums":
+    def new(cls, call: Call, variant: Variant, tile: BackwardTile) -> "Sums":
         """As many rows and channels as FA4 has. Only ``dk`` and ``dv`` are added to as they are."""
-        tile = backward_tile(variant)
         kind = dict(dtype=torch.float32, device=call.q.device)
         leading, rows = _rounded_rows(call.q, call.bounds[0], tile.queries)
         channels = _round_up(variant.head_dim, tile.channels)

@@ -165,6 +165,11 @@ def test_variants_go_by_what_is_repeated():
     )
 
 
+def new_sums(call: Call) -> Sums:
+    variant = call.variant(call.q)
+    return Sums.new(call, variant, backward_tile(variant))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_float32_sums_are_of_whole_tiles(packed):
     q, k = make(3, 100, 8, 128), make(3, 130, 2, 128)
@@ -175,20 +180,20 @@ def test_float32_sums_are_of_whole_tiles(packed):
         call, leading = call_of(q[0], k[0], bounds=(bounds, bounds)), ()
         # Of 3 sequences, each of which may start a tile.
         rows, keys = 320, 640
-    sums = Sums.new(call, call.variant(call.q))
+    sums = new_sums(call)
     assert sums.softmax.shape == sums.lse_log2.shape == (*leading, 8, rows)
     assert sums.dq.shape == (*leading, 8, rows * 128)
     assert sums.dk.shape == sums.dv.shape == (*leading, 2, keys * 128)
     assert not sums.dk.any()
     assert not sums.dv.any()
     alone = call._replace(k=call.q, v=call.q)
-    assert Sums.new(alone, alone.variant(call.q))[3:] == (None, None)
+    assert new_sums(alone)[3:] == (None, None)
 
 
 def test_at_256_channels_sums_have_rounded_ones():
     q = make(1, 10, 4, 200)
     call = Call(q, q[..., :1, :], q[..., :1, :], 1.0, CAUSAL)
-    sums = Sums.new(call, call.variant(q))
+    sums = new_sums(call)
     assert sums.dq.shape[-1] == 64 * 256
     assert sums.dk.shape[-1] == 48 * 256
 

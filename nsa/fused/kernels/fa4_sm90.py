@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nsa.fused.fa4_call import Call, Sums
 from nsa.fused.fa4_variants import (
+    BackwardTile,
     Mask,
     Variant,
     backward_tile,
@@ -53,7 +54,8 @@ def launch_backward(
 ):
     """Write the gradients of ``q``, ``k`` and ``v``."""
     variant, (bounds_q, bounds_k), (dq, dk, dv) = call.variant(dout), call.bounds, grads
-    kernels, sums = backward_kernels(variant), Sums.new(call, variant)
+    kernels = backward_kernels(variant)
+    sums = Sums.new(call, variant, kernels.tile)
     starts_q = starts_k = None
     if variant.many:
         starts_q = _tile_starts(kernels.query_tile_starts, bounds_q)
@@ -93,9 +95,10 @@ def forward_kernels(variant: Variant) -> ForwardKernels:
 
 
 class BackwardKernels(NamedTuple):
-    """Compiled kernels of a backward; those of keys where heads share a KV head, and the last two
-    where there are many sequences."""
+    """Compiled kernels of a backward, and its tile; ``convert_keys`` where heads share a KV head,
+    and the last two where there are many sequences."""
 
+    tile: BackwardTile
     preprocess: Callable
     main: Callable
     convert_queries: Callable
@@ -112,6 +115,7 @@ def backward_kernels(variant: Variant) -> BackwardKernels:
     queries = (tile.queries, threads, tile.query_atoms, tile.swap_queries, tile.channels)
     keys = (tile.keys, _MMA_THREADS, tile.key_atoms, tile.swap_keys, tile.channels)
     return BackwardKernels(
+        tile,
         compile_preprocess(plain, tile.queries, tile.channels),
         compile_backward(variant),
         compile_conversion(plain, *queries),
@@ -123,22 +127,21 @@ def backward_kernels(variant: Variant) -> BackwardKernels:
 
 def ordered(kernel_class: type, **arguments) -> list:
     """The arguments in the order of the class's ``__call__``; None for those not named."""
-    values = [arguments.pop(name, None) for name in _parameters(kernel_class)]
-    if arguments:
-        raise TypeError(
-            f"{kernel_class.__name__} takes {', '.join(_parameters(kernel_class))}, and got "
-            f"{', '.join(arguments)} too"
-        )
-    return values
+    none = _parameters(kernel_class)
+    values = none | arguments
+    if len(values) > len(none):
+        unknown = ", ".join(values.keys() - none.keys())
+        raise TypeError(f"{kernel_class.__name__} takes {', '.join(none)}, and got {unknown} too")
+    return list(values.values())
 
 
 @lru_cache(maxsize=None)
-def _parameters(kernel_class: type) -> tuple[str, ...]:
-    """Names of what its ``__call__`` takes but the stream, which comes last."""
+def _parameters(kernel_class: type) -> dict[str, None]:
+    """None for each argument of its ``__call__`` but the stream, which comes last."""
     _, *names, stream = inspect.signature(kernel_class.__call__).parameters
     if stream != "stream":
         raise TypeError(f"{kernel_class.__name__} takes {stream} last, not a stream")
-    return tuple(names)
+    return dict.fromkeys(names)
 
 
 def _options(call: Call) -> dict[str, object]:
