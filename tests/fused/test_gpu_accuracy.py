@@ -22,6 +22,7 @@ from tile_cases import assert_same_blocks
 import nsa
 from nsa.blocks import Geometry
 from nsa.fused import selection
+from nsa.fused.fa4_call import MANY_SEQUENCES
 
 pytestmark = gpu_test
 
@@ -41,6 +42,12 @@ def test_output_and_gradients(variant):
             check_against_reference(case, monkeypatch)
 
     check()
+
+
+def test_hundreds_of_sequences(monkeypatch):
+    """FA4's kernels then look up where the tiles of each sequence start."""
+    lengths = tuple(37 * index % 130 for index in range(MANY_SEQUENCES + 10))
+    check_against_reference(default_case(lengths=lengths, packed=True), monkeypatch)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
