@@ -216,16 +216,20 @@ def _kernels() -> ModuleType:
 
 def _readable(call: Call) -> Call:
     """The call with inputs that the kernels can read, and no leaf of autograd, as DLPack wants."""
-    q, k, v = (_aligned(x.detach()) for x in call[:3])
+    q, k, v = (_aligned(x.detach() if x.requires_grad else x) for x in call[:3])
     return call._replace(q=q, k=k, v=v)
 
 
 def _aligned(x: Tensor) -> Tensor:
     """``x``, or a copy unless its rows are contiguous and start at multiples of 16 bytes."""
-    strides, vector = x.stride(), 16 // x.element_size()
-    if strides[-1] != 1 or x.data_ptr() % 16 or any(stride % vector for stride in strides[:-1]):
-        return x.clone(memory_format=torch.contiguous_format)
-    return x
+    if x.data_ptr() % 16 == 0 and (x.is_contiguous() or _has_aligned_rows(x)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _has_aligned_rows(x: Tensor) -> bool:
+    *strides, last = x.stride()
+    return last == 1 and not any(stride * x.element_size() % 16 for stride in strides)
 
 
 def _sparse_call(

@@ -48,7 +48,7 @@ class Call(NamedTuple):
             group=heads // kv_heads,
             mask=self.mask,
             packed=bounds is not None,
-            many=bounds is not None and len(bounds) > MANY_SEQUENCES + 1,
+            many=bounds is not None and bounds.shape[0] > MANY_SEQUENCES + 1,
             blocks=self.blocks,
             repeated=repeated if any(repeated) else (),
         )
@@ -77,21 +77,22 @@ class Sums(NamedTuple):
         kind = dict(dtype=torch.float32, device=call.q.device)
         leading, rows = _rounded_rows(call.q, call.bounds[0], tile.queries)
         channels = _round_up(variant.head_dim, tile.channels)
-        softmax, lse_log2 = torch.empty((2, *leading, rows), **kind)
+        softmax, lse_log2 = torch.empty((2, *leading, rows), **kind).unbind()
         dq = torch.empty((*leading, rows * channels), **kind)
         if not variant.adds_keys:
             return cls(softmax, lse_log2, dq)
         # The kernels have one head dimension for both where heads share a KV head.
         leading, rows = _rounded_rows(call.k, call.bounds[1], tile.keys)
-        return cls(softmax, lse_log2, dq, *torch.zeros((2, *leading, rows * channels), **kind))
+        dk_dv = torch.zeros((2, *leading, rows * channels), **kind).unbind()
+        return cls(softmax, lse_log2, dq, *dk_dv)
 
 
 def _rounded_rows(x: Tensor, bounds: Tensor | None, tile: int) -> tuple[tuple[int, ...], int]:
     """Leading dimensions, and rows of a head if each sequence starts at a tile of its own."""
     length, heads = x.shape[-3:-1]
     if bounds is None:
-        return (len(x), heads), _round_up(length, tile)
-    return (heads,), (length + len(bounds) * tile - 1) // tile * tile
+        return (x.shape[0], heads), _round_up(length, tile)
+    return (heads,), (length + bounds.shape[0] * tile - 1) // tile * tile
 
 
 def _round_up(size: int, multiple: int) -> int:
