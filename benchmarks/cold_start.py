@@ -6,8 +6,8 @@ First this process trains: over packed batches of ever different lengths, the la
 over batches of equal sequences, the last two smaller. It counts kernel variants after each step,
 and the tool exits with 1 if they still grow after the second step of a kind: then training stops to
 compile. After that come the accuracy gate, without which nothing is reported, and processes of
-their own that are timed from their start: without FlashAttention-4's kernel cache on disk, with an
-empty one, and with the one that this left.
+their own that are timed from their start: without a kernel cache on disk, with an empty one, and
+with the one that this left.
 
 The CSV has one row for each training step, and for each kind of start:
 
@@ -130,8 +130,8 @@ def first_call(options, folder: Path, *, cached: bool) -> dict:
     here = Path(__file__).resolve().parent
     paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
     environ = os.environ | {
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1" if cached else "0",
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(folder),
+        "QUACK_CACHE_ENABLED": "1" if cached else "0",
+        "QUACK_CACHE_DIR": str(folder),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }
     settings = workloads.shape_columns(options) | dict(tokens=options.tokens, started=time.time())

@@ -11,7 +11,7 @@ Prints, after the accuracy gate:
 - the device's memory that PyTorch's allocator does not hold: the CUDA context, and the code of
   kernels, which grows as they are compiled or loaded (on a shared GPU, other processes' memory
   too); and what the allocator holds at most beside what is allocated at most;
-- the size of FlashAttention-4's kernel cache on disk.
+- the size of the cache of compiled kernels on disk.
 
 The CSV has one row for each line:
 
@@ -192,9 +192,9 @@ def plan_and_peaks(step: Callable, tensors) -> tuple[list, list]:
 
 def disk_bytes() -> list[tuple[str, int]]:
     """Size of the kernel cache on disk, and whether this process uses it."""
-    enabled = os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED") == "1"
-    default = Path(tempfile.gettempdir()) / getuser() / "flash_attention_cute_dsl_cache"
-    path = Path(os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR") or default)
+    enabled = os.environ.get("QUACK_CACHE_ENABLED", "1") == "1"
+    default = Path(tempfile.gettempdir()) / getuser() / "quack_cache"
+    path = Path(os.environ.get("QUACK_CACHE_DIR") or default)
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
     state = "on" if enabled else "off"
     return [(f"kernel cache ({state}), {len(files)} files", sum(f.stat().st_size for f in files))]

@@ -3,9 +3,10 @@
     python tools/compile_kernels.py --arch sm_90a [--jobs 2] [--only sparse] [--list]
 
 The cases (``cases`` below) cover what ``nsa.fused.constraints`` lets through: each option of each
-call, though not each combination. They call ``nsa.fused`` on tensors without data, so what is
-compiled is what runs. Prints a line a case; exits with 1 if any fails. What the kernels compute,
-and whether they fit the GPU's shared memory, only a GPU shows.
+call, though not each combination. They call the functions of ``nsa.fused.kernels`` that compile, so
+what is compiled is what runs. Prints a line a case; exits with 1 if any fails. FlashAttention-4's
+kernels are those for sm_90a. What the kernels compute, and whether they fit the GPU's shared
+memory, only a GPU shows.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 
-NUM_SMS = {"sm_90a": 132, "sm_100a": 148}
+ARCHITECTURES = ("sm_100a", "sm_90a")
+HEAD_DIMS = (64, 96, 128, 256)
 SECONDS_A_CASE = 300
-LENGTH = 1000
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", choices=sorted(NUM_SMS), default="sm_90a")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90a")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
@@ -48,13 +49,10 @@ def main():
 
 def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, what to compile) for each case; the one place to add kernels to."""
-    yield from dense_cases(arch)
-    yield from sparse_cases(arch)
+    if arch == "sm_90a":
+        yield from dense_cases()
+        yield from sparse_cases()
     yield from own_cases(arch)
-
-
-def head_dims(arch: str) -> tuple[int, ...]:
-    return (64, 96, 128, 256) if arch == "sm_90a" else (64, 96, 128)
 
 
 def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -93,9 +91,9 @@ def run_all(functions: list[Callable[[], object]]):
         function()
 
 
-def dense_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
+def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Window branch, and the compressed branch with queries folded into heads."""
-    for dim in head_dims(arch):
+    for dim in HEAD_DIMS:
         for group, packed, dtype in ((1, True, "bfloat16"), (4, False, "float16")):
             name = f"window D={dim} G={group} {'packed' if packed else 'batched'} {dtype}"
             yield name, partial(compile_dense, dim, group, packed, True, (511, None), dtype)
@@ -119,99 +117,58 @@ def dense_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         visible = partial(compile_dense, 128, 4, packed, False)
         yield f"compressed non-causal {form}", partial(visible, (None, None), "bfloat16")
         yield f"window two-sided {form}", partial(visible, (511, 511), "bfloat16")
-    many = partial(compile_dense, 128, 4, True, True, (511, None), "bfloat16", sequences=300)
-    yield "window of 300 sequences", many
-    # FA4 has kernels of their own for a single tile, where it is not packed.
-    for length in (1, 65):
-        short = partial(compile_dense, 128, 4, False, True, (511, None), "bfloat16", length=length)
-        yield f"window of {length} tokens", short
+    many = partial(compile_dense, 128, 4, True, True, (511, None), "bfloat16", many=True)
+    yield "window of many sequences", many
 
 
-def sparse_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Selected branch (causal) and sparse compressed branch (a limit of keys; some blocks full)."""
-    for dim in head_dims(arch):
+def sparse_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Selected branch (causal) and sparse compressed branch (a limit of keys)."""
+    for dim in HEAD_DIMS:
         for key_block in (64, 128):
-            if (key_block == 64 and arch != "sm_90a") or (key_block == 128 and dim > 128):
+            if key_block == 128 and dim > 128:
                 continue
             for group, mask, dtype in ((1, "limit", "float16"), (4, "causal", "bfloat16")):
                 name = f"sparse D={dim} key_block={key_block} G={group} {mask} {dtype}"
                 yield name, partial(compile_sparse, dim, group, 256, key_block, mask, dtype)
     both = partial(compile_sparse, 128, 4, 256, 128, "limit", "bfloat16")
     yield "sparse D=128 key_block=128 G=4 limit bfloat16", both
-    if arch == "sm_90a":
-        for query_block in (64, 128, 192):
-            name = f"sparse query_block={query_block}"
-            yield name, partial(compile_sparse, 128, 4, query_block, 64, "causal", "bfloat16")
-    for length in (1, 65):
-        short = partial(compile_sparse, 128, 4, 256, 128, "causal", "bfloat16", length=length)
-        yield f"sparse of {length} tokens", short
+    for query_block in (64, 128, 192):
+        name = f"sparse query_block={query_block}"
+        yield name, partial(compile_sparse, 128, 4, query_block, 64, "causal", "bfloat16")
 
 
-def compile_dense(
-    dim, group, packed, causal, window, dtype, *, sequences=2, length=LENGTH, key_times=None
-):
-    """Forward and backward of ``nsa.fused.fa4``'s dense calls, two KV heads."""
-    from nsa.fused import fa4
+def compile_dense(dim, group, packed, causal, window, dtype, *, many=False, key_times=None):
+    """Forward and backward of ``nsa.fused.fa4``'s dense calls."""
+    from nsa.fused.fa4_variants import Variant, dense_mask
+    from nsa.fused.kernels import fa4_sm90
 
-    heads, dtype = 2 * group, getattr_torch(dtype)
-    leading = () if packed else (2,)
-    keys = length if key_times is None else length // key_times[0]
-    q = fake(*leading, length, heads, dim, dtype=dtype)
-    k, v = (fake(*leading, keys, 2, dim, dtype=dtype) for _ in range(2))
-    arguments = dict(scale=0.1, causal=causal, window_size=window, key_times=key_times)
-    if packed:
-        bounds = fake(sequences + 1)
-        arguments |= dict(cu_seqlens_q=bounds, cu_seqlens_k=bounds)
-        arguments |= dict(max_seqlen_q=length, max_seqlen_k=length)
-    out, lse = fa4.dense_forward(q, k, v, **arguments)
-    fa4.dense_backward(out, q, k, v, out, lse, **arguments)
+    mask, _ = dense_mask(causal, window, key_times)
+    variant = Variant(getattr_torch(dtype), dim, dim, group, mask, packed, many)
+    fa4_sm90.forward_kernels(variant)
+    fa4_sm90.backward_kernels(variant)
 
 
 def compile_shared_keys(dim):
     """Folded queries of the heads of a group, for which the keys are of stride 0."""
-    from nsa.fused import fa4
+    from nsa.fused.fa4_variants import Mask, Variant
+    from nsa.fused.kernels import fa4_sm90
 
-    dtype = getattr_torch("bfloat16")
-    q = fake(4, LENGTH, 64, dim, dtype=dtype)
-    k, v = (fake(LENGTH, 1, dim, dtype=dtype).expand(4, LENGTH, 1, dim) for _ in range(2))
-    fa4.dense_forward(q, k, v, scale=0.1, causal=True, window_size=(None, None))
+    shape = (getattr_torch("bfloat16"), dim, dim, 64)
+    fa4_sm90.forward_kernels(Variant(*shape, Mask(causal=True), repeated=((), (0,), (0,))))
 
 
-def compile_sparse(dim, group, query_block, key_block, mask, dtype, *, length=LENGTH):
-    """Forward, and backward where it is FA4's, of ``nsa.fused.fa4``'s calls, two KV heads."""
-    from nsa.fused import fa4
+def compile_sparse(dim, group, query_block, key_block, mask, dtype):
+    """Forward, and backward where it is FA4's, of ``nsa.fused.fa4``'s calls with lists."""
     from nsa.fused.block_lists import goes_by_query
+    from nsa.fused.fa4_variants import Mask, Variant
+    from nsa.fused.kernels import fa4_sm90
 
-    heads, dtype = 2 * group, getattr_torch(dtype)
-    q = fake(1, length, heads, dim, dtype=dtype)
-    k, v = (fake(1, length, 2, dim, dtype=dtype) for _ in range(2))
-    lists = [
-        fake_lists(heads, length, query_block, key_block, mask == "limit", transposed)
-        for transposed in (False, True)
-    ]
-    limit = fake(length) if mask == "limit" else None
-    arguments = dict(scale=0.1, causal=mask == "causal", key_limit=limit)
-    out, lse = fa4.sparse_forward(q, k, v, lists[0], **arguments)
+    mask = Mask(causal=mask == "causal", limited=mask == "limit")
+    blocks = (query_block, key_block)
+    variant = Variant(getattr_torch(dtype), dim, dim, group, mask, blocks=blocks)
+    fa4_sm90.forward_kernels(variant)
     if not goes_by_query(key_block, dim):
-        fa4.sparse_backward(out, q, k, v, out, lse, lists[1], **arguments)
-
-
-def fake_lists(heads, length, query_block, key_block, with_full, transposed):
-    from nsa.fused.kernel_inputs import BlockLists
-
-    rows, columns = -(-length // query_block), -(-length // key_block)
-    if transposed:
-        rows, columns = columns, rows
-    partial_lists = fake(1, heads, rows), fake(1, heads, rows, min(columns, 4))
-    full_lists = partial_lists if with_full else (None, None)
-    return BlockLists(*partial_lists, *full_lists, query_block, key_block)
-
-
-def fake(*shape, dtype=None):
-    """A CUDA tensor without data, by default int32."""
-    import torch
-
-    return torch.empty(shape, dtype=dtype or torch.int32, device="cuda")
+        fa4_sm90.backward_kernels(variant)
 
 
 def getattr_torch(dtype: str):
@@ -221,31 +178,10 @@ def getattr_torch(dtype: str):
 
 
 def target_without_gpu(arch: str):
-    """Let FA4 and the CuTe DSL believe in a GPU of ``arch``, and import them."""
+    """Let the CuTe DSL believe in a GPU of ``arch``, and import what cases have in common."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    os.environ |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "FLASH_ATTENTION_ARCH": arch,
-        "CUTE_DSL_ARCH": arch,
-        "FLASH_ATTENTION_NUM_SMS": str(NUM_SMS[arch]),
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
-        "QUACK_CACHE_ENABLED": "0",
-    }
-    import cutlass.utils
-    from flash_attn.cute import interface, tile_scheduler  # noqa: F401
-
-    # FA4's non-causal forward on SM100 asks the driver how many SMs there are.
-    class HardwareInfo:
-        def __init__(self, *_args, **_kwargs):
-            pass
-
-        def get_device_multiprocessor_count(self) -> int:
-            return NUM_SMS[arch]
-
-        def get_max_active_clusters(self, cluster_size: int) -> int:
-            return NUM_SMS[arch] // cluster_size
-
-    cutlass.utils.HardwareInfo = tile_scheduler.HardwareInfo = HardwareInfo
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "CUTE_DSL_ARCH": arch, "QUACK_CACHE_ENABLED": "0"}
+    import nsa.fused.kernels.compiled  # noqa: F401
 
 
 def compile_all(chosen: list[tuple[str, Callable[[], None]]], jobs: int) -> list[str]:
@@ -285,17 +221,12 @@ def compile_all(chosen: list[tuple[str, Callable[[], None]]], jobs: int) -> list
 
 def compile_case(run: Callable[[], None], writer):
     """In the forked process: send None, or what went wrong."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    torch.set_num_threads(1)
-    # FA4 and the DSL warn of tensors without data.
+    # FA4 and the DSL warn about themselves.
     output = os.open(os.devnull, os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
-        with FakeTensorMode():
-            run()
+        run()
         writer.send(None)
     except Exception:
         writer.send(traceback.format_exc(limit=-6))

@@ -7,12 +7,12 @@ is imported on its first call, because CuTe takes seconds to import. Callers wri
 """
 
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from nsa.fused.disk_cache import import_kernels
 from nsa.fused.kernel_inputs import IN_ORDER, BlockLists, Placements, Rule, TokenBlocks, TokenTiles
 
 Pair = tuple[Tensor, Tensor]
@@ -21,7 +21,7 @@ Pair = tuple[Tensor, Tensor]
 
 @cache
 def _kernels(name: str) -> ModuleType:
-    return import_kernels(f"nsa.fused.kernels.{name}")
+    return import_module(f"nsa.fused.kernels.{name}")
 
 
 def gating_forward(

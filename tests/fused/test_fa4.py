@@ -6,48 +6,283 @@ import pytest
 import torch
 
 from nsa.fused import fa4
-
-
-@pytest.fixture(autouse=True)
-def on_sm90(monkeypatch):
-    interface = types.SimpleNamespace(_get_device_arch=lambda: 90)
-    monkeypatch.setattr(fa4, "_interface", lambda: interface)
-
-
-@pytest.mark.parametrize(
-    ("longest", "bound"), [(1, 512), (64, 512), (512, 512), (513, 1024), (5000, 8192)]
+from nsa.fused.fa4_call import Call, Sums
+from nsa.fused.fa4_variants import (
+    Mask,
+    Variant,
+    backward_tile,
+    dense_mask,
+    forward_tile,
 )
-def test_bounds_of_packed_sequences_are_few_and_none_is_of_one_tile(longest, bound):
-    expected = dict(max_seqlen_q=bound, max_seqlen_k=2048)
-    assert fa4._bounds(torch.tensor([0, 10]), longest, 1500) == expected
-    assert fa4._bounds(None, None, None) == {}
+from nsa.fused.kernel_inputs import BlockLists
+
+NO_BOUNDS = (None, None)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What would be launched, on kernels that write nothing."""
+    calls = []
+    kernels = types.SimpleNamespace(
+        launch_forward=lambda *arguments: calls.append(arguments),
+        launch_backward=lambda *arguments: calls.append(arguments),
+    )
+    monkeypatch.setattr(fa4, "_kernels", lambda: kernels)
+    return calls
+
+
+def make(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype)
 
 
 @pytest.mark.parametrize(
-    ("group", "dim", "window", "tile"),
+    ("causal", "window", "mask", "bounds"),
     [
-        (1, 128, (None, None), None),
-        (4, 64, (511, None), None),
-        (4, 128, (511, None), (192, 80)),
-        (5, 128, (511, None), None),
-        (4, 128, (None, None), (128, 160)),
-        (64, 128, (None, None), (128, 160)),
+        (False, NO_BOUNDS, Mask(), NO_BOUNDS),
+        (True, NO_BOUNDS, Mask(causal=True), NO_BOUNDS),
+        (True, (511, None), Mask(left=True, right=True), (511, 0)),
+        (False, (511, 511), Mask(left=True, right=True), (511, 511)),
+        (False, (None, 3), Mask(right=True), (None, 3)),
+        (False, (None, 0), Mask(causal=True), NO_BOUNDS),
     ],
 )
-def test_tiles(group, dim, window, tile):
-    q, k = torch.empty(1, 2, group, dim), torch.empty(1, 2, 1, dim)
-    assert fa4._dense_forward_tile(q, k, window, None) == tile
-
-
-@pytest.mark.parametrize(("group", "tile"), [(4, (192, 80)), (5, None)])
-def test_tiles_of_keys_with_times(group, tile):
-    q, k = torch.empty(1, 2, group, 128), torch.empty(1, 2, 1, 128)
-    assert fa4._dense_forward_tile(q, k, (None, None), (64, 63)) == tile
+def test_masks(causal, window, mask, bounds):
+    assert dense_mask(causal, window, None) == (mask, bounds)
 
 
 @pytest.mark.parametrize("other", [dict(causal=True), dict(window_size=(3, None))])
 def test_keys_with_times_have_no_other_mask(other):
-    q, k = torch.empty(1, 2, 4, 128), torch.empty(1, 2, 1, 128)
-    mask = dict(causal=False, window_size=(None, None)) | other
+    q, k = make(1, 2, 4, 128), make(1, 2, 1, 128)
+    mask = dict(causal=False, window_size=NO_BOUNDS) | other
     with pytest.raises(ValueError, match="key_times excludes"):
         fa4.dense_forward(q, k, k, scale=1.0, key_times=(64, 63), **mask)
+
+
+CAUSAL = Mask(causal=True)
+WINDOW = Mask(left=True, right=True)
+TIMES = Mask(times=(64, 63))
+
+
+@pytest.mark.parametrize(
+    ("group", "dim", "mask", "tile"),
+    [
+        (1, 64, CAUSAL, (192, 128)),
+        (4, 64, WINDOW, (192, 128)),
+        (1, 96, CAUSAL, (192, 128)),
+        (4, 96, Mask(), (192, 144)),
+        (1, 128, CAUSAL, (128, 128)),
+        (4, 128, WINDOW, (192, 80)),
+        (5, 128, WINDOW, (128, 128)),
+        (4, 128, CAUSAL, (128, 160)),
+        (64, 128, Mask(), (128, 160)),
+        (64, 128, Mask(right=True), (128, 128)),
+        (4, 128, TIMES, (192, 80)),
+        (5, 128, TIMES, (128, 128)),
+        (4, 256, WINDOW, (128, 64)),
+        (4, 256, CAUSAL, (128, 80)),
+    ],
+)
+def test_forward_tiles(group, dim, mask, tile):
+    assert forward_tile(Variant(torch.bfloat16, dim, dim, group, mask)) == tile
+
+
+def test_shared_keys_have_a_tile_of_their_own():
+    shape = (torch.bfloat16, 128, 128, 64, CAUSAL)
+    assert forward_tile(Variant(*shape, repeated=((), (0,), (0,)))) == (128, 128)
+    assert forward_tile(Variant(*shape, repeated=((0,), (), ()))) == (128, 160)
+
+
+@pytest.mark.parametrize(
+    ("dim", "blocks", "tile"),
+    [
+        (64, (192, 128), (192, 128)),
+        (64, (256, 64), (128, 64)),
+        (96, (384, 128), (192, 128)),
+        (128, (192, 64), (64, 64)),
+        (128, (256, 128), (128, 128)),
+        (256, (256, 64), (128, 64)),
+        (256, (256, 128), None),
+        (128, (96, 128), None),
+        (128, (256, 32), None),
+    ],
+)
+def test_forward_tiles_of_lists(dim, blocks, tile):
+    variant = Variant(torch.bfloat16, dim, dim, 4, CAUSAL, blocks=blocks)
+    if tile is None:
+        with pytest.raises(ValueError, match=f"got {blocks[0]} and {blocks[1]}"):
+            forward_tile(variant)
+    else:
+        assert forward_tile(variant) == tile
+
+
+@pytest.mark.parametrize(
+    ("dim", "mask", "blocks", "tile"),
+    [
+        (64, CAUSAL, None, (128, 128)),
+        (96, CAUSAL, None, (64, 128)),
+        (128, CAUSAL, None, (64, 128)),
+        (128, WINDOW, None, (64, 128)),
+        (128, TIMES, None, (80, 128)),
+        (128, Mask(limited=True), (320, 128), (80, 128)),
+        (128, Mask(limited=True), (256, 128), (64, 128)),
+        (256, CAUSAL, None, (64, 48)),
+        (256, CAUSAL, (256, 64), (64, 64)),
+        (128, CAUSAL, (256, 64), None),
+        (64, CAUSAL, (64, 128), None),
+    ],
+)
+def test_backward_tiles(dim, mask, blocks, tile):
+    variant = Variant(torch.bfloat16, dim, dim, 4, mask, blocks=blocks)
+    if tile is None:
+        with pytest.raises(ValueError, match=f"got {blocks[0]} and {blocks[1]}"):
+            backward_tile(variant)
+    else:
+        assert backward_tile(variant)[:2] == tile
+
+
+def call_of(q, k, **options) -> Call:
+    return Call(q, k, k, 1.0, CAUSAL, **options)
+
+
+def test_variants_go_by_no_length():
+    one = call_of(make(1, 5, 8, 128), make(1, 5, 2, 128)).variant()
+    assert one == Variant(torch.bfloat16, 128, 128, 4, CAUSAL)
+    assert one == call_of(make(3, 9, 16, 128), make(3, 700, 4, 128)).variant()
+    bounds = [make(n + 1, dtype=torch.int32) for n in (1, 256, 257)]
+    q, k = make(9, 8, 128), make(9, 2, 128)
+    packed = [call_of(q, k, bounds=(x, x)).variant() for x in bounds]
+    assert packed[:2] == [one._replace(packed=True)] * 2
+    assert packed[2] == one._replace(packed=True, many=True)
+
+
+def test_variants_go_by_what_is_repeated():
+    q, k = make(3, 5, 2, 128), make(5, 2, 128).expand(3, 5, 2, 128)
+    assert call_of(q, k).variant().repeated == ((), (0,), (0,))
+    assert call_of(q, q).variant(k).repeated == ((), (), (), (0,))
+    # Of a dimension of size 1 the stride says nothing.
+    assert call_of(q[:1], k[:1].as_strided((1, 5, 2, 128), (0, 256, 128, 1))).variant() == (
+        call_of(q[:1], q[:1]).variant()
+    )
+
+
+def new_sums(call: Call) -> Sums:
+    variant = call.variant(call.q)
+    return Sums.new(call, variant, backward_tile(variant))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_float32_sums_are_of_whole_tiles(packed):
+    q, k = make(3, 100, 8, 128), make(3, 130, 2, 128)
+    call, leading = call_of(q, k), (3,)
+    rows, keys = 128, 256
+    if packed:
+        bounds = make(4, dtype=torch.int32)
+        call, leading = call_of(q[0], k[0], bounds=(bounds, bounds)), ()
+        # Of 3 sequences, each of which may start a tile.
+        rows, keys = 320, 640
+    sums = new_sums(call)
+    assert sums.softmax.shape == sums.lse_log2.shape == (*leading, 8, rows)
+    assert sums.dq.shape == (*leading, 8, rows * 128)
+    assert sums.dk.shape == sums.dv.shape == (*leading, 2, keys * 128)
+    assert not sums.dk.any()
+    assert not sums.dv.any()
+    alone = call._replace(k=call.q, v=call.q)
+    assert new_sums(alone)[3:] == (None, None)
+
+
+def test_at_256_channels_sums_have_rounded_ones():
+    q = make(1, 10, 4, 200)
+    call = Call(q, q[..., :1, :], q[..., :1, :], 1.0, CAUSAL)
+    sums = new_sums(call)
+    assert sums.dq.shape[-1] == 64 * 256
+    assert sums.dk.shape[-1] == 48 * 256
+
+
+def test_inputs_are_copied_where_the_kernels_cannot_read_them(launches):
+    q = make(1, 64, 8, 128)
+    odd = make(64 * 2 * 128 + 1)[1:].view(1, 64, 2, 128)
+    turned = make(1, 64, 128, 2).transpose(2, 3)
+    leaf = q.clone().requires_grad_()
+    mask = dict(scale=1.0, causal=True, window_size=NO_BOUNDS)
+    fa4.dense_forward(leaf, odd, turned, **mask)
+    call, out, lse = launches.pop()
+    assert call.q.data_ptr() == leaf.data_ptr()
+    assert not call.q.requires_grad
+    for x in (call.k, call.v):
+        assert x.data_ptr() % 16 == 0
+        assert x.is_contiguous()
+    dout, lse = make(1, 64, 128, 8).transpose(2, 3), make(1, 8, 64, dtype=torch.float32)
+    grads = fa4.dense_backward(dout, q, odd, turned, q, lse, **mask)
+    sent, _, out, _, written = launches.pop()
+    assert sent.is_contiguous()
+    assert out.data_ptr() == q.data_ptr()
+    for x, grad in zip((q, odd, turned), grads, strict=True):
+        assert grad.shape == x.shape
+        assert grad.stride(-1) == 1
+    assert [x.data_ptr() for x in written] == [x.data_ptr() for x in grads]
+
+
+def test_strided_results_are_written_in_place(launches):
+    q, out, dq = (make(256, 8, 128).unflatten(0, (-1, 64)).permute(2, 0, 1, 3) for _ in range(3))
+    k, lse = make(8, 4, 1, 128), make(8, 64, 4, dtype=torch.float32)
+    mask = dict(scale=1.0, causal=True, window_size=NO_BOUNDS)
+    assert fa4.dense_forward(q, k, k, out=out, lse=lse, **mask) == (out, lse)
+    assert launches[0][1].data_ptr() == out.data_ptr()
+    assert launches[0][2] is lse
+    assert launches[0][1].stride() == out.stride()
+    grads = fa4.dense_backward(q, q, k, k, out, lse, dq=dq, **mask)
+    assert grads[0] is dq
+    assert launches[1][4][0] is dq
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 0), (0, 5)])
+def test_without_queries_or_keys_nothing_is_launched(queries, keys, launches, poisoned_memory):
+    q, k = make(1, queries, 4, 64), make(1, keys, 4, 64)
+    mask = dict(scale=1.0, causal=False, window_size=NO_BOUNDS)
+    out, lse = fa4.dense_forward(q, k, k, **mask)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    assert not any(x.any() for x in fa4.dense_backward(out, q, k, k, out, lse, **mask))
+    assert not launches
+
+
+def lists_of(**changes) -> BlockLists:
+    count, index = make(1, 4, 2, dtype=torch.int32), make(1, 4, 2, 1, dtype=torch.int32)
+    return BlockLists(count, index, None, None, 128, 64)._replace(**changes)
+
+
+def test_limits_reach_to_the_end_of_the_last_tile(launches):
+    q, k = make(1, 200, 4, 64), make(1, 100, 4, 64)
+    limit = torch.arange(200, dtype=torch.int32)
+    fa4.sparse_forward(q, k, k, lists_of(), scale=1.0, causal=False, key_limit=limit)
+    call, *_ = launches.pop()
+    assert call.mask == Mask(limited=True)
+    assert call.blocks == (128, 64)
+    assert torch.equal(call.limit, torch.nn.functional.pad(limit, (0, 56)))
+
+
+def test_lists_without_full_blocks_have_none(launches):
+    q = make(1, 200, 4, 64)
+    lists = lists_of(partial_index=make(1, 4, 2, 4, dtype=torch.int32)[..., ::4])
+    fa4.sparse_forward(q, q, q, lists, scale=1.0, causal=True)
+    call, *_ = launches.pop()
+    assert not call.lists[2].any()
+    assert call.lists[2].shape == lists.partial_count.shape
+    assert all(x.stride(-1) == 1 for x in call.lists)
+
+
+@pytest.mark.parametrize(
+    ("queries", "limited", "message"), [(64, True, "exclude each other"), (32, False, "as many")]
+)
+def test_masks_of_lists_exclude_each_other(queries, limited, message):
+    q, k = make(1, queries, 4, 64), make(1, 64, 4, 64)
+    limit = make(queries, dtype=torch.int32) if limited else None
+    with pytest.raises(ValueError, match=message):
+        fa4.sparse_forward(q, k, k, lists_of(), scale=1.0, causal=True, key_limit=limit)
+
+
+def test_heads_that_share_keys_have_one_head_dimension():
+    q, k, v = make(1, 64, 4, 64), make(1, 64, 2, 64), make(1, 64, 2, 96)
+    out, lse = make(1, 64, 4, 96), make(1, 4, 64, dtype=torch.float32)
+    with pytest.raises(ValueError, match="got 64 and 96"):
+        fa4.dense_backward(out, q, k, v, out, lse, scale=1.0, causal=True, window_size=NO_BOUNDS)

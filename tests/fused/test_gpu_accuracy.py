@@ -6,6 +6,7 @@ from hypothesis import given
 
 import nsa
 from nsa.fused import selection
+from nsa.fused.fa4_call import MANY_SEQUENCES
 from nsa.geometry import Geometry
 from tests.helpers.gpu_cases import (
     VARIANTS,
@@ -43,6 +44,12 @@ def test_output_and_gradients(variant):
     check()
 
 
+def test_hundreds_of_sequences(monkeypatch):
+    """FA4's kernels then look up where the tiles of each sequence start."""
+    lengths = tuple(37 * index % 130 for index in range(MANY_SEQUENCES + 10))
+    check_against_reference(default_case(lengths=lengths, packed=True), monkeypatch)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_forward_gives_the_same_bits_twice(packed):
     lengths = (700, 0, 1, 4096) if packed else (4096,)
@@ -54,12 +61,12 @@ def test_forward_gives_the_same_bits_twice(packed):
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["all compressed", "sparse compressed"])
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
-def test_nothing_is_left_unwritten(packed, sparse, monkeypatch):
+def test_nothing_is_left_unwritten(packed, sparse):
     lengths = (700, 0, 1, 65, 4096) if packed else (1000,)
     groups = dict(num_cmp_selected_blocks=1, cmp_group_size=64) if sparse else {}
     config = nsa.NSAConfig(num_initial_blocks=1, **groups)
     case = default_case(lengths=lengths, packed=packed, config=config)
-    check_nothing_is_left_unwritten(case, monkeypatch)
+    check_nothing_is_left_unwritten(case)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])

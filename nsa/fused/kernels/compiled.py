@@ -1,4 +1,4 @@
-"""Compiled kernels: once in a process, and kept on disk for the processes after it.
+"""Compiled kernels, FA4's and ours: once in a process, and kept on disk for those after it.
 
 They lie where quack-kernels keeps its own: QUACK_CACHE_DIR, by default quack_cache in the user's
 folder of temporary files. QUACK_CACHE_ENABLED=0 keeps none, and neither does a user who has no such
@@ -8,19 +8,22 @@ kind of GPU or a variable CUTE_DSL_* is another.
 
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Callable
+from getpass import getuser
 from pathlib import Path
+from tempfile import gettempdir
 
 import cutlass.cute as cute
 import flash_attn.cute
 from quack.cache import jit_cache
 from quack.cute_dsl_utils import get_compile_target_capacity
 
-from nsa.fused.disk_cache import keeps_ours
-
-# Whose sources a kernel of ours is made of, beside quack's, which the cache knows.
+# Whose sources a kernel is made of, beside quack's, which the cache knows.
 _SOURCES = (Path(__file__).parents[1], Path(flash_attn.cute.__file__).parent)
+
+_logger = logging.getLogger("nsa")
 
 
 def compile_kernel(kernel, *arguments):
@@ -42,11 +45,26 @@ def kept(function: Callable) -> Callable:
     @functools.lru_cache(maxsize=None)
     @functools.wraps(function)
     def compiled(*arguments):
-        if not keeps_ours():
+        if not _keeps_kernels():
             return function(*arguments)
         return on_disk(_fingerprint(), get_compile_target_capacity(), *arguments)
 
     return compiled
+
+
+@functools.cache
+def _keeps_kernels() -> bool:
+    """Whether there is a folder for kernels, or can be."""
+    try:
+        default = Path(gettempdir()) / getuser() / "quack_cache"
+        folder = Path(os.environ.get("QUACK_CACHE_DIR") or default)
+        folder.mkdir(parents=True, exist_ok=True)
+        usable = os.access(folder, os.W_OK)
+    except (OSError, KeyError):  # KeyError: a user without a name
+        usable = False
+    if not usable:
+        _logger.warning("compiled kernels are not kept on disk: set QUACK_CACHE_DIR to a folder")
+    return usable
 
 
 @functools.lru_cache(maxsize=None)

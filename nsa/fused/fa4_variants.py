@@ -1,0 +1,214 @@
+"""Which of FlashAttention-4's kernels for SM90 a call needs, and their tiles; imports no FA4.
+
+The tiles follow FA4 4.0.0b36 (``flash_attn/cute/interface.py``), which measured them, at the head
+dimensions that :mod:`nsa.fused.constraints` pads to: 64, 96, 128 and 256.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+Window = tuple[int | None, int | None]
+"""Keys visible to the left and to the right of a query beside its own; None is no bound."""
+
+
+class Mask(NamedTuple):
+    """What a kernel is compiled for of its mask; bounds of a window are arguments.
+
+    Attributes:
+        causal: no key after the query, and no other bound.
+        left, right: a window bounds the keys before, or after, the query.
+        times: (stride, first): a query sees the keys ``j`` with ``j * stride + first`` up to it.
+        limited: a query sees the keys before a limit of its own.
+    """
+
+    causal: bool = False
+    left: bool = False
+    right: bool = False
+    times: tuple[int, int] | None = None
+    limited: bool = False
+
+    @property
+    def local(self) -> bool:
+        return self.left or self.right
+
+    @property
+    def skips_tiles(self) -> bool:
+        return self.causal or self.local
+
+
+def dense_mask(
+    causal: bool, window: Window, key_times: tuple[int, int] | None
+) -> tuple[Mask, Window]:
+    """The mask of a dense call, and the bounds of the window as the kernels take them."""
+    left, right = window
+    if key_times is not None:
+        if causal or window != (None, None):
+            # FA4 would obey only the times in forward, and only the others in backward.
+            raise ValueError(
+                f"key_times excludes causal and window_size, got causal={causal} and {window}"
+            )
+        return Mask(times=key_times), window
+    if causal:
+        right = 0
+    if left is None and right == 0:
+        return Mask(causal=True), (None, None)
+    return Mask(left=left is not None, right=right is not None), (left, right)
+
+
+class Variant(NamedTuple):
+    """All of a call that its main kernel depends on.
+
+    Attributes:
+        dtype: of queries, keys and values.
+        head_dim: of queries and keys.
+        value_dim: of values.
+        group: query heads of a KV head.
+        mask: the mask.
+        packed: sequences are packed.
+        many: they are so many that the kernel looks up where the tiles of each start.
+        blocks: (queries, keys) of a block of block lists; None without lists.
+        repeated: for q, k, v, and in backward dout, the dimensions of stride 0; empty where no
+            tensor has any.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    group: int
+    mask: Mask = Mask()
+    packed: bool = False
+    many: bool = False
+    blocks: tuple[int, int] | None = None
+    repeated: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def pack_heads(self) -> bool:
+        """Whether a tile of the forward holds the queries of a group's heads, as FA4 decides."""
+        # Lists are by query head; packing would read one head's list for its whole group.
+        return self.group > 1 and self.blocks is None
+
+    def plain(self) -> "Variant":
+        """What the kernels depend on that come before and after the main one of a backward."""
+        return self._replace(group=1, mask=Mask(), blocks=None, repeated=())
+
+    @property
+    def adds_keys(self) -> bool:
+        """Whether heads of a group add to the gradients of one KV head, in float32."""
+        return self.group > 1
+
+
+def forward_tile(variant: Variant) -> tuple[int, int]:
+    """(queries, keys) of a tile of the forward."""
+    if variant.blocks is not None:
+        return _sparse_forward_tile(variant.head_dim, *variant.blocks)
+    return _measured_tile(variant) or _dense_forward_tile(variant)
+
+
+def values_from_registers(variant: Variant) -> bool:
+    """Whether the forward multiplies values by probabilities in registers."""
+    return not 64 < variant.head_dim <= 96
+
+
+def _dense_forward_tile(variant: Variant) -> tuple[int, int]:
+    head_dim, mask = variant.head_dim, variant.mask
+    if head_dim <= 64:
+        return 192, 128
+    if head_dim <= 96:
+        return 192, 128 if mask.skips_tiles else 144
+    if head_dim <= 128:
+        return 128, 128
+    return 128, 64 if mask.local else 80
+
+
+def _measured_tile(variant: Variant) -> tuple[int, int] | None:
+    """The tile where FA4's own choice, of 128 by 128, is not the best; None where it is.
+
+    A window of some hundred keys takes 0.69 ms instead of 0.82 (32K tokens, H=32, H_kv=8, w=512) if
+    192 rows of several heads share it; of one head, 128 by 128 is better. So do few keys with times
+    (8K tokens over 127, 0.088 ms instead of 0.094). Without either, folded queries take 14.2 ms
+    instead of 15.4 (256K tokens, l=64), where heads do not share their keys.
+    """
+    group, mask = variant.group, variant.mask
+    if group == 1 or not 96 < variant.head_dim <= 128:
+        return None
+    if mask.left or mask.times is not None:
+        return (192, 80) if 192 % group == 0 else None
+    shared_keys = variant.repeated and 0 in variant.repeated[1]
+    # A window bounded on the right alone is of folded queries that have started.
+    return None if mask.right or shared_keys else (128, 160)
+
+
+def _sparse_forward_tile(head_dim: int, query_block: int, key_block: int) -> tuple[int, int]:
+    queries = 192 if head_dim <= 96 and query_block % 192 == 0 else 128
+    keys = 128 if head_dim <= 128 else 80
+    if query_block % queries:
+        queries = 64
+    tile = queries, min(keys, key_block)
+    if query_block % queries or key_block % 64 or key_block != tile[1]:
+        raise ValueError(
+            f"block lists need blocks of a multiple of 64 queries and of 64 or, up to head "
+            f"dimension 128, 128 keys, got {query_block} and {key_block}"
+        )
+    return tile
+
+
+class BackwardTile(NamedTuple):
+    """Tile and pipeline of the backward, in the words of FA4's ``FlashAttentionBackwardSm90``.
+
+    Attributes:
+        queries: of a tile, and ``keys`` likewise.
+        stages: in which queries are loaded; ``dout_stages`` and ``sums_stages`` (of P and dS)
+            likewise.
+        swap_scores: S and dP are computed transposed; ``swap_keys`` (dK, dV) and ``swap_queries``
+            (dQ) likewise.
+        key_atoms: warp groups side by side along the keys of dK and dV; ``query_atoms`` along the
+            queries of dQ.
+        one_group: one warp group computes dQ.
+    """
+
+    queries: int
+    keys: int
+    stages: int = 2
+    dout_stages: int = 2
+    sums_stages: int = 2
+    swap_scores: bool = True
+    swap_keys: bool = False
+    swap_queries: bool = False
+    key_atoms: int = 2
+    query_atoms: int = 1
+    one_group: bool = False
+
+    @property
+    def channels(self) -> int:
+        """What the channels of float32 sums are rounded up to a multiple of."""
+        return 64 if self.swap_keys else 32
+
+
+def backward_tile(variant: Variant) -> BackwardTile:
+    """Tile and pipeline of the backward."""
+    tile = _backward_tile(variant)
+    if variant.blocks is not None:
+        query_block, key_block = variant.blocks
+        if query_block % tile.queries or key_block != tile.keys:
+            raise ValueError(
+                f"block lists in backward need blocks of a multiple of {tile.queries} queries and "
+                f"of {tile.keys} keys at head dimension {variant.head_dim}, got {query_block} and "
+                f"{key_block}"
+            )
+    return tile
+
+
+def _backward_tile(variant: Variant) -> BackwardTile:
+    head_dim, blocks = variant.head_dim, variant.blocks
+    if head_dim <= 64:
+        return BackwardTile(128, 128, query_atoms=2)
+    if head_dim <= 96:
+        return BackwardTile(64, 128, one_group=True)
+    if head_dim <= 128:
+        wide = not variant.mask.skips_tiles and (blocks is None or blocks[0] % 80 == 0)
+        return BackwardTile(80, 128, swap_queries=True) if wide else BackwardTile(64, 128)
+    narrow = dict(dout_stages=1, sums_stages=1, swap_scores=False, key_atoms=1)
+    if blocks is not None:
+        return BackwardTile(64, 64, stages=1, **narrow)
+    return BackwardTile(64, 48, swap_keys=True, **narrow)

@@ -1,0 +1,339 @@
+"""FlashAttention-4's kernels for SM90: their classes, compiled as our own kernels are, and called.
+
+What FA4's ``flash_attn/cute/interface.py`` (4.0.0b36) passes to the classes and to their kernels is
+passed here; :mod:`nsa.fused.fa4_variants` has the tiles. Arguments go by the names in a class's
+``__call__``, at compile time and at each call alike.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Float32, Int32
+from flash_attn.cute.block_sparsity import BlockSparseTensors
+from flash_attn.cute.cu_blocks_kernel import CuSeqlensToBlocksKernel
+from flash_attn.cute.flash_bwd_postprocess import FlashAttentionBackwardPostprocess
+from flash_attn.cute.flash_bwd_preprocess import FlashAttentionBackwardPreprocess
+from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
+from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+from flash_attn.cute.utils import AuxData, scalar_to_ssa
+from torch import Tensor
+
+from nsa.fused.fa4_call import Call, Sums
+from nsa.fused.fa4_variants import (
+    BackwardTile,
+    Mask,
+    Variant,
+    backward_tile,
+    forward_tile,
+    values_from_registers,
+)
+from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.fa4_fakes import Fakes, fake
+from nsa.fused.kernels.vectors import CUTE_DTYPES
+
+_ARCH = 90
+_MMA_THREADS = 256  # of two warp groups, in backward
+_THREADS = _MMA_THREADS + 128  # with those that load
+
+
+def launch_forward(call: Call, out: Tensor, lse: Tensor):
+    """Write output and log-sum-exp."""
+    kernels, starts = forward_kernels(call.variant()), None
+    if kernels.tile_starts is not None:
+        starts = _tile_starts(kernels.tile_starts, call.bounds[0])
+    kernels.main(*_forward_arguments(call, out, lse, starts))
+
+
+def launch_backward(
+    dout: Tensor, call: Call, out: Tensor, lse: Tensor, grads: tuple[Tensor, Tensor, Tensor]
+):
+    """Write the gradients of ``q``, ``k`` and ``v``."""
+    variant, (bounds_q, bounds_k), (dq, dk, dv) = call.variant(dout), call.bounds, grads
+    kernels = backward_kernels(variant)
+    sums = Sums.new(call, variant, kernels.tile)
+    starts_q = starts_k = None
+    if variant.many:
+        starts_q = _tile_starts(kernels.query_tile_starts, bounds_q)
+        starts_k = _tile_starts(kernels.key_tile_starts, bounds_k)
+    kernels.preprocess(*_preprocess_arguments(out, dout, lse, sums, bounds_q, starts_q))
+    written = (sums.dk, sums.dv) if variant.adds_keys else (dk, dv)
+    kernels.main(*_backward_arguments(call, dout, sums, *written, starts_k))
+    convert = kernels.convert_queries
+    convert(*_conversion_arguments(sums.dq, dq, call.scale, bounds_q, starts_q))
+    if variant.adds_keys:
+        convert = kernels.convert_keys
+        convert(*_conversion_arguments(sums.dk, dk, call.scale, bounds_k, starts_k))
+        convert(*_conversion_arguments(sums.dv, dv, 1.0, bounds_k, starts_k))
+
+
+def _tile_starts(kernel: Callable, bounds: Tensor) -> Tensor:
+    """The number of tiles before each sequence."""
+    starts = torch.empty_like(bounds)
+    kernel(*_tile_starts_arguments(starts, bounds))
+    return starts
+
+
+class ForwardKernels(NamedTuple):
+    """Compiled kernels of a forward; ``tile_starts`` where there are many sequences."""
+
+    main: Callable
+    tile_starts: Callable | None
+
+
+@lru_cache(maxsize=None)
+def forward_kernels(variant: Variant) -> ForwardKernels:
+    """What a forward of the variant calls, compiled if it is not yet."""
+    heads = variant.group if variant.pack_heads else 1
+    rows, _ = forward_tile(variant)
+    starts = compile_tile_starts(rows, heads) if variant.many else None
+    return ForwardKernels(compile_forward(variant), starts)
+
+
+class BackwardKernels(NamedTuple):
+    """Compiled kernels of a backward, and its tile; ``convert_keys`` where heads share a KV head,
+    and the last two where there are many sequences."""
+
+    tile: BackwardTile
+    preprocess: Callable
+    main: Callable
+    convert_queries: Callable
+    convert_keys: Callable | None
+    query_tile_starts: Callable | None
+    key_tile_starts: Callable | None
+
+
+@lru_cache(maxsize=None)
+def backward_kernels(variant: Variant) -> BackwardKernels:
+    """What a backward of the variant calls, compiled if it is not yet."""
+    tile, plain = backward_tile(variant), variant.plain()
+    threads = 128 if tile.one_group else _MMA_THREADS
+    queries = (tile.queries, threads, tile.query_atoms, tile.swap_queries, tile.channels)
+    keys = (tile.keys, _MMA_THREADS, tile.key_atoms, tile.swap_keys, tile.channels)
+    return BackwardKernels(
+        tile,
+        compile_preprocess(plain, tile.queries, tile.channels),
+        compile_backward(variant),
+        compile_conversion(plain, *queries),
+        compile_conversion(plain, *keys) if variant.adds_keys else None,
+        compile_tile_starts(tile.queries, 1) if variant.many else None,
+        compile_tile_starts(tile.keys, 1) if variant.many else None,
+    )
+
+
+def ordered(kernel_class: type, **arguments) -> list:
+    """The arguments in the order of the class's ``__call__``; None for those not named."""
+    none = _parameters(kernel_class)
+    values = none | arguments
+    if len(values) > len(none):
+        unknown = ", ".join(values.keys() - none.keys())
+        raise TypeError(f"{kernel_class.__name__} takes {', '.join(none)}, and got {unknown} too")
+    return list(values.values())
+
+
+@lru_cache(maxsize=None)
+def _parameters(kernel_class: type) -> dict[str, None]:
+    """None for each argument of its ``__call__`` but the stream, which comes last."""
+    _, *names, stream = inspect.signature(kernel_class.__call__).parameters
+    if stream != "stream":
+        raise TypeError(f"{kernel_class.__name__} takes {stream} last, not a stream")
+    return dict.fromkeys(names)
+
+
+def _options(call: Call) -> dict[str, object]:
+    """Arguments that the kernels of forward and backward name alike."""
+    return dict(
+        mQ=call.q,
+        mK=call.k,
+        mV=call.v,
+        softmax_scale=call.scale,
+        mCuSeqlensQ=call.bounds[0],
+        mCuSeqlensK=call.bounds[1],
+        window_size_left=call.window[0],
+        window_size_right=call.window[1],
+        blocksparse_tensors=None if call.lists is None else BlockSparseTensors(*call.lists),
+        aux_data=AuxData(None if call.limit is None else [call.limit]),
+    )
+
+
+def _forward_arguments(call: Call, out: Tensor, lse: Tensor, starts: Tensor | None) -> list:
+    results = dict(mO=out, mLSE=lse)
+    return ordered(FlashAttentionForwardSm90, **_options(call), **results, mCuTotalMBlocks=starts)
+
+
+def _backward_arguments(
+    call: Call, dout: Tensor, sums: Sums, dk: Tensor, dv: Tensor, starts: Tensor | None
+) -> list:
+    rows = dict(mdO=dout, mLSE=sums.lse_log2, mdPsum=sums.softmax)
+    results = dict(mdQaccum=sums.dq, mdK=dk, mdV=dv, mCuTotalMBlocks=starts)
+    return ordered(FlashAttentionBackwardSm90, **_options(call), **rows, **results)
+
+
+def _preprocess_arguments(
+    out: Tensor, dout: Tensor, lse: Tensor, sums: Sums, bounds: Tensor | None, starts
+) -> list:
+    return ordered(
+        FlashAttentionBackwardPreprocess,
+        mO=out,
+        mdO=dout,
+        mPdPsum=sums.softmax,
+        mLSE=lse,
+        mLSElog2=sums.lse_log2,
+        mdQaccum=sums.dq,
+        mCuSeqlensQ=bounds,
+        softmax_scale=1.0,
+        mCuTotalMBlocks=starts,
+    )
+
+
+def _conversion_arguments(
+    total: Tensor, grad: Tensor, scale: float, bounds: Tensor | None, starts: Tensor | None
+) -> list:
+    # Of keys and values too, the class has the names of queries.
+    return ordered(
+        FlashAttentionBackwardPostprocess,
+        mdQaccum=total,
+        mdQ=grad,
+        scale=scale,
+        mCuSeqlensQ=bounds,
+        mCuTotalMBlocks=starts,
+    )
+
+
+def _tile_starts_arguments(starts: Tensor, bounds: Tensor) -> list:
+    return ordered(CuSeqlensToBlocksKernel, mCuBlocks=starts, mCuSeqlens=bounds)
+
+
+@kept
+def compile_forward(variant: Variant) -> Callable:
+    """The compiled forward of a variant."""
+    queries, keys = forward_tile(variant)
+    kernel = FlashAttentionForwardSm90(
+        CUTE_DTYPES[variant.dtype],
+        variant.head_dim,
+        variant.value_dim,
+        variant.group,
+        is_causal=variant.mask.causal,
+        is_local=variant.mask.local,
+        pack_gqa=variant.pack_heads,
+        tile_m=queries,
+        tile_n=keys,
+        num_stages=2,
+        num_threads=_THREADS,
+        Q_in_regs=False,
+        intra_wg_overlap=True,
+        mma_pv_is_rs=values_from_registers(variant),
+        mask_mod=_mask_function(variant.mask),
+        has_aux_tensors=variant.mask.limited,
+        q_subtile_factor=1 if variant.blocks is None else variant.blocks[0] // queries,
+    )
+    fakes = Fakes(variant)
+    arguments = _forward_arguments(fakes.call(), fakes.out(), fakes.lse(), fakes.starts)
+    return compile_kernel(kernel, *arguments)
+
+
+@kept
+def compile_backward(variant: Variant) -> Callable:
+    """The compiled main kernel of the backward of a variant."""
+    tile = backward_tile(variant)
+    kernel = FlashAttentionBackwardSm90(
+        CUTE_DTYPES[variant.dtype],
+        variant.head_dim,
+        variant.value_dim,
+        variant.group,
+        variant.mask.causal,
+        is_local=variant.mask.local,
+        deterministic=False,
+        tile_m=tile.queries,
+        tile_n=tile.keys,
+        Q_stage=tile.stages,
+        dO_stage=tile.dout_stages,
+        PdS_stage=tile.sums_stages,
+        SdP_swapAB=tile.swap_scores,
+        dKV_swapAB=tile.swap_keys,
+        dQ_swapAB=tile.swap_queries,
+        AtomLayoutMSdP=1,
+        AtomLayoutNdKV=tile.key_atoms,
+        AtomLayoutMdQ=tile.query_atoms,
+        num_threads=_THREADS,
+        V_in_regs=False,
+        mask_mod=_mask_function(variant.mask),
+        has_aux_tensors=variant.mask.limited,
+        q_subtile_factor=1 if variant.blocks is None else variant.blocks[0] // tile.queries,
+        dQ_single_wg=tile.one_group,
+    )
+    fakes = Fakes(variant)
+    dk_dv = fakes.key_sums() if variant.adds_keys else fakes.key_gradients()
+    arguments = (fakes.call(), fakes.dout(), fakes.sums(), *dk_dv)
+    return compile_kernel(kernel, *_backward_arguments(*arguments, fakes.starts))
+
+
+@kept
+def compile_preprocess(plain: Variant, rows: int, channels: int) -> Callable:
+    """The compiled kernel that sums ``out * dout``, scales the log-sum-exp and clears dQ."""
+    kernel = FlashAttentionBackwardPreprocess(
+        CUTE_DTYPES[plain.dtype],
+        plain.head_dim,
+        plain.value_dim,
+        rows,
+        hdim_multiple_of=channels,
+    )
+    fakes = Fakes(plain)
+    arguments = (fakes.out(), fakes.out(), fakes.lse(), fakes.sums(), fakes.bounds, fakes.starts)
+    return compile_kernel(kernel, *_preprocess_arguments(*arguments))
+
+
+@kept
+def compile_conversion(
+    plain: Variant, rows: int, threads: int, atoms: int, swap: bool, channels: int
+) -> Callable:
+    """The compiled kernel that scales float32 sums and rounds them to a gradient."""
+    kernel = FlashAttentionBackwardPostprocess(
+        CUTE_DTYPES[plain.dtype],
+        plain.head_dim,
+        _ARCH,
+        tile_m=rows,
+        num_threads=threads,
+        AtomLayoutMdQ=atoms,
+        dQ_swapAB=swap,
+        hdim_multiple_of=channels,
+    )
+    fakes = Fakes(plain)
+    arguments = (fakes.sums().dq, fakes.out(), Float32(1.0), fakes.bounds, fakes.starts)
+    return compile_kernel(kernel, *_conversion_arguments(*arguments))
+
+
+@kept
+def compile_tile_starts(tile: int, heads: int) -> Callable:
+    """The compiled kernel that counts tiles of ``tile`` rows, with ``heads`` rows a query."""
+    bounds, starts = (fake(Int32, (cute.sym_int(),), aligned=False) for _ in range(2))
+    kernel = CuSeqlensToBlocksKernel(tile=tile, seqlen_q_multiplier=heads)
+    return compile_kernel(kernel, *_tile_starts_arguments(starts, bounds))
+
+
+def _mask_function(mask: Mask) -> Callable | None:
+    """The mask in the form that FA4 compiles into its kernels; None where it has it itself."""
+    if mask.limited:
+        return _limit_mask
+    return None if mask.times is None else _times_mask(*mask.times)
+
+
+@cute.jit
+def _limit_mask(batch, head, query, key, seqlen_info, aux_tensors):
+    """Keys before ``aux_tensors[0][query]``."""
+    return key < scalar_to_ssa(aux_tensors[0][query[0]], cutlass.Int32)
+
+
+def _times_mask(stride: int, first: int) -> Callable:
+    """Keys with ``key * stride + first <= query``."""
+
+    @cute.jit
+    def times_mask(batch, head, query, key, seqlen_info, aux_tensors):
+        times = key * scalar_to_ssa(stride, cutlass.Int32) + scalar_to_ssa(first, cutlass.Int32)
+        return times <= query
+
+    return times_mask

@@ -1,0 +1,272 @@
+"""FA4's classes as they are, and stand-ins for compiled kernels: what these are called with."""
+
+import inspect
+
+import pytest
+import torch
+from poison import poisoned_memory
+from requirements import import_fused
+
+from nsa.fused import fa4
+from nsa.fused.kernel_inputs import BlockLists
+
+fa4_sm90 = import_fused("nsa.fused.kernels.fa4_sm90")
+cutlass = import_fused("cutlass")
+cute = import_fused("cutlass.cute")
+
+ROWS, HEADS, KV_HEADS, DIM = 256, 8, 2, 128
+CLASSES = (
+    "FlashAttentionForwardSm90",
+    "FlashAttentionBackwardPreprocess",
+    "FlashAttentionBackwardSm90",
+    "FlashAttentionBackwardPostprocess",
+    "CuSeqlensToBlocksKernel",
+)
+
+
+class Kernel:
+    """A compiled kernel that writes nothing, and keeps what it is called with."""
+
+    def __init__(self, kernel, compiled_for, calls):
+        self.kernel, self.compiled_for, self.calls = kernel, compiled_for, calls
+
+    def __call__(self, *arguments):
+        self.calls.append((self, arguments))
+
+    def named(self, arguments) -> dict:
+        _, *names, _ = inspect.signature(type(self.kernel).__call__).parameters
+        return dict(zip(names, arguments, strict=True))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(kernel, arguments) of each call; the classes are built as far as to take their options."""
+    calls = []
+    for name in CLASSES:
+        original = getattr(fa4_sm90, name)
+
+        def build(self, *args, original=original, **options):
+            inspect.signature(original).bind(*args, **options)
+
+        stand_in = type(name, (original,), {"__init__": build})
+        monkeypatch.setattr(fa4_sm90, name, stand_in)
+    for name, function in vars(fa4_sm90).items():
+        if hasattr(function, "cache_info") and name != "_parameters":
+            monkeypatch.setattr(fa4_sm90, name, inspect.unwrap(function))
+    monkeypatch.setattr(
+        fa4_sm90, "compile_kernel", lambda kernel, *arguments: Kernel(kernel, arguments, calls)
+    )
+    return calls
+
+
+def make(*shape, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def window(group=4, value_dim=DIM):
+    q, k = make(1, ROWS, HEADS, DIM), make(1, 100, HEADS // group, DIM)
+    v = make(1, 100, HEADS // group, value_dim)
+    mask = dict(scale=0.1, causal=True, window_size=(63, None))
+    out, lse = fa4.dense_forward(q, k, v, **mask)
+    return out, lse, *fa4.dense_backward(out, q, k, v, out, lse, **mask)
+
+
+def window_of_every_head():
+    return window(1)
+
+
+def window_with_other_values():
+    return window(1, 64)
+
+
+def key_times():
+    q, k = make(2, ROWS, HEADS, DIM), make(2, 4, KV_HEADS, DIM)
+    mask = dict(scale=0.1, causal=False, window_size=(None, None), key_times=(64, 63))
+    out, lse = fa4.dense_forward(q, k, k, **mask)
+    return out, lse, *fa4.dense_backward(out, q, k, k, out, lse, **mask)
+
+
+def into_slices():
+    """As folding has it: permuted views of what is written, a batch of heads."""
+    q, out, dq = (
+        make(ROWS, HEADS, DIM).unflatten(0, (-1, 64)).permute(2, 0, 1, 3) for _ in range(3)
+    )
+    k = make(HEADS, ROWS // 64, 1, DIM)
+    lse = make(HEADS, 64, ROWS // 64, dtype=torch.float32)
+    mask = dict(scale=0.2, causal=True, window_size=(None, None))
+    fa4.dense_forward(q, k, k, out=out, lse=lse, **mask)
+    return out, lse, *fa4.dense_backward(out, q, k, k, out, lse, dq=dq, **mask)
+
+
+def shared_keys():
+    q, k = make(4, 10, HEADS, DIM), make(10, 1, DIM).expand(4, 10, 1, DIM)
+    return fa4.dense_forward(q, k, k, scale=0.2, causal=True, window_size=(None, None))
+
+
+def packed(group=4, sequences=3):
+    q, k = make(ROWS, HEADS, DIM), make(ROWS // 2, HEADS // group, DIM)
+    bounds = [make(sequences + 1, dtype=torch.int32) for _ in range(2)]
+    call = dict(scale=0.1, causal=False, window_size=(None, 1))
+    call |= dict(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1])
+    call |= dict(max_seqlen_q=200, max_seqlen_k=100)
+    out, lse = fa4.dense_forward(q, k, k, **call)
+    return out, lse, *fa4.dense_backward(out, q, k, k, out, lse, **call)
+
+
+def packed_of_every_head():
+    return packed(1)
+
+
+def packed_many():
+    return packed(4, 300)
+
+
+def packed_many_of_every_head():
+    return packed(1, 300)
+
+
+def sparse(query_block=128, key_block=128, dim=DIM, **mask):
+    q, k = make(1, ROWS, HEADS, dim), make(1, ROWS, KV_HEADS, dim)
+    rows, columns = -(-ROWS // query_block), -(-ROWS // key_block)
+    lists = [
+        BlockLists(
+            *(make(1, HEADS, n, dtype=torch.int32), make(1, HEADS, n, 2, dtype=torch.int32)),
+            *(make(1, HEADS, n, dtype=torch.int32), make(1, HEADS, n, 1, dtype=torch.int32)),
+            *(query_block, key_block),
+        )
+        for n in (rows, columns)
+    ]
+    out, lse = fa4.sparse_forward(q, k, k, lists[0], scale=0.1, **mask)
+    return out, lse, *fa4.sparse_backward(out, q, k, k, out, lse, lists[1], scale=0.1, **mask)
+
+
+def sparse_causal():
+    return sparse(causal=True)
+
+
+def sparse_limit():
+    return sparse(192, causal=False, key_limit=make(ROWS, dtype=torch.int32))
+
+
+def sparse_wide():
+    return sparse(256, 64, 256, causal=True)
+
+
+CALLS = [
+    *(window, window_of_every_head, window_with_other_values, key_times, into_slices, shared_keys),
+    *(packed, packed_of_every_head, packed_many, packed_many_of_every_head),
+    *(sparse_causal, sparse_limit, sparse_wide),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_kernels_get_what_they_are_compiled_for(call, calls):
+    call()
+    for kernel, arguments in calls:
+        sizes = {}
+        for name, compiled in kernel.named(kernel.compiled_for).items():
+            assert_fits(compiled, kernel.named(arguments)[name], sizes, name)
+
+
+def assert_fits(compiled, actual, sizes: dict, name: str):
+    """Whether an argument is of the kind of the compile-time one; equal symbols are equal sizes."""
+    if isinstance(compiled, (tuple, list)):
+        assert type(actual) is type(compiled), name
+        for one, other in zip(compiled, actual, strict=True):
+            assert_fits(one, other, sizes, name)
+    elif compiled is None:
+        assert actual is None, name
+    elif isinstance(compiled, (cutlass.Float32, float)):
+        assert isinstance(actual, float), name
+    elif isinstance(compiled, cutlass.Int32):
+        assert isinstance(actual, int), name
+    else:
+        assert fa4_sm90.CUTE_DTYPES[actual.dtype] is compiled.element_type, name
+        assert not actual.requires_grad, name
+        assert len(actual.shape) == len(compiled.shape), name
+        for size, symbol in zip(actual.shape, compiled.shape, strict=True):
+            assert sizes.setdefault(id(symbol), size) == size, name
+        for size, stride, known in zip(actual.shape, actual.stride(), compiled.stride, strict=True):
+            fits = stride == known if isinstance(known, int) else stride % known.divisibility == 0
+            assert fits or size == 1, name
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_kernels_of_a_call_write_and_read_the_same_memory(call, calls):
+    out, lse, *grads = call()
+    place = {}
+    for kernel, arguments in calls:
+        named = kernel.named(arguments)
+        place.setdefault(type(kernel.kernel).__name__, []).append(
+            {k: x.data_ptr() for k, x in named.items() if torch.is_tensor(x)}
+        )
+    (forward,) = place["FlashAttentionForwardSm90"]
+    assert (forward["mO"], forward["mLSE"]) == (out.data_ptr(), lse.data_ptr())
+    if not grads:
+        return
+    (before,), (main,) = (place[f"FlashAttentionBackward{x}"] for x in ("Preprocess", "Sm90"))
+    queries, *keys = place["FlashAttentionBackwardPostprocess"]
+    assert before["mO"] == out.data_ptr()
+    assert before["mLSE"] == lse.data_ptr()
+    assert before["mPdPsum"] == main["mdPsum"]
+    assert before["mLSElog2"] == main["mLSE"]
+    assert before["mdQaccum"] == main["mdQaccum"] == queries["mdQaccum"]
+    given = [main["mdK"], main["mdV"]]
+    if keys:
+        assert [x["mdQaccum"] for x in keys] == given
+        given = [x["mdQ"] for x in keys]
+    assert [queries["mdQ"], *given] == [x.data_ptr() for x in grads]
+
+
+@pytest.mark.parametrize("call", [packed_many, packed_many_of_every_head])
+def test_many_sequences_have_tables_of_their_tiles(call, calls):
+    """Of the tiles that the kernels have which look there."""
+    call()
+    tables = {}
+    for kernel, arguments in calls:
+        named = kernel.named(arguments)
+        if "mCuBlocks" in named:
+            tables[named["mCuBlocks"].data_ptr()] = named["mCuSeqlens"].data_ptr()
+    looked_up = [k.named(x)["mCuTotalMBlocks"] for k, x in calls if "mCuBlocks" not in k.named(x)]
+    assert {x.data_ptr() for x in looked_up} == set(tables)
+    # One of the forward, one of queries and one of keys in backward.
+    assert len(tables) == 3
+    assert len(set(tables.values())) == 2
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_poison_reaches_every_output(call, calls):
+    """These kernels write nothing, so a result without poison would be memory that it misses."""
+    if call is into_slices:
+        pytest.skip("its results are given")
+    with poisoned_memory():
+        results = call()
+    for x in results:
+        assert x.isnan().all()
+
+
+def test_sums_that_heads_add_to_start_at_zero(calls):
+    with poisoned_memory():
+        window()
+    (main,) = [k.named(x) for k, x in calls if "mdPsum" in k.named(x)]
+    assert not main["mdK"].any()
+    assert not main["mdV"].any()
+
+
+def test_a_name_that_a_class_lost_is_refused():
+    class Renamed:
+        def __call__(self, mQ, mKeys, stream=None):
+            pass
+
+    assert fa4_sm90.ordered(Renamed, mKeys=1) == [None, 1]
+    with pytest.raises(TypeError, match="Renamed takes mQ, mKeys, and got mK too"):
+        fa4_sm90.ordered(Renamed, mQ=0, mK=1)
+
+
+def test_a_stream_must_come_last():
+    class Moved:
+        def __call__(self, stream, mQ):
+            pass
+
+    with pytest.raises(TypeError, match="takes mQ last"):
+        fa4_sm90.ordered(Moved, mQ=0)
