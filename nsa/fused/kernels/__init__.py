@@ -19,6 +19,6 @@ attention).
 Files without kernels: ``vectors`` (16-byte loads and stores, how tensors are passed), ``head_rows``
 (the tiles of ``gates`` and ``query_gradient``), ``rows`` (copies of rows to shared memory),
 ``forward_tiles`` (what the two forward kernels of token mode share), ``hopper`` (what is used of
-FlashAttention-4 and quack-kernels),
-``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel classes, compiled as ours are) and ``compiled`` (compiled kernels in memory and on disk).
+FlashAttention-4 and quack-kernels), ``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel
+classes, compiled as ours are) and ``compiled`` (compiled kernels in memory and on disk).
 """
