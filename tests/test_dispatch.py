@@ -141,11 +141,12 @@ def test_explain_backend_takes_every_argument_of_forward(inputs):
 
 
 def test_a_supported_call_goes_to_the_fused_backend(inputs, monkeypatch):
-    from nsa.fused import constraints, entry
+    from nsa import fused
+    from nsa.fused import constraints
 
     monkeypatch.setattr(constraints, "unsupported_reason", lambda q, v, config: None)
-    monkeypatch.setattr(entry, "forward", lambda *args, **kwargs: "fused")
-    monkeypatch.setattr(entry, "select_blocks", lambda *args, **kwargs: "fused")
+    monkeypatch.setattr(fused, "forward", lambda *args, **kwargs: "fused")
+    monkeypatch.setattr(fused, "select_blocks", lambda *args, **kwargs: "fused")
     for backend in ("auto", "fused"):
         assert nsa.forward(*inputs, config=CONFIG, backend=backend) == "fused"
         assert nsa.select_blocks(*inputs[:2], config=CONFIG, backend=backend) == "fused"

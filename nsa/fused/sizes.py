@@ -159,20 +159,19 @@ class Sizes(NamedTuple):
         """Bytes of a tensor of queries in :attr:`rows`."""
         return self.rows * self.num_heads * self.head_dim * self.itemsize
 
+    def key_bytes(self, rows: int) -> int:
+        """Bytes of so many rows of keys."""
+        return rows * self.num_kv_heads * self.head_dim * self.itemsize
+
     @property
     def key(self) -> int:
         """Bytes of a tensor of keys."""
-        return self.tokens * self.num_kv_heads * self.head_dim * self.itemsize
-
-    @property
-    def key_rows(self) -> int:
-        """Bytes of a tensor of keys in :attr:`rows`."""
-        return self.rows * self.num_kv_heads * self.head_dim * self.itemsize
+        return self.key_bytes(self.tokens)
 
     @property
     def key_cmp(self) -> int:
         """Bytes of a tensor of compressed keys."""
-        return self.compressed * self.num_kv_heads * self.head_dim * self.itemsize
+        return self.key_bytes(self.compressed)
 
     @property
     def query_copy(self) -> int:
@@ -182,7 +181,7 @@ class Sizes(NamedTuple):
     @property
     def key_copy(self) -> int:
         """Bytes that bringing keys into rows copies."""
-        return self.key_rows if self._copies else 0
+        return self.key_bytes(self.rows) if self._copies else 0
 
     @property
     def _copies(self) -> bool:

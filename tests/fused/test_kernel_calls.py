@@ -2,17 +2,14 @@
 
 import inspect
 
-import emulated_own_kernels
-import emulated_token_kernels
 import pytest
-from requirements import import_fused
 
 from nsa.fused import kernel_calls
+from tests.helpers import emulated_kernels, emulated_token_kernels
+from tests.helpers.requirements import import_fused
 
 EMULATIONS = {
-    name: module
-    for module in (emulated_own_kernels, emulated_token_kernels)
-    for name in module.NAMES
+    name: module for module in (emulated_kernels, emulated_token_kernels) for name in module.NAMES
 }
 LAUNCHERS = {
     "gates": ("gating_forward", "gating_backward"),

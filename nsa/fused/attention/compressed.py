@@ -19,7 +19,7 @@ from nsa.fused.attention.fa4_calls import (
 from nsa.fused.attention.folded import folded_attention, folded_attention_backward, lse_in_order
 from nsa.fused.block_lists import compressed_lists
 from nsa.fused.compressed_forms import CompressedForm
-from nsa.fused.plan import Plan
+from nsa.fused.plan import Plan, choose_key_block
 from nsa.fused.sizes import Sizes
 from nsa.precision import accumulation_dtype
 
@@ -128,9 +128,8 @@ def compressed_backward_bytes(sizes: Sizes) -> int:
     """What the backward allocates: copies, FA4's sums, and gradients of queries and keys."""
     if sizes.form is CompressedForm.LISTED:
         return sparse_backward_bytes(
-            sizes, sizes.config.cmp_group_size, sizes.compressed,
-            keys=sizes.key_cmp, key_copy=sizes.key_cmp,
-        )  # fmt: skip
+            sizes, sizes.config.cmp_group_size, _key_rows(sizes), copies=True
+        )
     copies = _copies(sizes, queries=4 if sizes.token_mode else 1)
     # Gradients of each query head's own keys, where it has them, and their sum in float32.
     gradients = sizes.query + 4 * sizes.key_cmp + (0 if sizes.packed else copies)
@@ -140,10 +139,17 @@ def compressed_backward_bytes(sizes: Sizes) -> int:
 def _copies(sizes: Sizes, queries: int) -> int:
     """Copies of ``queries`` tensors of queries that are folded or unfolded, and of keys."""
     if sizes.form is CompressedForm.LISTED:
-        return (queries - 1) * sizes.query_copy + 2 * sizes.key_cmp
+        return (queries - 1) * sizes.query_copy + 2 * sizes.key_bytes(_key_rows(sizes))
     if sizes.form is CompressedForm.FOLDED_ROWS:
         return queries * sizes.query
     if sizes.form is CompressedForm.BATCH:
         # Where it is folded, each query head gets keys of its own; else there are few.
         return 2 * sizes.group * sizes.key_cmp
     return 0
+
+
+def _key_rows(sizes: Sizes) -> int:
+    """Compressed tokens of all entries in rows that are aligned to key blocks."""
+    block = choose_key_block(sizes.config.cmp_group_size, sizes.config, sizes.head_dim)
+    blocks = -(-sizes.compressed // block)
+    return (blocks + (sizes.sequences or 0)) * block

@@ -76,16 +76,15 @@ def accumulator_bytes(sizes: Sizes, queries: int, keys: int) -> int:
     return of_queries + (_key_sums(sizes, keys) if sizes.group > 1 else 0)
 
 
-def sparse_backward_bytes(
-    sizes: Sizes, block_size: int, num_keys: int, *, keys: int, key_copy: int
-) -> int:
+def sparse_backward_bytes(sizes: Sizes, block_size: int, num_keys: int, *, copies: bool) -> int:
     """What :func:`sparse_backward` and its caller allocate: copies, gradients, sums and lists.
 
-    ``keys`` are the bytes of ``num_keys`` rows of keys, and ``key_copy`` of those that are copied.
+    There are ``num_keys`` rows of keys, which are copies or not.
     """
+    keys = sizes.key_bytes(num_keys)
     # Copied are q, keys and values; of a batch out and dout too, which packed lie in rows.
-    copies = (1 if sizes.packed else 3) * sizes.query_copy + 2 * key_copy
-    total = copies + sizes.query_rows + 2 * keys + sizes.indices
+    total = (1 if sizes.packed else 3) * sizes.query_copy + (2 * keys if copies else 0)
+    total += sizes.query_rows + 2 * keys + sizes.indices
     key_block = choose_key_block(block_size, sizes.config, sizes.head_dim)
     if goes_by_query(key_block, sizes.head_dim):
         return total + _key_sums(sizes, num_keys)

@@ -115,7 +115,8 @@ def selected_forward_bytes(sizes: Sizes) -> int:
     In token mode the inverted index, and the partial results of a wave; in tile mode copies.
     """
     if not sizes.token_mode:
-        return sizes.query_copy + 2 * sizes.key_copy
+        # Packed outputs stay in rows, and the caller has brought the queries there.
+        return (0 if sizes.packed else sizes.query_copy) + 2 * sizes.key_copy
     slots, blocks = (
         sizes.config.num_selected_blocks,
         num_selection_blocks(sizes.tokens, sizes.config),
@@ -135,9 +136,7 @@ def selected_backward_bytes(sizes: Sizes) -> int:
     """
     if not sizes.token_mode:
         block_size = sizes.config.select_block_size
-        return sparse_backward_bytes(
-            sizes, block_size, sizes.rows, keys=sizes.key_rows, key_copy=sizes.key_copy
-        )
+        return sparse_backward_bytes(sizes, block_size, sizes.rows, copies=sizes.key_copy > 0)
     of_queries = sizes.num_heads * (sizes.head_dim + 2)
     sums = sizes.tokens * (of_queries + 2 * sizes.num_kv_heads * sizes.head_dim) * 4
     return sizes.query + 2 * sizes.key + 3 * sizes.indices + sums

@@ -4,11 +4,11 @@ import inspect
 
 import pytest
 import torch
-from poison import poisoned_memory
-from requirements import import_fused
 
 from nsa.fused import fa4
 from nsa.fused.kernel_inputs import BlockLists
+from tests.helpers.poison import poisoned_memory
+from tests.helpers.requirements import import_fused
 
 fa4_sm90 = import_fused("nsa.fused.kernels.fa4_sm90")
 cutlass = import_fused("cutlass")

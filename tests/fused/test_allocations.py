@@ -1,0 +1,243 @@
+"""What the stages allocate on a CPU, against what nsa.fused.memory says that they do."""
+
+import weakref
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import nsa
+from nsa.fused import fa4, kernel_calls, pipeline, selection
+from nsa.fused.attention import (
+    compressed_attention,
+    compressed_attention_backward,
+    compressed_lse,
+    selected,
+    selected_attention,
+    selected_attention_backward,
+    window_attention_backward,
+)
+from nsa.fused.attention.compressed import compressed_backward_bytes, compressed_forward_bytes
+from nsa.fused.attention.fa4_calls import accumulator_bytes
+from nsa.fused.attention.selected import selected_backward_bytes, selected_forward_bytes
+from nsa.fused.attention.window import window_backward_bytes
+from nsa.fused.block_lists import list_bytes
+from nsa.fused.compressed_forms import CompressedForm
+from nsa.fused.compression import compress_bytes
+from nsa.fused.memory import workspace_bytes
+from nsa.fused.pipeline import Inputs
+from nsa.fused.plan import make_plan, with_scale
+from nsa.fused.schedule import Schedule, run_forward
+from nsa.fused.selection import select_bytes
+from nsa.fused.sizes import make_sizes
+from nsa.testing import make_cu_seqlens, make_inputs
+
+WHOLE = Schedule(chunks=1, recompute=False)
+LENGTHS = [300, 0, 1, 130, 101]
+HEADS, KV_HEADS, DIM = 8, 4, 32
+SIZES = dict(
+    compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=4,
+    window_size=100,
+)  # fmt: skip
+CONFIGS = {
+    "tile": nsa.NSAConfig(**SIZES),
+    "non-causal": nsa.NSAConfig(**SIZES, causal=False),
+    "sparse": nsa.NSAConfig(
+        **(SIZES | dict(compress_block_size=1, num_cmp_selected_blocks=2, cmp_group_size=64))
+    ),
+    "token": nsa.NSAConfig.paper(num_selected_blocks=4, window_size=100),
+}
+CASES = [(name, packed) for name in CONFIGS for packed in (False, True)]
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of storages that operations made since this was entered, and their peak.
+
+    The insides of emulated kernels do not count, only their results.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._views: dict[int, int] = {}
+        self._inside_kernel = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not self._inside_kernel:
+            self.count(result, (args, kwargs))
+        return result
+
+    def count(self, results, arguments):
+        """Count the tensors among ``results`` that are no memory of ``arguments``."""
+        known = {_address(x) for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(results):
+            if isinstance(x, torch.Tensor) and (
+                _address(x) in self._views or _address(x) not in known
+            ):
+                self._hold(x)
+
+    def _hold(self, x: torch.Tensor):
+        address, nbytes = _address(x), x.untyped_storage().nbytes()
+        if self._views.setdefault(address, 0) == 0:
+            self.live += nbytes
+            self.peak = max(self.peak, self.live)
+        self._views[address] += 1
+        weakref.finalize(x, self._release, address, nbytes)
+
+    def _release(self, address: int, nbytes: int):
+        self._views[address] -= 1
+        if self._views[address] == 0:
+            del self._views[address]
+            self.live -= nbytes
+
+    def kernel(self, function):
+        def call(*args, **kwargs):
+            self._inside_kernel = True
+            try:
+                results = function(*args, **kwargs)
+            finally:
+                self._inside_kernel = False
+            self.count(results, (args, kwargs))
+            return results
+
+        return call
+
+
+def _address(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+@pytest.fixture
+def allocations(fused_on_cpu, monkeypatch):
+    """Counts what a function allocates on the emulated kernels: ``peak, results``."""
+    # As for long sequences: product of bfloat16 parts.
+    monkeypatch.setattr(selection, "FEW_SCORES", 0)
+
+    def measure(function):
+        mode = Allocations()
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            for module in (fa4, kernel_calls):
+                for name, value in vars(module).items():
+                    if name[0] != "_" and getattr(value, "__module__", "").startswith("tests."):
+                        patch.setattr(module, name, mode.kernel(value))
+            function()  # Computes the index tensors of the plan, which are kept.
+            with mode:
+                results = function()
+        return mode.peak, results
+
+    return measure
+
+
+def make_case(name: str, packed: bool):
+    config = CONFIGS[name]
+    leading = (1, sum(LENGTHS)) if packed else (2, 300)
+    q, k, v = make_inputs(leading, HEADS, KV_HEADS, DIM, dtype=torch.bfloat16)
+    cu_seqlens, longest = (make_cu_seqlens(LENGTHS), max(LENGTHS)) if packed else (None, None)
+    plan = make_plan(q, cu_seqlens, longest, with_scale(config, DIM**-0.5))
+    sizes = make_sizes(q, KV_HEADS, cu_seqlens, longest, config)
+    none = dict.fromkeys(Inputs._fields)
+    return Inputs(**(none | dict(q=q, k=k, v=v))), plan, sizes
+
+
+def result_bytes(sizes, *names: str) -> int:
+    shapes = sizes.saved_shapes()
+    widths = {"o": sizes.itemsize}
+    return sum(prod(shapes[x]) * widths.get(x.split("_")[0], 4) for x in names if x in shapes)
+
+
+class Stage(NamedTuple):
+    """A call, the estimate of what it allocates, and how much of that is inside of kernels."""
+
+    call: Callable
+    estimate: int
+    inside: int = 0
+
+
+def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
+    """Each stage of a forward and a backward, on what the stages before it give."""
+    q, k, v = inputs[:3]
+    k_cmp, v_cmp = inputs.compressed(plan)
+    q_rows, saved = plan.align_queries(q), pipeline.attend(inputs, None, None, plan)
+    douts = {x: torch.randn_like(getattr(saved, f"o_{x}")) for x in ("cmp", "slc", "win")}
+    lse = compressed_lse(saved.lse_cmp, q, k_cmp, plan) if sizes.token_mode else None
+    sums = accumulator_bytes(sizes, sizes.tokens, sizes.tokens)
+    listed, blocks = sizes.form is CompressedForm.LISTED, saved.block_indices
+
+    def select():
+        if sizes.token_mode:
+            return selection.select_blocks(q_rows, k_cmp, lse, plan)
+        return pipeline._select_missing(q_rows, k_cmp, None, None, plan)
+
+    def backward(branch, function, *tensors, chosen=()):
+        out = (getattr(saved, f"o_{branch}"), getattr(saved, f"lse_{branch}"))
+        return lambda: function(douts[branch], q, *tensors, *out, *chosen, plan)
+
+    # Token mode's selected branch allocates in its launchers, which are emulated.
+    token_inside = selected_forward_bytes(sizes) if sizes.token_mode else 0
+    return {
+        "compress": Stage(lambda: inputs.compressed(plan), compress_bytes(sizes)),
+        "select": Stage(select, select_bytes(sizes) + sizes.indices),
+        "compressed": Stage(
+            lambda: compressed_attention(q, q_rows, k_cmp, v_cmp, saved.groups, plan),
+            compressed_forward_bytes(sizes) + result_bytes(sizes, "o_cmp", "lse_cmp"),
+        ),
+        "selected": Stage(
+            lambda: selected_attention(q_rows, k, v, blocks, plan),
+            selected_forward_bytes(sizes)
+            + list_bytes(sizes)
+            + result_bytes(sizes, "o_slc", "lse_slc"),
+            token_inside,
+        ),
+        "window backward": Stage(
+            backward("win", window_attention_backward, k, v), window_backward_bytes(sizes), sums
+        ),
+        "selected backward": Stage(
+            backward("slc", selected_attention_backward, k, v, chosen=(blocks,)),
+            selected_backward_bytes(sizes),
+            sums + 3 * sizes.indices if sizes.token_mode else 0,
+        ),
+        "compressed backward": Stage(
+            backward("cmp", compressed_attention_backward, k_cmp, v_cmp, chosen=(saved.groups,)),
+            compressed_backward_bytes(sizes),
+            4 * sizes.key_cmp
+            if listed
+            else accumulator_bytes(sizes, sizes.tokens, sizes.compressed),
+        ),
+        "forward": Stage(
+            lambda: run_forward(inputs, None, plan, WHOLE, save=False),
+            workspace_bytes(sizes, KV_HEADS, save=False, recompute=False) + sizes.query,
+            token_inside,
+        ),
+    }
+
+
+# An estimate may be above what is allocated, but not by much; nor below, but for index tensors.
+SLACK, SPARE, INDEX_TENSORS = 1.05, 0.75, 8 << 10
+
+
+@pytest.mark.parametrize(("name", "packed"), CASES)
+def test_stages_allocate_what_is_estimated(name, packed, allocations):
+    inputs, plan, sizes = make_case(name, packed)
+    for stage, (call, estimate, inside) in stages_of(inputs, plan, sizes).items():
+        peak, _ = allocations(call)
+        assert peak <= SLACK * estimate + INDEX_TENSORS, (stage, peak, estimate)
+        assert peak >= SPARE * (estimate - inside), (stage, peak, estimate, inside)
+
+
+def test_one_copy_more_is_noticed(allocations, monkeypatch):
+    inputs, plan, sizes = make_case("tile", packed=False)
+    call, estimate, _ = stages_of(inputs, plan, sizes)["selected"]
+    forward = selected.sparse_forward
+
+    def with_copy(q_rows, *arguments):
+        copy = q_rows.clone()
+        return forward(copy, *arguments)
+
+    monkeypatch.setattr(selected, "sparse_forward", with_copy)
+    peak, _ = allocations(call)
+    assert peak > SLACK * estimate + INDEX_TENSORS
