@@ -1,0 +1,99 @@
+"""docs/ARCHITECTURE.md names files, functions and words that exist."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+PATH = re.compile(r"`((?:nsa|tests|tools|benchmarks|docs)/[\w./-]+|pyproject\.toml)`")
+NAME_IN_PATH = re.compile(r"`([\w.]+)` in\s+`([\w./]+\.py)`")
+IDENTIFIER = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)?)`")
+
+
+@cache
+def definitions(path: Path) -> set[str]:
+    """Functions, classes, their methods and attributes, and names that are imported or assigned."""
+    names = set()
+
+    def visit(body, prefix=""):
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{node.name}.")
+            if isinstance(node, ast.ImportFrom):
+                names.update(alias.asname or alias.name for alias in node.names)
+            if isinstance(node, ast.AnnAssign):
+                names.add(prefix + node.target.id)
+            if isinstance(node, ast.Assign):
+                names.update(prefix + x.id for x in node.targets if isinstance(x, ast.Name))
+
+    visit(ast.parse(path.read_text()).body)
+    return names
+
+
+@cache
+def words_of_the_package() -> set[str]:
+    """Everything that the package defines, and the names of arguments and fields."""
+    names = set()
+    for path in (ROOT / "nsa").rglob("*.py"):
+        names |= definitions(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.arg):
+                names.add(node.arg)
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.add(node.target.id)
+    return names
+
+
+def test_the_page_walks_through_the_code():
+    assert len(NAME_IN_PATH.findall(PAGE)) >= 15
+    assert len(PATH.findall(PAGE)) >= 30
+
+
+@pytest.mark.parametrize("path", sorted(set(PATH.findall(PAGE))))
+def test_files_exist(path):
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(("name", "path"), sorted(set(NAME_IN_PATH.findall(PAGE))))
+def test_names_are_where_the_page_says(name, path):
+    assert name in definitions(ROOT / path)
+
+
+def stage_rows() -> list[tuple[list[str], list[str]]]:
+    """Functions of each stage, and the files of both backends."""
+    section = PAGE.split("## Stages")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| ")][1:]
+    return [(IDENTIFIER.findall(row[2]), PATH.findall(row[3] + row[4])) for row in rows]
+
+
+def test_the_same_stage_has_the_same_name_in_both_backends():
+    rows = stage_rows()
+    assert len(rows) == 8
+    for names, paths in rows:
+        assert names
+        assert [path.split("/")[1] for path in paths] == ["reference", "fused"]
+        for path in paths:
+            assert set(names) <= definitions(ROOT / path), path
+
+
+def test_words_in_code_exist():
+    # Letters are the paper's.
+    words = {x for x in IDENTIFIER.findall(PAGE) if len(x) > 1 and not x.startswith("nsa.")}
+    assert not words - words_of_the_package()
+
+
+def test_every_module_of_the_fused_backend_has_a_place_on_the_page():
+    folder = ROOT / "nsa" / "fused"
+    modules = [*folder.glob("*.py"), *(folder / "attention").glob("*.py")]
+    missing = [
+        path.stem
+        for path in modules
+        if path.stem != "__init__" and not re.search(rf"\b{path.stem}\b", PAGE)
+    ]
+    assert not missing
