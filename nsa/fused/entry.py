@@ -51,18 +51,20 @@ def forward(
         k_cmp, v_cmp = (_pad_compressed(x, q, cu_seqlens, config) for x in compressed_kv)
     (k, k_slc, k_win), (v, v_slc, v_win) = _drop_repeats(k, v)
     inputs = Inputs(
-        **{
-            name: _batched(_widen(x, dim))
-            for name, x in dict(
-                q=q, k=k, v=v, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, k_cmp=k_cmp,
-                v_cmp=v_cmp,
-            ).items()
-        },
+        q=_batched(_widen(q, dim)),
+        k=_batched(_widen(k, dim)),
+        v=_batched(_widen(v, dim)),
+        k_slc=_batched(_widen(k_slc, dim)),
+        v_slc=_batched(_widen(v_slc, dim)),
+        k_win=_batched(_widen(k_win, dim)),
+        v_win=_batched(_widen(v_win, dim)),
         gates=_batched(gates),
         gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
         compress_k_weight=_widen_square(compress_k_weight, dim),
         compress_v_weight=_widen_square(compress_v_weight, dim),
-    )  # fmt: skip
+        k_cmp=_batched(_widen(k_cmp, dim)),
+        v_cmp=_batched(_widen(v_cmp, dim)),
+    )
     sizes = make_sizes(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen, config)
     schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
     block_indices = _unit_major(block_indices, sizes, save)
@@ -127,7 +129,7 @@ def _num_tiles(cu_seqlens: Tensor, lengths: list[int] | None, config: NSAConfig)
 
 def _drop_repeats(k: Branches, v: Branches) -> tuple[tuple, tuple]:
     """``(x, None, None)`` for both where the branches share keys and values, else all three."""
-    if all(x is k[0] for x in k) and all(x is v[0] for x in v):
+    if k[0] is k[1] is k[2] and v[0] is v[1] is v[2]:
         return (k[0], None, None), (v[0], None, None)
     return k, v
 
@@ -138,7 +140,9 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def _batched(x: Tensor | None) -> Tensor | None:
     """``(B, T, ...)``, with ``B = 1`` for packed ``(T, H, ...)``; contiguous."""
-    return _contiguous(x if x is None or x.ndim == 4 else x[None])
+    if x is None:
+        return None
+    return x.contiguous() if x.ndim == 4 else x[None].contiguous()
 
 
 def _widen(x: Tensor | None, dim: int) -> Tensor | None:
