@@ -219,19 +219,19 @@ def _select_token_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, plan: Plan) -> T
     step, tile_tokens = scored_tokens(batch, length, num_heads, num_kv_heads, head_dim, width)
     tiles = plan.token_tiles(tile_tokens, step)
     own, candidates = plan.token_candidates
-    first = torch.zeros_like(own)
     shape = (batch, length, num_kv_heads, config.num_selected_blocks)
     taken = torch.empty(shape, dtype=torch.int32, device=q.device)
-    scratch = torch.empty(
-        batch * num_kv_heads * step * width, dtype=accumulation_dtype(q.dtype), device=q.device
-    )
+    shape = (batch, num_kv_heads, step, width)
+    scratch = torch.empty(shape, dtype=accumulation_dtype(q.dtype), device=q.device)
     for index, start in enumerate(range(0, length, step)):
-        shape = (batch, num_kv_heads, min(step, length - start), width)
-        scores = scratch[: shape[0] * shape[1] * shape[2] * width].view(shape)
+        scores, rest = scratch, length - start
+        if rest < step:
+            shape = (batch, num_kv_heads, rest, width)
+            scores = scratch.view(-1)[: math.prod(shape)].view(shape)
         kernel_calls.importance_scores(q, k_cmp, lse, tiles, index, scores, scale, rule)
         kernel_calls.top_blocks(
             scores,
-            first,
+            plan.token_first,
             candidates,  # each has a score
             candidates,
             own,

@@ -76,14 +76,14 @@ def _token_forward(
 ) -> tuple[Tensor, Tensor]:
     config = plan.config
     out, lse = kernel_calls.selected_forward(
-        *(x.flatten(0, 1) for x in (q, k, v, block_indices)),
+        *map(_of_batch, (q, k, v, block_indices)),
         plan.token_blocks,
         config.select_block_size,
         config.softmax_scale(q.shape[-1]),
         config.causal,
         config.num_initial_blocks + config.num_local_blocks > 0,
     )
-    return out.unflatten(0, q.shape[:2]), lse
+    return out.view(*q.shape[:2], *out.shape[1:]), lse
 
 
 def _token_backward(
@@ -98,15 +98,21 @@ def _token_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     config = plan.config
     grads = kernel_calls.selected_backward(
-        *(x.flatten(0, 1) for x in (dout, q, k, v, out)),
+        *map(_of_batch, (dout, q, k, v, out)),
         lse,
-        block_indices.flatten(0, 1),
+        _of_batch(block_indices),
         plan.token_blocks,
         config.select_block_size,
         config.softmax_scale(q.shape[-1]),
         config.causal,
     )
     return tuple(grad.unflatten(0, q.shape[:2]) for grad in grads)
+
+
+def _of_batch(x: Tensor) -> Tensor:
+    """``(B, T, ...)`` as ``(B * T, ...)``."""
+    # Of one entry the cheaper of two views.
+    return x[0] if x.shape[0] == 1 else x.flatten(0, 1)
 
 
 def selected_forward_bytes(sizes: Sizes) -> int:
