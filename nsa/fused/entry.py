@@ -132,7 +132,7 @@ def _num_tiles(boundaries: Boundaries, config: NSAConfig) -> int:
 
 def _drop_repeats(k: Branches, v: Branches) -> tuple[tuple, tuple]:
     """``(x, None, None)`` for both where the branches share keys and values, else all three."""
-    if all(x is k[0] for x in k) and all(x is v[0] for x in v):
+    if k[0] is k[1] is k[2] and v[0] is v[1] is v[2]:
         return (k[0], None, None), (v[0], None, None)
     return k, v
 
@@ -143,7 +143,9 @@ def _contiguous(x: Given) -> Given:
 
 def _batched(x: Given) -> Given:
     """``(B, T, ...)``, with ``B = 1`` for packed ``(T, H, ...)``; contiguous."""
-    return _contiguous(x if x is None or x.ndim == 4 else x[None])
+    if x is None:
+        return None
+    return x.contiguous() if x.ndim == 4 else x[None].contiguous()
 
 
 def _widen(x: Given, dim: int) -> Given:

@@ -23,6 +23,9 @@ from nsa.fused import fa4
 from nsa.fused.plan import Plan
 from nsa.precision import accumulation_dtype
 
+ALL = slice(None)
+"""All heads."""
+
 SHARED_BYTES = 48 << 20
 """Keys and values of all query heads from which on the heads of a group share theirs in forward.
 
@@ -55,15 +58,16 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
         step = 1 if shared else num_kv_heads
         for entry, first in itertools.product(range(batch), range(0, num_kv_heads, step)):
             heads = slice(first * group, (first + step) * group)
-            keys = (x[entry, :, first : first + step] for x in (k_cmp, v_cmp))
+            kv_heads = slice(first, first + step)
             fa4.dense_forward(
-                rows.view(q, entry)[heads],
-                *(rows.per_head(x, group, shared) for x in keys),
+                rows.view(q, entry, heads),
+                rows.per_head(k_cmp, entry, group, kv_heads, shared),
+                rows.per_head(v_cmp, entry, group, kv_heads, shared),
                 scale=scale,
                 causal=True,
                 window_size=(None, None),
-                out=rows.view(out, entry)[heads],
-                lse=rows.lse(lse, entry)[heads],
+                out=rows.view(out, entry, heads),
+                lse=rows.lse(lse, entry, heads),
             )
     if rows.tail:
         fa4.dense_forward(
@@ -98,8 +102,8 @@ def folded_attention_backward(
             _, *grads = fa4.dense_backward(
                 rows.view(dout, entry),
                 rows.view(q, entry),
-                rows.per_head(k_cmp[entry], group),
-                rows.per_head(v_cmp[entry], group),
+                rows.per_head(k_cmp, entry, group),
+                rows.per_head(v_cmp, entry, group),
                 rows.view(out, entry),
                 rows.lse(lse, entry),
                 scale=scale,
@@ -137,14 +141,10 @@ def lse_in_order(lse: Tensor, q: Tensor, num_kv_heads: int, plan: Plan) -> Tenso
     """
     if plan.packed:
         return plan.folded.unfold_lse(lse, num_kv_heads)
-    rows, (batch, length, num_heads) = _Rows(q.shape[1], plan.config), q.shape[:3]
-    out = lse.new_zeros(batch, num_heads, length)
-    full = slice(rows.lead, length - rows.tail)
+    rows, length = _Rows(q.shape[1], plan.config), q.shape[1]
+    out = torch.empty_like(lse)
     if rows.full:
-        by_row = lse.flatten(1)[:, : num_heads * rows.full * rows.size].unflatten(
-            1, (num_heads, rows.size, rows.full)
-        )
-        out[..., full].unflatten(2, (rows.full, rows.size)).copy_(by_row.transpose(2, 3))
+        rows.full_in_order(out).copy_(rows.full_lse(lse))
     if rows.tail:
         out[..., length - rows.tail :] = rows.tail_lse(lse)
     return out
@@ -165,38 +165,58 @@ class _Rows:
 
     # One operation each, because each takes the host some time.
 
-    def view(self, x: Tensor, entry: int) -> Tensor:
-        """An entry of ``(B, T, H, D)`` as FA4's ``(H, rows, d, D)``."""
+    def view(self, x: Tensor, entry: int, heads: slice = ALL) -> Tensor:
+        """An entry of ``(B, T, H, D)``, or heads of it, as FA4's ``(H, rows, d, D)``."""
         batch, token, head, channel = x.stride()
+        start, stop, _ = heads.indices(x.shape[2])
         return x.as_strided(
-            (x.shape[2], self.full, self.size, x.shape[3]),
+            (stop - start, self.full, self.size, x.shape[3]),
             (head, self.size * token, token, channel),
-            x.storage_offset() + entry * batch + self.lead * token,
+            x.storage_offset() + entry * batch + self.lead * token + start * head,
         )
 
-    def per_head(self, x: Tensor, group: int, shared: bool = False) -> Tensor:
-        """``x (M, H_kv, D)`` as FA4's ``(H_kv * group, rows, 1, D)``.
+    def per_head(
+        self, x: Tensor, entry: int, group: int, kv_heads: slice = ALL, shared: bool = False
+    ) -> Tensor:
+        """An entry of ``x (B, M, H_kv, D)``, or heads, as FA4's ``(H_kv * group, rows, 1, D)``.
 
         Copied for each head of a group; of one KV head ``shared``, a view.
         """
-        token, head, channel = x.stride()
-        num_kv_heads, head_dim = x.shape[1:]
+        batch, token, head, channel = x.stride()
+        start, stop, _ = kv_heads.indices(x.shape[2])
+        num_kv_heads, head_dim = stop - start, x.shape[3]
+        offset = x.storage_offset() + entry * batch + start * head
         if shared:
             shape, strides = (group, self.full, 1, head_dim), (0, token, 0, channel)
-            return x.as_strided(shape, strides, x.storage_offset())
+            return x.as_strided(shape, strides, offset)
         shape = (num_kv_heads, group, self.full, head_dim)
-        repeated = x.as_strided(shape, (head, 0, token, channel), x.storage_offset())
+        repeated = x.as_strided(shape, (head, 0, token, channel), offset)
         # Not a view if the group is of one either: of stride 0 FA4 makes other kernels.
         repeated = repeated.clone(memory_format=torch.contiguous_format)
         return repeated.view(num_kv_heads * group, self.full, 1, head_dim)
 
     # The log-sum-exp of the full rows, then of the tail, fill an entry of ``(B, H, T)``.
 
-    def lse(self, x: Tensor, entry: int) -> Tensor:
-        """Of an entry of contiguous ``(B, H, T)``, what FA4 has as ``(H, d, rows)``."""
-        shape = (x.shape[1], self.size, self.full)
-        strides = (self.size * self.full, self.full, 1)
-        return x.as_strided(shape, strides, x.storage_offset() + entry * x.stride(0))
+    def lse(self, x: Tensor, entry: int, heads: slice = ALL) -> Tensor:
+        """Of an entry of contiguous ``(B, H, T)``, or heads, what FA4 has as ``(H, d, rows)``."""
+        start, stop, _ = heads.indices(x.shape[1])
+        head = self.size * self.full
+        offset = x.storage_offset() + entry * x.stride(0) + start * head
+        return x.as_strided((stop - start, self.size, self.full), (head, self.full, 1), offset)
+
+    def full_lse(self, x: Tensor) -> Tensor:
+        """Of contiguous ``(B, H, T)``, those of the full rows as ``(B, H, rows, d)``."""
+        batch, heads, length = x.shape
+        shape = (batch, heads, self.full, self.size)
+        strides = (heads * length, self.size * self.full, 1, self.full)
+        return x.as_strided(shape, strides, x.storage_offset())
+
+    def full_in_order(self, x: Tensor) -> Tensor:
+        """Of contiguous ``(B, H, T)`` in order of the tokens, the same."""
+        batch, heads, length = x.shape
+        shape = (batch, heads, self.full, self.size)
+        strides = (heads * length, length, self.size, 1)
+        return x.as_strided(shape, strides, x.storage_offset() + self.lead)
 
     def tail_lse(self, x: Tensor) -> Tensor:
         """Of ``(B, H, T)``, what FA4 has as ``(B, H, tail)``."""
