@@ -66,14 +66,14 @@ def transpose_lists(lists: BlockLists, num_keys: int) -> BlockLists:
     """
     num_blocks = num_keys // lists.key_block
     given = [(lists.partial_count, lists.partial_index)]
-    if lists.full_count is not None:
+    if lists.full_count is not None and lists.full_index is not None:
         given.append((lists.full_count, lists.full_index))
     transposed = [
         kernel_calls.list_query_tiles(*pair, num_blocks, max(1, width))
         for pair, width in zip(given, _widths(given, num_blocks), strict=True)
     ]
-    full = transposed[1] if len(given) == 2 else (None, None)
-    return BlockLists(*transposed[0], *full, lists.query_block, lists.key_block)
+    full_count, full_index = transposed[1] if len(given) == 2 else (None, None)
+    return BlockLists(*transposed[0], full_count, full_index, lists.query_block, lists.key_block)
 
 
 def _widths(lists: list[tuple[Tensor, Tensor]], num_blocks: int) -> list[int]:

@@ -33,10 +33,9 @@ def compress(x: Tensor, weight: Tensor | None, plan: Plan) -> Tensor:
 
 def compress_pair(k: Tensor, v: Tensor, weights: Weights, plan: Plan) -> Pair:
     """:func:`compress` for keys and values."""
-    means = _mean(k, _mean_dtype(k, *weights), plan, v)
-    return tuple(
-        _transformed(mean, weight, k.dtype) for mean, weight in zip(means, weights, strict=True)
-    )
+    k_mean, v_mean = _mean(k, _mean_dtype(k, *weights), plan, v)
+    k_weight, v_weight = weights
+    return _transformed(k_mean, k_weight, k.dtype), _transformed(v_mean, v_weight, k.dtype)
 
 
 def compress_pair_backward(

@@ -1,5 +1,7 @@
 """The fused backend's entry points: bring arguments into the kernels' form and call the ops."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,6 +18,8 @@ from nsa.host import is_traced
 from nsa.packing import Boundaries
 
 Branches = tuple[Tensor, Tensor, Tensor]
+Given = TypeVar("Given", Tensor, Tensor | None)
+"""What is None where it is not given."""
 
 
 def forward(
@@ -49,20 +53,22 @@ def forward(
     k_cmp, v_cmp = (None, None)
     if compressed_kv is not None:
         k_cmp, v_cmp = (_pad_compressed(x, q, cu_seqlens, config) for x in compressed_kv)
-    (k, k_slc, k_win), (v, v_slc, v_win) = _drop_repeats(k, v)
+    (k_first, k_slc, k_win), (v_first, v_slc, v_win) = _drop_repeats(k, v)
     inputs = Inputs(
-        **{
-            name: _batched(_widen(x, dim))
-            for name, x in dict(
-                q=q, k=k, v=v, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, k_cmp=k_cmp,
-                v_cmp=v_cmp,
-            ).items()
-        },
+        q=_kernel_rows(q, dim),
+        k=_kernel_rows(k_first, dim),
+        v=_kernel_rows(v_first, dim),
+        k_slc=_kernel_rows(k_slc, dim),
+        v_slc=_kernel_rows(v_slc, dim),
+        k_win=_kernel_rows(k_win, dim),
+        v_win=_kernel_rows(v_win, dim),
+        k_cmp=_kernel_rows(k_cmp, dim),
+        v_cmp=_kernel_rows(v_cmp, dim),
         gates=_batched(gates),
         gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
         compress_k_weight=_widen_square(compress_k_weight, dim),
         compress_v_weight=_widen_square(compress_v_weight, dim),
-    )  # fmt: skip
+    )
     sizes = make_sizes(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen, config)
     schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
     block_indices = _unit_major(block_indices, sizes, save)
@@ -94,35 +100,34 @@ def select_blocks(
     boundaries: Boundaries | None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`; ``k`` is the compressed branch's."""
-    cu_seqlens, lengths, max_seqlen, packing = boundaries or (None,) * 4
+    cu_seqlens, _, max_seqlen, packing = boundaries or (None,) * 4
     if q.numel() == 0:
         return _empty_selection(q, k.shape[-2], config)
     dim, scale = kernel_head_dim(q.shape[-1], q.shape[-1]), config.softmax_scale(q.shape[-1])
-    rows, k_cmp, weight = _batched(_widen(q, dim)), None, None
-    if compressed_kv is None:
-        k, weight = _batched(_widen(k, dim)), _widen_square(compress_k_weight, dim)
-    else:
-        k, k_cmp = None, _pad_compressed(compressed_kv[0], q, cu_seqlens, config)
-        k_cmp = _batched(_widen(k_cmp, dim))
-    if is_traced(rows, k, weight, k_cmp, cu_seqlens):
+    compressed = compressed_kv is not None
+    if compressed_kv is not None:
+        k = _pad_compressed(compressed_kv[0], q, cu_seqlens, config)
+    rows, k = _kernel_rows(q, dim), _kernel_rows(k, dim)
+    weight = None if compressed else _widen_square(compress_k_weight, dim)
+    if is_traced(rows, k, weight, cu_seqlens):
         bounds = (cu_seqlens, max_seqlen)
-        blocks = ops.select_blocks(rows, k, weight, k_cmp, *bounds, config.encoded, scale)
+        blocks = ops.select_blocks(rows, k, weight, compressed, *bounds, config.encoded, scale)
     else:
         plan = make_plan(rows, cu_seqlens, max_seqlen, with_scale(config, scale), packing)
-        blocks = pipeline.select(rows, k, weight, k_cmp, plan)
+        blocks = pipeline.select(rows, k, weight, compressed, plan)
     if config.selection == "token":
         return blocks if q.ndim == 4 else blocks[0]
     blocks = blocks.transpose(1, 2)
-    if q.ndim == 4:
+    if boundaries is None:
         return blocks.contiguous()
-    return blocks[0, :, : _num_tiles(cu_seqlens, lengths, config)].contiguous()
+    return blocks[0, :, : _num_tiles(boundaries, config)].contiguous()
 
 
-def _num_tiles(cu_seqlens: Tensor, lengths: list[int] | None, config: NSAConfig) -> int:
+def _num_tiles(boundaries: Boundaries, config: NSAConfig) -> int:
     """Query tiles of all packed sequences; waits for the device where their lengths are unknown."""
-    if lengths is None:
-        return num_query_tiles(cu_seqlens.diff(), config).sum().item()
-    return sum(num_query_tiles(length, config) for length in lengths)
+    if boundaries.lengths is None:
+        return int(num_query_tiles(boundaries.cu_seqlens.diff(), config).sum())
+    return sum(num_query_tiles(length, config) for length in boundaries.lengths)
 
 
 def _drop_repeats(k: Branches, v: Branches) -> tuple[tuple, tuple]:
@@ -132,20 +137,25 @@ def _drop_repeats(k: Branches, v: Branches) -> tuple[tuple, tuple]:
     return k, v
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
+def _contiguous(x: Given) -> Given:
     return None if x is None else x.contiguous()
 
 
-def _batched(x: Tensor | None) -> Tensor | None:
+def _batched(x: Given) -> Given:
     """``(B, T, ...)``, with ``B = 1`` for packed ``(T, H, ...)``; contiguous."""
     return _contiguous(x if x is None or x.ndim == 4 else x[None])
 
 
-def _widen(x: Tensor | None, dim: int) -> Tensor | None:
+def _widen(x: Given, dim: int) -> Given:
     """Zero channels up to ``dim``; they change neither logits nor the channels that are kept."""
     if x is None or x.shape[-1] == dim:
         return x
     return pad(x, (0, dim - x.shape[-1]))
+
+
+def _kernel_rows(x: Given, dim: int) -> Given:
+    """Queries, keys or values as the kernels take them."""
+    return _batched(_widen(x, dim))
 
 
 def _widen_square(x: Tensor | None, dim: int) -> Tensor | None:

@@ -265,7 +265,7 @@ def _sparse_call(
 def _list_tensors(lists: BlockLists) -> tuple[Tensor, ...]:
     """Count and index of the partial blocks, then of the full ones, as FA4 takes them."""
     full_count, full_index = lists.full_count, lists.full_index
-    if full_count is None:
+    if full_count is None or full_index is None:
         # SM90's forward reads the second list even where it is None.
         full_count, full_index = _zero_count(lists.partial_count), lists.partial_index
     tensors = (lists.partial_count, lists.partial_index, full_count, full_index)

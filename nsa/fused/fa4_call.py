@@ -1,6 +1,6 @@
 """A call of FlashAttention-4's kernels: tensors and options, and float32 buffers of a backward."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class Sums(NamedTuple):
     @classmethod
     def new(cls, call: Call, variant: Variant, tile: BackwardTile) -> "Sums":
         """As many rows and channels as FA4 has. Only ``dk`` and ``dv`` are added to as they are."""
-        kind = dict(dtype=torch.float32, device=call.q.device)
+        kind: dict[str, Any] = dict(dtype=torch.float32, device=call.q.device)
         leading, rows = _rounded_rows(call.q, call.bounds[0], tile.queries)
         channels = _round_up(variant.head_dim, tile.channels)
         softmax, lse_log2 = torch.empty((2, *leading, rows), **kind).unbind()

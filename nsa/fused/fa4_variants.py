@@ -4,7 +4,7 @@ The tiles follow FA4 4.0.0b36 (``flash_attn/cute/interface.py``), which measured
 dimensions that :mod:`nsa.fused.constraints` pads to: 64, 96, 128 and 256.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -208,7 +208,7 @@ def _backward_tile(variant: Variant) -> BackwardTile:
     if head_dim <= 128:
         wide = not variant.mask.skips_tiles and (blocks is None or blocks[0] % 80 == 0)
         return BackwardTile(80, 128, swap_queries=True) if wide else BackwardTile(64, 128)
-    narrow = dict(dout_stages=1, sums_stages=1, swap_scores=False, key_atoms=1)
+    narrow: dict[str, Any] = dict(dout_stages=1, sums_stages=1, swap_scores=False, key_atoms=1)
     if blocks is not None:
         return BackwardTile(64, 64, stages=1, **narrow)
     return BackwardTile(64, 48, swap_keys=True, **narrow)

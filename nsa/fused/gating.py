@@ -59,8 +59,10 @@ def combine_branches_backward(
 ) -> GatingGradients:
     """Gradients of :func:`combine_branches` for ``dout (B, T, H, D)``."""
     weight = None if gates is not None else gate_proj_weight
-    results = kernel_calls.gating_backward(dout, *branches, q, gates, weight, placements)
-    return GatingGradients(tuple(results[:3]), *results[3:])
+    do_cmp, do_slc, do_win, dlogits, dgates, dweight = kernel_calls.gating_backward(
+        dout, *branches, q, gates, weight, placements
+    )
+    return GatingGradients((do_cmp, do_slc, do_win), dlogits, dgates, dweight)
 
 
 def query_gradient(

@@ -6,6 +6,7 @@ wait for, so it is used only where something traces. Optional tensors that an op
 in a list, are empty where there is none, because there an op has tensors only.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, get_type_hints
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused import pipeline
-from nsa.fused.pipeline import Inputs, Saved
+from nsa.fused.pipeline import SAVED_TENSORS, Inputs, Saved
 from nsa.fused.plan import Plan, make_plan, with_scale
 from nsa.fused.schedule import Schedule, fewest_chunks, run_backward, run_forward, split_heads
 from nsa.fused.sizes import Sizes, make_sizes
@@ -30,7 +31,8 @@ class AttentionNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: Plan, schedule: Schedule, block_indices: Tensor | None, *inputs):
         out, saved = run_forward(Inputs(*inputs), block_indices, plan, schedule, save=True)
-        ctx.save_for_backward(*inputs, block_indices, *(x for part in saved for x in part))
+        tensors = (x for part in saved for x in part.tensors())
+        ctx.save_for_backward(*inputs, block_indices, *tensors)
         ctx.plan, ctx.schedule = plan, schedule
         return out
 
@@ -38,7 +40,7 @@ class AttentionNode(torch.autograd.Function):
     def backward(ctx, dout):
         tensors = ctx.saved_tensors
         inputs, block_indices = tensors[:NUM_INPUTS], tensors[NUM_INPUTS]
-        saved = Saved.of_chunks(tensors[NUM_INPUTS + 1 :])
+        saved = Saved.of_chunks(tensors[NUM_INPUTS + 1 :], recompute=ctx.schedule.recompute)
         arguments = (dout.contiguous(), block_indices, saved, ctx.plan, ctx.schedule)
         return None, None, None, *_Gradients.apply(*arguments, *inputs)
 
@@ -91,8 +93,9 @@ class OpOptions(NamedTuple):
         return Schedule(self.chunks, self.recompute)
 
     @property
-    def returns_bounds(self) -> bool:
-        return self.save and self.cu_seqlens is not None and not self.owned
+    def returned_bounds(self) -> Tensor | None:
+        """The ``cu_seqlens`` that the forward returns a copy of."""
+        return self.cu_seqlens if self.save and not self.owned else None
 
 
 _SCHEMA_TYPES = {
@@ -109,7 +112,7 @@ _SCHEMA_TYPES = {
 def _schema(fields: type) -> str:
     """The arguments of an op, one for each field of a NamedTuple."""
     types = get_type_hints(fields)
-    return ", ".join(f"{_SCHEMA_TYPES[types[name]]} {name}" for name in fields._fields)
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in types.items())
 
 
 @lru_cache(maxsize=64)
@@ -117,7 +120,7 @@ def _config(encoded: str, scale: float) -> NSAConfig:
     return with_scale(NSAConfig.decode(encoded), scale)
 
 
-def _split(arguments: tuple) -> tuple[Inputs, OpOptions]:
+def _split(arguments: Sequence) -> tuple[Inputs, OpOptions]:
     return Inputs(*arguments[:NUM_INPUTS]), OpOptions(*arguments[NUM_INPUTS:])
 
 
@@ -132,7 +135,7 @@ def _plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config: 
     schema=f"({_schema(Inputs)}, {_schema(OpOptions)}) -> (Tensor, Tensor[])",
 )
 def attention(*arguments):
-    """Output ``(B, T, H, Dv)`` and, where ``save``, a :class:`Saved` of each chunk, one by one.
+    """Output ``(B, T, H, Dv)`` and, where ``save``, :meth:`Saved.tensors` of each chunk.
 
     Selected blocks are returned only where the caller gave none, and with ``recompute`` nothing but
     what was selected. Last comes a copy of ``cu_seqlens`` that are not ``owned``.
@@ -144,9 +147,10 @@ def attention(*arguments):
     out, saved = run_forward(
         inputs, options.block_indices, plan, options.schedule, save=options.save
     )
-    tensors = [q.new_empty(0) if x is None else x for part in saved for x in part]
-    if options.returns_bounds:
-        tensors.append(options.cu_seqlens.clone())
+    tensors = [q.new_empty(0) if x is None else x for part in saved for x in part.tensors()]
+    bounds = options.returned_bounds
+    if bounds is not None:
+        tensors.append(bounds.clone())
     return out, tensors
 
 
@@ -174,13 +178,14 @@ def _(*arguments):
     saved = []
     for heads in split_heads(q.shape[2], v.shape[2], options.chunks):
         saved += _fake_saved(out, whole.of_heads(heads.kv.stop - heads.kv.start), options)
-    if options.returns_bounds:
-        saved.append(torch.empty_like(options.cu_seqlens))
+    bounds = options.returned_bounds
+    if bounds is not None:
+        saved.append(torch.empty_like(bounds))
     return out, saved
 
 
 def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions) -> list[Tensor]:
-    """:class:`Saved` of a chunk."""
+    """:meth:`Saved.tensors` of a chunk."""
     shapes = sizes.saved_shapes()
     if options.block_indices is not None:
         del shapes["block_indices"]
@@ -192,7 +197,7 @@ def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions) -> list[Tensor]:
         out.new_empty(shapes[name], dtype=dtypes.get(name.split("_")[0], torch.int32))
         if name in shapes
         else out.new_empty(0)
-        for name in Saved._fields
+        for name in SAVED_TENSORS
     ]
 
 
@@ -203,9 +208,10 @@ def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions) -> list[Tensor]:
 )
 def attention_backward(dout, *arguments):
     """Gradients of the :class:`Inputs` of :func:`attention`, empty where None."""
-    *arguments, saved = arguments
-    inputs, options = _split(tuple(arguments))
-    parts = [_without_empty(part) for part in Saved.of_chunks(saved)]
+    *call, saved = arguments
+    inputs, options = _split(call)
+    parts = Saved.of_chunks(saved, recompute=options.recompute)
+    parts = [_without_empty(part) for part in parts]
     config = options.scaled_config
     plan = _plan(inputs.q, options.cu_seqlens, options.max_seqlen, config)
     grads = run_backward(dout, inputs, options.block_indices, parts, plan, options.schedule)
@@ -213,8 +219,8 @@ def attention_backward(dout, *arguments):
 
 
 def _without_empty(saved: Saved) -> Saved:
-    blocks, groups = (x if x.numel() else None for x in (saved.block_indices, saved.groups))
-    return saved._replace(block_indices=blocks, groups=groups)
+    branches, *selection = saved
+    return Saved(branches, *(None if x is None or x.numel() == 0 else x for x in selection))
 
 
 @attention_backward.register_fake
@@ -227,7 +233,7 @@ def _(dout, *arguments):
 def _setup_context(ctx, inputs, output):
     tensors, options = _split(inputs)
     _, saved = output
-    if options.returns_bounds:
+    if options.returned_bounds is not None:
         *saved, bounds = saved
         options = options._replace(cu_seqlens=bounds)
     ctx.save_for_backward(*tensors, options.block_indices, options.cu_seqlens, *saved)
@@ -259,9 +265,9 @@ attention.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("nsa::select_blocks", mutates_args=())
 def select_blocks(
     q: Tensor,
-    k: Tensor | None,
+    k: Tensor,
     compress_k_weight: Tensor | None,
-    k_cmp: Tensor | None,
+    compressed: bool,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     config: str,
@@ -269,11 +275,10 @@ def select_blocks(
 ) -> Tensor:
     """See :func:`nsa.fused.pipeline.select`."""
     plan = _plan(q, cu_seqlens, max_seqlen, _config(config, scale))
-    return pipeline.select(q, k, compress_k_weight, k_cmp, plan)
+    return pipeline.select(q, k, compress_k_weight, compressed, plan)
 
 
 @select_blocks.register_fake
-def _(q, k, compress_k_weight, k_cmp, cu_seqlens, max_seqlen, config, scale):
-    num_kv_heads = (k if k_cmp is None else k_cmp).shape[2]
-    sizes = make_sizes(q, num_kv_heads, cu_seqlens, max_seqlen, _config(config, scale))
+def _(q, k, compress_k_weight, compressed, cu_seqlens, max_seqlen, config, scale):
+    sizes = make_sizes(q, k.shape[2], cu_seqlens, max_seqlen, _config(config, scale))
     return q.new_empty(sizes.saved_shapes()["block_indices"], dtype=torch.int32)

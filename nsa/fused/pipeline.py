@@ -1,7 +1,7 @@
 """The stages of Native Sparse Attention in order, forward and backward, on ``(B, T, H, D)``."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,42 +55,65 @@ class Inputs(NamedTuple):
 
     def compressed(self, plan: Plan) -> Pair:
         """Compressed keys and values: the caller's or the mean."""
-        if self.k_cmp is not None:
+        if self.k_cmp is not None and self.v_cmp is not None:
             return self.k_cmp, self.v_cmp
         return compress_pair(self.k, self.v, self.compress_weights, plan)
+
+
+class BranchResults(NamedTuple):
+    """The outputs and log-sum-exps of the branches.
+
+    Outputs lie as :meth:`nsa.fused.plan.Plan.query_placements` says.
+    """
+
+    o_cmp: Tensor
+    lse_cmp: Tensor
+    o_slc: Tensor
+    lse_slc: Tensor
+    o_win: Tensor
+    lse_win: Tensor
+
+    @property
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.o_cmp, self.o_slc, self.o_win
+
+
+SAVED_TENSORS = (*BranchResults._fields, "block_indices", "groups")
+"""Names of what :meth:`Saved.tensors` gives."""
+
+_NO_BRANCHES = (None,) * len(BranchResults._fields)
 
 
 class Saved(NamedTuple):
     """What a forward leaves for its backward; without the branches to compute them again.
 
-    Outputs lie as :meth:`nsa.fused.plan.Plan.query_placements` says; shapes are those of
-    :meth:`nsa.fused.sizes.Sizes.saved_shapes`.
+    Shapes are those of :meth:`nsa.fused.sizes.Sizes.saved_shapes`.
     """
 
-    o_cmp: Tensor | None
-    lse_cmp: Tensor | None
-    o_slc: Tensor | None
-    lse_slc: Tensor | None
-    o_win: Tensor | None
-    lse_win: Tensor | None
+    branches: BranchResults | None
     block_indices: Tensor | None
     groups: Tensor | None
 
     @classmethod
-    def of_chunks(cls, tensors: Sequence[Tensor | None]) -> list["Saved"]:
-        """From the fields of each chunk, one after another."""
-        size = len(cls._fields)
-        return [cls(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
+    def of_chunks(cls, tensors: Sequence[Any], *, recompute: bool) -> list["Saved"]:
+        """From the :meth:`tensors` of each chunk, one after another."""
+        saved = []
+        for start in range(0, len(tensors), len(SAVED_TENSORS)):
+            *branches, blocks, groups = tensors[start : start + len(SAVED_TENSORS)]
+            saved.append(cls(None if recompute else BranchResults(*branches), blocks, groups))
+        return saved
 
-    def selection(self) -> "Saved":
-        """Only what was selected."""
-        return Saved(*(None,) * 6, self.block_indices, self.groups)
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of it, in one row."""
+        return *(self.branches or _NO_BRANCHES), self.block_indices, self.groups
 
 
 def attend(
     inputs: Inputs, block_indices: Tensor | None, groups: Tensor | None, plan: Plan
-) -> Saved:
-    """The three branches; ``block_indices`` and ``groups``, where needed, are selected if None.
+) -> tuple[BranchResults, Tensor, Tensor | None]:
+    """The three branches, and the ``block_indices`` and ``groups`` that they attended.
+
+    These, where needed, are selected if None.
 
     ``block_indices`` are ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode.
     """
@@ -105,20 +128,23 @@ def attend(
         if not token_mode:
             block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
         o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
-        if token_mode and block_indices is None:
+        if block_indices is None:  # in token mode alone
             lse = compressed_lse(lse_cmp, q, k_cmp, plan)
             block_indices = select_blocks(q_rows, k_cmp, lse, plan)
     o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
-    return Saved(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, block_indices, groups)
+    branches = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win)
+    return branches, block_indices, groups
 
 
-def combine(inputs: Inputs, saved: Saved, plan: Plan, out: Tensor | None = None) -> Tensor:
+def combine(
+    inputs: Inputs, branches: BranchResults, plan: Plan, out: Tensor | None = None
+) -> Tensor:
     """The gated sum of the branches, ``(B, T, H, Dv)``.
 
     It is written to ``out``, a slice of heads at most, where that is given.
     """
     return combine_branches(
-        (saved.o_cmp, saved.o_slc, saved.o_win),
+        branches.outputs,
         inputs.q,
         inputs.gates,
         inputs.gate_proj_weight,
@@ -129,15 +155,14 @@ def combine(inputs: Inputs, saved: Saved, plan: Plan, out: Tensor | None = None)
 
 @torch.no_grad()
 def select(
-    q: Tensor, k: Tensor | None, compress_k_weight: Tensor | None, k_cmp: Tensor | None, plan: Plan
+    q: Tensor, k: Tensor, compress_k_weight: Tensor | None, compressed: bool, plan: Plan
 ) -> Tensor:
     """The blocks that :func:`attend` selects.
 
-    ``k (B, T, H_kv, D)`` is compressed where ``k_cmp (B, M, H_kv, D)`` is None.
+    ``k (B, T, H_kv, D)`` is compressed, unless it is ``compressed`` ``(B, M, H_kv, D)``.
     """
     with torch.cuda.device_of(q), without_autocast(q.device):
-        if k_cmp is None:
-            k_cmp = compress(k, compress_k_weight, plan)
+        k_cmp = k if compressed else compress(k, compress_k_weight, plan)
         q_rows, lse = plan.align_queries(q), None
         if plan.config.selection == "token":
             # For its log-sum-exp; the values do not matter.
@@ -161,11 +186,19 @@ def _select_missing(
 
 
 def backward(
-    dout: Tensor, inputs: Inputs, saved: Saved, plan: Plan, dq: Tensor | None = None
+    dout: Tensor,
+    inputs: Inputs,
+    branches: BranchResults,
+    block_indices: Tensor,
+    groups: Tensor | None,
+    plan: Plan,
+    dq: Tensor | None = None,
 ) -> Inputs:
     """Gradient of each input, None where there is no such input.
 
-    That of ``q`` is written to ``dq``, a slice of heads at most, where that is given.
+    ``branches``, ``block_indices`` and ``groups`` are as :func:`attend` gives them. The gradient of
+    ``q`` is written to ``dq``, a slice of heads at most, where that is given.
+
     Branches run one after another, each freed before the next but for its ``dq``; these are added
     in one pass at the end, and so are those of ``k`` and ``v`` where branches share them.
     """
@@ -174,7 +207,7 @@ def backward(
     placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
     gating = combine_branches_backward(
         dout,
-        (saved.o_cmp, saved.o_slc, saved.o_win),
+        branches.outputs,
         q,
         inputs.gates,
         inputs.gate_proj_weight,
@@ -186,16 +219,16 @@ def backward(
 
     side_stream = SideStream(q)
     dq_win, dk_win, dv_win = window_attention_backward(
-        branch_grads.pop(), q, k_win, v_win, saved.o_win, saved.lse_win, plan
+        branch_grads.pop(), q, k_win, v_win, branches.o_win, branches.lse_win, plan
     )
     with side_stream:
         dq_slc, dk_slc, dv_slc = selected_attention_backward(
-            branch_grads.pop(), q, k_slc, v_slc, saved.o_slc, saved.lse_slc, saved.block_indices,
+            branch_grads.pop(), q, k_slc, v_slc, branches.o_slc, branches.lse_slc, block_indices,
             plan,
         )  # fmt: skip
         k_cmp, v_cmp = inputs.compressed(plan)
         dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
-            branch_grads.pop(), q, k_cmp, v_cmp, saved.o_cmp, saved.lse_cmp, saved.groups, plan
+            branch_grads.pop(), q, k_cmp, v_cmp, branches.o_cmp, branches.lse_cmp, groups, plan
         )
     dq = query_gradient(
         (dq_cmp, dq_slc, dq_win),
@@ -206,27 +239,37 @@ def backward(
     )
     del dq_cmp, dq_slc, dq_win
 
-    addends = ((dk_win, dv_win), (dk_slc, dv_slc)) if inputs.k_slc is None else None
-    dk_weight = dv_weight = None
+    shared = inputs.k_slc is None
+    addends = ((dk_win, dv_win), (dk_slc, dv_slc)) if shared else None
+    dk_weight = dv_weight = dk_given = dv_given = None
     if inputs.k_cmp is None:
         (dk, dv), (dk_weight, dv_weight) = compress_pair_backward(
             dk_cmp, dv_cmp, inputs.k, inputs.v, inputs.compress_weights, plan, addends
         )
-        dk_cmp = dv_cmp = None
     else:
         dk, dv = _without_compression(inputs, addends)
         # Copies, because both may lie in one tensor, and a custom op's results may not.
-        dk_cmp, dv_cmp = (x.to(inputs.k_cmp.dtype, copy=True) for x in (dk_cmp, dv_cmp))
-    if addends is not None:
-        dk_slc = dv_slc = dk_win = dv_win = None
+        dk_given, dv_given = (x.to(inputs.k_cmp.dtype, copy=True) for x in (dk_cmp, dv_cmp))
     return Inputs(
-        dq, dk, dv, dk_slc, dv_slc, dk_win, dv_win, dgates, dgate_weight,
-        dk_weight, dv_weight, dk_cmp, dv_cmp,
-    )  # fmt: skip
+        q=dq,
+        k=dk,
+        v=dv,
+        k_slc=None if shared else dk_slc,
+        v_slc=None if shared else dv_slc,
+        k_win=None if shared else dk_win,
+        v_win=None if shared else dv_win,
+        gates=dgates,
+        gate_proj_weight=dgate_weight,
+        compress_k_weight=dk_weight,
+        compress_v_weight=dv_weight,
+        k_cmp=dk_given,
+        v_cmp=dv_given,
+    )
 
 
 def _without_compression(inputs: Inputs, addends: tuple[Pair, Pair] | None) -> Pair:
     """Gradients of ``k`` and ``v`` where these are not compressed."""
     if addends is None:
         return torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
-    return tuple(dx.add_(other) for dx, other in zip(*addends, strict=True))
+    (dk, dv), (dk_other, dv_other) = addends
+    return dk.add_(dk_other), dv.add_(dv_other)

@@ -202,8 +202,8 @@ class Plan:
     def _tile_blocks(self, keys: AlignedRows, key_block: int) -> tuple[Tensor, Tensor]:
         tiles = self.geometry.tiles
         if tiles.single:
-            count = -(-keys.items.total // key_block)
-            return self.scoring.first, torch.full_like(self.scoring.first, count)
+            num_blocks = -(-keys.items.total // key_block)
+            return self.scoring.first, torch.full_like(self.scoring.first, num_blocks)
         first = keys.segments.offset[tiles.owner] // key_block
         count = -(-keys.items.count[tiles.owner] // key_block)
         return first.int(), torch.where(tiles.real, count, 0).int()
@@ -211,7 +211,7 @@ class Plan:
     @property
     def longest(self) -> int:
         """Upper bound on the tokens of a sequence."""
-        return self.max_seqlen if self.packed else self.geometry.tokens.total
+        return self.geometry.tokens.total if self.max_seqlen is None else self.max_seqlen
 
     @property
     def max_compressed(self) -> int:
@@ -251,7 +251,7 @@ def make_plan(
     """
     if cu_seqlens is None:
         plan = _cached_batched_plan if may_keep(q) else _batched_plan
-        return plan(*q.shape[:2], q.shape[-1], q.device, config)
+        return plan(q.shape[0], q.shape[1], q.shape[-1], q.device, config)
     if packing is not None:
         max_seqlen = packing.max_seqlen
     if max_seqlen is None:

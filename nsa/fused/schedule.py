@@ -101,10 +101,8 @@ def _free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-# Where heads are in an input; KV heads unless it is one of _QUERY_HEADS.
-_HEADS_DIM = Inputs(**dict.fromkeys(Inputs._fields, 2))._replace(
-    gate_proj_weight=0, compress_k_weight=0, compress_v_weight=0
-)
+# Inputs whose first dimension are heads, not the third; KV heads unless among _QUERY_HEADS.
+_BY_HEAD = ("gate_proj_weight", "compress_k_weight", "compress_v_weight")
 _QUERY_HEADS = ("q", "gates", "gate_proj_weight")
 
 
@@ -126,13 +124,13 @@ class Heads(NamedTuple):
 
     def of(self, inputs: Inputs) -> Inputs:
         """The part of each input, or of each gradient."""
-        return Inputs(*map(self._part, Inputs._fields, _HEADS_DIM, inputs))
+        return Inputs._make(map(self._part, Inputs._fields, inputs))
 
-    def _part(self, name: str, dim: int, x: Tensor | None) -> Tensor | None:
+    def _part(self, name: str, x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
         heads = self.query if name in _QUERY_HEADS else self.kv
-        return x[heads] if dim == 0 else x[:, :, heads]
+        return x[heads] if name in _BY_HEAD else x[:, :, heads]
 
 
 def split_heads(num_heads: int, num_kv_heads: int, chunks: int) -> list[Heads]:
@@ -165,13 +163,18 @@ def run_forward(
             if out is not None:
                 part, blocks = heads.of(inputs), heads.of_indices(block_indices, plan)
                 target = heads.of_queries(out)
-            saved = pipeline.attend(part, blocks, None, plan)
-            result = pipeline.combine(part, saved, plan, target)
+            branches, selected, groups = pipeline.attend(part, blocks, None, plan)
+            result = pipeline.combine(part, branches, plan, target)
             if save:
-                saved = saved.selection() if schedule.recompute else saved
-                kept.append(saved if blocks is None else saved._replace(block_indices=None))
+                kept.append(
+                    Saved(
+                        branches=None if schedule.recompute else branches,
+                        block_indices=selected if blocks is None else None,
+                        groups=groups,
+                    )
+                )
             # Before the next chunk allocates.
-            del saved
+            del branches, selected, groups
     return result if out is None else out, kept
 
 
@@ -191,15 +194,16 @@ def run_backward(
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
     with torch.cuda.device_of(q), without_autocast(q.device):
         if len(parts) == 1:
-            return _run_chunk_backward(dout, inputs, block_indices, saved[0], plan, schedule)
-        grads = Inputs(*(None if x is None else x.new_empty(x.shape) for x in inputs))
+            return _run_chunk_backward(dout, inputs, block_indices, saved[0], plan)
+        grads = Inputs._make(None if x is None else x.new_empty(x.shape) for x in inputs)
         for heads, part in zip(parts, saved, strict=True):
             blocks, targets = heads.of_indices(block_indices, plan), heads.of(grads)
             results = _run_chunk_backward(
-                heads.of_queries(dout), heads.of(inputs), blocks, part, plan, schedule, targets.q
+                heads.of_queries(dout), heads.of(inputs), blocks, part, plan, targets.q
             )
             for target, result in zip(targets[1:], results[1:], strict=True):
                 if target is not None:
+                    assert result is not None
                     target.copy_(result)
             # Before the next chunk allocates.
             del results, result
@@ -212,11 +216,11 @@ def _run_chunk_backward(
     block_indices: Tensor | None,
     saved: Saved,
     plan: Plan,
-    schedule: Schedule,
     dq: Tensor | None = None,
 ) -> Inputs:
-    if block_indices is not None:
-        saved = saved._replace(block_indices=block_indices)
-    if schedule.recompute:
-        saved = pipeline.attend(inputs, saved.block_indices, saved.groups, plan)
-    return pipeline.backward(dout, inputs, saved, plan, dq)
+    branches, selected, groups = saved
+    selected = selected if block_indices is None else block_indices
+    assert selected is not None
+    if branches is None:
+        branches, selected, groups = pipeline.attend(inputs, selected, groups, plan)
+    return pipeline.backward(dout, inputs, branches, selected, groups, plan, dq)

@@ -43,6 +43,7 @@ def select_blocks(q_rows: Tensor, k_cmp: Tensor, lse_cmp: Tensor | None, plan: P
         sequence, ascending, -1 at the end of the row where fewer exist.
     """
     if plan.config.selection == "token":
+        assert lse_cmp is not None
         return _select_token_blocks(q_rows, k_cmp, lse_cmp, plan)
     blocks = _unwritten(q_rows, plan.config.num_selected_blocks, plan)
     _select_tiles(q_rows, k_cmp, plan, blocks, None)
@@ -67,7 +68,8 @@ def select_blocks_and_groups(q_rows: Tensor, k_cmp: Tensor, plan: Plan) -> tuple
     return blocks, groups
 
 
-def _unwritten(q_rows: Tensor, count: int, plan: Plan) -> Tensor:
+def _unwritten(q_rows: Tensor, count: int | None, plan: Plan) -> Tensor:
+    assert count is not None  # where groups are selected, their number is configured
     shape = (plan.batch, plan.geometry.tiles.total, q_rows.shape[2], count)
     return torch.empty(shape, dtype=torch.int32, device=q_rows.device)
 

@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
     @property
     def tiles(self) -> int:
         """Query tiles of an entry."""
-        if self.packed:
+        if self.sequences is not None:
             return most_query_tiles(self.length, self.sequences, self.config)
         return num_query_tiles(self.length, self.config)
 
@@ -95,7 +95,7 @@ class Sizes(NamedTuple):
     # Shapes of results.
 
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the fields of :class:`nsa.fused.pipeline.Saved` that are not None.
+        """Shapes of the results of :meth:`nsa.fused.pipeline.Saved.tensors` that are not None.
 
         Packed tile mode keeps outputs in the layout of the kernels, see
         :meth:`nsa.fused.plan.Plan.query_placements`.
@@ -134,6 +134,7 @@ class Sizes(NamedTuple):
         if self.form is CompressedForm.LISTED:
             return self._selected_shapes()
         if self.form is CompressedForm.FOLDED_ROWS:
+            assert self.sequences is not None  # as of all packed input
             rows = num_folded_rows(self.length, self.sequences, self.config)
             heads = self.num_heads * self.config.compress_stride
             folded = (1, rows, heads, self.head_dim)

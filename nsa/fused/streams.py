@@ -30,18 +30,19 @@ class SideStream:
     def __init__(self, q: Tensor):
         self._inside = None
         if is_capturing(q) and q.numel() <= SHORT:
-            self._outside, stream = torch.cuda.current_stream(q.device), _side_stream(q.device)
-            stream.wait_stream(self._outside)
-            self._inside = torch.cuda.stream(stream)
+            self._outside = torch.cuda.current_stream(q.device)
+            self._stream = _side_stream(q.device)
+            self._stream.wait_stream(self._outside)
+            self._inside = torch.cuda.stream(self._stream)
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         if self._inside is not None:
             self._inside.__enter__()
 
-    def __exit__(self, *error):
+    def __exit__(self, *error) -> None:
         if self._inside is not None:
             self._inside.__exit__(*error)
-            self._outside.wait_stream(self._inside.stream)
+            self._outside.wait_stream(self._stream)
 
 
 @lru_cache(maxsize=None)

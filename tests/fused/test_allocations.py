@@ -162,11 +162,12 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
     """Each stage of a forward and a backward, on what the stages before it give."""
     q, k, v = inputs[:3]
     k_cmp, v_cmp = inputs.compressed(plan)
-    q_rows, saved = plan.align_queries(q), pipeline.attend(inputs, None, None, plan)
-    douts = {x: torch.randn_like(getattr(saved, f"o_{x}")) for x in ("cmp", "slc", "win")}
-    lse = compressed_lse(saved.lse_cmp, q, k_cmp, plan) if sizes.token_mode else None
+    q_rows = plan.align_queries(q)
+    branches, blocks, groups = pipeline.attend(inputs, None, None, plan)
+    douts = {x: torch.randn_like(getattr(branches, f"o_{x}")) for x in ("cmp", "slc", "win")}
+    lse = compressed_lse(branches.lse_cmp, q, k_cmp, plan) if sizes.token_mode else None
     sums = accumulator_bytes(sizes, sizes.tokens, sizes.tokens)
-    listed, blocks = sizes.form is CompressedForm.LISTED, saved.block_indices
+    listed = sizes.form is CompressedForm.LISTED
 
     def select():
         if sizes.token_mode:
@@ -174,7 +175,7 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
         return pipeline._select_missing(q_rows, k_cmp, None, None, plan)
 
     def backward(branch, function, *tensors, chosen=()):
-        out = (getattr(saved, f"o_{branch}"), getattr(saved, f"lse_{branch}"))
+        out = (getattr(branches, f"o_{branch}"), getattr(branches, f"lse_{branch}"))
         return lambda: function(douts[branch], q, *tensors, *out, *chosen, plan)
 
     # Token mode's selected branch allocates in its launchers, which are emulated.
@@ -183,7 +184,7 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
         "compress": Stage(lambda: inputs.compressed(plan), compress_bytes(sizes)),
         "select": Stage(select, select_bytes(sizes) + sizes.indices),
         "compressed": Stage(
-            lambda: compressed_attention(q, q_rows, k_cmp, v_cmp, saved.groups, plan),
+            lambda: compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan),
             compressed_forward_bytes(sizes) + result_bytes(sizes, "o_cmp", "lse_cmp"),
         ),
         "selected": Stage(
@@ -202,7 +203,7 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
             sums + 3 * sizes.indices if sizes.token_mode else 0,
         ),
         "compressed backward": Stage(
-            backward("cmp", compressed_attention_backward, k_cmp, v_cmp, chosen=(saved.groups,)),
+            backward("cmp", compressed_attention_backward, k_cmp, v_cmp, chosen=(groups,)),
             compressed_backward_bytes(sizes),
             4 * sizes.key_cmp
             if listed

@@ -124,7 +124,7 @@ def test_what_is_kept_for_backward(schedule, scheduled, monkeypatch):
     assert len(nothing) == 0
     chunks, recompute = schedule
     assert len(saved) == chunks
-    tensors = [x for part in saved for x in part if x is not None]
+    tensors = [x for part in saved for x in part.tensors() if x is not None]
     values = sum(x.numel() for x in tensors if x.is_floating_point())
     # Three outputs and their log-sum-exps, or nothing.
     assert values == 0 if recompute else values >= 3 * out.numel()

@@ -40,6 +40,7 @@ def compressed_attention(
     if form is CompressedForm.NONE:
         return torch.zeros_like(q), q.new_zeros(0, dtype=accumulation_dtype(q.dtype))
     if form is CompressedForm.LISTED:
+        assert groups is not None
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
         return sparse_forward(q_rows, k_rows, v_rows, lists, _compressed_mask(q_rows, plan), plan)
@@ -76,6 +77,7 @@ def compressed_attention_backward(
     if form is CompressedForm.NONE:
         return torch.zeros_like(q), torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
     if form is CompressedForm.LISTED:
+        assert groups is not None
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
         q_rows = plan.align_queries(q)

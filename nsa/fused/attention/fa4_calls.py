@@ -23,11 +23,10 @@ def dense_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, **call
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale = plan.config.softmax_scale(q.shape[-1])
-    tensors = (dout, q, k, v, out)
     if not plan.packed:
-        return fa4.dense_backward(*tensors, lse, scale=scale, **call)
-    grads = fa4.dense_backward(*(x[0] for x in tensors), lse, scale=scale, **call)
-    return tuple(grad[None] for grad in grads)
+        return fa4.dense_backward(dout, q, k, v, out, lse, scale=scale, **call)
+    dq, dk, dv = fa4.dense_backward(dout[0], q[0], k[0], v[0], out[0], lse, scale=scale, **call)
+    return dq[None], dk[None], dv[None]
 
 
 def sparse_forward(

@@ -93,10 +93,13 @@ def folded_attention_backward(
     dtype = accumulation_dtype(q.dtype)
     dk_cmp, dv_cmp = k_cmp.new_zeros(2, *k_cmp.shape, dtype=dtype)
     if rows.full:
+        group = num_heads // num_kv_heads
         for entry in range(len(q)):
             _, *grads = fa4.dense_backward(
-                *(rows.view(x, entry) for x in (dout, q)),
-                *(rows.per_head(x[entry], num_heads // num_kv_heads) for x in (k_cmp, v_cmp)),
+                rows.view(dout, entry),
+                rows.view(q, entry),
+                rows.per_head(k_cmp[entry], group),
+                rows.per_head(v_cmp[entry], group),
                 rows.view(out, entry),
                 rows.lse(lse, entry),
                 scale=scale,
@@ -215,9 +218,9 @@ def _packed_backward(
     scale, num_kv_heads = plan.config.softmax_scale(q.shape[-1]), k_cmp.shape[2]
     if plan.in_order:
         dout, out = (plan.folded.fold(x, num_kv_heads) for x in (dout, out))
-    tensors = (dout, plan.folded.fold(q, num_kv_heads), k_cmp, v_cmp, out)
+    folded, call = plan.folded.fold(q, num_kv_heads), _packed_call(plan)
     dq, dk, dv = fa4.dense_backward(
-        *(x[0] for x in tensors), lse, scale=scale, **_packed_call(plan)
+        dout[0], folded[0], k_cmp[0], v_cmp[0], out[0], lse, scale=scale, **call
     )
     # The kernels write nothing past the last sequence's blocks.
     none = ~plan.geometry.compressed.real

@@ -76,7 +76,10 @@ def _token_forward(
 ) -> tuple[Tensor, Tensor]:
     config = plan.config
     out, lse = kernel_calls.selected_forward(
-        *(x.flatten(0, 1) for x in (q, k, v, block_indices)),
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        block_indices.flatten(0, 1),
         plan.token_blocks,
         config.select_block_size,
         config.softmax_scale(q.shape[-1]),
@@ -96,9 +99,13 @@ def _token_backward(
     block_indices: Tensor,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    config = plan.config
-    grads = kernel_calls.selected_backward(
-        *(x.flatten(0, 1) for x in (dout, q, k, v, out)),
+    config, shape = plan.config, q.shape[:2]
+    dq, dk, dv = kernel_calls.selected_backward(
+        dout.flatten(0, 1),
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        out.flatten(0, 1),
         lse,
         block_indices.flatten(0, 1),
         plan.token_blocks,
@@ -106,7 +113,7 @@ def _token_backward(
         config.softmax_scale(q.shape[-1]),
         config.causal,
     )
-    return tuple(grad.unflatten(0, q.shape[:2]) for grad in grads)
+    return dq.unflatten(0, shape), dk.unflatten(0, shape), dv.unflatten(0, shape)
 
 
 def selected_forward_bytes(sizes: Sizes) -> int:
