@@ -1,12 +1,12 @@
-"""What a stack of layers pays for packed sequences: a bare tensor of boundaries beside a Packing.
+"""The cost of packed sequences for a stack of layers: a bare tensor of boundaries, or a Packing.
 
     python benchmarks/bench_packing.py
 
-Forward and backward of 12 layers of ``NativeSparseAttention`` on sequences of mixed length, once
-with each way to say where they are: a batch of as many tokens, one ``nsa.Packing`` for all steps, a
-new one in each step, and a bare tensor with and without ``max_seqlen``. The ways take turns, so
-that the GPU's clock and the host's load are shared. Prints the median and the 95th percentile of
-the wall time of a step, in ms.
+A step is a forward and backward of 12 layers of ``NativeSparseAttention`` on sequences of mixed
+length. It runs with each way to give boundaries: a batch with the same number of tokens, one
+``nsa.Packing`` for all steps, a new one in each step, and a bare tensor with and without
+``max_seqlen``. The ways take turns, so that the GPU's clock and the host's load affect all equally.
+The script prints the median and the 95th percentile of the wall time of a step, in ms.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def ways(layers: torch.nn.ModuleList, dim: int) -> dict[str, Callable[[], None]]
 
 
 def bench(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each repetition of each step, the steps in turn."""
+    """Milliseconds of each repetition of each step. The steps take turns."""
     times = {name: [] for name in steps}
     for repetition in range(repeats + 3):
         for name, step in steps.items():

@@ -1,14 +1,13 @@
-"""Time of token mode's selected branch alone, beside fla-core's on the same block indices.
+"""Time of token mode's selected branch alone, compared with fla-core on the same block indices.
 
     pip install fla-core==0.6.0
     python benchmarks/bench_selected.py --csv selected.csv
 
-Each token and KV head attends blocks drawn at random among those that start at or before it: with
-those of the paper's rule always among them ("forced"), the first block and the last ones, or by no
-rule ("random"). Ours is what ``nsa.fused.attention.selected`` does, inverted index included; the
-peer is the function under ``fla.ops.nsa.parallel_nsa``, which takes 16 query heads to a KV head or
-more. Its output and gradients must agree with ours first. The backward is timed alone, on what one
-forward left.
+Each token and KV head attends random blocks among those that start at or before it. With "forced",
+they include those of the paper's rule: the first block and the last ones. With "random", no rule
+applies. Ours is ``nsa.fused.attention.selected``, inverted index included. The peer is the function
+under ``fla.ops.nsa.parallel_nsa``, which needs at least 16 query heads per KV head. Its output and
+gradients must first agree with ours. The backward is timed alone, on the results of one forward.
 
 The CSV has one row for each shape and pass:
 
@@ -44,7 +43,7 @@ FIELDS = (
 )  # fmt: skip
 INDICES = ("forced", "random")
 PEER_GROUP = 16
-# Of two results in 16 bits, in norm.
+# The largest relative difference of two 16-bit results, in norm.
 AGREEMENT = 2e-2
 
 
@@ -138,7 +137,7 @@ def bench(indices: str, options) -> list[dict]:
 
 
 def our_steps(tensors: Tensors, blocks: Tensor, config) -> tuple:
-    """Our forward and backward as calls without arguments, and one of both with results."""
+    """Our forward, our backward, and both with their results, as calls without arguments."""
     q, k, v = (x.detach() for x in tensors.leaves[:3])
     plan = make_plan(q, None, None, config)
 
@@ -154,7 +153,7 @@ def our_steps(tensors: Tensors, blocks: Tensor, config) -> tuple:
 
 
 def peer_steps(tensors: Tensors, blocks: Tensor, config) -> tuple:
-    """The same of fla-core."""
+    """The same for fla-core."""
     from fla.ops.nsa.parallel import ParallelNSAFunction
 
     leaves = [x.detach().requires_grad_() for x in tensors.leaves[:3]]
@@ -182,7 +181,7 @@ def peer_steps(tensors: Tensors, blocks: Tensor, config) -> tuple:
 
 
 def check_agreement(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]):
-    """Hold outputs and gradients of both sides against each other.
+    """Compare outputs and gradients of both sides.
 
     Raises:
         AssertionError: they differ by more than ``AGREEMENT`` in norm.

@@ -1,21 +1,21 @@
-"""Cost of packed sequences of mixed length beside a batch of equal ones, per attended key.
+"""Cost per attended key of packed sequences of mixed length, compared with a batch.
 
     python benchmarks/bench_varlen.py --csv varlen.csv
 
-Two cases of 256K tokens: 64 sequences of 1 to 32K, and 8 that halve from 128K to 2K. The first is
-compared with 8 sequences of 32K; the second also with one of 256K, since its number of attended
-keys lies between the two. Work is (query, key) pairs of the three branches; the same heads and
-configuration on both sides, repetitions in turn. Nothing is reported unless packed sequences first
-pass against the float64 reference.
+There are two cases of 256K tokens: 64 sequences of 1 to 32K, and 8 that halve from 128K to 2K. Both
+are compared with 8 sequences of 32K. The second is also compared with one of 256K, because its
+number of attended keys lies between the two. Work is (query, key) pairs of the three branches. Both
+sides have the same heads and configuration and take turns. Nothing is reported unless packed
+sequences first pass against the float64 reference.
 
-The CSV has one row for each case, baseline and pass, written at once:
+The CSV has one row for each case, baseline and pass, written as soon as it is measured:
 
 - case, sequences, shortest, longest, tokens: the packed side
-- batch, length: the batched side, of as many tokens
+- batch, length: the batched side, with the same number of tokens
 - selection, heads, kv_heads, head_dim, dtype, cmp_groups, pass
 - packed_gpairs, batched_gpairs: attended pairs of all heads, in billions
-- packed_p20_ms, packed_p50_ms, packed_p80_ms, packed_repeats, and the same of batched
-- time_ratio: packed median over batched; pair_ratio: the same of time for a pair
+- packed_p20_ms, packed_p50_ms, packed_p80_ms, packed_repeats, and the same for batched
+- time_ratio: packed median over batched; pair_ratio: the same for the time per pair
 - packed_peak_gib, batched_peak_gib
 - note, gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit, time
 """
@@ -91,7 +91,7 @@ def make_cases(options) -> list[tuple[str, list[int], list[tuple[int, int]]]]:
 
 
 def mixed_lengths(sequences: int, longest: int, total: int) -> list[int]:
-    """Log-uniform lengths from 1 to the longest, one of each included, that sum to the total."""
+    """Log-uniform lengths that sum to ``total`` and include 1 and ``longest``."""
     rng = random.Random(0)
     lengths = [1, longest]
     while len(lengths) < sequences:
@@ -105,7 +105,7 @@ def mixed_lengths(sequences: int, longest: int, total: int) -> list[int]:
 
 
 def halving_lengths(sequences: int, total: int) -> list[int]:
-    """Half of the total, a quarter of it and so on, moved off the multiples of a tile."""
+    """Half of the total, a quarter and so on, moved off multiples of a tile."""
     lengths, rest = [], total
     for _ in range(sequences - 1):
         lengths.append(rest - rest // 2)

@@ -1,25 +1,25 @@
-"""Time and peak memory of nsa's fused backend beside FlashAttention-4 dense causal attention.
+"""Time and peak memory of nsa's fused backend and of FlashAttention-4's dense causal attention.
 
     python benchmarks/bench_vs_dense.py --csv dense.csv
     python benchmarks/bench_vs_dense.py --lengths 8192 32768 --cmp-groups none --csv short.csv
     python benchmarks/bench_vs_dense.py --selection token --heads 64 --kv-heads 4 --csv token.csv
 
-Same tensors, same run, blocks of repetitions in turn. Nothing is reported unless the fused output
-and gradients first pass against the float64 reference. Times are of calls in a row, which the host
-launches ahead of the GPU; at short lengths it cannot keep ahead, and they are its own. Up to
-``--graphs`` tokens each call is timed as a CUDA graph too, which takes the host out, and up to
-``--compiled`` tokens ours under ``torch.compile(mode="reduce-overhead")``, which makes such graphs
-of user code and copies the inputs into them. A dense call of more than two seconds is made once.
+Both use the same tensors in the same run, and their blocks of repetitions alternate. Nothing is
+reported unless the fused output and gradients first pass against the float64 reference. The host
+launches calls ahead of the GPU. At short lengths it cannot keep ahead, and times are the host's. Up
+to ``--graphs`` tokens each call is also timed as a CUDA graph, which removes the host's time. Up to
+``--compiled`` tokens ours is also timed under ``torch.compile(mode="reduce-overhead")``, which
+makes such graphs of user code and copies inputs into them. A dense call over two seconds runs once.
 
-The CSV has one row for each length, pass and setting of ``--cmp-groups``, written at once:
+The CSV has one row for each length, pass and setting of ``--cmp-groups``, written when measured:
 
 - tokens, selection, heads, kv_heads, head_dim, dtype: the shape, batch 1
 - cmp_groups: ``num_cmp_selected_blocks``, "none" for the dense compressed branch
 - pass: "forward" (no gradient wanted) or "forward+backward"
-- dense_p20_ms, dense_p50_ms, dense_p80_ms, dense_repeats, and the same of nsa
+- dense_p20_ms, dense_p50_ms, dense_p80_ms, dense_repeats, and the same for nsa
 - speedup: dense median over nsa's
-- dense_graph_..._ms, nsa_graph_..._ms, graph_speedup: as CUDA graphs; empty where not measured
-- nsa_compiled_..._ms, compiled_speedup: compiled, and the dense median of eager calls over it
+- dense_graph_..._ms, nsa_graph_..._ms, graph_speedup: as CUDA graphs; empty if not measured
+- nsa_compiled_..._ms, compiled_speedup: compiled, and the dense eager median over its median
 - dense_peak_gib, nsa_peak_gib: peak allocated memory without a graph, inputs included
 - note: what could not be measured, and why
 - gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit, time
@@ -47,7 +47,7 @@ FIELDS = (
     "dense_repeats", "nsa_repeats", "speedup", "graph_speedup", "compiled_speedup",
     "dense_peak_gib", "nsa_peak_gib", "note", *environment.FIELDS,
 )  # fmt: skip
-# Operations a second that the estimate of the time assumes.
+# Operations per second that the time estimate assumes.
 DENSE_RATE, NSA_RATE = 600e12, 250e12
 
 
@@ -110,7 +110,7 @@ def bench(length: int, name: str, configs: dict, options) -> list[dict]:
     graphs = tuple(steps) if length <= options.graphs else ()
     timings, compiled = measure(steps, graphs=graphs, once=("dense",)), {}
     if length <= options.compiled:
-        # Last, for after these PyTorch captures no backward of the same tensors.
+        # This comes last, because afterwards PyTorch captures no backward of the same tensors.
         compiled = measure(
             {g: workloads.make_compiled_step(x, tensors) for g, x in attentions.items()}
         )
@@ -187,7 +187,7 @@ def describe(row: dict) -> str:
 
 
 def crossovers(rows: list[dict]) -> list[str]:
-    """For each pass and configuration, from which length on nsa is faster."""
+    """For each pass and configuration, the length from which nsa is faster."""
     lines = []
     for name, groups in dict.fromkeys((row["pass"], row["cmp_groups"]) for row in rows):
         for kind, column in (("eager", "speedup"), ("CUDA graphs", "graph_speedup")):

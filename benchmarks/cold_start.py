@@ -1,13 +1,13 @@
-"""Time from import to first output, with and without the kernel cache on disk; and recompilation.
+"""Time from import to first output, with and without a kernel cache on disk, and recompilation.
 
     python benchmarks/cold_start.py --csv cold_start.csv
 
-First this process trains: over packed batches of ever different lengths, the last two shorter, then
-over batches of equal sequences, the last two smaller. It counts kernel variants after each step,
-and the tool exits with 1 if they still grow after the second step of a kind: then training stops to
-compile. After that come the accuracy gate, without which nothing is reported, and processes of
-their own that are timed from their start: without a kernel cache on disk, with an empty one, and
-with the one that this left.
+This process first trains on packed batches with new lengths in each step, the last two shorter, and
+then on batches of equal sequences, the last two smaller. It counts kernel variants after each step.
+The tool exits with 1 if the count grows after the second step of a kind, because training would
+then wait for compilation. Next comes the accuracy gate, without which nothing is reported. Then new
+processes are timed from their start: without a kernel cache on disk, with an empty one, and with
+the one that this process left.
 
 The CSV has one row for each training step, and for each kind of start:
 
@@ -54,7 +54,7 @@ FREE_STEPS = 2
 def main(argv: list[str] | None = None):
     options = parse_arguments(argv)
     environment.require_gpu()
-    # Before all else: later the gate's kernels would count too.
+    # Training comes first, because the gate's kernels would count later.
     training, grown = train(options)
     check_accuracy(options, workloads.make_config(options))
     table = Table(options.csv, FIELDS)
@@ -126,7 +126,7 @@ def cold_starts(options) -> Iterator[dict]:
 
 
 def first_call(options, folder: Path, *, cached: bool) -> dict:
-    """What a process of its own says of its first calls (``measuring.first_call``)."""
+    """The report of a new process on its first calls (``measuring.first_call``)."""
     here = Path(__file__).resolve().parent
     paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
     environ = os.environ | {

@@ -2,22 +2,22 @@
 
     python benchmarks/diagnose_memory.py --length 131072
 
-Prints, after the accuracy gate:
+After the accuracy gate, the script prints:
 
-- each stage in order of its calls: allocated before and after, and the peak inside above what was
-  allocated before; then the peak of each pass, and in which stage it lies;
-- the workspace (what is neither input nor result) that the estimate expects, and what it is;
-- the tensors that forward keeps for backward, inputs apart;
-- the device's memory that PyTorch's allocator does not hold: the CUDA context, and the code of
-  kernels, which grows as they are compiled or loaded (on a shared GPU, other processes' memory
-  too); and what the allocator holds at most beside what is allocated at most;
+- each stage in the order of calls: memory allocated before and after, and the peak inside above
+  that before; then the peak of each pass, and the stage in which it lies;
+- the estimated workspace (memory that is neither input nor result), and the actual one;
+- the tensors that forward keeps for backward, with inputs as a separate entry;
+- device memory that PyTorch's allocator does not hold: the CUDA context, and the code of kernels,
+  which grows as they are compiled or loaded (on a shared GPU, also memory of other processes); and
+  the most that the allocator holds, beside the most that is allocated;
 - the size of the cache of compiled kernels on disk.
 
 The CSV has one row for each line:
 
 - section: "stage", "planned", "saved", "device" or "disk"; name
 - tokens, selection, heads, kv_heads, head_dim, dtype, cmp_groups: batch 1
-- before_gib, peak_gib (above before), after_gib; where there is one size, it is after_gib
+- before_gib, peak_gib (above before), after_gib; a single size is in after_gib
 - gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit, time
 """
 
@@ -96,7 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class StagePeaks:
-    """Allocated memory around each stage, and the peak within; between stages it is "rest"."""
+    """Allocated memory around each stage, and the peak in it. "rest" is between stages."""
 
     def __init__(self):
         self.lines: list[tuple[str, int, int, int]] = []  # name, before, peak above it, after
@@ -139,7 +139,7 @@ def stage_memory(attention: Callable, tensors) -> list[tuple[str, int, int, int]
     peaks = StagePeaks()
     out = peaks.run("forward", attention)
     peaks.run("backward", lambda: torch.autograd.grad(out, tensors.leaves, tensors.dout))
-    # Between stages little happens: only what grows there is of interest.
+    # Little happens between stages, so only growth there is of interest.
     return [line for line in peaks.lines if not line[0].endswith("/rest") or line[2] >= NOTABLE]
 
 
@@ -169,7 +169,7 @@ def unaccounted_bytes() -> int:
 
 
 def plan_and_peaks(step: Callable, tensors) -> tuple[list, list]:
-    """(name, bytes) of what the estimate expects of a pass, and of what a second pass takes."""
+    """(name, bytes) of the estimate for a pass, and of what a second pass takes."""
     with (
         stages.results_of(schedule.make_schedule) as schedules,
         stages.results_of(memory.workspace_bytes) as estimates,

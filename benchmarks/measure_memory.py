@@ -2,8 +2,8 @@
 
     python benchmarks/measure_memory.py --tokens 16384
 
-Each configuration runs in a process of its own; its peak resident set counts the interpreter and
-PyTorch too.
+Each configuration runs in its own process. The peak resident set also counts the interpreter and
+PyTorch.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> int:
         f"D={args.head_dim}, {args.dtype}, {torch.get_num_threads()} threads"
     )
     for config in CONFIGS:
-        # The last --config counts; a process of its own has a peak of its own.
+        # The last --config counts. Each process has its own peak.
         subprocess.run([sys.executable, *sys.argv, "--config", config], check=True)
     return 0
 

@@ -2,11 +2,11 @@
 
     python benchmarks/plot_performance.py dense.csv --varlen varlen.csv
 
-Left: latency of dense attention and of nsa over length, forward and forward with backward; the
-faster of with and without a CUDA graph where both were measured. Right: dense time over nsa's, so
-that 1 is where they cross. Packed sequences are marks on the left, and a line of ratios below.
-Several tables of one GPU and shape may be given; of rows of the same length, pass and setting the
-last counts.
+The left plot has the latency of dense attention and of nsa over length, for forward and forward
+with backward. If a call was measured with and without a CUDA graph, the faster one counts. The
+right plot has dense time over nsa's, so they cross at 1. Packed sequences are marks on the left,
+and a line of ratios below. Several tables of one GPU and shape may be given. Among rows with the
+same length, pass and setting, the last one counts.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from measuring.workloads import PASSES
 
 COLORS = {"dense": "#6b6b6b", "none": "#1f6fb4", "sparse": "#d1603d", "packed": "#2f8f4e"}
 STYLES = dict(zip(PASSES, ("--", "-"), strict=True))
-# Columns that all rows must share: one chart is of one shape on one GPU.
+# Columns that all rows must share, because a chart shows one shape on one GPU.
 SHARED = ("gpu", "selection", "heads", "kv_heads", "head_dim", "dtype")
 
 
@@ -173,7 +173,7 @@ def _tokens(count: float) -> str:
 
 
 def varlen_lines(varlen: list[dict]) -> list[str]:
-    """One line for each packed case and baseline: the time a pair of both passes."""
+    """One line for each packed case and baseline: the time per pair of both passes."""
     pairs = {}
     for row in varlen:
         if row["pair_ratio"]:

@@ -3,13 +3,13 @@
     python benchmarks/probe_max_seqlen.py --backward --csv longest.csv
     python benchmarks/probe_max_seqlen.py --cmp-groups 16 --max-workspace-gib 8 --bisect 3
 
-Lengths double from ``--start`` until memory does not suffice; ``--bisect`` then halves the gap so
-many times. Each length runs in a process of its own, twice: the second call is timed. The first
-process also passes the accuracy gate, else nothing is reported. With FlashAttention-4's kernel
-cache on disk, which this turns on where the environment says nothing, later processes load what the
-first one compiled.
+Lengths double from ``--start`` until memory does not suffice. Then the gap is halved ``--bisect``
+times. Each length runs twice in its own process, and the second call is timed. Nothing is reported
+unless the first process passes the accuracy gate. Later processes load the kernels that the first
+one compiled from FlashAttention-4's cache on disk, which is turned on unless the environment says
+otherwise.
 
-The CSV has one row for each length tried, written at once:
+The CSV has one row for each length tried, written as soon as it is measured:
 
 - tokens, selection, heads, kv_heads, head_dim, dtype, cmp_groups, pass: batch 1
 - max_workspace_gib: ``max_workspace_bytes`` of nsa.forward, empty for its default
@@ -73,7 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument("--max-workspace-gib", type=float, help="max_workspace_bytes of forward")
     parser.add_argument("--csv", type=Path, help="write the rows here")
-    # What a process of one length is told.
+    # The argument of a process that measures one length.
     parser.add_argument("--single", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--gate", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -110,7 +110,7 @@ def search(fits: Callable[[int], bool], start: int, limit: int, halvings: int) -
 
 
 def run_child(length: int, options, argv: list[str], *, gate: bool) -> dict:
-    """The row of one length, measured by a process of its own."""
+    """The row of one length, measured in a new process."""
     command = [sys.executable, __file__, *argv, "--single", str(length)]
     command = [*command, "--gate"] if gate else command
     result = subprocess.run(command, capture_output=True, text=True)

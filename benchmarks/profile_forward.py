@@ -1,15 +1,15 @@
-"""Where the time of a forward, or of a forward and backward, goes: a table of stages.
+"""A table of stages that shows where the time of a forward, or forward and backward, goes.
 
     python benchmarks/profile_forward.py --csv forward.csv
     python benchmarks/profile_forward.py --backward --lengths 131072 --top-kernels 15
 
-Stages are the functions that the fused pipeline calls; their parts (block lists, kernel calls,
-copies between layouts) stand below them. GPU time is between CUDA events around each, while the
-host runs ahead of a sleeping GPU, so that gaps between launches do not count; host time is another
-run's. Nothing is reported unless the accuracy gate passes.
+Stages are the functions that the fused pipeline calls. Their parts (block lists, kernel calls,
+copies between layouts) are listed below them. GPU time is measured between CUDA events, while the
+host runs ahead of a sleeping GPU, so that gaps between launches do not count. Host time comes from
+another run. Nothing is reported unless the accuracy gate passes.
 
-The floor of a stage is the larger of its bytes over ``--bandwidth`` (what a device copy reaches)
-and its operations over ``--rate`` (what a matrix product reaches): ``measuring.work.stage_work``
+The floor of a stage is the larger of two times: its bytes over ``--bandwidth`` (that of a device
+copy), and its operations over ``--rate`` (that of a matrix product). ``measuring.work.stage_work``
 counts both from the shape, with every tensor moved once and no padding.
 
 The CSV has one row for each length and stage:
@@ -17,7 +17,7 @@ The CSV has one row for each length and stage:
 - tokens, selection, heads, kv_heads, head_dim, dtype, cmp_groups, pass: batch 1
 - stage: "stage", "stage/part", "rest" (between the stages) or "total"
 - calls; gpu_ms and host_ms, medians, parts included; percent of the GPU time
-- floor_ms, bound ("bytes" or "flops") and reached (floor over time), where the floor is known
+- floor_ms, bound ("bytes" or "flops") and reached (floor over time), if the floor is known
 - launches: kernels, copies and fills of the whole, in the row "total"
 - gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit, time
 """
@@ -40,7 +40,7 @@ FIELDS = (
     "tokens", *workloads.SHAPE_FIELDS, "cmp_groups", "pass", "stage", "calls", "gpu_ms", "percent",
     "host_ms", "floor_ms", "bound", "reached", "launches", *environment.FIELDS,
 )  # fmt: skip
-# Some 50 ms: longer than the host takes to launch a forward and backward.
+# About 50 ms, which is longer than the host takes to launch a forward and backward.
 SLEEP_CYCLES = 100_000_000
 
 

@@ -2,9 +2,9 @@
 
     python examples/compile_and_graph.py
 
-With the fused backend (a Hopper GPU and the extra `fused`) the whole model is one trace for all
-lengths, and a graph takes the host's work out of a step. Elsewhere the reference runs uncompiled
-inside the compiled model, and the script says what it skips.
+With the fused backend (a Hopper GPU and the extra `fused`), one trace of the whole model serves all
+lengths, and a CUDA graph removes the host's work from a step. Elsewhere the reference runs
+uncompiled inside the compiled model, and the script says what it skips.
 """
 
 import torch
@@ -31,8 +31,8 @@ def difference(a: Tensor, b: Tensor) -> str:
 
 @torch.no_grad()
 def compile_it(model: nn.Module, draw, fused: bool):
-    # The fused backend needs no graph break. Elsewhere this example skips code generation, which
-    # takes longer than all else here. Your own model would keep torch.compile's default backend.
+    # The fused backend needs no graph break. Elsewhere this example skips code generation, because
+    # that takes longer than everything else here. Keep the default backend for your own model.
     options = dict(fullgraph=True) if fused else dict(backend="eager")
     compiled = torch.compile(model, dynamic=True, **options)
     for length in (400, 300):
@@ -45,7 +45,7 @@ def capture_it(model: nn.Module, draw, cu_seqlens: Tensor):
     # Make the Packing before the capture, and keep it as long as the graph.
     packing = nsa.Packing(cu_seqlens)
     x = draw(int(cu_seqlens[-1]))
-    # The first call compiles kernels, which cannot be captured. PyTorch wants it on another stream.
+    # The first call compiles kernels, which a graph cannot capture. PyTorch requires a side stream.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -54,7 +54,7 @@ def capture_it(model: nn.Module, draw, cu_seqlens: Tensor):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = model(x, packing)
-    # A replay reads what now lies in x, and writes to out.
+    # A replay reads the current values of x, and writes to out.
     x.copy_(draw(*x.shape[:-1]))
     graph.replay()
     print(f"CUDA graph, {packing}: {difference(out, model(x, packing))}")

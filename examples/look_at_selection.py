@@ -2,9 +2,9 @@
 
     python examples/look_at_selection.py
 
-Blocks of 64 tokens have one of four topics, in turn. Keys of a topic point to where its queries
-look, so tokens should select the earlier blocks of their own topic: every fourth. The script prints
-that as text, and with matplotlib also writes outputs/selection.png. It runs on a CPU and on a GPU.
+Blocks of 64 tokens have one of four topics, in turn. The keys and queries of a topic match, so
+tokens should select the earlier blocks of their own topic, every fourth one. The script prints the
+map as text, and with matplotlib writes outputs/selection.png. It runs on a CPU and on a GPU.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ CONFIG = nsa.NSAConfig.paper(num_selected_blocks=5)  # 1 initial, 2 local, and 2
 
 
 def draw(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``q``, ``k`` and ``v`` of one sequence, on which queries and keys share topics."""
+    """``q``, ``k`` and ``v`` of one sequence, whose queries and keys share topics."""
     topic = torch.arange(BLOCKS).repeat_interleave(SIZE) % TOPICS
     direction = 2 * torch.randn(TOPICS, 1, HEAD_DIM)[topic]
     noise = [torch.randn(BLOCKS * SIZE, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
@@ -31,8 +31,8 @@ def draw(device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def as_map(indices: Tensor) -> Tensor:
-    """Whether each token selects each block, bool ``(N, BLOCKS)``, of lists ``(N, n)``."""
-    # An empty slot is -1: send it to a column of its own, and drop that.
+    """Whether each token selects each block, bool ``(N, BLOCKS)``, from lists ``(N, n)``."""
+    # An empty slot is -1. It goes to an extra column, which is dropped.
     indices = torch.where(indices < 0, BLOCKS, indices).long()
     chosen = torch.zeros(len(indices), BLOCKS + 1, dtype=torch.bool, device=indices.device)
     return chosen.scatter(1, indices, True)[:, :BLOCKS].cpu()
@@ -53,7 +53,7 @@ def save_map(chosen: Tensor):
 
     path = Path("outputs/selection.png")
     path.parent.mkdir(exist_ok=True)
-    # Each block as wide as it is long, so that the picture is square.
+    # Draw each block as wide as it is long, so that the picture is square.
     imsave(path, ~chosen.repeat_interleave(SIZE, 1).numpy(), cmap="gray")
     print(f"wrote {path.resolve()}")
 
@@ -70,7 +70,7 @@ def main():
     given = nsa.forward(q, k, v, config=CONFIG, block_indices=blocks)
     print(f"the same selection given: largest difference {(given - out).abs().max().item():.1e}")
 
-    # Your own: the first block and the token's, ascending, -1 in empty slots at the end.
+    # Your own selection: the first block and the token's, ascending, -1 in empty slots at the end.
     own = torch.arange(BLOCKS * SIZE, device=q.device) // SIZE
     mine = torch.full_like(blocks, -1)
     mine[..., 0] = 0

@@ -3,7 +3,7 @@
     python examples/packed_batch.py
 
 Packed sequences lie one after another in tensors of T tokens, with no padding. The script shows
-that outputs and gradients are those of a call for each sequence. It runs on a CPU and on a GPU.
+that outputs and gradients equal those of one call per sequence. It runs on a CPU and on a GPU.
 """
 
 import torch
@@ -33,8 +33,8 @@ def main():
     )
     target = torch.randn(tokens, HEADS, HEAD_DIM, device=device)
 
-    # Boundaries are int32, from 0 to T. Make one Packing for all layers and steps that pack alike:
-    # it reads and checks the boundaries once.
+    # Boundaries are int32, from 0 to T. Make one Packing for all layers and steps with the same
+    # boundaries: it reads and checks them once.
     lengths = torch.tensor(LENGTHS, device=device)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     packing = nsa.Packing(cu_seqlens)
@@ -50,7 +50,7 @@ def main():
     loss = loss / lengths.clamp(min=1)
     grads = torch.autograd.grad(loss.sum(), (q, k, v))
 
-    # The same, a sequence at a time: a batch of one has the leading dimensions (1, N).
+    # The same, one sequence at a time. A batch of one has the leading dimensions (1, N).
     outs, losses, alone = [], [], []
     for start, length in zip(cu_seqlens.tolist(), LENGTHS, strict=False):
         span = slice(start, start + length)

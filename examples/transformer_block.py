@@ -2,9 +2,9 @@
 
     python examples/transformer_block.py
 
-Only attention helps with these data: each sequence draws from 2 symbols of 16, and only its earlier
-tokens say which. A model that ignores them has a loss of log 16 = 2.77. One that reads them comes
-down to about log 2 = 0.69. The script runs on a CPU and on a GPU.
+The data need attention: each sequence draws from 2 of 16 symbols, and only its earlier tokens tell
+which. A model that ignores them has a loss of log 16 = 2.77. A model that reads them reaches about
+log 2 = 0.69. The script runs on a CPU and on a GPU.
 """
 
 import torch
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 def draw(device: str) -> Tensor:
-    """Symbols ``(BATCH, LENGTH)``: each sequence draws from KNOWN of its own."""
+    """Symbols ``(BATCH, LENGTH)``. Each sequence draws from its own KNOWN symbols."""
     known = torch.rand(BATCH, SYMBOLS, device=device).argsort(1)[:, :KNOWN]
     return known.gather(1, torch.randint(KNOWN, (BATCH, LENGTH), device=device))
 
@@ -58,8 +58,8 @@ def main():
 
     for step in range(STEPS):
         symbols = draw(device)
-        # Weights stay float32. On a GPU autocast runs the projections, and with them the fused
-        # backend, in bfloat16.
+        # Weights stay float32. On a GPU, autocast runs the projections in bfloat16, and so the
+        # fused backend too.
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = model(symbols[:, :-1])
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), symbols[:, 1:].flatten())

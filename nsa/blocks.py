@@ -1,4 +1,4 @@
-"""How many blocks, groups and tiles a sequence has, and how blocks overlap: numbers alone."""
+"""Counts of the blocks, groups and tiles of a sequence, and the overlap of blocks."""
 
 from typing import TypeVar
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 
 Count = TypeVar("Count", int, Tensor)
-"""Of one sequence, or of each of several."""
+"""A number for one sequence, or a tensor with one for each sequence."""
 
 
 def num_compressed_blocks(length: Count, config: NSAConfig) -> Count:
@@ -20,22 +20,22 @@ def num_compressed_blocks(length: Count, config: NSAConfig) -> Count:
 
 
 def covered_tokens(config: NSAConfig, visibility: str) -> int:
-    """Tokens of a compressed block that must have come where a query sees it: all, or the first."""
+    """Tokens of a compressed block that must be at or before a query that sees it: all, or one."""
     return config.compress_block_size if visibility == "complete" else 1
 
 
 def num_selection_blocks(length: Count, config: NSAConfig) -> Count:
-    """Selection blocks of a sequence, the last one possibly short: ``ceil(N / l')``."""
+    """Selection blocks of a sequence; the last one may be short: ``ceil(N / l')``."""
     return -(-length // config.select_block_size)
 
 
 def num_query_tiles(length: Count, config: NSAConfig) -> Count:
-    """Query tiles of a sequence, the last one possibly short: ``ceil(N / q_tile_size)``."""
+    """Query tiles of a sequence; the last one may be short: ``ceil(N / q_tile_size)``."""
     return -(-length // config.q_tile_size)
 
 
 def most_query_tiles(tokens: int, sequences: int, config: NSAConfig) -> int:
-    """Upper bound of the query tiles of packed sequences with ``tokens`` tokens together."""
+    """Upper bound on the query tiles of packed sequences with ``tokens`` tokens in total."""
     return tokens // config.q_tile_size + sequences
 
 
@@ -47,8 +47,8 @@ def num_cmp_groups(length: Count, config: NSAConfig) -> Count:
 def overlap_weights(config: NSAConfig, num_compressed: int | None = None) -> list[int]:
     """Weights ``|j ∩ J| / d`` of compressed block ``j`` in selection block ``J`` (Eq. 9).
 
-    Entry ``o`` belongs to ``j = J * (l'/d) - (l/d - 1) + o``; blocks outside weigh nothing. Entries
-    that belong to none of the first ``num_compressed`` blocks for any ``J`` are left out.
+    Entry ``o`` is for ``j = J * (l'/d) - (l/d - 1) + o``; all other blocks have weight 0. Entries
+    that match none of the first ``num_compressed`` blocks for any ``J`` are left out.
     """
     per_select = config.select_block_size // config.compress_stride
     per_compress = config.compress_block_size // config.compress_stride

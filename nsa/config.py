@@ -1,4 +1,4 @@
-"""NSAConfig: the static choices of Native Sparse Attention, checked once at construction."""
+"""NSAConfig: the static settings of Native Sparse Attention, checked once at construction."""
 
 import json
 import math
@@ -15,8 +15,8 @@ _CHOICES = {
 _NON_NEGATIVE = ("num_initial_blocks", "num_local_blocks")
 _OPTIONAL = ("num_cmp_selected_blocks",)
 _FOLLOWERS = ("compress_stride", "select_block_size")
-# Kernels and index arithmetic hold positions in these sizes. Counts and the window have no
-# largest value: a sequence has no more than it has.
+# Kernels and index arithmetic use these sizes, so they have a maximum. Counts and the window have
+# none, because the length of the sequence limits them.
 _SIZES = ("compress_block_size", *_FOLLOWERS, "q_tile_size", "cmp_group_size")
 _MAX_SIZE = 2**31 - 1
 
@@ -24,18 +24,18 @@ _MAX_SIZE = 2**31 - 1
 class _Followed(int):
     """A default that follows ``compress_block_size``; ``dataclasses.replace`` lets it follow again.
 
-    No two are the same object, as small ints are, so that an int which a caller gives is not taken
-    for one. Its copies, in ``dataclasses.asdict`` too, are ints.
+    Each instance is its own object, unlike a small int, so a caller's int is never mistaken for
+    one. Copies, including those of ``dataclasses.asdict``, are plain ints.
     """
 
     def __deepcopy__(self, _) -> int:
         return int(self)
 
 
-# What a follower has in the signature; in every instance it is an int.
+# The default of a follower in the signature. In every instance the field is an int.
 _FOLLOW: Any = None
 
-# So that a checkpoint which holds a field loads with weights_only=True.
+# Lets a checkpoint that holds such a field load with weights_only=True.
 torch.serialization.add_safe_globals([_Followed])
 
 
@@ -56,22 +56,22 @@ class NSAConfig:
         select_block_size: tokens ``l'`` of a selection block, default ``l``. In tile mode a
             multiple of ``l``.
         num_selected_blocks: blocks ``n`` that a query (or tile) attends, forced ones included.
-            A sequence of fewer blocks attends all that it may. :func:`nsa.select_blocks`, whose
-            rows have ``n`` slots, has a limit.
+            In a sequence with fewer blocks, a query attends all that it may.
+            :func:`nsa.select_blocks` limits ``n``, because its rows have ``n`` slots.
         num_initial_blocks: blocks at the start of the sequence that are always selected.
-        num_local_blocks: blocks up to the query's own that are always selected; in tile mode up to
-            the block of position ``q_tile_size * (u + 1) - 1``, the end of tile ``u``, whether or
-            not the sequence reaches it. A forced block past the end of the sequence takes one of
-            the ``n`` slots and attends nothing.
+        num_local_blocks: blocks up to the query's own that are always selected. In tile mode they
+            end at the block of position ``q_tile_size * (u + 1) - 1``, the end of tile ``u``, even
+            if the sequence ends earlier. A forced block past the end of the sequence takes one of
+            the ``n`` slots and adds no keys.
         window_size: keys ``w`` of the sliding window, the query's own included. A window longer
-            than the sequence is no window.
+            than the sequence covers all of it.
         q_tile_size: queries that share one selection in tile mode.
         tile_summary: ``"first"`` scores a tile by its first query and is strictly causal.
             ``"mean"`` scores it by the mean of its queries, so that routing (not values) sees up
             to ``q_tile_size - 1`` tokens ahead.
         compressed_visibility: ``"complete"`` lets query ``t`` see compressed blocks that end at or
-            before ``t``. ``"started"`` lets it see blocks that start at or before ``t``: that
-            leaks up to ``l - 1`` future tokens through the mean, and exists only to reproduce
+            before ``t``. ``"started"`` lets it see blocks that start at or before ``t``. This
+            leaks up to ``l - 1`` future tokens through the mean; it exists only to reproduce
             published numbers.
         num_cmp_selected_blocks: groups ``m`` of compressed tokens that a tile attends in the
             compressed branch (tile mode); ``None`` attends all.
@@ -100,12 +100,12 @@ class NSAConfig:
     cmp_group_size: int = 128
     causal: bool = True
     scale: float | None = None
-    # Given by dataclasses.replace alone: the defaults of the configuration that it starts from.
+    # Only dataclasses.replace passes this: the defaults of the configuration that it starts from.
     _followed: InitVar[tuple[_Followed, ...]] = field(default=(), kw_only=True)
 
     if TYPE_CHECKING:
-        # Not fields: the form in which a custom op takes a configuration, and an equal one of
-        # plain ints, which torch.compile needs; None if this is one.
+        # These are not fields. `encoded` is the form that custom ops take. `plain` is an equal
+        # configuration of plain ints, which torch.compile needs; None if this one is plain.
         @property
         def encoded(self) -> str: ...
 
@@ -124,7 +124,7 @@ class NSAConfig:
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_followed", tuple(followed))
         if self.scale is not None:
-            # One form of each value, so that equal configurations have equal hashes.
+            # One form for each value, so that equal configurations have equal hashes.
             object.__setattr__(self, "scale", float(self.scale))
         self._check_relations()
         object.__setattr__(self, "encoded", json.dumps(asdict(self)))
@@ -138,12 +138,12 @@ class NSAConfig:
         return type(self), tuple(None if isinstance(x, _Followed) else x for x in values)
 
     def __hash__(self):
-        # A string keeps its hash; that of all fields would be computed in each look-up.
+        # A string caches its hash. A hash of all fields would be computed in each look-up.
         return hash(self.encoded)
 
     @classmethod
     def decode(cls, encoded: str) -> "NSAConfig":
-        """The configuration whose ``encoded`` this is."""
+        """Rebuild a configuration from its ``encoded``."""
         return cls(**json.loads(encoded))
 
     @classmethod

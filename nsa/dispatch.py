@@ -41,22 +41,22 @@ def forward(
     with no key in a branch gets 0 from it. Differentiable in ``q``, ``k``, ``v``, ``gates``,
     ``compressed_kv`` and all weights; no gradient passes through the selection of blocks.
 
-    Query head ``h`` attends KV head ``h // G``, ``G = H / H_kv``. A NaN or infinity in ``k`` or
-    ``v`` stays with the queries that attend it on the reference. In the fused backend a masked one
-    is multiplied by 0, not skipped: it reaches other tokens of its own sequence, and the end of the
-    packed sequence before it.
+    Query head ``h`` attends KV head ``h // G``, ``G = H / H_kv``. In the reference, a NaN or
+    infinity in ``k`` or ``v`` reaches only the queries that attend it. The fused backend multiplies
+    masked values by 0 instead of skipping them, so a NaN or infinity reaches other tokens of its
+    sequence and the end of the packed sequence before it.
 
-    The fused backend's gradients are sums in any order: their last bits differ from run to run.
-    They can be differentiated once, the reference's again.
+    The fused backend adds gradients in any order, so their last bits differ from run to run. It
+    supports first derivatives only; the reference also supports higher ones.
 
-    PyTorch's precision of float32 products, which may be TF32, holds for the reference and for
-    compress weights; 16-bit inputs lose nothing by it. The fused backend selects without it.
+    PyTorch's float32 matmul precision, which may be TF32, applies to the reference and to the
+    compress weights; 16-bit inputs lose nothing by it. Selection in the fused backend ignores it.
 
     Args:
         q: ``(B, N, H, D)``, or packed ``(T, H, D)`` with ``cu_seqlens``; float16, bfloat16,
-            float32 or float64, which all other float arguments share. Under autocast, arguments of
-            several of the first three are cast to the autocast dtype, as
-            ``scaled_dot_product_attention`` does; otherwise autocast changes nothing.
+            float32 or float64. All float arguments have one dtype. Under autocast, arguments that
+            mix the first three are cast to the autocast dtype, as ``scaled_dot_product_attention``
+            does; otherwise autocast changes nothing.
         k: ``(B, N, H_kv, D)`` or ``(T, H_kv, D)``; or three of them, for the (compressed,
             selected, window) branches.
         v: ``(B, N, H_kv, Dv)`` or ``(T, H_kv, Dv)``; or three of them.
@@ -64,34 +64,33 @@ def forward(
         gate_proj_weight: ``(H, 3, D)``; gates are ``sigmoid(q . gate_proj_weight[h, i])`` where
             ``gates`` is not given. With neither, each gate is 1/3.
         gates: ``(B, N, H, 3)`` or ``(T, H, 3)``, used as they are.
-        compress_k_weight: ``(H_kv, D, D)``, applied to the mean keys of a block from the right.
-        compress_v_weight: ``(H_kv, Dv, Dv)``, likewise.
-        compressed_kv: compressed keys and values of a learned compressor instead,
+        compress_k_weight: ``(H_kv, D, D)``; multiplies a block's mean key from the right.
+        compress_v_weight: ``(H_kv, Dv, Dv)``; likewise for values.
+        compressed_kv: compressed keys and values from the caller's own compressor,
             ``(B, N_cmp, H_kv, D)`` and ``(B, N_cmp, H_kv, Dv)`` with
-            ``N_cmp = max(0, (N - l) // d + 1)``; packed, the blocks of one sequence after another,
-            ``(sum of N_cmp, H_kv, D)`` and ``(sum of N_cmp, H_kv, Dv)``.
-        block_indices: int32 blocks to attend instead of selecting them: token mode
+            ``N_cmp = max(0, (N - l) // d + 1)``. For packed input, the blocks of all sequences one
+            after another, ``(sum of N_cmp, H_kv, D)`` and ``(sum of N_cmp, H_kv, Dv)``.
+        block_indices: int32 blocks to attend instead of selecting: token mode
             ``(B, N, H_kv, n)`` or ``(T, H_kv, n)``, tile mode ``(B, H, tiles, n)`` or
-            ``(H, sum of tiles, n)``; ascending, -1 in empty slots at the end. The values are
-            checked in each call, for which the host waits once; against the longest sequence that
-            there may be, where the lengths are not read.
+            ``(H, sum of tiles, n)``; ascending, -1 in empty slots at the end. Each call checks the
+            values, for which the host waits once. If the lengths are not read, the limit is that of
+            the longest possible sequence.
         cu_seqlens: int32 ``(S + 1,)`` boundaries of packed sequences, from 0 to ``T``; sequences
-            may have any length, 0 and 1 included. A tensor is read and checked in each call, which
-            waits for a GPU unless ``max_seqlen`` is given; then it is neither. Give a
-            :class:`nsa.Packing` of it to all layers and steps that pack alike: it is read once, and
-            so is computed what follows from it. While torch.compile traces or a CUDA graph is
-            captured, a tensor's values may change from replay to replay.
-        max_seqlen: an upper bound of the sequence lengths; by default they are read. Needed while a
-            CUDA graph is captured, unless ``cu_seqlens`` is a :class:`nsa.Packing`.
-        max_workspace_bytes: how much device memory to use at most beside arguments, output and
-            their gradients; by default most of what is free when the call is made, or all that
-            there is while torch.compile traces or a CUDA graph is captured. The fused backend runs
-            KV heads in chunks to keep to it, and where need be keeps nothing for backward, which
-            then computes the forward of each chunk again. It is an estimate, exceeded where one KV
-            head needs more, and does not change the result beyond rounding. The reference ignores
-            it.
-        backend: ``"reference"``, ``"fused"``, or ``"auto"``: fused where it can, else reference,
-            with the reason logged once.
+            may have any length, 0 and 1 included. Each call reads and checks a tensor, for which
+            the host waits for a GPU; with ``max_seqlen`` it does neither on a GPU. Pass a
+            :class:`nsa.Packing` to all layers and steps with the same boundaries: it is read once,
+            and what follows from it is computed once. While torch.compile traces or a CUDA graph
+            is captured, a tensor's values may change from replay to replay.
+        max_seqlen: an upper bound on the sequence lengths; by default they are read. Required while
+            a CUDA graph is captured, unless ``cu_seqlens`` is a :class:`nsa.Packing`.
+        max_workspace_bytes: the most device memory to use beside arguments, output and their
+            gradients. By default most of what is free when the call is made, or no limit while
+            torch.compile traces or a CUDA graph is captured. To stay within it, the fused backend
+            runs KV heads in chunks and, if needed, keeps nothing for backward, which then computes
+            the forward of each chunk again. The limit is an estimate and is exceeded if one KV head
+            needs more. It changes the result by rounding only. The reference ignores it.
+        backend: ``"reference"``, ``"fused"``, or ``"auto"``: fused if it can do this, else
+            reference, with the reason logged once.
 
     Returns:
         ``(B, N, H, Dv)`` or ``(T, H, Dv)`` in the dtype of ``q``.
@@ -146,13 +145,13 @@ def select_blocks(
 ) -> Tensor:
     """The blocks that :func:`forward` selects for the same arguments (paper Eq. 8 to 12).
 
-    Of three keys the compressed branch's is used. Arguments as in :func:`forward`.
+    Arguments are those of :func:`forward`. Of three tensors ``k`` only the compressed one is used.
 
     Returns:
         int32 indices of blocks in their sequence: token mode ``(B, N, H_kv, n)`` or
         ``(T, H_kv, n)``, tile mode ``(B, H, tiles, n)`` or ``(H, sum of tiles, n)``; ascending, -1
-        in empty slots at the end. Fit for ``block_indices`` of :func:`forward`. Packed tiles are
-        counted on the host: while torch.compile traces that is a graph break.
+        in empty slots at the end. :func:`forward` takes them as ``block_indices``. The host counts
+        packed tiles, which is a graph break under torch.compile.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as in :func:`forward`.
@@ -226,7 +225,7 @@ def explain_backend(
 
 
 class _Call(NamedTuple):
-    """Valid arguments: ``k`` and ``v`` hold one tensor a branch, all floats have one dtype."""
+    """Checked arguments: ``k`` and ``v`` hold a tensor per branch; all floats have one dtype."""
 
     q: Tensor
     k: tuple[Tensor, Tensor, Tensor]
@@ -256,7 +255,7 @@ def _check_call(
     max_seqlen,
     max_workspace_bytes,
 ) -> _Call:
-    """Check the arguments of :func:`forward`, and bring them to one dtype under autocast."""
+    """Check the arguments of :func:`forward`, and cast them to one dtype under autocast."""
     config = validation.check_config(config)
     k, v = validation.per_branch("k", k), validation.per_branch("v", v)
     floats = (gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv)
@@ -298,7 +297,7 @@ def _fused_limit(q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -> str | N
 
 
 def _choose(backend: str, limit: str | None) -> str | None:
-    """The backend to use, given what keeps the fused one from it; None if there is none."""
+    """The backend to use, given the limit of the fused one; None if there is no backend."""
     if backend == "auto":
         return "fused" if limit is None else "reference"
     return None if backend == "fused" and limit is not None else backend

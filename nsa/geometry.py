@@ -1,8 +1,8 @@
-"""Where tokens, blocks and tiles of sequences lie, and what each query may see: for both backends.
+"""Where tokens, blocks and tiles lie, and what each query may see. Both backends use it.
 
-Sequences are laid out one after another ("flat"), so that batched and packed input are one case.
-What a query may see in a branch is then one interval ``[first, end)`` of flat keys, and both bounds
-grow with the flat query index.
+Sequences lie one after another ("flat"), so batched and packed input are the same case. A query
+then sees one interval ``[first, end)`` of flat keys in a branch, and both bounds grow with the flat
+query index.
 """
 
 from dataclasses import dataclass
@@ -22,22 +22,22 @@ from nsa.blocks import (
 from nsa.config import NSAConfig
 
 UNLIMITED = 1 << 62
-"""More than there is of anything, and a sum of two does not overflow an int64."""
+"""Larger than any count. The sum of two does not overflow an int64."""
 
 
 def prefix_sum(counts: Tensor) -> Tensor:
-    """Where each of consecutive runs starts, then where the last ends: ``(S,)`` to ``(S + 1,)``."""
+    """Start of each of consecutive runs, then the end of the last: ``(S,)`` to ``(S + 1,)``."""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
 def locate_items(offset: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """The sequence of each of ``total`` items, and its index there: int64 ``(total,)`` each.
 
-    ``offset (S + 1,)`` is where each sequence starts, then where the last ends. Items past that
-    count as the last sequence's.
+    ``offset (S + 1,)`` holds the start of each sequence, then the end of the last. Items past the
+    end count as the last sequence's.
     """
     index = torch.arange(total, device=offset.device)
-    # Of the whole offset: torch.compile for GPUs cannot search in a slice.
+    # This searches the whole offset, because torch.compile for GPUs cannot search in a slice.
     owner = torch.searchsorted(offset, index, right=True).clamp(max=offset.shape[0] - 1) - 1
     return owner, index - offset[owner]
 
@@ -46,12 +46,12 @@ class Segments:
     """Items (tokens, blocks or tiles) of consecutive sequences in one flat row.
 
     Args:
-        offset: where each sequence starts, then where the last ends; int64 ``(S + 1,)``.
+        offset: the start of each sequence, then the end of the last; int64 ``(S + 1,)``.
         total: items of the row, at least ``offset[-1]``; those past it belong to no sequence.
     """
 
     single = False
-    """Whether there is one sequence, of all items."""
+    """Whether one sequence has all items."""
 
     def __init__(self, offset: Tensor, total: int):
         self.offset = offset
@@ -93,11 +93,11 @@ class Segments:
         return self.local < self.count[self.owner]
 
     def count_of(self, owner: Tensor) -> Tensor | int:
-        """Items of the sequence of each ``owner``; an int where there is one sequence."""
+        """Items of the sequence of each ``owner``; an int if there is one sequence."""
         return self.count[owner]
 
     def only_real(self, x: Tensor) -> Tensor:
-        """``x``, one value an item, with 0 for items of no sequence."""
+        """``x``, which has one value per item, with 0 for items of no sequence."""
         return torch.where(self.real, x, 0)
 
     @cached_property
@@ -106,7 +106,7 @@ class Segments:
 
 
 class SingleSegment(Segments):
-    """Items of one sequence alone, which need no looking up: fewer kernels, or none."""
+    """Items of a single sequence. They need no look-ups, so fewer kernels run, or none."""
 
     single = True
     num_sequences = 1
@@ -117,7 +117,7 @@ class SingleSegment(Segments):
 
     @cached_property
     def offset(self) -> Tensor:  # type: ignore[override]
-        # Nothing assigns it. Not from a list, which would be copied from the host.
+        # Nothing assigns it. A list would be copied from the host, so this computes it.
         return torch.arange(2, device=self.device) * self.total
 
     @cached_property
@@ -146,9 +146,9 @@ class Geometry:
     Args:
         tokens: the sequences.
         config: block sizes and rules.
-        exact: whether to count blocks exactly, which reads the lengths on the host; else each kind
-            of block gets an upper bound that follows from the number of tokens and sequences.
-        uniform: number and length of the sequences where all are alike; counts are then exact.
+        exact: whether to count blocks exactly, which reads the lengths on the host. Otherwise each
+            kind of block gets an upper bound from the number of tokens and sequences.
+        uniform: number and length of the sequences if all have one length; counts are then exact.
     """
 
     tokens: Segments
@@ -207,7 +207,7 @@ class Geometry:
 
     @property
     def units(self) -> Segments:
-        """What selects together: tokens or tiles."""
+        """What selects together: a token or a tile."""
         return self.tokens if self.config.selection == "token" else self.tiles
 
     @cached_property
@@ -217,7 +217,7 @@ class Geometry:
 
     @cached_property
     def tile_end(self) -> Tensor:
-        """Last position of each tile, whether or not its sequence reaches it: ``(tiles,)``."""
+        """Last position of each tile, even if its sequence ends earlier: ``(tiles,)``."""
         return self.tile_first + (self.config.q_tile_size - 1)
 
     @cached_property
@@ -227,7 +227,7 @@ class Geometry:
 
     @property
     def unit_position(self) -> Tensor:
-        """The position that each unit's forced blocks and candidates follow, int64 ``(units,)``."""
+        """The position that sets each unit's forced blocks and candidates, int64 ``(units,)``."""
         return self.tokens.local if self.config.selection == "token" else self.tile_end
 
     def num_visible(self, position: Tensor, owner: Tensor, visibility: str) -> Tensor:
@@ -268,7 +268,7 @@ class Geometry:
         return first, first + count
 
     def block_rules(self, position: Tensor, owner: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Which flat selection ``blocks`` are candidates, and which of them are forced.
+        """Which flat selection ``blocks`` are candidates, and which candidates are forced.
 
         Args:
             position, owner: ``unit_position`` and sequence of each unit, ``(C,)``.
@@ -286,9 +286,9 @@ class Geometry:
         return candidate, candidate & (blocks <= own) & (initial | local)
 
     def num_forced_past_end(self, position: Tensor, owner: Tensor) -> Tensor:
-        """Forced blocks that start past the end of the sequence, where a tile does not.
+        """Number of forced blocks that start past the end of the sequence, int64 ``(C,)``.
 
-        Arguments as in :meth:`block_rules`; int64 ``(C,)``.
+        Only the last tile of a sequence can have some. Arguments as in :meth:`block_rules`.
         """
         count = self.selection.count[owner]
         end = position // self.config.select_block_size + 1
@@ -299,7 +299,7 @@ class Geometry:
 
     @property
     def _forced_counts(self) -> tuple[int, int]:
-        """Initial and local blocks; more than there are positions would overflow."""
+        """Initial and local blocks, limited so that sums do not overflow."""
         config = self.config
         return (
             min(config.num_initial_blocks, UNLIMITED),

@@ -1,4 +1,4 @@
-"""When the host may not look at values, or keep tensors: torch.compile and CUDA graph capture."""
+"""When the host may read values or keep tensors: rules for torch.compile and CUDA graph capture."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
-    """Whether something looks at each operation and must see custom ops instead of kernels.
+    """Whether something intercepts each operation and must see custom ops instead of kernels.
 
-    That is torch.compile, a dispatch mode (such as that of fake tensors or of selective
-    checkpointing), or any of the ``tensors``, of a subclass.
+    That is torch.compile, a dispatch mode (such as fake tensors or selective checkpointing), or a
+    tensor subclass among ``tensors``.
     """
     return (
         torch.compiler.is_compiling()
@@ -21,20 +21,20 @@ def is_traced(*tensors: Tensor | None) -> bool:
 
 
 def is_capturing(x: Tensor) -> bool:
-    """Whether work on the device of ``x`` is being captured in a CUDA graph, not run."""
+    """Whether a CUDA graph captures the work on the device of ``x``."""
     if torch.compiler.is_compiling() or not x.is_cuda:
         return False
     return torch.cuda.is_current_stream_capturing()
 
 
 def may_keep(x: Tensor) -> bool:
-    """Whether what is computed now on the device of ``x`` may be kept for later calls.
+    """Whether a tensor computed now on the device of ``x`` may be kept for later calls.
 
-    Not where something traces, whose tensors may have no data. On a GPU, on the default stream
-    alone: elsewhere it is there only for what comes later on the same stream, while a graph is
-    captured only in its replays. And the memory may not be ours: torch.compile(
-    mode="reduce-overhead") runs a call once on a stream of its own, in the memory of the graph to
-    be, and fails if more than the results is left there.
+    Traced tensors may have no data, so they are not kept. On a GPU only the default stream allows
+    it: a tensor computed on another stream is ready only for later work of that stream, and one
+    from a graph capture exists only in replays. The memory may also belong to someone else:
+    torch.compile(mode="reduce-overhead") runs a call once on its own stream in the memory of the
+    coming graph, and fails if anything but the results stays there.
     """
     if is_traced(x):
         return False

@@ -1,8 +1,8 @@
 """Native Sparse Attention as a ``torch.nn`` module: projections, compressor and gates.
 
-Around :func:`nsa.forward`, this adds what has weights: the query, key, value and output
-projections, the learned compression ``phi`` of Eq. 7 and the gate MLP of Eq. 5 of
-https://arxiv.org/abs/2502.11089.
+The module adds the parts with weights to :func:`nsa.forward`: the query, key, value and output
+projections, the learned compression ``phi`` (Eq. 7 of https://arxiv.org/abs/2502.11089) and the
+gate MLP (Eq. 5).
 """
 
 from typing import Any
@@ -33,17 +33,17 @@ _COMPRESSORS = ("mlp", "mean")
 
 
 class BlockCompressor(nn.Module):
-    """The learned compression ``phi`` of the paper's Eq. 7: a block of ``l`` vectors to one.
+    """The learned compression ``phi`` of the paper's Eq. 7, from ``l`` vectors to one.
 
-    ``phi(x_1 .. x_l) = MLP(concat(x_i + position_i))``, one for all KV heads.
+    ``phi(x_1 .. x_l) = MLP(concat(x_i + position_i))``; all KV heads share it.
 
     Args:
         block_size: vectors ``l`` in a block.
         dim: channels ``D`` of a vector.
         device, dtype: of the parameters; by default torch's defaults.
 
-    Linear layers start normal with variance ``1 / fan_in`` (2 for the one before the SiLU), so
-    that a compressed vector starts at about the scale of its tokens; positions start at 0.02.
+    Linear layers are initialised normal with variance ``1 / fan_in`` (``2 / fan_in`` before the
+    SiLU), so a compressed vector has about the scale of its tokens. Positions have std 0.02.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class BlockCompressor(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Initialise the positions; the linear layers initialise themselves."""
+        """Initialise the positions. The linear layers initialise themselves."""
         nn.init.normal_(self.position, std=0.02)
 
     def forward(self, blocks: Tensor) -> Tensor:
@@ -81,28 +81,28 @@ class NativeSparseAttention(nn.Module):
         config: block sizes and rules; default ``NSAConfig()``.
         head_dim: channels ``D`` of queries and keys, default ``dim / num_heads``.
         value_head_dim: channels ``Dv`` of values, default ``head_dim``.
-        rope_theta: base of the rotary embedding of queries and keys; None for none. Positions
+        rope_theta: base of the rotary embedding of queries and keys; None disables it. Positions
             count from 0 in each sequence.
         separate_kv: whether each branch has its own key and value projection, as in the paper.
-        gate: ``"hidden"``: a two-layer MLP on ``x`` and a sigmoid, a gate for each head and branch,
-            as in the paper. ``"q"``: ``gate_proj_weight (H, 3, D)`` on the (rotated) query.
-        compressor: ``"mlp"``: :class:`BlockCompressor`, one for keys and one for values. With RoPE
-            it compresses unrotated keys, and the compressed key is rotated to its block's centre,
-            position ``j * d + (l - 1) / 2``. ``"mean"``: the mean of the (rotated) keys and of the
-            values, with no weights.
+        gate: ``"hidden"`` applies a two-layer MLP and a sigmoid to ``x``, with a gate for each head
+            and branch, as in the paper. ``"q"`` applies ``gate_proj_weight (H, 3, D)`` to the
+            (rotated) query.
+        compressor: ``"mlp"`` uses a :class:`BlockCompressor` for keys and one for values. With RoPE
+            it compresses unrotated keys and rotates the compressed key to its block's centre,
+            position ``j * d + (l - 1) / 2``. ``"mean"`` takes the mean of the (rotated) keys and of
+            the values; it has no weights.
         bias: whether the four projections have a bias.
         max_workspace_bytes, backend: as in :func:`nsa.forward`.
         device, dtype: of the parameters; by default torch's defaults.
 
-    Initialisation: projections are normal with variance ``1 / fan_in``, so that queries and keys of
-    normalised hidden states start at unit variance; the gate's last layer is small (0.02), so that
-    all gates start near 1/2; biases are 0. No weight starts at exactly 0 in a way that would keep
-    another one's gradient at 0. As in all of PyTorch each module initialises its own parameters:
-    ``for m in layer.modules()``, call ``m.reset_parameters()`` where it has one.
+    Projections are initialised normal with variance ``1 / fan_in``, so queries and keys of
+    normalised hidden states have unit variance. The gate's last layer is small (0.02), so all gates
+    start near 1/2. Biases are 0. No zero weight keeps another weight's gradient at 0. Each module
+    initialises its own parameters: call ``m.reset_parameters()`` of ``layer.modules()``, if any.
 
-    The projections and the linear layers of the MLPs may be wrapped or replaced, by FSDP units,
-    LoRA, quantised or low-rank modules. These get the dtype of ``x`` (under autocast, what autocast
-    made of it), and may return another float dtype.
+    The projections and the linear layers of the MLPs may be wrapped or replaced: FSDP units, LoRA,
+    quantised or low-rank modules. Such a module gets the dtype of ``x`` (after autocast, if on) and
+    may return another float dtype.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -166,7 +166,7 @@ class NativeSparseAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Initialise ``gate_proj_weight``, if any; the layer's modules initialise themselves."""
+        """Initialise ``gate_proj_weight``, if any. The layer's modules initialise themselves."""
         if self.gate_proj_weight is not None:
             nn.init.normal_(self.gate_proj_weight, std=0.02)
 
@@ -179,9 +179,9 @@ class NativeSparseAttention(nn.Module):
             x: hidden states ``(B, N, dim)``, or packed ``(T, dim)`` with ``cu_seqlens``, in the
                 dtype of the weights (any float dtype under autocast).
             cu_seqlens: int32 ``(S + 1,)`` boundaries of packed sequences, from 0 to ``T``; or a
-                :class:`nsa.Packing` of them, for all layers and steps that pack alike.
-            max_seqlen: an upper bound of the sequence lengths; without it the host reads a tensor
-                of boundaries, and waits for a GPU.
+                :class:`nsa.Packing` of them, for all layers and steps with these boundaries.
+            max_seqlen: an upper bound on the sequence lengths. Without it the host reads a tensor
+                of boundaries and waits for a GPU.
 
         Returns:
             The shape of ``x``.
@@ -267,13 +267,13 @@ class NativeSparseAttention(nn.Module):
     def _compress(
         self, k: Tensor, v: Tensor, boundaries: Boundaries | None
     ) -> tuple[Tensor, Tensor]:
-        """Compressed keys, rotated to their blocks' centres, and values."""
+        """Compressed keys, rotated to the centres of their blocks, and compressed values."""
         assert self.compress_k is not None
         assert self.compress_v is not None
         config = check_config(self.config)
         first, local = _block_starts(k, boundaries, config)
         index = first[:, None] + torch.arange(config.compress_block_size, device=k.device)
-        # A block that an upper bound counts too many reads anything.
+        # Blocks past the real ones (the count may be an upper bound) may read any token.
         index = index.clamp(max=max(0, k.shape[:-2].numel() - 1))
         k_cmp, v_cmp = (
             compress(x.flatten(0, -3).index_select(0, index.flatten()).unflatten(0, index.shape))
@@ -305,7 +305,7 @@ class NativeSparseAttention(nn.Module):
 def _read_once(
     cu_seqlens: Tensor | Packing | None, max_seqlen: int | None
 ) -> Tensor | Packing | None:
-    """A Packing of boundaries that would else be read here and again in :func:`nsa.forward`."""
+    """A Packing, if boundaries would otherwise be read here and again in :func:`nsa.forward`."""
     if isinstance(cu_seqlens, Tensor) and max_seqlen is None and has_readable_values(cu_seqlens):
         return Packing(cu_seqlens)
     return cu_seqlens
@@ -324,7 +324,7 @@ def _block_starts(
 ) -> tuple[Tensor, Tensor]:
     """Flat first token, and index in its sequence, of each compressed block: ``(M,)`` each.
 
-    Of packed sequences whose lengths are unknown ``M`` is an upper bound.
+    ``M`` is an upper bound for packed sequences of unknown lengths.
     """
     stride = config.compress_stride
     if boundaries is None:

@@ -1,7 +1,7 @@
 """Linear layers that initialise themselves, and that users may wrap or replace.
 
-Such a module (an FSDP unit, LoRA, a quantised or low-rank layer) may compute in a dtype of its own,
-have no ``weight``, or one whose dtype says nothing.
+A replacement (an FSDP unit, LoRA, a quantised or low-rank layer) may compute in its own dtype. It
+may have no ``weight``, or a weight whose dtype does not tell which input it takes.
 """
 
 import weakref
@@ -16,7 +16,7 @@ from nsa.precision import autocast_dtype
 def make_linear(
     dim: int, out: int, bias: bool = True, *, std: float | None = None, device=None, dtype=None
 ) -> nn.Linear:
-    """A linear layer that starts normal with ``std``, by default ``1 / sqrt(dim)``."""
+    """A linear layer with a normal weight of ``std``, by default ``1 / sqrt(dim)``."""
     linear = nn.Linear(dim, out, bias=bias, device=device, dtype=dtype)
     initialise = _Initialiser(linear, dim**-0.5 if std is None else std)
     linear.reset_parameters = initialise  # type: ignore[method-assign]
@@ -27,9 +27,9 @@ def make_linear(
 def make_mlp(
     dim: int, hidden: int, out: int, *, last_std: float | None = None, device=None, dtype=None
 ) -> "MLP":
-    """``Linear, SiLU, Linear`` that starts with outputs at the scale of its inputs.
+    """``Linear, SiLU, Linear``, initialised so that outputs have the scale of inputs.
 
-    ``last_std`` is that of the last layer, by default ``1 / sqrt(hidden)``.
+    ``last_std`` is the ``std`` of the last layer, by default ``1 / sqrt(hidden)``.
     """
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     return MLP(
@@ -40,7 +40,7 @@ def make_mlp(
 
 
 class MLP(nn.Sequential):
-    """Linear layers with ``SiLU`` between, each of which may compute in a dtype of its own."""
+    """Linear layers with ``SiLU`` between. Each may compute in its own dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
@@ -50,11 +50,11 @@ class MLP(nn.Sequential):
 
 
 class _Initialiser:
-    """What ``linear.reset_parameters()`` does here: a normal weight, and a bias of 0.
+    """The ``reset_parameters`` of our linear layers: a normal weight, and a bias of 0.
 
     It is an attribute of the ``nn.Linear``, not a method of a subclass, because tools that replace
-    linear layers go by the exact type. A weak reference lets a deleted layer free its memory at
-    once. A copied or unpickled linear layer has an initialiser of its own.
+    linear layers check the exact type. The weak reference lets a deleted layer free its memory at
+    once. A copied or unpickled linear layer has its own initialiser.
     """
 
     def __init__(self, linear: nn.Linear, std: float):
@@ -72,9 +72,9 @@ class _Initialiser:
 
 
 def apply_linear(linear: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``linear(x)``, with ``x`` in the dtype of a plain linear's weight, in ``dtype`` for another.
+    """``linear(x)``, with ``x`` cast to the weight's dtype of a plain layer, else to ``dtype``.
 
-    Under autocast ``x`` stays as it is.
+    Under autocast ``x`` is not cast.
     """
     if autocast_dtype(x.device) is None and not takes_dtype(linear, x.dtype):
         x = x.to(weight_dtype(linear) or dtype)
@@ -82,7 +82,7 @@ def apply_linear(linear: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def takes_dtype(linear: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether this is a linear layer with a weight of ``dtype``."""
+    """Whether this is an ``nn.Linear`` with a weight of ``dtype``."""
     return type(linear) is nn.Linear and linear.weight.dtype == dtype
 
 
@@ -96,9 +96,9 @@ def weight_dtype(linear: nn.Module) -> torch.dtype | None:
 
 
 def to_one_dtype(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of different float dtypes in one dtype that holds all, or in that of autocast.
+    """Cast tensors to one dtype: the promoted dtype, or under autocast the autocast dtype.
 
-    Autocast leaves float64 alone.
+    Autocast does not change float64.
     """
     dtype = tensors[0].dtype
     for x in tensors[1:]:

@@ -1,4 +1,4 @@
-"""Where packed sequences start and end: a bare tensor, or boundaries that were read once."""
+"""Boundaries of packed sequences: a bare tensor, or a Packing that is read once."""
 
 from collections.abc import Callable, Hashable
 from itertools import pairwise
@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa.host import has_readable_values, is_capturing, may_keep
 
 MAX_KEPT = 16
-"""Things to keep with a Packing. Few, because index tensors are as long as the sequences."""
+"""Results that a Packing keeps. Few, because index tensors are as long as the sequences."""
 
 _MAX_INT32 = 2**31 - 1
 _Kept = TypeVar("_Kept")
@@ -20,24 +20,24 @@ _Kept = TypeVar("_Kept")
 class Packing:
     """Boundaries of packed sequences, read and checked once.
 
-    Give it as ``cu_seqlens`` to every layer and step that packs the same sequences: what follows
-    from the boundaries is computed at its first use and kept here, on a GPU some 100 bytes a token
-    for each configuration, and of the last 16 at most. A bare tensor gives equal results, but is
-    read and planned for again in each call. Where activation checkpointing repeats a forward, a
-    bare tensor must still have its values; a Packing has.
+    Pass it as ``cu_seqlens`` to every layer and step with the same boundaries. Results that follow
+    from the boundaries are computed at first use and kept here: about 100 bytes a token on a GPU
+    for each configuration, and at most 16 of them. A bare tensor gives equal results, but each call
+    reads it and plans again. If activation checkpointing repeats a forward, a bare tensor must
+    still have its values; a Packing always has.
 
-    The boundaries are copied, so that nothing written to ``cu_seqlens`` later changes them. Make it
-    outside of CUDA graph capture, and keep it alive as long as a graph that was captured with it.
+    A Packing copies the boundaries, so later writes to ``cu_seqlens`` do not change it. Make it
+    outside of CUDA graph capture, and keep it alive as long as a graph captured with it.
 
     Args:
         cu_seqlens: int32 ``(S + 1,)`` boundaries, from 0 to the number of tokens ``T``; sequences
             may have any length, 0 and 1 included.
-        max_seqlen: an upper bound of the lengths, in tokens; default the longest of them.
+        max_seqlen: an upper bound on the lengths, in tokens; by default the longest length.
 
     Attributes:
         cu_seqlens: the copy, on the device of the argument. Do not write to it.
-        max_seqlen: the upper bound; None where values cannot be read (torch.compile, fake tensors).
-        lengths: tokens of each sequence, a list; None likewise.
+        max_seqlen: the upper bound; None if values cannot be read (torch.compile, fake tensors).
+        lengths: tokens of each sequence, a list; None in the same cases.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -48,7 +48,7 @@ class Packing:
         check_max_seqlen(max_seqlen)
         if is_capturing(cu_seqlens):
             raise ValueError("a Packing must be made before, not while a CUDA graph is captured")
-        # What is made in inference mode could not be saved for a backward.
+        # A tensor made in inference mode cannot be saved for backward.
         with torch.inference_mode(False):
             self.cu_seqlens = cu_seqlens.detach().clone()
         self.lengths = None
@@ -62,10 +62,10 @@ class Packing:
             _by_address[_address(self.cu_seqlens)] = self
 
     def keep(self, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
-        """What ``make()`` gives, which follows from the boundaries and ``key``: computed once.
+        """The result of ``make()``, which depends on the boundaries and ``key`` only; kept.
 
-        Not where it may not be kept, as while a CUDA graph is captured. It must not refer to this
-        Packing, so that both are freed together.
+        It is not kept where :func:`nsa.host.may_keep` forbids it, such as in CUDA graph capture. It
+        must not refer to this Packing, so that both are freed together.
         """
         if not may_keep(self.cu_seqlens):
             return make()
@@ -90,12 +90,12 @@ def _make_packing(cu_seqlens: Tensor, max_seqlen: int | None) -> Packing:
     return Packing(cu_seqlens, max_seqlen=max_seqlen)
 
 
-# For custom ops, which take tensors only. An address belongs to its Packing as long as that lives.
+# Custom ops take tensors only, so they find a Packing by its address, unique while it lives.
 _by_address: WeakValueDictionary = WeakValueDictionary()
 
 
 def find_packing(cu_seqlens: Tensor) -> Packing | None:
-    """The Packing whose ``cu_seqlens`` this is, or an alias of; None for any other tensor."""
+    """The Packing whose ``cu_seqlens`` this tensor is or aliases; None for any other tensor."""
     packing = _by_address.get(_address(cu_seqlens))
     if packing is None:
         return None
@@ -113,9 +113,9 @@ class Boundaries(NamedTuple):
 
     Attributes:
         cu_seqlens: int32 ``(S + 1,)``.
-        lengths: tokens of each sequence; None where they were not read.
-        max_seqlen: an upper bound of them; None where neither given nor read.
-        packing: the caller's, or None for a bare tensor.
+        lengths: tokens of each sequence; None if they were not read.
+        max_seqlen: an upper bound on the lengths; None if it was neither given nor read.
+        packing: the caller's Packing, or None for a bare tensor.
     """
 
     cu_seqlens: Tensor
@@ -124,15 +124,15 @@ class Boundaries(NamedTuple):
     packing: Packing | None
 
     def keep(self, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
-        """:meth:`Packing.keep`; of a bare tensor nothing is kept."""
+        """:meth:`Packing.keep`. Nothing is kept for a bare tensor."""
         return make() if self.packing is None else self.packing.keep(key, make)
 
 
 def check_boundaries(cu_seqlens, max_seqlen, x: Tensor) -> Boundaries | None:
-    """Check the boundaries of packed ``x (T, ...)``; None for batched input, where there are none.
+    """Check the boundaries of packed ``x (T, ...)``; None for batched input, which has none.
 
-    A bare tensor's values are read where no ``max_seqlen`` spares the wait for a GPU, and never
-    while torch.compile traces or a CUDA graph is captured. Nothing is remembered of it.
+    A bare tensor's values are read on a CPU, and on a GPU if ``max_seqlen`` is not given; never
+    while torch.compile traces or a CUDA graph is captured. Nothing about it is kept.
     """
     check_max_seqlen(max_seqlen)
     if cu_seqlens is None:
@@ -149,7 +149,7 @@ def check_boundaries(cu_seqlens, max_seqlen, x: Tensor) -> Boundaries | None:
             f"cu_seqlens must be on the device of q, {x.device}, got {cu_seqlens.device}"
         )
     if torch.compiler.is_compiling():
-        # No lengths, whose values would be guarded.
+        # Lengths are not read, because torch.compile would guard their values.
         if packing is not None:
             max_seqlen = packing.max_seqlen
         if max_seqlen is not None:
@@ -166,7 +166,7 @@ def check_boundaries(cu_seqlens, max_seqlen, x: Tensor) -> Boundaries | None:
         raise ValueError(f"cu_seqlens must end at the {x.shape[0]} tokens of q, got {sum(lengths)}")
     _check_longest(max_seqlen, lengths)
     if packing is not None:
-        # One bound for all calls, so that they share what was computed.
+        # All calls use one bound, so that they share what was computed.
         max_seqlen = packing.max_seqlen
     elif max_seqlen is None:
         max_seqlen = max(lengths, default=0)
@@ -176,7 +176,7 @@ def check_boundaries(cu_seqlens, max_seqlen, x: Tensor) -> Boundaries | None:
 def _lengths(
     cu_seqlens: Tensor, packing: Packing | None, max_seqlen: int | None
 ) -> list[int] | None:
-    """The lengths where they are known or may be read."""
+    """The lengths if they are known or may be read, else None."""
     if packing is not None:
         return packing.lengths
     if not has_readable_values(cu_seqlens):

@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are kept in: float32 for 16-bit inputs, else ``dtype`` itself."""
+    """The dtype of sums: float32 for 16-bit inputs, else ``dtype`` itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context in which autocast changes no dtype: precision follows from the inputs alone."""
+    """A context without autocast, so that the dtypes of the inputs alone set the precision."""
     if autocast_dtype(device) is not None:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -26,15 +26,15 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-# What autocast casts: not float64.
+# The dtypes that autocast casts. float64 is not one.
 _AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def autocast_tensors(*tensors):
-    """The arguments of a call in the autocast dtype, if autocast is on and their dtypes differ.
+    """Cast the arguments of a call to the autocast dtype, if autocast is on and dtypes differ.
 
-    Tensors, tuples of tensors, or None; what is anything else, or has any other dtype, keeps all as
-    they are.
+    Arguments are tensors, tuples of tensors, or None. If any is something else, or has another
+    dtype than those above, none is cast.
     """
     q = tensors[0]
     dtype = autocast_dtype(q.device) if isinstance(q, Tensor) else None
@@ -49,7 +49,7 @@ def autocast_tensors(*tensors):
         if not isinstance(part, (tuple, list)):
             return None if part is None else part.to(dtype)
         if all(x is part[0] for x in part):
-            # One tensor for all branches stays one.
+            # One tensor for all branches stays one tensor.
             return (part[0].to(dtype),) * len(part)
         return tuple(x.to(dtype) for x in part)
 

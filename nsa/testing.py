@@ -1,4 +1,4 @@
-"""Input factories and the one assertion helper, for tests and tools."""
+"""Input factories and the accuracy assertion, for tests and tools."""
 
 import torch
 from torch import Tensor
@@ -39,22 +39,22 @@ def make_cu_seqlens(lengths: list[int], device: torch.device | str = "cpu") -> T
 def assert_as_accurate(
     name: str, actual: Tensor, same_dtype: Tensor, exact: Tensor, atol: float = 1e-5
 ):
-    """Assert that ``actual`` errs at most twice as much as the reference run in its dtype.
+    """Assert that the error of ``actual`` is at most twice that of the reference in its dtype.
 
-    That holds for the norm of the error, and for the largest one; there with half a unit in the
-    last place of the largest value added to the reference's own, since the largest of a few
-    roundings is a matter of luck.
+    The check covers the root mean square and the largest error. For the largest, half a unit in the
+    last place of the largest value is added to the reference's error, because the largest of a few
+    rounding errors is a matter of luck.
 
     Args:
         name: what is compared, for the message.
         actual: the result to judge.
         same_dtype: the reference's result for the same inputs in the same dtype.
         exact: the reference's result in float64.
-        atol: absolute error allowed beside that, for inputs of order 1. A gradient that is 0 by
-            cancellation, as through a softmax over one key, is float32 rounding noise.
+        atol: absolute error allowed in addition, for inputs of order 1. A gradient that is 0 by
+            cancellation, such as through a softmax over one key, is float32 rounding noise.
 
     Raises:
-        AssertionError: with the error and the budget.
+        AssertionError: the error exceeds the budget; the message gives both.
     """
     if actual.shape != exact.shape or actual.dtype != same_dtype.dtype:
         raise AssertionError(
@@ -70,7 +70,7 @@ def assert_as_accurate(
         ("largest", error.abs().max().item(), own.abs().max().item(), half_unit),
     ):
         budget = 2 * (reference + slack) + atol
-        # Written so that NaN fails.
+        # This form also fails for NaN.
         if not found <= budget:
             raise AssertionError(
                 f"{name}: {kind} error {found:.3e} exceeds {budget:.3e}, from the reference's own "

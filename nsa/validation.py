@@ -1,4 +1,4 @@
-"""Shape, dtype, device and value checks that hold for every backend, before any kernel starts.
+"""Checks of shapes, dtypes, devices and values for every backend, before any kernel starts.
 
 Every message names the argument, what it was and what it must be.
 """
@@ -28,7 +28,7 @@ class UnsupportedError(NotImplementedError):
 class Problem(NamedTuple):
     """The sizes that the arguments of one call agree on."""
 
-    leading: tuple[int, ...]  # (B, N), or (T,) where packed
+    leading: tuple[int, ...]  # (B, N), or (T,) if packed
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -41,12 +41,12 @@ class Problem(NamedTuple):
         return len(self.leading) == 2
 
 
-# Made once, because to check and to encode it takes time in each call.
+# Made once, because checking and encoding it in each call takes time.
 _DEFAULT = NSAConfig()
 
 
 def check_config(config) -> NSAConfig:
-    """The caller's configuration in plain ints, or the default one for None."""
+    """The caller's configuration in plain ints, or the default configuration for None."""
     if config is None:
         config = _DEFAULT
     if not isinstance(config, NSAConfig):
@@ -88,7 +88,7 @@ def _check_kind(name: str, x, like: Tensor | None):
 
 
 def check_qkv(q, k, v, config: NSAConfig, cu_seqlens) -> Problem:
-    """Check queries, keys and (where not None) values; ``k`` and ``v`` hold one a branch."""
+    """Check queries, keys and values (unless None); ``k`` and ``v`` hold a tensor per branch."""
     _check_kind("q", q, None)
     rank = 4 if cu_seqlens is None else 3
     form = "(B, N, H, D)" if cu_seqlens is None else "(T, H, D) with cu_seqlens"
@@ -149,11 +149,11 @@ def check_max_workspace_bytes(value):
 
 
 WIDE_SELECTION = 1 << 16
-"""Slots of a row of selected blocks that are given out even if all stay empty."""
+"""Slots that a row of selected blocks may have even if all of them stay empty."""
 
 
 def check_selection_width(boundaries: Boundaries | None, problem: Problem):
-    """Check that rows of ``num_selected_blocks`` slots are not absurdly longer than a sequence."""
+    """Check that rows of ``num_selected_blocks`` slots are not far longer than a sequence."""
     longest = problem.leading[-1] if boundaries is None else boundaries.max_seqlen
     if longest is None or torch.compiler.is_compiling():
         longest = problem.leading[-1]
@@ -241,7 +241,7 @@ def check_block_indices(indices, boundaries: Boundaries | None, q: Tensor, probl
 
 
 def _block_indices_shape(boundaries: Boundaries | None, problem: Problem) -> tuple[int, ...]:
-    """The shape of ``block_indices``; of packed tiles of unknown lengths with at most so many."""
+    """The shape of ``block_indices``, with an upper bound on tiles if lengths are unknown."""
     config = problem.config
     if config.selection == "token":
         return (*problem.leading, problem.num_kv_heads, config.num_selected_blocks)
@@ -257,7 +257,7 @@ def _block_indices_shape(boundaries: Boundaries | None, problem: Problem) -> tup
 
 
 def _has_unknown_tiles(indices: Tensor, boundaries: Boundaries | None, problem: Problem) -> bool:
-    """Whether these are right for some number of tiles, and the right number was not read."""
+    """Whether the shape fits some number of tiles, and the true number was not read."""
     if boundaries is None or problem.config.selection == "token":
         return False
     if boundaries.lengths is not None or indices.ndim != 3:
@@ -265,7 +265,7 @@ def _has_unknown_tiles(indices: Tensor, boundaries: Boundaries | None, problem: 
     heads, most, slots = _block_indices_shape(boundaries, problem)
     if (indices.shape[0], indices.shape[2]) != (heads, slots):
         return False
-    # A number that torch.compile knows as a symbol would be guarded.
+    # torch.compile would guard a number of tiles that it knows as a symbol.
     return torch.compiler.is_compiling() or indices.shape[1] <= most
 
 
@@ -289,7 +289,7 @@ def _check_block_values(indices: Tensor, boundaries: Boundaries | None, problem:
     outside = (indices < -1) | (indices >= count)
     before, after = indices[..., :-1], indices[..., 1:]
     descends = (after != -1) & ((after <= before) | (before == -1))
-    # One wait for the device.
+    # One test, so that the host waits for the device once.
     if not bool(outside.any() | descends.any()):
         return
     if outside.any():

@@ -1,12 +1,12 @@
-"""Compiles every kernel of the fused backend for one GPU architecture, with no GPU.
+"""Compile every kernel of the fused backend for one GPU architecture, without a GPU.
 
     python tools/compile_kernels.py --arch sm_90a [--jobs 2] [--only sparse] [--list]
 
-The cases (``cases`` below) cover what ``nsa.fused.constraints`` lets through: each option of each
-call, though not each combination. They call the functions of ``nsa.fused.kernels`` that compile, so
-what is compiled is what runs. Prints a line a case; exits with 1 if any fails. FlashAttention-4's
-kernels are those for sm_90a. What the kernels compute, and whether they fit the GPU's shared
-memory, only a GPU shows.
+The cases (``cases`` below) cover what ``nsa.fused.constraints`` allows: each option of each call,
+though not each combination. They call the compile functions of ``nsa.fused.kernels``, so they
+compile what runs. The tool prints a line per case and exits with 1 if any fails. The kernels of
+FlashAttention-4 are those for sm_90a. Only a GPU shows whether kernels compute the right results
+and fit its shared memory.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main():
 
 
 def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, what to compile) for each case; the one place to add kernels to."""
+    """(name, compile function) for each case. Add new kernels here."""
     if arch == "sm_90a":
         yield from dense_cases()
         yield from sparse_cases()
@@ -56,7 +56,7 @@ def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Our own kernels, all forms of a file, and dtype where it has one, in one case."""
+    """Our own kernels. A case has all forms of one file, for one dtype if the file has dtypes."""
     from nsa.fused.kernels import gates, lists, means, query_gradient, top_blocks
 
     by_dtype, others = [gates, query_gradient, means], [lists, top_blocks]
@@ -105,7 +105,7 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
             name = f"key times D={dim} G={group} {dtype}"
             times = partial(compile_dense, dim, group, False, False, (None, None), dtype)
             yield name, partial(times, key_times=(64, 63))
-    # Groups that divide the rows of a tile are loaded by TMA, others are not.
+    # TMA loads groups that divide the rows of a tile, and no others.
     some = partial(compile_dense, 128, 48, False, True, (None, None), "bfloat16")
     yield "folded D=128 G=48 batched", some
     full_tile = partial(compile_dense, 128, 64, True, True, (None, None), "bfloat16")
@@ -149,7 +149,7 @@ def compile_dense(dim, group, packed, causal, window, dtype, *, many=False, key_
 
 
 def compile_shared_keys(dim):
-    """Folded queries of the heads of a group, for which the keys are of stride 0."""
+    """Folded queries of the heads of a group, whose keys have stride 0."""
     from nsa.fused.fa4_variants import Mask, Variant
     from nsa.fused.kernels import fa4_sm90
 
@@ -158,7 +158,7 @@ def compile_shared_keys(dim):
 
 
 def compile_sparse(dim, group, query_block, key_block, mask, dtype):
-    """Forward, and backward where it is FA4's, of ``nsa.fused.fa4``'s calls with lists."""
+    """Forward, and backward if it is FA4's, of the calls of ``nsa.fused.fa4`` with lists."""
     from nsa.fused.block_lists import goes_by_query
     from nsa.fused.fa4_variants import Mask, Variant
     from nsa.fused.kernels import fa4_sm90
@@ -178,7 +178,7 @@ def getattr_torch(dtype: str):
 
 
 def target_without_gpu(arch: str):
-    """Let the CuTe DSL believe in a GPU of ``arch``, and import what cases have in common."""
+    """Make the CuTe DSL act as if it had a GPU of ``arch``, and import what all cases need."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "CUTE_DSL_ARCH": arch, "QUACK_CACHE_ENABLED": "0"}
     import nsa.fused.kernels.compiled  # noqa: F401
@@ -187,8 +187,8 @@ def target_without_gpu(arch: str):
 def compile_all(chosen: list[tuple[str, Callable[[], None]]], jobs: int) -> list[str]:
     """Compile the cases, each in a fork of this process; return the names of those that failed.
 
-    A fork spares the seconds of importing FA4. Its own process, because the DSL's compiler ends the
-    process when it fails internally.
+    A fork saves the seconds of importing FA4. Each case needs its own process, because the DSL's
+    compiler ends the process on an internal failure.
     """
     context, waiting, running, failed = get_context("fork"), list(chosen), {}, []
     while waiting or running:
@@ -220,7 +220,7 @@ def compile_all(chosen: list[tuple[str, Callable[[], None]]], jobs: int) -> list
 
 
 def compile_case(run: Callable[[], None], writer):
-    """In the forked process: send None, or what went wrong."""
+    """Compile in the forked process, and send None or the error."""
     # FA4 and the DSL warn about themselves.
     output = os.open(os.devnull, os.O_WRONLY)
     os.dup2(output, 1)

@@ -1,18 +1,18 @@
-"""Training steps of both modes under NVIDIA's compute-sanitizer: bad accesses and races in kernels.
+"""Run training steps of both modes under NVIDIA's compute-sanitizer: bad accesses and races.
 
     python tools/sanitize.py                # memcheck, then racecheck
     python tools/sanitize.py racecheck
 
-A step is a forward and backward of few packed sequences of odd lengths: in token mode as
-``NSAConfig.paper()``, in tile mode as ``NSAConfig()``. It runs once by itself, which shows that it
-runs at all, and then under each tool. Kernels are compiled with the lines of their source, which
-reports name, and kept in ``OUTPUT/kernels``.
+A step is a forward and backward of few packed sequences of odd lengths, with ``NSAConfig.paper()``
+in token mode and ``NSAConfig()`` in tile mode. It runs once without a tool, to show that it runs at
+all, and then under each tool. Kernels are compiled with source lines, which reports name, and kept
+in ``OUTPUT/kernels``.
 
-Prints a line for each tool, with the reports behind it, and keeps all that the tool said in
-``OUTPUT/TOOL.log``. Exits with 1 where a tool reports an error or does not come to its end. Reports
-about ``KNOWN`` kernels of others are counted apart, and do not count as errors.
+The script prints a line and the reports for each tool, and writes the tool's full output to
+``OUTPUT/TOOL.log``. It exits with 1 if a tool reports an error or does not finish. Reports about
+``KNOWN`` kernels of others are counted separately, and not as errors.
 
-compute-sanitizer is a part of CUDA's toolkit: it must be on the PATH or in ``CUDA_HOME/bin``.
+compute-sanitizer is part of the CUDA toolkit. It must be on the PATH or in ``CUDA_HOME/bin``.
 """
 
 import argparse
@@ -35,8 +35,8 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 MODES = {"token": nsa.NSAConfig.paper, "tile": nsa.NSAConfig}
 DONE = "both modes ran"
 
-# FlashAttention-4's backward loads log-sum-exps by cp.async.bulk, whose order after an mbarrier
-# racecheck does not follow from warp to warp.
+# FlashAttention-4's backward loads log-sum-exps with cp.async.bulk. racecheck does not follow their
+# order after an mbarrier across warps.
 KNOWN = {"racecheck": r"FlashAttentionBackwardSm90|flash_bwd_sm90"}
 
 MARK = "========="
@@ -44,7 +44,7 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 
 class Verdict(NamedTuple):
-    """What a tool found: reports that count, reports about known kernels, and why it failed."""
+    """The result of a tool: reports that count, reports about known kernels, why it failed."""
 
     reports: list[str]
     known: list[str]
@@ -107,7 +107,7 @@ def run_steps(device: str):
 
 
 def require_gpu():
-    """Exit with a message where there is no GPU to run on."""
+    """Exit with a message if there is no GPU to run on."""
     if not torch.cuda.is_available():
         sys.exit("the steps run on the fused backend and need an NVIDIA GPU; PyTorch sees none")
 
@@ -117,10 +117,10 @@ def step_command() -> list[str]:
 
 
 def step_environment(output: Path) -> dict[str, str]:
-    # Where kernels are kept by default, they were compiled without lines.
+    # Kernels in the default cache were compiled without source lines.
     kernels = str((output / "kernels").resolve())
     return os.environ | {
-        # Each tensor is an allocation of its own, so that what is read past its end is seen.
+        # Each tensor is its own allocation, so that the tool sees reads past its end.
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         "CUTE_DSL_LINEINFO": "1",
         "QUACK_CACHE_DIR": kernels,
@@ -136,7 +136,7 @@ def find_sanitizer() -> str:
 
 
 def check(sanitizer: str, tool: str, output: Path) -> Verdict:
-    """Run the steps under a tool of the sanitizer, and judge what it said."""
+    """Run the steps under a tool of the sanitizer, and judge its output."""
     output.mkdir(parents=True, exist_ok=True)
     kept = step_environment(output)
     command = [sanitizer, "--tool", tool, "--print-limit", "1000", *step_command()]
@@ -148,7 +148,7 @@ def check(sanitizer: str, tool: str, output: Path) -> Verdict:
 
 
 def judge(tool: str, said: str, code: int) -> Verdict:
-    """The verdict of what a tool ``said``, with the exit ``code`` of the steps."""
+    """The verdict on the output ``said`` of a tool and the exit ``code`` of the steps."""
     reports, totals = split_reports(said), [int(x) for x in SUMMARY.findall(said)]
     pattern = KNOWN.get(tool)
     known = [x for x in reports if pattern and re.search(pattern, x)]
@@ -163,7 +163,7 @@ def judge(tool: str, said: str, code: int) -> Verdict:
 
 
 def split_reports(said: str) -> list[str]:
-    """The reports of a tool: a marked line and the indented ones after it."""
+    """The reports in a tool's output: each is a marked line and the indented lines after it."""
     reports = []
     for line in said.splitlines():
         text = line.removeprefix(f"{MARK} ").rstrip()

@@ -2,9 +2,9 @@
 
     python tools/train_lm.py --attention both --output outputs/demo
 
-Writes, into the output folder, a log (CSV), a checkpoint for each attention, a sample of text and
-a picture of the losses and the selected blocks. Stop it at any time: the same command continues
-where it stopped, and ends with the same weights (bit for bit on a CPU).
+The output folder gets a log (CSV) and a checkpoint for each attention, a sample of text, and a
+picture of the losses and the selected blocks. Stop it at any time: the same command continues where
+it stopped, and ends with the same weights (bit for bit on a CPU).
 """
 
 import argparse
@@ -16,8 +16,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# Before torch starts its threads: on a machine that has other work too, threads that spin while
-# they wait for each other made a step ten times slower.
+# This must be set before torch starts its threads. On a machine with other work, threads that spin
+# while they wait for each other made a step ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -33,7 +33,7 @@ from lm.plot import plot_run, selection_map, write_csv
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that defines a run but its text and seed."""
+    """Everything that defines a run except its text and seed."""
 
     model: ModelConfig
     context: int  # bytes of a sequence
@@ -42,9 +42,9 @@ class Preset:
     learning_rate: float
 
 
-# tile_summary="first" where tiles select: held-out loss must not see what comes next.
+# Tile mode uses tile_summary="first", because held-out loss must not see later tokens.
 PRESETS = {
-    # A 2-core CPU, some two minutes for both attentions.
+    # For a 2-core CPU: about two minutes for both attentions.
     "demo": Preset(
         ModelConfig(
             dim=128,
@@ -67,7 +67,7 @@ PRESETS = {
         steps=250,
         learning_rate=3e-3,
     ),
-    # One GPU, a minute with the fused backend: for comparing backends.
+    # For one GPU, to compare backends: a minute with the fused backend.
     "small": Preset(
         ModelConfig(
             dim=256,
@@ -124,11 +124,11 @@ SAMPLE_BYTES = 200
 
 
 class Interrupted(Exception):
-    """The user stopped the run, and all of it is on disk."""
+    """The user stopped the run, whose state is on disk."""
 
 
 class Trainer:
-    """One model's training: it can stop after any step and continue from its checkpoint."""
+    """The training of one model. It can stop after any step and continue from its checkpoint."""
 
     def __init__(self, preset: Preset, attention: str, corpus: Corpus, args: argparse.Namespace):
         torch.manual_seed(args.seed)
@@ -150,7 +150,7 @@ class Trainer:
         self.path = args.output / f"{attention}.pt"
 
     def resume(self):
-        """Continue from the checkpoint, where there is one."""
+        """Continue from the checkpoint, if there is one."""
         state = load_checkpoint(self.path, self.settings)
         if state is None:
             return
@@ -181,7 +181,7 @@ class Trainer:
         """Train to the end, or until ``stop_requested()``.
 
         Raises:
-            Interrupted: it stopped early, with a checkpoint of its last step.
+            Interrupted: training stopped early, with a checkpoint of its last step.
         """
         steps = self.preset.steps
         columns = {} if sys.stderr.isatty() else {"mininterval": 10, "ncols": 80}
@@ -206,7 +206,7 @@ class Trainer:
                     raise Interrupted
 
     def train_step(self) -> float:
-        """One step of the optimizer; the loss before it, in nats per byte."""
+        """Take one step of the optimizer, and return the loss before it in nats per byte."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         loss = self.loss(self.corpus.train, self.generator)
@@ -218,7 +218,7 @@ class Trainer:
         return loss.item()
 
     def learning_rate(self) -> float:
-        """Linear from 0 over the first twentieth, then linear to a tenth."""
+        """Rise linearly from 0 over the first twentieth of steps, then fall linearly to a tenth."""
         done = self.step / self.preset.steps
         return self.preset.learning_rate * min((done + 1 / self.preset.steps) * 20, 1 - 0.9 * done)
 
@@ -233,7 +233,7 @@ class Trainer:
 
     @torch.no_grad()
     def heldout_loss(self, batches: int) -> float:
-        """Mean loss over the same held-out crops each time, for each attention."""
+        """Mean loss over held-out crops, which are the same each time and for each attention."""
         generator = torch.Generator().manual_seed(0)
         losses = [self.loss(self.corpus.heldout, generator) for _ in range(batches)]
         return torch.stack(losses).mean().item()
@@ -257,7 +257,7 @@ class Trainer:
 
 
 def autocast(device: str):
-    """bfloat16 products on a GPU, where the kernels are; plain float32 on a CPU."""
+    """Autocast to bfloat16 on a GPU, because the kernels need 16 bits; float32 on a CPU."""
     if torch.device(device).type == "cpu":
         return nullcontext()
     return torch.autocast(torch.device(device).type, torch.bfloat16)
@@ -265,7 +265,7 @@ def autocast(device: str):
 
 @contextmanager
 def deferred_signals():
-    """Yields a function that says whether SIGINT or SIGTERM arrived; a second one ends at once."""
+    """Yield a function that says whether SIGINT or SIGTERM arrived. A second one ends the run."""
     arrived = []
 
     def handle(number, frame):
@@ -325,7 +325,7 @@ def train_all(args: argparse.Namespace, stop_requested) -> dict[str, Trainer]:
 
 
 def report(args: argparse.Namespace, trainers: dict[str, Trainer]):
-    """Write the sample and the picture; print the held-out losses, the last line being theirs."""
+    """Write the sample and the picture, and print the held-out losses as the last line."""
     shown = trainers.get("nsa") or trainers["dense"]
     sample = shown.sample()
     (args.output / "sample.txt").write_text(sample, encoding="utf-8")
@@ -344,7 +344,7 @@ def report(args: argparse.Namespace, trainers: dict[str, Trainer]):
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    # Sums over threads in any order would make a resumed run differ in the last bit.
+    # Unordered sums over threads would make a resumed run differ in the last bit.
     torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")
     with deferred_signals() as stop_requested:
         try:

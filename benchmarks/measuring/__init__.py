@@ -1,1 +1,1 @@
-"""What the benchmarks share: inputs, the accuracy gate, timing, stages, work, tables."""
+"""Code that the benchmarks share: inputs, the accuracy gate, timing, stages, work, tables."""

@@ -1,4 +1,4 @@
-"""Where and with what a number was measured: the last columns of every table."""
+"""The machine and the versions of a measurement: the last columns of every table."""
 
 import os
 import platform
@@ -31,7 +31,7 @@ def columns() -> dict[str, str]:
 
 @cache
 def host() -> str:
-    """The processor and how many of it: what times without a CUDA graph depend on."""
+    """The processor and its number of cores, on which times without a CUDA graph depend."""
     name = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -52,10 +52,10 @@ def version(package: str) -> str:
 
 @cache
 def commit() -> str:
-    """The commit of this checkout, with "-dirty" where files differ; "unknown" outside of git.
+    """The commit of this checkout, with "-dirty" if files differ; "unknown" outside of git.
 
-    NSA_COMMIT names it instead, for a run on a copy of a checkout, in which Git finds nothing or
-    other files. Take it from the checkout, with ``git describe --always --dirty``.
+    NSA_COMMIT overrides it, for a run on a copy of a checkout, where Git finds no repository or
+    other files. Take its value from the checkout, with ``git describe --always --dirty``.
     """
     named = os.environ.get("NSA_COMMIT")
     if named:
@@ -69,6 +69,6 @@ def commit() -> str:
 
 
 def require_gpu():
-    """Exit with a message where the fused backend has no GPU to run on."""
+    """Exit with a message if the fused backend has no GPU to run on."""
     if not torch.cuda.is_available():
         sys.exit("this measures the fused backend and needs an NVIDIA GPU; PyTorch sees none")

@@ -1,7 +1,7 @@
 """The process that ``benchmarks/cold_start.py`` times: imports, then the first calls.
 
-Run as ``python -m measuring.first_call OPTIONS``, where OPTIONS is JSON with tokens, heads,
-kv_heads, head_dim, dtype, selection and started, the time at which the process was started. It
+Run it as ``python -m measuring.first_call OPTIONS``. OPTIONS is JSON with tokens, heads, kv_heads,
+head_dim, dtype, selection, and started, which is the time when the process was started. The process
 prints JSON.
 """
 

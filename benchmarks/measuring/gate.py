@@ -13,7 +13,7 @@ from nsa.testing import assert_as_accurate
 
 
 def check_accuracy(options, config: nsa.NSAConfig, *, lengths: list[int] | None = None):
-    """Hold the fused output and gradients against the float64 reference.
+    """Compare the fused output and gradients with the float64 reference.
 
     Args:
         options: the shape, as :func:`measuring.workloads.make_tensors` takes it.
@@ -26,8 +26,8 @@ def check_accuracy(options, config: nsa.NSAConfig, *, lengths: list[int] | None 
     _check(options, config, (1, 2048) if lengths is None else (sum(lengths),), lengths)
     if config.num_cmp_selected_blocks is None:
         return
-    # So few tokens are one group, so a tile also has to choose among three, on the heads of one KV
-    # head. Its compressed keys are given: were they rounded here and there, it might choose others.
+    # So few tokens are one group. So a tile must also choose among three, on the heads of one KV
+    # head. Its compressed keys are given, because different rounding could change the choice.
     one_head = vars(options) | dict(heads=options.heads // options.kv_heads, kv_heads=1)
     length = 5 * config.compress_block_size * config.cmp_group_size // 2
     config = replace(config, num_cmp_selected_blocks=1)

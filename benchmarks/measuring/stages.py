@@ -1,8 +1,8 @@
-"""Watching the stages of the fused pipeline from outside: wrappers put around its functions.
+"""Wrappers around the functions of the fused pipeline, to watch its stages from outside.
 
-A stage is any function that ``nsa.fused.pipeline`` takes from another module of ``nsa.fused``; its
-parts are the functions of ``PART_MODULES`` and the methods of ``PART_CLASSES`` that it calls. So
-stages and parts follow the code, and only :func:`measuring.work.stage_work` knows their names.
+A stage is any function that ``nsa.fused.pipeline`` imports from another module of ``nsa.fused``.
+Its parts are the functions of ``PART_MODULES`` and the methods of ``PART_CLASSES`` that it calls.
+So stages and parts follow the code, and only :func:`measuring.work.stage_work` knows their names.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch
 
 PACKAGE = "nsa.fused"
 PIPELINE = "nsa.fused.pipeline"
-# Calls of the attention kernels, of our own, and what prepares their arguments.
+# Calls of the attention kernels, calls of our own, and the code that prepares their arguments.
 PART_MODULES = ("nsa.fused.block_lists", "nsa.fused.fa4", "nsa.fused.kernel_calls")
 NOT_PARTS = ("version_problem",)
 PART_CLASSES = ("nsa.fused.row_layouts.AlignedRows", "nsa.fused.row_layouts.FoldedQueries")
@@ -82,7 +82,7 @@ def watch(enter: Callable[[str], None], leave: Callable[[str], None], *, parts: 
 
 @contextlib.contextmanager
 def results_of(function: Callable):
-    """A list that gets what ``function``, one of the package, returns while this is open."""
+    """A list that collects the results of ``function`` of the package inside the ``with`` block."""
     results = []
 
     @wraps(function)
@@ -108,7 +108,7 @@ def _replaced(places: list[tuple[object, str, Callable]]):
 
 
 def _references(functions: list[Callable]) -> Iterator[tuple[ModuleType, str, Callable]]:
-    """Every module of the package that names one of the functions, and how."""
+    """Every module of the package that has one of the functions, and under which name."""
     wanted = {id(function) for function in functions}
     for module_name, module in sorted(sys.modules.items()):
         if module_name.startswith(PACKAGE):
@@ -127,7 +127,7 @@ def _methods() -> Iterator[tuple[type, str, Callable]]:
 
 
 class StageTimes:
-    """Time spent in each stage and part; what lies between them belongs to the whole.
+    """Time spent in each stage and part. The time between them belongs to the whole.
 
     Args:
         now: makes a mark; :func:`event_mark` for the GPU's time, :func:`host_mark` for the host's.
@@ -159,7 +159,7 @@ class StageTimes:
         self.marks.append((self.now(), tuple(self.stack)))
 
     def milliseconds(self, between: Callable[[object, object], float]) -> dict[Path, float]:
-        """Time of each path, that of its parts included; () is the whole.
+        """Time of each path, its parts included; () is the whole.
 
         Args:
             between: milliseconds from one mark to another.

@@ -1,4 +1,4 @@
-"""CSV tables that grow row by row, so that a run that is stopped keeps what it measured."""
+"""CSV tables that are written row by row, so that a stopped run keeps its measurements."""
 
 import csv
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class Table:
-    """A CSV file with a header, or nothing where ``path`` is None.
+    """A CSV file with a header; nothing is written if ``path`` is None.
 
     Args:
         path: the file, replaced if it exists.
@@ -36,7 +36,7 @@ class Table:
             self._write("a", ["" if row[name] is None else row[name] for name in self.fields])
 
     def _write(self, mode: str, values: Iterable):
-        # Closed, and so on disk, after each row.
+        # The file is closed after each row, so the row is on disk.
         with self.path.open(mode, newline="") as file:
             csv.writer(file).writerow(values)
 
@@ -51,7 +51,7 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, str]]:
 
 
 def quantiles(series: Sequence[float]) -> tuple[float, float, float] | None:
-    """The 20th, 50th and 80th percentile; None of nothing."""
+    """The 20th, 50th and 80th percentile; None for an empty series."""
     if len(series) < 2:
         return (series[0],) * 3 if series else None
     cuts = statistics.quantiles(series, n=10, method="inclusive")
@@ -59,7 +59,7 @@ def quantiles(series: Sequence[float]) -> tuple[float, float, float] | None:
 
 
 def quantile_columns(prefix: str, series: Sequence[float]) -> dict[str, str | None]:
-    """``{prefix}_p20_ms`` and so on, empty where nothing was measured."""
+    """``{prefix}_p20_ms`` and so on, empty if nothing was measured."""
     values = quantiles(series) or (None, None, None)
     return {
         f"{prefix}_{name}_ms": rounded(value, 4)
@@ -68,7 +68,7 @@ def quantile_columns(prefix: str, series: Sequence[float]) -> dict[str, str | No
 
 
 def ratio_of_medians(series: Sequence[float], other: Sequence[float]) -> float | None:
-    """Median of ``series`` over that of ``other``; None where one has nothing."""
+    """Median of ``series`` over that of ``other``; None if one is empty."""
     if not series or not other:
         return None
     return statistics.median(series) / statistics.median(other)
@@ -80,10 +80,10 @@ def rounded(value: float | None, digits: int) -> str | None:
 
 
 def crossover(points: Iterable[tuple[float, float]]) -> float | None:
-    """The first length from which on a ratio is at least 1.
+    """The length from which a ratio is at least 1.
 
     Args:
-        points: (length, ratio), in any order; between them the ratio is taken as a power law.
+        points: (length, ratio), in any order. Between points the ratio is taken as a power law.
 
     Returns:
         The length; None if the ratio does not rise through 1 between two of the points.

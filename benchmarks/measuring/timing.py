@@ -1,4 +1,4 @@
-"""Times of GPU work: blocks of repetitions in turn, with and without a CUDA graph; peak memory."""
+"""Times of GPU work, in alternating blocks, with and without a CUDA graph; and peak memory."""
 
 import contextlib
 import math
@@ -33,8 +33,8 @@ class Timing:
 
     Attributes:
         eager: launched from Python.
-        graph: replayed as a CUDA graph; empty where not asked for or not possible.
-        peak_gib: None where the call did not fit.
+        graph: replayed as a CUDA graph; empty if not asked for or not possible.
+        peak_gib: None if the call did not fit.
         note: what went wrong, if anything.
     """
 
@@ -61,10 +61,10 @@ def measure(
 
     Args:
         steps: what to time, by name.
-        repeats: repetitions of each, at most.
-        seconds: for each step: fewer repetitions, but at least 3, where these would take longer.
+        repeats: the most repetitions of each step.
+        seconds: time limit of each step. Repetitions are reduced to fit it, but to no less than 3.
         graphs: names of steps to time as CUDA graphs too.
-        once: names of steps that are called only once where that takes over ``LONG_SECONDS``.
+        once: names of steps that are called only once if that takes over ``LONG_SECONDS``.
     """
     timings = {name: Timing() for name in steps}
     counts = {}
@@ -91,7 +91,7 @@ def measure(
 
 
 def timed(step: Step) -> float:
-    """Milliseconds of a call alone, between the start and the end of the GPU's work."""
+    """Milliseconds of one call alone, from the start to the end of the GPU's work."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     step()
@@ -101,10 +101,10 @@ def timed(step: Step) -> float:
 
 
 def timed_in_a_row(step: Step, calls: int, settle: int) -> list[float]:
-    """Milliseconds from the end of one call to the end of the next, after some that are not timed.
+    """Milliseconds from the end of one call to the end of the next, after ``settle`` untimed calls.
 
-    As layers of a model follow one another: the host launches a call while the GPU still does the
-    one before, and what it takes shows only where the GPU waits for it.
+    This is how the layers of a model run: the host launches a call while the GPU still does the one
+    before. The host's time shows only if the GPU waits for it.
     """
     events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
     for _ in range(settle - 1):
@@ -143,12 +143,12 @@ def capture(step: Step) -> Step:
         with torch.cuda.graph(graph, pool=pool):
             step()
     except RuntimeError as error:
-        # PyTorch leaves a failed capture's stream current and its pool open.
+        # After a failed capture, PyTorch leaves its stream current and its pool open.
         torch.cuda.set_stream(stream)
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         torch.cuda.synchronize()
-        # Ending the capture fails too, and says less than what made it fail.
+        # Ending the capture fails too, with a less useful message than the original error.
         cause = error.__context__ or error
         raise RuntimeError(str(cause).partition("\n")[0]) from None
     graph.replay()
@@ -157,12 +157,12 @@ def capture(step: Step) -> Step:
 
 
 def _first_call(step: Step, timing: Timing) -> float | None:
-    """Warm up, note the peak, and return the time; None where memory does not suffice."""
+    """Warm up, note the peak, and return the time; None if memory does not suffice."""
     variants = kernel_variants()
     try:
         milliseconds, timing.peak_gib = timed_with_peak(step)
         if kernel_variants() != variants:
-            # The time was the compiler's.
+            # That time included compilation.
             milliseconds, timing.peak_gib = timed_with_peak(step)
         return milliseconds
     except torch.OutOfMemoryError:

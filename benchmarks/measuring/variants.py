@@ -1,4 +1,4 @@
-"""How many kernels this process has compiled or loaded, by what compiles them."""
+"""How many kernels this process has compiled or loaded, by compile function."""
 
 import sys
 
@@ -17,7 +17,7 @@ def kernel_variants() -> dict[str, int]:
         else:
             continue
         for name, value in vars(module).items():
-            # Where it is defined, not where it is imported to.
+            # Count it where it is defined, not where it is imported.
             if getattr(value, "__module__", None) == module_name and (count := size(name, value)):
                 counts[f"{module_name.removeprefix('nsa.fused.kernels.')}.{name}"] = count
     return counts

@@ -1,7 +1,7 @@
-"""How much work a call is, from its shape alone: attended pairs, operations and bytes.
+"""The work of a call, from its shape alone: attended pairs, operations and bytes.
 
-All counts are of causal attention, and the least that the method needs: no padding of
-blocks to tiles, every tensor read or written once, 16-bit elements.
+All counts are for causal attention, and the least that the method needs: blocks are not
+padded to tiles, every tensor is read or written once, and elements have 16 bits.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class Work(NamedTuple):
 
 
 def attended_pairs(length: int, config: nsa.NSAConfig) -> Pairs:
-    """Pairs of one head in one sequence, at most: a chosen block may end after the query."""
+    """Upper bound on the pairs of one head in one sequence: a block may end after the query."""
     seen = torch.arange(1, length + 1)
     block, stride = config.compress_block_size, config.compress_stride
     compressed = ((seen - block) // stride + 1).clamp(min=0)
@@ -47,7 +47,7 @@ def dense_pairs(length: int) -> int:
 
 
 def attention_flops(pairs: int, head_dim: int, backward: bool) -> int:
-    """Two products in forward; backward, which computes the scores again, has five."""
+    """Operations: forward has two products, and backward, which recomputes scores, has five."""
     return (10 if backward else 4) * head_dim * pairs
 
 
@@ -101,12 +101,12 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
 
 
 def floor_milliseconds(work: Work, terabytes: float, teraflops: float) -> tuple[float, str]:
-    """The time that a roofline allows, and which of its limits that is, "bytes" or "flops".
+    """The least time by the roofline model, and the limit that sets it, "bytes" or "flops".
 
     Args:
-        work: of one stage.
-        terabytes: memory bandwidth a second.
-        teraflops: rate of matrix products a second.
+        work: the work of one stage.
+        terabytes: memory bandwidth per second.
+        teraflops: rate of matrix products per second.
     """
     by_bytes, by_flops = work.bytes / terabytes / 1e9, work.flops / teraflops / 1e9
     return max((by_bytes, "bytes"), (by_flops, "flops"))

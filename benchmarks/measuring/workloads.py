@@ -1,4 +1,4 @@
-"""What is measured: the tensors of a shape, and forward and backward passes over them."""
+"""The measured work: the tensors of a shape, and forward and backward passes over them."""
 
 import argparse
 from collections.abc import Callable
@@ -16,7 +16,7 @@ PRESETS = {"tile": nsa.NSAConfig, "token": nsa.NSAConfig.paper}
 
 
 class Tensors(NamedTuple):
-    """Arguments of one call; ``dout`` only where a backward pass is measured."""
+    """Arguments of one call; ``dout`` only if a backward pass is measured."""
 
     q: Tensor
     k: Tensor
@@ -31,7 +31,7 @@ class Tensors(NamedTuple):
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser):
-    """What is selected for whom, heads, channels and dtype."""
+    """Add arguments for the selection mode, heads, channels and dtype."""
     parser.add_argument(
         "--selection",
         choices=tuple(PRESETS),
@@ -70,13 +70,13 @@ def describe_groups(groups: int | None) -> str:
 def make_tensors(
     leading: tuple[int, ...], options, *, backward: bool, lengths: list[int] | None = None
 ) -> Tensors:
-    """Standard normal tensors on the GPU, drawn in their dtype so that nothing larger is held.
+    """Standard normal tensors on the GPU, drawn in their dtype to need no more memory.
 
     Args:
         leading: ``(B, N)``, or ``(T,)`` with ``lengths``.
         options: heads, kv_heads, head_dim and dtype.
-        backward: whether a gradient is wanted: makes ``dout``.
-        lengths: of packed sequences.
+        backward: whether to make ``dout`` for a backward pass.
+        lengths: lengths of packed sequences.
     """
     dtype = getattr(torch, options.dtype)
     generator = torch.Generator(device=DEVICE).manual_seed(0)
@@ -96,7 +96,7 @@ def make_tensors(
 
 
 def reshaped(tensors: Tensors, leading: tuple[int, ...]) -> Tensors:
-    """The same memory as a batch of equal sequences, or another one; ``leading`` is ``(B, N)``."""
+    """The same memory as a batch of equal sequences, with ``leading = (B, N)``."""
     q, k, v = (
         x.detach().view(*leading, *x.shape[-2:]).requires_grad_() for x in tensors.leaves[:3]
     )
@@ -105,7 +105,7 @@ def reshaped(tensors: Tensors, leading: tuple[int, ...]) -> Tensors:
 
 
 def nsa_attention(tensors: Tensors, config: nsa.NSAConfig, **arguments) -> Callable[[], Tensor]:
-    """The fused backend on these tensors; ``arguments`` are more of :func:`nsa.forward`."""
+    """The fused backend on these tensors. ``arguments`` are passed to :func:`nsa.forward`."""
     q, k, v, weight = tensors.leaves
     arguments = dict(gate_proj_weight=weight, backend="fused") | tensors.extra | arguments
     return lambda: nsa.forward(q, k, v, config=config, **arguments)
@@ -120,7 +120,7 @@ def dense_attention(tensors: Tensors) -> Callable[[], Tensor]:
 
 
 def make_compiled_step(attention: Callable[[], Tensor], tensors: Tensors) -> Callable[[], None]:
-    """:func:`make_step` of ``torch.compile(attention, mode="reduce-overhead")``, captured."""
+    """:func:`make_step` for ``torch.compile(attention, mode="reduce-overhead")``, captured."""
     compiled = torch.compile(attention, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def call():
@@ -128,14 +128,14 @@ def make_compiled_step(attention: Callable[[], Tensor], tensors: Tensors) -> Cal
         return compiled()
 
     step = make_step(call, tensors)
-    # The first call compiles, the second is captured.
+    # The first call compiles, and the second is captured.
     for _ in range(3):
         step()
     return step
 
 
 def make_step(attention: Callable[[], Tensor], tensors: Tensors) -> Callable[[], None]:
-    """One pass over ``attention``, with its backward where ``tensors`` have a ``dout``."""
+    """One pass over ``attention``, with its backward if ``tensors`` have a ``dout``."""
 
     def forward():
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The fused backend: FlashAttention-4's kernels and our own, in the CuTe DSL, on a GPU."""
+"""The fused backend: FlashAttention-4's kernels and our own, in the CuTe DSL, for a GPU."""
 
 from nsa.fused.entry import forward, select_blocks
 

@@ -1,7 +1,7 @@
 """Block lists in the form that the sparse kernels read, and their transpose for the backward.
 
-A list names, for each head and query tile, key blocks of one row of keys (see
-:class:`nsa.fused.row_layouts.AlignedRows`) in ascending order.
+For each head and query tile, a list names key blocks in ascending order. All keys lie in one row
+(see :class:`nsa.fused.row_layouts.AlignedRows`).
 """
 
 import torch
@@ -14,11 +14,11 @@ from nsa.fused.sizes import Sizes
 from nsa.host import is_capturing
 
 BOUNDED_BYTES = 256 << 20
-"""Bytes up to which a transposed list gets the width that can never be too small."""
+"""The most bytes for which a transposed list gets the largest width that it can need."""
 
 
 def selected_lists(block_indices: Tensor, plan: Plan) -> BlockLists:
-    """Lists of the selected branch from ``block_indices (B, tiles, H, n)`` of each sequence.
+    """Lists of the selected branch, from ``block_indices (B, tiles, H, n)`` of each sequence.
 
     Key blocks that start past the end of the sequence are left out.
     """
@@ -34,9 +34,9 @@ def selected_lists(block_indices: Tensor, plan: Plan) -> BlockLists:
 
 
 def compressed_lists(groups: Tensor, plan: Plan) -> BlockLists:
-    """Lists of the sparse compressed branch from ``groups (B, tiles, H, m)`` of each sequence.
+    """Lists of the sparse compressed branch, from ``groups (B, tiles, H, m)`` of each sequence.
 
-    Blocks that the first query of a tile sees whole are full.
+    A key block is full if the first query of the tile sees all of it.
     """
     config, key_block = plan.config, plan.cmp_key_block
     lists = kernel_calls.list_key_blocks(
@@ -49,20 +49,20 @@ def compressed_lists(groups: Tensor, plan: Plan) -> BlockLists:
 
 
 def goes_by_query(key_block: int, head_dim: int) -> bool:
-    """Whether the backward goes by query tile, on a kernel of our own, and needs no transpose.
+    """Whether backward uses our own kernel, which goes by query tile and needs no transpose.
 
-    FA4's goes by key block. Up to 128 channels it has none of 64 keys.
+    FA4's backward goes by key block. Up to 128 channels it has no key blocks of 64 keys.
     """
     return key_block == 64 and head_dim <= 128
 
 
 def transpose_lists(lists: BlockLists, num_keys: int) -> BlockLists:
-    """For each key block the query tiles that attend it, in ascending order.
+    """For each key block, the query tiles that attend it, in ascending order.
 
-    The new index is ``(1, H, num_keys / key_block, width)``: ``width`` is the number of query tiles
-    where that takes at most ``BOUNDED_BYTES``, or while a CUDA graph is captured. Else it is the
-    longest list, which is counted first and read on the host: a block that every tile attends makes
-    the index as wide as the bound.
+    The new index is ``(1, H, num_keys / key_block, width)``. ``width`` is the number of query tiles
+    if the index then takes at most ``BOUNDED_BYTES``, or while a CUDA graph is captured. Otherwise
+    it is the longest list, which is counted first and read on the host. If every tile attends one
+    block, that is also the number of query tiles.
     """
     num_blocks = num_keys // lists.key_block
     given = [(lists.partial_count, lists.partial_index)]
@@ -77,7 +77,7 @@ def transpose_lists(lists: BlockLists, num_keys: int) -> BlockLists:
 
 
 def _widths(lists: list[tuple[Tensor, Tensor]], num_blocks: int) -> list[int]:
-    """For each ``(count, index)`` an upper bound of the lists of its transpose."""
+    """For each ``(count, index)``, an upper bound on the lists of its transpose."""
     count = lists[0][0]
     num_tiles = count.shape[-1]
     bounded = count.numel() * num_blocks * count.element_size() <= BOUNDED_BYTES
@@ -88,5 +88,5 @@ def _widths(lists: list[tuple[Tensor, Tensor]], num_blocks: int) -> list[int]:
 
 
 def list_bytes(sizes: Sizes) -> int:
-    """Lists of the forward; token mode has none."""
+    """Bytes of the lists of the forward. Token mode has none."""
     return 0 if sizes.token_mode else sizes.indices

@@ -1,6 +1,6 @@
-"""Which form the compressed branch takes, and what follows from that: decided here alone.
+"""The choice of the form of the compressed branch, and the numbers that follow from it.
 
-The stages, the fake implementations of the custom ops and the memory estimate read it.
+The stages, the fake implementations of the custom ops and the memory estimate read the choice here.
 """
 
 from enum import Enum
@@ -9,7 +9,7 @@ from nsa.blocks import num_compressed_blocks
 from nsa.config import NSAConfig
 
 ONE_TILE = 128
-"""Keys of a tile of FA4's kernels."""
+"""Keys in a tile of FA4's kernels."""
 
 
 class CompressedForm(Enum):
@@ -18,9 +18,9 @@ class CompressedForm(Enum):
     Attributes:
         NONE: there is no compressed token; the output is 0.
         LISTED: tiles attend listed groups (``num_cmp_selected_blocks``), queries in aligned rows.
-        BATCH: causal, a batch. See :func:`is_folded`.
-        FOLDED_ROWS: causal, packed sequences of any lengths. Their queries are gathered.
-        ALL: not causal; every query attends all blocks of its sequence.
+        BATCH: causal, batched input. It may be folded, see :func:`is_folded`.
+        FOLDED_ROWS: causal, packed sequences. Their queries are gathered into folded rows.
+        ALL: not causal; every query attends all compressed tokens of its sequence.
     """
 
     NONE = "none"
@@ -31,7 +31,7 @@ class CompressedForm(Enum):
 
 
 def compressed_form(config: NSAConfig, *, packed: bool, num_compressed: int) -> CompressedForm:
-    """The form for ``num_compressed`` blocks of an entry; packed, an upper bound of them."""
+    """The form for ``num_compressed`` blocks of an entry, or an upper bound if packed."""
     if num_compressed == 0:
         return CompressedForm.NONE
     if config.num_cmp_selected_blocks is not None:
@@ -42,26 +42,26 @@ def compressed_form(config: NSAConfig, *, packed: bool, num_compressed: int) -> 
 
 
 def is_folded(form: CompressedForm, num_compressed: int) -> bool:
-    """Whether queries that see the same blocks are FA4's heads, so that it skips tiles of keys.
+    """Whether queries that see the same blocks become heads for FA4, so that it skips key tiles.
 
-    A batch is folded by views, if it has more than one tile of keys; else a mask compares times.
+    A batch is folded by views if it has more than one tile of keys. Else a mask compares positions.
     """
-    # Apart from the form, because torch.compile would compile again for lengths beyond.
+    # Not part of the form, because torch.compile would then recompile for longer inputs.
     many = form is CompressedForm.BATCH and num_compressed > ONE_TILE
     return many or form is CompressedForm.FOLDED_ROWS
 
 
 def num_compressed_bound(length: int, packed: bool, config: NSAConfig) -> int:
-    """Compressed blocks in ``length`` tokens of one sequence, or at most so many in packed ones."""
+    """Compressed blocks in ``length`` tokens of one sequence, or an upper bound if packed."""
     return length // config.compress_stride if packed else num_compressed_blocks(length, config)
 
 
 def extra_rows(config: NSAConfig) -> int:
-    """Folded rows of a sequence beside one for each compressed block."""
+    """Folded rows of a sequence in addition to one for each compressed block."""
     started = config.compressed_visibility == "started"
     return config.compress_block_size // config.compress_stride if started else 0
 
 
 def num_folded_rows(length: int, sequences: int, config: NSAConfig) -> int:
-    """Upper bound of the folded rows of packed sequences with ``length`` tokens together."""
+    """Upper bound on the folded rows of packed sequences with ``length`` tokens in total."""
     return length // config.compress_stride + extra_rows(config) * sequences

@@ -1,6 +1,6 @@
 """Compressed keys and values (paper section 3.3.1), forward and backward.
 
-Keys and values of a call are alike, and go through one kernel together.
+One kernel launch handles both keys and values, because their shapes are equal.
 """
 
 import torch
@@ -17,12 +17,12 @@ Weights = tuple[Tensor | None, Tensor | None]
 
 
 def compress(x: Tensor, weight: Tensor | None, plan: Plan) -> Tensor:
-    """``x_cmp[j] = mean(x[j*d : j*d + l])``, then ``@ weight[kv]`` where given.
+    """``x_cmp[j] = mean(x[j*d : j*d + l])``, then ``@ weight[kv]`` if given.
 
     Args:
         x: keys or values ``(B, T, H_kv, D)``.
         weight: ``(H_kv, D, D)`` or None.
-        plan: the sequences in each ``T`` tokens.
+        plan: the sequences of each entry's ``T`` tokens.
 
     Returns:
         ``(B, M, H_kv, D)`` in the dtype of ``x``; rows past the last block are 0.
@@ -32,7 +32,7 @@ def compress(x: Tensor, weight: Tensor | None, plan: Plan) -> Tensor:
 
 
 def compress_pair(k: Tensor, v: Tensor, weights: Weights, plan: Plan) -> Pair:
-    """:func:`compress` of keys and of values."""
+    """:func:`compress` for keys and values."""
     k_mean, v_mean = _mean(k, _mean_dtype(k, *weights), plan, v).unbind()
     k_weight, v_weight = weights
     return _transformed(k_mean, k_weight, k.dtype), _transformed(v_mean, v_weight, k.dtype)
@@ -49,8 +49,8 @@ def compress_pair_backward(
 ) -> tuple[Pair, Weights]:
     """Gradients of ``k`` and ``v``, and of the weights.
 
-    ``addends`` are two more gradients of ``k`` and ``v``, which are added; the sum is written to
-    the first two, where they are given.
+    ``addends`` are two more pairs of gradients of ``k`` and ``v``. If given, they are added, and
+    the sum is written to the first pair.
     """
     dmeans, dweights = (dk_cmp, dv_cmp), (None, None)
     if any(weight is not None for weight in weights):
@@ -64,7 +64,7 @@ def compress_pair_backward(
 
 
 def _mean_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype:
-    """Of means of ``x``, rounded where no weight follows."""
+    """The dtype of the means of ``x``, which are rounded if no weight follows."""
     weighted = any(weight is not None for weight in weights)
     return accumulation_dtype(x.dtype) if weighted else x.dtype
 
@@ -79,7 +79,7 @@ def _transformed(mean: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Ten
 def _transformed_backward(
     dout: Tensor, mean: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the mean, in its dtype, and of the weight."""
+    """Gradients of ``mean``, in its dtype, and of ``weight``."""
     dout = dout.to(mean.dtype)
     if weight is None:
         return dout, None
@@ -88,12 +88,12 @@ def _transformed_backward(
 
 
 def _mean(x: Tensor, dtype: torch.dtype, plan: Plan, other: Tensor | None = None) -> Tensor:
-    """``(B, M, H_kv, D)``, with ``other`` ``(2, B, M, H_kv, D)``."""
+    """Means ``(B, M, H_kv, D)``; with ``other``, of both: ``(2, B, M, H_kv, D)``."""
     start = over_batch(plan.block_start, x.shape[0], plan.geometry.tokens.total)
     size = plan.config.compress_block_size
     return kernel_calls.mean_forward(x, start, size, dtype, other)
 
 
 def compress_bytes(sizes: Sizes) -> int:
-    """Compressed keys and values."""
+    """Bytes of compressed keys and values."""
     return 2 * sizes.key_cmp

@@ -1,17 +1,18 @@
-"""What the fused backend supports. Outside of it :class:`nsa.UnsupportedError` names the limit.
+"""What the fused backend supports. Beyond that, :class:`nsa.UnsupportedError` names the limit.
 
 - GPU: compute capability 9.0 (Hopper).
-- float16 and bfloat16; ``D`` and ``Dv`` up to 256, any ``G``. Between the kernels' 64, 96, 128 and
-  256 channels are padded with zeros: FA4's backward is silently wrong at D = 80, and has no
-  ``Dv != D`` with G > 1.
+- float16 and bfloat16; ``D`` and ``Dv`` up to 256, any ``G``. Channels are padded with zeros to the
+  kernels' 64, 96, 128 or 256, because FA4's backward is silently wrong at D = 80 and does not
+  support ``Dv != D`` with G > 1.
 - Tile mode: ``q_tile_size``, ``select_block_size`` and (with a sparse compressed branch)
-  ``cmp_group_size`` multiples of 64, the width of a block-sparse tile; any ``compress_block_size``.
-  ``num_selected_blocks`` and ``num_cmp_selected_blocks`` up to 256: the best so far lie in the
-  registers of one warp. Sizes up to 65536, because rows are padded to whole tiles.
-- Token mode: ``select_block_size`` 32 or 64, the keys that a query row meets at a time;
-  ``num_selected_blocks`` up to 64, whose weights lie in the registers of one thread; ``G`` up to
-  32, the heads whose probabilities one thread adds up; ``compress_block_size`` up to some 60
-  strides, because a tile of 64 compressed tokens overlaps only the next one's selection blocks.
+  ``cmp_group_size`` are multiples of 64, the width of a block-sparse tile; any
+  ``compress_block_size``. ``num_selected_blocks`` and ``num_cmp_selected_blocks`` are up to 256,
+  because one warp holds the best so far in registers. Sizes are up to 65536, because rows are
+  padded to whole tiles.
+- Token mode: ``select_block_size`` is 32 or 64, the keys that a query row attends at a time.
+  ``num_selected_blocks`` is up to 64, because one thread holds the weights in registers. ``G`` is
+  up to 32, the heads whose probabilities one thread adds. ``compress_block_size`` is up to about 60
+  strides, because a tile of 64 compressed tokens overlaps only the next tile's selection blocks.
 """
 
 import math
@@ -31,13 +32,13 @@ TOKEN_BLOCKS = (32, 64)
 MAX_TOKEN_SELECTED = 64
 MAX_SIZE = 1 << 16
 MAX_PAIRS = 1 << 30
-"""Pairs of a token and a block of one KV head, with all entries of a batch: half of what an int32
-counts, because chunks of tokens are rounded up."""
+"""Limit on pairs of a token and a block for one KV head, over all entries of the batch. It is half
+of the int32 range, because chunks of tokens are rounded up."""
 _USE_REFERENCE = "use backend='reference'"
 
 
 def kernel_head_dim(head_dim: int, value_dim: int) -> int:
-    """The kernels' head dimension for ``D`` and ``Dv``: the smallest that holds both."""
+    """The kernels' head dimension for ``D`` and ``Dv``: the smallest that fits both."""
     widest = max(head_dim, value_dim)
     return next((dim for dim in HEAD_DIMS if dim >= widest), widest)
 
@@ -76,7 +77,7 @@ def _token_limit(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
             f"selection='token', got {rule.per_compress}; {_USE_REFERENCE}"
         )
     if torch.compiler.is_compiling():
-        # A limit on a length would be guarded.
+        # torch.compile would guard a limit on a length.
         return None
     pairs = math.prod(q.shape[:-2]) * config.num_selected_blocks
     if pairs >= MAX_PAIRS:

@@ -12,10 +12,10 @@ Branches = tuple[Tensor, Tensor, Tensor]
 
 
 class GatingGradients(NamedTuple):
-    """Gradients of the branches, laid out as these, and of the rest where there is one.
+    """Gradients of the branches, in the layout of the branches, and of the other inputs or None.
 
-    ``logits (B, T, H, 3)`` are what the sigmoids of ``gate_proj_weight`` take, in float32 for
-    16-bit inputs; :func:`query_gradient` passes their gradient on to ``q``.
+    ``logits (B, T, H, 3)`` are the sigmoids' inputs with ``gate_proj_weight``, in float32 for
+    16-bit inputs. :func:`query_gradient` passes their gradient on to ``q``.
     """
 
     branches: Branches
@@ -35,14 +35,14 @@ def combine_branches(
     """``g0 * o_cmp + g1 * o_slc + g2 * o_win``.
 
     Args:
-        branches: outputs ``(o_cmp, o_slc, o_win)``, each ``(B, T, H, D)`` but those with a
-            placement, which are any contiguous ``(1, rows, heads, D)``.
+        branches: outputs ``(o_cmp, o_slc, o_win)``, each ``(B, T, H, D)``; with a placement, any
+            contiguous ``(1, rows, heads, D)``.
         q: ``(B, T, H, D)``.
         gates: ``(B, T, H, 3)``, used as they are.
         gate_proj_weight: ``(H, 3, D)``; without ``gates``, ``g_i = sigmoid(q . weight[h, i])``.
             With neither, each gate is 1/3.
-        out: where to write the result, ``(B, T, H, D)``: contiguous or a slice of the heads of
-            what is. By default new.
+        out: where to write the result, ``(B, T, H, D)``: a contiguous tensor, or a slice of heads
+            of one. By default a new tensor.
         placements: where the tokens of the first two branches lie.
     """
     weight = None if gates is not None else gate_proj_weight
@@ -72,13 +72,13 @@ def query_gradient(
     out: Tensor | None = None,
     placements: Placements = IN_ORDER,
 ) -> Tensor:
-    """Gradient of ``q``: the sum of what the branches' attention and the gates send, rounded once.
+    """Gradient of ``q``: the sum of those of the branches and of the gates, rounded once.
 
     Args:
         branches: gradients ``(dq_cmp, dq_slc, dq_win)``, as in :func:`combine_branches`.
-        dlogits: of :func:`combine_branches_backward`; None if the gates do not depend on ``q``.
-        gate_proj_weight: ``(H, 3, D)``; not looked at without ``dlogits``.
-        out: as in :func:`combine_branches`; it may be one of ``branches`` without placement.
+        dlogits: from :func:`combine_branches_backward`; None if the gates do not depend on ``q``.
+        gate_proj_weight: ``(H, 3, D)``; ignored without ``dlogits``.
+        out: as in :func:`combine_branches`. It may be one of ``branches`` without a placement.
         placements: where the tokens of the first two branches lie.
     """
     weight = None if dlogits is None else gate_proj_weight
@@ -86,5 +86,5 @@ def query_gradient(
 
 
 def gate_gradient_bytes(sizes: Sizes) -> int:
-    """Gradients of the logits, or of the gates, in float32."""
+    """Bytes of the gradients of the logits or gates, in float32."""
     return sizes.tokens * sizes.num_heads * 3 * 4

@@ -1,6 +1,6 @@
-"""Numbers of the GPU that the kernels, and what lays their work out, are written for. No imports.
+"""Numbers of the GPU that the kernels and their layouts are written for. This file has no imports.
 
-Those of Hopper's matrix instruction, wgmma, are of its 16-bit forms.
+The numbers of wgmma, Hopper's matrix instruction, are for its 16-bit forms.
 """
 
 WARP = 32
@@ -13,13 +13,13 @@ WGMMA_ROWS = 64
 """Rows of a wgmma."""
 
 WARP_ROWS = 16
-"""Rows of a wgmma whose results a warp of the warpgroup holds."""
+"""Rows of a wgmma whose results one warp of the warpgroup holds."""
 
 QUAD = 4
-"""Neighbouring threads that hold the results of a row of a wgmma, two columns of each eight."""
+"""Neighbouring threads that hold one result row of a wgmma: each has two columns of every eight."""
 
 SHARED_BYTES = 227 * 1024
-"""Shared memory that a CTA may have on Hopper. An SM has 1 KiB more, which the hardware takes."""
+"""Shared memory that a CTA may use on Hopper. An SM has 1 KiB more, which the hardware uses."""
 
 LOG2_E = 1.4426950408889634
 """log2(e): the GPU has an instruction for powers of two and none for powers of e."""

@@ -1,19 +1,19 @@
-"""The seam: what the fused stages ask of the attention kernels, and nothing about how it is done.
+"""The kernel contract: the calls that the fused stages make, and the plain data that they pass.
 
-``nsa.fused.fa4`` answers these four calls with FlashAttention-4; tests answer them with PyTorch on
-a CPU, in any float dtype. Callers write ``fa4.dense_forward(...)``, so that a test can replace the
-functions of that module. For all four:
+``nsa.fused.fa4`` implements these four calls with FlashAttention-4. Tests implement them with
+PyTorch on a CPU, in any float dtype. Callers write ``fa4.dense_forward(...)``, so that a test can
+replace the functions of that module. For all four:
 
 - Query head ``h`` attends KV head ``h // (H / H_kv)``.
 - ``scale`` multiplies ``q @ k^T``. Softmax is over the visible keys of a query. A query that sees
   none gets output 0 and ``lse`` -inf, and sends no gradient.
 - ``lse`` is float32: the natural logarithm of the sum of ``exp(scale * q . k)`` over visible keys.
 - Inputs may be strided (copied unless the last dimension is contiguous). ``out`` and ``lse`` are
-  contiguous, a gradient is laid out as its input; all but ``lse`` are in the dtype of ``q``.
+  contiguous, and a gradient has the layout of its input. All but ``lse`` are in the dtype of ``q``.
   Gradients with respect to ``k`` and ``v`` are summed over the heads of a group.
-- Forward gives the same bits each time; backward adds into float32 in any order.
+- Forward gives the same bits each time. Backward adds into float32 in any order.
 - Values that no query may see must still be finite: they are multiplied by 0, not skipped.
-- Backward takes ``dout`` of ``out`` alone; no gradient flows through ``lse``.
+- Backward takes only ``dout`` of ``out``; no gradient flows through ``lse``.
 
 ``dense_forward(q, k, v, *, scale, causal, window_size, key_times, cu_seqlens_q, cu_seqlens_k,
 max_seqlen_q, max_seqlen_k, out, lse) -> (out, lse)`` and
@@ -22,24 +22,24 @@ max_seqlen_q, max_seqlen_k, out, lse) -> (out, lse)`` and
     Batched ``q (B, Sq, H, D)``, ``k (B, Sk, H_kv, D)``, ``v (B, Sk, H_kv, Dv)``,
     ``out (B, Sq, H, Dv)``, ``lse (B, H, Sq)``. Packed, with ``cu_seqlens_*`` int32 ``(S + 1,)``:
     ``q (Tq, H, D)``, ``k (Tk, H_kv, D)``, ``lse (H, Tq)``; ``max_seqlen_*`` bound the lengths.
-    Sequences may end before the tensors do: results past them are not written, nor is ``out`` read
-    there by backward. Results are written to ``out`` and ``lse``, or ``dq``, where given; these may
-    be strided.
+    Sequences may end before the tensors do. Results past the end are not written, and backward
+    does not read ``out`` there. If ``out`` and ``lse``, or ``dq``, are given, results are written
+    to them; they may be strided.
 
-    Positions are aligned at the end: query ``i`` of ``Sq`` stands at key ``p = i + Sk - Sq``.
-    ``window_size=(left, right)`` shows it keys ``p - left`` to ``p + right`` inclusive, None is no
-    bound; ``causal`` sets ``right`` to 0. ``key_times=(stride, first)`` excludes both and aligns
-    nothing: query ``i`` sees keys ``j`` with ``j * stride + first <= i``. ``Dv`` may differ from
-    ``D``, in backward only where ``H == H_kv``.
+    Positions are aligned at the end: query ``i`` of ``Sq`` has the position of key
+    ``p = i + Sk - Sq``. With ``window_size=(left, right)`` it sees keys ``p - left`` to
+    ``p + right`` inclusive; None is no bound. ``causal`` sets ``right`` to 0. ``key_times=(stride,
+    first)`` excludes both and aligns nothing: query ``i`` sees keys ``j`` with
+    ``j * stride + first <= i``. ``Dv`` may differ from ``D``, in backward only if ``H == H_kv``.
 
 ``sparse_forward(q, k, v, lists, *, scale, causal, key_limit) -> (out, lse)`` and
 ``sparse_backward(dout, q, k, v, out, lse, lists, *, scale, causal, key_limit) -> (dq, dk, dv)``
 
     ``q (1, Tq, H, D)``, ``k (1, Tk, H_kv, D)``, ``v (1, Tk, H_kv, Dv)``, ``lse (1, H, Tq)``.
-    A query sees the keys of the blocks listed for its block, if the mask agrees: ``causal`` is
-    ``key <= query`` and needs ``Tq == Tk``; ``key_limit`` int32 ``(Tq,)`` is
-    ``key < key_limit[query]``; not both. ``lists`` are by query block in forward and transposed,
-    by key block, in backward; both must name the same pairs.
+    A query sees the keys of the blocks listed for its block, if the mask allows it. ``causal`` is
+    ``key <= query`` and needs ``Tq == Tk``. ``key_limit`` int32 ``(Tq,)`` is
+    ``key < key_limit[query]``. Not both may be given. ``lists`` are by query block in forward, and
+    transposed, by key block, in backward. Both must name the same pairs.
 """
 
 import functools
@@ -55,7 +55,7 @@ from nsa.geometry import Geometry, Segments, locate_items, prefix_sum
 
 
 class BlockLists(NamedTuple):
-    """Which key blocks each query block of each head attends, or the transpose of that.
+    """The key blocks that each query block of each head attends, or the transpose.
 
     Forward: a row is a query block and entries are key blocks. Backward: a row is a key block and
     entries are query blocks. The last block of either kind may be short. Entries of a row ascend,
@@ -64,9 +64,9 @@ class BlockLists(NamedTuple):
     Attributes:
         partial_count: int32 ``(1, H, rows)``, blocks to which the mask is applied.
         partial_index: int32 ``(1, H, rows, width)``, ``1 <= width <= number of blocks``.
-        full_count: the same for blocks whose every pair is visible: the mask is skipped there.
+        full_count: the same for blocks in which every pair is visible, so the mask is skipped.
             None if there are none.
-        full_index: likewise; its width may differ.
+        full_index: the same for those blocks; its width may differ.
         query_block: queries in a block, a multiple of 64.
         key_block: keys in a block, 64 or 128.
     """
@@ -80,17 +80,17 @@ class BlockLists(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """The place of every token's heads in a contiguous buffer of vectors ``(D,)``.
+    """Where every token's heads lie in a contiguous buffer of vectors ``(D,)``.
 
     Head ``h`` of token ``r`` is vector
     ``place[r] * unit + h // group * group_stride + h % group`` of the buffer. A token without a
-    place is 0 where it is read, and is not written. No two tokens share a vector.
+    place reads as 0 and is not written. No two tokens share a vector.
 
     Attributes:
         place: int32 ``(R,)``, contiguous; -1 for none.
         unit: vectors from one place to the next.
-        group: heads that are adjacent, those of a KV head or all.
-        group_stride: vectors from the first head of a group to that of the next.
+        group: number of adjacent heads: those of a KV head, or all.
+        group_stride: vectors from the first head of one group to the first of the next.
     """
 
     place: Tensor
@@ -100,28 +100,28 @@ class Placement(NamedTuple):
 
 
 Placements = tuple[Placement | None, Placement | None]
-"""Of the compressed and of the selected branch; None for token order."""
+"""Placements of the compressed and the selected branch; None for token order."""
 
 IN_ORDER: Placements = (None, None)
 
 
 MAX_GROUP = 32
-"""The most query heads of a KV head: they share a thread's columns."""
+"""The most query heads per KV head, because they share a thread's columns."""
 
 WARPGROUPS = 2
 """Warpgroups of a CTA that have queries."""
 
 TILE_FIELDS = 6
-"""Of a tile of tokens, see :class:`TokenTiles`."""
+"""Fields of a tile of tokens, see :class:`TokenTiles`."""
 
 PITCH = 74
-"""Words from token to token of the sums in shared memory. With a word skipped after 32 rows, and 10
-modulo 32, both the stores (8 rows by 4 tokens of a warp) and the loads (every 4th row) use all
-banks."""
+"""Words between the sums of neighbouring tokens in shared memory. A word is skipped after 32 rows,
+and 74 is 10 modulo 32. So both the stores of a warp (8 rows by 4 tokens) and the loads (every 4th
+row) use all banks."""
 
 
 class Rule(NamedTuple):
-    """What of a configuration the kernel is compiled for. Sizes are in tokens."""
+    """The part of a configuration that the kernel is compiled for. Sizes are in tokens."""
 
     block_size: int
     stride: int
@@ -149,7 +149,7 @@ class Rule(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Compressed tokens from tile to tile: whole selection blocks."""
+        """Compressed tokens from one tile to the next: whole selection blocks."""
         return WGMMA_ROWS // self.per_select * self.per_select
 
     @property
@@ -168,10 +168,10 @@ class Rule(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How a CTA's queries lie.
+    """The layout of a CTA's queries.
 
-    ``tokens`` a lane in a unit, in ``columns`` columns of the unit, at most 128; ``parts`` units
-    side by side for a warpgroup; ``stages`` tiles of compressed keys.
+    A lane has ``tokens`` tokens in a unit, and a unit has ``columns`` columns, at most 128. A
+    warpgroup has ``parts`` units side by side. There are ``stages`` tiles of compressed keys.
     """
 
     tokens: int
@@ -189,28 +189,28 @@ class Shape(NamedTuple):
 
     @property
     def lse_pitch(self) -> int:
-        # 16 bytes more than a multiple: the four lanes' loads of 16 bytes meet different banks.
+        # 16 bytes more than a multiple, so that the 16-byte loads of four lanes use other banks.
         per_lane = self.columns // QUAD
         return -(-per_lane // 32) * 32 + 4
 
 
 @functools.lru_cache(maxsize=None)
 def choose_shape(head_dim: int, group: int) -> Shape:
-    """The largest shape that fits shared memory with keys loaded ahead."""
+    """The largest shape that fits shared memory and still loads keys ahead."""
     for per_lane, parts in ((32, 2), (32, 1), (16, 2), (16, 1)):
         tokens = max(1, per_lane // group)
         columns = QUAD * (-(-tokens * group // 2) * 2)
         shape = Shape(tokens, columns, parts, 0)
         stages = (SHARED_BYTES - _bytes_but_keys(shape, head_dim)) // (WGMMA_ROWS * head_dim * 2)
-        # Without parts side by side two tiles are in use at a time.
+        # With one part, two tiles are in use at a time.
         if stages >= (3 if parts == 2 else 4):
             return shape._replace(stages=min(stages, 5))
-    # Two at the least, at the largest head size and group.
+    # At least two stages fit, at the largest head dimension and group.
     return shape._replace(stages=stages)
 
 
 def _bytes_but_keys(shape: Shape, head_dim: int) -> int:
-    """Shared memory of all but the tiles of compressed keys, alignment included."""
+    """Bytes of shared memory without the tiles of compressed keys, alignment included."""
     units = WARPGROUPS * shape.parts
     queries = units * shape.columns * head_dim * 2
     sums = WARPGROUPS * 2 * shape.unit_tokens * PITCH * 4
@@ -223,12 +223,12 @@ class TokenTiles(NamedTuple):
     """The tokens of an entry of the batch, in tiles that do not mix sequences.
 
     Args:
-        fields: int32 ``(tiles, 6)``: of each tile its first token, that token's position in the
-            sequence, the number of tokens, then of the sequence the first compressed token, how
-            many there are, and the number of selection blocks. Tiles past the last have no token.
+        fields: int32 ``(tiles, 6)``. For each tile: its first token, that token's position in the
+            sequence, and the number of tokens. For its sequence: the first compressed token, their
+            number, and the number of selection blocks. Tiles past the last have no tokens.
         first: int32 ``(chunks,)``, the first tile with tokens of each chunk.
         chunk: tokens of a chunk.
-        grid: an upper bound of the tiles with tokens of a chunk.
+        grid: an upper bound on the tiles with tokens of a chunk.
     """
 
     fields: Tensor
@@ -238,7 +238,7 @@ class TokenTiles(NamedTuple):
 
 
 def make_token_tiles(geometry: Geometry, tile_tokens: int, chunk: int) -> TokenTiles:
-    """Tiles of ``tile_tokens`` tokens at most, for chunks of ``chunk`` tokens. No host sync."""
+    """Tiles of at most ``tile_tokens`` tokens, for chunks of ``chunk`` tokens. No host sync."""
     tokens = geometry.tokens
     sequences = len(tokens.count)
     total = tokens.total // tile_tokens + sequences
@@ -265,21 +265,21 @@ def make_token_tiles(geometry: Geometry, tile_tokens: int, chunk: int) -> TokenT
 
 
 WORKSPACE_BYTES = 2 << 30
-"""What the partial results of a wave may take."""
+"""The most bytes of partial results in a wave."""
 
 
 class TokenBlocks(NamedTuple):
-    """Blocks of consecutive sequences, numbered through, and the tokens of these.
+    """The blocks of all sequences, numbered consecutively, and their tokens.
 
-    Block ``J`` of a token's sequence is block ``base + J`` of all, and the token may attend it if
+    Block ``J`` of a token's sequence is block ``base + J`` overall, and the token may attend it if
     ``0 <= J < limit``. All tensors are int32.
 
     Args:
         base: ``(T,)``, the first block of each token's sequence.
-        limit: ``(T,)``, how many of them it may attend; 0 for tokens of no sequence.
+        limit: ``(T,)``, how many blocks each token may attend; 0 for tokens of no sequence.
         first: ``(blocks,)``, the first token of each block.
-        keys: ``(blocks,)``, how many it has; 0 for blocks of no sequence.
-        sequences: how many there are.
+        keys: ``(blocks,)``, tokens in each block; 0 for blocks of no sequence.
+        sequences: number of sequences.
     """
 
     base: Tensor
@@ -289,16 +289,16 @@ class TokenBlocks(NamedTuple):
     sequences: int
 
     def most_of_range(self, tokens: int, block_size: int) -> int:
-        """More blocks than this have no token among ``tokens`` consecutive ones."""
-        # A sequence that starts there has one that is not full, the one before it two.
+        """Upper bound on the blocks that have one of ``tokens`` consecutive tokens."""
+        # A sequence that starts in the range has one short block, the sequence before it two.
         return min(tokens, tokens // block_size + min(self.sequences, tokens) + 1)
 
 
 def make_token_blocks(geometry: Geometry, batch: int) -> TokenBlocks:
-    """The blocks of a batch of ``batch`` entries that ``geometry`` describes."""
+    """The blocks of a batch of ``batch`` entries, each as in ``geometry``."""
     tokens, blocks = geometry.tokens, geometry.selection
     if batch > 1:
-        # A batch has one sequence an entry.
+        # Each entry of a batch is one sequence.
         tokens, blocks = (_repeat(x, batch) for x in (tokens, blocks))
     size = geometry.config.select_block_size
     length = tokens.count[tokens.owner]
@@ -320,14 +320,14 @@ def _repeat(items: Segments, times: int) -> Segments:
 
 
 def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_bytes: int) -> int:
-    """A power of two: queries of a KV head and chunk take 16 MiB of L2, beside what streams through
-    it, but a block's keys are loaded for enough tokens."""
+    """Tokens of a chunk, a power of two. The queries of a KV head and chunk take about 16 MiB of
+    L2, beside data that streams through. More if a block's keys would serve too few tokens."""
     fits = (16 << 20) // (group * row_bytes)
     enough = 16 * blocks // slots
     return 1 << min(max(fits, enough, 64) - 1, max(total - 1, 63)).bit_length()
 
 
 def units_of_wave(chunk_tokens: int, slots: int, group: int, head_dim_v: int) -> int:
-    """How many units' partial results fit the workspace."""
+    """Units in a wave: as many as have partial results that fit the workspace."""
     pair_bytes = group * (2 * head_dim_v + 4)
     return max(1, WORKSPACE_BYTES // (chunk_tokens * slots * pair_bytes))

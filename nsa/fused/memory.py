@@ -1,7 +1,7 @@
-"""How much memory a call needs beside arguments, output and their gradients: its workspace.
+"""The workspace of a call: its memory beside arguments, output and their gradients.
 
-Each stage says what it allocates, in a function beside it. Here these are added up in the order of
-:mod:`nsa.fused.pipeline`. What does not grow with the heads is left out.
+A function beside each stage says what the stage allocates. This file adds them up in the order of
+:mod:`nsa.fused.pipeline`. It leaves out tensors that do not grow with the heads.
 """
 
 from nsa.fused.attention.compressed import compressed_backward_bytes, compressed_forward_bytes
@@ -15,29 +15,29 @@ from nsa.fused.sizes import Sizes
 
 
 def workspace_bytes(sizes: Sizes, kv_heads: int, *, save: bool, recompute: bool) -> int:
-    """Workspace with ``kv_heads`` KV heads at a time, of forward and, where ``save``, backward."""
+    """Workspace of a forward, and with ``save`` a backward, that runs ``kv_heads`` at a time."""
     chunk = sizes.of_heads(kv_heads)
     if not save:
         return chunk.branch_outputs + forward_bytes(chunk)
     backward = chunk.branch_outputs + max(forward_bytes(chunk), backward_bytes(chunk))
     if recompute:
         return sizes.indices + backward
-    # Those of the chunk are among those that are saved.
+    # The outputs of the chunk are among the saved ones, so they count once.
     return sizes.indices + sizes.branch_outputs - chunk.branch_outputs + backward
 
 
 def forward_bytes(sizes: Sizes) -> int:
-    """Peak of a forward beside the outputs of the branches."""
+    """Peak of a forward, without the outputs of the branches."""
     held = compress_bytes(sizes) + sizes.query_copy + sizes.indices + list_bytes(sizes)
     stages = (select_bytes, compressed_forward_bytes, selected_forward_bytes)
     return held + max(stage(sizes) for stage in stages)
 
 
 def backward_bytes(sizes: Sizes) -> int:
-    """Peak of a backward beside the outputs of the branches.
+    """Peak of a backward, without the outputs of the branches.
 
-    Each branch holds the gradients of the outputs of those that are left, its own gradients, and
-    those of the branches before it.
+    While a branch runs, memory holds the output gradients of the branches still to come, the
+    branch's own gradients, and those of the branches before it.
     """
     dout, grads = sizes.query, sizes.query + 2 * sizes.key
     window = 3 * dout + window_backward_bytes(sizes)

@@ -1,7 +1,7 @@
 """The plan of a call: the sequences, and how their tokens are laid out for the kernels.
 
-Tensors here are ``(B, T, H, D)``: batched input as it is, packed input with ``B = 1``. Nothing
-reads a length on the host, so sizes that depend on them are upper bounds.
+Tensors are ``(B, T, H, D)``; packed input has ``B = 1``. The host reads no lengths, so sizes that
+depend on lengths are upper bounds.
 """
 
 from dataclasses import dataclass, field, replace
@@ -28,13 +28,13 @@ from nsa.host import may_keep
 from nsa.packing import Packing
 
 MAX_PLANS = 8
-"""Plans to keep of batches. Few, because each keeps index tensors
-as long as the sequences on the device: some 100 bytes a token of packed ones."""
+"""Plans of batches to keep. Few, because each keeps index tensors on the device
+that are as long as the sequences: about 100 bytes a token if packed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What one call computes: the sequences of each entry of the batch, and how they lie.
+    """The sequences of each entry of the batch, and the index tensors that follow from them.
 
     ``cu_seqlens`` and ``max_seqlen`` are None for batched input, where each entry is one sequence.
     """
@@ -78,16 +78,16 @@ class Plan:
     def in_order(self) -> bool:
         """Whether outputs and gradients of queries are ``(B, T, H, D)`` in every branch.
 
-        Else the compressed and selected branch have them as their kernels do, and the gates read
-        them through a :class:`Placement`.
+        Otherwise those of the compressed and selected branch stay in the layout of their kernels,
+        and the gates read them through a :class:`Placement`.
         """
         return not self.packed or self.config.selection == "token"
 
     def query_placements(self, num_heads: int, num_kv_heads: int) -> Placements:
         """Where outputs and gradients of queries lie in the compressed and selected branch.
 
-        Where not :attr:`in_order` they lie as the kernels have them: the selected, and the sparse
-        compressed, in aligned rows, and the dense causal compressed folded.
+        Unless :attr:`in_order`, they stay in the layout of the kernels: aligned rows for the
+        selected and the sparse compressed branch, folded rows for the dense causal compressed one.
         """
         if self.in_order:
             return IN_ORDER
@@ -99,15 +99,15 @@ class Plan:
         return None, selected
 
     def align_queries(self, q: Tensor) -> Tensor:
-        """``q (B, T, H, D)`` in aligned rows, ``(1, B * rows, H, D)``; in token mode as it is."""
+        """``q (B, T, H, D)`` in aligned rows, ``(1, B * rows, H, D)``; unchanged in token mode."""
         return q if self.config.selection == "token" else self.tokens.pack(q)
 
     def query_rows(self, x: Tensor) -> Tensor:
-        """A branch's ``(1, B * rows, H, D)`` as the gates take it."""
+        """A branch's ``(1, B * rows, H, D)`` in the layout that the gates take."""
         return self.tokens.unpack(x) if self.in_order else x
 
     def folded_queries(self, x: Tensor, num_kv_heads: int) -> Tensor:
-        """A branch's ``(1, rows, H_kv * d * G, D)`` as the gates take it."""
+        """A branch's ``(1, rows, H_kv * d * G, D)`` in the layout that the gates take."""
         return self.folded.unfold(x, num_kv_heads) if self.in_order else x
 
     @cached_property
@@ -125,7 +125,7 @@ class Plan:
     def blocks_of_token(self) -> Tensor:
         """The compressed blocks that each token is in, -1 for none, int32 ``(T, l / d)``."""
         config, tokens, compressed = self.config, self.geometry.tokens, self.geometry.compressed
-        # The one that starts last at or before the token, and those before it.
+        # The last block that starts at or before the token, and the blocks before it.
         overlap = config.compress_block_size // config.compress_stride
         earlier = torch.arange(overlap, device=self.geometry.device)
         owner = tokens.owner[:, None]
@@ -135,17 +135,17 @@ class Plan:
 
     @cached_property
     def compressed_bounds(self) -> Tensor:
-        """Where the compressed tokens of each sequence start, then the last end: int32."""
+        """Where the compressed tokens of each sequence start, then where the last end: int32."""
         return self.geometry.compressed.offset.int()
 
     @property
     def key_block(self) -> int:
-        """Keys of one entry of a block list of the selected branch."""
+        """Keys of a key block in the selected branch."""
         return choose_key_block(self.config.select_block_size, self.config, self.head_dim)
 
     @property
     def cmp_key_block(self) -> int:
-        """Compressed tokens of one entry of a block list of the sparse compressed branch."""
+        """Compressed tokens of a key block in the sparse compressed branch."""
         return choose_key_block(self.config.cmp_group_size, self.config, self.head_dim)
 
     @cached_property
@@ -155,15 +155,15 @@ class Plan:
 
     @cached_property
     def tile_key_blocks(self) -> tuple[Tensor, Tensor]:
-        """Of each tile's sequence the first key block in the row, and how many there are.
+        """First key block of each tile's sequence in the row, and number of key blocks.
 
-        Int32 ``(tiles,)`` each; tiles of no sequence have none.
+        Int32 ``(tiles,)`` each; the number is 0 for tiles of no sequence.
         """
         return self._tile_blocks(self.tokens, self.key_block)
 
     @cached_property
     def tile_cmp_key_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of compressed tokens, and how many blocks the tile's first query sees whole."""
+        """The same for compressed tokens; and how many key blocks the first query sees whole."""
         geometry = self.geometry
         seen = geometry.num_visible(
             geometry.tile_first, geometry.tiles.owner, self.config.compressed_visibility
@@ -177,9 +177,9 @@ class Plan:
         return make_token_blocks(self.geometry, self.batch)
 
     def token_tiles(self, tile_tokens: int, step_tokens: int) -> TokenTiles:
-        """Tiles of ``tile_tokens`` tokens for the importance kernel, for steps of so many tokens.
+        """Tiles of ``tile_tokens`` tokens for the importance kernel, in steps of ``step_tokens``.
 
-        Both follow from the heads, which a chunk has fewer of.
+        Both depend on the number of heads, so they may differ between chunks.
         """
         key = (tile_tokens, step_tokens)
         if key not in self._token_tiles:
@@ -188,7 +188,7 @@ class Plan:
 
     @cached_property
     def token_candidates(self) -> tuple[Tensor, Tensor]:
-        """Each token's own selection block, and how many it may take, int32 ``(T,)`` each."""
+        """Each token's own selection block, and how many it may take: int32 ``(T,)`` each."""
         tokens, config = self.geometry.tokens, self.config
         own = tokens.local // config.select_block_size
         count = own + 1 if config.causal else self.geometry.selection.count[tokens.owner]
@@ -215,30 +215,30 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Upper bound of the tokens of a sequence."""
+        """Upper bound on the tokens of a sequence."""
         return self.geometry.tokens.total if self.max_seqlen is None else self.max_seqlen
 
     @property
     def max_compressed(self) -> int:
-        """Upper bound of the compressed tokens of a sequence."""
+        """Upper bound on the compressed tokens of a sequence."""
         return num_compressed_blocks(self.longest, self.config)
 
     @property
     def max_selection_blocks(self) -> int:
-        """Upper bound of the selection blocks of a sequence."""
+        """Upper bound on the selection blocks of a sequence."""
         return num_selection_blocks(self.longest, self.config)
 
 
 def choose_key_block(block_size: int, config: NSAConfig, head_dim: int) -> int:
-    """Keys of an entry of a block list, for blocks or groups of ``block_size``."""
-    # FA4's tiles of 128 keys need as many queries, and channels that fit shared memory.
+    """Keys of a key block, for selection blocks or groups of ``block_size``."""
+    # FA4's tiles of 128 keys need 128 queries, and a head dimension that fits shared memory.
     wide = block_size % 128 == 0 and config.q_tile_size % 128 == 0
     return 128 if wide and head_dim <= 128 else 64
 
 
 @lru_cache(maxsize=64)
 def with_scale(config: NSAConfig, scale: float) -> NSAConfig:
-    """``config`` with an explicit scale, because padding changes what it would follow from."""
+    """``config`` with an explicit scale, because padding changes ``D`` and so the default scale."""
     return replace(config, scale=scale)
 
 
@@ -251,8 +251,8 @@ def make_plan(
 ) -> Plan:
     """The plan for ``q (B, N, H, D)``, or for packed ``q (1, T, H, D)`` with ``cu_seqlens``.
 
-    It is kept with the ``packing`` of ``cu_seqlens``; of a bare tensor it has a copy, which nobody
-    changes before the backward. Reads the lengths on the host where ``max_seqlen`` is None.
+    The plan is kept with ``packing``, if given. Otherwise it has a copy of ``cu_seqlens``, which
+    nobody changes before backward. The host reads the lengths if ``max_seqlen`` is None.
     """
     if cu_seqlens is None:
         plan = _cached_batched_plan if may_keep(q) else _batched_plan

@@ -1,7 +1,7 @@
-"""Packed sequences as the kernels take them: aligned rows and folded queries.
+"""Layouts of packed sequences for the kernels: aligned rows and folded queries.
 
-Tensors are ``(B, T, H, D)``. Nothing reads a length on the host, so sizes that depend on them are
-upper bounds.
+Tensors are ``(B, T, H, D)``. The host reads no lengths, so sizes that depend on lengths are upper
+bounds.
 """
 
 from functools import cached_property
@@ -17,10 +17,10 @@ from nsa.geometry import Geometry, Segments, SingleSegment, prefix_sum
 
 
 class AlignedRows:
-    """All items of a batch in one row, each sequence starting at a multiple of ``alignment``.
+    """All items of a batch in one row. Each sequence starts at a multiple of ``alignment``.
 
-    Lists that name only a sequence's own blocks then keep sequences apart, and the padding after a
-    sequence comes after each of its queries.
+    No block then has keys of two sequences, so lists can keep sequences apart. The padding of a
+    sequence comes after all its queries, so a causal mask hides it.
 
     Args:
         items: the sequences in each of the ``B`` entries.
@@ -43,7 +43,7 @@ class AlignedRows:
 
     @property
     def rows(self) -> int:
-        """Rows of one entry of the batch, an upper bound."""
+        """Upper bound on the rows of one entry of the batch."""
         return self.segments.total
 
     @cached_property
@@ -55,7 +55,7 @@ class AlignedRows:
 
     @cached_property
     def _item_of_row(self) -> Tensor:
-        """The item that each row holds, -1 where it holds none, int32 ``(rows,)``."""
+        """The item that each row holds, -1 for padding, int32 ``(rows,)``."""
         segments, items = self.segments, self.items
         item = items.offset[segments.owner] + segments.local
         return torch.where(segments.local < items.count[segments.owner], item, -1).int()
@@ -89,10 +89,10 @@ class FoldedQueries:
     """Queries that see the same compressed blocks, folded into the heads of their KV head.
 
     All queries with the same ``(t + 1 - l) // d`` see the same complete blocks. Row ``r`` of a
-    sequence holds the ``d`` queries that see exactly the blocks ``0 .. r``, so that the
-    complete-block rule is the causal mask of a sequence of ``N_cmp`` rows. Queries that see no
-    block are left out. With started blocks row ``r`` holds the queries with ``t // d == r``, in
-    ``N_cmp + l / d`` rows; the last of them see all blocks.
+    sequence holds the ``d`` queries that see exactly the blocks ``0 .. r``, so the complete-block
+    rule is the causal mask of a sequence of ``N_cmp`` rows. Queries that see no block are left out.
+    With started blocks, row ``r`` holds the queries with ``t // d == r``. There are
+    ``N_cmp + l / d`` rows, and the last of them see all blocks.
     """
 
     def __init__(self, geometry: Geometry):
@@ -107,7 +107,7 @@ class FoldedQueries:
         counts = geometry.compressed.count + self.extra
         total = geometry.compressed.total + self.extra * len(counts)
         self.rows = Segments(prefix_sum(counts), total)
-        # By the number of KV heads, which a chunk has fewer of.
+        # Keyed by the number of KV heads, which differs between chunks.
         self._fold_indices: dict[int, Tensor] = {}
         self._places: dict[int, Tensor] = {}
 
@@ -123,14 +123,14 @@ class FoldedQueries:
 
     @cached_property
     def _place(self) -> tuple[Tensor, Tensor]:
-        """The row and slot of each token, row -1 where it has none: ``(T,)`` each."""
+        """The row and slot of each token, row -1 if it has none: ``(T,)`` each."""
         tokens = self.geometry.tokens
         position = tokens.local - self.lead
         row = self.rows.offset[tokens.owner] + position // self.size
         return torch.where((position >= 0) & tokens.real, row, -1), position % self.size
 
     def _fold_index(self, num_kv_heads: int) -> Tensor:
-        """Which of ``(T, H_kv)`` is in each of ``(rows, H_kv, d)``, -1 for none: int32, flat."""
+        """The ``(T, H_kv)`` index in each of ``(rows, H_kv, d)``, -1 for none: int32, flat."""
         if num_kv_heads not in self._fold_indices:
             head = torch.arange(num_kv_heads, device=self.rows.device)[:, None]
             token = self._token[:, None]
@@ -145,13 +145,13 @@ class FoldedQueries:
 
     def fold(self, x: Tensor, num_kv_heads: int) -> Tensor:
         """``(B, T, H, D)`` to ``(B, rows, H_kv * d * G, D)``; empty slots are 0."""
-        # One row of the gather is a token's group of heads.
+        # Each gathered row is one token's group of heads.
         grouped = x.reshape(x.shape[0], -1, 1, x[0, 0].numel() // num_kv_heads)
         folded = _gather(grouped, self._fold_index(num_kv_heads))
         return folded.view(x.shape[0], self.rows.total, -1, x.shape[-1])
 
     def unfold(self, folded: Tensor, num_kv_heads: int) -> Tensor:
-        """``(B, rows, H_kv * d * G, D)`` to ``(B, T, H, D)``; queries left out are 0."""
+        """``(B, rows, H_kv * d * G, D)`` to ``(B, T, H, D)``. Queries that were left out are 0."""
         row, slot = (x[:, None] for x in self._place)
         head = torch.arange(num_kv_heads, device=folded.device)
         index = (row * num_kv_heads + head) * self.size + slot  # (T, H_kv)
@@ -162,7 +162,7 @@ class FoldedQueries:
         return x.view(folded.shape[0], len(index), -1, folded.shape[-1])
 
     def placement(self, num_heads: int, num_kv_heads: int) -> Placement:
-        """Where :meth:`fold` puts the heads of each token; queries left out have no place."""
+        """Where :meth:`fold` puts the heads of each token. Queries left out have no place."""
         if num_kv_heads not in self._places:
             row, slot = self._place
             place = torch.where(row >= 0, row * (num_kv_heads * self.size) + slot, -1)
@@ -179,14 +179,14 @@ class FoldedQueries:
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Items ``index (R,)``, 0 where -1, of every entry of the batch: ``(B, R, H, D)``."""
+    """Gather items ``index (R,)`` of every entry of the batch, 0 for -1: ``(B, R, H, D)``."""
     return kernel_calls.gather_rows(x, over_batch(index, *x.shape[:2]))
 
 
 def over_batch(index: Tensor, batch: int, stride: int) -> Tensor:
-    """Indices into one entry of the batch, -1 for none, as int32 indices into all entries.
+    """Turn indices into one entry of the batch into int32 indices into all entries.
 
-    ``(R, ...)`` to ``(B * R, ...)``.
+    ``(R, ...)`` becomes ``(B * R, ...)``; -1 stays -1.
     """
     if batch == 1:
         return index.int()

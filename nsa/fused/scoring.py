@@ -1,4 +1,4 @@
-"""What the tiles of a call may see and take when they select, as the kernel reads it."""
+"""What tiles may see and take when they select, in the form that the kernel reads."""
 
 from functools import cached_property
 
@@ -10,7 +10,7 @@ from nsa.geometry import Geometry
 
 
 class Scoring:
-    """One value a tile of an entry of the batch, int32 ``(tiles,)`` each but where said.
+    """Tensors with one value per tile of an entry, int32 ``(tiles,)`` unless stated otherwise.
 
     See :mod:`nsa.fused.kernels.top_blocks`.
     """
@@ -38,10 +38,10 @@ class Scoring:
 
     @cached_property
     def candidates(self) -> Tensor:
-        """Selection blocks that may be taken, 0 for tiles of no sequence.
+        """Number of selection blocks that may be taken, 0 for tiles of no sequence.
 
-        Those up to the tile's end among them, even past the end of the sequence: they have no score
-        but, where forced, a slot.
+        Blocks up to the tile's end count even past the end of the sequence. They have no score, but
+        forced ones take a slot.
         """
         count = self.own + 1
         if not self.geometry.config.causal:
@@ -65,19 +65,19 @@ class Scoring:
         geometry, config = self.geometry, self.geometry.config
         if config.num_initial_blocks + config.num_local_blocks == 0:
             return False
-        # A tile that its sequence fills ends at a token, and so does its last block start at one.
+        # A full tile ends at a token, so all its blocks start inside the sequence.
         return not geometry.tiles.single or geometry.tokens.total % config.q_tile_size != 0
 
     @cached_property
     def tile_start(self) -> Tensor:
-        """The first aligned row of each tile of all entries of the batch, ``(B * tiles,)``."""
+        """The first aligned row of each tile, for all entries of the batch, ``(B * tiles,)``."""
         tiles, size = self.geometry.tiles, self.geometry.config.q_tile_size
         end = self.batch * tiles.total * size
         return torch.arange(0, end, size, dtype=torch.int32, device=tiles.device)
 
     @cached_property
     def filled(self) -> Tensor | None:
-        """The part of each tile's rows that are queries, float32; None where every tile is full."""
+        """The fraction of each tile's rows that are queries, float32; None if all are full."""
         geometry = self.geometry
         if geometry.tiles.single and geometry.tokens.total % geometry.config.q_tile_size == 0:
             return None

@@ -1,6 +1,6 @@
-"""The sizes of a call: shapes of results, and the memory that stages need, follow from them.
+"""The sizes of a call, from which the shapes of results and the memory of stages follow.
 
-Lengths of packed sequences are not read, so what depends on them is an upper bound.
+The lengths of packed sequences are not read, so sizes that depend on them are upper bounds.
 """
 
 from typing import NamedTuple
@@ -23,10 +23,10 @@ class Sizes(NamedTuple):
     Attributes:
         batch: entries of the batch; 1 for packed sequences.
         length: tokens of an entry.
-        sequences: of packed input; None for a batch.
-        longest: tokens of a sequence, at most.
+        sequences: number of packed sequences; None for a batch.
+        longest: upper bound on the tokens of a sequence.
         num_heads, num_kv_heads: query heads and KV heads.
-        head_dim: of the kernels.
+        head_dim: the kernels' head dimension.
         itemsize: bytes of an element of ``q``.
         config: block sizes and counts.
     """
@@ -42,12 +42,12 @@ class Sizes(NamedTuple):
     config: NSAConfig
 
     def of_heads(self, num_kv_heads: int) -> "Sizes":
-        """The same with fewer KV heads, and their query heads."""
+        """The sizes with ``num_kv_heads`` KV heads and their query heads."""
         return self._replace(num_kv_heads=num_kv_heads, num_heads=num_kv_heads * self.group)
 
     @property
     def group(self) -> int:
-        """Query heads of a KV head."""
+        """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
 
     @property
@@ -72,18 +72,18 @@ class Sizes(NamedTuple):
 
     @property
     def units(self) -> int:
-        """What selects together in an entry: the tokens or the query tiles."""
+        """Units of an entry: its tokens or its query tiles."""
         return self.length if self.token_mode else self.tiles
 
     @property
     def rows(self) -> int:
-        """Rows of queries of all entries, in tile mode aligned to tiles."""
+        """Rows of queries of all entries, aligned to tiles in tile mode."""
         tile_size = 1 if self.token_mode else self.config.q_tile_size
         return self.batch * self.units * tile_size
 
     @property
     def compressed(self) -> int:
-        """Compressed tokens of all entries, if each were one sequence."""
+        """Compressed tokens of all entries, as if each entry were one sequence."""
         return self.batch * num_compressed_blocks(self.length, self.config)
 
     @property
@@ -95,9 +95,9 @@ class Sizes(NamedTuple):
     # Shapes of results.
 
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of :meth:`nsa.fused.pipeline.Saved.tensors`, without those that are None.
+        """Shapes of the results of :meth:`nsa.fused.pipeline.Saved.tensors` that are not None.
 
-        Packed tile mode keeps outputs as the kernels write them, see
+        Packed tile mode keeps outputs in the layout of the kernels, see
         :meth:`nsa.fused.plan.Plan.query_placements`.
         """
         selecting = self.num_kv_heads if self.token_mode else self.num_heads
@@ -161,7 +161,7 @@ class Sizes(NamedTuple):
         return self.rows * self.num_heads * self.head_dim * self.itemsize
 
     def key_bytes(self, rows: int) -> int:
-        """Bytes of so many rows of keys."""
+        """Bytes of ``rows`` rows of keys."""
         return rows * self.num_kv_heads * self.head_dim * self.itemsize
 
     @property
@@ -176,17 +176,17 @@ class Sizes(NamedTuple):
 
     @property
     def query_copy(self) -> int:
-        """Bytes that bringing queries into rows copies."""
+        """Bytes of a copy of queries in rows; 0 if the rows are a view."""
         return self.query_rows if self._copies else 0
 
     @property
     def key_copy(self) -> int:
-        """Bytes that bringing keys into rows copies."""
+        """Bytes of a copy of keys in rows; 0 if the rows are a view."""
         return self.key_bytes(self.rows) if self._copies else 0
 
     @property
     def _copies(self) -> bool:
-        """Whether rows are no view of the tokens."""
+        """Whether rows are a copy of the tokens, not a view."""
         if self.token_mode:
             return False
         return self.packed or self.length % self.config.q_tile_size != 0

@@ -1,8 +1,8 @@
-"""Work that runs side by side, where no kernel of it fills the GPU for long.
+"""Runs work on a second stream, for kernels that do not fill the GPU.
 
-Only while a graph of short inputs is captured: launched one by one, their kernels end before the
-host has launched what could run beside them. Long inputs gain nothing where kernels fill the GPU,
-and their workspace would be split.
+This happens only while a CUDA graph of short inputs is captured. Outside a graph, the kernels of
+short inputs end before the host has launched what could run beside them. Long inputs gain nothing,
+because their kernels fill the GPU, and their workspace would be split.
 """
 
 from functools import lru_cache
@@ -13,18 +13,18 @@ from torch import Tensor
 from nsa.host import is_capturing
 
 SHORT = 1 << 27
-"""Elements of the queries up to which work is captured side by side: 32K tokens, H=32, D=128."""
+"""The most elements of the queries for which a second stream is used: 32K tokens, H=32, D=128."""
 
 
 class SideStream:
-    """Work beside what is launched after this is made and before its ``with`` block.
+    """Runs a ``with`` block beside the work launched between this object's creation and the block.
 
-    The block's work waits for what was launched before, and what is launched after it waits for
-    both. It goes first where both are ready: it should be the one with the small kernels, which
-    would else wait for the other's last.
+    The block's work waits for all launches before the creation, and launches after the block wait
+    for both. The block's kernels run first if both are ready. Put the smaller kernels in the block,
+    because they would otherwise wait for the others to end.
 
-    What the block allocates may be used after it. Its memory is given out again in a later block
-    alone, and so only after all that was launched before that was made.
+    Tensors from the block may be used after it. Only a later block reuses their memory, and so only
+    after all launches before that block's object was made.
     """
 
     def __init__(self, q: Tensor):
@@ -47,6 +47,6 @@ class SideStream:
 
 @lru_cache(maxsize=None)
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # Of high priority: kernels that come later wait for all blocks of those before, if these are
-    # not of less.
+    # High priority, because a kernel waits for all CTAs of earlier kernels unless those have a
+    # lower priority.
     return torch.cuda.Stream(device, priority=-1)

@@ -1,4 +1,4 @@
-"""Pure-PyTorch differentiable reference: every input form, any float dtype, CPU and CUDA."""
+"""The differentiable reference in PyTorch: every input form, any float dtype, CPU and CUDA."""
 
 from nsa.reference.pipeline import forward, select_blocks
 

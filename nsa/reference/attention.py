@@ -14,7 +14,7 @@ from nsa.reference.products import inner_products, weighted_sum
 
 
 class KeyBlocks(NamedTuple):
-    """How the keys of every sequence are cut into blocks that a list can name."""
+    """The keys of all sequences, and the blocks of ``size`` keys that a list can name."""
 
     keys: Segments
     blocks: Segments
@@ -24,7 +24,7 @@ class KeyBlocks(NamedTuple):
 def compressed_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, groups: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """Attention over the visible compressed tokens, or those of each tile's selected groups.
+    """Attention over all visible compressed tokens, or those in each tile's selected groups.
 
     Args:
         q: ``(T, H, D)``.
@@ -63,7 +63,7 @@ def selected_attention(
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
-    """Attention over the ``window_size`` last keys, the query's own included.
+    """Attention over the last ``window_size`` keys, the query's own included.
 
     Shapes as in :func:`selected_attention`.
     """
@@ -74,20 +74,20 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Ten
 def _masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dtype: torch.dtype
 ) -> Tensor:
-    """``softmax(scale * q k^T) v`` over keys where ``mask``; a row with no key gives 0.
+    """``softmax(scale * q k^T) v`` over the keys in ``mask``; a row with no key gives 0.
 
-    ``dtype`` is that of the operands of products; ``q``, ``k`` and ``v`` may be wider.
+    ``dtype`` is the dtype of matrix operands; ``q``, ``k`` and ``v`` may be wider.
     """
     products = round_gradient(inner_products(q, k, mask), dtype)
     scores = (products * scale).masked_fill(~mask, -torch.inf)
     if scores.shape[-1]:
-        # A finite floor keeps -inf - top = -inf where a row has no key.
+        # The floor is finite, so -inf - top stays -inf in a row with no key.
         top = scores.detach().amax(dim=-1, keepdim=True)
         scores = scores - top.clamp(min=torch.finfo(scores.dtype).min)
     weights = scores.exp()
     total = weights.sum(dim=-1, keepdim=True)
     probability = weights / torch.where(total == 0, 1, total)
-    # A row with NaN is NaN at its own keys alone.
+    # A row with NaN must be NaN only at its own keys.
     probability = probability.masked_fill(~mask, 0)
     return weighted_sum(round_operand(probability, dtype), v, mask)
 
@@ -117,7 +117,7 @@ def _interval_attention(
         return out.unflatten(1, rows.shape[1:3]).transpose(0, 1)  # (C, H_kv, G, Dv)
 
     chunks = query_chunks(first, end, q.shape[1])
-    # Pieces by one split, whose gradient is one concatenation.
+    # One split makes all pieces, so that the gradient is one concatenation.
     pieces = grouped.split([stop - start for start, stop in chunks])
     out = [
         recomputed(attend, piece, keys, values, *chunk)
@@ -135,19 +135,19 @@ def _listed_attention(
     end: Tensor,
     geometry: Geometry,
 ) -> Tensor:
-    """Attention of every unit, a token or a tile, over the keys of its listed blocks.
+    """Attention of every unit (a token or a tile) over the keys of its listed blocks.
 
     The rows of a list are the heads of a group in token mode, the tokens of a tile in tile mode.
 
     Args:
         indices: blocks ``(units, L, n)`` in their sequence, -1 in empty slots at the end; list
             ``i`` of ``L`` attends KV head ``i * H_kv // L``.
-        end: flat key that ends what a token sees, ``(T,)``.
+        end: the flat key after the last one that each token sees, ``(T,)``.
     """
     scale = geometry.config.softmax_scale(q.shape[-1])
     dtype = accumulation_dtype(q.dtype)
     num_kv_heads = k.shape[1]
-    keys, values = k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)  # a row a key and KV head
+    keys, values = k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)  # (T * H_kv, D)
     arrange = _token_rows if geometry.config.selection == "token" else _tile_rows
 
     def attend(piece, keys, values, start, stop):
@@ -176,7 +176,7 @@ def _listed_attention(
 
 
 def _num_tokens(chunks: list[tuple[int, int]], geometry: Geometry) -> list[int]:
-    """Tokens of each range of units; the ranges follow one another and cover all."""
+    """Tokens in each range of units. The ranges are consecutive and cover all units."""
     if geometry.config.selection == "token" or not geometry.tiles.total:
         return [stop - start for start, stop in chunks]
     start = torch.tensor([start for start, _ in chunks], device=geometry.device)
@@ -185,7 +185,7 @@ def _num_tokens(chunks: list[tuple[int, int]], geometry: Geometry) -> list[int]:
 
 
 def _listed_keys(indices: Tensor, owner: Tensor, table: KeyBlocks) -> Tensor:
-    """Keys of the listed blocks in their sequence, negative in empty slots: ``(C, L, K)``."""
+    """Position of each key of the listed blocks, negative in empty slots: ``(C, L, K)``."""
     counts = table.blocks.counts[owner[0] : owner[-1] + 1] if len(owner) else [0]
     block = indices[..., : max(counts), None].long()  # slots beyond are empty
     # A block is no longer than its sequence.

@@ -1,4 +1,4 @@
-"""Chunks of queries: they bound the memory of every stage and do not change its result."""
+"""Chunks of queries, which bound the memory of every stage and do not change its result."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CPU_CHUNK_ELEMENTS = 1 << 21
-"""Scores and gathered keys that one chunk may hold: about what a cache does."""
+"""Elements of scores and gathered keys that one chunk may hold: about the size of a cache."""
 
 GPU_CHUNK_ELEMENTS = 1 << 25
-"""The same elsewhere than on a CPU: fewer kernels, whose launches would take the time."""
+"""The same for other devices. Larger, because small chunks would spend their time on launches."""
 
 
 def fitting_chunks(
@@ -18,8 +18,8 @@ def fitting_chunks(
 ) -> list[tuple[int, int]]:
     """Ranges ``[start, stop)`` of items for which ``elements(start, stop)`` fits the bound.
 
-    Each range doubles while it fits. At least one range, empty where there is no item, so that
-    callers build a graph anyway.
+    Each range doubles while it fits. If there are no items, there is one empty range, so that
+    callers still build a graph.
     """
     most = CPU_CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
     chunks, start = [], 0
@@ -59,5 +59,5 @@ def covered_range(first: Tensor, end: Tensor, start: int, stop: int) -> tuple[in
 
 
 def recomputed(function, *args):
-    """Call ``function``; in the backward recompute it instead of keeping its intermediates."""
+    """Call ``function``. Backward recomputes it instead of keeping its intermediates."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -24,18 +24,18 @@ def compress(x: Tensor, weight: Tensor | None, geometry: Geometry) -> Tensor:
     parts = config.compress_block_size // stride
     x32 = x.to(accumulation_dtype(x.dtype))
 
-    # Blocks overlap in whole strides, so each is a sum of consecutive stride sums.
+    # Blocks overlap in whole strides, so each block is a sum of consecutive stride sums.
     used = compressed.count + (parts - 1) * (compressed.count > 0)
     offset = prefix_sum(used)
     strides = Segments(offset, int(offset[-1]))
     start = geometry.tokens.offset[strides.owner] + strides.local * stride
-    # A stride longer than the sequences has no block, whatever its size.
+    # A stride longer than the sequences belongs to no block, so its size does not matter.
     within = torch.arange(min(stride, x.shape[0]), device=geometry.device)
     index = start[:, None] + within
     sums = x32.index_select(0, index.flatten()).unflatten(0, index.shape).sum(dim=1)
 
     first = strides.offset[compressed.owner] + compressed.local
-    # Without a block there may still be any number of parts.
+    # With no block one part is enough; the number of parts may be huge.
     total = sum(sums.index_select(0, first + part) for part in range(parts if len(first) else 1))
     mean = total / config.compress_block_size
     if weight is not None:

@@ -1,7 +1,7 @@
-"""Rounding that a 16-bit matrix product needs: its operands are 16-bit, its sums are not.
+"""Rounding of the operands of 16-bit matrix products. The sums are not rounded.
 
-With it the reference run in 16 bits errs as a faithful 16-bit implementation does, so that its
-error is a measure for one. Nothing is rounded where inputs are float32 or float64.
+With it, the reference in 16 bits has the error of a faithful 16-bit implementation, so tests can
+measure one against it. float32 and float64 inputs are not rounded.
 """
 
 import torch
@@ -22,10 +22,10 @@ class _RoundGradient(torch.autograd.Function):
 
 
 def round_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` as an operand of a product in ``dtype``: it and its gradient are rounded."""
+    """``x`` as an operand of a product in ``dtype``: ``x`` and its gradient are rounded."""
     return x if x.dtype == dtype else x.to(dtype).to(x.dtype)
 
 
 def round_gradient(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` itself; its gradient is an operand of products in ``dtype`` and rounded."""
+    """``x`` itself. Its gradient is rounded, because it is an operand of products in ``dtype``."""
     return x if x.dtype == dtype else _RoundGradient.apply(x, dtype)

@@ -1,4 +1,4 @@
-"""The whole of Native Sparse Attention: compress, select, attend in three branches, gate."""
+"""The stages of Native Sparse Attention: compress, select, attend in three branches, gate."""
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def forward(
     boundaries: Boundaries | None = None,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    """See :func:`nsa.forward`; arguments are valid, ``k`` and ``v`` hold one tensor a branch."""
+    """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch."""
     with without_autocast(q.device):
         geometry = _geometry(q, boundaries, config)
         tokens = _flatten(q)
@@ -47,7 +47,7 @@ def forward(
         if block_indices is None:
             indices = _select_blocks(tokens, k_cmp, geometry)
         else:
-            # A copy, which nobody can overwrite before the backward.
+            # A copy, because the caller may overwrite the original before the backward.
             indices = _flatten_indices(block_indices.clone(), config)
         sparse = config.num_cmp_selected_blocks is not None
         groups = select_groups(tokens, k_cmp, geometry) if sparse else None
@@ -72,7 +72,7 @@ def select_blocks(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     boundaries: Boundaries | None = None,
 ) -> Tensor:
-    """See :func:`nsa.select_blocks`; arguments are validated, ``k`` is the compressed branch's."""
+    """See :func:`nsa.select_blocks`. Arguments are checked; ``k`` is the compressed branch's."""
     with without_autocast(q.device):
         geometry = _geometry(q, boundaries, config)
         if compressed_kv is None:
@@ -95,7 +95,7 @@ def _flatten(x: Tensor) -> Tensor:
 def _given_compressed(x: Tensor, geometry: Geometry) -> Tensor:
     """The caller's compressed keys or values, ``(sum of N_cmp, H_kv, D)``.
 
-    While torch.compile traces, a caller may know no more than an upper bound of their number.
+    While torch.compile traces, a caller may know only an upper bound on their number.
     """
     return _flatten(x)[: geometry.compressed.total]
 
@@ -108,7 +108,7 @@ def _flatten_indices(indices: Tensor, config: NSAConfig) -> Tensor:
 
 
 def _unflatten_indices(indices: Tensor, q: Tensor, config: NSAConfig) -> Tensor:
-    """The selected blocks, with empty slots up to ``n``, in the form that callers see."""
+    """The selected blocks in the caller's layout, padded with empty slots up to ``n``."""
     batched = q.ndim == 4
     missing = config.num_selected_blocks - indices.shape[-1]
     indices = torch.nn.functional.pad(indices, (0, missing), value=-1)

@@ -1,9 +1,9 @@
-"""Matrix products of the reference: not reached by autocast, and over visible pairs alone.
+"""Matrix products of the reference, without autocast and over visible pairs only.
 
 A masked pair has weight 0, but 0 times NaN or infinity is NaN, so a plain product would spread one
 such value to queries and sequences that do not attend it. :func:`inner_products` and
-:func:`weighted_sum` keep to the pairs of a mask, forward and backward; each gives the other's
-derivative.
+:func:`weighted_sum` use only the pairs in a mask, forward and backward. The derivative of each uses
+the other.
 """
 
 import torch
@@ -15,8 +15,8 @@ from nsa.precision import without_autocast
 def inner_products(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
     """``x (..., R, D)`` times ``y (..., K, D)`` transposed.
 
-    With ``mask (..., R, K)`` the result means nothing where that is not, and the caller's next step
-    must leave it there, so that no gradient comes from there.
+    With ``mask (..., R, K)``, the result outside the mask is undefined. The caller must drop it in
+    the next step, so that no gradient comes from there.
     """
     return _InnerProducts.apply(x, y, mask)
 
@@ -60,7 +60,7 @@ class _WeightedSum(torch.autograd.Function):
         ctx.save_for_forward(a, b, mask)
         with without_autocast(a.device):
             product = a @ b
-            # A sum is finite only if all that it adds is; the smaller one takes less time.
+            # A sum is finite only if all its terms are. Testing the smaller tensor takes less time.
             tested = min(product, b, key=Tensor.numel)
             if mask is None or tested.sum().isfinite() or b.isfinite().all():
                 return product
@@ -83,7 +83,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def _non_finite_part(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """What the NaN and infinities of ``b`` add to each sum: NaN, an infinity, or 0."""
+    """The NaN, infinity or 0 that the non-finite values of ``b`` add to each sum."""
 
     def met(left: Tensor, right: Tensor) -> Tensor:
         return left.to(a.dtype) @ right.to(a.dtype) > 0

@@ -14,7 +14,7 @@ from nsa.reference.chunks import covered_range, query_chunks
 
 @torch.no_grad()
 def select_blocks(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
-    """Blocks that each token and KV head (token mode) or tile and head (tile mode) attends.
+    """Select blocks for each token and KV head (token mode) or each tile and head (tile mode).
 
     Args:
         q: ``(T, H, D)``.
@@ -23,7 +23,7 @@ def select_blocks(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
 
     Returns:
         int32 ``(T, H_kv, n)`` or ``(tiles, H, n)``: indices in the sequence, ascending, -1 at the
-        end of the row where fewer exist. ``n`` is at most the blocks of the longest sequence.
+        end of the row if fewer exist. ``n`` is at most the blocks of the longest sequence.
     """
     if geometry.config.selection == "token":
         chunks = _token_block_scores(q, k_cmp, geometry)
@@ -41,12 +41,12 @@ def select_blocks(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
 
 @torch.no_grad()
 def select_groups(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
-    """Groups of compressed tokens that each tile and head attends (sparse compressed branch).
+    """Select groups of compressed tokens for each tile and head (sparse compressed branch).
 
     Arguments as in :func:`select_blocks`.
 
     Returns:
-        int32 ``(tiles, H, m)``, ascending, -1 at the end of the row where fewer exist. ``m`` is at
+        int32 ``(tiles, H, m)``, ascending, -1 at the end of the row if fewer exist. ``m`` is at
         most the groups of the longest sequence.
     """
     config, groups = geometry.config, geometry.groups
@@ -83,9 +83,9 @@ def _token_block_scores(
         index = torch.arange(low, high, device=q.device)
         seen = (index >= first[start:stop, None]) & (index < end[start:stop, None])
         scores = scores.masked_fill(~seen[:, None], -torch.inf)
-        # A query that sees nothing has probability 0 everywhere.
+        # A query that sees no compressed token has probability 0 everywhere.
         probability = torch.where(seen[:, None], scores.softmax(dim=-1), 0)
-        # Term by term: Tensor.sum may round equal columns differently and so break ties.
+        # Add term by term, because Tensor.sum may round equal columns differently and break ties.
         probability = cast(Tensor, sum(probability.unbind(dim=2)))  # (H_kv, C, K)
         block_range = _block_range(owner[start:stop], geometry.selection)
         importance = _block_importance(probability, low, block_range, geometry)
@@ -95,7 +95,7 @@ def _token_block_scores(
 def _dot_products(
     rows: Tensor, keys: Tensor, first_equal: Tensor | None, low: int, high: int
 ) -> Tensor:
-    """``rows . keys[low:high]``, bit for bit the same for equal keys.
+    """``rows . keys[low:high]``, with bitwise equal results for equal keys.
 
     ``rows`` is ``(H_kv, X, Y, D)`` and ``keys`` is ``(M, H_kv, D)``; returns
     ``(H_kv, X, Y, high - low)``.
@@ -108,15 +108,15 @@ def _dot_products(
 
 
 def _first_equal_key(k_cmp: Tensor, compressed: Segments) -> Tensor | None:
-    """For each compressed key the first equal one of its sequence, ``(H_kv, M)``.
+    """For each compressed key, the first equal key of its sequence, ``(H_kv, M)``.
 
     A matrix product may round equal columns differently, which would break ties between repeated
-    keys; taking one column for all of them cannot. None where no key repeats.
+    keys. Using one column for all of them avoids that. None if no key repeats.
     """
     index = torch.arange(k_cmp.shape[0], device=k_cmp.device)
     columns = []
     for head in range(k_cmp.shape[1] if len(index) else 0):
-        # Their bits, which also order NaN; adding 0 makes one of 0 and -0.
+        # Compare bits, which also order NaN. Adding 0 turns -0 into 0.
         bits = (k_cmp[:, head].double() + 0.0).view(torch.int64)
         tagged = torch.cat([compressed.owner[:, None], bits], dim=1)
         _, group = tagged.unique(dim=0, return_inverse=True)
@@ -143,7 +143,7 @@ def _block_importance(
     first = geometry.selection.local[block_range] * per_select - (per_compress - 1)
     count, offset = geometry.compressed.count[owner], geometry.compressed.offset[owner] - low
     importance = probability.new_zeros(*probability.shape[:-1], len(owner))
-    # One term after another, so that equal probabilities give equal sums in every block.
+    # Add the terms in one order, so that equal probabilities give equal sums in every block.
     num_compressed = max(geometry.compressed.counts, default=0)
     for shift, weight in enumerate(overlap_weights(config, num_compressed)):
         local = first + shift
@@ -159,8 +159,8 @@ def _tile_block_scores(
     """Yield ``(start, stop, scores, low)`` for tiles start to stop.
 
     ``scores`` is ``(H, stop - start, blocks)`` of the flat blocks of ``size`` compressed tokens
-    from ``low``: the largest ``scale * summary . k_cmp`` in the block over compressed blocks
-    complete by the tile's last query (``"first"``: by its first), -inf where there is none.
+    from ``low``. A score is the largest ``scale * summary . k_cmp`` in the block, over compressed
+    blocks complete by the tile's last query (``"first"``: its first query); -inf if there are none.
     """
     config, owner = geometry.config, geometry.tiles.owner
     dtype = accumulation_dtype(q.dtype)
@@ -202,7 +202,7 @@ def _tile_summary(q: Tensor, geometry: Geometry) -> Tensor:
 def _selection_chunks(
     first: Tensor, end: Tensor, owner: Tensor, blocks: Segments, num_heads: int
 ) -> list[tuple[int, int]]:
-    """Chunks whose compressed scores and block scores together fit the memory bound."""
+    """Chunks whose compressed scores and block scores fit the memory bound together."""
     return query_chunks(first + blocks.offset[owner], end + blocks.offset[owner + 1], num_heads)
 
 
@@ -218,8 +218,8 @@ def _take_blocks(
 ) -> Tensor:
     """Forced blocks and the best candidates, ascending: int32 ``(heads, C, n)``.
 
-    ``scores`` is ``(heads, C, blocks)`` of the flat selection blocks from ``low``; ``position``
-    and ``owner`` ``(C,)`` are those of the units.
+    ``scores`` is ``(heads, C, blocks)`` of the flat selection blocks from ``low``. ``position`` and
+    ``owner`` are the units', ``(C,)`` each.
     """
     first, _ = geometry.candidate_interval(position, owner)
     blocks = low + torch.arange(scores.shape[-1], device=scores.device)
@@ -237,8 +237,8 @@ def _take_blocks(
 def _take_top(scores: Tensor, count: int, slots: Tensor | None = None) -> Tensor:
     """Indices of the ``count`` best scores above -inf, ascending, then -1.
 
-    Rows with ``slots``, which broadcast to ``scores``, take no more than these. The sort is stable,
-    so that equal scores go to the lower index.
+    ``slots``, which broadcasts to ``scores``, limits each row further. The sort is stable, so the
+    lower index wins among equal scores.
     """
     ranked = scores.sort(dim=-1, descending=True, stable=True)
     none = scores.shape[-1]

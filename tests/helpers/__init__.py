@@ -1,1 +1,1 @@
-"""What tests share: problems, emulated kernels, how results are held against each other."""
+"""Code that tests share: problems, emulated kernels, comparisons of results."""

@@ -1,4 +1,4 @@
-"""Calls of ``nsa.forward`` with one bad argument each, and what must be said about it."""
+"""Calls of ``nsa.forward`` with one bad argument each, and the expected error."""
 
 import torch
 
@@ -34,7 +34,7 @@ def zeros(*shape, dtype=torch.float32, device="cpu"):
 
 
 def blocks(*row, config=TILE):
-    """``block_indices`` of the batched problem with ``row`` in every place."""
+    """``block_indices`` of the batched problem, with every row equal to ``row``."""
     shape = (B, N, H_KV, 3) if config is TOKEN else (B, H, 3, 3)
     return ints(*row).expand(shape)
 

@@ -1,4 +1,4 @@
-"""Calls that a CUDA graph captures, and how its replays are held against calls outside of it."""
+"""Calls that a CUDA graph captures, and comparisons of its replays with eager calls."""
 
 import torch
 
@@ -7,12 +7,12 @@ from nsa.testing import make_inputs
 from tests.helpers.gpu_cases import assert_equal_but_for_rounding
 
 HEADS, KV_HEADS = 8, 2
-# The same number of sequences and tokens, and so the same shapes.
+# Both have the same number of sequences and tokens, and so the same shapes.
 PACKS = [[700, 0, 1, 65, 3330], [1, 1300, 63, 2000, 732]]
 
 
 class Call:
-    """A function of inputs that stay where they are."""
+    """A function of inputs whose addresses do not change."""
 
     def __init__(self, leading, head_dim, config, cu_seqlens=None, max_seqlen=None):
         self.settings = dict(config=config, max_seqlen=max_seqlen, backend="fused")
@@ -54,7 +54,7 @@ class Call:
 
 
 def capture(function):
-    """The graph of a call, after the calls outside of it that compile the kernels."""
+    """Capture a call in a graph, after eager calls that compile the kernels."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -68,18 +68,18 @@ def capture(function):
 
 
 def assert_same(replayed, eager):
-    """Outputs bit for bit; gradients within the rounding of sums in any order."""
+    """Assert equal bits of outputs, and gradients equal within the rounding of unordered sums."""
     assert torch.equal(replayed[0], eager[0])
     for actual, expected in zip(replayed[1:], eager[1:], strict=True):
         assert_equal_but_for_rounding(actual, expected)
 
 
 def check_replays(call: Call, function, packs=(None, None)):
-    """Hold replays on other data against calls outside of the graph."""
+    """Compare replays on other data with eager calls."""
     graph, results = capture(function)
     for seed, cu_seqlens in zip((10, 20), packs, strict=True):
         call.set(call.draw(seed), cu_seqlens)
-        # A replay must not depend on what the call before it left in the workspace.
+        # A replay must not depend on what the previous call left in the workspace.
         for x in results:
             x.fill_(torch.nan)
         graph.replay()

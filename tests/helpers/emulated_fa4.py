@@ -1,8 +1,8 @@
 """The four kernel calls of ``nsa.fused.kernel_inputs`` in PyTorch: any float dtype, any device.
 
-Same arguments and results as ``nsa.fused.fa4``, with dense masks, for small inputs. Float16 and
-bfloat16 are computed in float32, other dtypes in their own, which ``lse`` then has too. What the
-kernels would answer with garbage, or not at all, is an AssertionError here.
+They have the arguments and results of ``nsa.fused.fa4``, and use dense masks, for small inputs.
+Float16 and bfloat16 are computed in float32. Other dtypes are computed as they are, and ``lse`` has
+their dtype. A call for which the kernels would return garbage or fail is an AssertionError here.
 """
 
 from itertools import pairwise
@@ -32,7 +32,7 @@ def dense_forward(
     lse=None,
 ):
     _check_tensors(q, k, v)
-    # What lies past the last sequence is not written.
+    # Rows past the last sequence are not written.
     if out is None:
         out = q.new_full((*q.shape[:-1], v.shape[-1]), torch.nan)
     heads_first = out.transpose(-2, -3).shape[:-1]
@@ -100,13 +100,13 @@ def sparse_backward(dout, q, k, v, out, lse, lists, *, scale, causal, key_limit=
 def listed_gradients(
     dout, q, k, v, out, lse, lists, *, scale, causal, key_limit=None, transposed=False
 ):
-    """Gradients of ``sparse_forward`` by its own lists, or by transposed ones."""
+    """Gradients of ``sparse_forward``, from its own lists or from transposed ones."""
     _check_tensors(q, k, v)
     _check_backward(dout, q, k, v, out, lse)
     assert out.isfinite().all()
     mask = _sparse_mask(q, k, lists, causal, key_limit, transposed)
     gradients = attend_backward(dout[0], q[0], k[0], v[0], out[0], lse[0], mask, scale)
-    # The kernels lay a gradient out as its input.
+    # In the kernels, a gradient has the layout of its input.
     return tuple(
         torch.empty_like(x).copy_(gradient[None])
         for x, gradient in zip((q, k, v), gradients, strict=True)
@@ -114,7 +114,7 @@ def listed_gradients(
 
 
 def attend(q, k, v, mask, scale):
-    """One sequence: q (Sq, H, D), k and v (Sk, H_kv, .), mask (H or 1, Sq, Sk)."""
+    """Attention of one sequence: q (Sq, H, D), k and v (Sk, H_kv, .), mask (H or 1, Sq, Sk)."""
     q, k, v, dtype = _wide(q), _per_query_head(k, q), _per_query_head(v, q), q.dtype
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     lse = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
@@ -123,16 +123,16 @@ def attend(q, k, v, mask, scale):
 
 
 def attend_backward(dout, q, k, v, out, lse, mask, scale):
-    """Gradients of one sequence, from the results of forward as the kernels compute them."""
+    """Gradients of one sequence from the results of forward, computed as in the kernels."""
     dtype, num_kv_heads = q.dtype, k.shape[1]
     dout, q, out = _wide(dout), _wide(q), _wide(out)
     k, v = _per_query_head(k, q), _per_query_head(v, q)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     probability = _probability(scores, mask, lse)
-    # Each row sums to 1 over exactly the keys that forward saw: the masks must agree.
+    # Each row sums to 1 only over the keys that forward saw, so this checks that the masks agree.
     total, seen = probability.sum(-1), lse > -torch.inf
     assert torch.equal(mask.expand(scores.shape).any(-1), seen), "a query saw keys in one pass only"
-    # Scores of 16-bit inputs differ in rounding between the passes.
+    # Forward and backward round the scores of 16-bit inputs differently.
     assert torch.allclose(total[seen], torch.ones_like(total[seen]), rtol=0, atol=1e-3), (
         "forward and backward name different pairs"
     )
@@ -163,7 +163,7 @@ def _per_query_head(x: Tensor, q: Tensor) -> Tensor:
 
 
 def _rows(queries):
-    """Index of a sequence's rows in lse, from its index in q."""
+    """The index of a sequence's rows in lse, from its index in q."""
     return (slice(None), queries) if isinstance(queries, slice) else queries
 
 
@@ -200,7 +200,7 @@ def _dense_mask(queries, keys, q, k, causal, window_size, key_times):
         stride, first = key_times
         query = torch.arange(num_queries, device=q.device)[:, None]
         return (torch.arange(num_keys, device=q.device) * stride + first <= query)[None]
-    # FA4 takes a lone -1 literally.
+    # FA4 reads a single -1 as a bound of -1, not as no bound.
     assert all(bound is None or bound >= 0 for bound in window_size), window_size
     position = torch.arange(num_queries, device=q.device)[:, None] + num_keys - num_queries
     key = torch.arange(num_keys, device=q.device)
@@ -244,13 +244,13 @@ def _sparse_mask(q, k, lists: BlockLists, causal, key_limit, transposed):
         partial, full = partial.mT, full.mT
     pairs = (query // lists.query_block, key // lists.key_block)
     partial, full = (x[:, pairs[0], pairs[1]] for x in (partial, full))
-    # Kernels may or may not mask these.
+    # Kernels may or may not apply the mask to full blocks.
     assert (visible | ~full).all(), "a full block has a pair that the mask hides"
     return (partial & visible) | full
 
 
 def _listed(count, index, shape):
-    """Bool ``(H, rows, columns)``: what the lists name, after checking their form."""
+    """Check the form of the lists, and return what they name: bool ``(H, rows, columns)``."""
     num_heads, rows, columns = shape
     for x in (count, index):
         assert x.dtype == torch.int32, x.dtype
@@ -265,7 +265,7 @@ def _listed(count, index, shape):
     in_range = (index >= 0) & (index < columns)
     assert (in_range | ~used).all(), "a listed block is out of range"
     assert (index.diff(dim=-1) > 0)[used[..., 1:]].all(), "a list does not ascend"
-    # One more column takes what is not to be read.
+    # An extra column takes the entries that must not be read.
     listed = torch.zeros(num_heads, rows, columns + 1, dtype=torch.bool, device=index.device)
     listed.scatter_(-1, torch.where(used, index, columns), True)
     return listed[..., :columns]

@@ -1,7 +1,7 @@
-"""What the kernels of ``nsa.fused.kernels`` compute, in plain PyTorch, for any float dtype.
+"""Emulations of the kernels of ``nsa.fused.kernels`` in plain PyTorch, for any float dtype.
 
-Same names and arguments; results are contiguous, as the kernels' are. Sums are in float32 for
-16-bit inputs, else in the dtype of the inputs, so that float64 stays float64.
+They have the kernels' names and arguments, and return contiguous results like the kernels. Sums are
+in float32 for 16-bit inputs, else in the dtype of the inputs, so float64 stays float64.
 """
 
 import torch
@@ -60,7 +60,7 @@ def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight, placements=(Non
 
 
 def listed_backward(dout, q, k, v, out, lse, lists, scale, key_limit):
-    """By query tile, on the forward's lists, what ``sparse_backward`` does by key block."""
+    """The same as ``sparse_backward``, but by query tile and from the forward's lists."""
     assert lists.key_block == 64
     assert q.shape[1] % lists.query_block == 0, (q.shape, lists.query_block)
     assert k.shape[1] % lists.key_block == 0, k.shape
@@ -93,7 +93,7 @@ def _vectors(placement, heads) -> Tensor:
 
 
 def _read(x, placement, like) -> Tensor:
-    """``x`` as ``like (..., H, D)``."""
+    """Read ``x`` in the form of ``like (..., H, D)``."""
     if placement is None:
         return x
     assert x.is_contiguous()
@@ -104,7 +104,7 @@ def _read(x, placement, like) -> Tensor:
 
 
 def _write(rows, placement, like) -> Tensor:
-    """``rows (..., H, D)`` as ``like``, with zeros between."""
+    """Write ``rows (..., H, D)`` in the form of ``like``, with zeros between."""
     if placement is None:
         return rows
     rows = rows.flatten(0, -3)
@@ -121,7 +121,7 @@ def _written(result, out) -> Tensor:
 
 
 def _gates(o_cmp, q, gates, weight) -> Tensor:
-    """``(..., H, 3)``."""
+    """The gates, ``(..., H, 3)``."""
     dtype = accumulation_dtype(o_cmp.dtype)
     if gates is not None and weight is not None:
         raise ValueError("gates and weight are both given; at most one of them may be")
@@ -152,7 +152,7 @@ def mean_backward(dmeans, blocks, block_size, dtype, addends=None) -> tuple[Tens
     results = []
     for i, dmean in enumerate(dmeans):
         rows = dmean.flatten(0, -3).to(accumulation_dtype(dtype))
-        # One row more, so that there is one.
+        # An extra row, so that there is at least one.
         share = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 1))[blocks.long().clamp(min=0)]
         dx = share.masked_fill(~used, 0).sum(dim=1) / block_size
         dx = dx.view(*_leading(dmean, len(blocks)), *dmean.shape[-2:])
@@ -166,7 +166,7 @@ def mean_backward(dmeans, blocks, block_size, dtype, addends=None) -> tuple[Tens
 
 
 def _leading(x, rows) -> tuple[int, ...]:
-    """The leading dimensions of ``x (..., R, H, D)`` with as many rows for each entry."""
+    """The leading dimensions of ``x (..., R, H, D)``, with the same ``rows`` for each entry."""
     leading = x.shape[:-3]
     return (*leading, rows // max(1, leading.numel()))
 
@@ -187,7 +187,7 @@ def list_key_blocks(indices, first, num_blocks, num_full, parts, entry_blocks):
 
 
 def _listed_first(block, listed, width):
-    """Count and index of ``(B, tiles, H, ...)`` as ``(1, H, B * tiles, ...)``."""
+    """Count and index, ``(1, H, B * tiles, ...)``, from blocks ``(B, tiles, H, ...)``."""
     index = block.gather(-1, (~listed).int().argsort(dim=-1, stable=True))
     count = listed.sum(-1, keepdim=True)
     used = torch.arange(block.shape[-1], device=block.device) < count
@@ -215,7 +215,7 @@ def list_query_tiles(count, index, num_blocks, width):
 
 
 def _entries(count, index):
-    """Head, tile and key block of each entry, by head and tile."""
+    """Head, tile and key block of each entry, ordered by head and tile."""
     used = torch.arange(index.shape[-1], device=index.device) < count[0, ..., None]
     head, tile, _ = used.nonzero(as_tuple=True)
     return head, tile, index[0][used].long()
@@ -238,7 +238,7 @@ def top_blocks(
 
     num_blocks = max(int(candidates.max()), -(-int(visible.max()) // per_block))
     index = torch.arange(num_blocks * per_block, device=scores.device)
-    # One column more, for what is not visible.
+    # An extra column for the tokens that are not visible.
     column = torch.where(index < visible, start + index, scores.shape[-1])
     scores = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf)
     scores = scores.gather(-1, column.expand(*scores.shape[:3], -1)) * scale
@@ -248,7 +248,7 @@ def top_blocks(
     best = best.masked_fill(block >= candidates, -torch.inf)
     forced = (block <= own) & (block < candidates)
     forced &= (block < num_initial) | (block > own - num_local)
-    # By score, then forced ones first; both sorts are stable, so that ties go to the lower index.
+    # Sort by score, then put forced blocks first. Stable sorts let the lower index win a tie.
     order = best.sort(dim=-1, descending=True, stable=True).indices
     forced = forced.expand_as(order)
     rank = forced.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices

@@ -1,5 +1,5 @@
-"""What the kernels of token mode in ``nsa.fused.kernels`` compute, in plain PyTorch, for any float
-dtype. As in ``emulated_kernels``."""
+"""Emulations of the kernels of token mode in ``nsa.fused.kernels``, with the rules of
+``emulated_kernels``."""
 
 import itertools
 
@@ -48,7 +48,7 @@ def _score_tile(q, k_cmp, lse, tile, start, stop, scores, scale, rule) -> None:
     wanted = block < limit[:, None]
     for entry, kv_head in itertools.product(*map(range, scores.shape[:2])):
         keys = k_cmp[entry, k_start : k_start + k_count, kv_head].to(scores.dtype)
-        # Equal keys get equal products, which a matrix product does not promise.
+        # Equal keys must get equal products, which a matrix product does not guarantee.
         distinct, which = keys.unique(dim=0, return_inverse=True) if k_count else (keys, slice(0))
         seen = torch.arange(k_count, device=q.device) < visible[:, None]
         group = q.shape[2] // scores.shape[1]

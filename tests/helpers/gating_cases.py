@@ -1,4 +1,4 @@
-"""Problems of the gated sum, and results of its kernels and emulations, by one call each."""
+"""Problems for the gated sum, and one call that returns results of kernels or emulations."""
 
 import torch
 
@@ -12,7 +12,7 @@ FORMS = ["weight", "gates", "mean"]
 
 
 def make_problem(form: str, shape, dtype=torch.float64, device="cpu"):
-    """(branches, q, gates, weight, dout) of ``shape (B, T, H, D)``."""
+    """(branches, q, gates, weight, dout) for ``shape (B, T, H, D)``."""
     x = torch.randn(5, *shape, dtype=dtype, device=device)
     gates = weight = None
     if form == "gates":
@@ -23,7 +23,7 @@ def make_problem(form: str, shape, dtype=torch.float64, device="cpu"):
 
 
 def results(kernels, branches, q, gates, weight, dout, placements=IN_ORDER) -> list[torch.Tensor]:
-    """Output, gradient of ``q`` in place of one of its terms, and the other gradients."""
+    """The output, the gradient of ``q`` (written over one of its terms), the other gradients."""
     out = slice_of_heads(q[None])[0]
     out = kernels.gating_forward(*branches, q, gates, weight, out, placements)
     tensors = (dout, *branches, q, gates, weight, placements)
@@ -33,7 +33,7 @@ def results(kernels, branches, q, gates, weight, dout, placements=IN_ORDER) -> l
 
 
 def place(x: torch.Tensor, placement, size: int) -> torch.Tensor:
-    """``x (R, H, D)`` where ``placement`` says, among NaN, one token and head after the other."""
+    """Put ``x (R, H, D)`` where ``placement`` says, one vector at a time; NaN elsewhere."""
     placed = x.new_full((size, 1, x.shape[2]), torch.nan)
     for row, start in enumerate(placement.place.tolist()):
         for head in range(x.shape[1]):

@@ -1,4 +1,4 @@
-"""Problems for the GPU tests, and how the fused backend is held against the reference."""
+"""Problems for the GPU tests, and comparisons of the fused backend with the reference."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,13 +28,13 @@ gpu_test = [
 
 
 def slice_of_heads(x: Tensor) -> Tensor:
-    """A copy of ``x (B, T, H, D)`` in a tensor that has more heads, NaN."""
+    """A copy of ``x (B, T, H, D)`` inside a tensor with more heads, which are NaN."""
     wide = x.new_full((*x.shape[:2], x.shape[2] + 2, x.shape[3]), torch.nan)
     return wide[:, :, 1:-1].copy_(x)
 
 
 class Variant(NamedTuple):
-    """What kernels are compiled for; a covering set, since each costs seconds."""
+    """Options that kernels are compiled for. Tests use a covering set: each costs seconds."""
 
     head_dim: int
     value_dim: int
@@ -68,7 +68,7 @@ LENGTHS = [1, 63, 64, 65, 129, 1000, 4096]
 
 
 class Case(NamedTuple):
-    """A problem by its choices; :func:`make_tensors` draws the numbers."""
+    """The choices that define a problem; :func:`make_tensors` draws the numbers."""
 
     variant: Variant
     num_kv_heads: int
@@ -80,8 +80,8 @@ class Case(NamedTuple):
     gates: str
     compressor: str
     seed: int
-    folded: bool = False  # compressed branch of a batch also where keys are few
-    shared: bool = False  # and then in a call for each KV head
+    folded: bool = False  # fold the compressed branch of a batch even if keys are few
+    shared: bool = False  # and make one call per KV head
 
 
 def default_case(**changes) -> Case:
@@ -127,11 +127,11 @@ def configs(draw, block: int) -> nsa.NSAConfig:
 
 
 def enough_kv_heads(kv_heads: int, group: int, lengths: Sequence[int]) -> int:
-    """``kv_heads``, or so many that 64 pairs of a query and a head see two keys or more.
+    """``kv_heads``, or as many as make 64 pairs of a query and a head see two keys or more.
 
-    The gradient through a softmax over two keys is one number a pair, and its error that of few
-    roundings. Over 64 pairs the fused error is 1.2 times the reference's (measured for packs of 2
-    and 1 tokens); of one, the ratio of two such errors is luck.
+    The gradient through a softmax over two keys is one number per pair, and its error comes from
+    few roundings. Over 64 pairs the fused error is 1.2 times the reference's (measured for packs of
+    2 and 1 tokens). For one pair the ratio of the two errors is luck.
     """
     pairs = group * sum(max(0, length - 1) for length in lengths)
     return max(kv_heads, -(-64 // pairs)) if pairs else kv_heads
@@ -162,7 +162,7 @@ def cases(draw, variant: Variant) -> Case:
 
 
 def make_tensors(case: Case, device: str = "cuda") -> dict:
-    """Forward's arguments, in the variant's dtype; names as :func:`nsa.forward` has them."""
+    """The arguments of :func:`nsa.forward`, by name, in the variant's dtype."""
     dim, value_dim, group, dtype, _ = case.variant
     generator = torch.Generator(device=device).manual_seed(case.seed)
 
@@ -225,7 +225,7 @@ def convert(arguments: dict, dtype: torch.dtype) -> dict:
 
 
 def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
-    """The groups that the fused backend selects, ``(sum of tiles, H, m)``, to hand to both."""
+    """The groups that the fused backend selects, ``(sum of tiles, H, m)``, to give to both."""
     if config.num_cmp_selected_blocks is None:
         return None
     q, k, cu_seqlens = arguments["q"], arguments["k"], arguments.get("cu_seqlens")
@@ -284,13 +284,13 @@ def check_against_reference(case: Case, monkeypatch) -> None:
         if exact[name].any():
             assert_as_accurate(name, actual[name], same_dtype[name], exact[name])
         else:
-            # Zero by cancellation, as through a softmax over one key; the kernels leave what
-            # float32 sums of some thousand products of order 1 do not cancel.
+            # Zero by cancellation, such as through a softmax over one key. The kernels leave the
+            # rounding of float32 sums of some thousand products of order 1.
             assert (actual[name].abs() <= 1e-4).all(), name
 
 
 def check_nothing_is_left_unwritten(case: Case) -> None:
-    """Uninitialised memory is poison, so an element that no kernel writes shows in the results."""
+    """Fill uninitialised memory, so that an element that no kernel writes shows in the results."""
     arguments = make_tensors(case)
     dout = torch.randn_like(arguments["q"])
     clean = run("fused", arguments, case.config, dout)
@@ -302,17 +302,17 @@ def check_nothing_is_left_unwritten(case: Case) -> None:
 
 
 def assert_equal_but_for_rounding(actual: Tensor, expected: Tensor) -> None:
-    """Within the rounding of bfloat16, which may be done at other places."""
+    """Assert equality within the rounding of bfloat16, which may happen at other points."""
     error = (actual.float() - expected.float()).norm()
     assert error <= 2e-2 * expected.float().norm()
 
 
 def assert_same_step(model: torch.nn.Module, other: torch.nn.Module, *arguments: Tensor | int):
-    """A training step of both has the same output and the same gradients, but for rounding.
+    """Assert that a training step of both gives equal output and gradients, but for rounding.
 
     Args:
-        model: a module, and ``other`` the same, compiled or as a graph.
-        arguments: those of the modules; the first gets a gradient too.
+        model: a module; ``other`` is the same module, compiled or as a graph.
+        arguments: arguments of the modules; the first gets a gradient too.
     """
     steps = [_training_step(module, *arguments) for module in (model, other)]
     for expected, actual in zip(*steps, strict=True):

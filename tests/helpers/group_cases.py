@@ -1,4 +1,4 @@
-"""Groups of the sparse compressed branch: what the fused backend selects against the reference."""
+"""Groups of the sparse compressed branch: comparison of the fused backend with the reference."""
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ GROUP_FORMS = [
 def group_case(
     block: int, group_size: int, count: int, packed: bool, tile_summary: str = "first"
 ) -> Case:
-    """Sequences of more groups than are selected, beside shorter ones where packed."""
+    """Sequences with more groups than are selected; if packed, shorter ones too."""
     config = nsa.NSAConfig(
         compress_block_size=block,
         select_block_size=64,
@@ -38,15 +38,15 @@ def group_case(
 
 
 def reference_groups(arguments: dict, config: nsa.NSAConfig) -> tuple[Tensor, Geometry]:
-    """The reference's groups for given compressed keys, ``(tiles, H, m)``, and its geometry."""
+    """The groups of the reference for given compressed keys, ``(tiles, H, m)``; its geometry."""
     geometry = Geometry.of(arguments["q"], arguments.get("cu_seqlens"), config)
     return select_groups(*_scored(arguments), geometry), geometry
 
 
 def check_groups(case: Case, device: str) -> None:
-    """Hold the fused backend's groups against the reference's.
+    """Compare the groups of the fused backend with those of the reference.
 
-    Both score the same compressed keys, so that scores differ by float32 rounding alone.
+    Both score the same compressed keys, so scores differ only by float32 rounding.
     """
     arguments = make_tensors(case, device)
     expected, geometry = reference_groups(arguments, case.config)

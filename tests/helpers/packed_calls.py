@@ -1,4 +1,4 @@
-"""Calls of few packed sequences, in both modes and on both backends."""
+"""Calls with few packed sequences, in both modes and on both backends."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def inputs(requires_grad=True):
 
 
 def run(cu_seqlens, mode, backend, between=None, **extras):
-    """Output, and gradients of q, k and v."""
+    """The output and the gradients of q, k and v."""
     q, k, v = inputs()
     call = dict(config=CONFIGS[mode], backend=backend)
     out = nsa.forward(q, k, v, cu_seqlens=cu_seqlens, **call, **extras)

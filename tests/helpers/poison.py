@@ -1,4 +1,4 @@
-"""Uninitialised memory that shows where it is read or left unwritten."""
+"""Poison for uninitialised memory, which shows reads of it and missing writes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ import torch
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill what is allocated without values: NaN, the largest integer, True.
+    """Fill uninitialised memory with NaN, the largest integer or True.
 
-    PyTorch does so itself, in every factory and on every device, where deterministic algorithms
-    are on. Operators that have no such algorithm only warn.
+    PyTorch does this in every factory and on every device while deterministic algorithms are on.
+    Operators without such an algorithm only warn.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

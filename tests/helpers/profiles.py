@@ -1,8 +1,8 @@
-"""How many examples property tests try, and what seed those on a GPU draw from.
+"""How many examples property tests try, and which seed those on a GPU use.
 
-HYPOTHESIS_PROFILE names the profile: "ci" (the default) tries the same examples in each run,
-"thorough" about 17 times as many, new ones in each run. NSA_SEED is the seed of the GPU property
-tests, any text; without it each run has a fresh one.
+HYPOTHESIS_PROFILE names the profile. "ci" (the default) tries the same examples in each run;
+"thorough" tries about 17 times as many, and new ones in each run. NSA_SEED is the seed of the GPU
+property tests, any text; without it each run has a new seed.
 """
 
 import os
@@ -26,35 +26,35 @@ WITH_FIXTURES = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 def examples(count: int) -> int:
-    """``max_examples`` of a test that tries ``count`` in the profile "ci", in the one in use."""
+    """``max_examples`` in the current profile, of a test that tries ``count`` in "ci"."""
     return count * settings().max_examples // settings.get_profile("ci").max_examples
 
 
 def choose_seed() -> None:
     """Choose this run's seed, unless the environment names one.
 
-    It becomes a part of the environment, which the workers of pytest-xdist inherit.
+    The seed is put into the environment, which the workers of pytest-xdist inherit.
     """
     if not os.environ.get(SEED):
         os.environ[SEED] = str(secrets.randbelow(2**32))
 
 
 def seed_line() -> str:
-    """What to set to draw the examples of this run again."""
+    """The variable to set to draw the examples of this run again."""
     return f"{SEED}={os.environ[SEED]}"
 
 
 def gpu_property(name: str, count: int) -> Callable:
-    """Decorate a Hypothesis test that runs on a GPU: it draws from the seed of the run.
+    """Decorate a Hypothesis test that runs on a GPU, so that it draws from the run's seed.
 
     Args:
-        name: of the test and its parameters, so that each draws examples of its own.
+        name: names the test and its parameters, so that each draws its own examples.
         count: examples to try in the profile "ci".
     """
     chosen = settings(
         max_examples=examples(count),
         derandomize=False,
-        # Failures of earlier runs would be tried before the seed's examples.
+        # A database would try failures of earlier runs before the seed's examples.
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),

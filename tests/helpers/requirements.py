@@ -1,4 +1,4 @@
-"""What a machine lacks for some tests, and when to fail for it rather than skip.
+"""What a machine lacks for some tests, and when that fails tests instead of skipping them.
 
 NSA_REQUIRE_GPU=1 (``make test-gpu``) fails a run whose GPU tests would all be skipped. CI=true
 fails tests that need the extra ``fused`` where it is not installed.

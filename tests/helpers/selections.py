@@ -1,4 +1,4 @@
-"""How selections are held against each other: other blocks only for equal scores."""
+"""Comparisons of selections, which may name different blocks only if scores are equal."""
 
 from collections.abc import Iterable
 
@@ -20,7 +20,7 @@ def assert_same_token_blocks(
     config: NSAConfig,
     atol: float,
 ) -> None:
-    """Assert that rows of ``actual`` name as many blocks as ``expected``, of the same scores.
+    """Assert that rows of ``actual`` have as many blocks as ``expected``, with the same scores.
 
     Scores are the reference's, for ``q`` and ``k_cmp`` in float64. Shapes are those of
     :func:`nsa.forward`, batched or packed.
@@ -37,7 +37,7 @@ def assert_same_token_blocks(
 def assert_same_tile_blocks(
     actual: Tensor, expected: Tensor, q: Tensor, k_cmp: Tensor, geometry: Geometry, atol: float
 ) -> None:
-    """Assert that tiles of ``actual`` take as many blocks as ``expected``, of the same scores.
+    """Assert that tiles of ``actual`` have as many blocks as ``expected``, with the same scores.
 
     Scores are the reference's in float64, for flattened ``q (T, H, D)`` and
     ``k_cmp (M, H_kv, D)``. Blocks are ``(tiles, H, n)``.
@@ -50,7 +50,7 @@ def assert_same_tile_blocks(
 def assert_same_tile_groups(
     actual: Tensor, expected: Tensor, q: Tensor, k_cmp: Tensor, geometry: Geometry, atol: float
 ) -> None:
-    """The same of groups of the sparse compressed branch, ``(tiles, H, m)``."""
+    """The same for groups of the sparse compressed branch, ``(tiles, H, m)``."""
     size = geometry.config.cmp_group_size
     _assert_same_of_tiles(actual, expected, q, k_cmp, geometry.groups, size, geometry, atol)
 
@@ -78,14 +78,14 @@ def assert_same_scores(
     offset: Tensor,
     atol: float,
 ) -> None:
-    """Assert that rows of ``actual`` take as many blocks as ``expected``, of the same scores.
+    """Assert that rows of ``actual`` have as many blocks as ``expected``, with the same scores.
 
     Args:
         actual: int32 ``(units, heads, n)``, ascending, -1 in empty slots at the end.
-        expected: likewise; its ``n`` may differ, which is a matter of empty slots.
+        expected: likewise; its ``n`` may differ, because slots may be empty.
         chunks: scores of each unit and block, as the reference's selection yields them.
         offset: the flat index of the first block of each unit's sequence, ``(units,)``.
-        atol: what rounding changes in a score.
+        atol: the most that rounding changes a score.
     """
     width = max(actual.shape[-1], expected.shape[-1])
     actual, expected = (pad(x, (0, width - x.shape[-1]), value=-1) for x in (actual, expected))

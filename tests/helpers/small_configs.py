@@ -1,4 +1,4 @@
-"""Configurations of small blocks, so that a few hundred tokens have something to select."""
+"""Configurations with small blocks, so that a few hundred tokens have blocks to choose from."""
 
 import nsa
 
@@ -32,7 +32,7 @@ SMALL = {
 
 
 def tile_config(**changes) -> nsa.NSAConfig:
-    """Tile mode with the smallest blocks that the kernels have."""
+    """Tile mode with the smallest blocks that the kernels support."""
     sizes = dict(
         compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2,
         window_size=20,
@@ -41,5 +41,5 @@ def tile_config(**changes) -> nsa.NSAConfig:
 
 
 def token_config(**changes) -> nsa.NSAConfig:
-    """The paper's, with a few selected blocks and a short window."""
+    """The paper's configuration, with few selected blocks and a short window."""
     return nsa.NSAConfig.paper(**(dict(num_selected_blocks=4, window_size=20) | changes))

@@ -11,7 +11,7 @@ from nsa.testing import make_cu_seqlens
 
 
 class Problem(NamedTuple):
-    """The arguments of one call; ``extras`` are forward's keyword arguments beside ``config``."""
+    """The arguments of one call. ``extras`` are keyword arguments other than ``config``."""
 
     q: Tensor
     k: Tensor | tuple
@@ -30,7 +30,7 @@ class Problem(NamedTuple):
 
 @st.composite
 def configs(draw, **fixed) -> nsa.NSAConfig:
-    """Either selection mode, with blocks of a few tokens."""
+    """Configurations of both selection modes, with blocks of a few tokens."""
     selection = fixed.get("selection") or draw(st.sampled_from(["token", "tile"]))
     stride = draw(st.integers(1, 5))
     token = selection == "token"
@@ -104,7 +104,7 @@ def problems(
 
 @st.composite
 def tile_problems(draw, max_tokens: int = 300) -> Problem:
-    """Problems of tile mode with the block sizes that the kernels have."""
+    """Problems in tile mode, with the block sizes that the kernels support."""
     block = draw(st.sampled_from([1, 4, 16, 64]))
     sizes = [size for size in (64, 128, 192) if size % block == 0]
     return draw(
@@ -123,7 +123,7 @@ def tile_problems(draw, max_tokens: int = 300) -> Problem:
 
 @st.composite
 def token_problems(draw, max_tokens: int = 330) -> Problem:
-    """The same of token mode, with overlap and without."""
+    """The same in token mode, with and without overlap."""
     size = draw(st.sampled_from([32, 64]))
     stride = draw(st.sampled_from([4, 16, 32]))
     initial, local = draw(st.integers(0, 2)), draw(st.integers(0, 2))
@@ -153,7 +153,7 @@ def leaves(problem: Problem) -> list[Tensor]:
 
 @st.composite
 def _layouts(draw, max_tokens: int, packed: bool | None, min_sequences: int):
-    """``(lengths, leading, extras)`` of batched or packed input, 0 and 1 token included."""
+    """``(lengths, leading, extras)`` of batched or packed input; lengths include 0 and 1."""
     if packed is None:
         packed = draw(st.booleans())
     if not packed:
@@ -179,8 +179,8 @@ def _compressed_leading(lengths, leading, config) -> tuple[int, ...]:
 def _repeated_keys(config, leading, num_kv_heads, dim, rng) -> Tensor:
     """Keys that make compressed keys, and so scores, exactly equal.
 
-    Quarters keep their means exact. Token mode adds probabilities, whose sums tie exactly only
-    where their terms do: there all keys are one.
+    Keys are multiples of 1/4, so that their means are exact. Token mode adds probabilities, and the
+    sums tie exactly only if their terms do, so all its keys are equal.
     """
     kinds = 3 if config.selection == "tile" else 1
     pool = torch.randint(-4, 5, (kinds, num_kv_heads, dim), generator=rng).double() / 4

@@ -1,4 +1,4 @@
-"""Inputs of the kernels of token mode's selected branch: rows, and the blocks of each token."""
+"""Inputs for the kernels of token mode's selected branch: rows, and the blocks of each token."""
 
 import random
 from typing import NamedTuple
@@ -17,7 +17,7 @@ KV_HEADS = 2
 
 
 class TokenForm(NamedTuple):
-    """What kernels are compiled for; a covering set, since each costs seconds."""
+    """Options that kernels are compiled for. Tests use a covering set: each costs seconds."""
 
     head_dim: int
     group: int
@@ -38,7 +38,7 @@ FORMS = [
 
 
 class SelectedCase(NamedTuple):
-    """Rows of ``q``, ``k``, ``v`` and ``dout``, slices of heads among NaN, and what they attend."""
+    """Rows of ``q``, ``k``, ``v``, ``dout`` as slices of heads among NaN, and what they attend."""
 
     q: Tensor
     k: Tensor
@@ -52,11 +52,11 @@ class SelectedCase(NamedTuple):
 
     @property
     def selected(self) -> tuple:
-        """The arguments that kernels take after the rows, and after what the forward gave."""
+        """The arguments that kernels take after the rows and the forward's results."""
         return self[4:]
 
     def exact(self) -> "SelectedCase":
-        """The same in float64, on a CPU."""
+        """The same case in float64, on a CPU."""
         return self.to("cpu", torch.float64)
 
     def to(self, device: str, dtype: torch.dtype) -> "SelectedCase":
@@ -66,7 +66,7 @@ class SelectedCase(NamedTuple):
 
 
 def make_selected_case(form: TokenForm, *, forced: bool, device: str = "cuda") -> SelectedCase:
-    """Packed sequences of odd lengths; with ``forced``, most tokens name the blocks of the band."""
+    """Packed sequences of odd lengths. With ``forced``, most tokens name the blocks of the band."""
     config = nsa.NSAConfig.paper(select_block_size=form.block_size, causal=form.causal)
     total, heads = sum(LENGTHS), KV_HEADS * form.group
     generator = torch.Generator(device=device).manual_seed(0)
@@ -87,7 +87,7 @@ def make_selected_case(form: TokenForm, *, forced: bool, device: str = "cuda") -
 def draw_block_indices(limits: list[int], form: TokenForm, forced: bool) -> Tensor:
     """Blocks in any order for each token and KV head, int32 ``(T, H_kv, slots)``.
 
-    Some slots are empty, some name blocks that the token may not attend. The last tokens name none.
+    Some slots are empty. Some name blocks that the token may not attend. The last tokens name none.
     """
     rng = random.Random(0)
     own = [at // form.block_size for length in LENGTHS for at in range(length)]

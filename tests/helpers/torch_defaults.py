@@ -1,4 +1,4 @@
-"""PyTorch's global defaults that must change nothing of float32 work on a CPU."""
+"""Global defaults of PyTorch that must not change float32 work on a CPU."""
 
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ import torch
 
 @contextmanager
 def default_dtype(dtype: torch.dtype):
-    """Another default dtype inside, and the one before after it."""
+    """Set another default dtype inside the block, and restore it after."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,9 +1,9 @@
 """The three attention branches (paper section 3.3), forward and backward.
 
-Shapes: ``q`` and ``out (B, T, H, D)``, ``k`` and ``v (B, T, H_kv, D)``. The log-sum-exp that a
-forward returns is in the layout of its kernel and meant for its backward alone. In tile mode packed
-outputs and gradients of queries of the compressed and selected branch are in such layouts too;
-:meth:`nsa.fused.plan.Plan.query_placements` says where in them a token is.
+Shapes: ``q`` and ``out (B, T, H, D)``, ``k`` and ``v (B, T, H_kv, D)``. A forward returns the
+log-sum-exp in the layout of its kernel, for its own backward only. In packed tile mode, outputs and
+gradients of queries of the compressed and selected branch are in the layouts of the kernels too.
+:meth:`nsa.fused.plan.Plan.query_placements` says where each token lies in them.
 """
 
 from nsa.fused.attention.compressed import (

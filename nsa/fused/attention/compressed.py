@@ -32,7 +32,7 @@ def compressed_attention(
     groups: Tensor | None,
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the visible compressed tokens, or those of ``groups (B, tiles, H, m)``.
+    """Attention over all visible compressed tokens, or those in ``groups (B, tiles, H, m)``.
 
     ``q_rows`` is ``plan.align_queries(q)``.
     """
@@ -52,7 +52,7 @@ def compressed_attention(
 def compressed_lse(lse: Tensor, q: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
     """The log-sum-exp of :func:`compressed_attention` without groups, as ``(B, H, T)``.
 
-    Of queries that see no compressed token it is undefined.
+    It is undefined for queries that see no compressed token.
     """
     form = plan.compressed_form
     if form is CompressedForm.NONE:
@@ -72,7 +72,7 @@ def compressed_attention_backward(
     groups: Tensor | None,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``, the last two perhaps in float32."""
+    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``. The last two may be in float32."""
     form = plan.compressed_form
     if form is CompressedForm.NONE:
         return torch.zeros_like(q), torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
@@ -96,7 +96,7 @@ def compressed_attention_backward(
 
 
 def _compressed_call(plan: Plan) -> dict:
-    """Mask and lengths of the dense compressed branch where it is not folded."""
+    """Mask and lengths of the dense compressed branch if it is not folded."""
     config, call = plan.config, dict(causal=False, window_size=(None, None))
     if plan.compressed_form is CompressedForm.BATCH:
         first = covered_tokens(config, config.compressed_visibility) - 1
@@ -112,7 +112,7 @@ def _compressed_call(plan: Plan) -> dict:
 
 
 def _compressed_mask(q_rows: Tensor, plan: Plan) -> dict:
-    """For each row of queries the row of the first compressed token that it does not see."""
+    """For each row of queries, the row of the first compressed token that it does not see."""
     geometry, rows = plan.geometry, plan.tokens
     owner = rows.segments.owner
     seen = geometry.num_visible(rows.segments.local, owner, plan.config.compressed_visibility)
@@ -121,37 +121,37 @@ def _compressed_mask(q_rows: Tensor, plan: Plan) -> dict:
 
 
 def compressed_forward_bytes(sizes: Sizes) -> int:
-    """What the forward allocates beside its results: copies."""
+    """Bytes that the forward allocates in addition to its results: copies."""
     kept_folded = sizes.packed and not sizes.token_mode
     return _copies(sizes, queries=1 if kept_folded else 2)
 
 
 def compressed_backward_bytes(sizes: Sizes) -> int:
-    """What the backward allocates: copies, FA4's sums, and gradients of queries and keys."""
+    """Bytes that the backward allocates: copies, FA4's sums, gradients of queries and keys."""
     if sizes.form is CompressedForm.LISTED:
         return sparse_backward_bytes(
             sizes, sizes.config.cmp_group_size, _key_rows(sizes), copies=True
         )
     copies = _copies(sizes, queries=4 if sizes.token_mode else 1)
-    # Gradients of each query head's own keys, where it has them, and their sum in float32.
+    # Each query head may have its own keys. This adds their gradients, and the sum in float32.
     gradients = sizes.query + 4 * sizes.key_cmp + (0 if sizes.packed else copies)
     return copies + gradients + accumulator_bytes(sizes, sizes.tokens, sizes.compressed)
 
 
 def _copies(sizes: Sizes, queries: int) -> int:
-    """Copies of ``queries`` tensors of queries that are folded or unfolded, and of keys."""
+    """Bytes of ``queries`` folded or unfolded tensors of queries, and of copies of keys."""
     if sizes.form is CompressedForm.LISTED:
         return (queries - 1) * sizes.query_copy + 2 * sizes.key_bytes(_key_rows(sizes))
     if sizes.form is CompressedForm.FOLDED_ROWS:
         return queries * sizes.query
     if sizes.form is CompressedForm.BATCH:
-        # Where it is folded, each query head gets keys of its own; else there are few.
+        # A folded batch copies the keys for each query head. Otherwise keys are few.
         return 2 * sizes.group * sizes.key_cmp
     return 0
 
 
 def _key_rows(sizes: Sizes) -> int:
-    """Compressed tokens of all entries in rows that are aligned to key blocks."""
+    """Rows of the compressed tokens of all entries, aligned to key blocks."""
     block = choose_key_block(sizes.config.cmp_group_size, sizes.config, sizes.head_dim)
     blocks = -(-sizes.compressed // block)
     return (blocks + (sizes.sequences or 0)) * block

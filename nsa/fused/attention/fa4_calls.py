@@ -1,4 +1,4 @@
-"""FlashAttention-4's calls for the tensors of a plan."""
+"""Calls of FlashAttention-4 for the tensors of a plan, and the bytes that they allocate."""
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def sparse_backward(
     mask: dict,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, and of ``k`` and ``v`` in rows."""
+    """Gradients of ``q``, and of ``k`` and ``v`` in aligned rows."""
     scale = plan.config.softmax_scale(q_rows.shape[-1])
     if plan.in_order:
         dout, out = plan.tokens.pack(dout), plan.tokens.pack(out)
@@ -63,25 +63,25 @@ def sparse_backward(
 
 
 def row_limit(end: Tensor, q_rows: Tensor, keys_per_entry: int) -> Tensor:
-    """int32 ``(B * rows,)`` from ``end (rows,)`` in one entry of the batch."""
+    """Limits of keys in all entries, int32 ``(B * rows,)``, from ``end (rows,)`` in one entry."""
     batch = q_rows.shape[1] // len(end)
     offset = torch.arange(batch, device=end.device)[:, None] * keys_per_entry
     return (end + offset).flatten().int()
 
 
 def accumulator_bytes(sizes: Sizes, queries: int, keys: int) -> int:
-    """FA4's sums of a backward: dq and two numbers a query; with grouped heads also dk and dv."""
+    """Bytes of FA4's sums in backward: dq, two numbers a query, with grouped heads dk and dv."""
     of_queries = queries * sizes.num_heads * (sizes.head_dim + 2) * 4
     return of_queries + (_key_sums(sizes, keys) if sizes.group > 1 else 0)
 
 
 def sparse_backward_bytes(sizes: Sizes, block_size: int, num_keys: int, *, copies: bool) -> int:
-    """What :func:`sparse_backward` and its caller allocate: copies, gradients, sums and lists.
+    """Bytes that :func:`sparse_backward` and its caller allocate: copies, gradients, sums, lists.
 
-    There are ``num_keys`` rows of keys, which are copies or not.
+    There are ``num_keys`` rows of keys. ``copies`` says whether they are copied.
     """
     keys = sizes.key_bytes(num_keys)
-    # Copied are q, keys and values; of a batch out and dout too, which packed lie in rows.
+    # Copies of q, keys and values. A batch also copies out and dout; packed ones are rows already.
     total = (1 if sizes.packed else 3) * sizes.query_copy + (2 * keys if copies else 0)
     total += sizes.query_rows + 2 * keys + sizes.indices
     key_block = choose_key_block(block_size, sizes.config, sizes.head_dim)
@@ -92,12 +92,12 @@ def sparse_backward_bytes(sizes: Sizes, block_size: int, num_keys: int, *, copie
 
 
 def _key_sums(sizes: Sizes, keys: int) -> int:
-    """dk and dv in float32."""
+    """Bytes of dk and dv in float32."""
     return 2 * keys * sizes.num_kv_heads * sizes.head_dim * 4
 
 
 def _transposed_bytes(sizes: Sizes, num_keys: int) -> int:
-    """Lists by key block, each as long as the longest: at most all tiles of a sequence."""
+    """Bytes of lists by key block, each as wide as the longest: at most all tiles of a sequence."""
     rows, tiles = sizes.num_heads * -(-num_keys // 64), sizes.batch * sizes.tiles
     if rows * tiles * 4 > BOUNDED_BYTES:
         tiles = num_query_tiles(sizes.longest, sizes.config)

@@ -1,15 +1,15 @@
-"""The dense causal compressed branch on FA4 by folding.
+"""The dense causal compressed branch on FA4, with folded queries.
 
-Queries with the same number of visible compressed blocks are folded into heads, so that the
-complete-block rule is the plain causal mask and FA4 skips tiles, forward and backward. Row ``r`` of
-a sequence holds the ``d`` queries that see the blocks ``0 .. r``.
+Queries that see the same compressed blocks are folded into heads. The complete-block rule is then
+the plain causal mask, and FA4 skips tiles in forward and backward. Row ``r`` of a sequence holds
+the ``d`` queries that see the blocks ``0 .. r``.
 
-In a batch, every sequence has its rows at the same places, and folding is a view: the ``d`` queries
-of a row are FA4's heads, and query heads its batch, each with compressed keys and values of its
-own; where these are long, the heads of a group share theirs, in a call a KV head. The last queries,
-which see all blocks, are a call of their own. Packed sequences start anywhere; their queries are
-gathered (:class:`nsa.fused.row_layouts.FoldedQueries`), and in tile mode outputs and gradients of
-queries stay folded.
+In a batch, all sequences have their rows at the same positions, so folding is a view. The ``d``
+queries of a row are FA4's heads, and query heads are its batch. Each query head has its own copy of
+the compressed keys and values; if these are long, the heads of a group share theirs, in one call
+per KV head. The last queries, which see all blocks, are a separate call. Packed queries are
+gathered (:class:`nsa.fused.row_layouts.FoldedQueries`), because their sequences start anywhere. In
+tile mode their outputs and gradients stay folded.
 """
 
 import itertools
@@ -27,20 +27,20 @@ ALL = slice(None)
 """All heads."""
 
 SHARED_BYTES = 48 << 20
-"""Keys and values of all query heads from which on the heads of a group share theirs in forward.
+"""Bytes of keys and values of all query heads above which the heads of a group share in forward.
 
-FA4 works on as many heads at a time as its authors think that L2 holds. It holds a copy for each
-head of a group less well than one: at 256K tokens of 32 heads the branch takes 15.1 ms instead of
-15.7, at 1M 217 instead of 221. Shorter sequences would rather have one call.
+FA4 works on as many heads at a time as it expects L2 to hold, and L2 holds one copy better than one
+per head. At 256K tokens and 32 heads the branch takes 15.1 ms instead of 15.7, at 1M 217 instead of
+221. For shorter sequences one call is faster.
 """
 
 
 def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Attention of ``q (B, T, H, D)`` to the visible of ``k_cmp`` and ``v_cmp (B, M, H_kv, D)``.
+    """Attention of ``q (B, T, H, D)`` over visible ``k_cmp`` and ``v_cmp (B, M, H_kv, D)``.
 
     Returns:
-        ``out`` like ``q``, 0 for queries that see no block, or where not ``plan.in_order``
-        ``(1, rows, H_kv * d * G, D)`` as ``FoldedQueries.placement`` says; and the log-sum-exp for
+        ``out`` like ``q``, 0 for queries that see no block; unless ``plan.in_order`` it is
+        ``(1, rows, H_kv * d * G, D)`` as in ``FoldedQueries.placement``. And the log-sum-exp for
         the backward.
     """
     if plan.packed:
@@ -49,7 +49,7 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     out[:, : rows.lead].zero_()
     (batch, length, num_heads), num_kv_heads = q.shape[:3], k_cmp.shape[2]
-    # More than there is, so that its shape does not depend on which kernels are called.
+    # Larger than needed, so that its shape does not depend on which kernels run.
     lse = q.new_empty(batch, num_heads, length, dtype=accumulation_dtype(q.dtype))
     if rows.full:
         group = num_heads // num_kv_heads
@@ -86,14 +86,14 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
 def folded_attention_backward(
     dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``; ``dout`` and that of ``q`` lie as ``out``."""
+    """Gradients of ``q``, ``k_cmp``, ``v_cmp``. ``dout`` and ``dq`` have the layout of ``out``."""
     if plan.packed:
         return _packed_backward(dout, q, k_cmp, v_cmp, out, lse, plan)
     scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows(q.shape[1], plan.config)
     num_heads, num_kv_heads = q.shape[2], k_cmp.shape[2]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dq[:, : rows.lead].zero_()
-    # Two calls add to these.
+    # Both calls below add to these.
     dtype = accumulation_dtype(q.dtype)
     dk_cmp, dv_cmp = k_cmp.new_zeros(2, *k_cmp.shape, dtype=dtype)
     if rows.full:
@@ -135,9 +135,9 @@ def folded_attention_backward(
 
 
 def lse_in_order(lse: Tensor, q: Tensor, num_kv_heads: int, plan: Plan) -> Tensor:
-    """The log-sum-exp of :func:`folded_attention` for ``q (B, T, H, D)`` as ``(B, H, T)``.
+    """The log-sum-exp of :func:`folded_attention` for ``q (B, T, H, D)``, as ``(B, H, T)``.
 
-    Of queries that see no block it is undefined.
+    It is undefined for queries that see no block.
     """
     if plan.packed:
         return plan.folded.unfold_lse(lse, num_kv_heads)
@@ -151,22 +151,22 @@ def lse_in_order(lse: Tensor, q: Tensor, num_kv_heads: int, plan: Plan) -> Tenso
 
 
 class _Rows:
-    """The rows of one sequence, in place: ``lead`` queries that see no block, ``full`` rows of
-    ``d`` queries, and ``tail`` queries that see all blocks."""
+    """The rows of one sequence as views: first ``lead`` queries that see no block, then ``full``
+    rows of ``d`` queries, then ``tail`` queries that see all blocks."""
 
     def __init__(self, length: int, config: NSAConfig):
         started = config.compressed_visibility == "started"
         self.size = config.compress_stride
         self.lead = covered_tokens(config, config.compressed_visibility) - 1
         queries = length - self.lead
-        # Complete: the last block is seen by the tail alone, where there is one.
+        # Complete blocks: only the tail sees the last block, if there is a tail.
         self.full = num_compressed_blocks(length, config) if started else queries // self.size
         self.tail = queries - self.full * self.size
 
-    # One operation each, because each takes the host some time.
+    # Each method is one operation, to save host time.
 
     def view(self, x: Tensor, entry: int, heads: slice = ALL) -> Tensor:
-        """An entry of ``(B, T, H, D)``, or heads of it, as FA4's ``(H, rows, d, D)``."""
+        """One entry of ``(B, T, H, D)``, or some heads, in FA4's form ``(H, rows, d, D)``."""
         batch, token, head, channel = x.stride()
         start, stop, _ = heads.indices(x.shape[2])
         return x.as_strided(
@@ -178,9 +178,9 @@ class _Rows:
     def per_head(
         self, x: Tensor, entry: int, group: int, kv_heads: slice = ALL, shared: bool = False
     ) -> Tensor:
-        """An entry of ``x (B, M, H_kv, D)``, or heads, as FA4's ``(H_kv * group, rows, 1, D)``.
+        """One entry of ``x (B, M, H_kv, D)`` in FA4's form ``(H_kv * group, rows, 1, D)``.
 
-        Copied for each head of a group; of one KV head ``shared``, a view.
+        A copy for each head of a group; with ``shared``, a view of the only KV head.
         """
         batch, token, head, channel = x.stride()
         start, stop, _ = kv_heads.indices(x.shape[2])
@@ -191,35 +191,35 @@ class _Rows:
             return x.as_strided(shape, strides, offset)
         shape = (num_kv_heads, group, self.full, head_dim)
         repeated = x.as_strided(shape, (head, 0, token, channel), offset)
-        # Not a view if the group is of one either: of stride 0 FA4 makes other kernels.
+        # A copy even for a group of one, because FA4 compiles other kernels for stride 0.
         repeated = repeated.clone(memory_format=torch.contiguous_format)
         return repeated.view(num_kv_heads * group, self.full, 1, head_dim)
 
-    # The log-sum-exp of the full rows, then of the tail, fill an entry of ``(B, H, T)``.
+    # An entry of ``(B, H, T)`` holds the log-sum-exp of the full rows, then that of the tail.
 
     def lse(self, x: Tensor, entry: int, heads: slice = ALL) -> Tensor:
-        """Of an entry of contiguous ``(B, H, T)``, or heads, what FA4 has as ``(H, d, rows)``."""
+        """The full rows in an entry of contiguous ``(B, H, T)``, in FA4's ``(H, d, rows)``."""
         start, stop, _ = heads.indices(x.shape[1])
         head = self.size * self.full
         offset = x.storage_offset() + entry * x.stride(0) + start * head
         return x.as_strided((stop - start, self.size, self.full), (head, self.full, 1), offset)
 
     def full_lse(self, x: Tensor) -> Tensor:
-        """Of contiguous ``(B, H, T)``, those of the full rows as ``(B, H, rows, d)``."""
+        """The full rows in contiguous ``(B, H, T)`` as ``(B, H, rows, d)``."""
         batch, heads, length = x.shape
         shape = (batch, heads, self.full, self.size)
         strides = (heads * length, self.size * self.full, 1, self.full)
         return x.as_strided(shape, strides, x.storage_offset())
 
     def full_in_order(self, x: Tensor) -> Tensor:
-        """Of contiguous ``(B, H, T)`` in order of the tokens, the same."""
+        """The same for ``(B, H, T)`` in token order."""
         batch, heads, length = x.shape
         shape = (batch, heads, self.full, self.size)
         strides = (heads * length, length, self.size, 1)
         return x.as_strided(shape, strides, x.storage_offset() + self.lead)
 
     def tail_lse(self, x: Tensor) -> Tensor:
-        """Of ``(B, H, T)``, what FA4 has as ``(B, H, tail)``."""
+        """The tail in ``(B, H, T)``, in FA4's form ``(B, H, tail)``."""
         batch, heads, length = x.shape
         offset = x.storage_offset() + heads * self.full * self.size
         return x.as_strided((batch, heads, self.tail), (heads * length, self.tail, 1), offset)
@@ -253,7 +253,7 @@ def _packed_call(plan: Plan) -> dict:
     longest = plan.max_compressed
     return dict(
         causal=not started,
-        # N_cmp + extra rows over N_cmp keys, aligned at the end: row r sees keys up to r.
+        # There are N_cmp + extra rows and N_cmp keys, aligned at the end. Row r sees keys up to r.
         window_size=(None, extra) if started else (None, None),
         cu_seqlens_q=plan.folded.bounds,
         cu_seqlens_k=plan.compressed_bounds,

@@ -31,7 +31,7 @@ def selected_attention(
         plan: the sequences.
 
     Returns:
-        The output and the log-sum-exp, in token mode ``(B * T, H)``.
+        The output, and the log-sum-exp, which is ``(B * T, H)`` in token mode.
     """
     if plan.config.selection == "token":
         return _token_forward(q_rows, k, v, block_indices, plan)
@@ -62,10 +62,10 @@ def selected_attention_backward(
 
 
 def _mask(q_rows: Tensor, plan: Plan) -> dict:
-    """Tile mode: which keys of a listed block a query sees."""
+    """Which keys of a listed block a query sees, in tile mode."""
     if plan.config.causal:
         return dict(causal=True)
-    # The end of each sequence in the row; the causal flag would also hide the padding.
+    # Without the causal flag, which also hides the padding, each sequence's end limits the keys.
     rows, owner = plan.tokens, plan.tokens.segments.owner
     end = rows.segments.offset[owner] + rows.items.count[owner]
     return dict(causal=False, key_limit=row_limit(end, q_rows, rows.rows))
@@ -123,12 +123,12 @@ def _of_batch(x: Tensor) -> Tensor:
 
 
 def selected_forward_bytes(sizes: Sizes) -> int:
-    """What the forward allocates beside its results and, in tile mode, the lists.
+    """Bytes that the forward allocates in addition to its results and, in tile mode, the lists.
 
-    In token mode the inverted index, and the partial results of a wave; in tile mode copies.
+    Token mode allocates the inverted index and the partial results of a wave; tile mode copies.
     """
     if not sizes.token_mode:
-        # Packed outputs stay in rows, and the caller has brought the queries there.
+        # Packed outputs stay in rows. The caller's copy of the queries is not counted here.
         return (0 if sizes.packed else sizes.query_copy) + 2 * sizes.key_copy
     slots, blocks = (
         sizes.config.num_selected_blocks,
@@ -136,16 +136,16 @@ def selected_forward_bytes(sizes: Sizes) -> int:
     )
     chunk = choose_chunk_tokens(sizes.tokens, sizes.group, blocks, slots, 2 * sizes.head_dim)
     of_token = slots * sizes.group * (sizes.head_dim * sizes.itemsize + 4)
-    # At least a unit; the last chunk is not shorter than the others.
+    # A wave has at least one unit. The last chunk is as long as the others.
     wave = max(WORKSPACE_BYTES, chunk * of_token)
     results = min(wave, sizes.num_kv_heads * (sizes.tokens + chunk) * of_token)
     return 3 * sizes.indices + results
 
 
 def selected_backward_bytes(sizes: Sizes) -> int:
-    """What the backward allocates: gradients, copies, and sums in float32.
+    """Bytes that the backward allocates: gradients, copies, and sums in float32.
 
-    In token mode also the inverted index.
+    Token mode also allocates the inverted index.
     """
     if not sizes.token_mode:
         block_size = sizes.config.select_block_size

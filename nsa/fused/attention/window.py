@@ -1,4 +1,4 @@
-"""The window branch (paper section 3.3): queries attend the last keys.
+"""The window branch (paper section 3.3): queries attend the nearest keys.
 
 Shapes as in :mod:`nsa.fused.attention`.
 """
@@ -11,7 +11,7 @@ from nsa.fused.sizes import Sizes
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Attention over the ``window_size`` last keys, the query's own included."""
+    """Attention over the last ``window_size`` keys, the query's own included."""
     return dense_forward(q, k, v, plan, **_window_call(plan))
 
 
@@ -23,7 +23,7 @@ def window_attention_backward(
 
 
 def _window_call(plan: Plan) -> dict:
-    # An int32 of the kernels, to which they add positions.
+    # The kernels add positions to this int32, so it must leave room for them.
     reach = min(plan.config.window_size - 1, 1 << 30)
     return dict(
         causal=plan.config.causal,
@@ -36,5 +36,5 @@ def _window_call(plan: Plan) -> dict:
 
 
 def window_backward_bytes(sizes: Sizes) -> int:
-    """What the backward allocates: gradients, and FA4's sums."""
+    """Bytes that the backward allocates: gradients, and FA4's sums."""
     return sizes.query + 2 * sizes.key + accumulator_bytes(sizes, sizes.tokens, sizes.tokens)
