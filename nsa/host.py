@@ -41,7 +41,7 @@ def may_keep(x: Tensor) -> bool:
     if not x.is_cuda:
         return True
     # The default stream is CUDA's null stream.
-    return torch.cuda.current_stream(x.device).cuda_stream == 0 and not is_capturing(x)
+    return torch.cuda.current_stream(x.device.index).cuda_stream == 0 and not is_capturing(x)
 
 
 def has_readable_values(x: Tensor) -> bool:

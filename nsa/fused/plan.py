@@ -46,7 +46,7 @@ class Plan:
     max_seqlen: int | None
     _token_tiles: dict[tuple[int, int], TokenTiles] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def config(self) -> NSAConfig:
         return self.geometry.config
 
@@ -54,7 +54,7 @@ class Plan:
     def packed(self) -> bool:
         return self.cu_seqlens is not None
 
-    @property
+    @cached_property
     def compressed_form(self) -> CompressedForm:
         """How the compressed branch is computed."""
         total = self.geometry.compressed.total

@@ -178,7 +178,7 @@ def test_a_captured_plan_is_not_kept(monkeypatch):
 @pytest.mark.parametrize(("stream", "capturing"), [(1, False), (0, True)], ids=str)
 def test_only_the_default_stream_keeps_what_it_computes(monkeypatch, stream, capturing):
     """torch.compile's graphs run a call on a stream of their own before it is captured."""
-    x = SimpleNamespace(is_cuda=True, device="cuda")
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(host, "is_capturing", lambda _: False)
     monkeypatch.setattr(host, "is_traced", lambda _: False)

@@ -421,8 +421,8 @@ def _check(
     check_head_rows("o_win", o_win)
     *leading, heads, head_dim = o_win.shape
     like = (o_win.dtype, o_win.device)
-    for name, x, placement in zip(("o_cmp", "o_slc"), (o_cmp, o_slc), placements, strict=True):
-        check_branch(name, x, placement, o_win)
+    check_branch("o_cmp", o_cmp, placements[0], o_win)
+    check_branch("o_slc", o_slc, placements[1], o_win)
     if gates is not None and weight is not None:
         raise ValueError("gates and weight are both given; at most one of them may be")
     if gates is not None:
