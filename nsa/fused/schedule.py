@@ -1,8 +1,8 @@
-"""How many KV heads to run at a time, and the run of one such chunk after another.
+"""Chooses how many KV heads run at a time, and runs these chunks one after another.
 
-No branch mixes KV heads: a chunk is the same computation on slices of the heads, and its results
-are slices of the results. Intermediates exist for the heads of a chunk alone. Backward may compute
-the forward of its chunk again, so that nothing but the selection is kept.
+No branch mixes KV heads, so a chunk is the same computation on slices of the heads, and its results
+are slices of the results. Intermediates exist only for the heads of one chunk. Backward may compute
+the forward of its chunk again, so that only the selection is kept.
 """
 
 from functools import lru_cache
@@ -65,7 +65,7 @@ def make_schedule(
 
 
 def choose(sizes: Sizes, save: bool, limit: int) -> Schedule:
-    """The cheapest schedule whose workspace is at most ``limit``, else the smallest there is."""
+    """The cheapest schedule whose workspace is at most ``limit``, else the one that needs least."""
     num_kv_heads = int(sizes.num_kv_heads)
     for recompute in (False, True) if save else (False,):
         for chunks in range(_fewest(sizes), num_kv_heads + 1):
@@ -76,7 +76,7 @@ def choose(sizes: Sizes, save: bool, limit: int) -> Schedule:
 
 
 def fewest_chunks(tokens: int, num_kv_heads: int, config: NSAConfig) -> int:
-    """Chunks whose pairs of tokens and selected blocks the kernels can count; one in tile mode."""
+    """Fewest chunks that the kernels can count pairs of tokens and blocks for; 1 in tile mode."""
     if config.selection == "tile":
         return 1
     pairs = tokens * config.num_selected_blocks
@@ -88,7 +88,7 @@ def _fewest(sizes: Sizes) -> int:
     return fewest_chunks(sizes.tokens, sizes.num_kv_heads, sizes.config)
 
 
-# Cached, because for a small call the sums take longer than what they decide.
+# Cached, because for a small call the sums take longer than they save.
 @lru_cache(maxsize=256)
 def _always_fits(sizes: Sizes, save: bool) -> bool:
     whole = workspace_bytes(sizes, sizes.num_kv_heads, save=save, recompute=False)
@@ -148,8 +148,8 @@ def run_forward(
 ) -> tuple[Tensor, list[Saved]]:
     """Output ``(B, T, H, Dv)`` and, where ``save``, what each chunk leaves for its backward.
 
-    That is only what was selected where the schedule says to recompute. ``block_indices`` are the
-    caller's, see :func:`nsa.fused.pipeline.attend`, and not among it; None to select.
+    If the schedule recomputes, that is only the selection. ``block_indices`` are the caller's (see
+    :func:`nsa.fused.pipeline.attend`), which are not saved; None to select.
     """
     q = inputs.q
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
@@ -158,7 +158,7 @@ def run_forward(
         out = q.new_empty(*q.shape[:-1], inputs.v.shape[-1])
     with torch.cuda.device_of(q), without_autocast(q.device):
         for heads in parts:
-            # Slices of one chunk would be the whole, and take the host time.
+            # With one chunk, slices would be the whole tensors and cost host time.
             part, blocks, target = inputs, block_indices, None
             if out is not None:
                 part, blocks = heads.of(inputs), heads.of_indices(block_indices, plan)
@@ -173,7 +173,7 @@ def run_forward(
                         groups=groups,
                     )
                 )
-            # Before the next chunk allocates.
+            # Free these before the next chunk allocates.
             del branches, selected, groups
     return result if out is None else out, kept
 
@@ -186,9 +186,9 @@ def run_backward(
     plan: Plan,
     schedule: Schedule,
 ) -> Inputs:
-    """Gradient of each input, None where there is no such input.
+    """The gradient of each input, None if there is no such input.
 
-    ``block_indices`` are the caller's; where None, ``saved`` holds those that were selected.
+    ``block_indices`` are the caller's. If None, ``saved`` holds the selected ones.
     """
     q = inputs.q
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
@@ -205,7 +205,7 @@ def run_backward(
                 if target is not None:
                     assert result is not None
                     target.copy_(result)
-            # Before the next chunk allocates.
+            # Free these before the next chunk allocates.
             del results, result
     return grads
 

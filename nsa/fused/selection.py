@@ -1,6 +1,6 @@
-"""Which blocks, and in tile mode which groups, queries attend (paper section 3.3.2, Eq. 8 to 12).
+"""Selects blocks, and in tile mode groups, for queries (paper section 3.3.2, Eq. 8 to 12).
 
-Tile mode has one scoring for blocks and groups.
+In tile mode, one scoring serves blocks and groups.
 """
 
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def select_groups(q_rows: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
 
 @torch.no_grad()
 def select_blocks_and_groups(q_rows: Tensor, k_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Both, by one scoring."""
+    """Blocks and groups from one scoring."""
     config = plan.config
     blocks = _unwritten(q_rows, config.num_selected_blocks, plan)
     groups = _unwritten(q_rows, config.num_cmp_selected_blocks, plan)
@@ -123,11 +123,11 @@ def _steps(summary: Tensor, keys: Tensor, plan: Plan) -> Iterator[tuple[slice, s
 
 
 def _visible_columns(tiles: slice, plan: Plan) -> slice:
-    """Columns that hold all that the ``tiles`` see, from what the host knows of their sequences.
+    """Columns that hold everything that the ``tiles`` see, without reading lengths on the host.
 
-    At most ``q_tile_size`` tokens are in a tile, and fewer only in the last one of a sequence, so
-    ``tile * q_tile_size`` is at or past the tile's first token by what sequences before it leave
-    empty; and so for compressed tokens.
+    A tile has at most ``q_tile_size`` tokens, and only the last tile of a sequence has fewer. So
+    ``tile * q_tile_size`` is at or past the tile's first token, by the places that earlier
+    sequences leave empty. The same holds for compressed tokens.
     """
     config, tokens = plan.config, plan.geometry.tokens
     tile, block = config.q_tile_size, config.compress_block_size
@@ -140,10 +140,10 @@ def _visible_columns(tiles: slice, plan: Plan) -> slice:
 def _scores(summary: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """``summary (B, H, C, D) . keys (B, H_kv, W, D)``: ``(B, H, C, W)`` in ``dtype``.
 
-    To float32 at least, because a rounding of the summary to 16 bits would reorder close scores.
-    Many scores come from tensor cores: three bfloat16 numbers add up to a float32 of the summary,
-    so their products with keys repeated three times, both ``3 * D`` wide, do to the float32 ones.
-    Few are products in float64. No float32 product, in which PyTorch may be set to use TF32.
+    Scores are exact to float32, because rounding the summary to 16 bits would reorder close
+    scores. Tensor cores compute many scores: a float32 summary is the sum of three bfloat16
+    numbers, so their products with keys repeated three times, both ``3 * D`` wide, add up to the
+    float32 products. Few scores are float64 products. No float32 product is used: it may be TF32.
     """
     shape = (*summary.shape[:3], keys.shape[2])
     keys = keys.flatten(0, 1)  # (B * H_kv, W, D)
@@ -257,14 +257,14 @@ def scored_tokens(
 
 
 def select_bytes(sizes: Sizes) -> int:
-    """What selection allocates beside its results: scores, and copies of what they come from."""
+    """Bytes that selection allocates beside its results: scores, and copies of their inputs."""
     if sizes.token_mode:
         width = num_selection_blocks(sizes.longest, sizes.config)
         step, _ = scored_tokens(
             sizes.batch, sizes.length, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, width
         )
         scores = sizes.batch * sizes.num_kv_heads * step * width
-        # And the log-sum-exp in order.
+        # The second term is the log-sum-exp in token order.
         return scores * 4 + sizes.tokens * sizes.num_heads * 4
     summaries = sizes.batch * sizes.tiles * sizes.num_heads
     scores = min(TILE_SCORES, summaries * sizes.compressed)
