@@ -291,9 +291,9 @@ def _check_backend(backend) -> str:
 
 def _fused_limit(q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -> str | None:
     """Why the fused backend cannot do this, with the remedy; None if it can."""
-    from nsa.fused import constraints
+    from nsa.fused.constraints import unsupported_reason
 
-    return constraints.unsupported_reason(q, v[0], config)
+    return unsupported_reason(q, v[0], config)
 
 
 def _choose(backend: str, limit: str | None) -> str | None:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
 
 def is_traced(*tensors: Tensor | None) -> bool:
     """Whether something intercepts each operation and must see custom ops instead of kernels.
@@ -14,7 +16,7 @@ def is_traced(*tensors: Tensor | None) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(x) not in (Tensor, torch.nn.Parameter, type(None)) for x in tensors)
+        or not _PLAIN_TYPES.issuperset(map(type, tensors))
     )
 
 
@@ -38,8 +40,8 @@ def may_keep(x: Tensor) -> bool:
         return False
     if not x.is_cuda:
         return True
-    current, default = torch.cuda.current_stream(x.device), torch.cuda.default_stream(x.device)
-    return current == default and not is_capturing(x)
+    # The default stream is CUDA's null stream.
+    return torch.cuda.current_stream(x.device).cuda_stream == 0 and not is_capturing(x)
 
 
 def has_readable_values(x: Tensor) -> bool:

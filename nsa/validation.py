@@ -100,42 +100,42 @@ def check_qkv(q, k, v, config: NSAConfig, cu_seqlens) -> Problem:
     num_kv_heads = _check_keys(q, k, leading, form)
     value_dim = head_dim
     if v is not None:
-        names = _branch_names("v", v)
-        _check_kind(names[0], v[0], q)
-        if v[0].ndim != rank or v[0].shape[-1] == 0:
+        values = _named_branches("v", v)
+        name, first = values[0]
+        _check_kind(name, first, q)
+        if first.ndim != rank or first.shape[-1] == 0:
             wanted = (*leading, num_kv_heads)
-            raise ValueError(
-                f"{names[0]} must have shape {wanted} + (Dv,), got {tuple(v[0].shape)}"
-            )
-        value_dim = v[0].shape[-1]
-        # A tensor that all branches share has one name, so it is checked once.
-        for name, x in dict(zip(names, v, strict=True)).items():
+            raise ValueError(f"{name} must have shape {wanted} + (Dv,), got {tuple(first.shape)}")
+        value_dim = first.shape[-1]
+        for name, x in values:
             check_tensor(name, x, q, (*leading, num_kv_heads, value_dim))
     return Problem(leading, num_heads, num_kv_heads, head_dim, value_dim, config, cu_seqlens)
 
 
 def _check_keys(q: Tensor, k, leading: tuple[int, ...], form: str) -> int:
     """Check the keys and return H_kv."""
-    names = _branch_names("k", k)
-    _check_kind(names[0], k[0], q)
-    if k[0].ndim != q.ndim:
+    keys = _named_branches("k", k)
+    name, first = keys[0]
+    _check_kind(name, first, q)
+    if first.ndim != q.ndim:
         form = form.replace("H,", "H_kv,")
-        raise ValueError(f"{names[0]} must have shape {form}, got {tuple(k[0].shape)}")
-    num_kv_heads = k[0].shape[-2]
+        raise ValueError(f"{name} must have shape {form}, got {tuple(first.shape)}")
+    num_kv_heads = first.shape[-2]
     if num_kv_heads == 0 or q.shape[-2] % num_kv_heads:
         raise ValueError(
-            f"{names[0]} must have a number of heads that divides the {q.shape[-2]} heads of q, "
+            f"{name} must have a number of heads that divides the {q.shape[-2]} heads of q, "
             f"got {num_kv_heads}"
         )
-    for name, x in dict(zip(names, k, strict=True)).items():
+    for name, x in keys:
         check_tensor(name, x, q, (*leading, num_kv_heads, q.shape[-1]))
     return num_kv_heads
 
 
-def _branch_names(name: str, x: tuple) -> tuple[str, ...]:
-    if all(branch is x[0] for branch in x):
-        return (name,) * len(x)
-    return tuple(f"{name}[{i}]" for i in range(len(x)))
+def _named_branches(name: str, x: tuple) -> list[tuple[str, Tensor]]:
+    """The tensor of each branch with its name. A tensor that all branches share comes once."""
+    if x[0] is x[1] is x[2]:
+        return [(name, x[0])]
+    return [(f"{name}[{i}]", branch) for i, branch in enumerate(x)]
 
 
 def check_max_workspace_bytes(value):

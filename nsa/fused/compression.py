@@ -33,7 +33,7 @@ def compress(x: Tensor, weight: Tensor | None, plan: Plan) -> Tensor:
 
 def compress_pair(k: Tensor, v: Tensor, weights: Weights, plan: Plan) -> Pair:
     """:func:`compress` for keys and values."""
-    k_mean, v_mean = _mean(k, _mean_dtype(k, *weights), plan, v)
+    k_mean, v_mean = _mean(k, _mean_dtype(k, *weights), plan, v).unbind()
     k_weight, v_weight = weights
     return _transformed(k_mean, k_weight, k.dtype), _transformed(v_mean, v_weight, k.dtype)
 
@@ -65,13 +65,15 @@ def compress_pair_backward(
 
 def _mean_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype:
     """The dtype of the means of ``x``, which are rounded if no weight follows."""
-    return x.dtype if all(weight is None for weight in weights) else accumulation_dtype(x.dtype)
+    weighted = any(weight is not None for weight in weights)
+    return accumulation_dtype(x.dtype) if weighted else x.dtype
 
 
 def _transformed(mean: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     if weight is not None:
         mean = torch.einsum("bmhd,hde->bmhe", mean, weight.to(mean.dtype))
-    return mean.to(dtype)
+    # To ask of a tensor what it is already takes the host as long as an operation.
+    return mean if mean.dtype == dtype else mean.to(dtype)
 
 
 def _transformed_backward(

@@ -19,7 +19,7 @@ from nsa.packing import Boundaries
 
 Branches = tuple[Tensor, Tensor, Tensor]
 Given = TypeVar("Given", Tensor, Tensor | None)
-"""What is None where it is not given."""
+"""A tensor, or None if it is not given."""
 
 
 def forward(
@@ -124,7 +124,7 @@ def select_blocks(
 
 
 def _num_tiles(boundaries: Boundaries, config: NSAConfig) -> int:
-    """Query tiles of all packed sequences; waits for the device where their lengths are unknown."""
+    """Query tiles of all packed sequences. Waits for the device if their lengths are unknown."""
     if boundaries.lengths is None:
         return int(num_query_tiles(boundaries.cu_seqlens.diff(), config).sum())
     return sum(num_query_tiles(length, config) for length in boundaries.lengths)
@@ -132,7 +132,7 @@ def _num_tiles(boundaries: Boundaries, config: NSAConfig) -> int:
 
 def _drop_repeats(k: Branches, v: Branches) -> tuple[tuple, tuple]:
     """``(x, None, None)`` for both if the branches share keys and values, else all three."""
-    if all(x is k[0] for x in k) and all(x is v[0] for x in v):
+    if k[0] is k[1] is k[2] and v[0] is v[1] is v[2]:
         return (k[0], None, None), (v[0], None, None)
     return k, v
 
@@ -143,7 +143,9 @@ def _contiguous(x: Given) -> Given:
 
 def _batched(x: Given) -> Given:
     """``(B, T, ...)``, with ``B = 1`` for packed ``(T, H, ...)``; contiguous."""
-    return _contiguous(x if x is None or x.ndim == 4 else x[None])
+    if x is None:
+        return None
+    return x.contiguous() if x.ndim == 4 else x[None].contiguous()
 
 
 def _widen(x: Given, dim: int) -> Given:
@@ -154,7 +156,7 @@ def _widen(x: Given, dim: int) -> Given:
 
 
 def _kernel_rows(x: Given, dim: int) -> Given:
-    """Queries, keys or values as the kernels take them."""
+    """Queries, keys or values in the layout of the kernels."""
     return _batched(_widen(x, dim))
 
 

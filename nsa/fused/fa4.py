@@ -182,7 +182,7 @@ def _forward(call: Call, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor
     if lse is None:
         lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
     if q.numel() and v.numel():
-        _kernels().launch_forward(_readable(call), out.detach(), lse)
+        _kernels().launch_forward(_readable(call), _no_leaf(out), lse)
     else:
         out.zero_()
         lse.fill_(-math.inf)
@@ -216,8 +216,14 @@ def _kernels() -> ModuleType:
 
 def _readable(call: Call) -> Call:
     """The call with inputs that the kernels can read, detached from autograd as DLPack requires."""
-    q, k, v = (_aligned(x.detach() if x.requires_grad else x) for x in call[:3])
+    q, k, v = _aligned(_no_leaf(call.q)), _aligned(_no_leaf(call.k)), _aligned(_no_leaf(call.v))
+    if q is call.q and k is call.k and v is call.v:
+        return call
     return call._replace(q=q, k=k, v=v)
+
+
+def _no_leaf(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The tiles follow FA4 4.0.0b36 (``flash_attn/cute/interface.py``), which measured
 dimensions that :mod:`nsa.fused.constraints` pads to: 64, 96, 128 and 256.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,8 @@ class Mask(NamedTuple):
         return self.causal or self.local
 
 
+# Cached, because the calls of a plan use the same few masks.
+@lru_cache(maxsize=64)
 def dense_mask(
     causal: bool, window: Window, key_times: tuple[int, int] | None
 ) -> tuple[Mask, Window]:

@@ -195,6 +195,11 @@ class Plan:
         return own.int(), torch.where(tokens.real, count, 0).int()
 
     @cached_property
+    def token_first(self) -> Tensor:
+        """The column of each token's first score, which is 0: int32 ``(T,)``."""
+        return torch.zeros_like(self.token_candidates[0])
+
+    @cached_property
     def scoring(self) -> Scoring:
         """What each tile may see and take when it selects."""
         return Scoring(self.geometry, self.batch)

@@ -67,14 +67,18 @@ class AlignedRows:
         missing = self.rows - x.shape[1]
         if missing:
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
-        return x.reshape(1, -1, *x.shape[2:])
+        return x if x.shape[0] == 1 else x.reshape(1, -1, *x.shape[2:])
 
     def unpack(self, rows: Tensor) -> Tensor:
         """``(1, B * rows, H, D)`` to ``(B, T, H, D)``."""
-        x = rows.unflatten(1, (-1, self.rows))[0]
+        x = rows
+        if rows.shape[1] != self.rows:
+            x = rows.view(-1, self.rows, *rows.shape[2:])
         if not self.single:
             return _gather(x, self._row_of_item)
-        return x[:, : self.items.total].contiguous()
+        if self.rows != self.items.total:
+            x = x[:, : self.items.total]
+        return x.contiguous()
 
     def placement(self, num_heads: int) -> Placement:
         """Where the heads of each item lie in the rows of a batch of one."""

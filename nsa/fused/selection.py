@@ -1,8 +1,9 @@
 """Selects blocks, and in tile mode groups, for queries (paper section 3.3.2, Eq. 8 to 12).
 
-In tile mode, one scoring serves blocks and groups.
+In tile mode, one scoring serves blocks and groups. Callers have turned autograd off.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +29,6 @@ FEW_SCORES = 1 << 22
 """Scores up to which a float64 product is as fast as three of bfloat16, in fewer launches."""
 
 
-@torch.no_grad()
 def select_blocks(q_rows: Tensor, k_cmp: Tensor, lse_cmp: Tensor | None, plan: Plan) -> Tensor:
     """The blocks of the selected branch.
 
@@ -40,7 +40,7 @@ def select_blocks(q_rows: Tensor, k_cmp: Tensor, lse_cmp: Tensor | None, plan: P
 
     Returns:
         int32 ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode: indices in the
-        sequence, ascending, -1 at the end of the row where fewer exist.
+        sequence, ascending, -1 at the end of the row if fewer exist.
     """
     if plan.config.selection == "token":
         assert lse_cmp is not None
@@ -50,7 +50,6 @@ def select_blocks(q_rows: Tensor, k_cmp: Tensor, lse_cmp: Tensor | None, plan: P
     return blocks
 
 
-@torch.no_grad()
 def select_groups(q_rows: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
     """The groups of the sparse compressed branch, ``(B, tiles, H, m)``; the rest as for blocks."""
     groups = _unwritten(q_rows, plan.config.num_cmp_selected_blocks, plan)
@@ -58,7 +57,6 @@ def select_groups(q_rows: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
     return groups
 
 
-@torch.no_grad()
 def select_blocks_and_groups(q_rows: Tensor, k_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Blocks and groups from one scoring."""
     config = plan.config
@@ -77,36 +75,47 @@ def _unwritten(q_rows: Tensor, count: int | None, plan: Plan) -> Tensor:
 def _select_tiles(
     q_rows: Tensor, k_cmp: Tensor, plan: Plan, blocks: Tensor | None, groups: Tensor | None
 ) -> None:
-    """Write ``blocks`` and ``groups``, where given, for each tile and query head."""
-    summary = _tile_summary(q_rows, plan)  # (B, H, tiles, D)
-    keys = k_cmp.transpose(1, 2)  # (B, H_kv, M, D)
-    if k_cmp.dtype == torch.bfloat16 and summary[..., 0].numel() * k_cmp.shape[1] > FEW_SCORES:
-        summary, keys = _bfloat16_parts(summary), keys.repeat(1, 1, 1, 3)
-    else:
-        summary, keys = summary.double(), _copy(keys, torch.float64)
+    """Write ``blocks`` and ``groups``, if given, for each tile and query head."""
+    summary = _tile_summary(q_rows, plan)  # (B, tiles, H, D)
     dtype = accumulation_dtype(q_rows.dtype)
+    num_scores = math.prod(summary.shape[:3]) * k_cmp.shape[1]
+    if k_cmp.dtype == torch.bfloat16 and num_scores > FEW_SCORES:
+        summary = _bfloat16_parts(_by_head(summary, dtype))
+        keys = k_cmp.transpose(1, 2).repeat(1, 1, 1, 3)
+    else:
+        # Cast directly from the input dtype, which float64 holds exactly.
+        summary, keys = _by_head(summary, torch.float64), _by_head(k_cmp, torch.float64)
     for tiles, columns in _steps(summary, keys, plan):
-        scores = _scores(summary[:, :, tiles], keys[:, :, columns], dtype)
+        scores = _scores(_part(summary, tiles), _part(keys, columns), dtype)
         _take(scores, tiles, columns, blocks, groups, plan)
     if blocks is not None and plan.scoring.forced_past_end:
         blocks.masked_fill_(blocks >= plan.scoring.num_blocks[:, None, None], -1)
 
 
 def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
-    """Mean of each tile's queries, or its first query, in float32: ``(B, H, tiles, D)``."""
+    """Mean of each tile's queries in float32, or its first query: ``(B, tiles, H, D)``."""
     size, num_tiles = plan.config.q_tile_size, plan.geometry.tiles.total
-    dtype = accumulation_dtype(q_rows.dtype)
+    shape = (plan.batch, num_tiles, *q_rows.shape[2:])
     if plan.config.tile_summary == "first":
-        first = q_rows[0].unflatten(0, (-1, num_tiles, size))[:, :, 0]
-        return _copy(first.transpose(1, 2), dtype)
-    start = plan.scoring.tile_start
-    mean = kernel_calls.mean_forward(q_rows[0], start, size, dtype)
-    mean = mean.unflatten(0, (-1, num_tiles)).transpose(1, 2)
+        row = q_rows.stride(1)
+        strides = (num_tiles * size * row, size * row, *q_rows.stride()[2:])
+        return q_rows.as_strided(shape, strides, q_rows.storage_offset())
+    dtype = accumulation_dtype(q_rows.dtype)
+    mean = kernel_calls.mean_forward(q_rows[0], plan.scoring.tile_start, size, dtype).view(shape)
     filled = plan.scoring.filled
-    if filled is None:
-        return _copy(mean, dtype)
-    out = torch.empty(mean.shape, dtype=dtype, device=mean.device)
-    return torch.div(mean, filled[:, None], out=out)
+    return mean if filled is None else mean.div_(filled[:, None, None])
+
+
+def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(B, R, H, D)`` as contiguous ``(B, H, R, D)`` in ``dtype``, in one pass."""
+    batch, rows, heads, head_dim = x.shape
+    out = torch.empty((batch, heads, rows, head_dim), dtype=dtype, device=x.device)
+    return out.copy_(x.transpose(1, 2))
+
+
+def _part(x: Tensor, rows: slice) -> Tensor:
+    """Some rows of ``x (B, H, R, D)``. Taking all rows needs no operation."""
+    return x if rows == slice(0, x.shape[2]) else x[:, :, rows]
 
 
 def _steps(summary: Tensor, keys: Tensor, plan: Plan) -> Iterator[tuple[slice, slice]]:
@@ -147,7 +156,7 @@ def _scores(summary: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """
     shape = (*summary.shape[:3], keys.shape[2])
     keys = keys.flatten(0, 1)  # (B * H_kv, W, D)
-    rows = summary.reshape(len(keys), -1, summary.shape[-1])  # (B * H_kv, G * C, D)
+    rows = summary.reshape(keys.shape[0], -1, summary.shape[-1])  # (B * H_kv, G * C, D)
     if keys.dtype == torch.bfloat16:
         return kernel_calls.float32_products(rows, keys.mT).view(shape)
     return torch.bmm(rows, keys.mT).to(dtype).view(shape)
@@ -204,11 +213,6 @@ def _take(
         )
 
 
-def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype``, contiguous, in one pass."""
-    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
-
-
 def _select_token_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, plan: Plan) -> Tensor:
     """Select per token of ``q (B, T, H, D)`` and KV head."""
     config, rule = plan.config, Rule.of(plan.config)
@@ -217,19 +221,19 @@ def _select_token_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, plan: Plan) -> T
     step, tile_tokens = scored_tokens(batch, length, num_heads, num_kv_heads, head_dim, width)
     tiles = plan.token_tiles(tile_tokens, step)
     own, candidates = plan.token_candidates
-    first = torch.zeros_like(own)
     shape = (batch, length, num_kv_heads, config.num_selected_blocks)
     taken = torch.empty(shape, dtype=torch.int32, device=q.device)
-    scratch = torch.empty(
-        batch * num_kv_heads * step * width, dtype=accumulation_dtype(q.dtype), device=q.device
-    )
+    shape = (batch, num_kv_heads, step, width)
+    scratch = torch.empty(shape, dtype=accumulation_dtype(q.dtype), device=q.device)
     for index, start in enumerate(range(0, length, step)):
-        shape = (batch, num_kv_heads, min(step, length - start), width)
-        scores = scratch[: shape[0] * shape[1] * shape[2] * width].view(shape)
+        scores, rest = scratch, length - start
+        if rest < step:
+            shape = (batch, num_kv_heads, rest, width)
+            scores = scratch.view(-1)[: math.prod(shape)].view(shape)
         kernel_calls.importance_scores(q, k_cmp, lse, tiles, index, scores, scale, rule)
         kernel_calls.top_blocks(
             scores,
-            first,
+            plan.token_first,
             candidates,  # each has a score
             candidates,
             own,
@@ -247,7 +251,7 @@ def _select_token_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, plan: Plan) -> T
 def scored_tokens(
     batch: int, length: int, num_heads: int, num_kv_heads: int, head_dim: int, width: int
 ) -> tuple[int, int]:
-    """Tokens of an entry of the batch that are scored at a time, and of a tile: whole tiles.
+    """Tokens of an entry that are scored at a time, in whole tiles; and tokens of a tile.
 
     A tile that lies in two chunks is computed twice.
     """

@@ -175,15 +175,15 @@ def test_a_captured_plan_is_not_kept(monkeypatch):
     assert plans.make_plan(q, None, None, config) is not captured
 
 
-@pytest.mark.parametrize(("stream", "capturing"), [("side", False), ("default", True)])
+@pytest.mark.parametrize(("stream", "capturing"), [(1, False), (0, True)], ids=str)
 def test_only_the_default_stream_keeps_what_it_computes(monkeypatch, stream, capturing):
     """torch.compile's graphs run a call on a stream of their own before it is captured."""
     x = SimpleNamespace(is_cuda=True, device="cuda")
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: "default")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "default")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(host, "is_capturing", lambda _: False)
     monkeypatch.setattr(host, "is_traced", lambda _: False)
     assert host.may_keep(x)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    current = SimpleNamespace(cuda_stream=stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
     monkeypatch.setattr(host, "is_capturing", lambda _: capturing)
     assert not host.may_keep(x)

@@ -239,7 +239,8 @@ def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
         weight = arguments.get("compress_k_weight")
         with torch.no_grad():
             k_cmp = compress(entry._batched(k), weight, plan)
-    groups = select_groups(plan.align_queries(rows), k_cmp, plan).flatten(0, 1)
+    with torch.no_grad():
+        groups = select_groups(plan.align_queries(rows), k_cmp, plan).flatten(0, 1)
     return groups if cu_seqlens is None else groups[: plan.geometry.tiles.offsets[-1]]
 
 

@@ -23,6 +23,9 @@ from nsa.fused import fa4
 from nsa.fused.plan import Plan
 from nsa.precision import accumulation_dtype
 
+ALL = slice(None)
+"""All heads."""
+
 SHARED_BYTES = 48 << 20
 """Bytes of keys and values of all query heads above which the heads of a group share in forward.
 
@@ -55,15 +58,16 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
         step = 1 if shared else num_kv_heads
         for entry, first in itertools.product(range(batch), range(0, num_kv_heads, step)):
             heads = slice(first * group, (first + step) * group)
-            keys = (x[entry, :, first : first + step] for x in (k_cmp, v_cmp))
+            kv_heads = slice(first, first + step)
             fa4.dense_forward(
-                rows.view(q, entry)[heads],
-                *(rows.per_head(x, group, shared) for x in keys),
+                rows.view(q, entry, heads),
+                rows.per_head(k_cmp, entry, group, kv_heads, shared),
+                rows.per_head(v_cmp, entry, group, kv_heads, shared),
                 scale=scale,
                 causal=True,
                 window_size=(None, None),
-                out=rows.view(out, entry)[heads],
-                lse=rows.lse(lse, entry)[heads],
+                out=rows.view(out, entry, heads),
+                lse=rows.lse(lse, entry, heads),
             )
     if rows.tail:
         fa4.dense_forward(
@@ -98,8 +102,8 @@ def folded_attention_backward(
             _, *grads = fa4.dense_backward(
                 rows.view(dout, entry),
                 rows.view(q, entry),
-                rows.per_head(k_cmp[entry], group),
-                rows.per_head(v_cmp[entry], group),
+                rows.per_head(k_cmp, entry, group),
+                rows.per_head(v_cmp, entry, group),
                 rows.view(out, entry),
                 rows.lse(lse, entry),
                 scale=scale,
@@ -137,14 +141,10 @@ def lse_in_order(lse: Tensor, q: Tensor, num_kv_heads: int, plan: Plan) -> Tenso
     """
     if plan.packed:
         return plan.folded.unfold_lse(lse, num_kv_heads)
-    rows, (batch, length, num_heads) = _Rows(q.shape[1], plan.config), q.shape[:3]
-    out = lse.new_zeros(batch, num_heads, length)
-    full = slice(rows.lead, length - rows.tail)
+    rows, length = _Rows(q.shape[1], plan.config), q.shape[1]
+    out = torch.empty_like(lse)
     if rows.full:
-        by_row = lse.flatten(1)[:, : num_heads * rows.full * rows.size].unflatten(
-            1, (num_heads, rows.size, rows.full)
-        )
-        out[..., full].unflatten(2, (rows.full, rows.size)).copy_(by_row.transpose(2, 3))
+        rows.full_in_order(out).copy_(rows.full_lse(lse))
     if rows.tail:
         out[..., length - rows.tail :] = rows.tail_lse(lse)
     return out
@@ -165,38 +165,58 @@ class _Rows:
 
     # Each method is one operation, to save host time.
 
-    def view(self, x: Tensor, entry: int) -> Tensor:
-        """One entry of ``(B, T, H, D)`` in FA4's form ``(H, rows, d, D)``."""
+    def view(self, x: Tensor, entry: int, heads: slice = ALL) -> Tensor:
+        """One entry of ``(B, T, H, D)``, or some heads of it, in FA4's form ``(H, rows, d, D)``."""
         batch, token, head, channel = x.stride()
+        start, stop, _ = heads.indices(x.shape[2])
         return x.as_strided(
-            (x.shape[2], self.full, self.size, x.shape[3]),
+            (stop - start, self.full, self.size, x.shape[3]),
             (head, self.size * token, token, channel),
-            x.storage_offset() + entry * batch + self.lead * token,
+            x.storage_offset() + entry * batch + self.lead * token + start * head,
         )
 
-    def per_head(self, x: Tensor, group: int, shared: bool = False) -> Tensor:
-        """``x (M, H_kv, D)`` in FA4's form ``(H_kv * group, rows, 1, D)``.
+    def per_head(
+        self, x: Tensor, entry: int, group: int, kv_heads: slice = ALL, shared: bool = False
+    ) -> Tensor:
+        """One entry of ``x (B, M, H_kv, D)``, or some heads, as ``(H_kv * group, rows, 1, D)``.
 
-        A copy for each head of a group; with ``shared``, a view of the only KV head.
+        That is FA4's form: a copy for each head of a group; with ``shared``, a view of one KV head.
         """
-        token, head, channel = x.stride()
-        num_kv_heads, head_dim = x.shape[1:]
+        batch, token, head, channel = x.stride()
+        start, stop, _ = kv_heads.indices(x.shape[2])
+        num_kv_heads, head_dim = stop - start, x.shape[3]
+        offset = x.storage_offset() + entry * batch + start * head
         if shared:
             shape, strides = (group, self.full, 1, head_dim), (0, token, 0, channel)
-            return x.as_strided(shape, strides, x.storage_offset())
+            return x.as_strided(shape, strides, offset)
         shape = (num_kv_heads, group, self.full, head_dim)
-        repeated = x.as_strided(shape, (head, 0, token, channel), x.storage_offset())
+        repeated = x.as_strided(shape, (head, 0, token, channel), offset)
         # A copy even for a group of one, because FA4 compiles other kernels for stride 0.
         repeated = repeated.clone(memory_format=torch.contiguous_format)
         return repeated.view(num_kv_heads * group, self.full, 1, head_dim)
 
     # An entry of ``(B, H, T)`` holds the log-sum-exp of the full rows, then that of the tail.
 
-    def lse(self, x: Tensor, entry: int) -> Tensor:
+    def lse(self, x: Tensor, entry: int, heads: slice = ALL) -> Tensor:
         """The full rows in an entry of contiguous ``(B, H, T)``, in FA4's form ``(H, d, rows)``."""
-        shape = (x.shape[1], self.size, self.full)
-        strides = (self.size * self.full, self.full, 1)
-        return x.as_strided(shape, strides, x.storage_offset() + entry * x.stride(0))
+        start, stop, _ = heads.indices(x.shape[1])
+        head = self.size * self.full
+        offset = x.storage_offset() + entry * x.stride(0) + start * head
+        return x.as_strided((stop - start, self.size, self.full), (head, self.full, 1), offset)
+
+    def full_lse(self, x: Tensor) -> Tensor:
+        """The full rows in contiguous ``(B, H, T)``, as ``(B, H, rows, d)``."""
+        batch, heads, length = x.shape
+        shape = (batch, heads, self.full, self.size)
+        strides = (heads * length, self.size * self.full, 1, self.full)
+        return x.as_strided(shape, strides, x.storage_offset())
+
+    def full_in_order(self, x: Tensor) -> Tensor:
+        """The same for contiguous ``(B, H, T)`` in token order."""
+        batch, heads, length = x.shape
+        shape = (batch, heads, self.full, self.size)
+        strides = (heads * length, length, self.size, 1)
+        return x.as_strided(shape, strides, x.storage_offset() + self.lead)
 
     def tail_lse(self, x: Tensor) -> Tensor:
         """The tail in ``(B, H, T)``, in FA4's form ``(B, H, tail)``."""

@@ -76,17 +76,17 @@ def _token_forward(
 ) -> tuple[Tensor, Tensor]:
     config = plan.config
     out, lse = kernel_calls.selected_forward(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        block_indices.flatten(0, 1),
+        _of_batch(q),
+        _of_batch(k),
+        _of_batch(v),
+        _of_batch(block_indices),
         plan.token_blocks,
         config.select_block_size,
         config.softmax_scale(q.shape[-1]),
         config.causal,
         config.num_initial_blocks + config.num_local_blocks > 0,
     )
-    return out.unflatten(0, q.shape[:2]), lse
+    return out.view(*q.shape[:2], *out.shape[1:]), lse
 
 
 def _token_backward(
@@ -101,19 +101,25 @@ def _token_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     config, shape = plan.config, q.shape[:2]
     dq, dk, dv = kernel_calls.selected_backward(
-        dout.flatten(0, 1),
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        out.flatten(0, 1),
+        _of_batch(dout),
+        _of_batch(q),
+        _of_batch(k),
+        _of_batch(v),
+        _of_batch(out),
         lse,
-        block_indices.flatten(0, 1),
+        _of_batch(block_indices),
         plan.token_blocks,
         config.select_block_size,
         config.softmax_scale(q.shape[-1]),
         config.causal,
     )
     return dq.unflatten(0, shape), dk.unflatten(0, shape), dv.unflatten(0, shape)
+
+
+def _of_batch(x: Tensor) -> Tensor:
+    """``(B, T, ...)`` as ``(B * T, ...)``."""
+    # x[0] is the cheaper view for one entry.
+    return x[0] if x.shape[0] == 1 else x.flatten(0, 1)
 
 
 def selected_forward_bytes(sizes: Sizes) -> int:

@@ -127,21 +127,19 @@ def backward_kernels(variant: Variant) -> BackwardKernels:
 
 def ordered(kernel_class: type, **arguments) -> list:
     """The arguments in the order of the class's ``__call__``; None for those not named."""
-    none = _parameters(kernel_class)
-    values = none | arguments
-    if len(values) > len(none):
-        unknown = ", ".join(values.keys() - none.keys())
-        raise TypeError(f"{kernel_class.__name__} takes {', '.join(none)}, and got {unknown} too")
-    return list(values.values())
+    return list(map(arguments.get, _parameters(kernel_class, *arguments)))
 
 
 @lru_cache(maxsize=None)
-def _parameters(kernel_class: type) -> dict[str, None]:
-    """None for each argument of its ``__call__`` but the stream, which comes last."""
+def _parameters(kernel_class: type, *given: str) -> list[str]:
+    """The arguments of its ``__call__``, the given ones among them, but the stream at the end."""
     _, *names, stream = inspect.signature(kernel_class.__call__).parameters
     if stream != "stream":
         raise TypeError(f"{kernel_class.__name__} takes {stream} last, not a stream")
-    return dict.fromkeys(names)
+    unknown = ", ".join(name for name in given if name not in names)
+    if unknown:
+        raise TypeError(f"{kernel_class.__name__} takes {', '.join(names)}, and got {unknown} too")
+    return names
 
 
 def _options(call: Call) -> dict[str, object]:
@@ -161,8 +159,8 @@ def _options(call: Call) -> dict[str, object]:
 
 
 def _forward_arguments(call: Call, out: Tensor, lse: Tensor, starts: Tensor | None) -> list:
-    results = dict(mO=out, mLSE=lse)
-    return ordered(FlashAttentionForwardSm90, **_options(call), **results, mCuTotalMBlocks=starts)
+    options = _options(call)
+    return ordered(FlashAttentionForwardSm90, mO=out, mLSE=lse, mCuTotalMBlocks=starts, **options)
 
 
 def _backward_arguments(

@@ -323,6 +323,9 @@ def compile_backward(
     )
 
 
+_geometry = functools.cache(_Gating)
+
+
 def _fake_inputs(dtype: torch.dtype, form: str):
     """Stand-ins for ``q``, the gates and the weight, where the form has them."""
     used = (form == "weight", form == "gates", form == "weight")
@@ -354,7 +357,7 @@ def gating_forward(
     """See :func:`nsa.fused.kernel_calls.gating_forward`."""
     form = _check((o_cmp, o_slc, o_win), q, gates, weight, placements)
     if out is None:
-        out = torch.empty(o_win.shape, dtype=o_win.dtype, device=o_win.device)
+        out = torch.empty_like(o_win, memory_format=torch.contiguous_format)
     else:
         check_tensor("out", out, o_win.shape, o_win.dtype, o_win.device)
         check_output("out", out)
@@ -364,7 +367,7 @@ def gating_forward(
     q = q if form == "weight" else None
     tensors, strides = zip(*map(flat_rows, (o_cmp, o_slc, o_win, q, out)), strict=True)
     kernel = compile_forward(o_win.dtype, head_dim, form, are_placed(placements))
-    chunks = _Gating(head_dim, form).num_chunks(o_win)
+    chunks = _geometry(head_dim, form).num_chunks(o_win)
     tensors = _ForwardTensors(*tensors, flat(gates), flat(weight))
     sizes = HeadSizes(math.prod(leading), heads, chunks)
     kernel(tensors, place_arguments(placements), strides, sizes)
@@ -395,7 +398,7 @@ def gating_backward(
     if o_win.numel() == 0:
         dweight = torch.zeros_like(weight) if form == "weight" else None
         return (*dbranches, dlogits, dgates, dweight)
-    chunks = _Gating(head_dim, form).num_chunks(o_win)
+    chunks = _geometry(head_dim, form).num_chunks(o_win)
     partial = None
     if form == "weight":
         partial = new((chunks, heads, 3, head_dim), dtype=torch.float32)

@@ -20,7 +20,7 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
 from nsa.fused.hardware import WARP
-from nsa.fused.kernel_inputs import Placement, Placements
+from nsa.fused.kernel_inputs import IN_ORDER, Placement, Placements
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import VECTOR, check_float, check_tensor, fake_flat, load_vector
 
@@ -165,8 +165,13 @@ def fake_places(placed: tuple[bool, bool]) -> Places:
     return Places(*indices, *((Int32(1),) * 3 if is_placed else None for is_placed in placed))
 
 
+_NO_PLACES = Places(None, None, None, None)
+
+
 def place_arguments(placements: Placements) -> Places:
     """What :func:`fake_places` stands for."""
+    if placements is IN_ORDER:
+        return _NO_PLACES
     indices = (None if p is None else p.place for p in placements)
     return Places(*indices, *(None if p is None else tuple(p[1:]) for p in placements))
 
@@ -176,7 +181,8 @@ def fake_sizes() -> HeadSizes:
 
 
 def are_placed(placements: Placements) -> tuple[bool, bool]:
-    return tuple(p is not None for p in placements)
+    compressed, selected = placements
+    return compressed is not None, selected is not None
 
 
 def check_branch(name: str, x: Tensor, placement: Placement | None, like: Tensor) -> None:

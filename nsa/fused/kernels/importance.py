@@ -601,9 +601,9 @@ def importance_scores(
     if compressed == 0:
         scores.zero_()
         return
-    queries, q_stride = flat_rows(q.flatten(0, 1))
+    queries, q_stride = flat_rows(q)
     tensors = (flat(k_cmp), lse.contiguous().view(-1), tiles.fields.view(-1), tiles.first)
-    sizes = (batch, length, kv_heads, len(tiles.fields), tiles.grid, chunk, start, stop, width)
+    sizes = (batch, length, kv_heads, tiles.fields.shape[0], tiles.grid, chunk, start, stop, width)
     compile_importance_scores(q.dtype, head_dim, group, rule)(
         queries,
         _Tensors(*tensors, scores.view(-1)),

@@ -311,7 +311,7 @@ def invert_index(
     if units * chunk_tokens * slots >= 1 << 31:
         raise ValueError(f"{total} tokens x {kv_heads} KV heads x {slots} blocks exceed 2^31 pairs")
     base, limit, first, keys, sequences = blocks
-    num_blocks = len(first)
+    num_blocks = first.shape[0]
     sizes = (block_size, causal, chunk_tokens, slots, tokens)
     bounds = item_bounds(total, sequences, num_blocks, *sizes)
     by_unit = bounds * kv_heads

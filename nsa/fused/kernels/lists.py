@@ -339,7 +339,9 @@ def _list_query_tiles(
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous().view(-1)
+    if x is None:
+        return None
+    return x.contiguous() if x.ndim == 1 else x.contiguous().view(-1)
 
 
 def _check_lists(name: str, x: Tensor) -> None:

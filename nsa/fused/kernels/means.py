@@ -289,16 +289,17 @@ def mean_forward(
     _check("x", x, block_size)
     if other is not None:
         check_tensor("other", other, x.shape, x.dtype, x.device)
-    check_tensor("start", start, (start.numel(),), torch.int32, x.device)
+    num_blocks = start.numel()
+    check_tensor("start", start, (num_blocks,), torch.int32, x.device)
     if out_dtype not in FLOAT_DTYPES:
         raise ValueError(f"out_dtype is {out_dtype}; it must be one of {FLOAT_DTYPES}")
-    num_blocks, width = start.shape[0], x.shape[-2] * x.shape[-1]
     shape = _with_rows(x, num_blocks)
+    width = shape[-2] * shape[-1]
     if other is not None:
         shape = (2, *shape)
     if x.numel() == 0:
         return torch.zeros(shape, dtype=out_dtype, device=x.device)
-    mean = torch.empty(shape, dtype=out_dtype, device=x.device)
+    mean = x.new_empty(shape, dtype=out_dtype)
     if mean.numel() == 0:
         return mean
     kernel = compile_forward(x.dtype, out_dtype, block_size, other is not None)

@@ -491,7 +491,7 @@ def selected_forward(
     form = (q.dtype, head_dim, head_dim_v, group, block_size, causal)
     band = band and band_fits(head_dim, head_dim_v, block_size, slots)
     block_indices = block_indices.contiguous()
-    chunk = choose_chunk_tokens(total, group, len(blocks.first), slots, 2 * head_dim)
+    chunk = choose_chunk_tokens(total, group, blocks.first.shape[0], slots, 2 * head_dim)
     wave = units_of_wave(chunk, slots, group, head_dim_v)
     index = invert_index(
         block_indices, blocks, block_size, causal, chunk, wave, item_tokens(group), band
@@ -507,7 +507,7 @@ def selected_forward(
         combine = functools.partial(
             compile_band(*form, slots),
             *(BandTensors(q, k, v, *listed), strides),
-            *(scale_log2, len(blocks.first), chunk_blocks),
+            *(scale_log2, blocks.first.shape[0], chunk_blocks),
         )
     else:
         combine = compile_combine(q.dtype, head_dim_v, group, slots)

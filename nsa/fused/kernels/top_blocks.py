@@ -370,10 +370,11 @@ def top_blocks(
     device = scores.device
     check_tensor("scores", scores, scores.shape, torch.float32, device)
     check_tensor("out", out, (batch, total_tiles, heads, count), torch.int32, device)
-    vectors = dict(first=first, visible=visible, candidates=candidates, own=own)
-    for name, x in vectors.items():
+    tensors = dict(first=first, visible=visible, candidates=candidates, own=own)
+    for name, x in tensors.items():
         check_tensor(name, x, (total_tiles,), torch.int32, device)
-    for name, x in dict(scores=scores, out=out, **vectors).items():
+    tensors.update(scores=scores, out=out)
+    for name, x in tensors.items():
         if not x.is_contiguous():
             raise ValueError(f"{name} has strides {x.stride()}; it must be contiguous")
     if not 1 <= count <= MAX_BLOCKS:
@@ -393,7 +394,7 @@ def top_blocks(
     scores = scores.view(-1) if columns else scores.new_empty(1)
     sizes = (batch, heads, tiles, columns, total_tiles, tile_offset, column_offset)
     compile_top_blocks(count, per_block)(
-        _Tensors(scores, *vectors.values(), out.view(-1)),
+        _Tensors(scores, first, visible, candidates, own, out.view(-1)),
         _Sizes(*sizes, num_initial, num_local),
         scale,
     )

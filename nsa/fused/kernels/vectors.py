@@ -94,7 +94,9 @@ def flat(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     x = x.contiguous()
-    return (x if is_aligned(x) else x.clone()).view(-1)
+    if not is_aligned(x):
+        x = x.clone()
+    return x if x.ndim == 1 else x.view(-1)
 
 
 def flat_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
@@ -105,7 +107,8 @@ def flat_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
     """
     if x is None:
         return None, 0
-    width = x.shape[-2] * x.shape[-1]
+    heads, head_dim = x.shape[-2:]
+    width = heads * head_dim
     if x.is_contiguous() and is_aligned(x):
         return x.view(-1), width
     x = _rows(x)
