@@ -166,7 +166,7 @@ class _Rows:
     # Each method is one operation, to save host time.
 
     def view(self, x: Tensor, entry: int, heads: slice = ALL) -> Tensor:
-        """One entry of ``(B, T, H, D)``, or some heads of it, in FA4's form ``(H, rows, d, D)``."""
+        """One entry of ``(B, T, H, D)``, or some heads, in FA4's form ``(H, rows, d, D)``."""
         batch, token, head, channel = x.stride()
         start, stop, _ = heads.indices(x.shape[2])
         return x.as_strided(
@@ -178,9 +178,9 @@ class _Rows:
     def per_head(
         self, x: Tensor, entry: int, group: int, kv_heads: slice = ALL, shared: bool = False
     ) -> Tensor:
-        """One entry of ``x (B, M, H_kv, D)``, or some heads, as ``(H_kv * group, rows, 1, D)``.
+        """One entry of ``x (B, M, H_kv, D)`` in FA4's form ``(H_kv * group, rows, 1, D)``.
 
-        That is FA4's form: a copy for each head of a group; with ``shared``, a view of one KV head.
+        A copy for each head of a group; with ``shared``, a view of the only KV head.
         """
         batch, token, head, channel = x.stride()
         start, stop, _ = kv_heads.indices(x.shape[2])
@@ -198,21 +198,21 @@ class _Rows:
     # An entry of ``(B, H, T)`` holds the log-sum-exp of the full rows, then that of the tail.
 
     def lse(self, x: Tensor, entry: int, heads: slice = ALL) -> Tensor:
-        """The full rows in an entry of contiguous ``(B, H, T)``, in FA4's form ``(H, d, rows)``."""
+        """The full rows in an entry of contiguous ``(B, H, T)``, in FA4's ``(H, d, rows)``."""
         start, stop, _ = heads.indices(x.shape[1])
         head = self.size * self.full
         offset = x.storage_offset() + entry * x.stride(0) + start * head
         return x.as_strided((stop - start, self.size, self.full), (head, self.full, 1), offset)
 
     def full_lse(self, x: Tensor) -> Tensor:
-        """The full rows in contiguous ``(B, H, T)``, as ``(B, H, rows, d)``."""
+        """The full rows in contiguous ``(B, H, T)`` as ``(B, H, rows, d)``."""
         batch, heads, length = x.shape
         shape = (batch, heads, self.full, self.size)
         strides = (heads * length, self.size * self.full, 1, self.full)
         return x.as_strided(shape, strides, x.storage_offset())
 
     def full_in_order(self, x: Tensor) -> Tensor:
-        """The same for contiguous ``(B, H, T)`` in token order."""
+        """The same for ``(B, H, T)`` in token order."""
         batch, heads, length = x.shape
         shape = (batch, heads, self.full, self.size)
         strides = (heads * length, length, self.size, 1)
