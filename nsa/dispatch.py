@@ -290,7 +290,7 @@ def _check_backend(backend) -> str:
 
 
 def _fused_limit(q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -> str | None:
-    """Why the fused backend cannot do this, with the remedy; None where it can."""
+    """Why the fused backend cannot do this, with the remedy; None if it can."""
     from nsa.fused.constraints import unsupported_reason
 
     return unsupported_reason(q, v[0], config)

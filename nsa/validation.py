@@ -132,7 +132,7 @@ def _check_keys(q: Tensor, k, leading: tuple[int, ...], form: str) -> int:
 
 
 def _named_branches(name: str, x: tuple) -> list[tuple[str, Tensor]]:
-    """The tensor of each branch with its name; one of all branches once."""
+    """The tensor of each branch with its name. A tensor that all branches share comes once."""
     if x[0] is x[1] is x[2]:
         return [(name, x[0])]
     return [(f"{name}[{i}]", branch) for i, branch in enumerate(x)]

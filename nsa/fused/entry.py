@@ -1,4 +1,4 @@
-"""The fused backend's entry points: bring arguments into the kernels' form and call the ops."""
+"""The entry points of the fused backend: convert arguments to the kernels' form, call the ops."""
 
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ from nsa.packing import Boundaries
 
 Branches = tuple[Tensor, Tensor, Tensor]
 Given = TypeVar("Given", Tensor, Tensor | None)
-"""What is None where it is not given."""
+"""A tensor, or None if it is not given."""
 
 
 def forward(
@@ -84,7 +84,7 @@ def forward(
             out = ops.AttentionNode.apply(plan, schedule, block_indices, *inputs)
         else:
             out, _ = run_forward(inputs, block_indices, plan, schedule, save=False)
-    # Not out[0], whose derivative fills a tensor with zeros first.
+    # squeeze, because the derivative of out[0] first fills a tensor with zeros.
     out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim]
 
@@ -124,14 +124,14 @@ def select_blocks(
 
 
 def _num_tiles(boundaries: Boundaries, config: NSAConfig) -> int:
-    """Query tiles of all packed sequences; waits for the device where their lengths are unknown."""
+    """Query tiles of all packed sequences. Waits for the device if their lengths are unknown."""
     if boundaries.lengths is None:
         return int(num_query_tiles(boundaries.cu_seqlens.diff(), config).sum())
     return sum(num_query_tiles(length, config) for length in boundaries.lengths)
 
 
 def _drop_repeats(k: Branches, v: Branches) -> tuple[tuple, tuple]:
-    """``(x, None, None)`` for both where the branches share keys and values, else all three."""
+    """``(x, None, None)`` for both if the branches share keys and values, else all three."""
     if k[0] is k[1] is k[2] and v[0] is v[1] is v[2]:
         return (k[0], None, None), (v[0], None, None)
     return k, v
@@ -149,14 +149,14 @@ def _batched(x: Given) -> Given:
 
 
 def _widen(x: Given, dim: int) -> Given:
-    """Zero channels up to ``dim``; they change neither logits nor the channels that are kept."""
+    """``x`` with zero channels up to ``dim``. They change neither logits nor the real channels."""
     if x is None or x.shape[-1] == dim:
         return x
     return pad(x, (0, dim - x.shape[-1]))
 
 
 def _kernel_rows(x: Given, dim: int) -> Given:
-    """Queries, keys or values as the kernels take them."""
+    """Queries, keys or values in the layout of the kernels."""
     return _batched(_widen(x, dim))
 
 
@@ -169,19 +169,19 @@ def _widen_square(x: Tensor | None, dim: int) -> Tensor | None:
 
 
 def _pad_compressed(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> Tensor:
-    """Packed compressed tokens with rows up to the bound that the plan counts with."""
+    """Packed compressed tokens, with extra rows up to the upper bound that the plan uses."""
     if cu_seqlens is None:
         return x
     return pad(x, (0, 0, 0, 0, 0, q.shape[0] // config.compress_stride - x.shape[0]))
 
 
 def _unit_major(indices: Tensor | None, sizes: Sizes, save: bool) -> Tensor | None:
-    """The caller's ``block_indices`` as the kernels take them.
+    """The caller's ``block_indices`` in the layout of the kernels.
 
     In tile mode ``(B, H, tiles, n)`` or ``(H, tiles, n)`` becomes ``(B, tiles, H, n)``; packed
-    input gets empty tiles up to the bound that ``sizes`` have. In token mode ``(B, T, H_kv, n)``
-    or ``(T, H_kv, n)`` becomes the former. Where ``save``, it is a copy, which nobody can overwrite
-    before the backward.
+    input gets empty tiles up to the upper bound of ``sizes``. In token mode the result is
+    ``(B, T, H_kv, n)``, from that or ``(T, H_kv, n)``. With ``save`` it is a copy, because the
+    caller may overwrite the original before the backward.
     """
     if indices is None:
         return None
@@ -193,13 +193,13 @@ def _unit_major(indices: Tensor | None, sizes: Sizes, save: bool) -> Tensor | No
 
 
 def _empty_output(q: Tensor, value_dim: int, differentiable: tuple) -> Tensor:
-    """No tokens: an empty output that still sends (zero) gradients to every input."""
+    """The empty output for no tokens, which still sends (zero) gradients to every input."""
     out = q.new_zeros(*q.shape[:-1], value_dim)
     return out + sum(x.sum() * 0 for x in differentiable if x is not None)
 
 
 def _empty_selection(q: Tensor, num_kv_heads: int, config: NSAConfig) -> Tensor:
-    """No tokens, or no head: as many empty slots as there would be."""
+    """The selection for no tokens or heads: empty slots in the right shape."""
     if config.selection == "token":
         shape = (q.shape[-3], num_kv_heads)
     else:

@@ -1,12 +1,12 @@
-"""FlashAttention-4 (CuTe DSL) on Hopper, as ``nsa.fused.kernel_inputs`` has it.
+"""FlashAttention-4 (CuTe DSL) on Hopper, with the contract of ``nsa.fused.kernel_inputs``.
 
-Written for flash-attn-4 4.0.0b36 (``WRITTEN_FOR``) and its kernel classes for SM90: its functions
-take neither tiles nor buffers for results. :mod:`nsa.fused.fa4_variants` says which kernel a call
-needs, and :mod:`nsa.fused.kernels.fa4_sm90`, imported on the first call, compiles and calls it.
+It is written for flash-attn-4 4.0.0b36 (``WRITTEN_FOR``) and uses its kernel classes for SM90,
+because its functions take neither tiles nor buffers for results. :mod:`nsa.fused.fa4_variants` says
+which kernel a call needs. :mod:`nsa.fused.kernels.fa4_sm90` compiles and calls it.
 
-Head dimensions are 64, 96, 128 and 256: at some others backward is wrong or fails to compile. In
-backward, key blocks of lists are of 128 keys up to head dimension 128, and query blocks are
-multiples of 64, at head dimension 64 of 128; key blocks are of 64 keys above.
+Head dimensions are 64, 96, 128 and 256, because backward is wrong or fails to compile at some
+others. In backward, key blocks have 128 keys up to head dimension 128, and 64 keys above. Query
+blocks are multiples of 64 queries, or of 128 at head dimension 64.
 """
 
 import math
@@ -210,12 +210,12 @@ def _backward(
 
 @lru_cache(maxsize=None)
 def _kernels() -> ModuleType:
-    # Takes seconds, and needs CUDA libraries: not before the first call.
+    # Imported on the first call, because this takes seconds and needs CUDA libraries.
     return import_module("nsa.fused.kernels.fa4_sm90")
 
 
 def _readable(call: Call) -> Call:
-    """The call with inputs that the kernels can read, and no leaf of autograd, as DLPack wants."""
+    """The call with inputs that the kernels can read, detached from autograd as DLPack requires."""
     q, k, v = _aligned(_no_leaf(call.q)), _aligned(_no_leaf(call.k)), _aligned(_no_leaf(call.v))
     if q is call.q and k is call.k and v is call.v:
         return call
@@ -227,7 +227,7 @@ def _no_leaf(x: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy unless its rows are contiguous and start at multiples of 16 bytes."""
+    """``x`` if its rows are contiguous and start at multiples of 16 bytes, else a copy."""
     if x.data_ptr() % 16 == 0 and (x.is_contiguous() or _has_aligned_rows(x)):
         return x
     return x.clone(memory_format=torch.contiguous_format)
@@ -255,7 +255,7 @@ def _sparse_call(
             f"causal needs as many queries as keys, got q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
     if key_limit is not None:
-        # The kernels read the limit of each row of a tile, also of rows past the last query.
+        # The kernels read the limit of every row of a tile, even past the last query.
         padding = -q.shape[1] % lists.query_block
         if padding:
             key_limit = torch.nn.functional.pad(key_limit, (0, padding))
@@ -272,7 +272,7 @@ def _list_tensors(lists: BlockLists) -> tuple[Tensor, ...]:
     """Count and index of the partial blocks, then of the full ones, as FA4 takes them."""
     full_count, full_index = lists.full_count, lists.full_index
     if full_count is None or full_index is None:
-        # SM90's forward reads the second list even where it is None.
+        # SM90's forward reads the second list even if it is None.
         full_count, full_index = _zero_count(lists.partial_count), lists.partial_index
     tensors = (lists.partial_count, lists.partial_index, full_count, full_index)
     return tuple(map(_unit_stride, tensors))
@@ -290,5 +290,5 @@ def _zeros(shape: torch.Size, device: torch.device) -> Tensor:
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    """``x`` with stride 1 in its last dimension, which torch leaves open where its size is 1."""
+    """``x`` with stride 1 in its last dimension, which torch does not ensure if the size is 1."""
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""A call of FlashAttention-4's kernels: tensors and options, and float32 buffers of a backward."""
+"""A call of FlashAttention-4's kernels: tensors, options, and the float32 buffers of a backward."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from nsa.fused.fa4_variants import BackwardTile, Mask, Variant, Window
 
 MANY_SEQUENCES = 256
-"""Above as many, kernels look up in a table where the tiles of each sequence start, as in FA4."""
+"""Above this number, kernels look up the first tile of each sequence in a table, as FA4 does."""
 
 
 class Call(NamedTuple):
-    """What forward and backward have in common, as tensors or as what kernels are compiled with.
+    """The arguments that forward and backward share, as tensors or as fakes to compile with.
 
     Attributes:
         q, k, v: ``(B, S, H, D)``, or ``(T, H, D)`` with ``bounds``.
@@ -22,7 +22,7 @@ class Call(NamedTuple):
         bounds: boundaries of packed sequences, of queries and of keys.
         lists: count and index of partial blocks, then of full ones.
         blocks: (queries, keys) of a block of ``lists``.
-        limit: int32, the keys that each query sees; a multiple of the query block long.
+        limit: int32, the keys that each query sees; its length is a multiple of the query block.
     """
 
     q: Tensor
@@ -37,7 +37,7 @@ class Call(NamedTuple):
     limit: Tensor | None = None
 
     def variant(self, *dout: Tensor) -> Variant:
-        """Which kernels it needs; ``dout`` in backward."""
+        """The kernels that the call needs; pass ``dout`` for backward."""
         (heads, head_dim), (kv_heads, value_dim) = self.q.shape[-2:], self.v.shape[-2:]
         bounds = self.bounds[0]
         repeated = tuple(map(_repeated, (self.q, self.k, self.v, *dout)))
@@ -55,7 +55,7 @@ class Call(NamedTuple):
 
 
 def _repeated(x: Tensor) -> tuple[int, ...]:
-    """Dimensions of stride 0, which the kernels' TMA descriptors leave out when compiled so."""
+    """Dimensions of stride 0. Kernels compiled for them leave these out of TMA descriptors."""
     strides = x.stride()
     if 0 not in strides:
         return ()
@@ -63,7 +63,7 @@ def _repeated(x: Tensor) -> tuple[int, ...]:
 
 
 class Sums(NamedTuple):
-    """Float32 buffers of a backward; ``dk`` and ``dv`` where heads share a KV head."""
+    """Float32 buffers of a backward; ``dk`` and ``dv`` only if heads share a KV head."""
 
     softmax: Tensor
     lse_log2: Tensor
@@ -73,7 +73,7 @@ class Sums(NamedTuple):
 
     @classmethod
     def new(cls, call: Call, variant: Variant, tile: BackwardTile) -> "Sums":
-        """As many rows and channels as FA4 has. Only ``dk`` and ``dv`` are added to as they are."""
+        """Buffers with FA4's rows and channels. Only ``dk`` and ``dv`` must start at 0."""
         kind: dict[str, Any] = dict(dtype=torch.float32, device=call.q.device)
         leading, rows = _rounded_rows(call.q, call.bounds[0], tile.queries)
         channels = _round_up(variant.head_dim, tile.channels)
@@ -81,14 +81,14 @@ class Sums(NamedTuple):
         dq = torch.empty((*leading, rows * channels), **kind)
         if not variant.adds_keys:
             return cls(softmax, lse_log2, dq)
-        # The kernels have one head dimension for both where heads share a KV head.
+        # The kernels use one head dimension for both if heads share a KV head.
         leading, rows = _rounded_rows(call.k, call.bounds[1], tile.keys)
         dk_dv = torch.zeros((2, *leading, rows * channels), **kind).unbind()
         return cls(softmax, lse_log2, dq, *dk_dv)
 
 
 def _rounded_rows(x: Tensor, bounds: Tensor | None, tile: int) -> tuple[tuple[int, ...], int]:
-    """Leading dimensions, and rows of a head if each sequence starts at a tile of its own."""
+    """Leading dimensions, and the rows of a head if each sequence starts at a new tile."""
     length, heads = x.shape[-3:-1]
     if bounds is None:
         return (x.shape[0], heads), _round_up(length, tile)

@@ -14,13 +14,13 @@ Window = tuple[int | None, int | None]
 
 
 class Mask(NamedTuple):
-    """What a kernel is compiled for of its mask; bounds of a window are arguments.
+    """The part of a mask that a kernel is compiled for. The bounds of a window are arguments.
 
     Attributes:
         causal: no key after the query, and no other bound.
         left, right: a window bounds the keys before, or after, the query.
-        times: (stride, first): a query sees the keys ``j`` with ``j * stride + first`` up to it.
-        limited: a query sees the keys before a limit of its own.
+        times: (stride, first): query ``i`` sees the keys ``j`` with ``j * stride + first <= i``.
+        limited: each query has its own limit, and sees the keys before it.
     """
 
     causal: bool = False
@@ -38,7 +38,7 @@ class Mask(NamedTuple):
         return self.causal or self.local
 
 
-# Cached, because calls of a plan have the same few.
+# Cached, because the calls of a plan use the same few masks.
 @lru_cache(maxsize=64)
 def dense_mask(
     causal: bool, window: Window, key_times: tuple[int, int] | None
@@ -60,7 +60,7 @@ def dense_mask(
 
 
 class Variant(NamedTuple):
-    """All of a call that its main kernel depends on.
+    """Everything in a call on which its main kernel depends.
 
     Attributes:
         dtype: of queries, keys and values.
@@ -69,10 +69,10 @@ class Variant(NamedTuple):
         group: query heads of a KV head.
         mask: the mask.
         packed: sequences are packed.
-        many: they are so many that the kernel looks up where the tiles of each start.
+        many: there are so many sequences that the kernel looks up where the tiles of each start.
         blocks: (queries, keys) of a block of block lists; None without lists.
-        repeated: for q, k, v, and in backward dout, the dimensions of stride 0; empty where no
-            tensor has any.
+        repeated: for q, k, v, and in backward dout, the dimensions of stride 0; empty if no tensor
+            has any.
     """
 
     dtype: torch.dtype
@@ -87,12 +87,12 @@ class Variant(NamedTuple):
 
     @property
     def pack_heads(self) -> bool:
-        """Whether a tile of the forward holds the queries of a group's heads, as FA4 decides."""
-        # Lists are by query head; packing would read one head's list for its whole group.
+        """Whether a tile of the forward holds the queries of a group's heads. FA4's rule."""
+        # Lists are by query head. Packing would read one head's list for the whole group.
         return self.group > 1 and self.blocks is None
 
     def plain(self) -> "Variant":
-        """What the kernels depend on that come before and after the main one of a backward."""
+        """The fields on which the kernels before and after the main one of a backward depend."""
         return self._replace(group=1, mask=Mask(), blocks=None, repeated=())
 
     @property
@@ -125,12 +125,12 @@ def _dense_forward_tile(variant: Variant) -> tuple[int, int]:
 
 
 def _measured_tile(variant: Variant) -> tuple[int, int] | None:
-    """The tile where FA4's own choice, of 128 by 128, is not the best; None where it is.
+    """A faster tile than FA4's own 128 by 128; None if FA4's is the best.
 
-    A window of some hundred keys takes 0.69 ms instead of 0.82 (32K tokens, H=32, H_kv=8, w=512) if
-    192 rows of several heads share it; of one head, 128 by 128 is better. So do few keys with times
-    (8K tokens over 127, 0.088 ms instead of 0.094). Without either, folded queries take 14.2 ms
-    instead of 15.4 (256K tokens, l=64), where heads do not share their keys.
+    If 192 rows of several heads share a window of some hundred keys, it takes 0.69 ms instead of
+    0.82 (32K tokens, H=32, H_kv=8, w=512). With one head, 128 by 128 is faster. The same holds for
+    few keys with times (8K tokens over 127, 0.088 ms instead of 0.094). Without either, folded
+    queries take 14.2 ms instead of 15.4 (256K tokens, l=64) if heads do not share their keys.
     """
     group, mask = variant.group, variant.mask
     if group == 1 or not 96 < variant.head_dim <= 128:
@@ -138,7 +138,7 @@ def _measured_tile(variant: Variant) -> tuple[int, int] | None:
     if mask.left or mask.times is not None:
         return (192, 80) if 192 % group == 0 else None
     shared_keys = variant.repeated and 0 in variant.repeated[1]
-    # A window bounded on the right alone is of folded queries that have started.
+    # A window with only a right bound belongs to folded queries with started blocks.
     return None if mask.right or shared_keys else (128, 160)
 
 
@@ -157,12 +157,12 @@ def _sparse_forward_tile(head_dim: int, query_block: int, key_block: int) -> tup
 
 
 class BackwardTile(NamedTuple):
-    """Tile and pipeline of the backward, in the words of FA4's ``FlashAttentionBackwardSm90``.
+    """Tile and pipeline of the backward, in the terms of FA4's ``FlashAttentionBackwardSm90``.
 
     Attributes:
-        queries: of a tile, and ``keys`` likewise.
-        stages: in which queries are loaded; ``dout_stages`` and ``sums_stages`` (of P and dS)
-            likewise.
+        queries, keys: queries and keys of a tile.
+        stages: pipeline stages in which queries are loaded; ``dout_stages`` are those of dout,
+            ``sums_stages`` those of P and dS.
         swap_scores: S and dP are computed transposed; ``swap_keys`` (dK, dV) and ``swap_queries``
             (dQ) likewise.
         key_atoms: warp groups side by side along the keys of dK and dV; ``query_atoms`` along the
@@ -184,7 +184,7 @@ class BackwardTile(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """What the channels of float32 sums are rounded up to a multiple of."""
+        """The channels of float32 sums are rounded up to a multiple of this."""
         return 64 if self.swap_keys else 32
 
 

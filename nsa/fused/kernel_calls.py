@@ -1,8 +1,8 @@
-"""The one file that calls our own CuTe DSL kernels, as ``fa4`` is for FA4's.
+"""The only file that calls our own CuTe DSL kernels. ``fa4`` calls those of FA4.
 
-The functions are documented here, so that ``help`` shows them on a machine without CuTe; those of
-the same names in :mod:`nsa.fused.kernels` check their arguments, allocate and launch. A kernel file
-is imported on its first call, because CuTe takes seconds to import. Callers write
+The functions are documented here, so that ``help`` shows them on a machine without CuTe. Functions
+of the same names in :mod:`nsa.fused.kernels` check arguments, allocate and launch. A kernel file is
+imported on its first call, because CuTe takes seconds to import. Callers write
 ``kernel_calls.gating_forward(...)``, so that a test can replace the functions of this module.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa.fused.kernel_inputs import IN_ORDER, BlockLists, Placements, Rule, TokenBlocks, TokenTiles
 
 Pair = tuple[Tensor, Tensor]
-"""One of keys and one of values, alike but for their strides."""
+"""Tensors of keys and of values, of one shape and dtype; strides may differ."""
 
 
 @cache
@@ -168,7 +168,7 @@ def mean_backward(
     dtype: torch.dtype,
     addends: tuple[Pair, Pair] | None = None,
 ) -> Pair:
-    """``dx[t] = sum_i dmean[blocks[t, i]] / block_size`` of keys and values, rounded once.
+    """``dx[t] = sum_i dmean[blocks[t, i]] / block_size`` for keys and values, rounded once.
 
     Args:
         dmeans: ``(..., M, H_kv, D)`` each, in float32 or ``dtype``. Copied if not contiguous.
@@ -176,12 +176,12 @@ def mean_backward(
             for none. Not checked against them.
         block_size: tokens in a block.
         dtype: bfloat16, float16 or float32.
-        addends: gradients that are added, two of keys and values: ``(..., T', H_kv, D)`` each, in
-            ``dtype``. The first two are written over, and so slices of heads at most; the others
-            are read where they are if they are no more than that, else copied.
+        addends: two pairs of gradients of keys and values to add, ``(..., T', H_kv, D)`` each in
+            ``dtype``. The first pair is overwritten, so it must be contiguous or slices of heads.
+            The second pair is read in place if it is that too, else copied.
 
     Returns:
-        ``(..., T', H_kv, D)`` each in ``dtype``: the first two ``addends``, new ones without.
+        ``(..., T', H_kv, D)`` each in ``dtype``: the first pair of ``addends``, or new tensors.
     """
     return _kernels("means").mean_backward(
         dmeans=dmeans, blocks=blocks, block_size=block_size, dtype=dtype, addends=addends
@@ -189,7 +189,7 @@ def mean_backward(
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` of ``x``, 0 where -1: a mean over blocks of one.
+    """Rows ``index`` of ``x``, 0 for -1. This is a mean over blocks of one token.
 
     Args:
         x: ``(B, T, H, D)``, D a multiple of 8.
@@ -224,8 +224,8 @@ def list_key_blocks(
     Returns:
         partial_count: int32 ``(1, H, B * tiles)``; full blocks are in the other list.
         partial_index: int32 ``(1, H, B * tiles, width)``, in the order of ``indices``, with ``width
-            = min(n * parts, B * entry_blocks)``: the most that can be listed. What is past the
-            count is not written.
+            = min(n * parts, B * entry_blocks)``: the most that can be listed. Entries past the
+            count are not written.
         full_count: like ``partial_count``; None without ``num_full``.
         full_index: like ``partial_index``; None without ``num_full``.
     """
@@ -240,7 +240,7 @@ def list_key_blocks(
 
 
 def count_query_tiles(count: Tensor, index: Tensor, num_blocks: int) -> Tensor:
-    """The counts of :func:`list_query_tiles` alone: int32 ``(1, H, num_blocks)``."""
+    """Only the counts of :func:`list_query_tiles`: int32 ``(1, H, num_blocks)``."""
     return _kernels("lists").count_query_tiles(count=count, index=index, num_blocks=num_blocks)
 
 
@@ -252,14 +252,14 @@ def list_query_tiles(
     Args:
         count: int32 ``(1, H, tiles)``.
         index: int32 ``(1, H, tiles, W)``, key blocks below ``num_blocks`` in any order, that do not
-            repeat in a list. What is past the count is not used.
+            repeat in a list. Entries past the count are ignored.
         num_blocks: key blocks.
         width: at least the longest of the new lists. Not checked.
 
     Returns:
         count: int32 ``(1, H, num_blocks)``.
-        index: int32 ``(1, H, num_blocks, width)``, query tiles in ascending order. What is past
-            the count is not written.
+        index: int32 ``(1, H, num_blocks, width)``, query tiles in ascending order. Entries past
+            the count are not written.
     """
     return _kernels("lists").list_query_tiles(
         count=count, index=index, num_blocks=num_blocks, width=width
@@ -281,14 +281,14 @@ def listed_backward(
 
     Args:
         dout: ``(1, Tq, H, D)``, the gradient of ``out``.
-        q: ``(1, Tq, H, D)``, bfloat16 or float16. Slices of heads are read where they are, as are
-            those of the others. ``Tq`` is a multiple of ``lists.query_block``.
+        q: ``(1, Tq, H, D)``, bfloat16 or float16. Slices of heads of any input are read in place.
+            ``Tq`` is a multiple of ``lists.query_block``.
         k, v: ``(1, Tk, H_kv, D)``, ``Tk`` a multiple of 64.
-        out, lse: as :func:`nsa.fused.fa4.sparse_forward` gave them, ``lse (1, H, Tq)``.
-        lists: the forward's, of 64-key blocks.
+        out, lse: results of :func:`nsa.fused.fa4.sparse_forward`, ``lse (1, H, Tq)``.
+        lists: the forward's lists, with blocks of 64 keys.
         scale: positive.
-        key_limit: int32 ``(Tq,)``, at most ``Tk``: a query sees keys before it; None: those up to
-            its own row.
+        key_limit: int32 ``(Tq,)``, at most ``Tk``: a query sees the keys before its limit. None:
+            it sees keys up to its own row.
 
     Returns:
         dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous.
@@ -318,21 +318,21 @@ def importance_scores(
 ) -> None:
     """Write Eq. 8 to 10 for the tokens of a chunk.
 
-    ``p_h[j] = exp(scale * q_h . k_cmp[j] - lse_h)`` of the compressed tokens that the token sees;
-    the score of a selection block is the sum over the heads of the group and over ``j`` of
-    ``p_h[j]`` by the overlap of ``j`` and the block. Equal keys score equally, bit for bit.
+    ``p_h[j] = exp(scale * q_h . k_cmp[j] - lse_h)`` for the compressed tokens that the token sees.
+    The score of a selection block is the sum, over the heads of the group and over ``j``, of
+    ``p_h[j]`` times the overlap of ``j`` and the block. Equal keys score equally, bit for bit.
 
     Args:
         q: ``(B, T, H, D)``, bfloat16 or float16; ``D`` a multiple of 32 up to 256. A slice of heads
             is read where it is.
         k_cmp: ``(B, M, H_kv, D)``; ``H / H_kv`` up to 32.
         lse: float32 ``(B, H, T)``, natural logarithm. Not used for tokens that see no key.
-        tiles: those of an entry of the batch, of ``choose_shape(D, G).tile_tokens`` tokens each.
+        tiles: tiles of an entry of the batch, of ``choose_shape(D, G).tile_tokens`` tokens each.
         chunk: which chunk of ``tiles``.
-        scores: float32 ``(B, H_kv, C, W)``, contiguous, for the ``C`` tokens of the chunk. The
-            blocks are written that start at or before a token (not causal: all of its sequence).
+        scores: float32 ``(B, H_kv, C, W)``, contiguous, for the ``C`` tokens of the chunk. Blocks
+            that start at or before a token are written (not causal: all of its sequence).
         scale: positive.
-        rule: what the kernel needs of the configuration.
+        rule: the part of the configuration that the kernel needs.
     """
     _kernels("importance").importance_scores(
         q=q, k_cmp=k_cmp, lse=lse, tiles=tiles, chunk=chunk, scores=scores, scale=scale, rule=rule
@@ -353,18 +353,17 @@ def selected_forward(
     """Attention of each token over the keys of its blocks.
 
     Args:
-        q: ``(T, H, D)``, bfloat16 or float16. Slices of heads are read where they are, as are those
-            of k and v.
+        q: ``(T, H, D)``, bfloat16 or float16. Slices of heads of q, k and v are read in place.
         k: ``(T, H_kv, D)``.
         v: ``(T, H_kv, Dv)``.
         block_indices: int32 ``(T, H_kv, slots)``, indices in the token's sequence, in any order and
-            none twice. Others than those that ``blocks`` lets the token attend are left out.
-        blocks: those of the ``T`` tokens.
+            none twice. Those that ``blocks`` does not let the token attend are left out.
+        blocks: the blocks of the ``T`` tokens.
         block_size: tokens of a block, 32 or 64.
         scale: positive.
         causal: whether a token sees only keys at or before it.
         band: whether most lists name the first block of the sequence, the token's own and the one
-            before, so that it pays to compute these by themselves. It changes the rounding alone.
+            before, so that a separate kernel for these is faster. It changes only the rounding.
 
     Returns:
         out: ``(T, H, Dv)`` in the dtype of q, 0 for a token with no block.
@@ -400,8 +399,8 @@ def selected_backward(
 
     Args:
         dout: ``(T, H, Dv)``, the gradient of ``out``.
-        q, k, v: as the forward took them, and likewise the other arguments.
-        out, lse: as the forward gave them.
+        q, k, v: arguments of the forward, like all others that it shares.
+        out, lse: results of the forward.
     """
     return _kernels("selected_backward").selected_backward(
         dout=dout,
@@ -451,7 +450,7 @@ def top_blocks(
         own: the block of the tile's last query.
         out: int32 ``(B, tiles, H, n)``, contiguous, ``n`` up to 256, at least
             ``num_initial + num_local``. Tiles ``tile_offset`` to ``tile_offset + C - 1`` are
-            written: indices in the sequence, ascending, -1 at the end where fewer exist.
+            written: indices in the sequence, ascending, -1 at the end if fewer exist.
         tile_offset: the tile of ``scores[:, :, 0]``.
         column_offset: the column of ``scores[..., 0]``.
         scale: positive.
@@ -477,6 +476,6 @@ def top_blocks(
 def float32_products(a: Tensor, b: Tensor) -> Tensor:
     """``a (X, R, K) @ b (X, K, W)`` of bfloat16, summed and returned in float32.
 
-    No kernel of ours, but PyTorch has this product on a GPU only.
+    This is not our kernel. It is here because PyTorch has this product only on a GPU.
     """
     return torch.bmm(a, b, out_dtype=torch.float32)

@@ -1,9 +1,9 @@
-"""The fused forward and backward as one autograd node: of Python, or of a torch.library custom op.
+"""The fused forward and backward as one autograd node, in Python or as a torch.library custom op.
 
-A custom op is what torch.compile can trace: inside it the code is opaque, and its fake
-implementation gives the shapes. It takes the host some 0.1 ms more a pass, which short sequences
-wait for, so it is used only where something traces. Optional tensors that an op returns, or takes
-in a list, are empty where there is none, because there an op has tensors only.
+torch.compile can trace a custom op: the code inside is opaque, and a fake implementation gives the
+shapes. An op costs about 0.1 ms more host time per pass, which delays short sequences, so it is
+used only while something traces. An optional tensor that an op returns or takes in a list is empty
+if there is none, because an op supports only tensors there.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ NUM_INPUTS = len(Inputs._fields)
 
 
 class AttentionNode(torch.autograd.Function):
-    """The node where nothing traces."""
+    """The node that is used while nothing traces."""
 
     @staticmethod
     def forward(ctx, plan: Plan, schedule: Schedule, block_indices: Tensor | None, *inputs):
@@ -46,7 +46,7 @@ class AttentionNode(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """A node of its own, so that with ``create_graph`` it refuses to be differentiated."""
+    """A separate node, so that with ``create_graph`` a second derivative raises an error."""
 
     @staticmethod
     def forward(_, dout: Tensor, block_indices, saved, plan: Plan, schedule: Schedule, *inputs):
@@ -60,7 +60,7 @@ class _Gradients(torch.autograd.Function):
 
 
 class OpOptions(NamedTuple):
-    """What the ops take after :class:`Inputs`.
+    """The arguments of the ops after :class:`Inputs`.
 
     Attributes:
         block_indices: as in :func:`nsa.fused.schedule.run_forward`.
@@ -68,8 +68,8 @@ class OpOptions(NamedTuple):
         max_seqlen: upper bound of their lengths.
         owned: whether a Packing owns ``cu_seqlens``. Else the forward returns a copy, because the
             caller may change them before the backward.
-        config: the caller's, encoded.
-        scale: for the ``config``.
+        config: the caller's configuration, encoded.
+        scale: the scale for that configuration.
         chunks, recompute: the schedule.
         save: whether there will be a backward.
     """
@@ -94,7 +94,7 @@ class OpOptions(NamedTuple):
 
     @property
     def returned_bounds(self) -> Tensor | None:
-        """The ``cu_seqlens`` that the forward returns a copy of."""
+        """The ``cu_seqlens`` of which the forward returns a copy."""
         return self.cu_seqlens if self.save and not self.owned else None
 
 
@@ -135,10 +135,10 @@ def _plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config: 
     schema=f"({_schema(Inputs)}, {_schema(OpOptions)}) -> (Tensor, Tensor[])",
 )
 def attention(*arguments):
-    """Output ``(B, T, H, Dv)`` and, where ``save``, :meth:`Saved.tensors` of each chunk.
+    """Output ``(B, T, H, Dv)`` and, with ``save``, :meth:`Saved.tensors` of each chunk.
 
-    Selected blocks are returned only where the caller gave none, and with ``recompute`` nothing but
-    what was selected. Last comes a copy of ``cu_seqlens`` that are not ``owned``.
+    Selected blocks are returned only if the caller gave none. With ``recompute``, only selected
+    blocks and groups are returned. If ``cu_seqlens`` are not ``owned``, a copy of them comes last.
     """
     inputs, options = _split(arguments)
     q, config = inputs.q, options.scaled_config
@@ -155,7 +155,7 @@ def attention(*arguments):
 
 
 def _check_pairs(q: Tensor, k: Tensor, config: NSAConfig, chunks: int):
-    """Raise where the kernels cannot count the pairs of a chunk, which tracing left open."""
+    """Raise if a chunk has more pairs than the kernels can count, which tracing cannot check."""
     fewest = fewest_chunks(q.shape[0] * q.shape[1], k.shape[2], config)
     if chunks < fewest:
         raise UnsupportedError(
@@ -192,7 +192,7 @@ def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions) -> list[Tensor]:
     if options.recompute:
         shapes = {name: shapes[name] for name in ("block_indices", "groups") if name in shapes}
     dtypes = {"o": out.dtype, "lse": torch.float32}
-    # An op's outputs share no memory, not even if they are empty.
+    # The outputs of an op must not share memory, even if they are empty.
     return [
         out.new_empty(shapes[name], dtype=dtypes.get(name.split("_")[0], torch.int32))
         if name in shapes
@@ -248,7 +248,7 @@ def _backward(ctx, dout, _):
         return (None,) * NUM_INPUTS + none
     if not ctx.options.save:
         raise RuntimeError("nsa::attention was called with save=False, so it has no backward")
-    # Once, because selective checkpointing unpacks once.
+    # Read once, because selective checkpointing unpacks once.
     tensors = ctx.saved_tensors
     inputs, (block_indices, cu_seqlens, *saved) = tensors[:NUM_INPUTS], tensors[NUM_INPUTS:]
     options = ctx.options._replace(block_indices=block_indices, cu_seqlens=cu_seqlens)

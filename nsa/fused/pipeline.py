@@ -24,9 +24,9 @@ from nsa.precision import without_autocast
 
 
 class Inputs(NamedTuple):
-    """The differentiable arguments of a call; of the optional ones at most those it uses.
+    """The differentiable arguments of a call. Optional ones that it does not use are None.
 
-    ``k`` and ``v`` are the compressed branch's, and all branches' where ``k_slc`` is None.
+    ``k`` and ``v`` are the compressed branch's, or those of all branches if ``k_slc`` is None.
     """
 
     q: Tensor
@@ -85,7 +85,7 @@ _NO_BRANCHES = (None,) * len(BranchResults._fields)
 
 
 class Saved(NamedTuple):
-    """What a forward leaves for its backward; without the branches to compute them again.
+    """The results of a forward that its backward needs. Without branches, it recomputes them.
 
     Shapes are those of :meth:`nsa.fused.sizes.Sizes.saved_shapes`.
     """
@@ -104,7 +104,7 @@ class Saved(NamedTuple):
         return saved
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of it, in one row."""
+        """All tensors in one tuple."""
         return *(self.branches or _NO_BRANCHES), self.block_indices, self.groups
 
 
@@ -113,14 +113,14 @@ def attend(
 ) -> tuple[BranchResults, Tensor, Tensor | None]:
     """The three branches, and the ``block_indices`` and ``groups`` that they attended.
 
-    These, where needed, are selected if None.
+    If these are None, they are selected where needed.
 
     ``block_indices`` are ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode.
     """
     q, token_mode = inputs.q, plan.config.selection == "token"
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
     side_stream = SideStream(q)
-    # The window first: it computes nothing of the plan, and runs while the host prepares the rest.
+    # The window comes first: it needs no plan tensors, and runs while the host prepares the rest.
     o_win, lse_win = window_attention(q, k_win, v_win, plan)
     with side_stream:
         k_cmp, v_cmp = inputs.compressed(plan)
@@ -128,7 +128,7 @@ def attend(
         if not token_mode:
             block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
         o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
-        if block_indices is None:  # in token mode alone
+        if block_indices is None:  # only in token mode
             lse = compressed_lse(lse_cmp, q, k_cmp, plan)
             block_indices = select_blocks(q_rows, k_cmp, lse, plan)
     o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
@@ -141,7 +141,7 @@ def combine(
 ) -> Tensor:
     """The gated sum of the branches, ``(B, T, H, Dv)``.
 
-    It is written to ``out``, a slice of heads at most, where that is given.
+    It is written to ``out``, if given: a contiguous tensor, or a slice of heads of one.
     """
     return combine_branches(
         branches.outputs,
@@ -165,7 +165,7 @@ def select(
         k_cmp = k if compressed else compress(k, compress_k_weight, plan)
         q_rows, lse = plan.align_queries(q), None
         if plan.config.selection == "token":
-            # For its log-sum-exp; the values do not matter.
+            # Only the log-sum-exp is used, so the values do not matter.
             _, lse_cmp = compressed_attention(q, q_rows, k_cmp, k_cmp, None, plan)
             lse = compressed_lse(lse_cmp, q, k_cmp, plan)
         return select_blocks(q_rows, k_cmp, lse, plan)
@@ -174,7 +174,7 @@ def select(
 def _select_missing(
     q_rows: Tensor, k_cmp: Tensor, blocks: Tensor | None, groups: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor | None]:
-    """Blocks and, where needed, groups; those that are None are selected."""
+    """Blocks and, if configured, groups. Those that are None are selected."""
     missing_groups = plan.config.num_cmp_selected_blocks is not None and groups is None
     if blocks is None and missing_groups:
         return select_blocks_and_groups(q_rows, k_cmp, plan)
@@ -194,13 +194,13 @@ def backward(
     plan: Plan,
     dq: Tensor | None = None,
 ) -> Inputs:
-    """Gradient of each input, None where there is no such input.
+    """The gradient of each input, None if there is no such input.
 
-    ``branches``, ``block_indices`` and ``groups`` are as :func:`attend` gives them. The gradient of
-    ``q`` is written to ``dq``, a slice of heads at most, where that is given.
+    ``branches``, ``block_indices`` and ``groups`` are the results of :func:`attend`. The gradient
+    of ``q`` is written to ``dq``, if given: a contiguous tensor, or a slice of heads of one.
 
-    Branches run one after another, each freed before the next but for its ``dq``; these are added
-    in one pass at the end, and so are those of ``k`` and ``v`` where branches share them.
+    Branches run one after another. Each is freed before the next, except its ``dq``. One pass at
+    the end adds these, and another those of ``k`` and ``v`` if branches share them.
     """
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
@@ -248,7 +248,7 @@ def backward(
         )
     else:
         dk, dv = _without_compression(inputs, addends)
-        # Copies, because both may lie in one tensor, and a custom op's results may not.
+        # Copies, because both may lie in one tensor, and results of a custom op must not.
         dk_given, dv_given = (x.to(inputs.k_cmp.dtype, copy=True) for x in (dk_cmp, dv_cmp))
     return Inputs(
         q=dq,
@@ -268,7 +268,7 @@ def backward(
 
 
 def _without_compression(inputs: Inputs, addends: tuple[Pair, Pair] | None) -> Pair:
-    """Gradients of ``k`` and ``v`` where these are not compressed."""
+    """Gradients of ``k`` and ``v`` if the caller gave compressed ones."""
     if addends is None:
         return torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
     (dk, dv), (dk_other, dv_other) = addends

@@ -196,7 +196,7 @@ class Plan:
 
     @cached_property
     def token_first(self) -> Tensor:
-        """Where each token's scores start among its own: 0, int32 ``(T,)``."""
+        """The column of each token's first score, which is 0: int32 ``(T,)``."""
         return torch.zeros_like(self.token_candidates[0])
 
     @cached_property

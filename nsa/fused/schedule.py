@@ -1,8 +1,8 @@
-"""How many KV heads to run at a time, and the run of one such chunk after another.
+"""Chooses how many KV heads run at a time, and runs these chunks one after another.
 
-No branch mixes KV heads: a chunk is the same computation on slices of the heads, and its results
-are slices of the results. Intermediates exist for the heads of a chunk alone. Backward may compute
-the forward of its chunk again, so that nothing but the selection is kept.
+No branch mixes KV heads, so a chunk is the same computation on slices of the heads, and its results
+are slices of the results. Intermediates exist only for the heads of one chunk. Backward may compute
+the forward of its chunk again, so that only the selection is kept.
 """
 
 from functools import lru_cache
@@ -22,14 +22,14 @@ from nsa.host import is_capturing
 from nsa.precision import without_autocast
 
 ALWAYS_FITS = 1 << 30
-"""Workspace for which the free memory is not even asked: that takes some 0.04 ms."""
+"""Workspace up to which the free memory is not queried, because that takes some 0.04 ms."""
 
 USABLE = 0.9
-"""Part of the free memory to plan with; the rest is lost to fragments and rounding."""
+"""Fraction of the free memory to use. The rest is lost to fragmentation and rounding."""
 
 
 class Schedule(NamedTuple):
-    """KV heads are run in ``chunks``; backward recomputes where forward saves no branch."""
+    """KV heads run in ``chunks``. With ``recompute``, forward saves no branch for backward."""
 
     chunks: int
     recompute: bool
@@ -38,21 +38,21 @@ class Schedule(NamedTuple):
 def make_schedule(
     inputs: Inputs, sizes: Sizes, *, save: bool, max_workspace_bytes: int | None
 ) -> Schedule:
-    """The fewest chunks that fit, with recomputing only where no number of chunks fits without.
+    """The fewest chunks that fit, with recomputation only if no number of chunks fits without it.
 
     Args:
-        inputs: as the kernels get them.
-        sizes: of the call.
+        inputs: inputs in the form of the kernels.
+        sizes: sizes of the call.
         save: whether there will be a backward.
-        max_workspace_bytes: limit of the workspace; None for what is free beside the results.
-            While torch.compile traces or a CUDA graph is captured that is not asked, and nothing is
-            split.
+        max_workspace_bytes: limit of the workspace. None means the free memory minus the results;
+            while torch.compile traces or a CUDA graph is captured, the free memory is not queried
+            and there is no limit.
     """
     q = inputs.q
     if max_workspace_bytes is not None:
         return choose(sizes, save, max_workspace_bytes)
     if torch.compiler.is_compiling():
-        # A limit on a length would be guarded.
+        # torch.compile would guard a limit on a length.
         return Schedule(1, False)
     whole = Schedule(_fewest(sizes), False)
     if not q.is_cuda or is_capturing(q):
@@ -60,19 +60,19 @@ def make_schedule(
     workspace = _whole_bytes(sizes, save)
     if workspace <= ALWAYS_FITS:
         return whole
-    # The output; for a backward also its gradient and those of the inputs.
+    # The results are the output; with a backward, also its gradient and those of the inputs.
     results = q.nbytes
     if save:
         results += q.nbytes + sum(x.nbytes for x in inputs if x is not None)
     free, _ = torch.cuda.mem_get_info(q.device)
     if workspace <= int(USABLE * free) - results:
-        # Whatever the caching allocator holds beside; to ask it takes some 0.3 ms.
+        # The caching allocator's unused memory is not needed, and asking takes some 0.3 ms.
         return whole
     return choose(sizes, save, int(USABLE * (free + _unused_bytes(q.device))) - results)
 
 
 def choose(sizes: Sizes, save: bool, limit: int) -> Schedule:
-    """The cheapest schedule whose workspace is at most ``limit``, else the smallest there is."""
+    """The cheapest schedule whose workspace is at most ``limit``, else the one that needs least."""
     num_kv_heads = int(sizes.num_kv_heads)
     for recompute in (False, True) if save else (False,):
         for chunks in range(_fewest(sizes), num_kv_heads + 1):
@@ -83,7 +83,7 @@ def choose(sizes: Sizes, save: bool, limit: int) -> Schedule:
 
 
 def fewest_chunks(tokens: int, num_kv_heads: int, config: NSAConfig) -> int:
-    """Chunks whose pairs of tokens and selected blocks the kernels can count; one in tile mode."""
+    """Fewest chunks that the kernels can count pairs of tokens and blocks for; 1 in tile mode."""
     if config.selection == "tile":
         return 1
     pairs = tokens * config.num_selected_blocks
@@ -95,17 +95,17 @@ def _fewest(sizes: Sizes) -> int:
     return fewest_chunks(sizes.tokens, sizes.num_kv_heads, sizes.config)
 
 
-# Cached, because for a small call the sums take longer than what they decide.
+# Cached, because for a small call the sums take longer than they save.
 @lru_cache(maxsize=256)
 def _whole_bytes(sizes: Sizes, save: bool) -> int:
-    """Workspace of all KV heads at a time."""
+    """Workspace with all KV heads at a time."""
     return workspace_bytes(sizes, sizes.num_kv_heads, save=save, recompute=False)
 
 
 def _unused_bytes(device: torch.device) -> int:
     """Device memory that the caching allocator holds and no tensor uses."""
     stats = torch.cuda.memory_stats(device)
-    # Other allocators than PyTorch's own may count neither.
+    # Allocators other than PyTorch's own may count neither.
     reserved = stats.get("reserved_bytes.all.current", 0)
     return reserved - stats.get("allocated_bytes.all.current", 0)
 
@@ -157,8 +157,8 @@ def run_forward(
 ) -> tuple[Tensor, list[Saved]]:
     """Output ``(B, T, H, Dv)`` and, where ``save``, what each chunk leaves for its backward.
 
-    That is only what was selected where the schedule says to recompute. ``block_indices`` are the
-    caller's, see :func:`nsa.fused.pipeline.attend`, and not among it; None to select.
+    If the schedule recomputes, that is only the selection. ``block_indices`` are the caller's (see
+    :func:`nsa.fused.pipeline.attend`), which are not saved; None to select.
     """
     q = inputs.q
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
@@ -167,7 +167,7 @@ def run_forward(
         out = q.new_empty(*q.shape[:-1], inputs.v.shape[-1])
     with torch.cuda.device_of(q), without_autocast(q.device):
         for heads in parts:
-            # Slices of one chunk would be the whole, and take the host time.
+            # With one chunk, slices would be the whole tensors and cost host time.
             part, blocks, target = inputs, block_indices, None
             if out is not None:
                 part, blocks = heads.of(inputs), heads.of_indices(block_indices, plan)
@@ -182,7 +182,7 @@ def run_forward(
                         groups=groups,
                     )
                 )
-            # Before the next chunk allocates.
+            # Free these before the next chunk allocates.
             del branches, selected, groups
     return result if out is None else out, kept
 
@@ -195,9 +195,9 @@ def run_backward(
     plan: Plan,
     schedule: Schedule,
 ) -> Inputs:
-    """Gradient of each input, None where there is no such input.
+    """The gradient of each input, None if there is no such input.
 
-    ``block_indices`` are the caller's; where None, ``saved`` holds those that were selected.
+    ``block_indices`` are the caller's. If None, ``saved`` holds the selected ones.
     """
     q = inputs.q
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
@@ -214,7 +214,7 @@ def run_backward(
                 if target is not None:
                     assert result is not None
                     target.copy_(result)
-            # Before the next chunk allocates.
+            # Free these before the next chunk allocates.
             del results, result
     return grads
 

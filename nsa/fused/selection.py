@@ -1,6 +1,6 @@
-"""Which blocks, and in tile mode which groups, queries attend (paper section 3.3.2, Eq. 8 to 12).
+"""Selects blocks, and in tile mode groups, for queries (paper section 3.3.2, Eq. 8 to 12).
 
-Tile mode has one scoring for blocks and groups. Callers have turned autograd off.
+In tile mode, one scoring serves blocks and groups. Callers have turned autograd off.
 """
 
 import math
@@ -40,7 +40,7 @@ def select_blocks(q_rows: Tensor, k_cmp: Tensor, lse_cmp: Tensor | None, plan: P
 
     Returns:
         int32 ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode: indices in the
-        sequence, ascending, -1 at the end of the row where fewer exist.
+        sequence, ascending, -1 at the end of the row if fewer exist.
     """
     if plan.config.selection == "token":
         assert lse_cmp is not None
@@ -58,7 +58,7 @@ def select_groups(q_rows: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
 
 
 def select_blocks_and_groups(q_rows: Tensor, k_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Both, by one scoring."""
+    """Blocks and groups from one scoring."""
     config = plan.config
     blocks = _unwritten(q_rows, config.num_selected_blocks, plan)
     groups = _unwritten(q_rows, config.num_cmp_selected_blocks, plan)
@@ -75,7 +75,7 @@ def _unwritten(q_rows: Tensor, count: int | None, plan: Plan) -> Tensor:
 def _select_tiles(
     q_rows: Tensor, k_cmp: Tensor, plan: Plan, blocks: Tensor | None, groups: Tensor | None
 ) -> None:
-    """Write ``blocks`` and ``groups``, where given, for each tile and query head."""
+    """Write ``blocks`` and ``groups``, if given, for each tile and query head."""
     summary = _tile_summary(q_rows, plan)  # (B, tiles, H, D)
     dtype = accumulation_dtype(q_rows.dtype)
     num_scores = math.prod(summary.shape[:3]) * k_cmp.shape[1]
@@ -83,7 +83,7 @@ def _select_tiles(
         summary = _bfloat16_parts(_by_head(summary, dtype))
         keys = k_cmp.transpose(1, 2).repeat(1, 1, 1, 3)
     else:
-        # At once from what they are in: a float64 holds it exactly.
+        # Cast directly from the input dtype, which float64 holds exactly.
         summary, keys = _by_head(summary, torch.float64), _by_head(k_cmp, torch.float64)
     for tiles, columns in _steps(summary, keys, plan):
         scores = _scores(_part(summary, tiles), _part(keys, columns), dtype)
@@ -93,7 +93,7 @@ def _select_tiles(
 
 
 def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
-    """Mean of each tile's queries, in float32, or its first query: ``(B, tiles, H, D)``."""
+    """Mean of each tile's queries in float32, or its first query: ``(B, tiles, H, D)``."""
     size, num_tiles = plan.config.q_tile_size, plan.geometry.tiles.total
     shape = (plan.batch, num_tiles, *q_rows.shape[2:])
     if plan.config.tile_summary == "first":
@@ -114,7 +114,7 @@ def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _part(x: Tensor, rows: slice) -> Tensor:
-    """Some rows of ``x (B, H, R, D)``; all of them without an operation."""
+    """Some rows of ``x (B, H, R, D)``. Taking all rows needs no operation."""
     return x if rows == slice(0, x.shape[2]) else x[:, :, rows]
 
 
@@ -132,11 +132,11 @@ def _steps(summary: Tensor, keys: Tensor, plan: Plan) -> Iterator[tuple[slice, s
 
 
 def _visible_columns(tiles: slice, plan: Plan) -> slice:
-    """Columns that hold all that the ``tiles`` see, from what the host knows of their sequences.
+    """Columns that hold everything that the ``tiles`` see, without reading lengths on the host.
 
-    At most ``q_tile_size`` tokens are in a tile, and fewer only in the last one of a sequence, so
-    ``tile * q_tile_size`` is at or past the tile's first token by what sequences before it leave
-    empty; and so for compressed tokens.
+    A tile has at most ``q_tile_size`` tokens, and only the last tile of a sequence has fewer. So
+    ``tile * q_tile_size`` is at or past the tile's first token, by the places that earlier
+    sequences leave empty. The same holds for compressed tokens.
     """
     config, tokens = plan.config, plan.geometry.tokens
     tile, block = config.q_tile_size, config.compress_block_size
@@ -149,10 +149,10 @@ def _visible_columns(tiles: slice, plan: Plan) -> slice:
 def _scores(summary: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """``summary (B, H, C, D) . keys (B, H_kv, W, D)``: ``(B, H, C, W)`` in ``dtype``.
 
-    To float32 at least, because a rounding of the summary to 16 bits would reorder close scores.
-    Many scores come from tensor cores: three bfloat16 numbers add up to a float32 of the summary,
-    so their products with keys repeated three times, both ``3 * D`` wide, do to the float32 ones.
-    Few are products in float64. No float32 product, in which PyTorch may be set to use TF32.
+    Scores are exact to float32, because rounding the summary to 16 bits would reorder close
+    scores. Tensor cores compute many scores: a float32 summary is the sum of three bfloat16
+    numbers, so their products with keys repeated three times, both ``3 * D`` wide, add up to the
+    float32 products. Few scores are float64 products. No float32 product is used: it may be TF32.
     """
     shape = (*summary.shape[:3], keys.shape[2])
     keys = keys.flatten(0, 1)  # (B * H_kv, W, D)
@@ -251,7 +251,7 @@ def _select_token_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, plan: Plan) -> T
 def scored_tokens(
     batch: int, length: int, num_heads: int, num_kv_heads: int, head_dim: int, width: int
 ) -> tuple[int, int]:
-    """Tokens of an entry of the batch that are scored at a time, and of a tile: whole tiles.
+    """Tokens of an entry that are scored at a time, in whole tiles; and tokens of a tile.
 
     A tile that lies in two chunks is computed twice.
     """
@@ -261,14 +261,14 @@ def scored_tokens(
 
 
 def select_bytes(sizes: Sizes) -> int:
-    """What selection allocates beside its results: scores, and copies of what they come from."""
+    """Bytes that selection allocates beside its results: scores, and copies of their inputs."""
     if sizes.token_mode:
         width = num_selection_blocks(sizes.longest, sizes.config)
         step, _ = scored_tokens(
             sizes.batch, sizes.length, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, width
         )
         scores = sizes.batch * sizes.num_kv_heads * step * width
-        # And the log-sum-exp in order.
+        # The second term is the log-sum-exp in token order.
         return scores * 4 + sizes.tokens * sizes.num_heads * 4
     summaries = sizes.batch * sizes.tiles * sizes.num_heads
     scores = min(TILE_SCORES, summaries * sizes.compressed)

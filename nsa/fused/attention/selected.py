@@ -118,7 +118,7 @@ def _token_backward(
 
 def _of_batch(x: Tensor) -> Tensor:
     """``(B, T, ...)`` as ``(B * T, ...)``."""
-    # Of one entry the cheaper of two views.
+    # x[0] is the cheaper view for one entry.
     return x[0] if x.shape[0] == 1 else x.flatten(0, 1)
 
 
