@@ -2,7 +2,8 @@
 
 The functions are documented here, so that ``help`` shows them on a machine without CuTe. Functions
 of the same names in :mod:`nsa.fused.kernels` check arguments, allocate and launch. A kernel file is
-imported on its first call, because CuTe takes seconds to import. Callers write
+imported on its first call, because CuTe takes seconds to import. ``locals()`` passes all arguments by
+name. Callers write
 ``kernel_calls.gating_forward(...)``, so that a test can replace the functions of this module.
 """
 
@@ -50,16 +51,7 @@ def gating_forward(
     Returns:
         ``(..., H, D)`` in the dtype of ``o_win``: ``out`` where it is given.
     """
-    return _kernels("gates").gating_forward(
-        o_cmp=o_cmp,
-        o_slc=o_slc,
-        o_win=o_win,
-        q=q,
-        gates=gates,
-        weight=weight,
-        out=out,
-        placements=placements,
-    )
+    return _kernels("gates").gating_forward(**locals())
 
 
 def gating_backward(
@@ -87,16 +79,7 @@ def gating_backward(
         ``dweight`` are None without ``weight``, ``dgates`` without ``gates``. A gradient with a
         placement is 0 where no row lies.
     """
-    return _kernels("gates").gating_backward(
-        dout=dout,
-        o_cmp=o_cmp,
-        o_slc=o_slc,
-        o_win=o_win,
-        q=q,
-        gates=gates,
-        weight=weight,
-        placements=placements,
-    )
+    return _kernels("gates").gating_backward(**locals())
 
 
 def query_gradient(
@@ -123,15 +106,7 @@ def query_gradient(
     Returns:
         ``(..., H, D)`` in the dtype of ``dq_win``: ``out`` where it is given.
     """
-    return _kernels("query_gradient").query_gradient(
-        dq_cmp=dq_cmp,
-        dq_slc=dq_slc,
-        dq_win=dq_win,
-        dlogits=dlogits,
-        weight=weight,
-        out=out,
-        placements=placements,
-    )
+    return _kernels("query_gradient").query_gradient(**locals())
 
 
 def mean_forward(
@@ -156,9 +131,7 @@ def mean_forward(
         ``(..., M', H_kv, D)`` in ``out_dtype`` with the M blocks in order, as many for each of the
         leading dimensions; with ``other`` ``(2, ...)``.
     """
-    return _kernels("means").mean_forward(
-        x=x, start=start, block_size=block_size, out_dtype=out_dtype, other=other
-    )
+    return _kernels("means").mean_forward(**locals())
 
 
 def mean_backward(
@@ -183,9 +156,7 @@ def mean_backward(
     Returns:
         ``(..., T', H_kv, D)`` each in ``dtype``: the first pair of ``addends``, or new tensors.
     """
-    return _kernels("means").mean_backward(
-        dmeans=dmeans, blocks=blocks, block_size=block_size, dtype=dtype, addends=addends
-    )
+    return _kernels("means").mean_backward(**locals())
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -229,19 +200,12 @@ def list_key_blocks(
         full_count: like ``partial_count``; None without ``num_full``.
         full_index: like ``partial_index``; None without ``num_full``.
     """
-    return _kernels("lists").list_key_blocks(
-        indices=indices,
-        first=first,
-        num_blocks=num_blocks,
-        num_full=num_full,
-        parts=parts,
-        entry_blocks=entry_blocks,
-    )
+    return _kernels("lists").list_key_blocks(**locals())
 
 
 def count_query_tiles(count: Tensor, index: Tensor, num_blocks: int) -> Tensor:
     """Only the counts of :func:`list_query_tiles`: int32 ``(1, H, num_blocks)``."""
-    return _kernels("lists").count_query_tiles(count=count, index=index, num_blocks=num_blocks)
+    return _kernels("lists").count_query_tiles(**locals())
 
 
 def list_query_tiles(
@@ -261,9 +225,7 @@ def list_query_tiles(
         index: int32 ``(1, H, num_blocks, width)``, query tiles in ascending order. Entries past
             the count are not written.
     """
-    return _kernels("lists").list_query_tiles(
-        count=count, index=index, num_blocks=num_blocks, width=width
-    )
+    return _kernels("lists").list_query_tiles(**locals())
 
 
 def listed_backward(
@@ -293,17 +255,7 @@ def listed_backward(
     Returns:
         dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous.
     """
-    return _kernels("listed_backward").listed_backward(
-        dout=dout,
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        lse=lse,
-        lists=lists,
-        scale=scale,
-        key_limit=key_limit,
-    )
+    return _kernels("listed_backward").listed_backward(**locals())
 
 
 def importance_scores(
@@ -334,9 +286,7 @@ def importance_scores(
         scale: positive.
         rule: the part of the configuration that the kernel needs.
     """
-    _kernels("importance").importance_scores(
-        q=q, k_cmp=k_cmp, lse=lse, tiles=tiles, chunk=chunk, scores=scores, scale=scale, rule=rule
-    )
+    _kernels("importance").importance_scores(**locals())
 
 
 def selected_forward(
@@ -369,17 +319,7 @@ def selected_forward(
         out: ``(T, H, Dv)`` in the dtype of q, 0 for a token with no block.
         lse: float32 ``(T, H)``, natural logarithm, -inf for a token with no block.
     """
-    return _kernels("selected_forward").selected_forward(
-        q=q,
-        k=k,
-        v=v,
-        block_indices=block_indices,
-        blocks=blocks,
-        block_size=block_size,
-        scale=scale,
-        causal=causal,
-        band=band,
-    )
+    return _kernels("selected_forward").selected_forward(**locals())
 
 
 def selected_backward(
@@ -402,19 +342,7 @@ def selected_backward(
         q, k, v: arguments of the forward, like all others that it shares.
         out, lse: results of the forward.
     """
-    return _kernels("selected_backward").selected_backward(
-        dout=dout,
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        lse=lse,
-        block_indices=block_indices,
-        blocks=blocks,
-        block_size=block_size,
-        scale=scale,
-        causal=causal,
-    )
+    return _kernels("selected_backward").selected_backward(**locals())
 
 
 def top_blocks(
@@ -457,20 +385,7 @@ def top_blocks(
         per_block: compressed tokens in a block.
         num_initial, num_local: first and last blocks that are always taken.
     """
-    _kernels("top_blocks").top_blocks(
-        scores=scores,
-        first=first,
-        visible=visible,
-        candidates=candidates,
-        own=own,
-        out=out,
-        tile_offset=tile_offset,
-        column_offset=column_offset,
-        scale=scale,
-        per_block=per_block,
-        num_initial=num_initial,
-        num_local=num_local,
-    )
+    _kernels("top_blocks").top_blocks(**locals())
 
 
 def float32_products(a: Tensor, b: Tensor) -> Tensor:
