@@ -1,10 +1,10 @@
 """The only file that calls our own CuTe DSL kernels. ``fa4`` calls those of FA4.
 
 The functions are documented here, so that ``help`` shows them on a machine without CuTe. Functions
-of the same names in :mod:`nsa.fused.kernels` check arguments, allocate and launch. A kernel file is
-imported on its first call, because CuTe takes seconds to import. ``locals()`` passes all arguments by
-name. Callers write
-``kernel_calls.gating_forward(...)``, so that a test can replace the functions of this module.
+of the same names in :mod:`nsa.fused.kernels` check arguments, allocate and launch; ``locals()``
+gives them each argument by its name. A kernel file is imported on its first call, because CuTe
+takes seconds to import. Callers write ``kernel_calls.gating_forward(...)``, so that a test can
+replace the functions of this module.
 """
 
 from functools import cache
