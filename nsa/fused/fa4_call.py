@@ -7,6 +7,9 @@ from torch import Tensor
 
 from nsa.fused.fa4_variants import BackwardTile, Mask, Variant, Window
 
+LARGEST_TILE = 128
+"""Queries, or keys, of a tile of the backward, at most."""
+
 MANY_SEQUENCES = 256
 """Above this number, kernels look up the first tile of each sequence in a table, as FA4 does."""
 
@@ -91,8 +94,25 @@ def _rounded_rows(x: Tensor, bounds: Tensor | None, tile: int) -> tuple[tuple[in
     """Leading dimensions, and the rows of a head if each sequence starts at a new tile."""
     length, heads = x.shape[-3:-1]
     if bounds is None:
-        return (x.shape[0], heads), _round_up(length, tile)
-    return (heads,), (length + bounds.shape[0] * tile - 1) // tile * tile
+        return (x.shape[0], heads), padded_rows(length, None, tile)
+    return (heads,), padded_rows(length, bounds.shape[0] - 1, tile)
+
+
+def padded_rows(length: int, sequences: int | None, tile: int) -> int:
+    """Rows of the buffers. Each of several packed ``sequences`` has a tile more."""
+    if sequences is None:
+        return _round_up(length, tile)
+    return (length + (sequences + 1) * tile - 1) // tile * tile
+
+
+def sums_bytes(
+    heads: int, kv_heads: int, head_dim: int, queries: int, keys: int, sequences: int | None = None
+) -> int:
+    """Bytes of :class:`Sums`, at most, for so many queries and keys in one entry of a batch."""
+    numbers = heads * padded_rows(queries, sequences, LARGEST_TILE) * (head_dim + 2)
+    if heads > kv_heads:
+        numbers += 2 * kv_heads * padded_rows(keys, sequences, LARGEST_TILE) * head_dim
+    return 4 * numbers
 
 
 def _round_up(size: int, multiple: int) -> int:

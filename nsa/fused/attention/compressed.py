@@ -8,7 +8,6 @@ from torch import Tensor
 
 from nsa.blocks import covered_tokens
 from nsa.fused.attention.fa4_calls import (
-    accumulator_bytes,
     dense_backward,
     dense_forward,
     row_limit,
@@ -18,7 +17,8 @@ from nsa.fused.attention.fa4_calls import (
 )
 from nsa.fused.attention.folded import folded_attention, folded_attention_backward, lse_in_order
 from nsa.fused.block_lists import compressed_lists
-from nsa.fused.compressed_forms import CompressedForm
+from nsa.fused.compressed_forms import CompressedForm, is_folded, num_folded_rows
+from nsa.fused.fa4_call import sums_bytes
 from nsa.fused.plan import Plan, choose_key_block
 from nsa.fused.sizes import Sizes
 from nsa.precision import accumulation_dtype
@@ -135,7 +135,21 @@ def compressed_backward_bytes(sizes: Sizes) -> int:
     copies = _copies(sizes, queries=4 if sizes.token_mode else 1)
     # Each query head may have its own keys. This adds their gradients, and the sum in float32.
     gradients = sizes.query + 4 * sizes.key_cmp + (0 if sizes.packed else copies)
-    return copies + gradients + accumulator_bytes(sizes, sizes.tokens, sizes.compressed)
+    return copies + gradients + compressed_sums_bytes(sizes)
+
+
+def compressed_sums_bytes(sizes: Sizes) -> int:
+    """Bytes of FA4's sums where groups are not listed."""
+    heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    keys, stride = sizes.compressed // sizes.batch, sizes.config.compress_stride
+    if sizes.form is CompressedForm.FOLDED_ROWS:
+        assert sizes.sequences is not None
+        rows = num_folded_rows(sizes.length, sizes.sequences, sizes.config)
+        return sums_bytes(heads * stride, kv_heads, dim, rows, keys, sizes.sequences)
+    if is_folded(sizes.form, keys):
+        # One entry after another. Each query head has the keys to itself.
+        return heads * sums_bytes(stride, 1, dim, -(-sizes.length // stride), keys)
+    return sizes.batch * sums_bytes(heads, kv_heads, dim, sizes.length, keys, sizes.sequences)
 
 
 def _copies(sizes: Sizes, queries: int) -> int:

@@ -6,6 +6,7 @@ from torch import Tensor
 from nsa.blocks import num_query_tiles
 from nsa.fused import fa4, kernel_calls
 from nsa.fused.block_lists import BOUNDED_BYTES, goes_by_query, transpose_lists
+from nsa.fused.fa4_call import sums_bytes
 from nsa.fused.kernel_inputs import BlockLists
 from nsa.fused.plan import Plan, choose_key_block
 from nsa.fused.sizes import Sizes
@@ -69,12 +70,6 @@ def row_limit(end: Tensor, q_rows: Tensor, keys_per_entry: int) -> Tensor:
     return (end + offset).flatten().int()
 
 
-def accumulator_bytes(sizes: Sizes, queries: int, keys: int) -> int:
-    """Bytes of FA4's sums in backward: dq, two numbers a query, with grouped heads dk and dv."""
-    of_queries = queries * sizes.num_heads * (sizes.head_dim + 2) * 4
-    return of_queries + (_key_sums(sizes, keys) if sizes.group > 1 else 0)
-
-
 def sparse_backward_bytes(sizes: Sizes, block_size: int, num_keys: int, *, copies: bool) -> int:
     """Bytes that :func:`sparse_backward` and its caller allocate: copies, gradients, sums, lists.
 
@@ -84,16 +79,18 @@ def sparse_backward_bytes(sizes: Sizes, block_size: int, num_keys: int, *, copie
     # Copies of q, keys and values. A batch also copies out and dout; packed ones are rows already.
     total = (1 if sizes.packed else 3) * sizes.query_copy + (2 * keys if copies else 0)
     total += sizes.query_rows + 2 * keys + sizes.indices
-    key_block = choose_key_block(block_size, sizes.config, sizes.head_dim)
-    if goes_by_query(key_block, sizes.head_dim):
-        return total + _key_sums(sizes, num_keys)
-    total += _transposed_bytes(sizes, num_keys)
-    return total + accumulator_bytes(sizes, sizes.rows, num_keys)
+    # The sums are freed before gradients leave their rows.
+    unpacked = (0 if sizes.packed else sizes.query_copy) + (2 * keys if copies else 0)
+    return total + max(sparse_sums_bytes(sizes, block_size, num_keys), unpacked)
 
 
-def _key_sums(sizes: Sizes, keys: int) -> int:
-    """Bytes of dk and dv in float32."""
-    return 2 * keys * sizes.num_kv_heads * sizes.head_dim * 4
+def sparse_sums_bytes(sizes: Sizes, block_size: int, num_keys: int) -> int:
+    """Bytes of sums in float32, and of the lists by key block that FA4 needs."""
+    heads, kv_heads, head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    if goes_by_query(choose_key_block(block_size, sizes.config, head_dim), head_dim):
+        return 2 * num_keys * kv_heads * head_dim * 4
+    sums = sums_bytes(heads, kv_heads, head_dim, sizes.rows, num_keys)
+    return sums + _transposed_bytes(sizes, num_keys)
 
 
 def _transposed_bytes(sizes: Sizes, num_keys: int) -> int:

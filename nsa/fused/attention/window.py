@@ -5,7 +5,8 @@ Shapes as in :mod:`nsa.fused.attention`.
 
 from torch import Tensor
 
-from nsa.fused.attention.fa4_calls import accumulator_bytes, dense_backward, dense_forward
+from nsa.fused.attention.fa4_calls import dense_backward, dense_forward
+from nsa.fused.fa4_call import sums_bytes
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 
@@ -37,4 +38,11 @@ def _window_call(plan: Plan) -> dict:
 
 def window_backward_bytes(sizes: Sizes) -> int:
     """Bytes that the backward allocates: gradients, and FA4's sums."""
-    return sizes.query + 2 * sizes.key + accumulator_bytes(sizes, sizes.tokens, sizes.tokens)
+    return sizes.query + 2 * sizes.key + window_sums_bytes(sizes)
+
+
+def window_sums_bytes(sizes: Sizes) -> int:
+    """Bytes of FA4's sums."""
+    heads, kv_heads, length = sizes.num_heads, sizes.num_kv_heads, sizes.length
+    sums = sums_bytes(heads, kv_heads, sizes.head_dim, length, length, sizes.sequences)
+    return sizes.batch * sums

@@ -21,7 +21,7 @@ from quack.cache import jit_cache
 from quack.cute_dsl_utils import get_compile_target_capacity
 
 # Whose sources a kernel is made of, beside quack's, which the cache knows.
-_SOURCES = (Path(__file__).parents[1], Path(flash_attn.cute.__file__).parent)
+_SOURCES = (Path(__file__).parents[2], Path(flash_attn.cute.__file__).parent)
 
 _logger = logging.getLogger("nsa")
 
