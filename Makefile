@@ -29,9 +29,11 @@ test: $(STAMP)
 	$(PY) -m pytest -q -m "not gpu" -n auto --maxprocesses 8 --benchmark-disable --cov --cov-fail-under=95
 
 # Eight processes, because most of the time is compiling kernels; they take over tests from each
-# other, because property tests take minutes. Not -q, which hides the seed.
+# other, because property tests take minutes. Not -q, which hides the seed. Then, alone, the tests that
+# need most of the memory.
 test-gpu: $(STAMP)
-	NSA_REQUIRE_GPU=1 $(PY) -m pytest -m gpu -n 8 --dist worksteal --benchmark-disable
+	NSA_REQUIRE_GPU=1 $(PY) -m pytest -m "gpu and not large" -n 8 --dist worksteal --benchmark-disable
+	NSA_REQUIRE_GPU=1 $(PY) -m pytest -m large --benchmark-disable
 
 sanitize: $(STAMP)
 	$(PY) tools/sanitize.py $(TOOL)

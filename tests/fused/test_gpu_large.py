@@ -7,7 +7,7 @@ import nsa
 from nsa.testing import assert_as_accurate, make_inputs
 from tests.helpers.gpu_cases import gpu_test
 
-pytestmark = [*gpu_test, pytest.mark.filterwarnings("default")]
+pytestmark = [*gpu_test, pytest.mark.large, pytest.mark.filterwarnings("default")]
 
 LENGTH, HEADS, KV_HEADS, DIM = 540_000, 32, 2, 128  # q has 2.2e9 elements
 LAST = 300

@@ -63,7 +63,7 @@ def make(target: str, **environment: str) -> str:
 
 def test_gpu_tests_require_a_gpu_and_show_their_seed():
     command = make("test-gpu")
-    assert command.startswith("NSA_REQUIRE_GPU=1 venv/bin/python -m pytest -m gpu")
+    assert command.startswith('NSA_REQUIRE_GPU=1 venv/bin/python -m pytest -m "gpu and not large"')
     # It hides the header.
     assert " -q" not in command
     assert "NSA_REQUIRE_GPU" not in make("test")
