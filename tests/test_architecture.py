@@ -16,7 +16,7 @@ IDENTIFIER = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)?)`")
 
 @cache
 def definitions(path: Path) -> set[str]:
-    """Functions, classes, their methods and attributes, and names that are imported or assigned."""
+    """Functions, classes, their methods and attributes, and names that are assigned."""
     names = set()
 
     def visit(body, prefix=""):
@@ -25,7 +25,7 @@ def definitions(path: Path) -> set[str]:
                 names.add(prefix + node.name)
             if isinstance(node, ast.ClassDef):
                 visit(node.body, f"{node.name}.")
-            if isinstance(node, ast.ImportFrom):
+            if isinstance(node, ast.ImportFrom) and path.name == "__init__.py":
                 names.update(alias.asname or alias.name for alias in node.names)
             if isinstance(node, ast.AnnAssign):
                 names.add(prefix + node.target.id)
@@ -92,9 +92,41 @@ def test_words_in_code_exist():
 def test_every_module_of_the_fused_backend_has_a_place_on_the_page():
     folder = ROOT / "nsa" / "fused"
     modules = [*folder.glob("*.py"), *(folder / "attention").glob("*.py")]
-    missing = [
-        path.stem
-        for path in modules
-        if path.stem != "__init__" and not re.search(rf"\b{path.stem}\b", PAGE)
-    ]
+    named = set(PATH.findall(PAGE))
+    missing = {str(path.relative_to(ROOT)) for path in modules if path.stem != "__init__"} - named
     assert not missing
+
+
+LAYERS = [
+    {"config"},
+    {"precision", "host", "blocks", "rope"},
+    {"geometry", "packing", "testing"},
+    {"validation"},
+    {"reference", "fused"},
+    {"dispatch"},
+    {"linears"},
+    {"layers"},
+    {"__init__"},
+]
+"""Modules and packages of nsa, those that import nothing of it first."""
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules and packages of nsa that a file imports, also inside of functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module == "nsa":
+            names |= {f"nsa.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.split(".")[1] for name in names if name.startswith("nsa.")}
+
+
+def test_no_arrow_points_up():
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for path in (ROOT / "nsa").rglob("*.py"):
+        own = path.relative_to(ROOT / "nsa").parts[0].removesuffix(".py")
+        for name in imported_modules(path) - {own}:
+            assert rank[name] < rank[own], f"{path} imports nsa.{name}"

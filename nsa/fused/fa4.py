@@ -56,8 +56,6 @@ def dense_forward(
     key_times: tuple[int, int] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -73,8 +71,6 @@ def dense_forward(
         key_times: (stride, first) instead of both: a query sees the keys ``j`` with
             ``j * stride + first`` at most its own index. No tile is skipped.
         cu_seqlens_q: int32 ``(S + 1,)``, and ``cu_seqlens_k`` likewise.
-        max_seqlen_q: an upper bound of the lengths, and ``max_seqlen_k`` likewise; these kernels
-            are the same for all.
         out, lse: where to write the results, with stride 1 in the last dimension; by default new.
 
     Returns:
@@ -100,8 +96,6 @@ def dense_backward(
     key_times: tuple[int, int] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
     dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`dense_forward`; ``Dv == D`` where several heads share a KV head.

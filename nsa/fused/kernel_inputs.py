@@ -16,12 +16,12 @@ replace the functions of that module. For all four:
 - Backward takes only ``dout`` of ``out``; no gradient flows through ``lse``.
 
 ``dense_forward(q, k, v, *, scale, causal, window_size, key_times, cu_seqlens_q, cu_seqlens_k,
-max_seqlen_q, max_seqlen_k, out, lse) -> (out, lse)`` and
+out, lse) -> (out, lse)`` and
 ``dense_backward(dout, q, k, v, out, lse, *, ...the same, dq) -> (dq, dk, dv)``
 
     Batched ``q (B, Sq, H, D)``, ``k (B, Sk, H_kv, D)``, ``v (B, Sk, H_kv, Dv)``,
     ``out (B, Sq, H, Dv)``, ``lse (B, H, Sq)``. Packed, with ``cu_seqlens_*`` int32 ``(S + 1,)``:
-    ``q (Tq, H, D)``, ``k (Tk, H_kv, D)``, ``lse (H, Tq)``; ``max_seqlen_*`` bound the lengths.
+    ``q (Tq, H, D)``, ``k (Tk, H_kv, D)``, ``lse (H, Tq)``.
     Sequences may end before the tensors do. Results past the end are not written, and backward
     does not read ``out`` there. If ``out`` and ``lse``, or ``dq``, are given, results are written
     to them; they may be strided.

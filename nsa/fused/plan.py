@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache, partial
 import torch
 from torch import Tensor
 
-from nsa.blocks import num_compressed_blocks, num_selection_blocks
+from nsa.blocks import num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.fused.compressed_forms import CompressedForm, compressed_form, is_folded
 from nsa.fused.kernel_inputs import (
@@ -217,11 +217,6 @@ class Plan:
     def longest(self) -> int:
         """Upper bound on the tokens of a sequence."""
         return self.geometry.tokens.total if self.max_seqlen is None else self.max_seqlen
-
-    @property
-    def max_compressed(self) -> int:
-        """Upper bound on the compressed tokens of a sequence."""
-        return num_compressed_blocks(self.longest, self.config)
 
     @property
     def max_selection_blocks(self) -> int:

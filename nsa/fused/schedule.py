@@ -172,7 +172,9 @@ def run_forward(
             if out is not None:
                 part, blocks = heads.of(inputs), heads.of_indices(block_indices, plan)
                 target = heads.of_queries(out)
-            branches, selected, groups = pipeline.attend(part, blocks, None, plan)
+            branches, selected, groups = pipeline.attend(
+                part, block_indices=blocks, groups=None, plan=plan
+            )
             result = pipeline.combine(part, branches, plan, target)
             if save:
                 kept.append(
@@ -231,5 +233,7 @@ def _run_chunk_backward(
     selected = selected if block_indices is None else block_indices
     assert selected is not None
     if branches is None:
-        branches, selected, groups = pipeline.attend(inputs, selected, groups, plan)
+        branches, selected, groups = pipeline.attend(
+            inputs, block_indices=selected, groups=groups, plan=plan
+        )
     return pipeline.backward(dout, inputs, branches, selected, groups, plan, dq)

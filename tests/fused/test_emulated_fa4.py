@@ -105,7 +105,7 @@ def test_packed_is_each_sequence_alone():
     q, k, v = (x[0].detach() for x in make_qkv(sum(lengths_q), sum(lengths_k)))
     keywords = {"scale": 0.3, "causal": True, "window_size": (2, None)}
     bounds = [torch.tensor([0, *x]).cumsum(0).int() for x in (lengths_q, lengths_k)]
-    packed = dict(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1], max_seqlen_q=5, max_seqlen_k=5)
+    packed = dict(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1])
     out, lse = emulation.dense_forward(q, k, v, **keywords, **packed)
     dout = torch.randn_like(out)
     gradients = emulation.dense_backward(dout, q, k, v, out, lse, **keywords, **packed)

@@ -181,7 +181,7 @@ def test_max_workspace_bytes_compiles_once_for_all_lengths(packed):
 
 
 @pytest.mark.usefixtures("fused_on_cpu")
-def test_max_workspace_bytes_reaches_the_planner(monkeypatch):
+def test_max_workspace_bytes_reaches_the_choice(monkeypatch):
     seen = []
     monkeypatch.setattr(
         entry,

@@ -26,8 +26,6 @@ def dense_forward(
     key_times=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
     out=None,
     lse=None,
 ):
@@ -41,7 +39,7 @@ def dense_forward(
     assert lse.shape == heads_first, "lse is (B, H, Sq) or (H, Tq)"
     for result in (out, lse):
         assert result.stride(-1) == 1 or result.shape[-1] == 1, "results need stride 1 at the end"
-    sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     for queries, keys in sequences:
         mask = _dense_mask(queries, keys, q, k, causal, window_size, key_times)
         out[queries], lse[_rows(queries)] = attend(q[queries], k[keys], v[keys], mask, scale)
@@ -62,15 +60,13 @@ def dense_backward(
     key_times=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
     dq=None,
 ):
     _check_tensors(q, k, v)
     _check_backward(dout, q, k, v, out, lse)
     dq = torch.full_like(q, torch.nan) if dq is None else dq
     dk, dv = (torch.full_like(x, torch.nan) for x in (k, v))
-    sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     for queries, keys in sequences:
         mask = _dense_mask(queries, keys, q, k, causal, window_size, key_times)
         assert out[queries].isfinite().all()
@@ -167,7 +163,7 @@ def _rows(queries):
     return (slice(None), queries) if isinstance(queries, slice) else queries
 
 
-def _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
     """(index into q, index into k) of each sequence."""
     if cu_seqlens_q is None:
         assert cu_seqlens_k is None, "cu_seqlens of both or of neither"
@@ -175,20 +171,17 @@ def _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         assert q.shape[0] == k.shape[0], (q.shape, k.shape)
         return [(b, b) for b in range(q.shape[0])]
     assert q.ndim == k.ndim == 3, (q.shape, k.shape)
-    queries = _slices(cu_seqlens_q, q.shape[0], max_seqlen_q)
-    return list(zip(queries, _slices(cu_seqlens_k, k.shape[0], max_seqlen_k), strict=True))
+    queries = _slices(cu_seqlens_q, q.shape[0])
+    return list(zip(queries, _slices(cu_seqlens_k, k.shape[0]), strict=True))
 
 
-def _slices(cu_seqlens, total, max_seqlen):
+def _slices(cu_seqlens, total):
     assert cu_seqlens.dtype == torch.int32, cu_seqlens.dtype
     bounds = cu_seqlens.tolist()
     assert bounds[0] == 0, bounds
     assert bounds[-1] <= total, (bounds, total)
     assert bounds == sorted(bounds), bounds
-    assert max_seqlen is None or isinstance(max_seqlen, int), type(max_seqlen)
-    slices = [slice(start, stop) for start, stop in pairwise(bounds)]
-    assert max_seqlen is None or all(s.stop - s.start <= max_seqlen for s in slices), max_seqlen
-    return slices
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 def _dense_mask(queries, keys, q, k, causal, window_size, key_times):

@@ -106,8 +106,6 @@ def _compressed_call(plan: Plan) -> dict:
     return call | dict(
         cu_seqlens_q=plan.cu_seqlens,
         cu_seqlens_k=plan.compressed_bounds,
-        max_seqlen_q=plan.max_seqlen,
-        max_seqlen_k=plan.max_compressed,
     )
 
 

@@ -250,13 +250,10 @@ def _packed_backward(
 
 def _packed_call(plan: Plan) -> dict:
     started, extra = plan.folded.started, plan.folded.extra
-    longest = plan.max_compressed
     return dict(
         causal=not started,
         # There are N_cmp + extra rows and N_cmp keys, aligned at the end. Row r sees keys up to r.
         window_size=(None, extra) if started else (None, None),
         cu_seqlens_q=plan.folded.bounds,
         cu_seqlens_k=plan.compressed_bounds,
-        max_seqlen_q=longest + extra,
-        max_seqlen_k=longest,
     )

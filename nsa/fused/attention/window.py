@@ -31,8 +31,6 @@ def _window_call(plan: Plan) -> dict:
         window_size=(reach, None if plan.config.causal else reach),
         cu_seqlens_q=plan.cu_seqlens,
         cu_seqlens_k=plan.cu_seqlens,
-        max_seqlen_q=plan.max_seqlen,
-        max_seqlen_k=plan.max_seqlen,
     )
 
 
