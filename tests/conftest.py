@@ -70,7 +70,7 @@ def compressed_calls(monkeypatch, request):
     if request.param != "one tile":
         monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
     if request.param == "shared keys":
-        monkeypatch.setattr(folded, "SHARED_BYTES", 0)
+        monkeypatch.setattr(folded, "SHARED_KEY_BYTES", 0)
 
 
 @pytest.fixture

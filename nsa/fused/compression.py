@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from nsa.fused import kernel_calls
+from nsa.fused.kernel_inputs import Pair
 from nsa.fused.plan import Plan
 from nsa.fused.row_layouts import over_batch
 from nsa.fused.sizes import Sizes
 from nsa.precision import accumulation_dtype
 
-Pair = tuple[Tensor, Tensor]
 Weights = tuple[Tensor | None, Tensor | None]
 
 

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused import fa4
-from nsa.fused.kernel_inputs import MAX_GROUP, Rule
+from nsa.fused.kernel_inputs import MAX_BLOCKS, MAX_GROUP, Rule
 
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK = 64
-MAX_SELECTED = 256
 TOKEN_BLOCKS = (32, 64)
 MAX_TOKEN_SELECTED = 64
 MAX_SIZE = 1 << 16
@@ -102,8 +101,8 @@ def _tile_limit(config: NSAConfig) -> str | None:
             return f"it needs {name} of at most {MAX_SIZE}, got {size}; {_USE_REFERENCE}"
     for name in ("num_selected_blocks", "num_cmp_selected_blocks"):
         count = getattr(config, name)
-        if count is not None and count > MAX_SELECTED:
-            return f"it needs {name} of at most {MAX_SELECTED}, got {count}; {_USE_REFERENCE}"
+        if count is not None and count > MAX_BLOCKS:
+            return f"it needs {name} of at most {MAX_BLOCKS}, got {count}; {_USE_REFERENCE}"
     return None
 
 

@@ -14,10 +14,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nsa.fused.kernel_inputs import IN_ORDER, BlockLists, Placements, Rule, TokenBlocks, TokenTiles
-
-Pair = tuple[Tensor, Tensor]
-"""Tensors of keys and of values, of one shape and dtype; strides may differ."""
+from nsa.fused.kernel_inputs import (
+    IN_ORDER,
+    BlockLists,
+    Pair,
+    Placements,
+    Rule,
+    TokenBlocks,
+    TokenTiles,
+)
 
 
 @cache

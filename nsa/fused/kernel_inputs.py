@@ -53,6 +53,12 @@ from nsa.config import NSAConfig
 from nsa.fused.hardware import QUAD, SHARED_BYTES, WGMMA_ROWS
 from nsa.geometry import Geometry, Segments, locate_items, prefix_sum
 
+Pair = tuple[Tensor, Tensor]
+"""Tensors of keys and of values, of one shape and dtype; strides may differ."""
+
+MAX_BLOCKS = 256
+"""The most blocks that a query tile may take: the best so far are in the registers of one warp."""
+
 
 class BlockLists(NamedTuple):
     """The key blocks that each query block of each head attends, or the transpose.

@@ -15,8 +15,9 @@ from nsa.fused.attention import (
     window_attention,
     window_attention_backward,
 )
-from nsa.fused.compression import Pair, compress, compress_pair, compress_pair_backward
+from nsa.fused.compression import compress, compress_pair, compress_pair_backward
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
+from nsa.fused.kernel_inputs import Pair
 from nsa.fused.plan import Plan
 from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_groups
 from nsa.fused.streams import SideStream

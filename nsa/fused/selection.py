@@ -255,7 +255,8 @@ def scored_tokens(
 
     A tile that lies in two chunks is computed twice.
     """
-    tile_tokens = choose_shape(head_dim, num_heads // num_kv_heads).tile_tokens
+    # As ints, which a traced call may not have.
+    tile_tokens = choose_shape(int(head_dim), int(num_heads // num_kv_heads)).tile_tokens
     fitting = TOKEN_SCORES // (batch * num_kv_heads * width * tile_tokens)
     return min(max(1, fitting), -(-length // tile_tokens)) * tile_tokens, tile_tokens
 

@@ -262,7 +262,7 @@ def check_against_reference(case: Case, monkeypatch) -> None:
     if case.folded:
         monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
     if case.shared:
-        monkeypatch.setattr(folded, "SHARED_BYTES", 0)
+        monkeypatch.setattr(folded, "SHARED_KEY_BYTES", 0)
     assert constraints.unsupported_reason(arguments["q"], _first(arguments["v"]), config) is None
     groups = fused_groups(arguments, config)
     if groups is not None:

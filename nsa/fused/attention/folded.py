@@ -26,7 +26,7 @@ from nsa.precision import accumulation_dtype
 ALL = slice(None)
 """All heads."""
 
-SHARED_BYTES = 48 << 20
+SHARED_KEY_BYTES = 48 << 20
 """Bytes of keys and values of all query heads above which the heads of a group share in forward.
 
 FA4 works on as many heads at a time as it expects L2 to hold, and L2 holds one copy better than one
@@ -54,7 +54,7 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
     if rows.full:
         group = num_heads // num_kv_heads
         key_bytes = num_heads * rows.full * (k_cmp.shape[-1] + v_cmp.shape[-1]) * k_cmp.itemsize
-        shared = group > 1 and key_bytes > SHARED_BYTES
+        shared = group > 1 and key_bytes > SHARED_KEY_BYTES
         step = 1 if shared else num_kv_heads
         for entry, first in itertools.product(range(batch), range(0, num_kv_heads, step)):
             heads = slice(first * group, (first + step) * group)

@@ -1,8 +1,9 @@
 """What our kernels use of FlashAttention-4 and quack-kernels.
 
-Only this file and :mod:`nsa.fused.kernels.compiled`, for the cache on disk, import from either, so
-that a change of their versions is checked here. Most of the functions are for wgmma and for the
-layouts of its operands and results. The numbers of the hardware are in :mod:`nsa.fused.hardware`.
+Of our kernels' files, only this one and :mod:`nsa.fused.kernels.compiled`, for the cache on disk,
+import from either. :mod:`nsa.fused.kernels.fa4_sm90` imports FlashAttention-4's kernel classes.
+Most of the functions are for wgmma and for the layouts of its operands and results. The numbers of
+the hardware are in :mod:`nsa.fused.hardware`.
 """
 
 from flash_attn.cute.copy_utils import atomic_add_fp32x4

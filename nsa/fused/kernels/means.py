@@ -16,6 +16,7 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from torch import Tensor
 
+from nsa.fused.kernel_inputs import Pair
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
@@ -30,9 +31,6 @@ from nsa.fused.kernels.vectors import (
     load_vector,
     store_vector,
 )
-
-Pair = tuple[Tensor, Tensor]
-"""One of keys and one of values, alike but for their strides."""
 
 _TensorPair = tuple[cute.Tensor, cute.Tensor]
 

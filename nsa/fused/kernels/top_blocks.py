@@ -20,12 +20,10 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
 from nsa.fused.hardware import WARP
+from nsa.fused.kernel_inputs import MAX_BLOCKS
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import check_tensor, fake_flat
-
-MAX_BLOCKS = 256
-"""The most blocks of a row that can be asked for; they lie in the registers of a warp."""
 
 _WARPS = 4
 # Loads that a thread issues together, before it uses the first.
