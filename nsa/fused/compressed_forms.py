@@ -51,6 +51,14 @@ def is_folded(form: CompressedForm, num_compressed: int) -> bool:
     return many or form is CompressedForm.FOLDED_ROWS
 
 
+def results_in_order(config: NSAConfig, packed: bool) -> bool:
+    """Whether all branches have outputs and gradients of queries in token order.
+
+    Packed tile mode leaves those of the compressed and selected branch as the kernels write them.
+    """
+    return not packed or config.selection == "token"
+
+
 def num_compressed_bound(length: int, packed: bool, config: NSAConfig) -> int:
     """Compressed blocks in ``length`` tokens of one sequence, or an upper bound if packed."""
     return length // config.compress_stride if packed else num_compressed_blocks(length, config)

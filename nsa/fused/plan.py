@@ -12,7 +12,12 @@ from torch import Tensor
 
 from nsa.blocks import num_selection_blocks
 from nsa.config import NSAConfig
-from nsa.fused.compressed_forms import CompressedForm, compressed_form, is_folded
+from nsa.fused.compressed_forms import (
+    CompressedForm,
+    compressed_form,
+    is_folded,
+    results_in_order,
+)
 from nsa.fused.kernel_inputs import (
     IN_ORDER,
     Placements,
@@ -81,7 +86,7 @@ class Plan:
         Otherwise those of the compressed and selected branch stay in the layout of their kernels,
         and the gates read them through a :class:`Placement`.
         """
-        return not self.packed or self.config.selection == "token"
+        return results_in_order(self.config, self.packed)
 
     def query_placements(self, num_heads: int, num_kv_heads: int) -> Placements:
         """Where outputs and gradients of queries lie in the compressed and selected branch.

@@ -14,6 +14,7 @@ from nsa.fused.compressed_forms import (
     compressed_form,
     num_compressed_bound,
     num_folded_rows,
+    results_in_order,
 )
 
 
@@ -57,6 +58,11 @@ class Sizes(NamedTuple):
     @property
     def token_mode(self) -> bool:
         return self.config.selection == "token"
+
+    @property
+    def in_order(self) -> bool:
+        """As :attr:`nsa.fused.plan.Plan.in_order`."""
+        return results_in_order(self.config, self.packed)
 
     @property
     def tokens(self) -> int:
@@ -138,7 +144,7 @@ class Sizes(NamedTuple):
             rows = num_folded_rows(self.length, self.sequences, self.config)
             heads = self.num_heads * self.config.compress_stride
             folded = (1, rows, heads, self.head_dim)
-            return out if self.token_mode else folded, (heads, rows)
+            return out if self.in_order else folded, (heads, rows)
         return out, self._lse_in_order
 
     def _selected_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -146,7 +152,7 @@ class Sizes(NamedTuple):
         if self.token_mode:
             return self._in_order, (self.tokens, self.num_heads)
         rows = (1, self.rows, self.num_heads, self.head_dim)
-        return rows if self.packed else self._in_order, (1, self.num_heads, self.rows)
+        return self._in_order if self.in_order else rows, (1, self.num_heads, self.rows)
 
     # Bytes of tensors.
 

@@ -120,8 +120,7 @@ def _compressed_mask(q_rows: Tensor, plan: Plan) -> dict:
 
 def compressed_forward_bytes(sizes: Sizes) -> int:
     """Bytes that the forward allocates in addition to its results: copies."""
-    kept_folded = sizes.packed and not sizes.token_mode
-    return _copies(sizes, queries=1 if kept_folded else 2)
+    return _copies(sizes, queries=2 if sizes.in_order else 1)
 
 
 def compressed_backward_bytes(sizes: Sizes) -> int:

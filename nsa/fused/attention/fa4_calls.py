@@ -76,11 +76,11 @@ def sparse_backward_bytes(sizes: Sizes, block_size: int, num_keys: int, *, copie
     There are ``num_keys`` rows of keys. ``copies`` says whether they are copied.
     """
     keys = sizes.key_bytes(num_keys)
-    # Copies of q, keys and values. A batch also copies out and dout; packed ones are rows already.
-    total = (1 if sizes.packed else 3) * sizes.query_copy + (2 * keys if copies else 0)
+    # Copies of q, keys and values; of out and dout too, unless these are rows already.
+    total = (3 if sizes.in_order else 1) * sizes.query_copy + (2 * keys if copies else 0)
     total += sizes.query_rows + 2 * keys + sizes.indices
     # The sums are freed before gradients leave their rows.
-    unpacked = (0 if sizes.packed else sizes.query_copy) + (2 * keys if copies else 0)
+    unpacked = (sizes.query_copy if sizes.in_order else 0) + (2 * keys if copies else 0)
     return total + max(sparse_sums_bytes(sizes, block_size, num_keys), unpacked)
 
 

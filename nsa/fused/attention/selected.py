@@ -128,8 +128,8 @@ def selected_forward_bytes(sizes: Sizes) -> int:
     Token mode allocates the inverted index and the partial results of a wave; tile mode copies.
     """
     if not sizes.token_mode:
-        # Packed outputs stay in rows. The caller's copy of the queries is not counted here.
-        return (0 if sizes.packed else sizes.query_copy) + 2 * sizes.key_copy
+        # Outputs that are not in order stay in rows. The caller counts its copy of the queries.
+        return (sizes.query_copy if sizes.in_order else 0) + 2 * sizes.key_copy
     slots, blocks = (
         sizes.config.num_selected_blocks,
         num_selection_blocks(sizes.tokens, sizes.config),
