@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import nsa
 from tests.helpers.requirements import import_fused
 
 SCRIPT = """
@@ -103,3 +105,9 @@ def test_kernels_of_other_sources_or_settings_are_others(tmp_path, monkeypatch):
         seen.add(compiled._fingerprint())
     compiled._fingerprint.cache_clear()
     assert len(seen) == 3
+
+
+def test_all_sources_of_the_package_count():
+    """A kernel has numbers from outside of its folder in it, such as the weights of nsa.blocks."""
+    compiled = import_fused("nsa.fused.kernels.compiled")
+    assert Path(nsa.__file__).parent in compiled._SOURCES
