@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from nsa.blocks import num_query_tiles
 from nsa.config import NSAConfig
 from nsa.fused import ops, pipeline
+from nsa.fused.compressed_forms import num_compressed_bound
 from nsa.fused.constraints import kernel_head_dim
 from nsa.fused.pipeline import Inputs
 from nsa.fused.plan import make_plan, with_scale
@@ -172,7 +173,8 @@ def _pad_compressed(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, config: NSA
     """Packed compressed tokens, with extra rows up to the upper bound that the plan uses."""
     if cu_seqlens is None:
         return x
-    return pad(x, (0, 0, 0, 0, 0, q.shape[0] // config.compress_stride - x.shape[0]))
+    bound = num_compressed_bound(q.shape[0], True, config)
+    return pad(x, (0, 0, 0, 0, 0, bound - x.shape[0]))
 
 
 def _unit_major(indices: Tensor | None, sizes: Sizes, save: bool) -> Tensor | None:

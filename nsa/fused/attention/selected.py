@@ -130,10 +130,8 @@ def selected_forward_bytes(sizes: Sizes) -> int:
     if not sizes.token_mode:
         # Outputs that are not in order stay in rows. The caller counts its copy of the queries.
         return (sizes.query_copy if sizes.in_order else 0) + 2 * sizes.key_copy
-    slots, blocks = (
-        sizes.config.num_selected_blocks,
-        num_selection_blocks(sizes.tokens, sizes.config),
-    )
+    slots = sizes.config.num_selected_blocks
+    blocks = num_selection_blocks(sizes.tokens, sizes.config)
     chunk = choose_chunk_tokens(sizes.tokens, sizes.group, blocks, slots, 2 * sizes.head_dim)
     of_token = slots * sizes.group * (sizes.head_dim * sizes.itemsize + 4)
     # A wave has at least one unit. The last chunk is as long as the others.
