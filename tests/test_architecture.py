@@ -102,6 +102,7 @@ LAYERS = [
     {"precision", "host", "blocks", "rope"},
     {"geometry", "packing", "testing"},
     {"validation"},
+    {"cache"},
     {"reference", "fused"},
     {"dispatch"},
     {"linears"},
