@@ -360,16 +360,23 @@ class Cache:
             new: tokens that the call appended to each sequence, if the host knows.
         """
         with torch.no_grad():
-            host = self._host.read()
-            if host is not None and new is not None:
-                grown = host[0] + torch.tensor(new, dtype=torch.int32, device="cpu")
-                host = grown, self.floors_at(host[1], grown)
-            else:
-                host = None
+            host = self._grown(new)
             ends = ends.to(torch.int32)
             self.floors.copy_(self.floors_at(self.floors, ends))
             self.lengths.copy_(ends)
         self._host.record(host)
+
+    def note_advance(self, new: list[int] | None):
+        """Take note that a kernel did what :meth:`advance` does."""
+        self._host.record(self._grown(new))
+
+    def _grown(self, new: list[int] | None) -> tuple[Tensor, Tensor] | None:
+        """The host's lengths and floors after an append of ``new`` tokens."""
+        host = self._host.read()
+        if host is None or new is None:
+            return None
+        lengths = host[0] + torch.tensor(new, dtype=torch.int32, device="cpu")
+        return lengths, self.floors_at(host[1], lengths)
 
     def use_num_heads(self, num_heads: int):
         """Make the lists of tiles for ``H`` query heads, where there are none yet."""
