@@ -31,7 +31,9 @@ def forward(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     cu_seqlens: Tensor | Packing | None = None,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -112,7 +114,9 @@ def forward(
         compressed_kv=compressed_kv,
         block_indices=block_indices,
         cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
         max_seqlen=max_seqlen,
+        max_seqlen_k=max_seqlen_k,
         max_workspace_bytes=max_workspace_bytes,
     )
     module = _backend_module(backend, call.q, call.v, call.config)
@@ -140,7 +144,9 @@ def select_blocks(
     compress_k_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | Packing | None = None,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The blocks that :func:`forward` selects for the same arguments (paper Eq. 8 to 12).
@@ -163,12 +169,13 @@ def select_blocks(
     q, keys, compress_k_weight, compressed_kv = autocast_tensors(
         q, keys, compress_k_weight, compressed_kv
     )
-    problem = validation.check_qkv(q, keys, None, config, cu_seqlens)
+    problem = validation.check_qkv(q, keys, None, config, cu_seqlens, cu_seqlens_k)
     if isinstance(compressed_kv, (tuple, list)) and len(compressed_kv) == 2:
         value = compressed_kv[1]
         if isinstance(value, Tensor) and value.ndim == q.ndim:
             problem = problem._replace(value_dim=value.shape[-1])
-    boundaries = check_boundaries(cu_seqlens, max_seqlen, q)
+    boundaries = check_boundaries(cu_seqlens, max_seqlen, q, keys[0], cu_seqlens_k, max_seqlen_k)
+    validation.check_positions(boundaries, problem)
     validation.check_compression(compress_k_weight, None, compressed_kv, boundaries, q, problem)
     validation.check_selection_width(boundaries, problem)
     module = _backend_module(backend, q, keys, config)
@@ -195,7 +202,9 @@ def explain_backend(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     cu_seqlens: Tensor | Packing | None = None,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> str:
@@ -216,7 +225,9 @@ def explain_backend(
         compressed_kv=compressed_kv,
         block_indices=block_indices,
         cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
         max_seqlen=max_seqlen,
+        max_seqlen_k=max_seqlen_k,
         max_workspace_bytes=max_workspace_bytes,
     )
     limit = _fused_limit(call.q, call.v, call.config)
@@ -252,7 +263,9 @@ def _check_call(
     compressed_kv,
     block_indices,
     cu_seqlens,
+    cu_seqlens_k,
     max_seqlen,
+    max_seqlen_k,
     max_workspace_bytes,
 ) -> _Call:
     """Check the arguments of :func:`forward`, and cast them to one dtype under autocast."""
@@ -261,8 +274,9 @@ def _check_call(
     floats = (gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv)
     q, k, v, *floats = autocast_tensors(q, k, v, *floats)
     gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv = floats
-    problem = validation.check_qkv(q, k, v, config, cu_seqlens)
-    boundaries = check_boundaries(cu_seqlens, max_seqlen, q)
+    problem = validation.check_qkv(q, k, v, config, cu_seqlens, cu_seqlens_k)
+    boundaries = check_boundaries(cu_seqlens, max_seqlen, q, k[0], cu_seqlens_k, max_seqlen_k)
+    validation.check_positions(boundaries, problem)
     validation.check_gates(gates, gate_proj_weight, q, problem)
     validation.check_compression(
         compress_k_weight, compress_v_weight, compressed_kv, boundaries, q, problem

@@ -244,7 +244,7 @@ class NativeSparseAttention(nn.Module):
     def _project(self, x: Tensor, cu_seqlens: Tensor | Packing | None, max_seqlen: int | None):
         """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`."""
         self._check_input(x, cu_seqlens)
-        boundaries = check_boundaries(cu_seqlens, max_seqlen, x)
+        boundaries = check_boundaries(cu_seqlens, max_seqlen, x, x)
         q, k, v = to_one_dtype(self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
         branches = (self.num_kv_branches, self.num_kv_heads)

@@ -16,7 +16,7 @@ from nsa.blocks import (
 )
 from nsa.config import NSAConfig
 from nsa.host import has_readable_values
-from nsa.packing import Boundaries
+from nsa.packing import Boundaries, has_key_boundaries
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,7 +28,8 @@ class UnsupportedError(NotImplementedError):
 class Problem(NamedTuple):
     """The sizes that the arguments of one call agree on."""
 
-    leading: tuple[int, ...]  # (B, N), or (T,) if packed
+    leading: tuple[int, ...]  # of queries: (B, Nq), or (T,) if packed
+    leading_k: tuple[int, ...]  # of keys: (B, Nk), or (Tk,) if packed
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -87,8 +88,11 @@ def _check_kind(name: str, x, like: Tensor | None):
         raise ValueError(f"{name} must be on the device of q, {like.device}, got {x.device}")
 
 
-def check_qkv(q, k, v, config: NSAConfig, cu_seqlens) -> Problem:
-    """Check queries, keys and values (unless None); ``k`` and ``v`` hold a tensor per branch."""
+def check_qkv(q, k, v, config: NSAConfig, cu_seqlens, cu_seqlens_k=None) -> Problem:
+    """Check queries, keys and values (unless None); ``k`` and ``v`` hold a tensor per branch.
+
+    Batched input may have fewer queries than keys, packed input if keys have their own boundaries.
+    """
     _check_kind("q", q, None)
     rank = 4 if cu_seqlens is None else 3
     form = "(B, N, H, D)" if cu_seqlens is None else "(T, H, D) with cu_seqlens"
@@ -97,23 +101,30 @@ def check_qkv(q, k, v, config: NSAConfig, cu_seqlens) -> Problem:
     leading, (num_heads, head_dim) = tuple(q.shape[:-2]), q.shape[-2:]
     if head_dim == 0 or num_heads == 0:
         raise ValueError(f"q must have at least one head and channel, got {tuple(q.shape)}")
-    num_kv_heads = _check_keys(q, k, leading, form)
+    longer = cu_seqlens is None or has_key_boundaries(cu_seqlens, cu_seqlens_k)
+    leading_k, num_kv_heads = _check_keys(q, k, longer, form)
     value_dim = head_dim
     if v is not None:
         values = _named_branches("v", v)
         name, first = values[0]
         _check_kind(name, first, q)
         if first.ndim != rank or first.shape[-1] == 0:
-            wanted = (*leading, num_kv_heads)
+            wanted = (*leading_k, num_kv_heads)
             raise ValueError(f"{name} must have shape {wanted} + (Dv,), got {tuple(first.shape)}")
         value_dim = first.shape[-1]
         for name, x in values:
-            check_tensor(name, x, q, (*leading, num_kv_heads, value_dim))
-    return Problem(leading, num_heads, num_kv_heads, head_dim, value_dim, config, cu_seqlens)
+            check_tensor(name, x, q, (*leading_k, num_kv_heads, value_dim))
+    return Problem(
+        leading, leading_k, num_heads, num_kv_heads, head_dim, value_dim, config, cu_seqlens
+    )
 
 
-def _check_keys(q: Tensor, k, leading: tuple[int, ...], form: str) -> int:
-    """Check the keys and return H_kv."""
+def _check_keys(q: Tensor, k, longer: bool, form: str) -> tuple[tuple[int, ...], int]:
+    """Check the keys, of which there may be more than queries if ``longer``.
+
+    Returns:
+        Their leading dimensions, and H_kv.
+    """
     keys = _named_branches("k", k)
     name, first = keys[0]
     _check_kind(name, first, q)
@@ -126,9 +137,48 @@ def _check_keys(q: Tensor, k, leading: tuple[int, ...], form: str) -> int:
             f"{name} must have a number of heads that divides the {q.shape[-2]} heads of q, "
             f"got {num_kv_heads}"
         )
+    leading = tuple(q.shape[:-2])
+    if longer:
+        leading = (*leading[:-1], first.shape[-3])
+    elif first.shape[0] != leading[0]:
+        shape = (*leading, num_kv_heads, q.shape[-1])
+        raise ValueError(
+            f"{name} must have shape {shape}, got {tuple(first.shape)}; if there are fewer queries "
+            "than keys, pass the boundaries of the keys as cu_seqlens_k"
+        )
     for name, x in keys:
         check_tensor(name, x, q, (*leading, num_kv_heads, q.shape[-1]))
-    return num_kv_heads
+    return leading, num_kv_heads
+
+
+def check_positions(boundaries: Boundaries | None, problem: Problem):
+    """Check where the queries start, as far as the host knows the lengths.
+
+    The queries of a sequence are its last tokens. In tile mode they start at a tile.
+    """
+    if boundaries is None:
+        queries, keys = problem.leading[-1], problem.leading_k[-1]
+        if queries > keys:
+            raise ValueError(
+                f"q must have at most as many tokens as k, {keys}, got {queries}; queries are the "
+                "last tokens of their sequence, so pass the keys of all its tokens"
+            )
+        _check_tile_start(queries, keys, "", problem.config)
+    elif boundaries.lengths is not None and boundaries.lengths_k is not None:
+        lengths = zip(boundaries.lengths, boundaries.lengths_k, strict=True)
+        for at, (queries, keys) in enumerate(lengths):
+            _check_tile_start(queries, keys, f" in sequence {at}", problem.config)
+
+
+def _check_tile_start(queries: int, keys: int, where: str, config: NSAConfig):
+    if config.selection == "token" or queries == keys or queries == 0:
+        return
+    if (keys - queries) % config.q_tile_size:
+        raise ValueError(
+            "q must start at a multiple of q_tile_size with selection='tile': q_tile_size is "
+            f"{config.q_tile_size}, got {queries} queries after {keys - queries} of {keys} keys"
+            f"{where}; cut sequences at multiples of q_tile_size, or use selection='token'"
+        )
 
 
 def _named_branches(name: str, x: tuple) -> list[tuple[str, Tensor]]:
@@ -154,9 +204,9 @@ WIDE_SELECTION = 1 << 16
 
 def check_selection_width(boundaries: Boundaries | None, problem: Problem):
     """Check that rows of ``num_selected_blocks`` slots are not far longer than a sequence."""
-    longest = problem.leading[-1] if boundaries is None else boundaries.max_seqlen
+    longest = problem.leading_k[-1] if boundaries is None else boundaries.max_seqlen_k
     if longest is None or torch.compiler.is_compiling():
-        longest = problem.leading[-1]
+        longest = problem.leading_k[-1]
     count, most = problem.config.num_selected_blocks, num_selection_blocks(longest, problem.config)
     if count > max(WIDE_SELECTION, most):
         raise ValueError(
@@ -200,17 +250,17 @@ def check_compression(
     for i, (x, dim) in enumerate(zip(compressed_kv, dims, strict=True)):
         name = f"compressed_kv[{i}]"
         if boundaries is None:
-            batch, length = problem.leading
+            batch, length = problem.leading_k
             counts: tuple[int, ...] = (batch, num_compressed_blocks(length, problem.config))
-        elif boundaries.lengths is not None:
-            counts = (sum(num_compressed_blocks(n, problem.config) for n in boundaries.lengths),)
+        elif boundaries.lengths_k is not None:
+            counts = (sum(num_compressed_blocks(n, problem.config) for n in boundaries.lengths_k),)
         else:
             _check_kind(name, x, q)
             counts = tuple(x.shape[:1])
         check_tensor(name, x, q, (*counts, problem.num_kv_heads, dim))
     if boundaries is not None and not torch.compiler.is_compiling():
         (blocks, *_), (others, *_) = (x.shape for x in compressed_kv)
-        most = problem.leading[0] // problem.config.compress_stride
+        most = problem.leading_k[0] // problem.config.compress_stride
         if blocks != others or blocks > most:
             raise ValueError(
                 f"compressed_kv must have as many blocks of keys as of values, at most {most}, got "
@@ -273,16 +323,16 @@ def _check_block_values(indices: Tensor, boundaries: Boundaries | None, problem:
     config = problem.config
     count: int | Tensor
     if boundaries is None:
-        most = count = num_selection_blocks(problem.leading[1], config)
-    elif boundaries.lengths is None:
-        longest = boundaries.max_seqlen
-        longest = problem.leading[0] if longest is None else longest
+        most = count = num_selection_blocks(problem.leading_k[1], config)
+    elif boundaries.lengths is None or boundaries.lengths_k is None:
+        longest = boundaries.max_seqlen_k
+        longest = problem.leading_k[0] if longest is None else longest
         most = count = num_selection_blocks(longest, config)
     else:
         lengths = boundaries.lengths
         token = config.selection == "token"
         units = lengths if token else [num_query_tiles(n, config) for n in lengths]
-        blocks = [num_selection_blocks(n, config) for n in lengths]
+        blocks = [num_selection_blocks(n, config) for n in boundaries.lengths_k]
         most = max(blocks, default=0)
         each = torch.repeat_interleave(*(torch.tensor(x, device="cpu") for x in (blocks, units)))
         count = each.to(indices.device)[(..., None, None) if token else (..., None)]

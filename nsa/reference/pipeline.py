@@ -35,7 +35,7 @@ def forward(
 ) -> Tensor:
     """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch."""
     with without_autocast(q.device):
-        geometry = _geometry(q, boundaries, config)
+        geometry = _geometry(q, k[0], boundaries, config)
         tokens = _flatten(q)
         k_cmp_in, k_slc, k_win = (_flatten(x) for x in k)
         v_cmp_in, v_slc, v_win = (_flatten(x) for x in v)
@@ -74,7 +74,7 @@ def select_blocks(
 ) -> Tensor:
     """See :func:`nsa.select_blocks`. Arguments are checked; ``k`` is the compressed branch's."""
     with without_autocast(q.device):
-        geometry = _geometry(q, boundaries, config)
+        geometry = _geometry(q, k, boundaries, config)
         if compressed_kv is None:
             k_cmp = compress(_flatten(k), compress_k_weight, geometry)
         else:
@@ -83,8 +83,10 @@ def select_blocks(
         return _unflatten_indices(indices, q, config)
 
 
-def _geometry(q: Tensor, boundaries: Boundaries | None, config: NSAConfig) -> Geometry:
-    return Geometry.of(q, None if boundaries is None else boundaries.cu_seqlens, config)
+def _geometry(q: Tensor, k: Tensor, boundaries: Boundaries | None, config: NSAConfig) -> Geometry:
+    if boundaries is None:
+        return Geometry.of(q, k, config)
+    return Geometry.of(q, k, config, boundaries.cu_seqlens, boundaries.cu_seqlens_k)
 
 
 def _flatten(x: Tensor) -> Tensor:
