@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import (
+    most_completed_blocks,
     most_query_tiles,
     num_compressed_blocks,
     num_query_tiles,
@@ -225,9 +226,19 @@ def check_gates(gates, gate_proj_weight, q: Tensor, problem: Problem):
 
 
 def check_compression(
-    k_weight, v_weight, compressed_kv, boundaries: Boundaries | None, q: Tensor, problem: Problem
+    k_weight,
+    v_weight,
+    compressed_kv,
+    boundaries: Boundaries | None,
+    q: Tensor,
+    problem: Problem,
+    *,
+    cached: bool = False,
 ):
-    """Check the compress weights ``(H_kv, D, D)``, or the caller's compressed keys and values."""
+    """Check the compress weights ``(H_kv, D, D)``, or the caller's compressed keys and values.
+
+    With a cache, these have ``ceil(new / d)`` entries a sequence.
+    """
     weights = (
         ("compress_k_weight", k_weight, problem.head_dim),
         ("compress_v_weight", v_weight, problem.value_dim),
@@ -246,14 +257,15 @@ def check_compression(
         )
     if len(compressed_kv) != 2:
         raise ValueError(f"compressed_kv must be (k_cmp, v_cmp), got {len(compressed_kv)} entries")
+    count_blocks = most_completed_blocks if cached else num_compressed_blocks
     dims = (problem.head_dim, problem.value_dim)
     for i, (x, dim) in enumerate(zip(compressed_kv, dims, strict=True)):
         name = f"compressed_kv[{i}]"
         if boundaries is None:
             batch, length = problem.leading_k
-            counts: tuple[int, ...] = (batch, num_compressed_blocks(length, problem.config))
+            counts: tuple[int, ...] = (batch, count_blocks(length, problem.config))
         elif boundaries.lengths_k is not None:
-            counts = (sum(num_compressed_blocks(n, problem.config) for n in boundaries.lengths_k),)
+            counts = (sum(count_blocks(n, problem.config) for n in boundaries.lengths_k),)
         else:
             _check_kind(name, x, q)
             counts = tuple(x.shape[:1])
@@ -261,6 +273,7 @@ def check_compression(
     if boundaries is not None and not torch.compiler.is_compiling():
         (blocks, *_), (others, *_) = (x.shape for x in compressed_kv)
         most = problem.leading_k[0] // problem.config.compress_stride
+        most += boundaries.cu_seqlens.shape[0] - 1 if cached else 0
         if blocks != others or blocks > most:
             raise ValueError(
                 f"compressed_kv must have as many blocks of keys as of values, at most {most}, got "
@@ -272,6 +285,18 @@ def check_block_indices(indices, boundaries: Boundaries | None, q: Tensor, probl
     """Check the caller's selection: shape, int32, range, ascending with -1 at the end."""
     if indices is None:
         return
+    check_block_kind(indices, q)
+    shape = _block_indices_shape(boundaries, problem)
+    if tuple(indices.shape) != shape and not _has_unknown_tiles(indices, boundaries, problem):
+        raise ValueError(
+            f"block_indices must have shape {shape} with selection="
+            f"{problem.config.selection!r}, got {tuple(indices.shape)}"
+        )
+    check_block_values(indices, *_block_counts(indices, boundaries, problem))
+
+
+def check_block_kind(indices, q: Tensor):
+    """Check that the caller's selection is an int32 tensor on the device of q."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"block_indices must be an int32 tensor, got {type(indices).__name__}")
     if indices.dtype != torch.int32:
@@ -280,14 +305,6 @@ def check_block_indices(indices, boundaries: Boundaries | None, q: Tensor, probl
         raise ValueError(
             f"block_indices must be on the device of q, {q.device}, got {indices.device}"
         )
-    shape = _block_indices_shape(boundaries, problem)
-    if tuple(indices.shape) != shape and not _has_unknown_tiles(indices, boundaries, problem):
-        raise ValueError(
-            f"block_indices must have shape {shape} with selection="
-            f"{problem.config.selection!r}, got {tuple(indices.shape)}"
-        )
-    if indices.numel() and has_readable_values(indices):
-        _check_block_values(indices, boundaries, problem)
 
 
 def _block_indices_shape(boundaries: Boundaries | None, problem: Problem) -> tuple[int, ...]:
@@ -319,23 +336,35 @@ def _has_unknown_tiles(indices: Tensor, boundaries: Boundaries | None, problem: 
     return torch.compiler.is_compiling() or indices.shape[1] <= most
 
 
-def _check_block_values(indices: Tensor, boundaries: Boundaries | None, problem: Problem):
+def _block_counts(
+    indices: Tensor, boundaries: Boundaries | None, problem: Problem
+) -> tuple[int | Tensor, int]:
+    """Blocks that each row of ``indices`` may name, and the largest such number."""
     config = problem.config
-    count: int | Tensor
     if boundaries is None:
-        most = count = num_selection_blocks(problem.leading_k[1], config)
-    elif boundaries.lengths is None or boundaries.lengths_k is None:
+        most = num_selection_blocks(problem.leading_k[1], config)
+        return most, most
+    if boundaries.lengths is None or boundaries.lengths_k is None:
         longest = boundaries.max_seqlen_k
         longest = problem.leading_k[0] if longest is None else longest
-        most = count = num_selection_blocks(longest, config)
-    else:
-        lengths = boundaries.lengths
-        token = config.selection == "token"
-        units = lengths if token else [num_query_tiles(n, config) for n in lengths]
-        blocks = [num_selection_blocks(n, config) for n in boundaries.lengths_k]
-        most = max(blocks, default=0)
-        each = torch.repeat_interleave(*(torch.tensor(x, device="cpu") for x in (blocks, units)))
-        count = each.to(indices.device)[(..., None, None) if token else (..., None)]
+        most = num_selection_blocks(longest, config)
+        return most, most
+    lengths = boundaries.lengths
+    token = config.selection == "token"
+    units = lengths if token else [num_query_tiles(n, config) for n in lengths]
+    blocks = [num_selection_blocks(n, config) for n in boundaries.lengths_k]
+    each = torch.repeat_interleave(*(torch.tensor(x, device="cpu") for x in (blocks, units)))
+    count = each.to(indices.device)[(..., None, None) if token else (..., None)]
+    return count, max(blocks, default=0)
+
+
+def check_block_values(indices: Tensor, count: int | Tensor, most: int):
+    """Check that each row names blocks below ``count``, ascending with -1 at the end.
+
+    Nothing is checked where the host cannot read values.
+    """
+    if not indices.numel() or not has_readable_values(indices):
+        return
     outside = (indices < -1) | (indices >= count)
     before, after = indices[..., :-1], indices[..., 1:]
     descends = (after != -1) & ((after <= before) | (before == -1))

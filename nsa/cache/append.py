@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa.blocks import num_compressed_blocks
+from nsa.blocks import most_completed_blocks, num_compressed_blocks
 from nsa.cache.places import Places, write
 from nsa.cache.state import Cache, Pair
 from nsa.geometry import locate_items, prefix_sum
@@ -49,14 +49,20 @@ class NewTokens:
 
 
 def locate_new_tokens(
-    cache: Cache, offset: Tensor, total: int, counts: list[int] | None
+    cache: Cache,
+    offset: Tensor,
+    total: int,
+    counts: list[int] | None,
+    num_candidates: int | None = None,
 ) -> NewTokens:
     """Where ``total`` new tokens go.
 
     Args:
         offset: int64 ``(B + 1,)``, the first new token of each sequence, then the end of the last;
             tokens past it belong to no sequence.
-        counts: ``offset.diff()``, if the host knows it. Otherwise candidates get an upper bound.
+        counts: ``offset.diff()``, if the host knows it.
+        num_candidates: at least the candidates of all sequences; by default their number if
+            ``counts`` is known, else an upper bound.
     """
     config = cache.config
     start, count = cache.lengths.long(), offset.diff()
@@ -68,14 +74,13 @@ def locate_new_tokens(
     stored = count.scatter_reduce(0, sequence, lost, reduce="amin")
     places = places._replace(valid=places.valid & (local < stored[sequence]))
     end = start + stored
-    stride = config.compress_stride
-    if counts is not None:
-        num_candidates = sum(-(-n // stride) for n in counts)
-    else:
-        num_candidates = min(total, total // stride + cache.batch_size)
     if config.compress_block_size > cache.max_length:
         num_candidates = 0
-    candidates = prefix_sum(-(-count // stride))
+    elif num_candidates is None:
+        num_candidates = min(total, total // config.compress_stride + cache.batch_size)
+        if counts is not None:
+            num_candidates = sum(most_completed_blocks(n, config) for n in counts)
+    candidates = prefix_sum(most_completed_blocks(count, config))
     block_sequence, nth = locate_items(candidates, num_candidates)
     block = num_compressed_blocks(start, config)[block_sequence] + nth
     completed = block < num_compressed_blocks(end, config)[block_sequence]
@@ -85,51 +90,47 @@ def locate_new_tokens(
     )
 
 
-def candidate_tokens(cache: Cache, tokens: NewTokens, new: Pair) -> tuple[Pair, Tensor]:
-    """Keys and values of the tokens of each candidate, from the cache or the new ones.
+def candidate_tokens(cache: Cache, tokens: NewTokens, kind: int, new: Tensor) -> Tensor:
+    """Keys or values of the tokens of each candidate, from the cache or the new ones.
 
     Args:
-        new: the compressed branch's new keys ``(T, H_kv, D)`` and values ``(T, H_kv, Dv)``.
+        kind: 0 for keys, 1 for values.
+        new: those of the compressed branch's new tokens, ``(T, H_kv, C)``.
 
     Returns:
-        ``((M, l, H_kv, D), (M, l, H_kv, Dv))``, any values where a candidate is not completed; and
-        which of these tokens come from the cache, bool ``(M, l)``.
+        ``(M, l, H_kv, C)``, any values where a candidate is not completed.
     """
-    config, sequence = cache.config, tokens.block_sequence[:, None]
-    size = config.compress_block_size if tokens.num_candidates else 0
-    within = torch.arange(size, device=tokens.block.device)
-    position = tokens.block[:, None] * config.compress_stride + within
-    local = position - tokens.start[sequence]
-    old = local < 0
-    row = (tokens.offset[sequence] + local.clamp(min=0)).clamp(max=max(0, new[0].shape[0] - 1))
+    position, old = candidate_positions(cache, tokens)
+    sequence = tokens.block_sequence[:, None].expand_as(position)
+    row = tokens.offset[sequence] + position - tokens.start[sequence]
+    row = row.clamp(min=0, max=max(0, new.shape[0] - 1))
     if cache.open_rings is None:
-        stores = cache.k_pages, cache.v_pages
-        places = cache.token_places(sequence.expand_as(position), position)
+        store = (cache.k_pages, cache.v_pages)[kind]
+        places = cache.token_places(sequence, position)
     else:
-        stores = cache.open_rings
-        places = cache.open_places(sequence.expand_as(position), position)
-    k, v = (
-        torch.where(old[..., None, None], places.read(store), x[row])
-        for store, x in zip(stores, new, strict=True)
-    )
-    return (k, v), old
+        store, places = cache.open_rings[kind], cache.open_places(sequence, position)
+    return torch.where(old[..., None, None], places.read(store), new[row])
+
+
+def candidate_positions(cache: Cache, tokens: NewTokens) -> tuple[Tensor, Tensor]:
+    """Positions of the tokens of each candidate, int64 ``(M, l)``; which the cache has, bool."""
+    size = cache.config.compress_block_size if tokens.num_candidates else 0
+    within = torch.arange(size, device=tokens.block.device)
+    position = tokens.block[:, None] * cache.config.compress_stride + within
+    return position, position < tokens.start[tokens.block_sequence, None]
 
 
 def compress_candidates(
-    cache: Cache, tokens: NewTokens, new: Pair, k_weight: Tensor | None, v_weight: Tensor | None
-) -> Pair:
-    """Means of the tokens of each candidate, then ``@ weight[kv]`` where given.
+    cache: Cache, tokens: NewTokens, kind: int, new: Tensor, weight: Tensor | None
+) -> Tensor:
+    """Mean of the tokens of each candidate, then ``@ weight[kv]`` where given.
 
-    Arguments as in :func:`candidate_tokens`; weights are ``(H_kv, D, D)`` and ``(H_kv, Dv, Dv)``.
+    Arguments as in :func:`candidate_tokens`; ``weight`` is ``(H_kv, C, C)``.
 
     Returns:
-        ``(M, H_kv, D)`` and ``(M, H_kv, Dv)``.
+        ``(M, H_kv, C)``.
     """
-    (k, v), _ = candidate_tokens(cache, tokens, new)
-    return _compress(k, k_weight), _compress(v, v_weight)
-
-
-def _compress(x: Tensor, weight: Tensor | None) -> Tensor:
+    x = candidate_tokens(cache, tokens, kind, new)
     # Add token by token, so that a block does not depend on the call that completes it, and equal
     # blocks stay equal.
     total = x.new_zeros(x.shape[0], *x.shape[2:], dtype=accumulation_dtype(x.dtype))
