@@ -35,30 +35,63 @@ def forward(
 ) -> Tensor:
     """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch."""
     with without_autocast(q.device):
-        geometry = _geometry(q, k[0], boundaries, config)
-        tokens = _flatten(q)
-        k_cmp_in, k_slc, k_win = (_flatten(x) for x in k)
-        v_cmp_in, v_slc, v_win = (_flatten(x) for x in v)
-        if compressed_kv is None:
-            k_cmp = compress(k_cmp_in, compress_k_weight, geometry)
-            v_cmp = compress(v_cmp_in, compress_v_weight, geometry)
-        else:
-            k_cmp, v_cmp = (_given_compressed(x, geometry) for x in compressed_kv)
-        if block_indices is None:
-            indices = _select_blocks(tokens, k_cmp, geometry)
-        else:
-            # A copy, because the caller may overwrite the original before the backward.
-            indices = _flatten_indices(block_indices.clone(), config)
-        sparse = config.num_cmp_selected_blocks is not None
-        groups = select_groups(tokens, k_cmp, geometry) if sparse else None
-        branches = (
-            compressed_attention(tokens, k_cmp, v_cmp, groups, geometry),
-            selected_attention(tokens, k_slc, v_slc, indices, geometry),
-            window_attention(tokens, k_win, v_win, geometry),
+        out = attend(
+            _flatten(q),
+            _flatten_branches(k),
+            _flatten_branches(v),
+            _geometry(q, k[0], boundaries, config),
+            gate_proj_weight=gate_proj_weight,
+            gates=None if gates is None else _flatten(gates),
+            compress_weights=(compress_k_weight, compress_v_weight),
+            compressed_kv=compressed_kv,
+            indices=None if block_indices is None else _flatten_indices(block_indices, config),
         )
-        gates = None if gates is None else _flatten(gates)
-        out = combine_branches(branches, tokens, gates, gate_proj_weight)
         return out.reshape(*q.shape[:-1], out.shape[-1])
+
+
+def attend(
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    geometry: Geometry,
+    *,
+    gate_proj_weight: Tensor | None = None,
+    gates: Tensor | None = None,
+    compress_weights: tuple[Tensor | None, Tensor | None] = (None, None),
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """All stages, for flat tensors and queries at any positions.
+
+    Args:
+        q: ``(T, H, D)``.
+        k, v: a tensor per branch, ``(Tk, H_kv, D)`` and ``(Tk, H_kv, Dv)``.
+        geometry: where the ``T`` queries and the ``Tk`` keys lie.
+        gate_proj_weight: ``(H, 3, D)``.
+        gates: ``(T, H, 3)``.
+        compress_weights: ``(H_kv, D, D)`` for keys and ``(H_kv, Dv, Dv)`` for values.
+        compressed_kv: ``(sum of N_cmp, H_kv, D)`` and ``(sum of N_cmp, H_kv, Dv)``, batched or not.
+        indices: blocks to attend, ``(T, H_kv, n)`` or ``(tiles, H, n)``.
+
+    Returns:
+        ``(T, H, Dv)``.
+    """
+    (k_cmp_in, k_slc, k_win), (v_cmp_in, v_slc, v_win) = k, v
+    if compressed_kv is None:
+        k_cmp = compress(k_cmp_in, compress_weights[0], geometry)
+        v_cmp = compress(v_cmp_in, compress_weights[1], geometry)
+    else:
+        k_cmp, v_cmp = (_given_compressed(x, geometry) for x in compressed_kv)
+    if indices is None:
+        indices = _select_blocks(q, k_cmp, geometry)
+    sparse = geometry.config.num_cmp_selected_blocks is not None
+    groups = select_groups(q, k_cmp, geometry) if sparse else None
+    branches = (
+        compressed_attention(q, k_cmp, v_cmp, groups, geometry),
+        selected_attention(q, k_slc, v_slc, indices, geometry),
+        window_attention(q, k_win, v_win, geometry),
+    )
+    return combine_branches(branches, q, gates, gate_proj_weight)
 
 
 @torch.compiler.disable(reason="nsa's reference reads lengths on the host")
@@ -94,6 +127,11 @@ def _flatten(x: Tensor) -> Tensor:
     return x.flatten(0, 1) if x.ndim == 4 else x
 
 
+def _flatten_branches(x: Branches) -> Branches:
+    first, second, third = map(_flatten, x)
+    return first, second, third
+
+
 def _given_compressed(x: Tensor, geometry: Geometry) -> Tensor:
     """The caller's compressed keys or values, ``(sum of N_cmp, H_kv, D)``.
 
@@ -103,7 +141,11 @@ def _given_compressed(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _flatten_indices(indices: Tensor, config: NSAConfig) -> Tensor:
-    """The caller's ``block_indices`` as ``(T, H_kv, n)`` or ``(tiles, H, n)``."""
+    """The caller's ``block_indices`` as ``(T, H_kv, n)`` or ``(tiles, H, n)``.
+
+    They are a copy, because the caller may overwrite the original before the backward.
+    """
+    indices = indices.clone()
     if config.selection == "token":
         return _flatten(indices)
     return indices.transpose(-3, -2).flatten(0, -3)
