@@ -146,7 +146,7 @@ def forward(
         compressed_kv=call.compressed_kv,
         block_indices=block_indices,
         boundaries=call.boundaries,
-        cache=cache,
+        **_cache_argument(cache),
         max_workspace_bytes=max_workspace_bytes,
     )
 
@@ -223,7 +223,7 @@ def select_blocks(
         compress_k_weight=compress_k_weight,
         compressed_kv=compressed_kv,
         boundaries=boundaries,
-        cache=cache,
+        **_cache_argument(cache),
     )
 
 
@@ -359,6 +359,11 @@ def _check_call(
         compressed_kv=compressed_kv,
         boundaries=boundaries,
     )
+
+
+def _cache_argument(cache: Cache | None) -> dict[str, Cache]:
+    """The argument for a backend; only the reference takes a cache."""
+    return {} if cache is None else {"cache": cache}
 
 
 def _check_backend(backend) -> str:

@@ -164,14 +164,13 @@ def append(
     write(cache.k_cmp_pages, places, compressed[0])
     write(cache.v_cmp_pages, places, compressed[1])
     left = tokens.end[sequence] - position
-    for rings, places, branch in (
-        (cache.open_rings, cache.open_places, 0),
-        (cache.window_rings, cache.window_places, 2),
+    for rings, at, branch in (
+        (cache.open_rings, cache.open_places(sequence, position), 0),
+        (cache.window_rings, cache.window_places(sequence, position), 2),
     ):
         if rings is not None:
-            # Older tokens of a long call would be overwritten at once.
-            last = stored & (left <= rings[0].shape[1])
-            at = places(sequence, position)._replace(valid=last)
+            # A ring holds the last tokens only, so each slot is written once.
+            at = at._replace(valid=stored & (left <= rings[0].shape[1]))
             write(rings[0], at, k[branch])
             write(rings[1], at, v[branch])
     dropped = tokens.end < tokens.start + tokens.offset.diff()

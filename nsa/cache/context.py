@@ -13,7 +13,7 @@ from nsa.blocks import num_compressed_blocks
 from nsa.cache.append import NewTokens, locate_new_tokens
 from nsa.cache.places import Places
 from nsa.cache.state import Cache, Pair
-from nsa.geometry import Segments, prefix_sum, locate_items
+from nsa.geometry import Segments, prefix_sum
 from nsa.packing import Boundaries
 
 
@@ -140,4 +140,6 @@ def _join(
 
 def _check_pages(valid: Tensor, old: Tensor):
     if bool((old & ~valid).any()):
-        raise ValueError("page_table must name a page for each token of lengths, got a token without one")
+        raise ValueError(
+            "page_table must name a page for each token of lengths, got a token without one"
+        )

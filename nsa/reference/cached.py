@@ -11,13 +11,11 @@ from nsa.cache.context import (
     check_all_stored,
     gather_compressed,
     gather_context,
-    locate_in_cache,
     segments_of,
 )
 from nsa.cache.state import Cache, Pair
 from nsa.config import NSAConfig
 from nsa.geometry import Geometry, QuerySegments, Segments
-from nsa.packing import Boundaries
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
 from nsa.reference.gating import combine_branches
 from nsa.reference.selection import select_blocks

@@ -1,14 +1,19 @@
 """The stages of Native Sparse Attention: compress, select, attend in three branches, gate."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nsa.blocks import num_query_tiles
+from nsa.cache import Cache
+from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
 from nsa.geometry import Geometry
 from nsa.packing import Boundaries
 from nsa.precision import without_autocast
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
+from nsa.reference.cached import attend_cached, select_cached
 from nsa.reference.compression import compress
 from nsa.reference.gating import combine_branches
 from nsa.reference.selection import select_blocks as _select_blocks
@@ -31,21 +36,34 @@ def forward(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     boundaries: Boundaries | None = None,
+    cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch."""
     with without_autocast(q.device):
-        out = attend(
-            _flatten(q),
-            _flatten_branches(k),
-            _flatten_branches(v),
-            _geometry(q, k[0], boundaries, config),
+        inputs = _flatten(q), _flatten_branches(k), _flatten_branches(v)
+        weights: dict[str, Any] = dict(
             gate_proj_weight=gate_proj_weight,
             gates=None if gates is None else _flatten(gates),
             compress_weights=(compress_k_weight, compress_v_weight),
-            compressed_kv=compressed_kv,
-            indices=None if block_indices is None else _flatten_indices(block_indices, config),
         )
+        if cache is not None:
+            out = attend_cached(
+                *inputs,
+                cache,
+                locate_in_cache(cache, q, boundaries, compressed_kv),
+                compressed_kv=_flatten_pair(compressed_kv),
+                block_indices=block_indices,
+                **weights,
+            )
+        else:
+            out = attend(
+                *inputs,
+                _geometry(q, k[0], boundaries, config),
+                compressed_kv=compressed_kv,
+                indices=None if block_indices is None else _flatten_indices(block_indices, config),
+                **weights,
+            )
         return out.reshape(*q.shape[:-1], out.shape[-1])
 
 
@@ -104,9 +122,14 @@ def select_blocks(
     compress_k_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     boundaries: Boundaries | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`. Arguments are checked; ``k`` is the compressed branch's."""
     with without_autocast(q.device):
+        if cache is not None:
+            tokens = locate_in_cache(cache, q, boundaries, compressed_kv)
+            pair = _flatten_pair(compressed_kv)
+            return select_cached(q, _flatten(k), cache, tokens, compress_k_weight, pair)
         geometry = _geometry(q, k, boundaries, config)
         if compressed_kv is None:
             k_cmp = compress(_flatten(k), compress_k_weight, geometry)
@@ -130,6 +153,10 @@ def _flatten(x: Tensor) -> Tensor:
 def _flatten_branches(x: Branches) -> Branches:
     first, second, third = map(_flatten, x)
     return first, second, third
+
+
+def _flatten_pair(x: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    return None if x is None else (_flatten(x[0]), _flatten(x[1]))
 
 
 def _given_compressed(x: Tensor, geometry: Geometry) -> Tensor:

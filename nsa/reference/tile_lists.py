@@ -90,6 +90,7 @@ def select_lists(q: Tensor, cache: Cache, tokens: NewTokens, new_k_cmp: Tensor) 
         new_k_cmp: compressed keys of the candidates, ``(M, H_kv, D)``.
     """
     cache.use_num_heads(q.shape[1])
+    assert cache.block_lists is not None
     config, size = cache.config, cache.config.q_tile_size
     first = tokens.start // size
     past = torch.where(tokens.end > tokens.start, -(-tokens.end // size), first)
