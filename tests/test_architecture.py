@@ -105,7 +105,7 @@ LAYERS = [
     {"cache"},
     {"reference", "fused"},
     {"dispatch"},
-    {"linears"},
+    {"linears", "cached_layer"},
     {"layers"},
     {"__init__"},
 ]
