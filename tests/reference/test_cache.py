@@ -1,11 +1,7 @@
 """Decoding with a cache on the reference: any split of sequences equals one call."""
 
-import pytest
-import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import nsa
 from tests.helpers.decoding import assert_decodes, decodable, decodings
 from tests.helpers.profiles import examples
 
