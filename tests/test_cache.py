@@ -9,7 +9,7 @@ import torch
 import nsa
 from nsa.cache.append import append, compress_candidates, locate_new_tokens
 from nsa.testing import make_cu_seqlens, make_inputs
-from tests.helpers.decoding import CLOSE
+from tests.helpers.decoding import CLOSE, assert_same_contents, contents
 from tests.helpers.small_configs import SMALL
 
 F64 = torch.float64
@@ -37,30 +37,6 @@ def feed(cache, tensors, start, stop):
     return nsa.forward(*(cut(x, start, stop) for x in tensors), cache=cache, backend="reference")
 
 
-def contents(cache) -> list[torch.Tensor]:
-    """Keys, values and compressed ones of each sequence, by position."""
-    found = []
-    for b, length in enumerate(cache.lengths.tolist()):
-        sequence = torch.full((length,), b)
-        places = cache.token_places(sequence, torch.arange(length))
-        blocks = torch.arange(nsa.blocks.num_compressed_blocks(length, cache.config))
-        compressed = cache.block_places(torch.full_like(blocks, b), blocks)
-        found += [places.read(cache.k_pages), places.read(cache.v_pages)]
-        found += [compressed.read(cache.k_cmp_pages), compressed.read(cache.v_cmp_pages)]
-        for rings, of, reach in (
-            (cache.window_rings, cache.window_places, cache.config.window_size),
-            (cache.open_rings, cache.open_places, cache.config.compress_block_size),
-        ):
-            if rings is not None:
-                last = torch.arange(max(0, length - reach + 1), length)
-                found += [of(torch.full_like(last, b), last).read(x) for x in rings]
-        for lists in (cache.block_lists, cache.group_lists):
-            if lists is not None and length:
-                tile = torch.tensor((length - 1) // cache.config.q_tile_size)
-                found.append(lists[b, cache.list_slot(tile)])
-    return found
-
-
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("name", SMALL)
 def test_steps_and_one_prompt_leave_the_same_bytes(name, separate):
@@ -76,9 +52,7 @@ def test_steps_and_one_prompt_leave_the_same_bytes(name, separate):
         feed(steps, tensors, start, start + size)
         start += size
     assert start == 90
-    expected, actual = contents(prompt), contents(steps)
-    assert len(expected) == len(actual)
-    assert all(torch.equal(x, y) for x, y in zip(expected, actual, strict=True))
+    assert_same_contents(steps, prompt, atol=0)
 
 
 @pytest.mark.parametrize("separate", [False, True])
