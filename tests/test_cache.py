@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import nsa
-from nsa.cache.append import append, compress_candidates, locate_new_tokens
+from nsa.cache.places import write
 from nsa.testing import make_cu_seqlens, make_inputs
-from tests.helpers.decoding import CLOSE, assert_same_contents, contents
+from tests.helpers.decoding import CLOSE, append_on_device, assert_same_contents, contents
 from tests.helpers.small_configs import SMALL
 
 F64 = torch.float64
@@ -37,9 +37,21 @@ def feed(cache, tensors, start, stop):
     return nsa.forward(*(cut(x, start, stop) for x in tensors), cache=cache, backend="reference")
 
 
+@pytest.fixture
+def unique_places(monkeypatch):
+    """Writes to one place twice in a call would come in any order on a GPU."""
+
+    def checked(store, places, values):
+        pairs = torch.stack((places.outer, places.inner))[:, places.valid]
+        assert pairs.unique(dim=1).shape == pairs.shape
+        write(store, places, values)
+
+    monkeypatch.setattr("nsa.cache.append.write", checked)
+
+
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("name", SMALL)
-def test_steps_and_one_prompt_leave_the_same_bytes(name, separate):
+def test_steps_and_one_prompt_leave_the_same_bytes(name, separate, unique_places):
     config = SMALL[name]
     tensors = inputs(2, 90, separate=separate)
     prompt, steps = (make_cache(config, separate=separate) for _ in range(2))
@@ -267,6 +279,17 @@ def test_pages_that_the_table_lacks_are_seen():
         feed(cache, inputs(1, 1), 0, 1)
 
 
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_appending_reads_nothing_on_the_host(name, separate):
+    """A tensor on the meta device has no values to read."""
+    cache = make_cache(SMALL[name], separate=separate, device="meta")
+    _, k, v = (x.to("meta") for x in inputs(16))
+    append_on_device(cache, k, v, torch.empty(3, dtype=torch.int64, device="meta"))
+    cache.truncate(torch.empty(2, dtype=torch.int32, device="meta"))
+    cache.reorder(torch.empty(2, dtype=torch.int64, device="meta"))
+
+
 @pytest.mark.parametrize("limit", ["max_length", "page_table"])
 def test_without_the_host_tokens_without_a_place_are_dropped(limit):
     """What a CUDA graph does, where no error can be raised."""
@@ -280,11 +303,7 @@ def test_without_the_host_tokens_without_a_place_are_dropped(limit):
         cache.advance(torch.tensor([0, 8]), None)
     _, k, v = inputs(27)
     bounds = torch.tensor([0, 15, 25])  # the last two tokens belong to no sequence
-    tokens = locate_new_tokens(cache, bounds, 27, None)
-    compressed = tuple(
-        compress_candidates(cache, tokens, kind, x, None) for kind, x in enumerate((k, v))
-    )
-    append(cache, tokens, (k, k, k), (v, v, v), compressed)
+    append_on_device(cache, k, v, bounds)
     expected = [15, 16] if limit == "max_length" else [15, 8]
     assert cache.lengths.tolist() == expected
     assert bool(cache.overflowed)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import nsa
 from nsa.blocks import num_compressed_blocks, num_selection_blocks
+from nsa.cache.append import append, compress_candidates, locate_new_tokens
 from nsa.testing import make_cu_seqlens
 from tests.helpers.strategies import Problem, problems
 
@@ -302,3 +303,12 @@ def assert_same_contents(actual: nsa.Cache, expected: nsa.Cache, atol: float = 1
     assert torch.equal(actual.lengths, expected.lengths)
     for x, y in zip(contents(actual), contents(expected), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=atol)
+
+
+def append_on_device(cache: nsa.Cache, k: Tensor, v: Tensor, bounds: Tensor):
+    """Append tokens without the host: ``k`` and ``v`` packed, boundaries int64."""
+    tokens = locate_new_tokens(cache, bounds, k.shape[0], None)
+    compressed = tuple(
+        compress_candidates(cache, tokens, kind, x, None) for kind, x in enumerate((k, v))
+    )
+    append(cache, tokens, (k, k, k), (v, v, v), compressed)
