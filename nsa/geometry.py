@@ -182,11 +182,16 @@ class QuerySegments:
         """Position of the first query of each ``segment``; an int if all have the same."""
         return self.first if isinstance(self.first, int) else self.first[segment]
 
-    def position_of(self, index, segment: Tensor):
-        """Position of the query that has ``index`` in ``segment``: index and result may be ints."""
-        if isinstance(self.first, int) and self.first == 0:
-            return index
-        return index + self.first_of(segment)
+    @property
+    def from_start(self) -> bool:
+        """Whether every segment is known to start at position 0."""
+        return isinstance(self.first, int) and self.first == 0
+
+    def positions(self, local: Tensor, segment: Tensor) -> Tensor:
+        """The position of the query ``local`` of each ``segment``, counted from its first one."""
+        if self.from_start:
+            return local
+        return local + self.first_of(segment)
 
     def sequence_of(self, segment: Tensor) -> Tensor:
         """The sequence of keys of each ``segment``."""
@@ -195,7 +200,7 @@ class QuerySegments:
     @cached_property
     def position(self) -> Tensor:
         """Each query's position in its sequence, int64 ``(T,)``."""
-        return self.position_of(self.rows.local, self.rows.owner)
+        return self.positions(self.rows.local, self.rows.owner)
 
     @cached_property
     def owner(self) -> Tensor:
@@ -331,7 +336,7 @@ class Geometry:
     def tile_first(self) -> Tensor:
         """Position of each tile's first query in its sequence, int64 ``(tiles,)``."""
         first = self.tiles.local * self.config.q_tile_size
-        return self.queries.position_of(first, self.tiles.owner)
+        return self.queries.positions(first, self.tiles.owner)
 
     @cached_property
     def tile_end(self) -> Tensor:
@@ -342,8 +347,10 @@ class Geometry:
     def tile_last(self) -> Tensor:
         """Position of each tile's last query in its sequence, int64 ``(tiles,)``."""
         segment = self.tiles.owner
-        last = self.queries.rows.count_of(segment) - 1
-        return self.tile_end.clamp(max=self.queries.position_of(last, segment))
+        end = self.queries.rows.count_of(segment)
+        if not self.queries.from_start:
+            end = end + self.queries.first_of(segment)
+        return self.tile_end.clamp(max=end - 1)
 
     @property
     def units(self) -> Segments:
