@@ -58,9 +58,10 @@ def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
 
 def decoding_limit(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> str | None:
     """The first limit that a call with a cache exceeds, or None."""
+    token = cache.config.selection == "token"
     return (
         prefill.unsupported_reason(q, cache)
-        or _token_limit(q, cache.v_pages, cache.config)
+        or (_token_limit(q, cache.v_pages, cache.config) if token else _tile_limit(cache.config))
         or _tensor_limit(q, cache.v_pages)
         or _device_limit(q)
         or fa4.version_problem()

@@ -47,7 +47,7 @@ def forward(
             k,
             v,
             cache=cache,
-            attend=forward,
+            backend=prefill.Backend(forward, select_blocks),
             gate_proj_weight=gate_proj_weight,
             gates=gates,
             compress_k_weight=compress_k_weight,
