@@ -107,6 +107,7 @@ LAYERS = [
     {"linears"},
     {"layers"},
     {"__init__"},
+    {"__main__"},
 ]
 """Modules and packages of nsa, those that import nothing of it first."""
 

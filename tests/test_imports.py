@@ -18,6 +18,8 @@ sys.meta_path.insert(0, Finder())
 """
 
 USE = """
+import runpy
+
 import torch
 import nsa
 
@@ -34,6 +36,7 @@ for config in (nsa.NSAConfig(), nsa.NSAConfig.paper()):
         pass
     else:
         raise AssertionError("the fused backend cannot have run")
+runpy.run_module("nsa", run_name="__main__")
 print("done")
 """
 
