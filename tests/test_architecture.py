@@ -105,7 +105,7 @@ LAYERS = [
     {"reference", "fused"},
     {"dispatch"},
     {"linears"},
-    {"layers"},
+    {"layers", "integrations"},
     {"__init__"},
     {"__main__"},
 ]
