@@ -105,7 +105,7 @@ LAYERS = [
     {"reference", "fused"},
     {"dispatch"},
     {"linears"},
-    {"layers", "integrations"},
+    {"layers", "integrations", "transformers"},
     {"__init__"},
     {"__main__"},
 ]

@@ -9,9 +9,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 BLOCK = """
 import sys
 
+PACKAGES = {"flash_attn", "cutlass", "triton", "quack", "tvm_ffi", "cuda", "transformers"}
+
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"flash_attn", "cutlass", "triton", "quack", "tvm_ffi", "cuda"}:
+        if name.split(".")[0] in PACKAGES:
             raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
 
 sys.meta_path.insert(0, Finder())
@@ -45,7 +47,7 @@ PRESENT = """
 import importlib.machinery
 import sys
 
-PACKAGES = {"flash_attn", "cutlass", "quack", "tvm_ffi"}
+PACKAGES = {"flash_attn", "cutlass", "quack", "tvm_ffi", "transformers"}
 asked = []
 
 class Finder:

@@ -81,6 +81,6 @@ def test_ci_tests_with_the_fused_extra():
     """A CPU runs tests of what calls its packages; CI fails where they cannot."""
     ci = (ROOT / ".ci" / "run").read_text()
     tests = ci.index("\nmake test\n")
-    assert ci.index("export EXTRAS=test,tools,lint,docs,release,fused") < tests
+    assert ci.index("export EXTRAS=test,tools,lint,docs,release,transformers,fused") < tests
     assert ci.index("export CI=true") < tests
     assert f"flash-attn-4=={fa4.WRITTEN_FOR}" in (ROOT / "pyproject.toml").read_text()
