@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in $(VENV), once.
 VENV ?= .venv
 PYTHON ?=
-EXTRAS ?= test,tools,lint,docs,release
+EXTRAS ?= test,tools,lint,docs,release,transformers
 OUTPUT ?= outputs/demo
 TOOL ?= memcheck racecheck
 PY := $(VENV)/bin/python

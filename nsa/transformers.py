@@ -79,7 +79,7 @@ class Sequences:
 
     Args:
         padding: bool ``(B, N)``, whether a token is one; None if all are.
-        packed: whether transformers found packed sequences.
+        packed: whether a mask hides a token from the next one, as between packed sequences.
     """
 
     def __init__(self, padding: Tensor | None = None, packed: bool = False):
@@ -115,8 +115,8 @@ class Sequences:
                 self.packing = Packing(bounds.int())
         if self.packed and self.packing is None:
             raise UnsupportedError(
-                "the mask is more than causal, and no position_ids (B, N) say why: nsa takes "
-                "padding masks and packed position_ids"
+                "the mask hides tokens from the next ones, and no position_ids (B, N) say why: nsa "
+                "takes padding masks and packed position_ids"
             )
 
 
@@ -144,8 +144,14 @@ def find_sequences(
         raise UnsupportedError(f"{kv_length} keys for {q_length} queries: {_NO_CACHE}")
     if local_size is not None:
         raise UnsupportedError(_window_message(local_size))
-    packed = not allow_is_causal_skip
-    if use_vmap or (packed and _sees_ahead(mask_function, batch_size, q_length, device)):
+    packed = ahead = False
+    if mask_function is not None and not allow_is_causal_skip and q_length > 1:
+        # The mask is more than causal, or transformers could not tell because it is compiled.
+        first = torch.arange(q_length - 1, device=device)[None]
+        entry = torch.arange(batch_size, device=device)[:, None]
+        ahead = bool(mask_function(entry, 0, first, first + 1).any())
+        packed = not bool(mask_function(entry, 0, first + 1, first).all())
+    if use_vmap or ahead:
         raise UnsupportedError(
             "the mask of this model is more than causal, padding and packed sequences, which nsa "
             "cannot do: use another attn_implementation"
@@ -241,15 +247,6 @@ def _boundaries(lengths: Tensor) -> Tensor:
     return pad(lengths.cumsum(0), (1, 0)).int()
 
 
-def _sees_ahead(mask_function: Any, batch: int, length: int, device: torch.device | None) -> bool:
-    """Whether the mask lets a token see the next one, as those of images in text do."""
-    if mask_function is None or length < 2:
-        return False
-    token = torch.arange(length - 1, device=device)[None]
-    entry = torch.arange(batch, device=device)[:, None]
-    return bool(mask_function(entry, 0, token, token + 1).any())
-
-
 def _window_message(size: int) -> str:
     return (
         f"sliding_window must be None with attn_implementation='nsa', got {size}: the window is "
@@ -266,7 +263,12 @@ def _nsa_config(module: nn.Module, scaling: float | None) -> NSAConfig:
             f"config.nsa must be a dict of the fields of NSAConfig, got {type(fields).__name__}; "
             "dataclasses.asdict makes one"
         )
-    return _make_config(tuple(sorted(fields.items())), scaling)
+    return _kept_config(tuple(sorted(fields.items())), scaling)
+
+
+@torch.compiler.assume_constant_result
+def _kept_config(fields: tuple[tuple[str, Hashable], ...], scaling: float | None) -> NSAConfig:
+    return _make_config(fields, scaling)
 
 
 @lru_cache(maxsize=64)

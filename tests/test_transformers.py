@@ -233,6 +233,18 @@ def test_a_cache_is_refused():
         model(ids[:, 40:], cache=first.cache)
 
 
+@torch.no_grad()  # with gradients, a graph break makes PyTorch warn of its own doing
+def test_a_compiled_model_gives_the_same_logits():
+    """transformers then cannot tell packed sequences from others, and hands on a mask of both."""
+    model, ids = make(model_config(num_hidden_layers=1)), tokens()
+    compiled = torch.compile(model, backend="eager")
+    positions = torch.cat([torch.arange(25), torch.arange(35)])[None]
+    for given in (None, positions):
+        torch.testing.assert_close(
+            logits(compiled, ids, position_ids=given), logits(model, ids, position_ids=given)
+        )
+
+
 def test_without_an_entry_the_default_configuration_holds():
     config, ids = model_config(), tokens()
     expected = make(model_config(fields=asdict(nsa.NSAConfig())))
@@ -307,6 +319,12 @@ def test_masks_of_models_with_images_are_refused():
         nsa_transformers.find_sequences(2, 9, 9, use_vmap=True)
     with pytest.raises(nsa.UnsupportedError, match="sliding_window must be None"):
         nsa_transformers.find_sequences(2, 9, 9, local_size=4)
-    found = nsa_transformers.find_sequences(2, 9, 9, allow_is_causal_skip=False)
+
+    def halves(entry, head, query, key):
+        return (query >= key) & (query // 5 == key // 5)
+
+    found = nsa_transformers.find_sequences(
+        2, 9, 9, mask_function=halves, allow_is_causal_skip=False
+    )
     with pytest.raises(nsa.UnsupportedError, match="no position_ids"):
         found.locate(torch.zeros(2, 9, 4, 16), None, None)
