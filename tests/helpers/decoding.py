@@ -237,6 +237,16 @@ class Feed:
         return parts
 
 
+def laid_out_rows(rows: list[Tensor], step: Step, config) -> Tensor:
+    """``block_indices`` of a step from the rows of each sequence's tokens or tiles."""
+    token = config.selection == "token"
+    if not step.batched:
+        packed = torch.cat(rows)
+        return packed if token else packed.transpose(0, 1)
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    return batch if token else batch.transpose(1, 2)
+
+
 def assert_decodes(case: Decoding, backend: str):
     """Every step gives the rows of the whole, and selects its blocks."""
     problem, steps, cache, seed = case
