@@ -33,7 +33,7 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("mode", PROBLEMS)
 def test_a_prompt_equals_the_reference(mode):
-    @settings(max_examples=examples(40), **WITH_FIXTURES)
+    @settings(max_examples=examples(30), **WITH_FIXTURES)
     @given(case=decodings(PROBLEMS[mode]))
     def check(case):
         check_prompt(case, given_indices=mode == "token")

@@ -15,13 +15,13 @@ from tests.helpers.decoding import (
 from tests.helpers.profiles import examples
 
 
-@settings(max_examples=examples(150))
+@settings(max_examples=examples(100))
 @given(decodings(decodable()))
 def test_steps_equal_the_whole(case):
     assert_decodes(case, "reference")
 
 
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(40))
 @given(decodings(decodable()))
 def test_steps_with_blocks_of_the_caller(case):
     problem, steps, cache, seed = case
