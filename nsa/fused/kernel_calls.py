@@ -255,7 +255,7 @@ def listed_backward(
         lists: the forward's lists, with blocks of 64 keys.
         scale: positive.
         key_limit: int32 ``(Tq,)``, at most ``Tk``: a query sees the keys before its limit. None:
-            it sees keys up to its own row.
+            it sees keys up to its own; the last query's is the last key, so ``Tq <= Tk``.
 
     Returns:
         dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous.
@@ -273,7 +273,7 @@ def importance_scores(
     scale: float,
     rule: Rule,
 ) -> None:
-    """Write Eq. 8 to 10 for the tokens of a chunk.
+    """Write Eq. 8 to 10 for the tokens of a chunk; their positions are in ``tiles``.
 
     ``p_h[j] = exp(scale * q_h . k_cmp[j] - lse_h)`` for the compressed tokens that the token sees.
     The score of a selection block is the sum, over the heads of the group and over ``j``, of
@@ -309,14 +309,14 @@ def selected_forward(
 
     Args:
         q: ``(T, H, D)``, bfloat16 or float16. Slices of heads of q, k and v are read in place.
-        k: ``(T, H_kv, D)``.
-        v: ``(T, H_kv, Dv)``.
+        k: ``(Tk, H_kv, D)``.
+        v: ``(Tk, H_kv, Dv)``.
         block_indices: int32 ``(T, H_kv, slots)``, indices in the token's sequence, in any order and
             none twice. Those that ``blocks`` does not let the token attend are left out.
-        blocks: the blocks of the ``T`` tokens.
-        block_size: tokens of a block, 32 or 64.
+        blocks: the blocks of the ``T`` tokens, of ``Tk`` keys in all.
+        block_size: keys of a block, 32 or 64.
         scale: positive.
-        causal: whether a token sees only keys at or before it.
+        causal: whether a token sees only keys at or before its position.
         band: whether most lists name the first block of the sequence, the token's own and the one
             before, so that a separate kernel for these is faster. It changes only the rounding.
 
@@ -341,6 +341,8 @@ def selected_backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in the dtype of q; their last bits vary from run to run.
+
+    Those of keys that no token sees are 0.
 
     Args:
         dout: ``(T, H, Dv)``, the gradient of ``out``.

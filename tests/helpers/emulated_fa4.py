@@ -227,8 +227,8 @@ def _sparse_mask(q, k, lists: BlockLists, causal, key_limit, transposed):
     key = torch.arange(num_keys, device=q.device)
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
     if causal:
-        assert num_queries == num_keys, "FA4 aligns the causal flag at the end"
-        visible = key <= query
+        assert num_queries <= num_keys, "FA4 aligns the causal flag at the end"
+        visible = key <= query + num_keys - num_queries
     if key_limit is not None:
         assert key_limit.dtype == torch.int32, key_limit.dtype
         assert key_limit.shape == (num_queries,), key_limit.shape

@@ -25,8 +25,9 @@ from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
 from nsa.fused.kernels.vectors import fake_flat, flat
 
-ITEM_FIELDS = 4
-"""A work item has four numbers: first position, pairs, first key (token), keys."""
+ITEM_FIELDS = 5
+"""A work item has five numbers: first position, pairs, first key, keys, and the row of q at the
+first key. A token sees as many keys of the block as its row is past that one, and one more."""
 
 _THREADS = 256
 _SCAN_THREADS = 1024
@@ -61,6 +62,7 @@ class _Tensors(NamedTuple):
     limit: cute.Tensor | None
     first: cute.Tensor | None
     keys: cute.Tensor | None
+    row: cute.Tensor | None
     pair_count: cute.Tensor
     position: cute.Tensor | None
     tokens: cute.Tensor | None
@@ -105,12 +107,12 @@ class InvertIndex:
         stream,
     ):
         grid = [cute.ceil_div(sizes.rows, _THREADS), 1, 1]
-        count = tensors.only("indices", "base", "limit", "first", "pair_count", "position")
+        count = tensors.only("indices", "base", "limit", "row", "pair_count", "position")
         self.count(count, sizes, block_size).launch(
             grid=grid, block=[_THREADS, 1, 1], stream=stream
         )
         capacity = sizes.chunk_tokens * self.slots
-        add_up = tensors.only("first", "keys", "pair_count", "items", "num_items")
+        add_up = tensors.only("first", "keys", "row", "pair_count", "items", "num_items")
         self.add_up(add_up, sizes.blocks, capacity, wave_units, wave_items, item_tokens).launch(
             grid=[sizes.kv_heads * sizes.chunks, 1, 1], block=[_SCAN_THREADS, 1, 1], stream=stream
         )
@@ -128,8 +130,8 @@ class InvertIndex:
             base, limit = tensors.base[token], tensors.limit[token]
             own = Int32(0)
             if const_expr(self.band):
-                # A token of no sequence may have no block.
-                own = (token - tensors.first[cutlass.min(base, sizes.blocks - 1)]) // block_size
+                # A token of no segment may have no block.
+                own = (token - tensors.row[cutlass.min(base, sizes.blocks - 1)]) // block_size
             ranks = cute.make_rmem_tensor(self.slots, Int32)
             for i in cutlass.range_constexpr(self.slots):
                 block = selected[i]
@@ -193,9 +195,13 @@ class InvertIndex:
             slot = wave * wave_items + sSlot[0] + items_before + items_through - items
             if block < blocks:
                 tensors.pair_count[counter] = offset
-            first, keys = Int32(0), Int32(0)
+            first, keys, first_row = Int32(0), Int32(0), Int32(0)
             if items > 0:
-                first, keys = tensors.first[block], tensors.keys[block]
+                first, keys, first_row = (
+                    tensors.first[block],
+                    tensors.keys[block],
+                    tensors.row[block],
+                )
             for item in cutlass.range(items, unroll=1):
                 done = item * item_tokens
                 field = Int64(slot + item) * ITEM_FIELDS
@@ -203,6 +209,7 @@ class InvertIndex:
                 tensors.items[field + 1] = cutlass.min(count - done, item_tokens)
                 tensors.items[field + 2] = first
                 tensors.items[field + 3] = keys
+                tensors.items[field + 4] = first_row
             start += pairs_total
 
     @cute.kernel
@@ -232,7 +239,7 @@ class InvertIndex:
 
 @kept
 def compile_invert_index(slots: int, band: bool) -> Callable:
-    tensors = [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(5)]
+    tensors = [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(6)]
     tensors += [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(3)]
     sizes = _Sizes(*(Int32(1) for _ in range(5)))
     return compile_kernel(
@@ -257,7 +264,7 @@ class InvertedIndex:
             undefined.
         position: int32 ``(T, H_kv, slots)``, where each pair stands in the list, -1 for no pair or
             one of the band.
-        items: int32 ``(waves, wave_items, 4)``, see ``ITEM_FIELDS``.
+        items: int32 ``(waves, wave_items, 5)``, see ``ITEM_FIELDS``.
         num_items: int32 ``(waves,)``, the items of each wave, at most ``wave_items``.
         chunks: chunks of the tokens.
         chunk_tokens: tokens of a chunk.
@@ -310,21 +317,20 @@ def invert_index(
     waves = -(-units // wave_units)
     if units * chunk_tokens * slots >= 1 << 31:
         raise ValueError(f"{total} tokens x {kv_heads} KV heads x {slots} blocks exceed 2^31 pairs")
-    base, limit, first, keys, sequences = blocks
-    num_blocks = first.shape[0]
+    num_blocks = blocks.first.shape[0]
     sizes = (block_size, causal, chunk_tokens, slots, tokens)
-    bounds = item_bounds(total, sequences, num_blocks, *sizes)
+    bounds = item_bounds(total, blocks, *sizes)
     by_unit = bounds * kv_heads
     wave_items = max(sum(by_unit[w : w + wave_units]) for w in range(0, units, wave_units))
 
     empty = functools.partial(torch.empty, dtype=torch.int32, device=block_indices.device)
-    zeros = torch.zeros(units * num_blocks + waves, dtype=torch.int32, device=base.device)
+    zeros = torch.zeros(units * num_blocks + waves, dtype=torch.int32, device=block_indices.device)
     count, num_items = zeros[: units * num_blocks], zeros[units * num_blocks :]
     position, listed = empty(total * kv_heads * slots), empty(units * chunk_tokens * slots)
     items = empty(waves * wave_items * ITEM_FIELDS)
-    tensors = (base, limit, first, keys, count, position, listed, items, num_items)
+    given = (blocks.base, blocks.limit, blocks.first, blocks.keys, blocks.row)
     compile_invert_index(slots, band)(
-        _Tensors(flat(block_indices), *tensors),
+        _Tensors(flat(block_indices), *given, count, position, listed, items, num_items),
         _Sizes(total * kv_heads, kv_heads, num_blocks, chunks, chunk_tokens),
         *(wave_units, wave_items, block_size, tokens),
     )
@@ -341,8 +347,7 @@ def invert_index(
 
 def item_bounds(
     total: int,
-    sequences: int,
-    blocks: int,
+    blocks: TokenBlocks,
     block_size: int,
     causal: bool,
     chunk_tokens: int,
@@ -350,11 +355,13 @@ def item_bounds(
     tokens: int,
 ) -> list[int]:
     """An upper bound of the work items of each chunk of a KV head."""
-    bounds = []
+    bounds, num_blocks = [], blocks.first.shape[0]
     for start in range(0, total, chunk_tokens):
         end = min(start + chunk_tokens, total)
         pairs = (end - start) * slots
-        # A sequence starts at most one block that is not full before the chunk ends.
-        visible = min(blocks, end // block_size + sequences) if causal else blocks
+        visible = num_blocks
+        if causal:
+            # A segment has at most one block that is not full before the chunk ends.
+            visible = min(num_blocks, (end + blocks.earlier) // block_size + blocks.segments)
         bounds.append(min(visible, pairs) + pairs // tokens)
     return bounds

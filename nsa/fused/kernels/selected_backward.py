@@ -198,12 +198,13 @@ class SelectedBackward:
         q_smem, do_smem, k_smem, v_smem, ds_smem = layouts
         tidx, _, _ = cute.arch.thread_idx()
         bidx, wave, part = cute.arch.block_idx()
-        begin, count, first, keys = Int32(0), Int32(0), Int32(0), Int32(0)
+        begin, count, first, keys, first_row = (Int32(0) for _ in range(5))
         if bidx < tensors.num_items[wave]:
             field = (Int64(wave) * sizes.wave_items + bidx) * ITEM_FIELDS
             begin, count = tensors.items[field], tensors.items[field + 1]
             first = tensors.items[field + 2] + part * TILE_KEYS
             keys = cutlass.min(tensors.items[field + 3] - part * TILE_KEYS, TILE_KEYS)
+            first_row = tensors.items[field + 4] + part * TILE_KEYS
         if keys > 0:
             unit = begin // sizes.unit_pairs
             kv_head, chunk_start = unit // sizes.chunks, unit % sizes.chunks * sizes.chunk_tokens
@@ -287,7 +288,7 @@ class SelectedBackward:
             hidden = keys < TILE_KEYS
             if const_expr(self.causal):
                 # Tokens of the item do not come before its chunk.
-                hidden = keys < TILE_KEYS or first + (TILE_KEYS - 1) > chunk_start
+                hidden = keys < TILE_KEYS or first_row + (TILE_KEYS - 1) > chunk_start
             tiles = cute.ceil_div(rows, TILE_ROWS)
             for tile in cutlass.range(tiles, unroll=1):
                 stage = tile % self.stages
@@ -316,7 +317,7 @@ class SelectedBackward:
                 if const_expr(self.overlap):
                     acc_dP = scores(tPrV, tPrdO, wg_wait=1)
                 if hidden or (tile + 1) * TILE_ROWS > rows:
-                    self._mask(acc_S, tScS, sTokens, tile, first, keys, count)
+                    self._mask(acc_S, tScS, sTokens, tile, first_row, keys, count)
                 acc_S_mn = reshape_acc_to_mn(acc_S)
                 lse = load_s2r(tLse[None, stage])
                 for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
@@ -429,7 +430,7 @@ class SelectedBackward:
         tScS: cute.Tensor,
         sTokens: cute.Tensor,
         tile: Int32,
-        first: Int32,
+        first_row: Int32,
         keys: Int32,
         count: Int32,
     ):
@@ -439,7 +440,7 @@ class SelectedBackward:
             pair, _ = pair_and_head(tile, tScS[0, c][1], 0, self.group)
             limit = keys
             if const_expr(self.causal):
-                limit = cutlass.min(keys, sTokens[pair] - first + 1)
+                limit = cutlass.min(keys, sTokens[pair] - first_row + 1)
             limit = limit if pair < count else 0
             for r in cutlass.range_constexpr(2):
                 visible = tScS[r, c][0] < limit

@@ -180,7 +180,7 @@ class SelectedForward:
         if bidx < tensors.num_items[sizes.wave]:
             field = (Int64(sizes.wave) * sizes.wave_items + bidx) * ITEM_FIELDS
             begin, count = mItems[field], mItems[field + 1]
-            first, keys = mItems[field + 2], mItems[field + 3]
+            first, keys, first_row = mItems[field + 2], mItems[field + 3], mItems[field + 4]
             kv_head = begin // sizes.unit_pairs // sizes.chunks
 
             smem = cutlass.utils.SmemAllocator()
@@ -245,7 +245,7 @@ class SelectedForward:
                     limits[r] = keys
                     if const_expr(self.causal):
                         pair, _ = pair_and_head(tile, tScS[0, 0][0] + 8 * r, 0, self.group)
-                        limits[r] = cutlass.min(keys, sTokens[pair] - first + 1)
+                        limits[r] = cutlass.min(keys, sTokens[pair] - first_row + 1)
                 warpgroup.wait_group(0)
                 if const_expr(self.stages == 1):
                     # All warps have read the queries.
@@ -502,12 +502,13 @@ def selected_forward(
     strides, scale_log2 = Strides(q_stride, k_stride, v_stride), scale * LOG2_E
     forward = compile_forward(*form)
     if band:
-        listed = (block_indices.view(-1), blocks.base, blocks.first, blocks.keys)
-        chunk_blocks = blocks.most_of_range(chunk, block_size)
+        tables = (blocks.base, blocks.first, blocks.keys, blocks.row)
+        runs = (blocks.run_base, blocks.run_first)
+        chunk_runs = blocks.most_runs(chunk, block_size)
         combine = functools.partial(
             compile_band(*form, slots),
-            *(BandTensors(q, k, v, *listed), strides),
-            *(scale_log2, blocks.first.shape[0], chunk_blocks),
+            *(BandTensors(q, k, v, block_indices.view(-1), *tables, *runs), strides),
+            *(scale_log2, blocks.first.shape[0], blocks.run_first.shape[0], chunk_runs),
         )
     else:
         combine = compile_combine(q.dtype, head_dim_v, group, slots)
