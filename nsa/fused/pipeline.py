@@ -1,4 +1,7 @@
-"""The stages of Native Sparse Attention in order, forward and backward, on ``(B, T, H, D)``."""
+"""The stages of Native Sparse Attention in order, forward and backward.
+
+Queries are ``(B, T, H, D)``, keys ``(B, Tk, H_kv, D)``, with ``B = 1`` for packed input.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -160,7 +163,7 @@ def select(
 ) -> Tensor:
     """The blocks that :func:`attend` selects.
 
-    ``k (B, T, H_kv, D)`` is compressed, unless it is ``compressed`` ``(B, M, H_kv, D)``.
+    ``k (B, Tk, H_kv, D)`` is compressed, unless it is ``compressed`` ``(B, M, H_kv, D)``.
     """
     with torch.cuda.device_of(q), without_autocast(q.device):
         k_cmp = k if compressed else compress(k, compress_k_weight, plan)

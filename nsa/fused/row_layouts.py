@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsa.blocks import covered_tokens
 from nsa.fused import kernel_calls
-from nsa.fused.compressed_forms import extra_rows
+from nsa.fused.compressed_forms import extra_rows, num_folded_rows
 from nsa.fused.kernel_inputs import Placement
 from nsa.geometry import Geometry, Segments, SingleSegment, prefix_sum
 
@@ -92,12 +92,17 @@ class FoldedQueries:
     sequence holds the ``d`` queries that see exactly the blocks ``0 .. r``, so the complete-block
     rule is the causal mask of a sequence of ``N_cmp`` rows. Queries that see no block are left out.
     With started blocks, row ``r`` holds the queries with ``t // d == r``. There are
-    ``N_cmp + l / d`` rows, and the last of them see all blocks.
+    ``N_cmp + l / d`` rows, and the last of them see all blocks. Rows before the first query of a
+    sequence are left out.
+
+    FA4 aligns rows and blocks at the end, so queries are the last tokens of their sequence.
     """
 
     def __init__(self, geometry: Geometry):
         self.geometry = geometry
-        config = geometry.config
+        config, queries = geometry.config, geometry.queries
+        whole = queries.rows is geometry.keys
+        assert queries.sequence is None
         self.size = config.compress_stride
         self.started = config.compressed_visibility == "started"
         # Position of the first query of row 0.
@@ -105,7 +110,14 @@ class FoldedQueries:
         self.extra = extra_rows(config)
         """Rows of a sequence beyond its blocks."""
         counts = geometry.compressed.count + self.extra
-        total = geometry.compressed.total + self.extra * len(counts)
+        self._before: Tensor | None = None
+        """Rows of each sequence that are left out; None for none."""
+        if not whole:
+            assert isinstance(queries.first, Tensor)  # as of all packed sequences
+            first_row = (queries.first - self.lead).div(self.size, rounding_mode="floor")
+            self._before = first_row.clamp(min=0)
+            counts = torch.where(queries.rows.count > 0, counts - self._before, 0)
+        total = num_folded_rows(queries.rows.total, len(counts), config, whole=whole)
         self.rows = Segments(prefix_sum(counts), total)
         # Keyed by the number of KV heads, which differs between chunks.
         self._fold_indices: dict[int, Tensor] = {}
@@ -114,20 +126,27 @@ class FoldedQueries:
     @cached_property
     def _token(self) -> Tensor:
         """The token of each row and slot, -1 where there is none: ``(rows, d)``."""
-        tokens, rows = self.geometry.keys, self.rows
+        queries, rows = self.geometry.queries.rows, self.rows
         slot = torch.arange(self.size, device=rows.device)
-        position = rows.local[:, None] * self.size + self.lead + slot
-        real = position < tokens.count[rows.owner, None]
-        real &= rows.real[:, None]
-        return torch.where(real, tokens.offset[rows.owner, None] + position, -1)
+        # Counted from the first query of the sequence.
+        index = rows.local[:, None] * self.size + self.lead + slot
+        real = rows.real[:, None]
+        if self._before is not None:
+            passed = self._before * self.size - self.geometry.queries.first
+            index = index + passed[rows.owner, None]
+            real = real & (index >= 0)
+        real = real & (index < queries.count[rows.owner, None])
+        return torch.where(real, queries.offset[rows.owner, None] + index, -1)
 
     @cached_property
     def _place(self) -> tuple[Tensor, Tensor]:
         """The row and slot of each token, row -1 if it has none: ``(T,)`` each."""
-        tokens = self.geometry.keys
-        position = tokens.local - self.lead
-        row = self.rows.offset[tokens.owner] + position // self.size
-        return torch.where((position >= 0) & tokens.real, row, -1), position % self.size
+        queries = self.geometry.queries
+        position, owner = queries.position - self.lead, queries.rows.owner
+        row = self.rows.offset[owner] + position // self.size
+        if self._before is not None:
+            row = row - self._before[owner]
+        return torch.where((position >= 0) & queries.rows.real, row, -1), position % self.size
 
     def _fold_index(self, num_kv_heads: int) -> Tensor:
         """The ``(T, H_kv)`` index in each of ``(rows, H_kv, d)``, -1 for none: int32, flat."""

@@ -33,8 +33,8 @@ def test_more_pairs_of_one_head_than_the_kernels_count_are_refused():
 
 def problem(length: int = 1 << 20, **changes) -> Sizes:
     sizes = dict(
-        batch=1, length=length, sequences=None, longest=length, num_heads=32, num_kv_heads=8,
-        head_dim=128, itemsize=2, config=nsa.NSAConfig(),
+        batch=1, length=length, keys=length, sequences=None, key_bounds=False, longest=length,
+        num_heads=32, num_kv_heads=8, head_dim=128, itemsize=2, config=nsa.NSAConfig(),
     )  # fmt: skip
     return Sizes(**(sizes | changes))
 
@@ -51,6 +51,9 @@ PROBLEMS = {
     "token": problem(config=nsa.NSAConfig.paper()),
     "token, packed": problem(config=nsa.NSAConfig.paper(), sequences=100, longest=50_000),
     "token, batch of 4": problem(1 << 16, config=nsa.NSAConfig.paper(), batch=4),
+    "a chunk": problem(1 << 16, keys=1 << 20, longest=1 << 20),
+    "token, a chunk": problem(1 << 16, keys=1 << 18, longest=1 << 18, config=nsa.NSAConfig.paper()),
+    "packed chunks": problem(1 << 16, keys=1 << 18, sequences=9, key_bounds=True, longest=1 << 16),
 }
 
 
@@ -119,7 +122,8 @@ def test_workspace_grows_with_heads_and_length(case):
             for heads in range(1, sizes.num_kv_heads + 1)
         ]
         assert amounts == sorted(set(amounts))
-        longer = sizes._replace(length=sizes.length + 256, longest=sizes.longest + 256)
+        lengths = ("length", "keys", "longest")
+        longer = sizes._replace(**{name: getattr(sizes, name) + 256 for name in lengths})
         assert workspace_bytes(longer, 1, save=save, recompute=recompute) > amounts[0]
 
 
