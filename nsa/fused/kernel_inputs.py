@@ -278,8 +278,9 @@ def make_token_tiles(geometry: Geometry, tile_tokens: int, chunk: int) -> TokenT
     return TokenTiles(fields, first, chunk, min(total, chunk // tile_tokens + segments + 1))
 
 
-WORKSPACE_BYTES = 2 << 30
-"""The most bytes of partial results in a wave."""
+WORKSPACE_BYTES = 9 << 28
+"""The most bytes of partial results in a wave: of two chunks of 4,096 tokens with 64 heads of 128
+channels and 16 blocks. 2 GiB would leave an eighth of them to a second wave."""
 
 
 class TokenBlocks(NamedTuple):

@@ -63,7 +63,7 @@ def test_a_chunk_is_what_l2_holds_but_enough_for_a_block(total, group, blocks, t
     assert choose_chunk_tokens(total, group, blocks, 16, 256) == tokens
 
 
-@pytest.mark.parametrize(("chunk_tokens", "units"), [(4096, 7), (1024, 31), (1 << 16, 1)])
+@pytest.mark.parametrize(("chunk_tokens", "units"), [(4096, 8), (1024, 35), (1 << 16, 1)])
 def test_a_wave_fits_the_workspace_but_is_a_unit_at_least(chunk_tokens, units):
     assert units_of_wave(chunk_tokens, 16, 16, 128) == units
     unit_bytes = chunk_tokens * 16 * 16 * (128 * 2 + 4)
