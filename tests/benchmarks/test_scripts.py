@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import bench_positions
 import bench_selected
 import bench_varlen
 import bench_vs_dense
@@ -30,7 +31,7 @@ GPU_TOOLS = (
     "cold_start",
 )
 # These take their shapes in another form, or none.
-OTHER_TOOLS = ("bench_selected",)
+OTHER_TOOLS = ("bench_selected", "bench_positions")
 
 
 @pytest.mark.parametrize("name", GPU_TOOLS)
@@ -55,6 +56,22 @@ def test_help(name, capsys):
 def test_without_a_gpu_the_tools_say_so(name):
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
         importlib.import_module(name).main([])
+
+
+@pytest.mark.parametrize("selection", ["token", "tile"])
+@pytest.mark.parametrize("name", workloads.PASSES)
+def test_shares_of_pieces_add_up(selection, name):
+    options = bench_positions.parse_arguments(["--selection", selection])
+    runs = bench_positions.make_runs(options)
+    (prefill,), pieces, _, (end,) = (cases for _, cases, _ in runs)
+    assert prefill.chunks == 8
+    assert bench_positions.share(prefill, selection, name) == pytest.approx(1)
+    shares = [bench_positions.share(x, selection, name) for x in pieces]
+    assert sum(shares) == pytest.approx(1)
+    assert shares == sorted(shares)
+    # Most of the time at 1M tokens is for keys before the query, of which the last ones have twice
+    # the average.
+    assert 1 / 128 < bench_positions.share(end, selection, name) < 2 / 128
 
 
 def test_wrong_lengths_are_refused(capsys):
