@@ -94,3 +94,14 @@ def check_index(index, case, chunk_tokens: int, item_tokens: int, band: bool):
     actual = listed_pairs(index, case, item_tokens)
     assert {key: sorted(tokens) for key, tokens in actual.items()} == expected
     check_positions(index, case, expected)
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize("slots", [3, 16])
+def test_lists_of_any_strides(slots, order):
+    case = make_selected_case(TokenForm(64, 1, 32, slots, True, torch.bfloat16), forced=False)
+    inverse = [order.index(i) for i in range(3)]
+    indices = case.block_indices.permute(order).contiguous().permute(inverse)
+    invert_index = import_fused("nsa.fused.kernels.inverted_index").invert_index
+    index = invert_index(indices, case.blocks, 32, True, 64, 3, 16)
+    check_index(index, case, 64, 16, band=False)

@@ -23,7 +23,7 @@ from nsa.fused.hardware import WARP
 from nsa.fused.kernel_inputs import TokenBlocks
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
-from nsa.fused.kernels.vectors import fake_flat, flat
+from nsa.fused.kernels.vectors import fake_flat, is_aligned
 
 ITEM_FIELDS = 5
 """A work item has five numbers: first position, pairs, first key, keys, and the row of q at the
@@ -51,6 +51,15 @@ def load_slots(mX: cute.Tensor, row: Int32 | Int64, slots: cutlass.Constexpr[int
     values = cute.make_rmem_tensor(slots, Int32)
     cute.autovec_copy(slots_of(mX, row, slots), values)
     return values
+
+
+@mlir_namedtuple
+class _Strides(NamedTuple):
+    """Elements from one entry of the block indices to the next."""
+
+    token: Int64
+    kv_head: Int64
+    slot: Int64
 
 
 @mlir_namedtuple
@@ -88,17 +97,20 @@ class InvertIndex:
     """Three kernels: count the pairs of each block, add up, write the list.
 
     In the first and the last a thread has the ``slots`` pairs of a token and KV head. With
-    ``band``, pairs of :mod:`nsa.fused.kernels.selected_band` are left out.
+    ``band``, pairs of :mod:`nsa.fused.kernels.selected_band` are left out. With ``adjacent``, the
+    block indices of a token and KV head are neighbours, and loaded in vectors.
     """
 
-    def __init__(self, slots: int, band: bool):
+    def __init__(self, slots: int, band: bool, adjacent: bool):
         self.slots = slots
         self.band = band
+        self.adjacent = adjacent
 
     @cute.jit
     def __call__(
         self,
         tensors: _Tensors,
+        strides: _Strides,
         sizes: _Sizes,
         wave_units: Int32,
         wave_items: Int32,
@@ -108,7 +120,7 @@ class InvertIndex:
     ):
         grid = [cute.ceil_div(sizes.rows, _THREADS), 1, 1]
         count = tensors.only("indices", "base", "limit", "row", "pair_count", "position")
-        self.count(count, sizes, block_size).launch(
+        self.count(count, strides, sizes, block_size).launch(
             grid=grid, block=[_THREADS, 1, 1], stream=stream
         )
         capacity = sizes.chunk_tokens * self.slots
@@ -117,16 +129,16 @@ class InvertIndex:
             grid=[sizes.kv_heads * sizes.chunks, 1, 1], block=[_SCAN_THREADS, 1, 1], stream=stream
         )
         write = tensors.only("indices", "base", "pair_count", "position", "tokens")
-        self.write(write, sizes).launch(grid=grid, block=[_THREADS, 1, 1], stream=stream)
+        self.write(write, strides, sizes).launch(grid=grid, block=[_THREADS, 1, 1], stream=stream)
 
     @cute.kernel
-    def count(self, tensors: _Tensors, sizes: _Sizes, block_size: Int32):
+    def count(self, tensors: _Tensors, strides: _Strides, sizes: _Sizes, block_size: Int32):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         row = bidx * _THREADS + tidx
         if row < sizes.rows:
             token, unit = self._unit(row, sizes)
-            selected = load_slots(tensors.indices, row, self.slots)
+            selected = self._load_indices(tensors.indices, strides, row, sizes.kv_heads)
             base, limit = tensors.base[token], tensors.limit[token]
             own = Int32(0)
             if const_expr(self.band):
@@ -213,16 +225,14 @@ class InvertIndex:
             start += pairs_total
 
     @cute.kernel
-    def write(self, tensors: _Tensors, sizes: _Sizes):
+    def write(self, tensors: _Tensors, strides: _Strides, sizes: _Sizes):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         row = bidx * _THREADS + tidx
         if row < sizes.rows:
             token, unit = self._unit(row, sizes)
-            selected, positions = (
-                load_slots(tensors.indices, row, self.slots),
-                load_slots(tensors.position, row, self.slots),
-            )
+            selected = self._load_indices(tensors.indices, strides, row, sizes.kv_heads)
+            positions = load_slots(tensors.position, row, self.slots)
             first_counter = Int64(unit) * sizes.blocks + tensors.base[token]
             first = unit * (sizes.chunk_tokens * self.slots)
             for i in cutlass.range_constexpr(self.slots):
@@ -232,27 +242,57 @@ class InvertIndex:
             cute.autovec_copy(positions, slots_of(tensors.position, row, self.slots))
 
     @cute.jit
+    def _load_indices(
+        self, mIndices: cute.Tensor, strides: _Strides, row: Int32, kv_heads: Int32
+    ) -> cute.Tensor:
+        values = cute.make_rmem_tensor(self.slots, Int32)
+        offset = row // kv_heads * strides.token + row % kv_heads * strides.kv_head
+        if const_expr(self.adjacent):
+            aligned = const_expr(4 if self.slots % 4 == 0 else 1)
+            pointer = mIndices.iterator + cute.assume(offset, divby=aligned)
+            cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(self.slots)), values)
+        else:
+            for i in cutlass.range_constexpr(self.slots):
+                values[i] = mIndices[offset + i * strides.slot]
+        return values
+
+    @cute.jit
     def _unit(self, row: Int32, sizes: _Sizes) -> tuple[Int32, Int32]:
         token = row // sizes.kv_heads
         return token, row % sizes.kv_heads * sizes.chunks + token // sizes.chunk_tokens
 
 
 @kept
-def compile_invert_index(slots: int, band: bool) -> Callable:
-    tensors = [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(6)]
+def compile_invert_index(slots: int, band: bool, adjacent: bool) -> Callable:
+    tensors = [fake_flat(Int32, alignment=16 if adjacent else 4)]
+    tensors += [fake_flat(Int32, alignment=4) for _ in range(6)]
     tensors += [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(3)]
-    sizes = _Sizes(*(Int32(1) for _ in range(5)))
     return compile_kernel(
-        InvertIndex(slots, band), _Tensors(*tensors), sizes, *(Int32(1) for _ in range(4))
+        InvertIndex(slots, band, adjacent),
+        *(_Tensors(*tensors), _Strides(*(Int64(1) for _ in range(3)))),
+        _Sizes(*(Int32(1) for _ in range(5))),
+        *(Int32(1) for _ in range(4)),
     )
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     for slots in (3, 16):
-        for band in (False, True):
-            name = f"invert-index-{slots}{'-band' if band else ''}"
-            yield name, functools.partial(compile_invert_index, slots, band)
+        for band, adjacent in ((False, True), (True, True), (False, False)):
+            name = f"invert-index-{slots}{'-band' if band else ''}{'' if adjacent else '-strided'}"
+            yield name, functools.partial(compile_invert_index, slots, band, adjacent)
+
+
+def strided_indices(x: Tensor) -> tuple[Tensor, _Strides, bool]:
+    """The memory of ``x (T, H_kv, slots)`` as one dimension, its strides, and whether rows of slots
+    are adjacent and 16-byte aligned. Nothing is copied."""
+    # Strides of a dimension of size 1 may be anything.
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    length = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+    token, kv_head, slot = strides
+    whole = x.shape[2] % 4 != 0 or (token % 4 == 0 and kv_head % 4 == 0)
+    adjacent = whole and is_aligned(x) and (slot == 1 or x.shape[2] == 1)
+    return x.as_strided((length,), (1,)), _Strides(*strides), adjacent
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,6 +341,7 @@ def invert_index(
     """Invert int32 ``block_indices (T, H_kv, slots)``; -1, and what a token cannot see, drop out.
 
     Args:
+        block_indices: of any strides, not empty.
         blocks: those of the ``T`` tokens.
         block_size: tokens of a block.
         causal: whether a token sees only blocks that start at or before it.
@@ -329,8 +370,10 @@ def invert_index(
     position, listed = empty(total * kv_heads * slots), empty(units * chunk_tokens * slots)
     items = empty(waves * wave_items * ITEM_FIELDS)
     given = (blocks.base, blocks.limit, blocks.first, blocks.keys, blocks.row)
-    compile_invert_index(slots, band)(
-        _Tensors(flat(block_indices), *given, count, position, listed, items, num_items),
+    indices, strides, adjacent = strided_indices(block_indices)
+    compile_invert_index(slots, band, adjacent)(
+        _Tensors(indices, *given, count, position, listed, items, num_items),
+        strides,
         _Sizes(total * kv_heads, kv_heads, num_blocks, chunks, chunk_tokens),
         *(wave_units, wave_items, block_size, tokens),
     )

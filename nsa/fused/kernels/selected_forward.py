@@ -9,9 +9,10 @@ the blocks that they have in common with their neighbours, the second kernel is 
 :mod:`nsa.fused.kernels.selected_band`, which computes these blocks itself.
 
 Rows are gathered by cp.async two tiles ahead, one where shared memory has room for one stage alone.
-The scores of the next tile are computed while this one's output is stored. Three CTAs share an SM
-at head dimension 128 and hide each other's latencies; there is no warp specialisation. Most of the
-time goes to the partial results, which are written to memory and read again.
+The scores of the next tile are computed while this one's output is stored. At head dimension 128
+three CTAs share an SM, two with blocks of 128 keys, and hide each other's latencies; there is no
+warp specialisation. Most of the time goes to the partial results, which are written to memory and
+read again. With blocks of 128 keys there are half as many for the same work.
 """
 
 import functools
@@ -457,6 +458,8 @@ _SHAPES = (
     *((64, 64, 1), (96, 96, 3), (128, 128, 16)),
     *((256, 256, 6), (256, 128, 16), (64, 128, 3)),
 )
+# And of blocks of 128 keys.
+_LONG_SHAPES = ((64, 64, 4), (96, 96, 3), (128, 128, 16), (256, 256, 6))
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -471,6 +474,10 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"selected-forward-{form}", functools.partial(compile_forward, *arguments)
             combine = functools.partial(compile_combine, dtype, dim_v, group, slots)
             yield f"combine-partials-{name}-{dim_v}-{group}-{slots}", combine
+        for dim, dim_v, group in _LONG_SHAPES:
+            arguments = (dtype, dim, dim_v, group, 128, True)
+            form = f"{name}-{dim}-{dim_v}-{group}-128"
+            yield f"selected-forward-{form}", functools.partial(compile_forward, *arguments)
 
 
 def selected_forward(
@@ -490,7 +497,6 @@ def selected_forward(
     group, slots = heads // kv_heads, block_indices.shape[2]
     form = (q.dtype, head_dim, head_dim_v, group, block_size, causal)
     band = band and band_fits(head_dim, head_dim_v, block_size, slots)
-    block_indices = block_indices.contiguous()
     chunk = choose_chunk_tokens(total, group, blocks.first.shape[0], slots, 2 * head_dim)
     wave = units_of_wave(chunk, slots, group, head_dim_v)
     index = invert_index(
@@ -507,7 +513,7 @@ def selected_forward(
         chunk_runs = blocks.most_runs(chunk, block_size)
         combine = functools.partial(
             compile_band(*form, slots),
-            *(BandTensors(q, k, v, block_indices.view(-1), *tables, *runs), strides),
+            *(BandTensors(q, k, v, block_indices.reshape(-1), *tables, *runs), strides),
             *(scale_log2, blocks.first.shape[0], blocks.run_first.shape[0], chunk_runs),
         )
     else:
