@@ -311,10 +311,11 @@ def selected_forward(
         q: ``(T, H, D)``, bfloat16 or float16. Slices of heads of q, k and v are read in place.
         k: ``(Tk, H_kv, D)``.
         v: ``(Tk, H_kv, Dv)``.
-        block_indices: int32 ``(T, H_kv, slots)``, indices in the token's sequence, in any order and
-            none twice. Those that ``blocks`` does not let the token attend are left out.
+        block_indices: int32 ``(T, H_kv, slots)``, indices in the token's sequence, in any order,
+            read in place whatever the strides. Those that ``blocks`` does not let the token attend
+            are left out. One that is listed twice counts twice; with ``band`` none may be.
         blocks: the blocks of the ``T`` tokens, of ``Tk`` keys in all.
-        block_size: keys of a block, 32 or 64.
+        block_size: keys of a block: 32, 64, or without ``band`` 128.
         scale: positive.
         causal: whether a token sees only keys at or before its position.
         band: whether most lists name the first block of the sequence, the token's own and the one
@@ -339,6 +340,7 @@ def selected_backward(
     block_size: int,
     scale: float,
     causal: bool,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in the dtype of q; their last bits vary from run to run.
 
@@ -348,6 +350,7 @@ def selected_backward(
         dout: ``(T, H, Dv)``, the gradient of ``out``.
         q, k, v: arguments of the forward, like all others that it shares.
         out, lse: results of the forward.
+        dlse: float32 ``(T, H)``, the gradient of ``lse``; not used where that is -inf. None for 0.
     """
     return _kernels("selected_backward").selected_backward(**locals())
 

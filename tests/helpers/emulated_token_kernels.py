@@ -73,10 +73,13 @@ def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, 
     return out.contiguous(), lse.T.contiguous()
 
 
-def selected_backward(dout, q, k, v, out, lse, block_indices, blocks, block_size, scale, causal):
+def selected_backward(
+    dout, q, k, v, out, lse, block_indices, blocks, block_size, scale, causal, dlse=None
+):
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
     assert lse.shape == q.shape[:2]
-    grads = emulated_fa4.attend_backward(dout, q, k, v, out, lse.T, mask, scale)
+    assert dlse is None or (dlse.shape, dlse.dtype) == (lse.shape, lse.dtype)
+    grads = emulated_fa4.attend_backward(dout, q, k, v, out, lse.T, mask, scale, dlse)
     return tuple(grad.contiguous() for grad in grads)
 
 
