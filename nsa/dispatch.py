@@ -1,7 +1,8 @@
 """The public functions: validate, choose a backend, import it, call it."""
 
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -334,7 +335,17 @@ def _describe_limit(limit: str | None) -> str:
 
 
 def _backend_module(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig):
-    limit = _fused_limit(q, v, config) if _check_backend(backend) != "reference" else None
+    return choose_module(backend, q, partial(_fused_limit, q, v, config))
+
+
+def choose_module(backend: str, q: Tensor, fused_limit: Callable[[], str | None]):
+    """The package of the backend to use; ``fused_limit`` says why it cannot be the fused one.
+
+    Raises:
+        ValueError: there is no such backend.
+        UnsupportedError: it is the fused backend, and there is a limit.
+    """
+    limit = fused_limit() if _check_backend(backend) != "reference" else None
     name = _choose(backend, limit)
     if name is None:
         raise UnsupportedError(f"backend='fused' cannot do this: {limit}")

@@ -272,14 +272,7 @@ def check_block_indices(indices, boundaries: Boundaries | None, q: Tensor, probl
     """Check the caller's selection: shape, int32, range, ascending with -1 at the end."""
     if indices is None:
         return
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"block_indices must be an int32 tensor, got {type(indices).__name__}")
-    if indices.dtype != torch.int32:
-        raise TypeError(f"block_indices must have dtype torch.int32, got {indices.dtype}")
-    if indices.device != q.device:
-        raise ValueError(
-            f"block_indices must be on the device of q, {q.device}, got {indices.device}"
-        )
+    _check_index_tensor(indices, q)
     shape = _block_indices_shape(boundaries, problem)
     if tuple(indices.shape) != shape and not _has_unknown_tiles(indices, boundaries, problem):
         raise ValueError(
@@ -288,6 +281,34 @@ def check_block_indices(indices, boundaries: Boundaries | None, q: Tensor, probl
         )
     if indices.numel() and has_readable_values(indices):
         _check_block_values(indices, boundaries, problem)
+
+
+def check_listed_blocks(indices, boundaries: Boundaries | None, q: Tensor, problem: Problem):
+    """Check the blocks of the selected branch alone, ``(B, Nq, H_kv, n)`` or ``(T, H_kv, n)``.
+
+    They are as :func:`check_block_indices` wants them in token mode, but ``n`` is any from 1 on.
+    """
+    _check_index_tensor(indices, q)
+    leading = (*problem.leading, problem.num_kv_heads)
+    if tuple(indices.shape[:-1]) != leading or indices.shape[-1] == 0:
+        wanted = ", ".join(map(str, leading))
+        raise ValueError(
+            f"block_indices must have shape ({wanted}, n) with n of at least 1, got "
+            f"{tuple(indices.shape)}"
+        )
+    if indices.numel() and has_readable_values(indices):
+        _check_block_values(indices, boundaries, problem)
+
+
+def _check_index_tensor(indices, q: Tensor):
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"block_indices must be an int32 tensor, got {type(indices).__name__}")
+    if indices.dtype != torch.int32:
+        raise TypeError(f"block_indices must have dtype torch.int32, got {indices.dtype}")
+    if indices.device != q.device:
+        raise ValueError(
+            f"block_indices must be on the device of q, {q.device}, got {indices.device}"
+        )
 
 
 def _block_indices_shape(boundaries: Boundaries | None, problem: Problem) -> tuple[int, ...]:

@@ -104,6 +104,7 @@ LAYERS = [
     {"validation"},
     {"reference", "fused"},
     {"dispatch"},
+    {"selected_branch"},
     {"linears"},
     {"layers", "integrations", "transformers"},
     {"__init__"},

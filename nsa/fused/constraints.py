@@ -13,6 +13,8 @@
   ``num_selected_blocks`` is up to 64, because one thread holds the weights in registers. ``G`` is
   up to 32, the heads whose probabilities one thread adds. ``compress_block_size`` is up to about 60
   strides, because a tile of 64 compressed tokens overlaps only the next tile's selection blocks.
+- The selected branch by itself: blocks of 32, 64 or 128 keys, up to 64 of them for a query, any
+  ``G``. It runs all KV heads at once, so ``block_indices`` have fewer than 2^30 slots.
 """
 
 import math
@@ -51,6 +53,35 @@ def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
         or _device_limit(q)
         or fa4.version_problem()
     )
+
+
+def unsupported_lists(q: Tensor, v: Tensor, block_indices: Tensor) -> str | None:
+    """The first limit that attention to the caller's lists exceeds, or None."""
+    return (
+        _list_limit(block_indices)
+        or _tensor_limit(q, v)
+        or _device_limit(q)
+        or fa4.version_problem()
+    )
+
+
+def _list_limit(block_indices: Tensor) -> str | None:
+    slots = block_indices.shape[-1]
+    if slots > MAX_TOKEN_SELECTED:
+        return (
+            f"it needs at most {MAX_TOKEN_SELECTED} slots in a row of block_indices, got {slots}; "
+            f"{_USE_REFERENCE}"
+        )
+    if torch.compiler.is_compiling():
+        # torch.compile would guard a limit on a length.
+        return None
+    pairs = block_indices.numel()
+    if pairs >= MAX_PAIRS:
+        return (
+            f"it needs fewer than {MAX_PAIRS} slots in block_indices, got {pairs}; split the batch "
+            f"or the KV heads, or {_USE_REFERENCE}"
+        )
+    return None
 
 
 def _token_limit(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
