@@ -277,22 +277,37 @@ def test_rows_and_what_the_terminal_says_of_them():
 def test_rows_of_the_selected_branch_alone():
     options = bench_selected.parse_arguments(["--shapes", "64/4", "32/8"])
     assert options.shapes == [(64, 4), (32, 8)]
-    assert options.indices == "both"
+    assert options.indices == ("forced", "random")
     options.heads, options.kv_heads = options.shapes[0]
     config = nsa.NSAConfig.paper()
     timings = dict(nsa=Timing([10.0]), fla=Timing([25.0]))
-    row = bench_selected.make_row("forward", "forced", timings, 2.0, config, options)
+    row = bench_selected.make_row("forward", "forced", timings, 2.0, 5 * 10**12, config, options)
     assert set(row) == set(bench_selected.FIELDS)
     assert (row["ratio"], row["gib_per_s"], row["blocks"]) == ("2.500", "200", 16)
-    assert (row["indices"], row["pass"]) == ("forced", "forward")
+    assert (row["indices"], row["pass"], row["call"]) == ("forced", "forward", "stage")
+    assert (row["block_size"], row["tflops"]) == (64, "500")
     assert "2.500x" in bench_selected.describe(row)
     timings = dict(nsa=Timing([10.0]))
-    alone = bench_selected.make_row("forward", "random", timings, 2.0, config, options)
+    alone = bench_selected.make_row("forward", "random", timings, 2.0, 1, config, options)
     assert alone["ratio"] is None
     assert "fla - ms" in bench_selected.describe(alone)
     x = torch.ones(2)
     with pytest.raises(AssertionError, match="dq differs by"):
         bench_selected.check_agreement((x, x, x, x), (x, 2 * x, x, x))
+
+
+@pytest.mark.parametrize("indices", bench_selected.INDICES)
+def test_useful_work_of_the_selected_branch(indices, monkeypatch):
+    monkeypatch.setattr(workloads, "DEVICE", "cpu")
+    options = bench_selected.parse_arguments(["--block-size", "32", "--blocks", "3"])
+    config = bench_selected.make_config(indices, options)
+    taken = bench_selected.random_blocks(200, 2, config)
+    keys = torch.arange(200)
+    listed = (taken[0, :, :, :, None] == keys // 32).any(-2)
+    expected = int((listed & (keys <= keys[:, None])[:, None]).sum())
+    assert bench_selected.attended_pairs(taken, 32) == expected
+    if indices == "local":
+        assert (taken[0, :, 0] == (keys // 32)[:, None]).any(-1).all()
 
 
 @pytest.mark.parametrize("forced", [0, 1])
