@@ -36,6 +36,7 @@ def forward(
     max_seqlen: int | None = None,
     max_seqlen_k: int | None = None,
     max_workspace_bytes: int | None = None,
+    recompute_window: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Native Sparse Attention: gated sum of compressed, selected and window attention.
@@ -104,6 +105,8 @@ def forward(
             runs KV heads in chunks and, if needed, keeps nothing for backward, which then computes
             the forward of each chunk again. The limit is an estimate and is exceeded if one KV head
             needs more. It changes the result by rounding only. The reference ignores it.
+        recompute_window: keep no result of the window branch for backward, which computes it again.
+            It is the branch that is computed fastest. The reference ignores this.
         backend: ``"reference"``, ``"fused"``, or ``"auto"``: fused if it can do this, else
             reference, with the reason logged once.
 
@@ -131,6 +134,7 @@ def forward(
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         max_workspace_bytes=max_workspace_bytes,
+        recompute_window=recompute_window,
     )
     module = _backend_module(backend, call.q, call.v, call.config)
     return module.forward(
@@ -146,6 +150,7 @@ def forward(
         block_indices=block_indices,
         boundaries=call.boundaries,
         max_workspace_bytes=max_workspace_bytes,
+        recompute_window=recompute_window,
     )
 
 
@@ -219,6 +224,7 @@ def explain_backend(
     max_seqlen: int | None = None,
     max_seqlen_k: int | None = None,
     max_workspace_bytes: int | None = None,
+    recompute_window: bool = False,
     backend: str = "auto",
 ) -> str:
     """Which backend :func:`forward` would use for these arguments, and why not the other.
@@ -242,10 +248,16 @@ def explain_backend(
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         max_workspace_bytes=max_workspace_bytes,
+        recompute_window=recompute_window,
     )
     limit = _fused_limit(call.q, call.v, call.config)
     name = _choose(_check_backend(backend), limit)
     return f"backend: {name or 'none'} ({_describe_limit(limit)})"
+
+
+def uses_fused(backend: str, q: Tensor, v: Tensor, config: NSAConfig) -> bool:
+    """Whether :func:`forward` uses the fused backend for these, without ``k``'s."""
+    return backend != "reference" and _fused_limit(q, (v,), config) is None
 
 
 class _Call(NamedTuple):
@@ -280,6 +292,7 @@ def _check_call(
     max_seqlen,
     max_seqlen_k,
     max_workspace_bytes,
+    recompute_window,
 ) -> _Call:
     """Check the arguments of :func:`forward`, and cast them to one dtype under autocast."""
     config = validation.check_config(config)
@@ -296,6 +309,7 @@ def _check_call(
     )
     validation.check_block_indices(block_indices, boundaries, q, problem)
     validation.check_max_workspace_bytes(max_workspace_bytes)
+    validation.check_flag("recompute_window", recompute_window)
     return _Call(
         q=q,
         k=k,

@@ -198,6 +198,13 @@ def check_max_workspace_bytes(value):
         raise ValueError(f"max_workspace_bytes must be at least 1, got {value}")
 
 
+def check_flag(name: str, value) -> bool:
+    """Check that ``value`` is a bool, and return it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return value
+
+
 WIDE_SELECTION = 1 << 16
 """Slots that a row of selected blocks may have even if all of them stay empty."""
 

@@ -137,6 +137,7 @@ def test_explain_backend_takes_every_argument_of_forward(inputs):
         max_seqlen=None,
         max_seqlen_k=None,
         max_workspace_bytes=1 << 30,
+        recompute_window=True,
         backend="auto",
     )
     assert said.startswith("backend: reference")

@@ -37,6 +37,7 @@ def forward(
     block_indices: Tensor | None = None,
     boundaries: Boundaries | None = None,
     max_workspace_bytes: int | None = None,
+    recompute_window: bool = False,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
     cu_seqlens, cu_seqlens_k, max_seqlen_k, packing = _bounds(boundaries)
@@ -74,6 +75,7 @@ def forward(
     keys = _Keys(num_keys=inputs.k.shape[1], cu_seqlens_k=cu_seqlens_k)
     sizes = make_sizes(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen_k, config, **keys)
     schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
+    schedule = schedule._replace(recompute_window=recompute_window)
     block_indices = _unit_major(block_indices, sizes, save)
     if is_traced(*inputs, block_indices, cu_seqlens, cu_seqlens_k):
         options = ops.OpOptions(

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from nsa.blocks import BlockPlaces
 from nsa.fused.kernel_inputs import (
     IN_ORDER,
     BlockLists,
@@ -162,6 +163,65 @@ def mean_backward(
         ``(..., T', H_kv, D)`` each in ``dtype``: the first pair of ``addends``, or new tensors.
     """
     return _kernels("means").mean_backward(**locals())
+
+
+def rotate(
+    x: Tensor,
+    other: Tensor | None,
+    bounds: Tensor | None,
+    start: float,
+    step: int,
+    theta: float,
+    inverse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotary embedding: channels ``i`` and ``i + D/2`` turn by ``position * theta ** (-2i/D)``.
+
+    The position of a row is ``start + step * index``. Angles are as exact at any position.
+
+    Args:
+        x: ``(..., R, H, D)``, bfloat16 or float16; D a multiple of 16 up to 256. Slices of heads
+            are read in place.
+        other: a second tensor with the same rows and channels, and its own heads; or None.
+        bounds: int32 ``(S + 1,)``, where the rows of each packed sequence start, then where the
+            last end; ``index`` counts from 0 in each. None: it counts in each entry of a batch.
+        start: a multiple of 1/2.
+        step: positions from row to row.
+        theta: base of the wavelengths, at least 1.
+        inverse: turn back.
+
+    Returns:
+        ``x`` and ``other`` rotated, contiguous.
+    """
+    return _kernels("rope").rotate(**locals())
+
+
+def gather_blocks(x: Tensor, position: Tensor, places: BlockPlaces) -> Tensor:
+    """``rows[m, h, i] = x[start(m) + i, h] + position[i]``, rounded once.
+
+    Args:
+        x: ``(..., T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. Slices of heads
+            are read in place.
+        position: ``(l, D)`` in the dtype of ``x``.
+        places: the blocks. A row of no block has the positions alone.
+
+    Returns:
+        ``(M, H_kv, l, D)`` in the dtype of ``x`` for the M rows of ``places``.
+    """
+    return _kernels("block_rows").gather_blocks(**locals())
+
+
+def scatter_blocks(drows: Tensor, shape: tuple[int, ...], places: BlockPlaces) -> Tensor:
+    """Gradient of the ``x`` of :func:`gather_blocks`: ``dx[t]`` adds up the rows of its blocks.
+
+    Args:
+        drows: ``(M, H_kv, l, D)``. Copied if it is not contiguous.
+        shape: that of ``x``.
+        places: as in forward.
+
+    Returns:
+        ``shape`` in the dtype of ``drows``, summed in float32 and rounded once.
+    """
+    return _kernels("block_rows").scatter_blocks(**locals())
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -42,7 +42,9 @@ class AttentionNode(torch.autograd.Function):
         inputs, block_indices = tensors[:NUM_INPUTS], tensors[NUM_INPUTS]
         saved = Saved.of_chunks(tensors[NUM_INPUTS + 1 :], recompute=ctx.schedule.recompute)
         arguments = (dout.contiguous(), block_indices, saved, ctx.plan, ctx.schedule)
-        return None, None, None, *_Gradients.apply(*arguments, *inputs)
+        if torch.is_grad_enabled():  # create_graph
+            return None, None, None, *_Gradients.apply(*arguments, *inputs)
+        return None, None, None, *run_backward(arguments[0], Inputs(*inputs), *arguments[1:])
 
 
 class _Gradients(torch.autograd.Function):
@@ -71,7 +73,7 @@ class OpOptions(NamedTuple):
             caller may change them before the backward.
         config: the caller's configuration, encoded.
         scale: the scale for that configuration.
-        chunks, recompute: the schedule.
+        chunks, recompute, recompute_window: the schedule.
         save: whether there will be a backward.
     """
 
@@ -84,6 +86,7 @@ class OpOptions(NamedTuple):
     scale: float
     chunks: int
     recompute: bool
+    recompute_window: bool
     save: bool
 
     @property
@@ -92,7 +95,7 @@ class OpOptions(NamedTuple):
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.chunks, self.recompute)
+        return Schedule(self.chunks, self.recompute, self.recompute_window)
 
     @property
     def returned_bounds(self) -> list[Tensor]:
@@ -162,7 +165,8 @@ def attention(*arguments):
     """Output ``(B, T, H, Dv)`` and, with ``save``, :meth:`Saved.tensors` of each chunk.
 
     Selected blocks are returned only if the caller gave none. With ``recompute``, only selected
-    blocks and groups are returned. If boundaries are not ``owned``, copies of them come last.
+    blocks and groups are returned; with ``recompute_window``, no window. If boundaries are not
+    ``owned``, copies of them come last.
     """
     inputs, options = _split(arguments)
     q = inputs.q
@@ -217,6 +221,8 @@ def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions) -> list[Tensor]:
         del shapes["block_indices"]
     if options.recompute:
         shapes = {name: shapes[name] for name in ("block_indices", "groups") if name in shapes}
+    elif options.recompute_window:
+        del shapes["o_win"], shapes["lse_win"]
     dtypes = {"o": out.dtype, "lse": torch.float32}
     # The outputs of an op must not share memory, even if they are empty.
     return [
@@ -245,6 +251,8 @@ def attention_backward(dout, *arguments):
 
 def _without_empty(saved: Saved) -> Saved:
     branches, *selection = saved
+    if branches is not None and branches.o_win is not None and branches.o_win.numel() == 0:
+        branches = branches._replace(o_win=None, lse_win=None)
     return Saved(branches, *(None if x is None or x.numel() == 0 else x for x in selection))
 
 

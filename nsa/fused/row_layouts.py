@@ -121,6 +121,7 @@ class FoldedQueries:
         self.rows = Segments(prefix_sum(counts), total)
         # Keyed by the number of KV heads, which differs between chunks.
         self._fold_indices: dict[int, Tensor] = {}
+        self._unfold_indices: dict[int, Tensor] = {}
         self._places: dict[int, Tensor] = {}
 
     @cached_property
@@ -171,14 +172,25 @@ class FoldedQueries:
 
     def unfold(self, folded: Tensor, num_kv_heads: int) -> Tensor:
         """``(B, rows, H_kv * d * G, D)`` to ``(B, T, H, D)``. Queries that were left out are 0."""
-        row, slot = (x[:, None] for x in self._place)
-        head = torch.arange(num_kv_heads, device=folded.device)
-        index = (row * num_kv_heads + head) * self.size + slot  # (T, H_kv)
-        index = torch.where(row >= 0, index, -1)
         width = folded[0, 0].numel() // (num_kv_heads * self.size)
         grouped = folded.reshape(folded.shape[0], -1, 1, width)
-        x = _gather(grouped, index.flatten())
-        return x.view(folded.shape[0], len(index), -1, folded.shape[-1])
+        x = _gather(grouped, self._unfold_index(num_kv_heads))
+        return x.view(folded.shape[0], x.shape[1] // num_kv_heads, -1, folded.shape[-1])
+
+    def _unfold_index(self, num_kv_heads: int) -> Tensor:
+        """The ``(rows, H_kv, d)`` index of each of ``(T, H_kv)``, -1 for none: int32, flat."""
+        if num_kv_heads not in self._unfold_indices:
+            row, slot = (x[:, None] for x in self._place)
+            head = torch.arange(num_kv_heads, device=row.device)
+            index = (row * num_kv_heads + head) * self.size + slot
+            self._unfold_indices[num_kv_heads] = torch.where(row >= 0, index, -1).flatten().int()
+        return self._unfold_indices[num_kv_heads]
+
+    @cached_property
+    def _lse_index(self) -> Tensor:
+        """The ``(d, rows)`` index of each token; any for queries left out: int64 ``(T,)``."""
+        row, slot = self._place
+        return slot * self.rows.total + row.clamp(min=0)
 
     def placement(self, num_heads: int, num_kv_heads: int) -> Placement:
         """Where :meth:`fold` puts the heads of each token. Queries left out have no place."""
@@ -191,10 +203,8 @@ class FoldedQueries:
 
     def unfold_lse(self, lse: Tensor, num_kv_heads: int) -> Tensor:
         """``(H_kv * d * G, rows)`` to ``(1, H, T)``; undefined for queries left out."""
-        row, slot = self._place
-        index = slot * self.rows.total + row.clamp(min=0)
         by_head = lse.unflatten(0, (num_kv_heads, self.size, -1)).transpose(1, 2).flatten(2)
-        return by_head.index_select(2, index).flatten(0, 1)[None]
+        return by_head.index_select(2, self._lse_index).flatten(0, 1)[None]
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

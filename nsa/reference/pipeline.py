@@ -32,6 +32,7 @@ def forward(
     block_indices: Tensor | None = None,
     boundaries: Boundaries | None = None,
     max_workspace_bytes: int | None = None,
+    recompute_window: bool = False,
 ) -> Tensor:
     """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch."""
     with without_autocast(q.device):
