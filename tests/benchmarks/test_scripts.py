@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import bench_layer
 import bench_positions
 import bench_selected
 import bench_varlen
@@ -19,7 +20,7 @@ import nsa
 import plot_performance
 import probe_max_seqlen
 import profile_forward
-from measuring import environment, tables, variants, work, workloads
+from measuring import environment, layers, tables, variants, work, workloads
 from measuring.timing import Timing
 
 GPU_TOOLS = (
@@ -31,7 +32,7 @@ GPU_TOOLS = (
     "cold_start",
 )
 # These take their shapes in another form, or none.
-OTHER_TOOLS = ("bench_selected", "bench_positions")
+OTHER_TOOLS = ("bench_selected", "bench_positions", "bench_layer")
 
 
 @pytest.mark.parametrize("name", GPU_TOOLS)
@@ -165,6 +166,31 @@ def test_lengths_of_packed_sequences():
     assert all(length % 64 for length in few)
     with pytest.raises(ValueError, match="100 tokens are too few for 8"):
         bench_varlen.halving_lengths(8, 100)
+
+
+def test_rows_of_the_layer():
+    options = bench_layer.parse_arguments(["--dims", "1024", "--shapes", "4x4096", "1x16384"])
+    rows = list(bench_layer.cases(options))
+    # Two shapes, three ways to run; two modes with three forms of input, and the dense twin.
+    assert len(rows) == 2 * 3 * (2 * 3 + 1)
+    assert all(tuple(row) == bench_layer.FIELDS[: len(row)] for row in rows)
+    assert {(row["heads"], row["kv_heads"]) for row in rows} == {(16, 1)}
+    with pytest.raises(SystemExit):
+        bench_layer.parse_arguments(["--shapes", "4x-1"])
+    lengths = [bench_layer.packed_lengths(16384, first) for first in range(7)]
+    assert all(sum(x) == 16384 and min(x) >= 0 for x in lengths)
+    assert len(set(map(tuple, lengths))) == 7
+    assert bench_layer.covered([(0, 3), (1, 2), (5, 6)]) == 4
+
+
+@pytest.mark.parametrize("side", ["token", "tile", "dense"])
+def test_layers_of_a_stack_have_the_same_projections(side):
+    stack = layers.Stack(side, 64, 4, 1, 2, False)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    for layer in stack.layers:
+        assert [tuple(layer.get_submodule(name).weight.shape) for name in names] == [
+            (64, 64), (16, 64), (16, 64), (64, 64)
+        ]  # fmt: skip
 
 
 def test_batches_of_a_training_run():
