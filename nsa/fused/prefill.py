@@ -39,6 +39,8 @@ def unsupported_reason(q: Tensor, cache: Cache, boundaries: Boundaries | None) -
         return None
     if cache.config.num_cmp_selected_blocks is not None:
         return f"it needs num_cmp_selected_blocks=None with a cache; {_REMEDY}"
+    if torch.compiler.is_compiling():
+        return f"it reads lengths on the host, which torch.compile would guard; {_REMEDY}"
     starts = cache.known_lengths() or cache.lengths.tolist()
     new = [q.shape[1]] * len(starts) if boundaries is None else boundaries.lengths or starts
     size = cache.config.q_tile_size
