@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import cache, partial
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -136,7 +137,7 @@ def forward(
         max_workspace_bytes=max_workspace_bytes,
         recompute_window=recompute_window,
     )
-    module = _backend_module(backend, call.q, call.v, call.config)
+    module = backend_module(backend, call.q, call.v, call.config)
     return module.forward(
         call.q,
         call.k,
@@ -188,15 +189,12 @@ def select_blocks(
         q, keys, compress_k_weight, compressed_kv
     )
     problem = validation.check_qkv(q, keys, None, config, cu_seqlens, cu_seqlens_k)
-    if isinstance(compressed_kv, (tuple, list)) and len(compressed_kv) == 2:
-        value = compressed_kv[1]
-        if isinstance(value, Tensor) and value.ndim == q.ndim:
-            problem = problem._replace(value_dim=value.shape[-1])
+    problem = with_value_dim(problem, compressed_kv)
     boundaries = check_boundaries(cu_seqlens, max_seqlen, q, keys[0], cu_seqlens_k, max_seqlen_k)
     validation.check_positions(boundaries, problem)
     validation.check_compression(compress_k_weight, None, compressed_kv, boundaries, q, problem)
     validation.check_selection_width(boundaries, problem)
-    module = _backend_module(backend, q, keys, config)
+    module = backend_module(backend, q, keys, config)
     return module.select_blocks(
         q,
         keys[0],
@@ -324,6 +322,15 @@ def _check_call(
     )
 
 
+def with_value_dim(problem: validation.Problem, compressed_kv) -> validation.Problem:
+    """``problem`` of a call without values, with the ``Dv`` of compressed values if given."""
+    if isinstance(compressed_kv, (tuple, list)) and len(compressed_kv) == 2:
+        value = compressed_kv[1]
+        if isinstance(value, Tensor) and value.ndim == len(problem.leading) + 2:
+            return problem._replace(value_dim=value.shape[-1])
+    return problem
+
+
 def _check_backend(backend) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
@@ -348,11 +355,12 @@ def _describe_limit(limit: str | None) -> str:
     return "fused can do this" if limit is None else f"fused cannot do this: {limit}"
 
 
-def _backend_module(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig):
+def backend_module(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -> ModuleType:
+    """The package that attends; ``v`` are the values of each branch."""
     return choose_module(backend, q, partial(_fused_limit, q, v, config))
 
 
-def choose_module(backend: str, q: Tensor, fused_limit: Callable[[], str | None]):
+def choose_module(backend: str, q: Tensor, fused_limit: Callable[[], str | None]) -> ModuleType:
     """The package of the backend to use; ``fused_limit`` says why it cannot be the fused one.
 
     Raises:

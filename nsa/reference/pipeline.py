@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nsa.blocks import num_query_tiles
 from nsa.config import NSAConfig
-from nsa.geometry import Geometry
+from nsa.geometry import Geometry, QuerySegments, Segments
 from nsa.packing import Boundaries
 from nsa.precision import without_autocast
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
@@ -31,16 +31,20 @@ def forward(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     boundaries: Boundaries | None = None,
+    segments: QuerySegments | None = None,
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
 ) -> Tensor:
-    """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch."""
+    """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch.
+
+    ``segments`` says where queries stand that are not the last ones of their sequences.
+    """
     with without_autocast(q.device):
         out = attend(
             _flatten(q),
             _flatten_branches(k),
             _flatten_branches(v),
-            _geometry(q, k[0], boundaries, config),
+            _geometry(q, k[0], boundaries, segments, config),
             gate_proj_weight=gate_proj_weight,
             gates=None if gates is None else _flatten(gates),
             compress_weights=(compress_k_weight, compress_v_weight),
@@ -106,10 +110,11 @@ def select_blocks(
     compress_k_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     boundaries: Boundaries | None = None,
+    segments: QuerySegments | None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`. Arguments are checked; ``k`` is the compressed branch's."""
     with without_autocast(q.device):
-        geometry = _geometry(q, k, boundaries, config)
+        geometry = _geometry(q, k, boundaries, segments, config)
         if compressed_kv is None:
             k_cmp = compress(_flatten(k), compress_k_weight, geometry)
         else:
@@ -118,9 +123,17 @@ def select_blocks(
         return _unflatten_indices(indices, q, config)
 
 
-def _geometry(q: Tensor, k: Tensor, boundaries: Boundaries | None, config: NSAConfig) -> Geometry:
+def _geometry(
+    q: Tensor,
+    k: Tensor,
+    boundaries: Boundaries | None,
+    segments: QuerySegments | None,
+    config: NSAConfig,
+) -> Geometry:
     if boundaries is None:
         return Geometry.of(q, k, config)
+    if segments is not None:
+        return Geometry(segments, Segments(boundaries.cu_seqlens_k.long(), k.shape[0]), config)
     return Geometry.of(q, k, config, boundaries.cu_seqlens, boundaries.cu_seqlens_k)
 
 

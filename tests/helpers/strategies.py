@@ -59,17 +59,24 @@ def configs(draw, **fixed) -> nsa.NSAConfig:
 
 @st.composite
 def problems(
-    draw, max_tokens: int = 70, packed: bool | None = None, min_sequences: int = 0, **fixed
+    draw,
+    max_tokens: int = 70,
+    packed: bool | None = None,
+    min_sequences: int = 0,
+    layouts=None,
+    **fixed,
 ) -> Problem:
     """A problem in float64; ``fixed`` sets fields of the configuration.
 
-    ``packed`` is drawn unless given.
+    ``packed`` is drawn unless given. ``layouts(config)`` may give another strategy of
+    ``(lengths, leading, extras)`` than the default.
     """
     config = draw(configs(**fixed))
     heads = draw(st.sampled_from([(1, 1), (2, 2), (2, 1), (6, 2), (4, 1), (6, 1)]))
     dims = draw(st.sampled_from([(3, 3), (4, 2), (2, 5)]))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    lengths, leading, extras = draw(_layouts(max_tokens, packed, min_sequences))
+    default = _layouts(max_tokens, packed, min_sequences)
+    lengths, leading, extras = draw(default if layouts is None else layouts(config))
     num_heads, num_kv_heads = heads
     dim, value_dim = dims
 

@@ -1,0 +1,9 @@
+"""Context parallelism: sequences that the ranks of a process group hold parts of.
+
+Built on torch.distributed alone, whose modules only this package imports.
+"""
+
+from nsa.distributed.interface import forward, select_blocks
+from nsa.distributed.sharding import positions, shard, unshard
+
+__all__ = ["forward", "positions", "select_blocks", "shard", "unshard"]

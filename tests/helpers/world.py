@@ -1,0 +1,94 @@
+"""Ranks for tests: processes that stay, get a function and arguments, and cannot hang a test."""
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+
+RANKS = 3
+SECONDS = 30
+"""A case that takes longer has failed."""
+
+
+class World:
+    """``RANKS`` processes with a gloo group of all of them and one of the first two."""
+
+    def __init__(self, folder: str):
+        self._folder, self._started = folder, 0
+        self._processes: list = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable, *args, ranks: int = RANKS, seconds: float = SECONDS) -> list:
+        """``function(group, *args)`` on each rank; the results by rank.
+
+        Raises:
+            AssertionError: a rank raised, died or took too long; with the traceback by rank.
+        """
+        self._start()
+        name = (function.__module__, function.__qualname__)
+        for pipe in self._pipes[:ranks]:
+            pipe.send_bytes(pickle.dumps((name, ranks, args)))
+        answers, end = [], time.monotonic() + seconds
+        for rank, pipe in enumerate(self._pipes[:ranks]):
+            answers.append(self._answer(rank, pipe, end))
+        problems = [f"rank {i}: {text}" for i, (good, text) in enumerate(answers) if not good]
+        if problems:
+            # A rank that raised may have left others in a collective.
+            self.stop()
+            raise AssertionError("\n".join(problems))
+        return [result for _, result in answers]
+
+    def _answer(self, rank: int, pipe: Connection, end: float):
+        try:
+            if pipe.poll(max(0, end - time.monotonic())):
+                return pickle.loads(pipe.recv_bytes())
+            return False, "no answer in time"
+        except EOFError:
+            return False, f"died with exit code {self._processes[rank].exitcode}"
+
+    def _start(self):
+        if self._processes:
+            return
+        self._started += 1
+        context = multiprocessing.get_context("spawn")
+        for rank in range(RANKS):
+            near, far = context.Pipe()
+            store = os.path.join(self._folder, f"store{self._started}")
+            process = context.Process(target=_serve, args=(rank, store, far), daemon=True)
+            process.start()
+            far.close()
+            self._processes.append(process)
+            self._pipes.append(near)
+
+    def stop(self):
+        """End all processes. The next case starts new ones."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(rank: int, store: str, pipe: Connection):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS,
+        timeout=timedelta(seconds=SECONDS / 2),
+    )  # fmt: skip
+    groups = {RANKS: distributed.group.WORLD, 2: distributed.new_group([0, 1])}
+    while True:
+        (module, name), ranks, args = pickle.loads(pipe.recv_bytes())
+        try:
+            function = getattr(importlib.import_module(module), name)
+            answer = True, function(groups[ranks], *args)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(answer))
