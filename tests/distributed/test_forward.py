@@ -9,7 +9,7 @@ from nsa.distributed.order import ORDERS
 from nsa.testing import make_cu_seqlens
 from tests.helpers import rank_cases
 from tests.helpers.profiles import WITH_FIXTURES, examples
-from tests.helpers.strategies import Problem, leaves, problems
+from tests.helpers.strategies import Problem, leaves, problems, tile_problems, token_problems
 
 # A failing example is not made smaller: each try may restart the ranks.
 COMMON = WITH_FIXTURES | {"phases": [Phase.explicit, Phase.reuse, Phase.generate]}
@@ -39,10 +39,11 @@ def cut_layouts(draw, config: nsa.NSAConfig, ranks: int, order: str):
 
 
 @st.composite
-def cut_problems(draw):
+def cut_problems(draw, kinds=(problems,), **fixed):
     """``(problem, ranks, order)``."""
     ranks, order = draw(st.sampled_from([2, 3])), draw(st.sampled_from(ORDERS))
-    problem = draw(problems(layouts=lambda config: cut_layouts(config, ranks, order)))
+    kind = draw(st.sampled_from(kinds))
+    problem = draw(kind(layouts=lambda config: cut_layouts(config, ranks, order), **fixed))
     return problem, ranks, order
 
 
@@ -99,6 +100,15 @@ def check_ranks(world, problem: Problem, ranks: int, order: str, backend: str = 
 @given(case=cut_problems())
 def test_output_and_gradients_equal_one_process(world, case):
     check_ranks(world, *case)
+
+
+STRICT = {"causal": True, "compressed_visibility": "complete"}
+
+
+@settings(max_examples=examples(20), **COMMON)
+@given(case=cut_problems((tile_problems, token_problems), **STRICT))
+def test_the_fused_backend_equals_one_process(world, case):
+    check_ranks(world, *case, backend="fused")
 
 
 @settings(max_examples=examples(20), **COMMON)

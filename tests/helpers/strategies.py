@@ -111,7 +111,7 @@ def problems(
 
 
 @st.composite
-def tile_problems(draw, max_tokens: int = 300) -> Problem:
+def tile_problems(draw, max_tokens: int = 300, **options) -> Problem:
     """Problems in tile mode, with the block sizes that the kernels support."""
     block = draw(st.sampled_from([1, 4, 16, 64]))
     sizes = [size for size in (64, 128, 192) if size % block == 0]
@@ -125,12 +125,13 @@ def tile_problems(draw, max_tokens: int = 300) -> Problem:
             q_tile_size=draw(st.sampled_from([64, 128])),
             cmp_group_size=draw(st.sampled_from([64, 128])),
             window_size=draw(st.sampled_from([1, 30, 100])),
+            **options,
         )
     )
 
 
 @st.composite
-def token_problems(draw, max_tokens: int = 330) -> Problem:
+def token_problems(draw, max_tokens: int = 330, **options) -> Problem:
     """The same in token mode, with and without overlap."""
     size = draw(st.sampled_from([32, 64]))
     stride = draw(st.sampled_from([4, 16, 32]))
@@ -146,6 +147,7 @@ def token_problems(draw, max_tokens: int = 330) -> Problem:
             num_local_blocks=local,
             num_selected_blocks=max(1, initial + local + draw(st.integers(0, 2))),
             window_size=draw(st.sampled_from([1, 30, 100])),
+            **options,
         )
     )
 
