@@ -253,7 +253,9 @@ class _AttentionNode(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         call, saved = ctx.call, ctx.saved
         count = len(ctx.needs_input_grad) - 2
-        flat = ctx.saved_tensors[:count]
+        # Read once, because checkpointing unpacks once.
+        tensors = ctx.saved_tensors
+        flat = tensors[:count]
         inputs = Inputs.of(flat)
         names = _keys(inputs)
         grads = {
@@ -261,7 +263,7 @@ class _AttentionNode(torch.autograd.Function):
             for name, x, needed in zip(names, flat, ctx.needs_input_grad[2:], strict=True)
             if needed
         }
-        saved.tensors = list(ctx.saved_tensors[count:])
+        saved.tensors = list(tensors[count:])
         sums: list[tuple[Tensor, Summing]] = []
         for part, (chunk, keys) in zip(ctx.parts, _Chunks(call, inputs), strict=True):
             saved.gathered = keys

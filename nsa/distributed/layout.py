@@ -2,8 +2,8 @@
 
 "Flat" rows are those of all entries of the batch one after another. A rank's queries are the last
 ones of as many sequences of keys as it has query segments. Two segments of one sequence each have
-its keys: the gather writes them in that order, which costs no more than sorting them. If queries see
-later tokens, each sequence of keys comes once and whole.
+its keys: the gather writes them in that order, which costs no more than sorting them. If queries
+see later tokens, each sequence of keys comes once and whole.
 """
 
 from functools import cached_property, lru_cache

@@ -1,10 +1,18 @@
 """What the ranks of :mod:`tests.helpers.world` run. They get whole problems and cut them."""
 
+import time
+from contextlib import ExitStack
+from functools import partial
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 import nsa
 from nsa.blocks import num_compressed_blocks, num_query_tiles
+from nsa.distributed import attention, collectives
 from nsa.distributed.order import make_pieces
 from tests.helpers.emulation import emulate_kernels
 from tests.helpers.strategies import Problem, leaves
@@ -92,3 +100,107 @@ def selected_blocks(group, problem: Problem, order: str) -> Tensor:
     return nsa.distributed.select_blocks(
         own.q, own.k, mesh=group, order=order, config=own.config, backend="reference", **extras
     )
+
+
+def several_chunks(group, *arguments) -> list:
+    """:func:`output_and_gradients` with a chunk for each KV head."""
+    with patch.object(attention, "CHUNK_BYTES", 1):
+        return output_and_gradients(group, *arguments)
+
+
+def checkpointed(group, problem: Problem, order: str, dout: Tensor, backend: str) -> list:
+    """:func:`output_and_gradients`, but backward computes the forward again."""
+
+    def again(*args, **kwargs):
+        return checkpoint(partial(original, **kwargs), *args, use_reentrant=False)
+
+    original = nsa.distributed.forward
+    with patch.object(nsa.distributed, "forward", again):
+        return output_and_gradients(group, problem, order, dout, backend)
+
+
+def traffic(group, problem: Problem, order: str, dout: Tensor, backend: str) -> list:
+    """What each collective of a forward and backward sends: ``(name, shape, dtype)``."""
+    found = []
+
+    def spy(name: str, original):
+        def call(out, x, **options):
+            found.append((name, tuple(x.shape), str(x.dtype)))
+            return original(out, x, **options)
+
+        return patch.object(collectives, name, call)
+
+    names = ("_all_gather", "_reduce_scatter")
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(spy(name, getattr(collectives, name)))
+        several_chunks(group, problem, order, dout, backend)
+    return found
+
+
+def saved_shapes(group, problem: Problem, order: str) -> list[tuple]:
+    """Shape of each tensor that the node of the attention saves."""
+    emulate_kernels(setattr)
+    own = own_part(problem, group.size(), group.rank(), order)
+    for x in leaves(own):
+        x.requires_grad_()
+    out = forward(group, own, order, backend="fused")
+    node = out.grad_fn
+    while "AttentionNode" not in type(node).__name__:
+        node = node.next_functions[0][0]
+    return [tuple(x.shape) for x in node.saved_tensors if x is not None]
+
+
+def round_trip(group, x: Tensor, dim: int, order: str, cu_seqlens: Tensor | None) -> tuple:
+    """This rank's part, the whole from all parts, positions of own tokens."""
+    own = nsa.distributed.shard(x, group, dim, order, cu_seqlens=cu_seqlens)
+    whole = nsa.distributed.unshard(own, group, dim, order, cu_seqlens=cu_seqlens)
+    places = nsa.distributed.positions(x.shape[dim], group, order, cu_seqlens=cu_seqlens)
+    return own, whole, places
+
+
+def error_of(group, problems: list[Problem], changes: list[dict], orders: list[str]) -> str:
+    """The error of a forward to which each rank gives its own arguments."""
+    rank = group.rank()
+    try:
+        forward(group, problems[rank], orders[rank], backend="reference", **changes[rank])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def errors_of_helpers(group) -> list[str]:
+    """Errors that need a process group."""
+    texts = []
+
+    def note(function, *args, **kwargs):
+        try:
+            function(*args, **kwargs)
+        except Exception as error:
+            texts.append(f"{type(error).__name__}: {error}")
+        else:
+            texts.append("no error")
+
+    x = torch.zeros(1, 12 + group.rank(), 2)
+    mesh = init_device_mesh("cpu", (1, 3), mesh_dim_names=("dp", "cp"))
+    note(nsa.distributed.unshard, x, group, 1)
+    note(nsa.distributed.unshard, torch.zeros(1, 12, 2, requires_grad=True), group, 1)
+    note(nsa.distributed.shard, torch.zeros(1, 13, 2), group, 1)
+    note(nsa.distributed.shard, torch.zeros(1, 12, 2), mesh, 1)
+    note(nsa.distributed.shard, torch.zeros(1, 12, 2), "mesh", 1)
+    note(nsa.distributed.shard, torch.zeros(1, 12, 2), mesh["cp"], 1, "zigzag")
+    note(nsa.distributed.shard, torch.zeros(1, 12, 2), mesh["cp"], 1)
+    return texts
+
+
+def fused_error(group, problem: Problem) -> str:
+    try:
+        forward(group, problem, "head-tail", backend="fused")
+    except nsa.UnsupportedError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def sleep_on_rank_1(group):
+    if group.rank() == 1:
+        time.sleep(60)
