@@ -14,10 +14,10 @@ from torch.distributed import DeviceMesh, ProcessGroup
 from nsa.precision import accumulation_dtype
 
 # PyTorch 2.13 renamed both and deprecates the old names.
-_all_gather: Callable = (
+all_gather: Callable = (
     getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 )
-_reduce_scatter: Callable = (
+reduce_scatter: Callable = (
     getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 )
 
@@ -63,7 +63,7 @@ class Gathering:
         self._sent = x  # alive until it is sent
         self._work = None
         if x.numel():
-            self._work = _all_gather(self._out, x, group=group, async_op=True)
+            self._work = all_gather(self._out, x, group=group, async_op=True)
 
     def wait(self) -> Tensor:
         """``(ranks * n, ...)``, rank after rank."""
@@ -86,7 +86,7 @@ class Summing:
         self._out = self._sent.new_empty(x.shape[0] // group.size(), *x.shape[1:])
         self._work = None
         if x.numel():
-            self._work = _reduce_scatter(self._out, self._sent, group=group, async_op=True)
+            self._work = reduce_scatter(self._out, self._sent, group=group, async_op=True)
 
     def wait(self) -> Tensor:
         """The sum of this rank's part, ``(n, ...)``, not rounded."""

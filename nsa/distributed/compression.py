@@ -1,6 +1,7 @@
 """Compressed blocks: each computed once, by the rank of its last token, then gathered by all."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -8,44 +9,48 @@ from torch.distributed import ProcessGroup
 
 from nsa.distributed.collectives import gather_rows
 from nsa.distributed.layout import Layout
-from nsa.precision import without_autocast
-from nsa.reference.compression import compress
 
 
-def block_rows(x: Tensor, layout: Layout, group: ProcessGroup) -> Tensor:
+def block_rows(rows: Sequence[Tensor], layout: Layout, group: ProcessGroup) -> list[Tensor]:
     """The tokens of the blocks that own tokens complete; differentiable.
 
     Args:
-        x: own rows ``(T, ...)``.
+        rows: tensors of own tokens, ``(T, H_kv, ...)`` each.
 
     Returns:
-        Rows of the sequences of :attr:`Layout.block_geometry`, some of which other ranks hold.
+        For each of them, rows of the sequences of :attr:`Layout.block_boundaries`, some of which
+        other ranks hold.
     """
-    borders = layout.borders
-    if len(borders.send):
-        x = torch.cat((x, gather_rows(x.index_select(0, borders.send), borders.take, group)))
-    return x.index_select(0, layout.block_tokens)
+    send, take = layout.borders
+    rows = list(rows)
+    if len(send):
+        lent = torch.cat([x.index_select(0, send) for x in rows], dim=-1)
+        borders = gather_rows(lent, take, group).split([x.shape[-1] for x in rows], dim=-1)
+        rows = [torch.cat(pair) for pair in zip(rows, borders, strict=True)]
+    tokens = layout.block_tokens
+    return rows if tokens is None else [x.index_select(0, tokens) for x in rows]
 
 
 def compress_own(
-    rows: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
+    k: Tensor,
+    v: Tensor,
+    weights: tuple[Tensor | None, Tensor | None],
     layout: Layout,
+    backend: ModuleType,
     group: ProcessGroup,
-) -> tuple[Tensor, ...]:
-    """Compressed keys or values of the blocks that own tokens complete, in the order of those.
+) -> tuple[Tensor, Tensor]:
+    """Compressed keys and values of the blocks that own tokens complete, in the order of those.
 
     Args:
-        rows: own keys ``(T, H_kv, D)``, values ``(T, H_kv, Dv)``, or both.
-        weights: for each of them, ``(H_kv, D, D)`` or None.
+        k, v: own rows ``(T, H_kv, D)`` and ``(T, H_kv, Dv)`` of the compressed branch.
+        weights: ``(H_kv, D, D)`` and ``(H_kv, Dv, Dv)``, or None.
+        backend: the package that compresses.
     """
-    with without_autocast(rows[0].device):
-        together = block_rows(torch.cat(tuple(rows), dim=-1), layout, group)
-        parts = together.split([x.shape[-1] for x in rows], dim=-1)
-        return tuple(
-            compress(x, weight, layout.block_geometry)
-            for x, weight in zip(parts, weights, strict=True)
-        )
+    keys, values = block_rows((k, v), layout, group)
+    return backend.compress_blocks(
+        keys, values, config=layout.config, compress_k_weight=weights[0],
+        compress_v_weight=weights[1], boundaries=layout.block_boundaries,
+    )  # fmt: skip
 
 
 def gather_blocks(

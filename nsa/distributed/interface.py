@@ -95,7 +95,8 @@ def forward(
     own: Sequence[Tensor]
     if part.compressed_kv is None:
         weights = (part.compress_k_weight, part.compress_v_weight)
-        own = compress_own((flat(part.k[0]), flat(part.v[0])), weights, part.layout, group)
+        rows = (flat(part.k[0]), flat(part.v[0]))
+        own = compress_own(*rows, weights, part.layout, part.backend, group)
     else:
         own = [flat(x) for x in part.compressed_kv]
     k_cmp, v_cmp = gather_blocks(own, part.layout, group)
@@ -138,10 +139,12 @@ def select_blocks(
     part = check_call(group, order, dict(q=q, k=k, **arguments))
     layout = part.layout
     if part.compressed_kv is None:
-        own = compress_own((flat(part.k[0]),), (part.compress_k_weight,), layout, group)
+        # Values are not used, so keys take their place.
+        rows, weights = flat(part.k[0]), (part.compress_k_weight, None)
+        own, _ = compress_own(rows, rows, weights, layout, part.backend, group)
     else:
-        own = (flat(part.compressed_kv[0]),)
-    (k_cmp,) = gather_blocks(own, layout, group)
+        own = flat(part.compressed_kv[0])
+    (k_cmp,) = gather_blocks((own,), layout, group)
     extra = {} if layout.segments is None else {"segments": layout.segments}
     blocks = part.backend.select_blocks(
         flat(part.q),

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.distributed.order import Pieces, QueryRuns, expand, make_pieces, make_runs
-from nsa.geometry import Geometry, QuerySegments, Segments, prefix_sum
+from nsa.geometry import QuerySegments, Segments, prefix_sum
 from nsa.host import may_keep
 from nsa.packing import Boundaries, Packing
 
@@ -138,11 +138,7 @@ class Layout:
             index = self._place[expand(start, self._own.end)]
         else:
             index = self._place
-        if len(index) == self.ranks * self.rows and bool(
-            (index == torch.arange(len(index), device="cpu")).all()
-        ):
-            return None
-        return index.to(self.device)
+        return self._unless_all(index, self.ranks * self.rows)
 
     @cached_property
     def blocks(self) -> Blocks:
@@ -181,8 +177,11 @@ class Layout:
         return Borders(send.to(self.device), (holder * width + slot)[needed].to(self.device))
 
     @cached_property
-    def block_tokens(self) -> Tensor:
-        """The tokens of own blocks, of own rows followed by those that :attr:`borders` takes."""
+    def block_tokens(self) -> Tensor | None:
+        """The tokens of own blocks, of own rows followed by those that :attr:`borders` takes.
+
+        None if these are own rows as they are.
+        """
         first, count = self._completed(self._own)
         _, end = self._block_ends(self._own)
         missing = torch.where(count > 0, self._own.position - first * self._stride, 0)
@@ -190,15 +189,15 @@ class Layout:
         inside = torch.where(count > 0, end - self._own.position, 0)
         starts = torch.stack((self.rows + border, row), dim=1).flatten()
         counts = torch.stack((missing, inside), dim=1).flatten()
-        return expand(starts, counts).to(self.device)
+        return self._unless_all(expand(starts, counts), self.rows)
 
     @cached_property
-    def block_geometry(self) -> Geometry:
+    def block_boundaries(self) -> Boundaries:
         """The sequences of :attr:`block_tokens`, one for each query segment."""
         begin, end = self._block_ends(self._own)
-        bounds = prefix_sum(end - begin).int().to(self.device)
-        total = int((end - begin).sum())
-        return Geometry.packed(bounds, bounds, total, total, self.config)
+        packing = Packing(prefix_sum(end - begin).int().to(self.device))
+        bounds, lengths, longest = packing.cu_seqlens, packing.lengths, packing.max_seqlen
+        return Boundaries(bounds, lengths, longest, packing, bounds, lengths, longest)
 
     @property
     def num_keys(self) -> int:
@@ -232,6 +231,12 @@ class Layout:
     @property
     def _stride(self) -> int:
         return self.config.compress_stride
+
+    def _unless_all(self, index: Tensor, rows: int) -> Tensor | None:
+        """``index`` on the device of the call; None if it is ``0, 1, ... rows - 1``."""
+        if torch.equal(index, torch.arange(rows, device="cpu")):
+            return None
+        return index.to(self.device)
 
     @cached_property
     def _key_counts(self) -> Tensor:

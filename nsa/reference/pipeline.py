@@ -123,6 +123,21 @@ def select_blocks(
         return _unflatten_indices(indices, q, config)
 
 
+def compress_blocks(
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: NSAConfig,
+    compress_k_weight: Tensor | None,
+    compress_v_weight: Tensor | None,
+    boundaries: Boundaries,
+) -> tuple[Tensor, Tensor]:
+    """The compressed keys and values of packed ``k (T, H_kv, D)`` and ``v (T, H_kv, Dv)``."""
+    with without_autocast(k.device):
+        geometry = _geometry(k, k, boundaries, None, config)
+        return compress(k, compress_k_weight, geometry), compress(v, compress_v_weight, geometry)
+
+
 def _geometry(
     q: Tensor,
     k: Tensor,

@@ -45,16 +45,16 @@ def test_what_is_sent(world):
     found = world.run(rank_cases.traffic, problem, "head-tail", dout, "reference", ranks=ranks)
     assert found[0] == found[1]
     own, dtype = tokens // ranks, "torch.float64"
-    gather = [("_all_gather", (own, 1, 4), dtype)] * 2
-    summed = [("_reduce_scatter", (tokens, 1, 4), dtype)] * 2
+    gather = [("all_gather", (own, 1, 4), dtype)] * 2
+    summed = [("reduce_scatter", (tokens, 1, 4), dtype)] * 2
     name, shape, _ = found[0][0]
-    assert (name, shape) == ("_all_gather", (32,))  # the agreement
+    assert (name, shape) == ("all_gather", (32,))  # the agreement
     # Rank 0 lends the end of piece 0, rank 1 those of pieces 1 and 2: 2 tokens each.
     border, blocks = (4, 3, 8), (24, 3, 8)
-    begin = [("_all_gather", border, dtype), ("_all_gather", blocks, dtype)]
+    begin = [("all_gather", border, dtype), ("all_gather", blocks, dtype)]
     end = [
-        ("_reduce_scatter", (ranks * blocks[0], *blocks[1:]), dtype),
-        ("_reduce_scatter", (ranks * border[0], *border[1:]), dtype),
+        ("reduce_scatter", (ranks * blocks[0], *blocks[1:]), dtype),
+        ("reduce_scatter", (ranks * border[0], *border[1:]), dtype),
     ]
     middle = gather + gather + summed + gather + summed + summed
     assert found[0][1:] == begin + gather * 3 + middle + end

@@ -29,7 +29,7 @@ def test_the_fused_backend_equals_one_process(world, case):
 def test_selection_equals_one_process_and_may_be_given(world, case):
     problem, ranks, order = case
     indices = problem.select_blocks(backend="reference")
-    results = world.run(rank_cases.selected_blocks, problem, order, ranks=ranks)
+    results = world.run(rank_cases.selected_blocks, problem, order, "reference", ranks=ranks)
     given = problem._replace(extras=problem.extras | {"block_indices": indices})
     for rank, own in enumerate(results):
         part = rank_cases.own_part(given, ranks, rank, order)

@@ -6,7 +6,7 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +14,7 @@ import nsa
 from nsa.blocks import num_compressed_blocks, num_query_tiles
 from nsa.distributed import attention, collectives
 from nsa.distributed.order import make_pieces
+from nsa.testing import assert_as_accurate
 from tests.helpers.emulation import emulate_kernels
 from tests.helpers.strategies import Problem, leaves
 
@@ -57,7 +58,7 @@ def own_part(problem: Problem, ranks: int, rank: int, order: str) -> Problem:
     def cut(x, index=tokens, at=dim):
         if isinstance(x, tuple):
             return tuple(cut(item, index, at) for item in x)
-        return None if x is None else x.index_select(at, index)
+        return None if x is None else x.index_select(at, index.to(x.device))
 
     extras = dict(problem.extras)
     if "gates" in extras:
@@ -92,13 +93,13 @@ def output_and_gradients(group, problem: Problem, order: str, dout: Tensor, back
     return [out.detach(), *torch.autograd.grad(out, inputs, dout, allow_unused=True)]
 
 
-def selected_blocks(group, problem: Problem, order: str) -> Tensor:
+def selected_blocks(group, problem: Problem, order: str, backend: str) -> Tensor:
     """What this rank selects for its part of the whole ``problem``."""
     own = own_part(problem, group.size(), group.rank(), order)
     names = ("compress_k_weight", "compressed_kv", "cu_seqlens", "max_seqlen")
     extras = {name: x for name, x in own.extras.items() if name in names}
     return nsa.distributed.select_blocks(
-        own.q, own.k, mesh=group, order=order, config=own.config, backend="reference", **extras
+        own.q, own.k, mesh=group, order=order, config=own.config, backend=backend, **extras
     )
 
 
@@ -130,7 +131,7 @@ def traffic(group, problem: Problem, order: str, dout: Tensor, backend: str) -> 
 
         return patch.object(collectives, name, call)
 
-    names = ("_all_gather", "_reduce_scatter")
+    names = ("all_gather", "reduce_scatter")
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(spy(name, getattr(collectives, name)))
@@ -204,3 +205,67 @@ def fused_error(group, problem: Problem) -> str:
 def sleep_on_rank_1(group):
     if group.rank() == 1:
         time.sleep(60)
+
+
+def gpu_accuracy(group, problem: Problem, order: str, device: str = "cuda") -> float:
+    """Check this rank's part of a float64 ``problem``, computed in bfloat16 by the fused backend.
+
+    The error against float64 is held to that of the reference in bfloat16 over the whole.
+
+    Returns:
+        The share of rows whose selection is that of one GPU.
+    """
+    ranks, rank = group.size(), group.rank()
+    problem = moved(problem, device, torch.bfloat16)
+    dout = torch.randn(problem.q.shape, dtype=torch.bfloat16, device=device)
+    distributed.broadcast(dout, 0, group=group)
+    blocks = problem.select_blocks(backend="fused")
+    given = problem._replace(extras=problem.extras | {"block_indices": blocks})
+    results = [
+        output_and_leaves(moved(given, device, dtype), dout.to(dtype), backend="reference")
+        for dtype in (torch.float64, torch.bfloat16)
+    ]
+    own = own_part(given, ranks, rank, order)
+    tokens = own_tokens(problem, ranks, rank, order).to(device)
+    own_dout = dout.index_select(token_dim(problem), tokens)
+    found = output_and_leaves(own, own_dout, group=group, order=order, backend="fused")
+    for name, x in found.items():
+        exact, same_dtype = (result[name] for result in results)
+        if name in SUMMED:
+            x = x.float()
+            distributed.all_reduce(x, group=group)
+            x = x.to(torch.bfloat16)
+        else:
+            exact, same_dtype = (
+                y.index_select(token_dim(problem), tokens) for y in (exact, same_dtype)
+            )
+        assert_as_accurate(name, x, same_dtype, exact)
+    selected = selected_blocks(group, moved(problem, device, torch.bfloat16), order, "fused")
+    return (selected == own.extras["block_indices"]).all(-1).double().mean().item()
+
+
+SUMMED = ("gate_proj_weight", "compress_k_weight", "compress_v_weight")
+
+
+def moved(problem: Problem, device: str, dtype: torch.dtype) -> Problem:
+    """The problem on a device, its float tensors in a dtype."""
+
+    def move(x):
+        if isinstance(x, tuple):
+            return tuple(map(move, x))
+        if not isinstance(x, Tensor):
+            return x
+        return x.detach().to(device, dtype if x.is_floating_point() else None)
+
+    extras = {name: move(x) for name, x in problem.extras.items()}
+    return Problem(*map(move, problem[:3]), problem.config, extras)
+
+
+def output_and_leaves(problem: Problem, dout: Tensor, group=None, order="", **options) -> dict:
+    """The output and gradients by name of a problem with one K/V."""
+    names = ["q", "k", "v", *(x for x in problem.extras if x in (*SUMMED, "gates"))]
+    inputs = [x.requires_grad_() for x in leaves(problem)]
+    one = group is None
+    out = problem.forward(**options) if one else forward(group, problem, order, **options)
+    grads = torch.autograd.grad(out, inputs, dout)
+    return {"out": out.detach()} | dict(zip(names, grads, strict=True))

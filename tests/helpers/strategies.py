@@ -19,6 +19,13 @@ class Problem(NamedTuple):
     config: nsa.NSAConfig
     extras: dict
 
+    def __repr__(self) -> str:
+        """Without the values of long tensors."""
+        tensors = [tuple(x.shape) for x in leaves(self)]
+        bounds = self.extras.get("cu_seqlens")
+        bounds = None if bounds is None else bounds.tolist()
+        return f"Problem({tensors}, {self.config}, {list(self.extras)}, cu_seqlens={bounds})"
+
     def forward(self, **changes) -> Tensor:
         return nsa.forward(self.q, self.k, self.v, config=self.config, **(self.extras | changes))
 

@@ -16,20 +16,30 @@ SECONDS = 30
 
 
 class World:
-    """``RANKS`` processes with a gloo group of all of them and one of the first two."""
+    """Processes with a group of all of them and one of the first two.
 
-    def __init__(self, folder: str):
+    Args:
+        folder: a new folder.
+        size: how many processes.
+        backend: of :func:`torch.distributed.init_process_group`.
+    """
+
+    def __init__(self, folder: str, size: int = RANKS, backend: str = "gloo"):
         self._folder, self._started = folder, 0
+        self._size, self._backend = size, backend
         self._processes: list = []
         self._pipes: list[Connection] = []
 
-    def run(self, function: Callable, *args, ranks: int = RANKS, seconds: float = SECONDS) -> list:
+    def run(
+        self, function: Callable, *args, ranks: int | None = None, seconds: float = SECONDS
+    ) -> list:
         """``function(group, *args)`` on each rank; the results by rank.
 
         Raises:
             AssertionError: a rank raised, died or took too long; with the traceback by rank.
         """
         self._start()
+        ranks = self._size if ranks is None else ranks
         name = (function.__module__, function.__qualname__)
         for pipe in self._pipes[:ranks]:
             pipe.send_bytes(pickle.dumps((name, ranks, args)))
@@ -56,10 +66,11 @@ class World:
             return
         self._started += 1
         context = multiprocessing.get_context("spawn")
-        for rank in range(RANKS):
+        store = os.path.join(self._folder, f"store{self._started}")
+        for rank in range(self._size):
             near, far = context.Pipe()
-            store = os.path.join(self._folder, f"store{self._started}")
-            process = context.Process(target=_serve, args=(rank, store, far), daemon=True)
+            arguments = (rank, self._size, self._backend, store, far)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             far.close()
             self._processes.append(process)
@@ -73,17 +84,19 @@ class World:
         self._processes, self._pipes = [], []
 
 
-def _serve(rank: int, store: str, pipe: Connection):
+def _serve(rank: int, size: int, backend: str, store: str, pipe: Connection):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
     from torch import distributed
 
     torch.set_num_threads(1)
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS,
+        backend, init_method=f"file://{store}", rank=rank, world_size=size,
         timeout=timedelta(seconds=SECONDS / 2),
     )  # fmt: skip
-    groups = {RANKS: distributed.group.WORLD, 2: distributed.new_group([0, 1])}
+    groups = {2: distributed.new_group([0, 1]), size: distributed.group.WORLD}
     while True:
         (module, name), ranks, args = pickle.loads(pipe.recv_bytes())
         try:
