@@ -113,6 +113,8 @@ class NativeSparseAttention(nn.Module):
         self.recompute = check_flag("recompute", recompute)
         self.max_workspace_bytes = max_workspace_bytes
         self.backend = backend
+        # nsa.distributed.ContextParallel sets it.
+        self.context_parallel: Any = None
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         kv_rows = self.num_kv_branches * num_kv_heads
@@ -162,6 +164,8 @@ class NativeSparseAttention(nn.Module):
             UnsupportedError: ``backend="fused"`` cannot do this.
         """
         cu_seqlens = _read_once(cu_seqlens, max_seqlen)
+        if self.context_parallel is not None:
+            return self.context_parallel.forward(self, x, cu_seqlens, max_seqlen)
         q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen)
         gates = gate_proj_weight = None
         if self.gate_mlp is not None:
@@ -195,6 +199,8 @@ class NativeSparseAttention(nn.Module):
             int32 indices, in the shapes of :func:`nsa.select_blocks`.
         """
         cu_seqlens = _read_once(cu_seqlens, max_seqlen)
+        if self.context_parallel is not None:
+            return self.context_parallel.select_blocks(self, x, cu_seqlens, max_seqlen)
         q, k, _, compressed_kv = self._project(x, cu_seqlens, max_seqlen)
         return dispatch.select_blocks(
             q,

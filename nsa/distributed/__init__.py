@@ -4,6 +4,7 @@ Built on torch.distributed alone, whose modules only this package imports.
 """
 
 from nsa.distributed.interface import forward, select_blocks
+from nsa.distributed.layer import ContextParallel
 from nsa.distributed.sharding import positions, shard, unshard
 
-__all__ = ["forward", "positions", "select_blocks", "shard", "unshard"]
+__all__ = ["ContextParallel", "forward", "positions", "select_blocks", "shard", "unshard"]

@@ -39,18 +39,24 @@ class Part(NamedTuple):
     backend: ModuleType
 
 
-def check_call(group: ProcessGroup, order: str, arguments: dict[str, Any]) -> Part:
+def check_call(
+    group: ProcessGroup, order: str, arguments: dict[str, Any], problem: Exception | None = None
+) -> Part:
     """Check the arguments of :func:`nsa.distributed.forward`, and that ranks give equal ones.
+
+    Args:
+        problem: what is wrong already.
 
     Raises:
         Exception: on all ranks if on any.
     """
-    problem, part = None, None
+    part = None
     facts = {name: _describe(name, x) for name, x in arguments.items()}
     facts |= {"order": order, "gradients": torch.is_grad_enabled()}
     try:
-        part = _check(group, order, **arguments)
-        facts["chosen backend"] = part.backend.__name__
+        if problem is None:
+            part = _check(group, order, **arguments)
+            facts["chosen backend"] = part.backend.__name__
     # Whatever it is, the other ranks must learn of it.
     except Exception as found:
         problem = found
@@ -111,7 +117,7 @@ def _check(
         raise ValueError(
             "q must not be captured in a CUDA graph: nsa.distributed compares ranks on the host"
         )
-    layout = make_layout(_whole(group, q, cu_seqlens, max_seqlen), group, order, config, q)
+    layout = part_layout(group, order, config, q, cu_seqlens, max_seqlen)
     validation.check_gates(gates, gate_proj_weight, q, problem)
     _check_compression(compress_k_weight, compress_v_weight, compressed_kv, layout, q, problem)
     _check_block_indices(block_indices, layout, q, problem)
@@ -135,6 +141,13 @@ def _refuse_dtensors(q, k, v, floats):
                 raise TypeError(
                     "arguments must be this rank's tensors, got a DTensor: pass x.to_local()"
                 )
+
+
+def part_layout(
+    group: ProcessGroup, order: str, config: NSAConfig, x: Tensor, cu_seqlens, max_seqlen
+) -> Layout:
+    """The layout of own tokens ``x (B, T, ...)`` or packed ``(T, ...)``."""
+    return make_layout(_whole(group, x, cu_seqlens, max_seqlen), group, order, config, x)
 
 
 def _whole(group: ProcessGroup, q: Tensor, cu_seqlens, max_seqlen) -> Whole:

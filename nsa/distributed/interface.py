@@ -1,10 +1,11 @@
 """The public functions of :mod:`nsa.distributed`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from nsa import dispatch
 from nsa.config import NSAConfig
@@ -90,22 +91,7 @@ def forward(
     )  # fmt: skip
     if group.size() == 1:
         return dispatch.forward(q, k, v, **arguments)
-    part = check_call(group, order, dict(q=q, k=k, v=v, **arguments))
-    assert part.v is not None
-    own: Sequence[Tensor]
-    if part.compressed_kv is None:
-        weights = (part.compress_k_weight, part.compress_v_weight)
-        rows = (flat(part.k[0]), flat(part.v[0]))
-        own = compress_own(*rows, weights, part.layout, part.backend, group)
-    else:
-        own = [flat(x) for x in part.compressed_kv]
-    k_cmp, v_cmp = gather_blocks(own, part.layout, group)
-    kv, branches = _distinct(part.k[1], part.k[2], part.v[1], part.v[2])
-    gates = None if part.gates is None else flat(part.gates)
-    inputs = Inputs(flat(part.q), gates, part.gate_proj_weight, k_cmp, v_cmp, kv)
-    call = Call(part.layout, group, part.backend, part.config, branches, max_workspace_bytes)
-    out = attend(call, _flat_indices(part), inputs)
-    return out.reshape(*q.shape[:-1], out.shape[-1])
+    return attend_part(group, order, dict(q=q, k=k, v=v, **arguments))
 
 
 @torch.compiler.disable(reason="nsa.distributed compares the arguments of ranks on the host")
@@ -136,14 +122,55 @@ def select_blocks(
     )  # fmt: skip
     if group.size() == 1:
         return dispatch.select_blocks(q, k, **arguments)
-    part = check_call(group, order, dict(q=q, k=k, **arguments))
+    return select_part(group, order, dict(q=q, k=k, **arguments))
+
+
+Compressor = Callable[[Part, ProcessGroup], tuple[Tensor, Tensor]]
+"""Gives compressed keys and values of the blocks that own tokens complete."""
+
+
+@torch.compiler.disable(reason="nsa.distributed compares the arguments of ranks on the host")
+def attend_part(
+    mesh: Mesh,
+    order: str,
+    arguments: dict[str, Any],
+    compress: Compressor | None = None,
+    problem: Exception | None = None,
+) -> Tensor:
+    """:func:`forward` of several ranks.
+
+    Args:
+        arguments: those of :func:`forward` by name.
+        compress: computes blocks that are not given; by default their means.
+        problem: what is wrong on this rank already.
+    """
+    group = process_group(mesh)
+    part = check_call(group, order, arguments, problem)
+    assert part.v is not None
+    k_cmp, v_cmp = gather_blocks(_own_blocks(part, compress, group), part.layout, group)
+    kv, branches = _distinct(part.k[1], part.k[2], part.v[1], part.v[2])
+    gates = None if part.gates is None else flat(part.gates)
+    inputs = Inputs(flat(part.q), gates, part.gate_proj_weight, k_cmp, v_cmp, kv)
+    workspace = arguments.get("max_workspace_bytes")
+    call = Call(part.layout, group, part.backend, part.config, branches, workspace)
+    out = attend(call, _flat_indices(part), inputs)
+    return out.reshape(*part.q.shape[:-1], out.shape[-1])
+
+
+@torch.compiler.disable(reason="nsa.distributed compares the arguments of ranks on the host")
+@torch.no_grad()
+def select_part(
+    mesh: Mesh,
+    order: str,
+    arguments: dict[str, Any],
+    compress: Compressor | None = None,
+    problem: Exception | None = None,
+) -> Tensor:
+    """:func:`select_blocks` of several ranks. Arguments as in :func:`attend_part`."""
+    group = process_group(mesh)
+    part = check_call(group, order, arguments, problem)
     layout = part.layout
-    if part.compressed_kv is None:
-        # Values are not used, so keys take their place.
-        rows, weights = flat(part.k[0]), (part.compress_k_weight, None)
-        own, _ = compress_own(rows, rows, weights, layout, part.backend, group)
-    else:
-        own = flat(part.compressed_kv[0])
+    own, _ = _own_blocks(part, compress, group)
     (k_cmp,) = gather_blocks((own,), layout, group)
     extra = {} if layout.segments is None else {"segments": layout.segments}
     blocks = part.backend.select_blocks(
@@ -155,11 +182,27 @@ def select_blocks(
         boundaries=layout.boundaries,
         **extra,
     )
-    if q.ndim == 3:
+    if part.q.ndim == 3:
         return blocks
     if layout.token_mode:
-        return blocks.unflatten(0, q.shape[:2])
-    return blocks.unflatten(1, (q.shape[0], -1)).transpose(0, 1).contiguous()
+        return blocks.unflatten(0, part.q.shape[:2])
+    return blocks.unflatten(1, (part.q.shape[0], -1)).transpose(0, 1).contiguous()
+
+
+def _own_blocks(
+    part: Part, compress: Compressor | None, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Compressed keys and values of the blocks that own tokens complete, flat."""
+    if part.compressed_kv is not None:
+        k_cmp, v_cmp = map(flat, part.compressed_kv)
+        return k_cmp, v_cmp
+    if compress is not None:
+        return compress(part, group)
+    # Selection has no values, so keys take their place.
+    values = part.k[0] if part.v is None else part.v[0]
+    weights = (part.compress_k_weight, None if part.v is None else part.compress_v_weight)
+    rows = (flat(part.k[0]), flat(values))
+    return compress_own(*rows, weights, part.layout, part.backend, group)
 
 
 def _distinct(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

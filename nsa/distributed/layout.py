@@ -192,6 +192,25 @@ class Layout:
         return self._unless_all(expand(starts, counts), self.rows)
 
     @cached_property
+    def block_starts(self) -> Tensor:
+        """Where each own block starts in :attr:`block_tokens`, int64."""
+        begin, end = self._block_ends(self._own)
+        _, count = self._completed(self._own)
+        segment = prefix_sum(end - begin)[:-1].repeat_interleave(count)
+        number = expand(torch.zeros_like(count), count)
+        return (segment + number * self._stride).to(self.device)
+
+    @cached_property
+    def block_numbers(self) -> Tensor:
+        """The number of each own block in its sequence, int64."""
+        return expand(*self._completed(self._own)).to(self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The position of each own flat token in its sequence, int64."""
+        return expand(self._own.position, self._own.tokens).to(self.device)
+
+    @cached_property
     def block_boundaries(self) -> Boundaries:
         """The sequences of :attr:`block_tokens`, one for each query segment."""
         begin, end = self._block_ends(self._own)
