@@ -15,7 +15,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.distributed import ProcessGroup
 
 from nsa.config import NSAConfig
-from nsa.distributed.collectives import Gathering, Summing, scatter_rows
+from nsa.distributed.collectives import Gathering, Summing
+from nsa.distributed.key_rows import return_rows, take_rows
 from nsa.distributed.layout import Layout
 
 CHUNK_BYTES = 1 << 28
@@ -141,10 +142,7 @@ class _Chunks:
         for at, chunk in enumerate(parts):
             received = [gathering.wait() for gathering in coming]
             coming = self._gather(parts[at + 1]) if at + 1 < len(parts) else []
-            take = self.call.layout.keys
-            if take is not None:
-                received = [x.index_select(0, take) for x in received]
-            yield chunk, received
+            yield chunk, [take_rows(x, self.call.layout) for x in received]
 
     def _gather(self, chunk: Chunk) -> list[Gathering]:
         return [Gathering(x[:, chunk.kv], self.call.group) for x in self.inputs.kv]
@@ -317,8 +315,7 @@ def _store(call: Call, chunk: Chunk, name, grads: dict, result, keys, sums: list
         return
     if result is None:
         result = torch.zeros_like(keys[name])
-    layout = call.layout
-    addends = scatter_rows(result, layout.keys, layout.ranks * layout.rows)
+    addends = return_rows(result, call.layout)
     sums.append((grads[name][:, chunk.kv], Summing(addends, call.group)))
 
 

@@ -95,14 +95,6 @@ class Summing:
         return self._out
 
 
-def scatter_rows(grad: Tensor, take: Tensor | None, rows: int) -> Tensor:
-    """The gradient of ``x (rows, ...)`` from that of ``x[take]``, in the dtype of sums."""
-    grad = grad.to(accumulation_dtype(grad.dtype))
-    if take is None:
-        return grad
-    return grad.new_zeros(rows, *grad.shape[1:]).index_add_(0, take, grad)
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, take: Tensor, group: ProcessGroup) -> Tensor:
@@ -114,7 +106,8 @@ class _GatherRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         (take,) = ctx.saved_tensors
-        parts = scatter_rows(grad, take, ctx.rows)
+        grad = grad.to(accumulation_dtype(grad.dtype))
+        parts = grad.new_zeros(ctx.rows, *grad.shape[1:]).index_add_(0, take, grad)
         return Summing(parts, ctx.group).wait().to(ctx.dtype), None, None
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,9 @@ from nsa.precision import autocast_dtype
 from nsa.rope import apply_rope
 from nsa.validation import check_config
 
-if TYPE_CHECKING:
-    from nsa.layers import NativeSparseAttention
-
 Bounds = Tensor | Packing | None
+Layer = Any
+"""A :class:`nsa.NativeSparseAttention`, whose module imports no part of this package."""
 
 
 class ContextParallel(ParallelStyle):
@@ -53,8 +52,8 @@ class ContextParallel(ParallelStyle):
             raise TypeError(
                 f"ContextParallel is for nsa.NativeSparseAttention, got {type(module).__name__}"
             )
-        process_group(device_mesh)
-        vars(module)["context_parallel"] = LayerPart(device_mesh, self.order)
+        if process_group(device_mesh).size() > 1:
+            vars(module)["context_parallel"] = LayerPart(device_mesh, self.order)
         return module
 
 
@@ -65,7 +64,7 @@ class LayerPart:
         self.mesh, self.order = mesh, order
 
     def forward(
-        self, layer: "NativeSparseAttention", x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
+        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
     ) -> Tensor:
         """See :meth:`nsa.NativeSparseAttention.forward`."""
         arguments, compress, problem = self._arguments(layer, x, cu_seqlens, max_seqlen)
@@ -76,14 +75,14 @@ class LayerPart:
         return apply_linear(layer.o_proj, out.flatten(-2), x.dtype)
 
     def select_blocks(
-        self, layer: "NativeSparseAttention", x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
+        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
     ) -> Tensor:
         """See :meth:`nsa.NativeSparseAttention.select_blocks`."""
         arguments, compress, problem = self._arguments(layer, x, cu_seqlens, max_seqlen)
         return select_part(self.mesh, self.order, arguments, compress, problem)
 
     def _arguments(
-        self, layer: "NativeSparseAttention", x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
+        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
     ) -> tuple[dict[str, Any], Callable | None, Exception | None]:
         """Arguments of :func:`nsa.distributed.forward` and the layer's compressor; or what is
         wrong, which the other ranks must learn."""
@@ -96,7 +95,7 @@ class LayerPart:
         settings = dict(config=layer.config, backend=layer.backend)
         return arguments | boundaries | settings, compress, None
 
-    def _project(self, layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None):
+    def _project(self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None):
         q, k, v = to_one_dtype(layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
         q = q.unflatten(-1, (-1, layer.head_dim))
         branches = layer.num_kv_branches
@@ -117,7 +116,9 @@ class LayerPart:
         return dict(q=q, k=keys, v=values), compress
 
     @torch.compiler.disable(reason="nsa.distributed computes positions on the host")
-    def _positions(self, layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None) -> Tensor:
+    def _positions(
+        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
+    ) -> Tensor:
         """The position of each own token in its sequence, ``(B, N / P)`` or ``(N / P,)``."""
         config = check_config(layer.config)
         group = process_group(self.mesh)
@@ -125,7 +126,7 @@ class LayerPart:
         return layout.positions.view(x.shape[:-1])
 
 
-def _gates(layer: "NativeSparseAttention", x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def _gates(layer: Layer, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     if layer.gate_mlp is not None:
         gates = layer.gate_mlp(x).sigmoid().to(dtype)
         return dict(gates=gates.unflatten(-1, (-1, 3)))
@@ -134,16 +135,12 @@ def _gates(layer: "NativeSparseAttention", x: Tensor, dtype: torch.dtype) -> dic
     return {}
 
 
-def _compress(
-    layer: "NativeSparseAttention", k: Tensor, v: Tensor, part: Part, group
-) -> tuple[Tensor, Tensor]:
+def _compress(layer: Layer, k: Tensor, v: Tensor, part: Part, group) -> tuple[Tensor, Tensor]:
     """Compressed keys, rotated to the centres of their blocks, and values, of own blocks."""
     layout = part.layout
     size, stride = layout.config.compress_block_size, layout.config.compress_stride
     inside = torch.arange(size, device=k.device)
     index = layout.block_starts[:, None] + inside
-    assert layer.compress_k is not None
-    assert layer.compress_v is not None
     keys, values = (
         rows.index_select(0, index.flatten()).unflatten(0, index.shape)
         for rows in block_rows((k, v), layout, group)

@@ -23,6 +23,9 @@ from nsa.packing import Boundaries, Packing
 MAX_KEPT = 16
 """Layouts that are kept, each with some 20 bytes for each token of the whole sequence."""
 
+MAX_RUNS = 64
+"""Query segments of all ranks up to which keys are copied run by run."""
+
 
 class Whole(NamedTuple):
     """The whole that ranks share: ``lengths`` is None for batched input."""
@@ -139,6 +142,37 @@ class Layout:
         else:
             index = self._place
         return self._unless_all(index, self.ranks * self.rows)
+
+    @cached_property
+    def all_runs(self) -> list[tuple[int, int]]:
+        """Where the query segments of all ranks lie in their rows, and their lengths."""
+        return [(at, count) for *_, at, count in self._sorted_runs]
+
+    @cached_property
+    def key_runs(self) -> list[tuple[int, int]] | None:
+        """:attr:`keys` as runs of rows: where each starts, and its length; None if they are many.
+
+        Each run is a whole query segment of some rank.
+        """
+        if len(self._runs.rank) > MAX_RUNS:
+            return None
+        if not self.last_queries:
+            return self.all_runs
+        own = zip(self._own.sequence.tolist(), self._own.end.tolist(), strict=True)
+        return [
+            (at, count)
+            for own_sequence, end in own
+            for sequence, position, at, count in self._sorted_runs
+            if sequence == own_sequence and position < end
+        ]
+
+    @cached_property
+    def _sorted_runs(self) -> list[tuple[int, int, int, int]]:
+        """Sequence, position, place and length of all query segments, in the order of tokens."""
+        runs = self._runs
+        place = self._place[self._start[runs.sequence] + runs.position]
+        columns = (runs.sequence, runs.position, place, runs.tokens)
+        return sorted(zip(*(x.tolist() for x in columns), strict=True))
 
     @cached_property
     def blocks(self) -> Blocks:

@@ -20,10 +20,10 @@ def make_problem(config, tokens=96, heads=(6, 3), packed=False, **extras) -> Pro
     return Problem(q, k, v, config, extras)
 
 
-@pytest.mark.parametrize("case", ["several_chunks", "checkpointed"])
+@pytest.mark.parametrize("case", ["several_chunks", "many_runs", "checkpointed"])
 @pytest.mark.parametrize("mode", ["token", "sparse"])
 @pytest.mark.parametrize("separate", [False, True], ids=["one K/V", "three K/V"])
-def test_chunks_and_checkpoints_change_nothing(world, case, mode, separate):
+def test_how_it_is_computed_changes_nothing(world, case, mode, separate):
     gates = torch.rand(1, 96, 6, 3, dtype=torch.float64)
     problem = make_problem(SMALL[mode], gates=gates)
     if separate:

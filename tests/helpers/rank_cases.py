@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nsa
 from nsa.blocks import num_compressed_blocks, num_query_tiles
-from nsa.distributed import attention, collectives
+from nsa.distributed import attention, collectives, layout
 from nsa.distributed.order import make_pieces
 from nsa.testing import assert_as_accurate
 from tests.helpers.emulation import emulate_kernels
@@ -107,6 +107,15 @@ def several_chunks(group, *arguments) -> list:
     """:func:`output_and_gradients` with a chunk for each KV head."""
     with patch.object(attention, "CHUNK_BYTES", 1):
         return output_and_gradients(group, *arguments)
+
+
+def many_runs(group, *arguments) -> list:
+    """:func:`output_and_gradients` with keys taken by index, as of many sequences."""
+    with patch.object(layout, "MAX_RUNS", 0):
+        layout._kept_layout.cache_clear()
+        results = output_and_gradients(group, *arguments)
+    layout._kept_layout.cache_clear()
+    return results
 
 
 def checkpointed(group, problem: Problem, order: str, dout: Tensor, backend: str) -> list:
