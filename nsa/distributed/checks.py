@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from nsa import dispatch, validation
 from nsa.config import NSAConfig
-from nsa.distributed.collectives import agree
+from nsa.distributed.collectives import agree, process_group
 from nsa.distributed.layout import Layout, Whole, make_layout
 from nsa.distributed.sharding import describe_bounds, read_lengths
 from nsa.host import is_capturing
@@ -40,22 +40,28 @@ class Part(NamedTuple):
 
 
 def check_call(
-    group: ProcessGroup, order: str, arguments: dict[str, Any], problem: Exception | None = None
+    function: str,
+    mesh: DeviceMesh | ProcessGroup,
+    order: str,
+    arguments: dict[str, Any],
+    problem: Exception | None = None,
 ) -> Part:
     """Check the arguments of :func:`nsa.distributed.forward`, and that ranks give equal ones.
 
     Args:
+        function: the name of the public function.
         problem: what is wrong already.
 
     Raises:
         Exception: on all ranks if on any.
     """
-    part = None
+    part, group = None, process_group(mesh)
     facts = {name: _describe(name, x) for name, x in arguments.items()}
-    facts |= {"order": order, "gradients": torch.is_grad_enabled()}
+    facts |= {"function": function, "order": order, "gradients": torch.is_grad_enabled()}
     try:
         if problem is None:
             part = _check(group, order, **arguments)
+            _check_device(mesh, part.q)
             facts["chosen backend"] = part.backend.__name__
     # Whatever it is, the other ranks must learn of it.
     except Exception as found:
@@ -63,6 +69,11 @@ def check_call(
     agree(group, facts, problem)
     assert part is not None
     return part
+
+
+def _check_device(mesh: DeviceMesh | ProcessGroup, q: Tensor):
+    if isinstance(mesh, DeviceMesh) and mesh.device_type != q.device.type:
+        raise ValueError(f"q must be on a {mesh.device_type} device as mesh is, got {q.device}")
 
 
 def _describe(name: str, x) -> Any:

@@ -134,8 +134,8 @@ def agree(group: ProcessGroup, facts: dict[str, Any], problem: Exception | None)
     text = repr(facts) if problem is None else f"{type(problem).__name__}: {problem}"
     digest = bytes([problem is not None]) + blake2b(text.encode(), digest_size=31).digest()
     place = torch.device("cpu" if _takes_cpu(group) else "cuda")
-    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(place)
-    everyone = _on_side_stream(lambda: Gathering(own, group).wait().tolist(), place)
+    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+    everyone = _on_side_stream(lambda: Gathering(own.to(place), group).wait().tolist(), place)
     digests = [everyone[i : i + _DIGEST_BYTES] for i in range(0, len(everyone), _DIGEST_BYTES)]
     if all(x == digests[0] for x in digests) and not digests[0][0]:
         return
@@ -151,14 +151,14 @@ def _describe(texts: list) -> str:
     failed = [f"rank {rank}: {text}" for rank, (bad, text, _) in enumerate(texts) if bad]
     if failed:
         return "another rank cannot make this call: " + "; ".join(failed)
-    names = texts[0][2]
+    names = dict.fromkeys(name for _, _, facts in texts for name in facts)
     lines = []
     for name in names:
-        values = [facts[name] for _, _, facts in texts]
+        values = [facts.get(name) for _, _, facts in texts]
         if any(x != values[0] for x in values):
             by_rank = ", ".join(f"rank {rank} {value}" for rank, value in enumerate(values))
             lines.append(f"{name}: {by_rank}")
-    return "all ranks must make the same call, got different " + "; ".join(lines)
+    return "all ranks must make the same call, but differ in " + "; ".join(lines)
 
 
 def _takes_cpu(group: ProcessGroup) -> bool:

@@ -91,7 +91,7 @@ def forward(
     )  # fmt: skip
     if group.size() == 1:
         return dispatch.forward(q, k, v, **arguments)
-    return attend_part(group, order, dict(q=q, k=k, v=v, **arguments))
+    return attend_part(mesh, order, dict(q=q, k=k, v=v, **arguments))
 
 
 @torch.compiler.disable(reason="nsa.distributed compares the arguments of ranks on the host")
@@ -122,7 +122,7 @@ def select_blocks(
     )  # fmt: skip
     if group.size() == 1:
         return dispatch.select_blocks(q, k, **arguments)
-    return select_part(group, order, dict(q=q, k=k, **arguments))
+    return select_part(mesh, order, dict(q=q, k=k, **arguments))
 
 
 Compressor = Callable[[Part, ProcessGroup], tuple[Tensor, Tensor]]
@@ -144,8 +144,8 @@ def attend_part(
         compress: computes blocks that are not given; by default their means.
         problem: what is wrong on this rank already.
     """
+    part = check_call("forward", mesh, order, arguments, problem)
     group = process_group(mesh)
-    part = check_call(group, order, arguments, problem)
     assert part.v is not None
     k_cmp, v_cmp = gather_blocks(_own_blocks(part, compress, group), part.layout, group)
     kv, branches = _distinct(part.k[1], part.k[2], part.v[1], part.v[2])
@@ -167,8 +167,8 @@ def select_part(
     problem: Exception | None = None,
 ) -> Tensor:
     """:func:`select_blocks` of several ranks. Arguments as in :func:`attend_part`."""
+    part = check_call("select_blocks", mesh, order, arguments, problem)
     group = process_group(mesh)
-    part = check_call(group, order, arguments, problem)
     layout = part.layout
     own, _ = _own_blocks(part, compress, group)
     (k_cmp,) = gather_blocks((own,), layout, group)

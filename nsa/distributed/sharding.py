@@ -60,6 +60,7 @@ def unshard(
         )
     length = x.shape[dim] * group.size()
     facts = {
+        "function": "unshard",
         "shape of x": tuple(x.shape),
         "dtype of x": str(x.dtype),
         "dim": dim,

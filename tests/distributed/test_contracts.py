@@ -20,7 +20,7 @@ def make_problem(config, tokens=96, heads=(6, 3), packed=False, **extras) -> Pro
     return Problem(q, k, v, config, extras)
 
 
-@pytest.mark.parametrize("case", ["several_chunks", "many_runs", "checkpointed"])
+@pytest.mark.parametrize("case", ["several_chunks", "many_runs", "after_inference", "checkpointed"])
 @pytest.mark.parametrize("mode", ["token", "sparse"])
 @pytest.mark.parametrize("separate", [False, True], ids=["one K/V", "three K/V"])
 def test_how_it_is_computed_changes_nothing(world, case, mode, separate):

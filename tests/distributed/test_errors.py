@@ -54,7 +54,7 @@ BOUNDS = [make_cu_seqlens([n, 24 - n]) for n in (10, 11)]
 def test_ranks_that_differ(world, first, second, message):
     texts = errors(world, first, second)
     assert texts[0] == texts[1]
-    assert texts[0].startswith("ValueError: all ranks must make the same call")
+    assert texts[0].startswith("ValueError: all ranks must make the same call, but differ in ")
     assert re.search(message, texts[0]), texts[0]
 
 
@@ -110,6 +110,18 @@ def test_fused_says_what_it_needs(world):
     (text, _) = world.run(rank_cases.fused_error, problem, ranks=2)
     assert text.startswith("UnsupportedError: backend='fused' cannot do this")
     assert "needs causal=True" in text
+
+
+def test_ranks_that_call_different_functions(world):
+    texts = world.run(rank_cases.error_of_different_functions, own_problem(), ranks=2)
+    assert texts[0] == texts[1]
+    assert "function: rank 0 forward, rank 1 select_blocks" in texts[0]
+    assert "v: rank 0 torch.float64 (1, 12, 1, 4) on cpu, rank 1 None" in texts[0]
+
+
+def test_a_mesh_of_another_device(world):
+    texts = world.run(rank_cases.error_of_meta_tensors, own_problem(), ranks=2)
+    assert texts[0] == texts[1] == "ValueError: q must be on a cpu device as mesh is, got meta"
 
 
 def test_errors_of_helpers(world):

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import nsa
@@ -118,6 +118,21 @@ def many_runs(group, *arguments) -> list:
     return results
 
 
+def after_inference(group, problem: Problem, *arguments) -> list:
+    """:func:`output_and_gradients`, after calls without gradients that make the index tensors."""
+    layout._kept_layout.cache_clear()
+    order = arguments[0]
+    own = own_part(problem, group.size(), group.rank(), order)
+    with torch.inference_mode():
+        first = forward(group, own, order, backend="reference")
+    with torch.no_grad():
+        second = forward(group, own, order, backend="reference")
+    results = output_and_gradients(group, problem, *arguments)
+    for out in (first, second):
+        torch.testing.assert_close(out, results[0], rtol=0, atol=0)
+    return results
+
+
 def checkpointed(group, problem: Problem, order: str, dout: Tensor, backend: str) -> list:
     """:func:`output_and_gradients`, but backward computes the forward again."""
 
@@ -169,14 +184,33 @@ def round_trip(group, x: Tensor, dim: int, order: str, cu_seqlens: Tensor | None
     return own, whole, places
 
 
-def error_of(group, problems: list[Problem], changes: list[dict], orders: list[str]) -> str:
+def error_of(
+    group, problems: list[Problem], changes: list[dict], orders: list[str], rank=None
+) -> str:
     """The error of a forward to which each rank gives its own arguments."""
-    rank = group.rank()
+    rank = group.rank() if rank is None else rank
     try:
         forward(group, problems[rank], orders[rank], backend="reference", **changes[rank])
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def error_of_different_functions(group, problem: Problem) -> str:
+    try:
+        if group.rank() == 0:
+            forward(group, problem, "head-tail")
+        else:
+            nsa.distributed.select_blocks(problem.q, problem.k, mesh=group, config=problem.config)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def error_of_meta_tensors(group, problem: Problem) -> str:
+    mesh = DeviceMesh.from_group(group, "cpu")
+    problem = moved(problem, "meta", torch.float64)
+    return error_of(mesh, [problem] * 2, [{}] * 2, ["head-tail"] * 2, rank=group.rank())
 
 
 def errors_of_helpers(group) -> list[str]:
