@@ -6,5 +6,14 @@ Built on torch.distributed alone, whose modules only this package imports.
 from nsa.distributed.interface import forward, select_blocks
 from nsa.distributed.layer import ContextParallel
 from nsa.distributed.sharding import positions, shard, unshard
+from nsa.distributed.tensor_parallel import TensorParallel
 
-__all__ = ["ContextParallel", "forward", "positions", "select_blocks", "shard", "unshard"]
+__all__ = [
+    "ContextParallel",
+    "TensorParallel",
+    "forward",
+    "positions",
+    "select_blocks",
+    "shard",
+    "unshard",
+]

@@ -78,6 +78,38 @@ def test_selection(world):
     assert torch.equal(torch.cat((first[..., :2, :], last, first[..., 2:, :]), dim=2), whole)
 
 
+@pytest.mark.parametrize("compressor", ["mlp", "mean"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
+def test_tensor_parallel(world, compressor, recompute):
+    model = layer_cases.Model(SMALL["token"], recompute, compressor=compressor, bias=True)
+    x = torch.randn(2, 40, 16, dtype=torch.float64, requires_grad=True)
+    expected, grads = one_process(model, x, None)
+    for out, dx, found in world.run(
+        layer_cases.tensor_parallel_step, model, x.detach(), ranks=2, seconds=60
+    ):
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(dx, x.grad, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found, grads, rtol=0, atol=1e-9)
+
+
+def test_layers_that_tensor_parallelism_cannot_share(mesh):
+    def refuse(message, **options):
+        layer = nsa.NativeSparseAttention(16, 4, 2, **options)
+        with pytest.raises(ValueError, match=message):
+            parallelize_module(layer, mesh, nsa.distributed.TensorParallel())
+
+    refuse("gate must be 'hidden'", gate="q")
+    refuse("separate_kv must be False", separate_kv=True)
+    with pytest.raises(TypeError, match=r"is for nsa\.NativeSparseAttention, got Linear"):
+        parallelize_module(nn.Linear(2, 2), mesh, nsa.distributed.TensorParallel())
+
+
+def test_heads_that_ranks_cannot_share(world):
+    layer = nsa.NativeSparseAttention(16, 4, 2)
+    text = world.run(layer_cases.error_of_tensor_parallel, layer)[0]
+    assert text == "num_kv_heads must be a multiple of the 3 ranks, got 2"
+
+
 def test_ranks_that_differ(world):
     layer = nsa.NativeSparseAttention(16, 4, 2, SMALL["token"], dtype=torch.float64)
     texts = world.run(layer_cases.error_of_layer, layer, [12, 16], ranks=2)

@@ -66,6 +66,18 @@ def train_step(group, model: Model, x: Tensor, bounds, order: str, form: str) ->
     return out.detach(), loss.item(), grads
 
 
+def tensor_parallel_step(group, model: Model, x: Tensor) -> tuple:
+    """Output and gradients of the input and, by name, of the whole weights."""
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    model = copy.deepcopy(model)
+    parallelize_module(model, mesh, {"blocks.*": nsa.distributed.TensorParallel()})
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.square().mean().backward()
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return out.detach(), x.grad, grads
+
+
 def selected(group, layer: nn.Module, x: Tensor, bounds, order: str) -> Tensor:
     """What a layer selects for own tokens."""
     mesh = make_mesh(group)
@@ -86,3 +98,11 @@ def error_of_layer(group, layer: nn.Module, lengths: list[int]) -> str:
 
 def own_tokens(length: int, ranks: int, rank: int, order: str, lengths) -> Tensor:
     return make_pieces(length, ranks, order, lengths).tokens(rank)
+
+
+def error_of_tensor_parallel(group, layer: nn.Module) -> str:
+    try:
+        parallelize_module(layer, make_mesh(group), nsa.distributed.TensorParallel())
+    except ValueError as error:
+        return str(error)
+    return "no error"
