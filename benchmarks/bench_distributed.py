@@ -7,6 +7,7 @@ The first rank computes the whole sequence alone, then all ranks compute it toge
 ``nsa.distributed.forward``. Times are medians, peaks the largest of the ranks. "sent" is what a
 rank receives from the others in all-gathers and sends to them in sums. "exposed" is the share of
 the time in which NCCL's kernels run and no other kernel does, from a profile of one more call.
+Nothing is reported unless the ranks first agree with one GPU on a short sequence.
 """
 
 import argparse
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None):
         print(f"{options.selection} mode, {options.length} tokens, {options.heads} heads, "
               f"{options.kv_heads} KV heads, {options.head_dim} channels")  # fmt: skip
     for backward in (False, True):
+        check(options, backward)
         alone = None
         if rank == 0 and not options.skip_alone:
             alone = measure_alone(options, backward)
@@ -43,6 +45,45 @@ def main(argv: list[str] | None = None):
         if rank == 0:
             report(workloads.PASSES[backward], alone, together)
     distributed.destroy_process_group()
+
+
+def shared_attention(tensors: workloads.Tensors, options) -> Callable[[], torch.Tensor]:
+    """The attention of this rank's part."""
+    q, k, v, weight = tensors.leaves
+    arguments = dict(order=options.order, config=workloads.make_config(options), backend="fused")
+    group = distributed.group.WORLD
+    return lambda: nsa.distributed.forward(
+        q, k, v, mesh=group, gate_proj_weight=weight, **arguments
+    )
+
+
+def check(options, backward: bool):
+    """Exit unless this rank's output and gradients are those of one GPU, to rounding."""
+    length = 2048 * distributed.get_world_size()
+    whole = workloads.make_tensors((1, length), options, backward=backward)
+
+    def part(x: torch.Tensor) -> torch.Tensor:
+        return nsa.distributed.shard(x.detach(), distributed.group.WORLD, 1, options.order)
+
+    q, k, v = (part(x).requires_grad_() for x in whole.leaves[:3])
+    dout = part(whole.dout) if backward else None
+    own = whole._replace(q=q, k=k, v=v, dout=dout)
+    config = workloads.make_config(options)
+    sides = []
+    for tensors, attention in (
+        (whole, workloads.nsa_attention(whole, config)),
+        (own, shared_attention(own, options)),
+    ):
+        out = attention()
+        inputs = tensors.leaves[:3]
+        grads = torch.autograd.grad(out, inputs, tensors.dout) if backward else ()
+        sides.append([out.detach(), *grads])
+    for name, expected, found in zip(("out", "dq", "dk", "dv"), *sides, strict=False):
+        wanted = part(expected).double()
+        error = ((found.double() - wanted).norm() / wanted.norm()).item()
+        # A near tie of two blocks' scores may fall differently for a few queries.
+        if not error < 0.02:
+            raise SystemExit(f"{name} of the ranks differs from one GPU's by {error:.4f}")
 
 
 def measure_alone(options, backward: bool) -> tuple[float, float]:
@@ -60,16 +101,7 @@ def measure_together(options, backward: bool) -> dict:
     """Milliseconds, the largest peak in GiB, bytes and the exposed share of all ranks."""
     own = options.length // distributed.get_world_size()
     tensors = workloads.make_tensors((1, own), options, backward=backward)
-    q, k, v, weight = tensors.leaves
-    group, config = distributed.group.WORLD, workloads.make_config(options)
-
-    def attention():
-        return nsa.distributed.forward(
-            q, k, v, mesh=group, order=options.order, config=config, gate_proj_weight=weight,
-            backend="fused",
-        )  # fmt: skip
-
-    step = workloads.make_step(attention, tensors)
+    step = workloads.make_step(shared_attention(tensors, options), tensors)
     milliseconds, peak = time_and_peak(step, options.repeats)
     sent = bytes_sent(step)
     exposed = exposed_share(step)
