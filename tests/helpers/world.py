@@ -27,6 +27,7 @@ class World:
     def __init__(self, folder: str, size: int = RANKS, backend: str = "gloo"):
         self._folder, self._started = folder, 0
         self._size, self._backend = size, backend
+        self._patience: float = SECONDS
         self._processes: list = []
         self._pipes: list[Connection] = []
 
@@ -49,7 +50,9 @@ class World:
         problems = [f"rank {i}: {text}" for i, (good, text) in enumerate(answers) if not good]
         if problems:
             # A rank that raised may have left others in a collective.
+            self._patience = 3
             self.stop()
+            self._patience = SECONDS
             raise AssertionError("\n".join(problems))
         return [result for _, result in answers]
 
@@ -77,8 +80,11 @@ class World:
             self._pipes.append(near)
 
     def stop(self):
-        """End all processes. The next case starts new ones."""
+        """End all processes: those that wait for a case at once, others by force."""
+        for pipe in self._pipes:
+            pipe.close()
         for process in self._processes:
+            process.join(self._patience)
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
@@ -98,7 +104,11 @@ def _serve(rank: int, size: int, backend: str, store: str, pipe: Connection):
     )  # fmt: skip
     groups = {2: distributed.new_group([0, 1]), size: distributed.group.WORLD}
     while True:
-        (module, name), ranks, args = pickle.loads(pipe.recv_bytes())
+        try:
+            case = pipe.recv_bytes()
+        except EOFError:
+            return
+        (module, name), ranks, args = pickle.loads(case)
         try:
             function = getattr(importlib.import_module(module), name)
             answer = True, function(groups[ranks], *args)
