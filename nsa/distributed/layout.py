@@ -119,7 +119,7 @@ class Layout:
         packing = None
         if self.last_queries:
             # It keeps what the backend computes from the boundaries.
-            packing = Packing(*bounds)
+            packing = Packing(bounds[0], bounds[1])
             bounds = [packing.cu_seqlens, packing.cu_seqlens_k]
         (lengths, longest), (lengths_k, longest_k) = ((x, max(x, default=0)) for x in counts)
         return Boundaries(bounds[0], lengths, longest, packing, bounds[1], lengths_k, longest_k)
