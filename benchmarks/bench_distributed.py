@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None):
         print(torch.cuda.get_device_name(), "x", ranks, "commit", environment.commit())
         print(f"{options.selection} mode, {options.length} tokens, {options.heads} heads, "
               f"{options.kv_heads} KV heads, {options.head_dim} channels")  # fmt: skip
-    for backward in (False, True):
+    for backward in (name == workloads.PASSES[1] for name in options.passes):
         check(options, backward)
         alone = None
         if rank == 0 and not options.skip_alone:
@@ -190,6 +190,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=262144, help="tokens of the sequence")
     parser.add_argument("--order", default="head-tail")
+    parser.add_argument("--passes", nargs="+", choices=workloads.PASSES, default=workloads.PASSES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--skip-alone", action="store_true", help="for lengths that do not fit one GPU"
