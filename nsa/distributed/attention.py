@@ -247,23 +247,32 @@ class _AttentionNode(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout: Tensor):
-        call, saved = ctx.call, ctx.saved
-        count = len(ctx.needs_input_grad) - 2
+        needed = ctx.needs_input_grad[2:]
         # Read once, because checkpointing unpacks once.
         tensors = ctx.saved_tensors
-        flat = tensors[:count]
+        flat, saved = tensors[: len(needed)], tensors[len(needed) :]
+        arguments = (dout, ctx.call, ctx.parts, ctx.saved, saved, needed)
+        return None, None, *_Gradients.apply(*arguments, *flat)
+
+
+class _Gradients(torch.autograd.Function):
+    """A separate node, so that with ``create_graph`` a second derivative raises an error."""
+
+    @staticmethod
+    def forward(
+        _, dout: Tensor, call: Call, parts: list[_Part], saved: _Saved, tensors, needed, *flat
+    ):
         inputs = Inputs.of(flat)
         names = _keys(inputs)
         grads = {
             name: torch.empty_like(x, memory_format=torch.contiguous_format)
-            for name, x, needed in zip(names, flat, ctx.needs_input_grad[2:], strict=True)
-            if needed
+            for name, x, need in zip(names, flat, needed, strict=True)
+            if need
         }
-        saved.tensors = list(tensors[count:])
+        saved.tensors = list(tensors)
         sums: list[tuple[Tensor, Summing]] = []
-        for part, (chunk, keys) in zip(ctx.parts, _Chunks(call, inputs), strict=True):
+        for part, (chunk, keys) in zip(parts, _Chunks(call, inputs), strict=True):
             saved.gathered = keys
             results = torch.autograd.grad(
                 part.out, tuple(part.inputs.values()), dout[:, chunk.query],
@@ -275,7 +284,14 @@ class _AttentionNode(torch.autograd.Function):
                 _store(call, chunk, name, grads, result, keys, sums)
         _finish(sums)
         saved.tensors = []
-        return None, None, *(grads.get(name) for name in names)
+        return tuple(grads.get(name) for name in names)
+
+    @staticmethod
+    def backward(_, *__):
+        raise RuntimeError(
+            "nsa.distributed.forward can be differentiated once, not twice: its gradients have no "
+            "derivative"
+        )
 
 
 def _keys(inputs: Inputs) -> list[str | int]:

@@ -124,8 +124,9 @@ def make_runs(pieces: Pieces, bounds: Tensor, batch: int) -> QueryRuns:
         bounds: boundaries of the sequences, int64 ``(S + 1,)``.
         batch: how many entries have these pieces; the sequences of each come after those before.
     """
+    held = pieces.count.flatten() > 0
     rank = _arange(pieces.ranks)[:, None].expand_as(pieces.start)
-    rank, start, count = (x.flatten()[pieces.count.flatten() > 0] for x in (rank, *_both(pieces)))
+    rank, start, count = (x.flatten()[held] for x in (rank, pieces.start, pieces.count))
     if len(start) == 0:
         return QueryRuns(*(torch.zeros(0, dtype=torch.int64, device="cpu") for _ in range(4)))
     first, last = (
@@ -158,10 +159,6 @@ def expand(start: Tensor, count: Tensor) -> Tensor:
     end = count.cumsum(0)
     skipped = (start - (end - count)).repeat_interleave(count)
     return _arange(int(end[-1]) if len(end) else 0) + skipped
-
-
-def _both(pieces: Pieces) -> tuple[Tensor, Tensor]:
-    return pieces.start, pieces.count
 
 
 def _arange(count: int) -> Tensor:

@@ -94,3 +94,10 @@ def test_head_and_tail_are_those_of_pytorch():
         pieces = nsa.distributed.order.make_pieces(24, ranks, "head-tail", None)
         own = torch.cat([pieces.tokens(rank) for rank in range(ranks)])
         assert torch.equal(indices.flatten().cpu(), own)
+
+
+def test_differentiable_once(world):
+    problem = make_problem(SMALL["token"])
+    for text in world.run(rank_cases.second_derivative, problem, ranks=2):
+        assert "can be differentiated once, not twice" in text
+    assert all(world.run(rank_cases.twice_backward, problem, ranks=2))

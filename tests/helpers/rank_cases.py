@@ -312,3 +312,25 @@ def output_and_leaves(problem: Problem, dout: Tensor, group=None, order="", **op
     out = problem.forward(**options) if one else forward(group, problem, order, **options)
     grads = torch.autograd.grad(out, inputs, dout)
     return {"out": out.detach()} | dict(zip(names, grads, strict=True))
+
+
+def second_derivative(group, problem: Problem) -> str:
+    """The error of a second derivative."""
+    own = own_part(problem, group.size(), group.rank(), "head-tail")
+    q, *_ = (x.requires_grad_() for x in leaves(own))
+    out = forward(group, own, "head-tail", backend="reference")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    try:
+        torch.autograd.grad(grad.sum(), q)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def twice_backward(group, problem: Problem) -> bool:
+    """Whether a second backward through a kept graph gives the gradients of the first."""
+    own = own_part(problem, group.size(), group.rank(), "head-tail")
+    inputs = [x.requires_grad_() for x in leaves(own)]
+    total = forward(group, own, "head-tail", backend="reference").square().sum()
+    first = torch.autograd.grad(total, inputs, retain_graph=True)
+    return all(map(torch.equal, first, torch.autograd.grad(total, inputs)))
