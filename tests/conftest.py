@@ -9,6 +9,7 @@ from nsa.fused import compressed_forms
 from nsa.fused.attention import folded
 from tests.helpers import poison, profiles, requirements
 from tests.helpers.emulation import emulate_kernels
+from tests.helpers.world import World
 
 # pytest-xdist runs one worker a core; more threads than that only contend.
 torch.set_num_threads(1)
@@ -43,6 +44,14 @@ def mesh(tmp_path):
     distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Three ranks, which start with the first test that needs them."""
+    ranks = World(str(tmp_path_factory.mktemp("world")))
+    yield ranks
+    ranks.stop()
 
 
 @pytest.fixture
