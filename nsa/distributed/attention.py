@@ -32,7 +32,7 @@ class Call(NamedTuple):
         backend: the package that attends.
         config: block sizes and rules.
         branches: for ``(k_slc, k_win, v_slc, v_win)``, which of the given keys and values it is.
-        max_workspace_bytes: as in :func:`nsa.forward`.
+        options: ``max_workspace_bytes`` and ``recompute_window`` of :func:`nsa.forward`, if given.
     """
 
     layout: Layout
@@ -40,7 +40,7 @@ class Call(NamedTuple):
     backend: ModuleType
     config: NSAConfig
     branches: tuple[int, ...]
-    max_workspace_bytes: int | None
+    options: dict[str, Any]
 
 
 class Inputs(NamedTuple):
@@ -164,7 +164,7 @@ def _run(
         compressed_kv=(inputs["k_cmp"], inputs["v_cmp"]),
         block_indices=chunk.of_indices(block_indices, call.config),
         boundaries=call.layout.boundaries,
-        max_workspace_bytes=call.max_workspace_bytes,
+        **call.options,
         **extra,
     )
 

@@ -108,6 +108,7 @@ def _check(
     cu_seqlens=None,
     max_seqlen=None,
     max_workspace_bytes=None,
+    recompute_window=False,
     backend="auto",
 ) -> Part:
     config = validation.check_config(config)
@@ -133,6 +134,7 @@ def _check(
     _check_compression(compress_k_weight, compress_v_weight, compressed_kv, layout, q, problem)
     _check_block_indices(block_indices, layout, q, problem)
     validation.check_max_workspace_bytes(max_workspace_bytes)
+    validation.check_flag("recompute_window", recompute_window)
     module = _choose_backend(backend, q, k if v is None else v, layout)
     return Part(
         q, k, v, gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv,

@@ -36,6 +36,7 @@ def forward(
     cu_seqlens: Tensor | Packing | None = None,
     max_seqlen: int | None = None,
     max_workspace_bytes: int | None = None,
+    recompute_window: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """:func:`nsa.forward` of sequences that the ranks of ``mesh`` hold parts of.
@@ -71,7 +72,7 @@ def forward(
             on several ranks. The host reads them, those of an :class:`nsa.Packing` once.
         config, gate_proj_weight, compress_k_weight, compress_v_weight, max_seqlen: as in
             :func:`nsa.forward`, and equal on all ranks.
-        max_workspace_bytes, backend: as in :func:`nsa.forward`.
+        max_workspace_bytes, recompute_window, backend: as in :func:`nsa.forward`.
 
     Returns:
         The output of own tokens, in the form of ``q``.
@@ -87,7 +88,8 @@ def forward(
         config=config, gate_proj_weight=gate_proj_weight, gates=gates,
         compress_k_weight=compress_k_weight, compress_v_weight=compress_v_weight,
         compressed_kv=compressed_kv, block_indices=block_indices, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, max_workspace_bytes=max_workspace_bytes, backend=backend,
+        max_seqlen=max_seqlen, max_workspace_bytes=max_workspace_bytes,
+        recompute_window=recompute_window, backend=backend,
     )  # fmt: skip
     if group.size() == 1:
         return dispatch.forward(q, k, v, **arguments)
@@ -151,8 +153,9 @@ def attend_part(
     kv, branches = _distinct(part.k[1], part.k[2], part.v[1], part.v[2])
     gates = None if part.gates is None else flat(part.gates)
     inputs = Inputs(flat(part.q), gates, part.gate_proj_weight, k_cmp, v_cmp, kv)
-    workspace = arguments.get("max_workspace_bytes")
-    call = Call(part.layout, group, part.backend, part.config, branches, workspace)
+    names = ("max_workspace_bytes", "recompute_window")
+    options = {name: arguments[name] for name in names if name in arguments}
+    call = Call(part.layout, group, part.backend, part.config, branches, options)
     out = attend(call, _flat_indices(part), inputs)
     return out.reshape(*part.q.shape[:-1], out.shape[-1])
 

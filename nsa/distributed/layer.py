@@ -71,6 +71,7 @@ class LayerPart:
         if problem is None:
             arguments |= _gates(layer, x, arguments["q"].dtype)
             arguments["max_workspace_bytes"] = layer.max_workspace_bytes
+            arguments["recompute_window"] = layer.recompute
         out = attend_part(self.mesh, self.order, arguments, compress, problem)
         return apply_linear(layer.o_proj, out.flatten(-2), x.dtype)
 
@@ -128,7 +129,7 @@ class LayerPart:
 
 def _gates(layer: Layer, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     if layer.gate_mlp is not None:
-        gates = layer.gate_mlp(x).sigmoid().to(dtype)
+        gates = layer._run(layer.gate_mlp, x).sigmoid().to(dtype)
         return dict(gates=gates.unflatten(-1, (-1, 3)))
     if layer.gate_proj_weight is not None:
         return dict(gate_proj_weight=layer.gate_proj_weight.to(dtype))
@@ -145,7 +146,7 @@ def _compress(layer: Layer, k: Tensor, v: Tensor, part: Part, group) -> tuple[Te
         rows.index_select(0, index.flatten()).unflatten(0, index.shape)
         for rows in block_rows((k, v), layout, group)
     )
-    k_cmp, v_cmp = layer.compress_k(keys), layer.compress_v(values)
+    k_cmp, v_cmp = layer._run(layer.compress_k, keys), layer._run(layer.compress_v, values)
     if layer.rope_theta is not None:
         # float64, because an integer tensor plus a float has torch's default dtype.
         centre = layout.block_numbers.double() * stride + (size - 1) / 2

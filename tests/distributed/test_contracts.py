@@ -33,6 +33,11 @@ def test_how_it_is_computed_changes_nothing(world, case, mode, separate):
     check_ranks(world, problem, 2, "head-tail", case=getattr(rank_cases, case))
 
 
+def test_the_window_may_be_computed_again(world):
+    problem = make_problem(tile_config(), 512, heads=(2, 1), recompute_window=True)
+    check_ranks(world, problem, 2, "head-tail", "fused")
+
+
 def test_more_ranks_than_kv_heads(world):
     check_ranks(world, make_problem(SMALL["token"], heads=(2, 1)), 3, "head-tail")
 

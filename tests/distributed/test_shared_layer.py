@@ -51,8 +51,13 @@ def test_layer_equals_one_process(world, gate, compressor):
     check(world, model, ranks=3)
 
 
-def test_tile_mode(world):
-    check(world, layer_cases.Model(SMALL["sparse"]), order="contiguous")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_tile_mode(world, recompute):
+    """With what the layer saves for backward, and with less."""
+    model = layer_cases.Model(SMALL["sparse"])
+    for block in model.blocks:
+        block.recompute = recompute
+    check(world, model, order="contiguous")
 
 
 @pytest.mark.parametrize("order", ["head-tail", "head-tail-each"])
