@@ -14,6 +14,7 @@ import nsa
 import train_lm
 from lm.generate import Sampling, generate
 from lm.model import ByteTransformer, ModelConfig
+from lm.parallel import Alone
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [b"def step(self):", b"x", b"    return " * 9]
@@ -98,7 +99,7 @@ def checkpoint(tmp_path_factory) -> Path:
     preset = replace(train_lm.PRESETS["demo"], steps=1)
     args = train_lm.parse_args(["--output", str(folder)])
     corpus = train_lm.Corpus(torch.arange(9), torch.arange(9), "text", "digest")
-    train_lm.Trainer(preset, "nsa", corpus, args).save()
+    train_lm.Trainer(preset, "nsa", corpus, args, Alone("cpu")).save()
     return folder / "nsa.pt"
 
 
