@@ -381,6 +381,20 @@ def power_of_two(exponent: Int32) -> Float32:
     return bits.bitcast(Float32)
 
 
+@cute.jit
+def unit_parts(
+    mTiles: cute.Tensor, sequence: Int32, unit: Int32, sequence_units: Int32
+) -> tuple[Int32, Int32]:
+    """The slot of the first part of a unit of the sequence, and how many parts it has."""
+    share = mTiles[0]
+    start = mTiles[sequence + 1]
+    tiles = mTiles[sequence + 2] - start
+    first = start * sequence_units + unit * tiles
+    cta = first // share
+    count = (first + tiles - 1) // share - cta + 1 if tiles > 0 else Int32(0)
+    return cta + sequence * sequence_units + unit, count
+
+
 def fake_pages(dtype: type[cutlass.Numeric]) -> PagedTensors:
     """Stand-in for pages, to compile with."""
     return PagedTensors(

@@ -1,0 +1,274 @@
+"""Decoding's selection: the best blocks of each new token, from the records of the compressed branch.
+
+A CTA selects for one token and KV head. It first adds up the sums of its heads over all parts. Each
+warp then scores blocks, one a lane, and keeps its best ones; the warps' lists are merged in pairs.
+A block's score adds the heads in order, and each head's terms are scaled by powers of two and one
+common factor, so equal keys score equally wherever they lie.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.fused.decode_inputs import (
+    NO_REFERENCE,
+    SLOT_GROUP,
+    DecodeRule,
+    DecodeShape,
+    Parts,
+    Records,
+    Schedule,
+)
+from nsa.fused.hardware import WARP
+from nsa.fused.kernel_inputs import MAX_GROUP
+from nsa.fused.kernels.best_blocks import FORCED, NO_RANK, BestBlocks, rank_of
+from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.decode_tiles import power_of_two, unit_parts
+from nsa.fused.kernels.hopper import mlir_namedtuple
+from nsa.fused.kernels.vectors import fake_flat
+
+_WARPS = 8
+# Heads whose records a lane loads together.
+_HEADS = 4
+
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """Parts and records of the compressed branch, and the lists."""
+
+    cu_seqlens: cute.Tensor | None
+    ends: cute.Tensor
+    tiles: cute.Tensor
+    reference: cute.Tensor
+    total: cute.Tensor
+    sums: cute.Tensor
+    carried: cute.Tensor | None
+    references: cute.Tensor
+    out: cute.Tensor
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """Sizes of the call, and the forced blocks."""
+
+    batch: Int32
+    tokens: Int32
+    kv_heads: Int32
+    group: Int32
+    unit_tokens: Int32
+    token_blocks: Int32
+    groups: Int32
+    num_initial: Int32
+    num_local: Int32
+
+
+class DecodeSelect:
+    """``count`` best blocks of each token and KV head."""
+
+    def __init__(self, rule: DecodeRule, count: int):
+        self.rule = rule
+        self.best = BestBlocks(count)
+
+    @cute.jit
+    def __call__(self, tensors: _Tensors, sizes: _Sizes, stream):
+        self.kernel(tensors, sizes).launch(
+            grid=[sizes.batch * sizes.tokens * sizes.kv_heads, 1, 1],
+            block=[_WARPS * WARP, 1, 1],
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, tensors: _Tensors, sizes: _Sizes):
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
+        kv_head, token = bidx % sizes.kv_heads, bidx // sizes.kv_heads
+        sequence, token = token // sizes.tokens, token % sizes.tokens
+        row0, new = sequence * sizes.tokens, sizes.tokens
+        if const_expr(tensors.cu_seqlens is not None):
+            row0 = tensors.cu_seqlens[sequence]
+            new = tensors.cu_seqlens[sequence + 1] - row0
+
+        smem = cutlass.utils.SmemAllocator()
+        sReference = smem.allocate_tensor(Int32, cute.make_layout(MAX_GROUP), 16)
+        sInverse = smem.allocate_tensor(Float32, cute.make_layout(MAX_GROUP), 16)
+        width = const_expr(self.best.registers * WARP)
+        sBest = smem.allocate_tensor(
+            Int64, cute.make_layout((_WARPS, width), stride=(width, 1)), 16
+        )
+        if token < new:
+            position = tensors.ends[sequence] - new + token
+            unit = kv_head * sizes.token_blocks + token // sizes.unit_tokens
+            sequence_units = sizes.kv_heads * sizes.token_blocks
+            rows = sizes.unit_tokens * sizes.group
+            first_row = token % sizes.unit_tokens * sizes.group
+            self._sum_parts(
+                tensors, sizes, sReference, sInverse,
+                unit_parts(tensors.tiles, sequence, unit, sequence_units),
+                rows, first_row, warp, lane,
+            )  # fmt: skip
+            cute.arch.barrier()
+            record_row = Int64(sequence * sequence_units + unit) * rows + first_row
+            rBest = self._best_of_warp(
+                tensors, sizes, sReference, sInverse, record_row, position, warp, lane
+            )
+            step = _WARPS // 2
+            while const_expr(step > 0):
+                for r in cutlass.range_constexpr(self.best.registers):
+                    sBest[warp, r * WARP + lane] = rBest[r]
+                cute.arch.barrier()
+                if warp < step:
+                    for r in cutlass.range_constexpr(self.best.registers):
+                        self.best.merge(rBest, sBest[warp + step, r * WARP + lane], lane)
+                cute.arch.barrier()
+                step //= 2
+            if warp == 0:
+                out_row = Int64(row0 + token) * sizes.kv_heads + kv_head
+                self.best.write(rBest, tensors.out, out_row * self.best.count, lane)
+
+    @cute.jit
+    def _sum_parts(
+        self, tensors: _Tensors, sizes: _Sizes, sReference: cute.Tensor, sInverse: cute.Tensor,
+        parts, rows: Int32, first_row: Int32, warp: Int32, lane: Int32,
+    ):  # fmt: skip
+        """Largest reference of each head, and the inverse of its sum of exponentials."""
+        slot, count = parts
+        for head in cutlass.range(warp, sizes.group, _WARPS, unroll=1):
+            place = Int64(slot) * rows + first_row + head
+            largest = Int32(NO_REFERENCE)
+            for i in cutlass.range(lane, count, WARP, unroll=1):
+                largest = cutlass.max(largest, tensors.reference[place + Int64(i) * rows])
+            largest = cute.arch.warp_redux_sync(largest, "max")
+            total = Float32(0.0)
+            for i in cutlass.range(lane, count, WARP, unroll=1):
+                part = place + Int64(i) * rows
+                total += tensors.total[part] * power_of_two(tensors.reference[part] - largest)
+            total = cute.arch.warp_reduction_sum(total)
+            if lane == 0:
+                sReference[head] = largest
+                sInverse[head] = 1.0 / total if total != 0.0 else Float32(0.0)
+
+    @cute.jit
+    def _best_of_warp(
+        self, tensors: _Tensors, sizes: _Sizes, sReference: cute.Tensor, sInverse: cute.Tensor,
+        record_row: Int64, position: Int32, warp: Int32, lane: Int32,
+    ) -> cute.Tensor:  # fmt: skip
+        """The best of the forced blocks, which the first warp has, and of this warp's blocks."""
+        own = position // self.rule.select_size
+        initial_end = cutlass.min(sizes.num_initial, own + 1)
+        local_begin = cutlass.max(own + 1 - sizes.num_local, initial_end)
+        num_forced = initial_end + own + 1 - local_begin
+        rBest = cute.make_rmem_tensor(self.best.registers, Int64)
+        for r in cutlass.range_constexpr(self.best.registers):
+            slot = r * WARP + lane
+            block = slot if slot < initial_end else local_begin + slot - initial_end
+            forced = warp == 0 and slot < num_forced
+            rBest[r] = Int64(FORCED) - block if forced else Int64(NO_RANK)
+        bar = Int64(NO_RANK)
+        seen = (position + 1) // self.rule.stride
+        for begin in cutlass.range(warp * WARP, own + 1, _WARPS * WARP, unroll=1):
+            block = begin + lane
+            score = self._score(
+                tensors, sizes, sReference, sInverse, record_row, cutlass.min(block, own), seen
+            )
+            rank = rank_of(score, block)
+            free = block >= initial_end and block < local_begin
+            # A score that is not equal to itself is NaN.
+            rank = rank if free and score == score else Int64(NO_RANK)
+            if cute.arch.vote_any_sync(rank > bar):
+                self.best.merge(rBest, rank, lane)
+                bar, _ = self.best.bar(rBest)
+        return rBest
+
+    @cute.jit
+    def _score(
+        self, tensors: _Tensors, sizes: _Sizes, sReference: cute.Tensor, sInverse: cute.Tensor,
+        record_row: Int64, block: Int32, seen: Int32,
+    ) -> Float32:  # fmt: skip
+        """The score of a block, of which the token sees the slots below ``seen``."""
+        rule = self.rule
+        per_group = const_expr(rule.group_blocks)
+        blocks = sizes.groups * per_group
+        group = block // per_group
+        following = cutlass.min(group + 1, sizes.groups - 1)
+        scored = block * rule.per_select < seen
+        carries = block % per_group == per_group - 1 and (group + 1) * SLOT_GROUP < seen
+        score = Float32(0.0)
+        for head in cutlass.range(sizes.group, unroll=_HEADS):
+            row = record_row + head
+            largest = sReference[head]
+            own = tensors.sums[row * blocks + block]
+            factor = power_of_two(tensors.references[row * sizes.groups + group] - largest)
+            value = own * factor
+            if const_expr(rule.carried > 0):
+                carried = tensors.carried[row * sizes.groups + following]
+                other = tensors.references[row * sizes.groups + following] - largest
+                carried = carried * power_of_two(other)
+                value = value + (carried if carries else Float32(0.0))
+            score = score + value * sInverse[head]
+        return score if scored else Float32(0.0)
+
+
+@kept
+def compile_decode_select(rule: DecodeRule, count: int, packed: bool) -> Callable:
+    """The compiled kernel of a rule and a number of blocks."""
+
+    def integers(used: bool = True):
+        return fake_flat(Int32 if used else None, alignment=4)
+
+    def floats(used: bool = True):
+        return fake_flat(Float32 if used else None, alignment=4)
+
+    return compile_kernel(
+        DecodeSelect(rule, count),
+        _Tensors(
+            *(integers(packed), integers(), integers()),
+            *(integers(), floats(), floats(), floats(rule.carried > 0), integers(), integers()),
+        ),
+        _Sizes(*(Int32(1) for _ in range(9))),
+    )
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names, and functions that compile what each names; no GPU is needed."""
+    paper = DecodeRule.of(NSAConfig.paper())
+    for rule in (paper, DecodeRule(16, 16, 32), DecodeRule(32, 32, 32), DecodeRule(64, 4, 64)):
+        for count in (1, 16, 64):
+            name = "-".join(map(str, (*rule, count)))
+            yield f"decode-select-{name}", functools.partial(
+                compile_decode_select, rule, count, count == 16
+            )
+
+
+def decode_select(
+    parts: Parts,
+    records: Records,
+    schedule: Schedule,
+    cu_seqlens: Tensor | None,
+    shape: DecodeShape,
+    rule: DecodeRule,
+    out: Tensor,
+    num_initial: int,
+    num_local: int,
+) -> None:
+    """See :func:`nsa.fused.decode_calls.decode_select`."""
+    compile_decode_select(rule, out.shape[-1], cu_seqlens is not None)(
+        _Tensors(
+            *(cu_seqlens, schedule.ends, schedule.tiles),
+            *(parts.reference.view(-1), parts.total.view(-1)),
+            *(None if x is None else x.view(-1) for x in records),
+            out.view(-1),
+        ),
+        _Sizes(
+            *(shape.batch, shape.tokens, shape.kv_heads, shape.group),
+            *(shape.unit_tokens, shape.token_blocks, records.reference.shape[-1]),
+            *(num_initial, num_local),
+        ),
+    )
