@@ -28,6 +28,9 @@ UNIT_ROWS = 128
 MAX_TOKENS = 8
 """The most new tokens of a sequence that decode together."""
 
+MAX_LISTED = 64
+"""The most blocks that a token selects."""
+
 NO_REFERENCE = -(1 << 30)
 """The reference of a row that has seen no key."""
 

@@ -36,6 +36,7 @@ from nsa.fused.kernels.decode_tiles import (
     PagedTensors,
     TileAttention,
     fake_pages,
+    make_attention,
     page_arguments,
 )
 from nsa.fused.kernels.hopper import mlir_namedtuple
@@ -329,13 +330,6 @@ class DecodeCompressed:
                 tensors.references[row * sizes.groups + slot_group] = reference
                 if const_expr(rule.carried > 0):
                     tensors.carried[row * sizes.groups + slot_group] = carried
-
-
-@functools.cache
-def make_attention(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, row_groups: int
-) -> TileAttention:
-    return TileAttention(CUTE_DTYPES[dtype], head_dim, head_dim_v, row_groups)
 
 
 @kept

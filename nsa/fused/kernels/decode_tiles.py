@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
+import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.utils import LayoutEnum
@@ -35,7 +36,7 @@ from nsa.fused.kernels.hopper import (
     transpose_view,
 )
 from nsa.fused.kernels.rows import row_copy
-from nsa.fused.kernels.vectors import VECTOR, fake_flat, is_aligned
+from nsa.fused.kernels.vectors import CUTE_DTYPES, VECTOR, fake_flat, is_aligned
 
 MMA_ROWS = 16
 """Query rows of an mma.sync, and keys that a warp takes together."""
@@ -371,6 +372,13 @@ class TileAttention:
                 mM[slot * rows + i] = largest
                 mL[slot * rows + i] = value
             cute.arch.barrier()
+
+
+@functools.cache
+def make_attention(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, row_groups: int
+) -> TileAttention:
+    return TileAttention(CUTE_DTYPES[dtype], head_dim, head_dim_v, row_groups)
 
 
 @cute.jit
