@@ -132,11 +132,14 @@ class Schedule(NamedTuple):
     """What :func:`nsa.fused.decode_calls.decode_append` finds out on the device.
 
     Args:
-        ends: int32 ``(B,)``, keys of each sequence with the new ones.
+        starts, ends: int32 ``(B,)``, tokens of each sequence without and with the new ones. New
+            token ``i`` is at position ``starts + i``; it has no place in the cache, and its output
+            no meaning, if that is not below ``ends``.
         tiles: int32 ``(B + 2,)``: tiles in a CTA's share, then the first tile of each sequence's
             units, counted for one unit a sequence, and the number of all.
     """
 
+    starts: Tensor
     ends: Tensor
     tiles: Tensor
 

@@ -46,6 +46,7 @@ class _Tensors(NamedTuple):
 
     q: cute.Tensor
     cu_seqlens: cute.Tensor | None
+    starts: cute.Tensor
     ends: cute.Tensor
     blocks: cute.Tensor
     out: cute.Tensor
@@ -117,7 +118,8 @@ class DecodeAttend:
             smem.allocate_tensor(Int32, cute.make_layout(MAX_LISTED), 16) for _ in range(3)
         )
         if token < new:
-            position = tensors.ends[sequence] - new + token
+            position = tensors.starts[sequence] + token
+            position = cutlass.min(position, tensors.ends[sequence] - 1)
             row = Int64(row0 + token)
             unit_row = row * sizes.kv_heads + kv_head
             self.attention.load_queries(
@@ -323,7 +325,7 @@ def compile_decode_attend(
         DecodeAttend(attention, select_size),
         _Tensors(
             fake_flat(CUTE_DTYPES[dtype]),
-            *(integers(packed), integers(), integers()),
+            *(integers(packed), integers(), integers(), integers()),
             *(fake_flat(Float32, alignment=4), integers(), fake_flat(Float32, alignment=4)),
         ),
         fake_pages(CUTE_DTYPES[dtype]),
@@ -378,7 +380,8 @@ def decode_attend(
         q.dtype, head_dim, head_dim_v, row_groups, select_size, cu_seqlens is not None
     )(
         _Tensors(
-            *(flat_q, cu_seqlens, schedule.ends, block_indices.contiguous().view(-1)),
+            *(flat_q, cu_seqlens, schedule.starts, schedule.ends),
+            block_indices.contiguous().view(-1),
             *(x.view(-1) for x in parts),
         ),
         page_arguments(pool, table),

@@ -49,6 +49,7 @@ class _Tensors(NamedTuple):
 
     q: cute.Tensor
     cu_seqlens: cute.Tensor | None
+    starts: cute.Tensor
     ends: cute.Tensor
     tiles: cute.Tensor
     out: cute.Tensor
@@ -166,7 +167,7 @@ class DecodeCompressed:
         row_group, key_group = warp % self.attention.row_groups, warp // self.attention.row_groups
         kv_head, token_block = unit // sizes.token_blocks, unit % sizes.token_blocks
         token0 = token_block * sizes.unit_tokens
-        end = tensors.ends[sequence]
+        start, end = tensors.starts[sequence], tensors.ends[sequence]
         row0, new = sequence * sizes.tokens, sizes.tokens
         if const_expr(tensors.cu_seqlens is not None):
             row0 = tensors.cu_seqlens[sequence]
@@ -201,7 +202,7 @@ class DecodeCompressed:
         limits = cute.make_rmem_tensor(2, Int32)
         row = row_group * MMA_ROWS + lane // QUAD
         for r in cutlass.range_constexpr(2):
-            position = end - new + token0 + (row + 8 * r) // sizes.group
+            position = start + token0 + (row + 8 * r) // sizes.group
             limits[r] = cutlass.min((position + 1) // self.rule.stride, end_slot)
         weights = self._weights(lane)
         # The unit among those of all sequences.
@@ -356,7 +357,7 @@ def compile_decode_compressed(
         _Tensors(
             fake_flat(CUTE_DTYPES[dtype]),
             integers(packed),
-            *(integers(), integers()),
+            *(integers(), integers(), integers()),
             *(floats(), integers(), floats()),
             *(floats(records), floats(records and rule.carried > 0), integers(records)),
         ),
@@ -423,7 +424,7 @@ def decode_compressed(
     )(
         _Tensors(
             flat_q,
-            *(cu_seqlens, schedule.ends, schedule.tiles),
+            *(cu_seqlens, *schedule),
             *(None if x is None else x.view(-1) for x in results),
         ),
         page_arguments(pool, table),

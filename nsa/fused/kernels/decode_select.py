@@ -44,6 +44,7 @@ class _Tensors(NamedTuple):
     """Parts and records of the compressed branch, and the lists."""
 
     cu_seqlens: cute.Tensor | None
+    starts: cute.Tensor
     ends: cute.Tensor
     tiles: cute.Tensor
     reference: cute.Tensor
@@ -104,7 +105,8 @@ class DecodeSelect:
             Int64, cute.make_layout((_WARPS, width), stride=(width, 1)), 16
         )
         if token < new:
-            position = tensors.ends[sequence] - new + token
+            position = tensors.starts[sequence] + token
+            position = cutlass.min(position, tensors.ends[sequence] - 1)
             unit = kv_head * sizes.token_blocks + token // sizes.unit_tokens
             sequence_units = sizes.kv_heads * sizes.token_blocks
             rows = sizes.unit_tokens * sizes.group
@@ -229,7 +231,7 @@ def compile_decode_select(rule: DecodeRule, count: int, packed: bool) -> Callabl
     return compile_kernel(
         DecodeSelect(rule, count),
         _Tensors(
-            *(integers(packed), integers(), integers()),
+            *(integers(packed), integers(), integers(), integers()),
             *(integers(), floats(), floats(), floats(rule.carried > 0), integers(), integers()),
         ),
         _Sizes(*(Int32(1) for _ in range(9))),
@@ -261,7 +263,7 @@ def decode_select(
     """See :func:`nsa.fused.decode_calls.decode_select`."""
     compile_decode_select(rule, out.shape[-1], cu_seqlens is not None)(
         _Tensors(
-            *(cu_seqlens, schedule.ends, schedule.tiles),
+            *(cu_seqlens, *schedule),
             *(parts.reference.view(-1), parts.total.view(-1)),
             *(None if x is None else x.view(-1) for x in records),
             out.view(-1),
