@@ -1,0 +1,365 @@
+"""Emulations of the kernels of decoding, in PyTorch and in any dtype.
+
+They split work and choose references at random, which what follows must not notice. Each reads and
+writes only what the contract in ``nsa.fused.decode_calls`` allows: outputs start as NaN, and pages
+are looked up one token at a time.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from nsa.fused.decode_inputs import (
+    MAX_LISTED,
+    MAX_TOKENS,
+    NO_REFERENCE,
+    SLOT_GROUP,
+    TILE_KEYS,
+    Parts,
+    Records,
+    Schedule,
+    most_groups,
+)
+from nsa.precision import accumulation_dtype
+
+NAMES = (
+    "decode_append",
+    "decode_compressed",
+    "decode_select",
+    "decode_attend",
+    "decode_combine",
+)
+"""The functions of ``nsa.fused.decode_calls`` that are answered here."""
+
+
+def decode_append(
+    k, v, pool, compressed, table, lengths, overflowed, max_length, cu_seqlens, shape, rule
+):
+    assert table.dtype == lengths.dtype == torch.int32
+    assert overflowed.dtype == torch.bool
+    starts, ends = lengths.clone(), lengths.clone()
+    for sequence, row0, new in _sequences(cu_seqlens, shape):
+        assert new <= MAX_TOKENS
+        start = int(starts[sequence])
+        stored = 0
+        while stored < new and _has_place(table, pool, sequence, start + stored, max_length):
+            stored += 1
+        overflowed |= stored < new
+        ends[sequence] = start + stored
+        for position in range(start, start + stored):
+            row = row0 + position - start
+            for store, x in zip(pool, (k, v), strict=True):
+                store[_place(table, store, sequence, position)] = x[row]
+        for end in range(start + 1, start + stored + 1):
+            if end % rule.stride or end < rule.compress_size:
+                continue
+            positions = range(end - rule.compress_size, end)
+            places = [_place(table, pool.k, sequence, position) for position in positions]
+            for store, source in zip(compressed, pool, strict=True):
+                x = torch.stack([source[place] for place in places])
+                mean = sum(x.to(accumulation_dtype(x.dtype)).unbind()) / rule.compress_size
+                store[_place(table, store, sequence, end // rule.stride - 1)] = mean.to(x.dtype)
+    counts = [
+        tiles_of(int(end), rule) if new else 0
+        for end, (_, _, new) in zip(ends, _sequences(cu_seqlens, shape), strict=True)
+    ]
+    total = sum(counts)
+    least = max(1, -(-total * shape.sequence_units // shape.ctas))
+    share = least + int(torch.randint(4, ()))
+    tiles = [share, *[sum(counts[:b]) for b in range(shape.batch)], total]
+    return Schedule(starts, ends, torch.tensor(tiles, dtype=torch.int32, device=k.device))
+
+
+def tiles_of(end: int, rule) -> int:
+    """Tiles of the slots of a sequence of ``end`` tokens."""
+    slots = end // rule.stride
+    return -(-slots // TILE_KEYS) if slots > rule.carried else 0
+
+
+def decode_compressed(q, pool, table, schedule, cu_seqlens, shape, rule, scale, records):
+    dtype = accumulation_dtype(q.dtype)
+    slots, rows, dim_v = shape.part_slots, shape.rows, pool.v.shape[-1]
+    parts = _empty_parts(slots, rows, dim_v, dtype, q.device)
+    groups = most_groups(table, pool.k.shape[1])
+    made = None
+    if records:
+        made = Records(
+            _nans((shape.units, rows, groups * rule.group_blocks), dtype, q.device),
+            _nans((shape.units, rows, groups), dtype, q.device) if rule.carried else None,
+            _poisoned_integers((shape.units, rows, groups), q.device),
+        )
+    share = int(schedule.tiles[0])
+    for sequence, row0, new in _sequences(cu_seqlens, shape):
+        start, end = int(schedule.starts[sequence]), int(schedule.ends[sequence])
+        first = int(schedule.tiles[sequence + 1])
+        tiles = int(schedule.tiles[sequence + 2]) - first
+        assert tiles == (tiles_of(end, rule) if new else 0)
+        for local in range(shape.sequence_units if tiles else 0):
+            kv_head, token_block = divmod(local, shape.token_blocks)
+            token0 = token_block * shape.unit_tokens
+            tokens = range(token0, min(token0 + shape.unit_tokens, new))
+            unit = sequence * shape.sequence_units + local
+            visible = range(rule.carried, end // rule.stride)
+            keys, values = (
+                torch.stack([x[_place(table, x, sequence, s)][kv_head] for s in visible]).to(dtype)
+                for x in pool
+            )
+            for token in tokens:
+                seen = min((start + token + 1) // rule.stride, len(visible) + rule.carried)
+                for g in range(shape.group):
+                    row = (token - token0) * shape.group + g
+                    query = q[row0 + token, kv_head * shape.group + g].to(dtype)
+                    # Equal keys must get equal products, which a matrix product does not guarantee.
+                    y = torch.full((tiles * TILE_KEYS,), -torch.inf, dtype=dtype, device=q.device)
+                    count = max(0, seen - rule.carried)
+                    products = (keys[:count] * query).sum(-1) * (scale / math.log(2))
+                    y[rule.carried : rule.carried + count] = products
+                    _store_compressed_parts(
+                        parts, y, values, rule, row, unit,
+                        first * shape.sequence_units + local * tiles, share,
+                    )  # fmt: skip
+                    if made is not None:
+                        _store_records(made, y, rule, unit, row)
+    return parts, made
+
+
+def _store_compressed_parts(parts, y, values, rule, row, unit, tile0, share):
+    """The parts of a row, whose first tile is tile ``tile0`` of all."""
+    tile = tile0
+    while tile < tile0 + len(y) // TILE_KEYS:
+        cta = tile // share
+        stop = min((cta + 1) * share, tile0 + len(y) // TILE_KEYS)
+        span = slice((tile - tile0) * TILE_KEYS, (stop - tile0) * TILE_KEYS)
+        padded = torch.cat([values.new_zeros(rule.carried, values.shape[1]), values])
+        here = values.new_zeros(span.stop - span.start, values.shape[1])
+        some = padded[span]
+        here[: len(some)] = some
+        _store_part(parts, cta + unit, row, y[span], here)
+        tile = stop
+
+
+def _store_part(parts, slot, row, y, values):
+    """Attention with exponents ``y``, relative to some integer."""
+    reference = _some_reference(y)
+    assert int(parts.reference[slot, row]) != NO_REFERENCE, "a part is written twice"
+    parts.reference[slot, row] = reference
+    power = torch.exp2(y - reference) if reference != NO_REFERENCE else torch.zeros_like(y)
+    parts.total[slot, row] = power.sum()
+    parts.out[slot, row] = power @ values
+
+
+def _store_records(records, y, rule, unit, row):
+    for group, part in enumerate(y.split(SLOT_GROUP)):
+        reference = _some_reference(part)
+        power = torch.exp2(part - reference) if reference != NO_REFERENCE else part.new_zeros(16)
+        blocks = power.split(rule.per_select)
+        own = [_weighted(block, lambda i: min(i, rule.carried) + 1) for block in blocks]
+        back = [_weighted(block, lambda i: max(rule.carried - i, 0)) for block in blocks]
+        for block in range(len(blocks) - 1):
+            own[block] = own[block] + back[block + 1]
+        first = group * rule.group_blocks
+        records.sums[unit, row, first : first + len(own)] = torch.stack(own)
+        records.reference[unit, row, group] = reference
+        if rule.carried:
+            records.carried[unit, row, group] = back[0]
+
+
+def _weighted(power, weight):
+    """A sum in a fixed order, so that equal terms give equal sums."""
+    return sum(weight(i) * x for i, x in enumerate(power.unbind()))
+
+
+def decode_select(
+    parts, records, schedule, cu_seqlens, shape, rule, out, num_initial, num_local
+) -> None:
+    count = out.shape[-1]
+    assert num_initial + num_local <= count <= MAX_LISTED
+    assert out.dtype == torch.int32
+    assert out.is_contiguous()
+    for sequence, row0, new in _sequences(cu_seqlens, shape):
+        for token in range(new):
+            position = min(int(schedule.starts[sequence]) + token, int(schedule.ends[sequence]) - 1)
+            for kv_head in range(shape.kv_heads):
+                scores = _block_scores(
+                    parts, records, schedule, shape, rule, sequence, token, kv_head, position
+                )
+                own = len(scores) - 1
+                forced = (scores.new_tensor(range(own + 1)) < num_initial) | (
+                    scores.new_tensor(range(own + 1)) > own - num_local
+                )
+                ranked = scores.masked_fill(forced, torch.inf).sort(descending=True, stable=True)
+                taken = ranked.indices[:count].sort().values
+                out[row0 + token, kv_head] = -1
+                out[row0 + token, kv_head, : len(taken)] = taken
+
+
+def _block_scores(parts, records, schedule, shape, rule, sequence, token, kv_head, position):
+    seen, own = (position + 1) // rule.stride, position // rule.select_size
+    local = kv_head * shape.token_blocks + token // shape.unit_tokens
+    unit = sequence * shape.sequence_units + local
+    slots = range(*_unit_parts(schedule, shape, sequence, local))
+    scores = parts.total.new_zeros(own + 1)
+    for g in range(shape.group if slots else 0):
+        row = token % shape.unit_tokens * shape.group + g
+        references = [int(parts.reference[slot, row]) for slot in slots]
+        largest = max(references)
+        total = sum(
+            parts.total[slot, row] * 2.0 ** (reference - largest)
+            for slot, reference in zip(slots, references, strict=True)
+        )
+        for block in range(own + 1):
+            if block * rule.per_select >= seen:
+                continue
+            group = block // rule.group_blocks
+            reference = int(records.reference[unit, row, group])
+            value = records.sums[unit, row, block] * 2.0 ** (reference - largest)
+            last = block % rule.group_blocks == rule.group_blocks - 1
+            if rule.carried and last and (group + 1) * SLOT_GROUP < seen:
+                reference = int(records.reference[unit, row, group + 1])
+                value = value + records.carried[unit, row, group + 1] * 2.0 ** (
+                    reference - largest
+                )
+            scores[block] += value * (1 / total)
+    return scores
+
+
+def decode_attend(
+    q, pool, table, schedule, cu_seqlens, block_indices, shape, select_size, window, scale, splits
+):
+    dtype = accumulation_dtype(q.dtype)
+    assert block_indices.dtype == torch.int32
+    assert block_indices.shape[:2] == (q.shape[0], shape.kv_heads)
+    slots = q.shape[0] * shape.kv_heads * splits * 2
+    parts = _empty_parts(slots, shape.group, pool.v.shape[-1], dtype, q.device)
+    for sequence, row0, new in _sequences(cu_seqlens, shape):
+        for token in range(new):
+            position = min(int(schedule.starts[sequence]) + token, int(schedule.ends[sequence]) - 1)
+            for kv_head in range(shape.kv_heads):
+                unit = (row0 + token) * shape.kv_heads + kv_head
+                blocks = [b for b in block_indices[row0 + token, kv_head].tolist() if b >= 0]
+                starts = [block * select_size for block in blocks]
+                selected = [p for s in starts for p in range(s, s + select_size) if p <= position]
+                branches = (selected, range(max(0, position - window + 1), position + 1))
+                for branch, positions in enumerate(branches):
+                    cuts = sorted(torch.randint(len(positions) + 1, (splits - 1,)).tolist())
+                    for split, (low, high) in enumerate(
+                        zip([0, *cuts], [*cuts, len(positions)], strict=True)
+                    ):
+                        slot = (unit * splits + split) * 2 + branch
+                        places = [
+                            _place(table, pool.k, sequence, p) for p in positions[low:high]
+                        ]
+                        for g in range(shape.group):
+                            query = q[row0 + token, kv_head * shape.group + g].to(dtype)
+                            if not places:
+                                parts.reference[slot, g] = NO_REFERENCE
+                                parts.total[slot, g] = 0
+                                continue
+                            keys, values = (
+                                torch.stack([x[place][kv_head] for place in places]).to(dtype)
+                                for x in pool
+                            )
+                            y = (keys @ query) * (scale / math.log(2))
+                            _store_part(parts, slot, g, y, values)
+    return parts
+
+
+def decode_combine(
+    compressed, others, schedule, cu_seqlens, q, gates, weight, shape, splits, lengths
+):
+    dim_v = others.out.shape[-1]
+    out = _nans((*q.shape[:2], dim_v), q.dtype, q.device)
+    for sequence, row0, new in _sequences(cu_seqlens, shape):
+        for token in range(new):
+            for head in range(shape.kv_heads * shape.group):
+                kv_head, g = divmod(head, shape.group)
+                local = kv_head * shape.token_blocks + token // shape.unit_tokens
+                slots = range(*_unit_parts(schedule, shape, sequence, local))
+                row = token % shape.unit_tokens * shape.group + g
+                branches = [_merge(compressed, slots, row)]
+                first = ((row0 + token) * shape.kv_heads + kv_head) * splits * 2
+                for branch in range(2):
+                    slots = range(first + branch, first + splits * 2, 2)
+                    branches.append(_merge(others, slots, g))
+                gate = _gates(q, gates, weight, row0 + token, head, others.total.dtype)
+                result = sum(x * y for x, y in zip(gate, branches, strict=True))
+                out[row0 + token, head] = result.to(q.dtype)
+    lengths.copy_(schedule.ends)
+    return out
+
+
+def _gates(q, gates, weight, row, head, dtype):
+    if gates is not None:
+        return gates[row, head].to(dtype)
+    if weight is not None:
+        return (weight[head].to(dtype) @ q[row, head].to(dtype)).sigmoid()
+    return torch.full((3,), 1 / 3, dtype=dtype, device=q.device)
+
+
+def _merge(parts: Parts, slots, row: int) -> Tensor:
+    """The attention of a row over the keys of some parts."""
+    some = [slot for slot in slots if int(parts.reference[slot, row]) != NO_REFERENCE]
+    if not some:
+        return parts.out.new_zeros(parts.out.shape[-1])
+    largest = max(int(parts.reference[slot, row]) for slot in some)
+    weights = [2.0 ** (int(parts.reference[slot, row]) - largest) for slot in some]
+    total = sum(w * parts.total[slot, row] for w, slot in zip(weights, some, strict=True))
+    return sum(w * parts.out[slot, row] for w, slot in zip(weights, some, strict=True)) / total
+
+
+def _unit_parts(schedule: Schedule, shape, sequence: int, local: int) -> tuple[int, int]:
+    """First slot of the parts of a unit, and the slot after the last."""
+    share, first = int(schedule.tiles[0]), int(schedule.tiles[sequence + 1])
+    tiles = int(schedule.tiles[sequence + 2]) - first
+    unit = sequence * shape.sequence_units + local
+    begin = first * shape.sequence_units + local * tiles
+    if not tiles:
+        return unit, unit
+    return begin // share + unit, (begin + tiles - 1) // share + unit + 1
+
+
+def _some_reference(y: Tensor) -> int:
+    """An integer near the largest exponent, NO_REFERENCE if there is none."""
+    largest = float(y.max())
+    return NO_REFERENCE if largest == -math.inf else round(largest) + int(torch.randint(-3, 4, ()))
+
+
+def _sequences(cu_seqlens, shape) -> list[tuple[int, int, int]]:
+    """Each sequence, its first new token, and how many it has."""
+    if cu_seqlens is None:
+        return [(b, b * shape.tokens, shape.tokens) for b in range(shape.batch)]
+    bounds = cu_seqlens.tolist()
+    assert cu_seqlens.dtype == torch.int32
+    assert len(bounds) == shape.batch + 1
+    return [(b, bounds[b], bounds[b + 1] - bounds[b]) for b in range(shape.batch)]
+
+
+def _has_place(table, pool, sequence: int, position: int, max_length: int) -> bool:
+    index = position // pool.k.shape[1]
+    if position >= max_length or index >= table.shape[1]:
+        return False
+    return 0 <= int(table[sequence, index]) < pool.k.shape[0]
+
+
+def _place(table, store, sequence: int, row: int) -> tuple[int, int]:
+    """Page and row in it of a token or slot of a sequence."""
+    page = int(table[sequence, row // store.shape[1]])
+    assert 0 <= page < store.shape[0], "a page that the table does not name"
+    return page, row % store.shape[1]
+
+
+def _empty_parts(slots: int, rows: int, dim: int, dtype, device) -> Parts:
+    return Parts(
+        _nans((slots, rows, dim), dtype, device),
+        _poisoned_integers((slots, rows), device),
+        _nans((slots, rows), dtype, device),
+    )
+
+
+def _nans(shape, dtype, device) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
+def _poisoned_integers(shape, device) -> Tensor:
+    return torch.full(shape, 1 << 29, dtype=torch.int32, device=device)
