@@ -1,5 +1,6 @@
 """Native Sparse Attention (https://arxiv.org/abs/2502.11089) for training and inference."""
 
+from nsa.cache import Cache
 from nsa.config import NSAConfig
 from nsa.dispatch import explain_backend, forward, select_blocks
 from nsa.layers import NativeSparseAttention
@@ -7,6 +8,7 @@ from nsa.packing import Packing
 from nsa.validation import UnsupportedError
 
 __all__ = [
+    "Cache",
     "NSAConfig",
     "NativeSparseAttention",
     "Packing",

@@ -19,6 +19,11 @@ def num_compressed_blocks(length: Count, config: NSAConfig) -> Count:
     return (blocks - extra).clamp(min=0) if isinstance(length, Tensor) else max(0, blocks - extra)
 
 
+def most_completed_blocks(new: Count, config: NSAConfig) -> Count:
+    """Compressed blocks that ``new`` tokens may complete, wherever they are: ``ceil(new / d)``."""
+    return -(-new // config.compress_stride)
+
+
 def covered_tokens(config: NSAConfig, visibility: str) -> int:
     """Tokens of a compressed block that must be at or before a query that sees it: all, or one."""
     return config.compress_block_size if visibility == "complete" else 1

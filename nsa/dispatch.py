@@ -1,13 +1,15 @@
 """The public functions: validate, choose a backend, import it, call it."""
 
+import functools
 import logging
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsa import validation
+from nsa.cache import Cache
+from nsa.cache.calls import cache_config, check_cached_call, check_cached_indices
 from nsa.config import NSAConfig
 from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.precision import autocast_tensors
@@ -31,7 +33,10 @@ def forward(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     cu_seqlens: Tensor | Packing | None = None,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
+    cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -83,6 +88,16 @@ def forward(
             is captured, a tensor's values may change from replay to replay.
         max_seqlen: an upper bound on the sequence lengths; by default they are read. Required while
             a CUDA graph is captured, unless ``cu_seqlens`` is a :class:`nsa.Packing`.
+        cache: what earlier calls left, see :class:`nsa.Cache`. ``k`` and ``v`` are then the new
+            tokens alone, any number of them, and the queries are theirs. They are appended to the
+            cache in place. Outputs are those of one call over the whole sequences. Packed input has
+            a sequence for each one of the cache, of 0 or more new tokens. ``config`` may be None,
+            for that of the cache. ``compressed_kv`` has ``ceil(new / d)`` entries a sequence: the
+            blocks that its new tokens complete, in order; the rest is ignored. ``block_indices``
+            are those of the new tokens, in tile mode of the tiles that have some; batched, rows
+            that a sequence lacks at its end are ignored. There are no gradients. If tokens have no
+            place in the cache and the host does not know it, they are dropped, see
+            :attr:`nsa.Cache.overflowed`, and their outputs mean nothing.
         max_workspace_bytes: the most device memory to use beside arguments, output and their
             gradients. By default most of what is free when the call is made, or no limit while
             torch.compile traces or a CUDA graph is captured. To stay within it, the fused backend
@@ -112,10 +127,13 @@ def forward(
         compressed_kv=compressed_kv,
         block_indices=block_indices,
         cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
         max_seqlen=max_seqlen,
+        max_seqlen_k=max_seqlen_k,
+        cache=cache,
         max_workspace_bytes=max_workspace_bytes,
     )
-    module = _backend_module(backend, call.q, call.v, call.config)
+    module = _backend_module(backend, call.q, call.v, call.config, cache)
     return module.forward(
         call.q,
         call.k,
@@ -128,6 +146,7 @@ def forward(
         compressed_kv=call.compressed_kv,
         block_indices=block_indices,
         boundaries=call.boundaries,
+        **_cache_argument(cache),
         max_workspace_bytes=max_workspace_bytes,
     )
 
@@ -140,12 +159,17 @@ def select_blocks(
     compress_k_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | Packing | None = None,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
+    cache: Cache | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The blocks that :func:`forward` selects for the same arguments (paper Eq. 8 to 12).
 
     Arguments are those of :func:`forward`. Of three tensors ``k`` only the compressed one is used.
+    With a cache, they are the blocks of new tokens, in tile mode of the tiles that have some; they
+    are not appended.
 
     Returns:
         int32 indices of blocks in their sequence: token mode ``(B, N, H_kv, n)`` or
@@ -158,20 +182,40 @@ def select_blocks(
         ValueError: ``num_selected_blocks`` is above 65536 and above the blocks of a sequence, so
             that a row would be mostly empty slots.
     """
-    config = validation.check_config(config)
+    config = validation.check_config(config) if cache is None else cache_config(cache, config)
     keys = validation.per_branch("k", k)
     q, keys, compress_k_weight, compressed_kv = autocast_tensors(
         q, keys, compress_k_weight, compressed_kv
     )
-    problem = validation.check_qkv(q, keys, None, config, cu_seqlens)
+    problem = validation.check_qkv(q, keys, None, config, cu_seqlens, cu_seqlens_k)
     if isinstance(compressed_kv, (tuple, list)) and len(compressed_kv) == 2:
         value = compressed_kv[1]
         if isinstance(value, Tensor) and value.ndim == q.ndim:
             problem = problem._replace(value_dim=value.shape[-1])
-    boundaries = check_boundaries(cu_seqlens, max_seqlen, q)
-    validation.check_compression(compress_k_weight, None, compressed_kv, boundaries, q, problem)
-    validation.check_selection_width(boundaries, problem)
-    module = _backend_module(backend, q, keys, config)
+    boundaries = check_boundaries(cu_seqlens, max_seqlen, q, keys[0], cu_seqlens_k, max_seqlen_k)
+    validation.check_compression(
+        compress_k_weight,
+        None,
+        compressed_kv,
+        boundaries,
+        q,
+        problem,
+        cached=cache is not None,
+    )
+    if cache is None:
+        validation.check_positions(boundaries, problem)
+        validation.check_selection_width(boundaries, problem)
+    else:
+        named = {
+            "q": q,
+            "k": keys,
+            "compress_k_weight": compress_k_weight,
+            "compressed_kv": compressed_kv,
+        }
+        check_cached_call(cache, keys, None, named, boundaries, problem)
+        longest = problem._replace(leading_k=(cache.max_length,))
+        validation.check_selection_width(None, longest)
+    module = _backend_module(backend, q, keys, config, cache)
     return module.select_blocks(
         q,
         keys[0],
@@ -179,6 +223,7 @@ def select_blocks(
         compress_k_weight=compress_k_weight,
         compressed_kv=compressed_kv,
         boundaries=boundaries,
+        **_cache_argument(cache),
     )
 
 
@@ -195,7 +240,10 @@ def explain_backend(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     cu_seqlens: Tensor | Packing | None = None,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
+    cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> str:
@@ -216,12 +264,27 @@ def explain_backend(
         compressed_kv=compressed_kv,
         block_indices=block_indices,
         cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
         max_seqlen=max_seqlen,
+        max_seqlen_k=max_seqlen_k,
+        cache=cache,
         max_workspace_bytes=max_workspace_bytes,
     )
-    limit = _fused_limit(call.q, call.v, call.config)
+    limit = _fused_limit(call.q, call.v, call.config, cache)
     name = _choose(_check_backend(backend), limit)
     return f"backend: {name or 'none'} ({_describe_limit(limit)})"
+
+
+_FLOATS = (
+    "q",
+    "k",
+    "v",
+    "gate_proj_weight",
+    "gates",
+    "compress_k_weight",
+    "compress_v_weight",
+    "compressed_kv",
+)
 
 
 class _Call(NamedTuple):
@@ -252,22 +315,37 @@ def _check_call(
     compressed_kv,
     block_indices,
     cu_seqlens,
+    cu_seqlens_k,
     max_seqlen,
+    max_seqlen_k,
+    cache,
     max_workspace_bytes,
 ) -> _Call:
     """Check the arguments of :func:`forward`, and cast them to one dtype under autocast."""
-    config = validation.check_config(config)
+    config = validation.check_config(config) if cache is None else cache_config(cache, config)
     k, v = validation.per_branch("k", k), validation.per_branch("v", v)
     floats = (gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv)
     q, k, v, *floats = autocast_tensors(q, k, v, *floats)
     gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv = floats
-    problem = validation.check_qkv(q, k, v, config, cu_seqlens)
-    boundaries = check_boundaries(cu_seqlens, max_seqlen, q)
+    problem = validation.check_qkv(q, k, v, config, cu_seqlens, cu_seqlens_k)
+    boundaries = check_boundaries(cu_seqlens, max_seqlen, q, k[0], cu_seqlens_k, max_seqlen_k)
     validation.check_gates(gates, gate_proj_weight, q, problem)
     validation.check_compression(
-        compress_k_weight, compress_v_weight, compressed_kv, boundaries, q, problem
+        compress_k_weight,
+        compress_v_weight,
+        compressed_kv,
+        boundaries,
+        q,
+        problem,
+        cached=cache is not None,
     )
-    validation.check_block_indices(block_indices, boundaries, q, problem)
+    if cache is None:
+        validation.check_positions(boundaries, problem)
+        validation.check_block_indices(block_indices, boundaries, q, problem)
+    else:
+        named = dict(zip(_FLOATS, (q, k, v, *floats), strict=True))
+        check_cached_call(cache, k, v, named, boundaries, problem)
+        check_cached_indices(cache, block_indices, boundaries, q, problem)
     validation.check_max_workspace_bytes(max_workspace_bytes)
     return _Call(
         q=q,
@@ -283,14 +361,23 @@ def _check_call(
     )
 
 
+def _cache_argument(cache: Cache | None) -> dict[str, Cache]:
+    """The argument for a backend; only the reference takes a cache."""
+    return {} if cache is None else {"cache": cache}
+
+
 def _check_backend(backend) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     return backend
 
 
-def _fused_limit(q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -> str | None:
+def _fused_limit(
+    q: Tensor, v: tuple[Tensor, ...], config: NSAConfig, cache: Cache | None
+) -> str | None:
     """Why the fused backend cannot do this, with the remedy; None if it can."""
+    if cache is not None:
+        return "it has no kernels for calls with a cache; use backend='reference' or 'auto'"
     from nsa.fused.constraints import unsupported_reason
 
     return unsupported_reason(q, v[0], config)
@@ -307,8 +394,10 @@ def _describe_limit(limit: str | None) -> str:
     return "fused can do this" if limit is None else f"fused cannot do this: {limit}"
 
 
-def _backend_module(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig):
-    limit = _fused_limit(q, v, config) if _check_backend(backend) != "reference" else None
+def _backend_module(
+    backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig, cache: Cache | None
+):
+    limit = _fused_limit(q, v, config, cache) if _check_backend(backend) != "reference" else None
     name = _choose(backend, limit)
     if name is None:
         raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
@@ -323,6 +412,6 @@ def _backend_module(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAC
     return reference
 
 
-@cache
+@functools.cache
 def _log_once(limit: str, level: int):
     _logger.log(level, "backend='auto' uses the reference: %s", _describe_limit(limit))

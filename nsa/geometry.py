@@ -1,8 +1,8 @@
-"""Where tokens, blocks and tiles lie, and what each query may see. Both backends use it.
+"""Where queries, keys, blocks and tiles lie, and what each query may see. Both backends use it.
 
-Sequences lie one after another ("flat"), so batched and packed input are the same case. A query
-then sees one interval ``[first, end)`` of flat keys in a branch, and both bounds grow with the flat
-query index.
+Sequences of keys lie one after another ("flat"), so batched and packed input are the same case. A
+query then sees one interval ``[first, end)`` of flat keys in a branch. Queries come in segments,
+each a run of consecutive positions of one sequence.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def locate_items(offset: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 
 class Segments:
-    """Items (tokens, blocks or tiles) of consecutive sequences in one flat row.
+    """Items (queries, keys, blocks or tiles) of consecutive sequences in one flat row.
 
     Args:
         offset: the start of each sequence, then the end of the last; int64 ``(S + 1,)``.
@@ -52,6 +52,9 @@ class Segments:
 
     single = False
     """Whether one sequence has all items."""
+
+    length: int | None = None
+    """Items of each sequence if all have as many and the host knows it."""
 
     def __init__(self, offset: Tensor, total: int):
         self.offset = offset
@@ -105,6 +108,14 @@ class Segments:
         return locate_items(self.offset, self.total)
 
 
+class EqualSegments(Segments):
+    """Sequences of equal length, which the host knows."""
+
+    def __init__(self, sequences: int, length: int, device: torch.device):
+        super().__init__(torch.arange(sequences + 1, device=device) * length, sequences * length)
+        self.length = length
+
+
 class SingleSegment(Segments):
     """Items of a single sequence. They need no look-ups, so fewer kernels run, or none."""
 
@@ -113,6 +124,7 @@ class SingleSegment(Segments):
 
     def __init__(self, total: int, device: torch.device):
         self.total = total
+        self.length = total
         self.device = device
 
     @cached_property
@@ -139,81 +151,183 @@ class SingleSegment(Segments):
         return x
 
 
+def equal_segments(sequences: int, length: int, device: torch.device) -> Segments:
+    """``sequences`` sequences of ``length`` items each."""
+    if sequences == 1:
+        return SingleSegment(length, device)
+    return EqualSegments(sequences, length, device)
+
+
 @dataclass(frozen=True, eq=False)
-class Geometry:
-    """Where the tokens, blocks and tiles of every sequence lie, and what each query may see.
+class QuerySegments:
+    """Rows of q in segments. The queries of a segment stand at consecutive positions.
+
+    Several segments may lie in one sequence of keys, in any order, and a sequence may have none. In
+    tile mode each segment starts at a multiple of ``q_tile_size``, and ends at one or at the end of
+    its sequence. If one segment has all rows, one sequence has all keys.
 
     Args:
-        tokens: the sequences.
-        config: block sizes and rules.
-        exact: whether to count blocks exactly, which reads the lengths on the host. Otherwise each
-            kind of block gets an upper bound from the number of tokens and sequences.
-        uniform: number and length of the sequences if all have one length; counts are then exact.
+        rows: the rows of q of each segment.
+        first: the position of each segment's first query in its sequence, int64 ``(segments,)``; or
+            an int, the same for all.
+        sequence: the sequence of keys of each segment, int64 ``(segments,)``; by default segment
+            ``i`` lies in sequence ``i``.
     """
 
-    tokens: Segments
+    rows: Segments
+    first: Tensor | int = 0
+    sequence: Tensor | None = None
+
+    def first_of(self, segment: Tensor) -> Tensor | int:
+        """Position of the first query of each ``segment``; an int if all have the same."""
+        return self.first if isinstance(self.first, int) else self.first[segment]
+
+    def sequence_of(self, segment: Tensor) -> Tensor:
+        """The sequence of keys of each ``segment``."""
+        return segment if self.sequence is None else self.sequence[segment]
+
+    @cached_property
+    def position(self) -> Tensor:
+        """Each query's position in its sequence, int64 ``(T,)``."""
+        if isinstance(self.first, int) and self.first == 0:
+            return self.rows.local
+        return self.rows.local + self.first_of(self.rows.owner)
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """Each query's sequence of keys, int64 ``(T,)``."""
+        return self.sequence_of(self.rows.owner)
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Where the queries, keys, blocks and tiles lie, and what each query may see.
+
+    An ``owner`` in the arguments of a method is a sequence of keys. Blocks and groups are those of
+    the keys; tiles are those of the queries, so the owner of a tile in ``tiles`` is a segment.
+
+    Args:
+        queries: the segments of queries. If each sequence has as many queries as keys, their rows
+            are ``keys`` itself.
+        keys: the sequences of keys.
+        config: block sizes and rules.
+        exact: whether to count blocks exactly, which reads the lengths on the host if they are not
+            known there. Otherwise each kind of block gets an upper bound from the number of items
+            and sequences.
+    """
+
+    queries: QuerySegments
+    keys: Segments
     config: NSAConfig
     exact: bool = True
-    uniform: tuple[int, int] | None = None
 
     @classmethod
-    def single(cls, length: int, device: torch.device, config: NSAConfig) -> "Geometry":
-        """Geometry of one sequence."""
-        return cls(SingleSegment(length, device), config)
-
-    @classmethod
-    def of(cls, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> "Geometry":
-        """Geometry of batched ``(B, N, H, D)`` or packed ``(T, H, D)`` queries, flattened."""
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        config: NSAConfig,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+    ) -> "Geometry":
+        """Geometry of batched ``q (B, Nq, H, D)`` and ``k (B, Nk, H_kv, D)``, flattened; or of
+        packed ``(T, H, D)`` and ``(Tk, H_kv, D)``, with boundaries as in :meth:`packed`."""
         if cu_seqlens is None:
-            batch, length = q.shape[:2]
-            if batch == 1:
-                return cls.single(length, q.device, config)
-            offset = torch.arange(batch + 1, device=q.device) * length
-            return cls(Segments(offset, batch * length), config, uniform=(batch, length))
-        return cls(Segments(cu_seqlens.long(), q.shape[0]), config)
+            return cls.equal(q.shape[0], q.shape[1], k.shape[1], q.device, config)
+        cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        return cls.packed(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0], config)
+
+    @classmethod
+    def equal(
+        cls,
+        sequences: int,
+        num_queries: int,
+        num_keys: int,
+        device: torch.device,
+        config: NSAConfig,
+    ) -> "Geometry":
+        """Geometry of sequences of equal length. The queries of each are its last ones."""
+        keys = equal_segments(sequences, num_keys, device)
+        if num_queries == num_keys:
+            return cls(QuerySegments(keys), keys, config)
+        rows = equal_segments(sequences, num_queries, device)
+        return cls(QuerySegments(rows, num_keys - num_queries), keys, config)
+
+    @classmethod
+    def packed(
+        cls,
+        cu_seqlens: Tensor,
+        cu_seqlens_k: Tensor,
+        num_queries: int,
+        num_keys: int,
+        config: NSAConfig,
+        *,
+        exact: bool = True,
+    ) -> "Geometry":
+        """Geometry of packed sequences. The queries of each are its last ones.
+
+        Args:
+            cu_seqlens, cu_seqlens_k: int32 ``(S + 1,)`` boundaries of queries and of keys; one
+                tensor for both if each sequence has as many queries as keys.
+            num_queries, num_keys: rows of q and of k.
+        """
+        keys = Segments(cu_seqlens_k.long(), num_keys)
+        if cu_seqlens is cu_seqlens_k:
+            return cls(QuerySegments(keys), keys, config, exact)
+        rows = Segments(cu_seqlens.long(), num_queries)
+        return cls(QuerySegments(rows, keys.count - rows.count), keys, config, exact)
 
     @property
     def device(self) -> torch.device:
-        return self.tokens.device
+        return self.keys.device
 
-    def _segments(self, count, bound: int) -> Segments:
-        if self.tokens.single:
-            return SingleSegment(count(self.tokens.total, self.config), self.device)
-        offset = prefix_sum(count(self.tokens.count, self.config))
-        if self.uniform is not None:
-            batch, length = self.uniform
-            return Segments(offset, batch * count(length, self.config))
+    def _segments(self, count, items: Segments, bound: int) -> Segments:
+        """``count(length)`` blocks or tiles of each sequence of ``items``."""
+        if items.length is not None:
+            return equal_segments(
+                items.num_sequences, count(items.length, self.config), self.device
+            )
+        offset = prefix_sum(count(items.count, self.config))
         return Segments(offset, int(offset[-1]) if self.exact else bound)
 
     @cached_property
     def compressed(self) -> Segments:
-        bound = self.tokens.total // self.config.compress_stride
-        return self._segments(num_compressed_blocks, bound)
+        bound = self.keys.total // self.config.compress_stride
+        return self._segments(num_compressed_blocks, self.keys, bound)
 
     @cached_property
     def selection(self) -> Segments:
-        bound = self.tokens.total // self.config.select_block_size + self.tokens.num_sequences
-        return self._segments(num_selection_blocks, bound)
-
-    @cached_property
-    def tiles(self) -> Segments:
-        bound = most_query_tiles(self.tokens.total, self.tokens.num_sequences, self.config)
-        return self._segments(num_query_tiles, bound)
+        bound = self.keys.total // self.config.select_block_size + self.keys.num_sequences
+        return self._segments(num_selection_blocks, self.keys, bound)
 
     @cached_property
     def groups(self) -> Segments:
-        bound = self.compressed.total // self.config.cmp_group_size + self.tokens.num_sequences
-        return self._segments(num_cmp_groups, bound)
+        bound = self.compressed.total // self.config.cmp_group_size + self.keys.num_sequences
+        return self._segments(num_cmp_groups, self.keys, bound)
 
-    @property
-    def units(self) -> Segments:
-        """What selects together: a token or a tile."""
-        return self.tokens if self.config.selection == "token" else self.tiles
+    @cached_property
+    def tiles(self) -> Segments:
+        """The tiles that have queries, of each segment of queries."""
+        rows = self.queries.rows
+        bound = most_query_tiles(rows.total, rows.num_sequences, self.config)
+        return self._segments(num_query_tiles, rows, bound)
+
+    @cached_property
+    def tile_owner(self) -> Tensor:
+        """Each tile's sequence of keys, int64 ``(tiles,)``."""
+        return self.queries.sequence_of(self.tiles.owner)
+
+    @cached_property
+    def tile_row(self) -> Tensor:
+        """The row of q of each tile's first query, int64 ``(tiles,)``."""
+        start = self.queries.rows.offset[self.tiles.owner]
+        return start + self.tiles.local * self.config.q_tile_size
 
     @cached_property
     def tile_first(self) -> Tensor:
         """Position of each tile's first query in its sequence, int64 ``(tiles,)``."""
-        return self.tiles.local * self.config.q_tile_size
+        first = self.tiles.local * self.config.q_tile_size
+        return first + self.queries.first_of(self.tiles.owner)
 
     @cached_property
     def tile_end(self) -> Tensor:
@@ -223,12 +337,24 @@ class Geometry:
     @cached_property
     def tile_last(self) -> Tensor:
         """Position of each tile's last query in its sequence, int64 ``(tiles,)``."""
-        return self.tile_end.clamp(max=self.tokens.count_of(self.tiles.owner) - 1)
+        segment = self.tiles.owner
+        end = self.queries.first_of(segment) + self.queries.rows.count_of(segment)
+        return self.tile_end.clamp(max=end - 1)
+
+    @property
+    def units(self) -> Segments:
+        """What selects together: a query or a tile. Their owner is a segment of queries."""
+        return self.queries.rows if self.config.selection == "token" else self.tiles
+
+    @property
+    def unit_owner(self) -> Tensor:
+        """Each unit's sequence of keys, int64 ``(units,)``."""
+        return self.queries.owner if self.config.selection == "token" else self.tile_owner
 
     @property
     def unit_position(self) -> Tensor:
         """The position that sets each unit's forced blocks and candidates, int64 ``(units,)``."""
-        return self.tokens.local if self.config.selection == "token" else self.tile_end
+        return self.queries.position if self.config.selection == "token" else self.tile_end
 
     def num_visible(self, position: Tensor, owner: Tensor, visibility: str) -> Tensor:
         """Compressed blocks that a query at ``position`` of sequence ``owner`` sees."""
@@ -240,25 +366,32 @@ class Geometry:
         return visible.clamp(max=self.compressed.count_of(owner))
 
     def compressed_interval(self) -> tuple[Tensor, Tensor]:
-        """Flat compressed blocks ``[first, end)`` that each token sees."""
-        owner = self.tokens.owner
+        """Flat compressed blocks ``[first, end)`` that each query sees."""
+        owner = self.queries.owner
         first = self.compressed.offset[owner]
         visibility = self.config.compressed_visibility
-        return first, first + self.num_visible(self.tokens.local, owner, visibility)
+        return first, first + self.num_visible(self.queries.position, owner, visibility)
 
-    def token_interval(self) -> tuple[Tensor, Tensor]:
-        """Flat tokens ``[first, end)`` that each token may see in any branch."""
-        owner = self.tokens.owner
-        first = self.tokens.offset[owner]
-        seen = self.tokens.local + 1 if self.config.causal else self.tokens.count[owner]
+    def key_interval(self) -> tuple[Tensor, Tensor]:
+        """Flat keys ``[first, end)`` that each query may see in any branch."""
+        owner = self.queries.owner
+        first = self.keys.offset[owner]
+        seen = self.queries.position + 1 if self.config.causal else self.keys.count[owner]
         return first, first + seen
 
+    @property
+    def query_key(self) -> Tensor:
+        """The flat key at each query's position, int64 ``(T,)``."""
+        if self.queries.rows is self.keys:
+            return torch.arange(self.keys.total, device=self.device)
+        return self.keys.offset[self.queries.owner] + self.queries.position
+
     def window_interval(self) -> tuple[Tensor, Tensor]:
-        """Flat tokens ``[first, end)`` in each token's window."""
-        first, end = self.token_interval()
-        index = torch.arange(self.tokens.total, device=self.device)
-        window = min(self.config.window_size, self.tokens.total)
-        return torch.maximum(first, index - window + 1), torch.minimum(end, index + window)
+        """Flat keys ``[first, end)`` in each query's window."""
+        first, end = self.key_interval()
+        own = self.query_key
+        window = min(self.config.window_size, self.keys.total)
+        return torch.maximum(first, own - window + 1), torch.minimum(end, own + window)
 
     def candidate_interval(self, position: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
         """Flat selection blocks ``[first, end)`` open to queries at ``position`` of ``owner``."""
@@ -271,7 +404,7 @@ class Geometry:
         """Which flat selection ``blocks`` are candidates, and which candidates are forced.
 
         Args:
-            position, owner: ``unit_position`` and sequence of each unit, ``(C,)``.
+            position, owner: ``unit_position`` and ``unit_owner`` of some units, ``(C,)``.
             blocks: flat selection blocks ``(X,)``.
 
         Returns:

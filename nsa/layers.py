@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from nsa import dispatch
 from nsa.blocks import num_compressed_blocks
+from nsa.cache import Cache
+from nsa.cached_layer import compress_completed, locate_checked
 from nsa.config import NSAConfig
 from nsa.geometry import locate_items, prefix_sum
 from nsa.host import has_readable_values
@@ -170,8 +172,44 @@ class NativeSparseAttention(nn.Module):
         if self.gate_proj_weight is not None:
             nn.init.normal_(self.gate_proj_weight, std=0.02)
 
+    def make_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Cache:
+        """A :class:`nsa.Cache` for this layer.
+
+        Args:
+            batch_size: sequences.
+            max_length: tokens that a sequence may have.
+            dtype, device: by default those of the weights; with autocast on, its dtype.
+        """
+        weight = next(self.parameters())
+        device = weight.device if device is None else torch.device(device)
+        if dtype is None:
+            dtype = autocast_dtype(device) or weight_dtype(self.q_proj) or weight.dtype
+        return Cache(
+            self.config,
+            batch_size,
+            max_length,
+            self.num_kv_heads,
+            self.head_dim,
+            self.value_head_dim,
+            separate_kv=self.num_kv_branches == 3,
+            dtype=dtype,
+            device=device,
+            num_heads=self.num_heads,
+        )
+
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor | Packing | None = None, max_seqlen: int | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | Packing | None = None,
+        max_seqlen: int | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Attend within each sequence.
 
@@ -182,6 +220,9 @@ class NativeSparseAttention(nn.Module):
                 :class:`nsa.Packing` of them, for all layers and steps with these boundaries.
             max_seqlen: an upper bound on the sequence lengths. Without it the host reads a tensor
                 of boundaries and waits for a GPU.
+            cache: what earlier calls left, see :meth:`make_cache`. ``x`` are then new tokens alone,
+                at the positions after those in the cache, which keeps them. There are no
+                gradients: call the layer under ``torch.no_grad()``.
 
         Returns:
             The shape of ``x``.
@@ -191,7 +232,7 @@ class NativeSparseAttention(nn.Module):
             UnsupportedError: ``backend="fused"`` cannot do this.
         """
         cu_seqlens = _read_once(cu_seqlens, max_seqlen)
-        q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen)
+        q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
         gates = gate_proj_weight = None
         if self.gate_mlp is not None:
             gates = self.gate_mlp(x).sigmoid().to(q.dtype).unflatten(-1, (self.num_heads, 3))
@@ -207,6 +248,7 @@ class NativeSparseAttention(nn.Module):
             compressed_kv=compressed_kv,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
+            cache=cache,
             max_workspace_bytes=self.max_workspace_bytes,
             backend=self.backend,
         )
@@ -214,15 +256,19 @@ class NativeSparseAttention(nn.Module):
 
     @torch.no_grad()
     def select_blocks(
-        self, x: Tensor, cu_seqlens: Tensor | Packing | None = None, max_seqlen: int | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | Packing | None = None,
+        max_seqlen: int | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """The blocks that :meth:`forward` attends for the same arguments.
+        """The blocks that :meth:`forward` attends for the same arguments. A cache stays as it is.
 
         Returns:
             int32 indices, in the shapes of :func:`nsa.select_blocks`.
         """
         cu_seqlens = _read_once(cu_seqlens, max_seqlen)
-        q, k, _, compressed_kv = self._project(x, cu_seqlens, max_seqlen)
+        q, k, _, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
         return dispatch.select_blocks(
             q,
             k,
@@ -230,6 +276,7 @@ class NativeSparseAttention(nn.Module):
             compressed_kv=compressed_kv,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
+            cache=cache,
             backend=self.backend,
         )
 
@@ -241,25 +288,48 @@ class NativeSparseAttention(nn.Module):
             f"backend={self.backend!r}, config={self.config}"
         )
 
-    def _project(self, x: Tensor, cu_seqlens: Tensor | Packing | None, max_seqlen: int | None):
+    def _project(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | Packing | None,
+        max_seqlen: int | None,
+        cache: Cache | None,
+    ):
         """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`."""
         self._check_input(x, cu_seqlens)
-        boundaries = check_boundaries(cu_seqlens, max_seqlen, x)
+        boundaries = check_boundaries(cu_seqlens, max_seqlen, x, x)
         q, k, v = to_one_dtype(self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
         branches = (self.num_kv_branches, self.num_kv_heads)
         keys = k.unflatten(-1, (*branches, self.head_dim)).unbind(-3)
         values = v.unflatten(-1, (*branches, self.value_head_dim)).unbind(-3)
+        tokens = None
+        if cache is not None:
+            tokens = locate_checked(cache, self.config, q, keys, values, boundaries)
         compressed_kv = None
-        if self.compress_k is not None:
+        if self.compress_k is not None and self.compress_v is not None:
             # Wrapped linears get the dtype of x.
             dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
-            compressed = self._compress(keys[0].to(dtype), values[0].to(dtype), boundaries)
+            k_in, v_in = keys[0].to(dtype), values[0].to(dtype)
+            if cache is None or tokens is None:
+                compressed = self._compress(k_in, v_in, boundaries)
+            else:
+                compressors = self.compress_k, self.compress_v
+                compressed = compress_completed(
+                    cache, tokens, k_in, v_in, compressors, self.rope_theta
+                )
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         if self.rope_theta is not None:
-            positions = _positions(x, boundaries)
+            if tokens is None:
+                positions = _positions(x, boundaries)
+            else:
+                positions = tokens.position.view(x.shape[:-1])
             q = apply_rope(q, positions, self.rope_theta)
-            keys = tuple(apply_rope(k, positions, self.rope_theta) for k in keys)
+            rotated = tuple(apply_rope(k, positions, self.rope_theta) for k in keys)
+            if tokens is not None and compressed_kv is not None and len(keys) == 3:
+                # A cache keeps the keys of the open block as the compressor takes them.
+                rotated = keys[0], *rotated[1:]
+            keys = rotated
         if self.num_kv_branches == 1:
             return q, keys[0], values[0], compressed_kv
         return q, keys, values, compressed_kv

@@ -30,36 +30,57 @@ class Packing:
     outside of CUDA graph capture, and keep it alive as long as a graph captured with it.
 
     Args:
-        cu_seqlens: int32 ``(S + 1,)`` boundaries, from 0 to the number of tokens ``T``; sequences
-            may have any length, 0 and 1 included.
-        max_seqlen: an upper bound on the lengths, in tokens; by default the longest length.
+        cu_seqlens: int32 ``(S + 1,)`` boundaries of the queries, from 0 to the number of queries
+            ``T``; sequences may have any length, 0 and 1 included.
+        cu_seqlens_k: int32 ``(S + 1,)`` boundaries of the keys, where sequences may have more keys
+            than queries; by default ``cu_seqlens``. The queries of a sequence are its last tokens.
+        max_seqlen: an upper bound on the queries of a sequence; by default the largest number.
+        max_seqlen_k: an upper bound on the keys of a sequence; by default the largest number. Only
+            with ``cu_seqlens_k``; otherwise ``max_seqlen`` holds for both.
 
     Attributes:
-        cu_seqlens: the copy, on the device of the argument. Do not write to it.
-        max_seqlen: the upper bound; None if values cannot be read (torch.compile, fake tensors).
-        lengths: tokens of each sequence, a list; None in the same cases.
+        cu_seqlens, cu_seqlens_k: the copies, on the device of the arguments. Do not write to them.
+            They are one tensor if each sequence has as many queries as keys, as far as was read.
+        max_seqlen, max_seqlen_k: the upper bounds; None if values cannot be read (torch.compile,
+            fake tensors).
+        lengths, lengths_k: queries and keys of each sequence, lists; None in the same cases.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
     """
 
-    def __init__(self, cu_seqlens: Tensor, *, max_seqlen: int | None = None):
-        _check_tensor(cu_seqlens)
-        check_max_seqlen(max_seqlen)
+    def __init__(
+        self,
+        cu_seqlens: Tensor,
+        cu_seqlens_k: Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        max_seqlen_k: int | None = None,
+    ):
+        _check_tensors(cu_seqlens, cu_seqlens_k)
+        _check_bounds(max_seqlen, max_seqlen_k, cu_seqlens_k)
         if is_capturing(cu_seqlens):
             raise ValueError("a Packing must be made before, not while a CUDA graph is captured")
         # A tensor made in inference mode cannot be saved for backward.
         with torch.inference_mode(False):
-            self.cu_seqlens = cu_seqlens.detach().clone()
-        self.lengths = None
+            self.cu_seqlens = self.cu_seqlens_k = cu_seqlens.detach().clone()
+            if cu_seqlens_k is not None:
+                self.cu_seqlens_k = cu_seqlens_k.detach().clone()
+        self.lengths: list[int] | None = None
+        self.lengths_k: list[int] | None = None
         self.max_seqlen = max_seqlen
+        self.max_seqlen_k = max_seqlen if cu_seqlens_k is None else max_seqlen_k
         self._kept: dict = {}
         if has_readable_values(cu_seqlens):
-            self.lengths = read_lengths(self.cu_seqlens)
-            _check_longest(max_seqlen, self.lengths)
-            if max_seqlen is None:
-                self.max_seqlen = max(self.lengths, default=0)
+            self._set_lengths(*_read_both(self.cu_seqlens, self.cu_seqlens_k))
             _by_address[_address(self.cu_seqlens)] = self
+
+    def _set_lengths(self, lengths: list[int], lengths_k: list[int]):
+        self.lengths, self.lengths_k = lengths, lengths_k
+        self.max_seqlen = _checked_bound("max_seqlen", self.max_seqlen, lengths)
+        self.max_seqlen_k = _checked_bound("max_seqlen_k", self.max_seqlen_k, lengths_k)
+        if lengths == lengths_k:
+            self.cu_seqlens_k, self.max_seqlen_k = self.cu_seqlens, self.max_seqlen
 
     def keep(self, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
         """The result of ``make()``, which depends on the boundaries and ``key`` only; kept.
@@ -77,31 +98,50 @@ class Packing:
         return self._kept[key]
 
     def __reduce__(self):
-        return _make_packing, (self.cu_seqlens, self.max_seqlen)
+        bounds = (self.cu_seqlens, self.max_seqlen)
+        if self.cu_seqlens_k is self.cu_seqlens:
+            return _make_packing, (*bounds, None, None)
+        return _make_packing, (*bounds, self.cu_seqlens_k, self.max_seqlen_k)
 
     def __repr__(self) -> str:
-        if self.lengths is None:
+        if self.lengths is None or self.lengths_k is None:
             return f"Packing(sequences={self.cu_seqlens.shape[0] - 1})"
         sequences, tokens = len(self.lengths), sum(self.lengths)
-        return f"Packing(sequences={sequences}, tokens={tokens}, max_seqlen={self.max_seqlen})"
+        text = f"sequences={sequences}, tokens={tokens}, max_seqlen={self.max_seqlen}"
+        if self.cu_seqlens_k is not self.cu_seqlens:
+            text += f", keys={sum(self.lengths_k)}, max_seqlen_k={self.max_seqlen_k}"
+        return f"Packing({text})"
 
 
-def _make_packing(cu_seqlens: Tensor, max_seqlen: int | None) -> Packing:
-    return Packing(cu_seqlens, max_seqlen=max_seqlen)
+def _make_packing(
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_k: int | None,
+) -> Packing:
+    return Packing(cu_seqlens, cu_seqlens_k, max_seqlen=max_seqlen, max_seqlen_k=max_seqlen_k)
 
 
 # Custom ops take tensors only, so they find a Packing by its address, unique while it lives.
 _by_address: WeakValueDictionary = WeakValueDictionary()
 
 
-def find_packing(cu_seqlens: Tensor) -> Packing | None:
-    """The Packing whose ``cu_seqlens`` this tensor is or aliases; None for any other tensor."""
+def find_packing(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None) -> Packing | None:
+    """The Packing whose boundaries these tensors are or alias; None for any other tensors.
+
+    Without ``cu_seqlens_k`` the keys have the boundaries of the queries.
+    """
     packing = _by_address.get(_address(cu_seqlens))
     if packing is None:
         return None
-    own = packing.cu_seqlens
-    same = own.shape == cu_seqlens.shape and own.stride() == cu_seqlens.stride()
-    return packing if same else None
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    same = _is_alias(cu_seqlens, packing.cu_seqlens)
+    return packing if same and _is_alias(cu_seqlens_k, packing.cu_seqlens_k) else None
+
+
+def _is_alias(x: Tensor, own: Tensor) -> bool:
+    same = x.shape == own.shape and x.stride() == own.stride()
+    return same and _address(x) == _address(own)
 
 
 def _address(x: Tensor) -> tuple[torch.device, int]:
@@ -112,114 +152,198 @@ class Boundaries(NamedTuple):
     """What a call knows of its packed sequences.
 
     Attributes:
-        cu_seqlens: int32 ``(S + 1,)``.
-        lengths: tokens of each sequence; None if they were not read.
+        cu_seqlens: boundaries of the queries, int32 ``(S + 1,)``.
+        lengths: queries of each sequence; None if they were not read.
         max_seqlen: an upper bound on the lengths; None if it was neither given nor read.
-        packing: the caller's Packing, or None for a bare tensor.
+        packing: the caller's Packing, or None for bare tensors.
+        cu_seqlens_k, lengths_k, max_seqlen_k: the same for the keys. ``cu_seqlens_k`` is
+            ``cu_seqlens`` itself if queries and keys are known to have the same boundaries.
     """
 
     cu_seqlens: Tensor
     lengths: list[int] | None
     max_seqlen: int | None
     packing: Packing | None
+    cu_seqlens_k: Tensor
+    lengths_k: list[int] | None
+    max_seqlen_k: int | None
 
     def keep(self, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
         """:meth:`Packing.keep`. Nothing is kept for a bare tensor."""
         return make() if self.packing is None else self.packing.keep(key, make)
 
 
-def check_boundaries(cu_seqlens, max_seqlen, x: Tensor) -> Boundaries | None:
-    """Check the boundaries of packed ``x (T, ...)``; None for batched input, which has none.
+def has_key_boundaries(cu_seqlens, cu_seqlens_k) -> bool:
+    """Whether packed keys may have other boundaries than the queries."""
+    if isinstance(cu_seqlens, Packing):
+        return cu_seqlens.cu_seqlens_k is not cu_seqlens.cu_seqlens
+    return cu_seqlens_k is not None
 
-    A bare tensor's values are read on a CPU, and on a GPU if ``max_seqlen`` is not given; never
-    while torch.compile traces or a CUDA graph is captured. Nothing about it is kept.
+
+def check_boundaries(
+    cu_seqlens, max_seqlen, q: Tensor, k: Tensor, cu_seqlens_k=None, max_seqlen_k=None
+) -> Boundaries | None:
+    """Check the boundaries of packed ``q`` and ``k (T, ...)``; None for batched input without any.
+
+    Bare tensors are read on a CPU, and on a GPU unless an upper bound is given for each; never
+    while torch.compile traces or a CUDA graph is captured. Nothing about them is kept.
     """
-    check_max_seqlen(max_seqlen)
     if cu_seqlens is None:
-        if max_seqlen is not None:
-            raise ValueError(f"max_seqlen must be None without cu_seqlens, got {max_seqlen}")
+        others = (max_seqlen, cu_seqlens_k, max_seqlen_k)
+        names = ("max_seqlen", "cu_seqlens_k", "max_seqlen_k")
+        for name, value in zip(names, others, strict=True):
+            if value is not None:
+                raise ValueError(f"{name} must be None without cu_seqlens, got {value}")
         return None
     packing = None
     if isinstance(cu_seqlens, Packing):
-        packing, cu_seqlens = cu_seqlens, cu_seqlens.cu_seqlens
+        if cu_seqlens_k is not None:
+            raise ValueError(
+                "cu_seqlens_k must be None with a Packing as cu_seqlens, which has the boundaries "
+                f"of the keys, got {type(cu_seqlens_k).__name__}"
+            )
+        packing = cu_seqlens
+        cu_seqlens, cu_seqlens_k = packing.cu_seqlens, packing.cu_seqlens_k
     else:
-        _check_tensor(cu_seqlens)
-    if cu_seqlens.device != x.device:
-        raise ValueError(
-            f"cu_seqlens must be on the device of q, {x.device}, got {cu_seqlens.device}"
-        )
+        _check_tensors(cu_seqlens, cu_seqlens_k)
+    _check_bounds(max_seqlen, max_seqlen_k, cu_seqlens_k)
+    if packing is None and cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
+    for name, bounds in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if bounds.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {bounds.device}")
+    found = Boundaries(cu_seqlens, None, max_seqlen, packing, cu_seqlens_k, None, max_seqlen_k)
     if torch.compiler.is_compiling():
         # Lengths are not read, because torch.compile would guard their values.
         if packing is not None:
-            max_seqlen = packing.max_seqlen
-        if max_seqlen is not None:
-            max_seqlen = min(max_seqlen, _MAX_INT32)
-        return Boundaries(cu_seqlens, None, max_seqlen, packing)
-    lengths = _lengths(cu_seqlens, packing, max_seqlen)
-    if lengths is None:
-        if max_seqlen is None and is_capturing(cu_seqlens):
-            raise ValueError("max_seqlen must be an int while a CUDA graph is captured, got None")
-        if max_seqlen is not None:
-            max_seqlen = min(max_seqlen, x.shape[0])
-        return Boundaries(cu_seqlens, None, max_seqlen, packing)
-    if sum(lengths) != x.shape[0]:
-        raise ValueError(f"cu_seqlens must end at the {x.shape[0]} tokens of q, got {sum(lengths)}")
-    _check_longest(max_seqlen, lengths)
+            found = _with_bounds(found, packing.max_seqlen, packing.max_seqlen_k)
+        return _limited(found, _MAX_INT32, _MAX_INT32)
+    lengths, lengths_k = _lengths(found)
+    if lengths is None or lengths_k is None:
+        for name, bound in (("max_seqlen", max_seqlen), ("max_seqlen_k", found.max_seqlen_k)):
+            if bound is None and is_capturing(cu_seqlens):
+                raise ValueError(f"{name} must be an int while a CUDA graph is captured, got None")
+        return _limited(found, q.shape[0], k.shape[0])
+    _check_end("cu_seqlens", lengths, "q", q)
+    _check_end("cu_seqlens_k", lengths_k, "k", k)
+    max_seqlen = _checked_bound("max_seqlen", max_seqlen, lengths)
+    max_seqlen_k = _checked_bound("max_seqlen_k", max_seqlen_k, lengths_k)
     if packing is not None:
         # All calls use one bound, so that they share what was computed.
-        max_seqlen = packing.max_seqlen
-    elif max_seqlen is None:
-        max_seqlen = max(lengths, default=0)
-    return Boundaries(cu_seqlens, lengths, min(max_seqlen, x.shape[0]), packing)
+        max_seqlen, max_seqlen_k = packing.max_seqlen, packing.max_seqlen_k
+    elif lengths == lengths_k:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
+    found = Boundaries(
+        cu_seqlens, lengths, max_seqlen, packing, cu_seqlens_k, lengths_k, max_seqlen_k
+    )
+    return _limited(found, q.shape[0], k.shape[0])
 
 
-def _lengths(
-    cu_seqlens: Tensor, packing: Packing | None, max_seqlen: int | None
-) -> list[int] | None:
-    """The lengths if they are known or may be read, else None."""
-    if packing is not None:
-        return packing.lengths
-    if not has_readable_values(cu_seqlens):
-        return None
-    waits = cu_seqlens.device.type != "cpu"
-    return None if waits and max_seqlen is not None else read_lengths(cu_seqlens)
+def _with_bounds(found: Boundaries, max_seqlen: int | None, max_seqlen_k: int | None) -> Boundaries:
+    return found._replace(max_seqlen=max_seqlen, max_seqlen_k=max_seqlen_k)
 
 
-def check_max_seqlen(max_seqlen):
+def _limited(found: Boundaries, most: int, most_k: int) -> Boundaries:
+    """``found`` with bounds of at most ``most`` queries and ``most_k`` keys a sequence."""
+    bounds = ((found.max_seqlen, most), (found.max_seqlen_k, most_k))
+    return _with_bounds(found, *(None if x is None else min(x, limit) for x, limit in bounds))
+
+
+def _lengths(found: Boundaries) -> tuple[list[int] | None, list[int] | None]:
+    """The lengths of queries and keys if they are known or may be read, else None for both."""
+    if found.packing is not None:
+        return found.packing.lengths, found.packing.lengths_k
+    bounded = found.max_seqlen is not None and found.max_seqlen_k is not None
+    if not has_readable_values(found.cu_seqlens) or (bounded and _waits(found.cu_seqlens)):
+        return None, None
+    return _read_both(found.cu_seqlens, found.cu_seqlens_k)
+
+
+def _waits(x: Tensor) -> bool:
+    """Whether the host waits for a device when it reads ``x``."""
+    return x.device.type != "cpu"
+
+
+def check_max_seqlen(max_seqlen, name: str = "max_seqlen"):
     """Check that ``max_seqlen`` is None or an int of at least 0."""
     if max_seqlen is None or isinstance(max_seqlen, torch.SymInt):
         return
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int):
-        raise TypeError(f"max_seqlen must be an int, got {max_seqlen!r}")
+        raise TypeError(f"{name} must be an int, got {max_seqlen!r}")
     if max_seqlen < 0:
-        raise ValueError(f"max_seqlen must be at least 0, got {max_seqlen}")
+        raise ValueError(f"{name} must be at least 0, got {max_seqlen}")
 
 
-def read_lengths(cu_seqlens: Tensor) -> list[int]:
+def read_lengths(cu_seqlens: Tensor, name: str = "cu_seqlens") -> list[int]:
     """The lengths between valid boundaries, read on the host."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
+        raise ValueError(f"{name} must start at 0, got {bounds[0]}")
     for at, (start, end) in enumerate(pairwise(bounds)):
         if end < start:
-            raise ValueError(f"cu_seqlens must not decrease, got {start} then {end} at entry {at}")
+            raise ValueError(f"{name} must not decrease, got {start} then {end} at entry {at}")
     return [end - start for start, end in pairwise(bounds)]
 
 
-def _check_tensor(cu_seqlens):
+def _read_both(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> tuple[list[int], list[int]]:
+    """The numbers of queries and of keys of each sequence, read on the host and checked."""
+    lengths = read_lengths(cu_seqlens)
+    if cu_seqlens_k is cu_seqlens:
+        return lengths, lengths
+    lengths_k = read_lengths(cu_seqlens_k, "cu_seqlens_k")
+    for at, (queries, keys) in enumerate(zip(lengths, lengths_k, strict=True)):
+        if queries > keys:
+            raise ValueError(
+                "cu_seqlens must give a sequence at most as many queries as cu_seqlens_k gives "
+                f"keys, got {queries} queries and {keys} keys in sequence {at}; queries are the "
+                "last tokens of their sequence, so pass the keys of all its tokens"
+            )
+    return lengths, lengths_k
+
+
+def _check_tensors(cu_seqlens, cu_seqlens_k):
+    _check_tensor("cu_seqlens", cu_seqlens, "; or a Packing")
+    if cu_seqlens_k is None:
+        return
+    _check_tensor("cu_seqlens_k", cu_seqlens_k)
+    if cu_seqlens_k.shape != cu_seqlens.shape:
+        raise ValueError(
+            f"cu_seqlens_k must have the shape of cu_seqlens, {tuple(cu_seqlens.shape)}, one entry "
+            f"more than sequences, got {tuple(cu_seqlens_k.shape)}"
+        )
+    if cu_seqlens_k.device != cu_seqlens.device:
+        raise ValueError(
+            f"cu_seqlens_k must be on the device of cu_seqlens, {cu_seqlens.device}, got "
+            f"{cu_seqlens_k.device}"
+        )
+
+
+def _check_tensor(name: str, cu_seqlens, alternative: str = ""):
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(
-            f"cu_seqlens must be an int32 tensor, got {type(cu_seqlens).__name__}; or a Packing"
+            f"{name} must be an int32 tensor, got {type(cu_seqlens).__name__}{alternative}"
         )
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must have dtype torch.int32, got {cu_seqlens.dtype}")
+        raise TypeError(f"{name} must have dtype torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
+        raise ValueError(f"{name} must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
 
 
-def _check_longest(max_seqlen: int | None, lengths: list[int]):
+def _check_bounds(max_seqlen, max_seqlen_k, cu_seqlens_k):
+    check_max_seqlen(max_seqlen)
+    check_max_seqlen(max_seqlen_k, "max_seqlen_k")
+    if max_seqlen_k is not None and cu_seqlens_k is None:
+        raise ValueError(f"max_seqlen_k must be None without cu_seqlens_k, got {max_seqlen_k}")
+
+
+def _check_end(name: str, lengths: list[int], of: str, x: Tensor):
+    if sum(lengths) != x.shape[0]:
+        raise ValueError(f"{name} must end at the {x.shape[0]} tokens of {of}, got {sum(lengths)}")
+
+
+def _checked_bound(name: str, bound: int | None, lengths: list[int]) -> int:
+    """``bound``, which must hold, or the largest of ``lengths``."""
     longest = max(lengths, default=0)
-    if max_seqlen is not None and max_seqlen < longest:
-        raise ValueError(
-            f"max_seqlen must be at least the longest sequence, {longest}, got {max_seqlen}"
-        )
+    if bound is not None and bound < longest:
+        raise ValueError(f"{name} must be at least the longest sequence, {longest}, got {bound}")
+    return longest if bound is None else bound

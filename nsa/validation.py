@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import (
+    most_completed_blocks,
     most_query_tiles,
     num_compressed_blocks,
     num_query_tiles,
@@ -16,7 +17,7 @@ from nsa.blocks import (
 )
 from nsa.config import NSAConfig
 from nsa.host import has_readable_values
-from nsa.packing import Boundaries
+from nsa.packing import Boundaries, has_key_boundaries
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,7 +29,8 @@ class UnsupportedError(NotImplementedError):
 class Problem(NamedTuple):
     """The sizes that the arguments of one call agree on."""
 
-    leading: tuple[int, ...]  # (B, N), or (T,) if packed
+    leading: tuple[int, ...]  # of queries: (B, Nq), or (T,) if packed
+    leading_k: tuple[int, ...]  # of keys: (B, Nk), or (Tk,) if packed
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -87,8 +89,11 @@ def _check_kind(name: str, x, like: Tensor | None):
         raise ValueError(f"{name} must be on the device of q, {like.device}, got {x.device}")
 
 
-def check_qkv(q, k, v, config: NSAConfig, cu_seqlens) -> Problem:
-    """Check queries, keys and values (unless None); ``k`` and ``v`` hold a tensor per branch."""
+def check_qkv(q, k, v, config: NSAConfig, cu_seqlens, cu_seqlens_k=None) -> Problem:
+    """Check queries, keys and values (unless None); ``k`` and ``v`` hold a tensor per branch.
+
+    Batched input may have fewer queries than keys, packed input if keys have their own boundaries.
+    """
     _check_kind("q", q, None)
     rank = 4 if cu_seqlens is None else 3
     form = "(B, N, H, D)" if cu_seqlens is None else "(T, H, D) with cu_seqlens"
@@ -97,23 +102,30 @@ def check_qkv(q, k, v, config: NSAConfig, cu_seqlens) -> Problem:
     leading, (num_heads, head_dim) = tuple(q.shape[:-2]), q.shape[-2:]
     if head_dim == 0 or num_heads == 0:
         raise ValueError(f"q must have at least one head and channel, got {tuple(q.shape)}")
-    num_kv_heads = _check_keys(q, k, leading, form)
+    longer = cu_seqlens is None or has_key_boundaries(cu_seqlens, cu_seqlens_k)
+    leading_k, num_kv_heads = _check_keys(q, k, longer, form)
     value_dim = head_dim
     if v is not None:
         values = _named_branches("v", v)
         name, first = values[0]
         _check_kind(name, first, q)
         if first.ndim != rank or first.shape[-1] == 0:
-            wanted = (*leading, num_kv_heads)
+            wanted = (*leading_k, num_kv_heads)
             raise ValueError(f"{name} must have shape {wanted} + (Dv,), got {tuple(first.shape)}")
         value_dim = first.shape[-1]
         for name, x in values:
-            check_tensor(name, x, q, (*leading, num_kv_heads, value_dim))
-    return Problem(leading, num_heads, num_kv_heads, head_dim, value_dim, config, cu_seqlens)
+            check_tensor(name, x, q, (*leading_k, num_kv_heads, value_dim))
+    return Problem(
+        leading, leading_k, num_heads, num_kv_heads, head_dim, value_dim, config, cu_seqlens
+    )
 
 
-def _check_keys(q: Tensor, k, leading: tuple[int, ...], form: str) -> int:
-    """Check the keys and return H_kv."""
+def _check_keys(q: Tensor, k, longer: bool, form: str) -> tuple[tuple[int, ...], int]:
+    """Check the keys, of which there may be more than queries if ``longer``.
+
+    Returns:
+        Their leading dimensions, and H_kv.
+    """
     keys = _named_branches("k", k)
     name, first = keys[0]
     _check_kind(name, first, q)
@@ -126,9 +138,48 @@ def _check_keys(q: Tensor, k, leading: tuple[int, ...], form: str) -> int:
             f"{name} must have a number of heads that divides the {q.shape[-2]} heads of q, "
             f"got {num_kv_heads}"
         )
+    leading = tuple(q.shape[:-2])
+    if longer:
+        leading = (*leading[:-1], first.shape[-3])
+    elif first.shape[0] != leading[0]:
+        shape = (*leading, num_kv_heads, q.shape[-1])
+        raise ValueError(
+            f"{name} must have shape {shape}, got {tuple(first.shape)}; if there are fewer queries "
+            "than keys, pass the boundaries of the keys as cu_seqlens_k"
+        )
     for name, x in keys:
         check_tensor(name, x, q, (*leading, num_kv_heads, q.shape[-1]))
-    return num_kv_heads
+    return leading, num_kv_heads
+
+
+def check_positions(boundaries: Boundaries | None, problem: Problem):
+    """Check where the queries start, as far as the host knows the lengths.
+
+    The queries of a sequence are its last tokens. In tile mode they start at a tile.
+    """
+    if boundaries is None:
+        queries, keys = problem.leading[-1], problem.leading_k[-1]
+        if queries > keys:
+            raise ValueError(
+                f"q must have at most as many tokens as k, {keys}, got {queries}; queries are the "
+                "last tokens of their sequence, so pass the keys of all its tokens"
+            )
+        _check_tile_start(queries, keys, "", problem.config)
+    elif boundaries.lengths is not None and boundaries.lengths_k is not None:
+        lengths = zip(boundaries.lengths, boundaries.lengths_k, strict=True)
+        for at, (queries, keys) in enumerate(lengths):
+            _check_tile_start(queries, keys, f" in sequence {at}", problem.config)
+
+
+def _check_tile_start(queries: int, keys: int, where: str, config: NSAConfig):
+    if config.selection == "token" or queries == keys or queries == 0:
+        return
+    if (keys - queries) % config.q_tile_size:
+        raise ValueError(
+            "q must start at a multiple of q_tile_size with selection='tile': q_tile_size is "
+            f"{config.q_tile_size}, got {queries} queries after {keys - queries} of {keys} keys"
+            f"{where}; cut sequences at multiples of q_tile_size, or use selection='token'"
+        )
 
 
 def _named_branches(name: str, x: tuple) -> list[tuple[str, Tensor]]:
@@ -154,9 +205,9 @@ WIDE_SELECTION = 1 << 16
 
 def check_selection_width(boundaries: Boundaries | None, problem: Problem):
     """Check that rows of ``num_selected_blocks`` slots are not far longer than a sequence."""
-    longest = problem.leading[-1] if boundaries is None else boundaries.max_seqlen
+    longest = problem.leading_k[-1] if boundaries is None else boundaries.max_seqlen_k
     if longest is None or torch.compiler.is_compiling():
-        longest = problem.leading[-1]
+        longest = problem.leading_k[-1]
     count, most = problem.config.num_selected_blocks, num_selection_blocks(longest, problem.config)
     if count > max(WIDE_SELECTION, most):
         raise ValueError(
@@ -175,9 +226,19 @@ def check_gates(gates, gate_proj_weight, q: Tensor, problem: Problem):
 
 
 def check_compression(
-    k_weight, v_weight, compressed_kv, boundaries: Boundaries | None, q: Tensor, problem: Problem
+    k_weight,
+    v_weight,
+    compressed_kv,
+    boundaries: Boundaries | None,
+    q: Tensor,
+    problem: Problem,
+    *,
+    cached: bool = False,
 ):
-    """Check the compress weights ``(H_kv, D, D)``, or the caller's compressed keys and values."""
+    """Check the compress weights ``(H_kv, D, D)``, or the caller's compressed keys and values.
+
+    With a cache, these have ``ceil(new / d)`` entries a sequence.
+    """
     weights = (
         ("compress_k_weight", k_weight, problem.head_dim),
         ("compress_v_weight", v_weight, problem.value_dim),
@@ -196,21 +257,23 @@ def check_compression(
         )
     if len(compressed_kv) != 2:
         raise ValueError(f"compressed_kv must be (k_cmp, v_cmp), got {len(compressed_kv)} entries")
+    count_blocks = most_completed_blocks if cached else num_compressed_blocks
     dims = (problem.head_dim, problem.value_dim)
     for i, (x, dim) in enumerate(zip(compressed_kv, dims, strict=True)):
         name = f"compressed_kv[{i}]"
         if boundaries is None:
-            batch, length = problem.leading
-            counts: tuple[int, ...] = (batch, num_compressed_blocks(length, problem.config))
-        elif boundaries.lengths is not None:
-            counts = (sum(num_compressed_blocks(n, problem.config) for n in boundaries.lengths),)
+            batch, length = problem.leading_k
+            counts: tuple[int, ...] = (batch, count_blocks(length, problem.config))
+        elif boundaries.lengths_k is not None:
+            counts = (sum(count_blocks(n, problem.config) for n in boundaries.lengths_k),)
         else:
             _check_kind(name, x, q)
             counts = tuple(x.shape[:1])
         check_tensor(name, x, q, (*counts, problem.num_kv_heads, dim))
     if boundaries is not None and not torch.compiler.is_compiling():
         (blocks, *_), (others, *_) = (x.shape for x in compressed_kv)
-        most = problem.leading[0] // problem.config.compress_stride
+        most = problem.leading_k[0] // problem.config.compress_stride
+        most += boundaries.cu_seqlens.shape[0] - 1 if cached else 0
         if blocks != others or blocks > most:
             raise ValueError(
                 f"compressed_kv must have as many blocks of keys as of values, at most {most}, got "
@@ -222,6 +285,18 @@ def check_block_indices(indices, boundaries: Boundaries | None, q: Tensor, probl
     """Check the caller's selection: shape, int32, range, ascending with -1 at the end."""
     if indices is None:
         return
+    check_block_kind(indices, q)
+    shape = _block_indices_shape(boundaries, problem)
+    if tuple(indices.shape) != shape and not _has_unknown_tiles(indices, boundaries, problem):
+        raise ValueError(
+            f"block_indices must have shape {shape} with selection="
+            f"{problem.config.selection!r}, got {tuple(indices.shape)}"
+        )
+    check_block_values(indices, *_block_counts(indices, boundaries, problem))
+
+
+def check_block_kind(indices, q: Tensor):
+    """Check that the caller's selection is an int32 tensor on the device of q."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"block_indices must be an int32 tensor, got {type(indices).__name__}")
     if indices.dtype != torch.int32:
@@ -230,14 +305,6 @@ def check_block_indices(indices, boundaries: Boundaries | None, q: Tensor, probl
         raise ValueError(
             f"block_indices must be on the device of q, {q.device}, got {indices.device}"
         )
-    shape = _block_indices_shape(boundaries, problem)
-    if tuple(indices.shape) != shape and not _has_unknown_tiles(indices, boundaries, problem):
-        raise ValueError(
-            f"block_indices must have shape {shape} with selection="
-            f"{problem.config.selection!r}, got {tuple(indices.shape)}"
-        )
-    if indices.numel() and has_readable_values(indices):
-        _check_block_values(indices, boundaries, problem)
 
 
 def _block_indices_shape(boundaries: Boundaries | None, problem: Problem) -> tuple[int, ...]:
@@ -269,23 +336,35 @@ def _has_unknown_tiles(indices: Tensor, boundaries: Boundaries | None, problem: 
     return torch.compiler.is_compiling() or indices.shape[1] <= most
 
 
-def _check_block_values(indices: Tensor, boundaries: Boundaries | None, problem: Problem):
+def _block_counts(
+    indices: Tensor, boundaries: Boundaries | None, problem: Problem
+) -> tuple[int | Tensor, int]:
+    """Blocks that each row of ``indices`` may name, and the largest such number."""
     config = problem.config
-    count: int | Tensor
     if boundaries is None:
-        most = count = num_selection_blocks(problem.leading[1], config)
-    elif boundaries.lengths is None:
-        longest = boundaries.max_seqlen
-        longest = problem.leading[0] if longest is None else longest
-        most = count = num_selection_blocks(longest, config)
-    else:
-        lengths = boundaries.lengths
-        token = config.selection == "token"
-        units = lengths if token else [num_query_tiles(n, config) for n in lengths]
-        blocks = [num_selection_blocks(n, config) for n in lengths]
-        most = max(blocks, default=0)
-        each = torch.repeat_interleave(*(torch.tensor(x, device="cpu") for x in (blocks, units)))
-        count = each.to(indices.device)[(..., None, None) if token else (..., None)]
+        most = num_selection_blocks(problem.leading_k[1], config)
+        return most, most
+    if boundaries.lengths is None or boundaries.lengths_k is None:
+        longest = boundaries.max_seqlen_k
+        longest = problem.leading_k[0] if longest is None else longest
+        most = num_selection_blocks(longest, config)
+        return most, most
+    lengths = boundaries.lengths
+    token = config.selection == "token"
+    units = lengths if token else [num_query_tiles(n, config) for n in lengths]
+    blocks = [num_selection_blocks(n, config) for n in boundaries.lengths_k]
+    each = torch.repeat_interleave(*(torch.tensor(x, device="cpu") for x in (blocks, units)))
+    count = each.to(indices.device)[(..., None, None) if token else (..., None)]
+    return count, max(blocks, default=0)
+
+
+def check_block_values(indices: Tensor, count: int | Tensor, most: int):
+    """Check that each row names blocks below ``count``, ascending with -1 at the end.
+
+    Nothing is checked where the host cannot read values.
+    """
+    if not indices.numel() or not has_readable_values(indices):
+        return
     outside = (indices < -1) | (indices >= count)
     before, after = indices[..., :-1], indices[..., 1:]
     descends = (after != -1) & ((after <= before) | (before == -1))

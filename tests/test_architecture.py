@@ -102,9 +102,10 @@ LAYERS = [
     {"precision", "host", "blocks", "rope"},
     {"geometry", "packing", "testing"},
     {"validation"},
+    {"cache"},
     {"reference", "fused"},
     {"dispatch"},
-    {"linears"},
+    {"linears", "cached_layer"},
     {"layers"},
     {"__init__"},
 ]

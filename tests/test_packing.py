@@ -153,9 +153,9 @@ def test_a_bound_spares_reading_on_a_gpu(monkeypatch, reads):
     cu_seqlens = make_cu_seqlens(LENGTHS)
     x = torch.zeros(TOTAL, 1, 1)
     on_gpu, like = cu_seqlens.as_subclass(OnGpu), x.as_subclass(OnGpu)
-    found = packing.check_boundaries(on_gpu, 140, like)
+    found = packing.check_boundaries(on_gpu, 140, like, like)
     assert (found.lengths, found.max_seqlen, len(reads)) == (None, 140, 0)
-    found = packing.check_boundaries(on_gpu, None, like)
+    found = packing.check_boundaries(on_gpu, None, like, like)
     assert (found.lengths, found.max_seqlen, len(reads)) == (LENGTHS, 130, 1)
 
 
@@ -224,10 +224,7 @@ UNREAD = {
 @pytest.fixture
 def unread_with_a_bound(monkeypatch):
     """As on a GPU, where a bound spares reading."""
-    read = packing._lengths
-    monkeypatch.setattr(
-        packing, "_lengths", lambda *a: None if a[1] is None and a[2] is not None else read(*a)
-    )
+    monkeypatch.setattr(packing, "_waits", lambda _: True)
 
 
 @both
@@ -273,7 +270,7 @@ def test_block_indices_are_waited_for_once():
     q, k, _ = inputs(requires_grad=False)
     call = dict(config=CONFIGS["token"], cu_seqlens=nsa.Packing(make_cu_seqlens(LENGTHS)))
     blocks = nsa.select_blocks(q, k, **call)
-    boundaries = packing.check_boundaries(call["cu_seqlens"], None, q)
+    boundaries = packing.check_boundaries(call["cu_seqlens"], None, q, q)
     problem = validation.check_qkv(q, (k,) * 3, (k,) * 3, call["config"], call["cu_seqlens"])
     with Waits():
         validation.check_block_indices(blocks, boundaries, q, problem)

@@ -28,7 +28,7 @@ def test_explain_backend_refuses_the_same(case):
 
 
 SELECT_ARGUMENTS = {"q", "k", "config", "compress_k_weight", "compressed_kv", "cu_seqlens"}
-SELECT_ARGUMENTS |= {"max_seqlen", "backend"}
+SELECT_ARGUMENTS |= {"cu_seqlens_k", "max_seqlen", "max_seqlen_k", "backend"}
 
 
 def _select_cases():

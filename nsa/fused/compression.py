@@ -89,7 +89,7 @@ def _transformed_backward(
 
 def _mean(x: Tensor, dtype: torch.dtype, plan: Plan, other: Tensor | None = None) -> Tensor:
     """Means ``(B, M, H_kv, D)``; with ``other``, of both: ``(2, B, M, H_kv, D)``."""
-    start = over_batch(plan.block_start, x.shape[0], plan.geometry.tokens.total)
+    start = over_batch(plan.block_start, x.shape[0], plan.geometry.keys.total)
     size = plan.config.compress_block_size
     return kernel_calls.mean_forward(x, start, size, dtype, other)
 

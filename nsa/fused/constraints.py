@@ -46,11 +46,21 @@ def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
     """The first limit that ``q (..., D)``, ``v (..., Dv)`` and ``config`` exceed, or None."""
     token = config.selection == "token"
     return (
-        (_token_limit(q, v, config) if token else _tile_limit(config))
+        _length_limit(q, v)
+        or (_token_limit(q, v, config) if token else _tile_limit(config))
         or _tensor_limit(q, v)
         or _device_limit(q)
         or fa4.version_problem()
     )
+
+
+def _length_limit(q: Tensor, v: Tensor) -> str | None:
+    if q.shape[-3] != v.shape[-3]:
+        return (
+            f"it needs as many queries as keys, got {q.shape[-3]} and {v.shape[-3]}; "
+            f"{_USE_REFERENCE}"
+        )
+    return None
 
 
 def _token_limit(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:

@@ -39,7 +39,7 @@ def forward(
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
-    cu_seqlens, _, max_seqlen, packing = boundaries or (None,) * 4
+    cu_seqlens, _, max_seqlen, packing, *_ = boundaries or (None,) * 4
     if gates is not None:
         gate_proj_weight = None
     given = (
@@ -101,7 +101,7 @@ def select_blocks(
     boundaries: Boundaries | None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`; ``k`` is the compressed branch's."""
-    cu_seqlens, _, max_seqlen, packing = boundaries or (None,) * 4
+    cu_seqlens, _, max_seqlen, packing, *_ = boundaries or (None,) * 4
     if q.numel() == 0:
         return _empty_selection(q, k.shape[-2], config)
     dim, scale = kernel_head_dim(q.shape[-1], q.shape[-1]), config.softmax_scale(q.shape[-1])

@@ -245,7 +245,7 @@ class TokenTiles(NamedTuple):
 
 def make_token_tiles(geometry: Geometry, tile_tokens: int, chunk: int) -> TokenTiles:
     """Tiles of at most ``tile_tokens`` tokens, for chunks of ``chunk`` tokens. No host sync."""
-    tokens = geometry.tokens
+    tokens = geometry.keys
     sequences = len(tokens.count)
     total = tokens.total // tile_tokens + sequences
     offset = prefix_sum(-(-tokens.count // tile_tokens))
@@ -302,7 +302,7 @@ class TokenBlocks(NamedTuple):
 
 def make_token_blocks(geometry: Geometry, batch: int) -> TokenBlocks:
     """The blocks of a batch of ``batch`` entries, each as in ``geometry``."""
-    tokens, blocks = geometry.tokens, geometry.selection
+    tokens, blocks = geometry.keys, geometry.selection
     if batch > 1:
         # Each entry of a batch is one sequence.
         tokens, blocks = (_repeat(x, batch) for x in (tokens, blocks))

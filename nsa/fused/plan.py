@@ -28,7 +28,7 @@ from nsa.fused.kernel_inputs import (
 )
 from nsa.fused.row_layouts import AlignedRows, FoldedQueries
 from nsa.fused.scoring import Scoring
-from nsa.geometry import Geometry, Segments
+from nsa.geometry import Geometry
 from nsa.host import may_keep
 from nsa.packing import Packing
 
@@ -73,7 +73,7 @@ class Plan:
     @cached_property
     def tokens(self) -> AlignedRows:
         """The tokens, aligned to query tiles."""
-        return AlignedRows(self.geometry.tokens, self.config.q_tile_size)
+        return AlignedRows(self.geometry.keys, self.config.q_tile_size)
 
     @cached_property
     def folded(self) -> FoldedQueries:
@@ -118,23 +118,23 @@ class Plan:
     @cached_property
     def block_start(self) -> Tensor:
         """The first token of each compressed block, -1 for blocks of no sequence, int32."""
-        tokens, compressed = self.geometry.tokens, self.geometry.compressed
+        keys, compressed = self.geometry.keys, self.geometry.compressed
         stride = self.config.compress_stride
         if compressed.single:
             end, device = compressed.total * stride, self.geometry.device
             return torch.arange(0, end, stride, dtype=torch.int32, device=device)
-        start = tokens.offset[compressed.owner] + compressed.local * stride
+        start = keys.offset[compressed.owner] + compressed.local * stride
         return torch.where(compressed.real, start, -1).int()
 
     @cached_property
     def blocks_of_token(self) -> Tensor:
         """The compressed blocks that each token is in, -1 for none, int32 ``(T, l / d)``."""
-        config, tokens, compressed = self.config, self.geometry.tokens, self.geometry.compressed
+        config, keys, compressed = self.config, self.geometry.keys, self.geometry.compressed
         # The last block that starts at or before the token, and the blocks before it.
         overlap = config.compress_block_size // config.compress_stride
         earlier = torch.arange(overlap, device=self.geometry.device)
-        owner = tokens.owner[:, None]
-        local = tokens.local[:, None] // config.compress_stride - earlier
+        owner = keys.owner[:, None]
+        local = keys.local[:, None] // config.compress_stride - earlier
         inside = (local >= 0) & (local < compressed.count[owner])
         return torch.where(inside, compressed.offset[owner] + local, -1).int()
 
@@ -171,7 +171,7 @@ class Plan:
         """The same for compressed tokens; and how many key blocks the first query sees whole."""
         geometry = self.geometry
         seen = geometry.num_visible(
-            geometry.tile_first, geometry.tiles.owner, self.config.compressed_visibility
+            geometry.tile_first, geometry.tile_owner, self.config.compressed_visibility
         )
         blocks = self._tile_blocks(self.compressed, self.cmp_key_block)
         return *blocks, (seen // self.cmp_key_block).int()
@@ -194,10 +194,10 @@ class Plan:
     @cached_property
     def token_candidates(self) -> tuple[Tensor, Tensor]:
         """Each token's own selection block, and how many it may take: int32 ``(T,)`` each."""
-        tokens, config = self.geometry.tokens, self.config
-        own = tokens.local // config.select_block_size
-        count = own + 1 if config.causal else self.geometry.selection.count[tokens.owner]
-        return own.int(), torch.where(tokens.real, count, 0).int()
+        queries, config = self.geometry.queries, self.config
+        own = queries.position // config.select_block_size
+        count = own + 1 if config.causal else self.geometry.selection.count[queries.owner]
+        return own.int(), torch.where(queries.rows.real, count, 0).int()
 
     @cached_property
     def token_first(self) -> Tensor:
@@ -210,18 +210,18 @@ class Plan:
         return Scoring(self.geometry, self.batch)
 
     def _tile_blocks(self, keys: AlignedRows, key_block: int) -> tuple[Tensor, Tensor]:
-        tiles = self.geometry.tiles
+        tiles, owner = self.geometry.tiles, self.geometry.tile_owner
         if tiles.single:
             num_blocks = -(-keys.items.total // key_block)
             return self.scoring.first, torch.full_like(self.scoring.first, num_blocks)
-        first = keys.segments.offset[tiles.owner] // key_block
-        count = -(-keys.items.count[tiles.owner] // key_block)
+        first = keys.segments.offset[owner] // key_block
+        count = -(-keys.items.count[owner] // key_block)
         return first.int(), torch.where(tiles.real, count, 0).int()
 
     @property
     def longest(self) -> int:
         """Upper bound on the tokens of a sequence."""
-        return self.geometry.tokens.total if self.max_seqlen is None else self.max_seqlen
+        return self.geometry.keys.total if self.max_seqlen is None else self.max_seqlen
 
     @property
     def max_selection_blocks(self) -> int:
@@ -270,14 +270,14 @@ def make_plan(
 def _packed_plan(
     cu_seqlens: Tensor, length: int, head_dim: int, max_seqlen: int, config: NSAConfig
 ) -> Plan:
-    tokens = Segments(cu_seqlens.long(), length)
-    return Plan(Geometry(tokens, config, exact=False), 1, head_dim, cu_seqlens, max_seqlen)
+    geometry = Geometry.packed(cu_seqlens, cu_seqlens, length, length, config, exact=False)
+    return Plan(geometry, 1, head_dim, cu_seqlens, max_seqlen)
 
 
 def _batched_plan(
     batch: int, length: int, head_dim: int, device: torch.device, config: NSAConfig
 ) -> Plan:
-    return Plan(Geometry.single(length, device, config), batch, head_dim, None, None)
+    return Plan(Geometry.equal(1, length, length, device, config), batch, head_dim, None, None)
 
 
 _cached_batched_plan = lru_cache(maxsize=MAX_PLANS)(_batched_plan)

@@ -114,7 +114,7 @@ class FoldedQueries:
     @cached_property
     def _token(self) -> Tensor:
         """The token of each row and slot, -1 where there is none: ``(rows, d)``."""
-        tokens, rows = self.geometry.tokens, self.rows
+        tokens, rows = self.geometry.keys, self.rows
         slot = torch.arange(self.size, device=rows.device)
         position = rows.local[:, None] * self.size + self.lead + slot
         real = position < tokens.count[rows.owner, None]
@@ -124,7 +124,7 @@ class FoldedQueries:
     @cached_property
     def _place(self) -> tuple[Tensor, Tensor]:
         """The row and slot of each token, row -1 if it has none: ``(T,)`` each."""
-        tokens = self.geometry.tokens
+        tokens = self.geometry.keys
         position = tokens.local - self.lead
         row = self.rows.offset[tokens.owner] + position // self.size
         return torch.where((position >= 0) & tokens.real, row, -1), position % self.size

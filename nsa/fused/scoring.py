@@ -25,7 +25,7 @@ class Scoring:
         tiles, compressed = self.geometry.tiles, self.geometry.compressed
         if tiles.single:
             return torch.zeros(tiles.total, dtype=torch.int32, device=self.geometry.device)
-        return compressed.offset[tiles.owner].int()
+        return compressed.offset[self.geometry.tile_owner].int()
 
     @cached_property
     def visible(self) -> Tensor:
@@ -33,7 +33,7 @@ class Scoring:
         geometry = self.geometry
         by_first = geometry.config.tile_summary == "first"
         position = geometry.tile_first if by_first else geometry.tile_last
-        seen = geometry.num_visible(position, geometry.tiles.owner, "complete")
+        seen = geometry.num_visible(position, geometry.tile_owner, "complete")
         return geometry.tiles.only_real(seen).int()
 
     @cached_property
@@ -56,7 +56,7 @@ class Scoring:
     @cached_property
     def num_blocks(self) -> Tensor:
         """Selection blocks of the tile's sequence."""
-        length = self.geometry.tokens.count[self.geometry.tiles.owner]
+        length = self.geometry.keys.count[self.geometry.tile_owner]
         return num_selection_blocks(length, self.geometry.config).int()
 
     @property
@@ -66,7 +66,7 @@ class Scoring:
         if config.num_initial_blocks + config.num_local_blocks == 0:
             return False
         # A full tile ends at a token, so all its blocks start inside the sequence.
-        return not geometry.tiles.single or geometry.tokens.total % config.q_tile_size != 0
+        return not geometry.tiles.single or geometry.keys.total % config.q_tile_size != 0
 
     @cached_property
     def tile_start(self) -> Tensor:
@@ -79,7 +79,7 @@ class Scoring:
     def filled(self) -> Tensor | None:
         """The fraction of each tile's rows that are queries, float32; None if all are full."""
         geometry = self.geometry
-        if geometry.tiles.single and geometry.tokens.total % geometry.config.q_tile_size == 0:
+        if geometry.tiles.single and geometry.queries.rows.total % geometry.config.q_tile_size == 0:
             return None
         count = geometry.tile_last - geometry.tile_first + 1
         return count.clamp(min=1).float() / geometry.config.q_tile_size

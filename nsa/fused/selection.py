@@ -138,7 +138,7 @@ def _visible_columns(tiles: slice, plan: Plan) -> slice:
     ``tile * q_tile_size`` is at or past the tile's first token, by the places that earlier
     sequences leave empty. The same holds for compressed tokens.
     """
-    config, tokens = plan.config, plan.geometry.tokens
+    config, tokens = plan.config, plan.geometry.keys
     tile, block = config.q_tile_size, config.compress_block_size
     before = tokens.num_sequences - 1
     end = tiles.stop * tile if config.causal else (tiles.stop - 1) * tile + plan.longest

@@ -30,7 +30,7 @@ def compressed_attention(
         q: ``(T, H, D)``.
         k_cmp, v_cmp: ``(sum of N_cmp, H_kv, D)`` and ``(sum of N_cmp, H_kv, Dv)``.
         groups: ``(tiles, H, m)`` group indices with -1 in empty slots, or None for all.
-        geometry: the sequences of the ``T`` tokens.
+        geometry: where the ``T`` queries and the keys lie.
 
     Returns:
         ``(T, H, Dv)`` in the dtype of ``q``; 0 for a query that sees no compressed token.
@@ -49,16 +49,16 @@ def selected_attention(
 
     Args:
         q: ``(T, H, D)``.
-        k, v: ``(T, H_kv, D)`` and ``(T, H_kv, Dv)``.
+        k, v: ``(Tk, H_kv, D)`` and ``(Tk, H_kv, Dv)``.
         block_indices: ``(T, H_kv, n)`` in token mode, ``(tiles, H, n)`` in tile mode; indices of
             blocks in their sequence, -1 in empty slots at the end.
-        geometry: the sequences of the ``T`` tokens.
+        geometry: where the ``T`` queries and the ``Tk`` keys lie.
 
     Returns:
         ``(T, H, Dv)`` in the dtype of ``q``.
     """
-    _, end = geometry.token_interval()
-    table = KeyBlocks(geometry.tokens, geometry.selection, geometry.config.select_block_size)
+    _, end = geometry.key_interval()
+    table = KeyBlocks(geometry.keys, geometry.selection, geometry.config.select_block_size)
     return _listed_attention(q, k, v, block_indices, table, end, geometry)
 
 
@@ -95,7 +95,7 @@ def _masked_attention(
 def _interval_attention(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, geometry: Geometry
 ) -> Tensor:
-    """Attention of token ``t`` over the flat keys ``[first[t], end[t])``."""
+    """Attention of query ``i`` over the flat keys ``[first[i], end[i])``."""
     scale = geometry.config.softmax_scale(q.shape[-1])
     dtype = accumulation_dtype(q.dtype)
     grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))  # (T, H_kv, G, D)
@@ -135,25 +135,25 @@ def _listed_attention(
     end: Tensor,
     geometry: Geometry,
 ) -> Tensor:
-    """Attention of every unit (a token or a tile) over the keys of its listed blocks.
+    """Attention of every unit (a query or a tile) over the keys of its listed blocks.
 
-    The rows of a list are the heads of a group in token mode, the tokens of a tile in tile mode.
+    The rows of a list are the heads of a group in token mode, the queries of a tile in tile mode.
 
     Args:
         indices: blocks ``(units, L, n)`` in their sequence, -1 in empty slots at the end; list
             ``i`` of ``L`` attends KV head ``i * H_kv // L``.
-        end: the flat key after the last one that each token sees, ``(T,)``.
+        end: the flat key after the last one that each query sees, ``(T,)``.
     """
     scale = geometry.config.softmax_scale(q.shape[-1])
     dtype = accumulation_dtype(q.dtype)
     num_kv_heads = k.shape[1]
-    keys, values = k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)  # (T * H_kv, D)
+    keys, values = k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)  # (Tk * H_kv, D)
     arrange = _token_rows if geometry.config.selection == "token" else _tile_rows
 
     def attend(piece, keys, values, start, stop):
-        owner = geometry.units.owner[start:stop]
-        rows, token, restore = arrange(piece, num_kv_heads, start, stop, geometry)
-        seen_end = torch.where(token >= 0, end[token.clamp(min=0)], 0)  # (C, R)
+        owner = geometry.unit_owner[start:stop]
+        rows, query, restore = arrange(piece, num_kv_heads, start, stop, geometry)
+        seen_end = torch.where(query >= 0, end[query.clamp(min=0)], 0)  # (C, R)
         local = _listed_keys(indices[start:stop], owner, table)  # (C, L, K)
         real = (local >= 0) & (local < table.keys.count[owner, None, None])
         flat = torch.where(real, table.keys.offset[owner, None, None] + local, 0)
@@ -167,7 +167,7 @@ def _listed_attention(
         return restore(out)
 
     chunks = _unit_chunks(q, v, indices, table, geometry)
-    pieces = q.to(dtype).split(_num_tokens(chunks, geometry))
+    pieces = q.to(dtype).split(_num_queries(chunks, geometry))
     out = [
         recomputed(attend, piece, keys, values, *chunk)
         for piece, chunk in zip(pieces, chunks, strict=True)
@@ -175,18 +175,18 @@ def _listed_attention(
     return torch.cat(out).to(q.dtype)
 
 
-def _num_tokens(chunks: list[tuple[int, int]], geometry: Geometry) -> list[int]:
-    """Tokens in each range of units. The ranges are consecutive and cover all units."""
+def _num_queries(chunks: list[tuple[int, int]], geometry: Geometry) -> list[int]:
+    """Queries in each range of units. The ranges are consecutive and cover all units."""
     if geometry.config.selection == "token" or not geometry.tiles.total:
         return [stop - start for start, stop in chunks]
     start = torch.tensor([start for start, _ in chunks], device=geometry.device)
-    first = geometry.tokens.offset[geometry.tiles.owner[start]] + geometry.tile_first[start]
-    return [stop - start for start, stop in pairwise([*first.tolist(), geometry.tokens.total])]
+    bounds = [*geometry.tile_row[start].tolist(), geometry.queries.rows.total]
+    return [stop - start for start, stop in pairwise(bounds)]
 
 
 def _listed_keys(indices: Tensor, owner: Tensor, table: KeyBlocks) -> Tensor:
     """Position of each key of the listed blocks, negative in empty slots: ``(C, L, K)``."""
-    counts = table.blocks.counts[owner[0] : owner[-1] + 1] if len(owner) else [0]
+    counts = table.blocks.counts[owner.min() : owner.max() + 1] if len(owner) else [0]
     block = indices[..., : max(counts), None].long()  # slots beyond are empty
     # A block is no longer than its sequence.
     size = min(table.size, max(table.keys.counts, default=0))
@@ -194,23 +194,23 @@ def _listed_keys(indices: Tensor, owner: Tensor, table: KeyBlocks) -> Tensor:
 
 
 def _token_rows(piece: Tensor, num_kv_heads: int, start: int, stop: int, geometry: Geometry):
-    """Rows ``(C, H_kv, G, D)`` of tokens, the token of each row ``(C, R)``, and the inverse."""
+    """Rows ``(C, H_kv, G, D)`` of queries, the query of each row ``(C, R)``, and the inverse."""
     rows = piece.unflatten(1, (num_kv_heads, -1))
-    token = torch.arange(start, stop, device=piece.device)[:, None]
-    return rows, token, lambda out: out.flatten(1, 2)
+    query = torch.arange(start, stop, device=piece.device)[:, None]
+    return rows, query, lambda out: out.flatten(1, 2)
 
 
 def _tile_rows(piece: Tensor, num_kv_heads: int, start: int, stop: int, geometry: Geometry):
-    """Rows ``(C, H, R, D)`` of tiles, the token of each row (-1 for none), and the inverse."""
+    """Rows ``(C, H, R, D)`` of tiles, the query of each row (-1 for none), and the inverse."""
     first, last = geometry.tile_first[start:stop], geometry.tile_last[start:stop]
     height = int((last - first).max()) + 1 if stop > start else 0
     row = torch.arange(height, device=piece.device)
     real = row <= (last - first)[:, None]  # (C, R)
-    offset = geometry.tokens.offset[geometry.tiles.owner[start:stop]] + first
-    token = torch.where(real, offset[:, None] + row, -1)
-    inside = (token - offset[:1]).clamp(min=0)
+    begin = geometry.tile_row[start:stop]
+    query = torch.where(real, begin[:, None] + row, -1)
+    inside = (query - begin[:1]).clamp(min=0)
     rows = piece.index_select(0, inside.flatten()).unflatten(0, inside.shape).transpose(1, 2)
-    return rows, token, lambda out: out.transpose(1, 2)[real]  # tiles lie in token order
+    return rows, query, lambda out: out.transpose(1, 2)[real]  # tiles lie in the order of queries
 
 
 def _unit_chunks(
@@ -218,16 +218,18 @@ def _unit_chunks(
 ) -> list[tuple[int, int]]:
     """Ranges of units whose scores and gathered keys fit a chunk."""
     num_units, num_lists, num_blocks = indices.shape
-    owner = geometry.units.owner.tolist()
+    owner, segment = geometry.unit_owner.tolist(), geometry.units.owner.tolist()
     heads_of_list = q.shape[1] // num_lists
 
     def elements(start: int, stop: int) -> int:
-        sequences = slice(owner[start], owner[stop - 1] + 1)
+        sequences = slice(min(owner[start:stop]), max(owner[start:stop]) + 1)
         size = min(table.size, max(table.keys.counts[sequences]))
         width = min(num_blocks, max(table.blocks.counts[sequences])) * size
         rows = heads_of_list
         if geometry.config.selection == "tile":
-            rows = min(geometry.config.q_tile_size, max(geometry.tokens.counts[sequences]))
+            segments = slice(segment[start], segment[stop - 1] + 1)
+            rows = max(geometry.queries.rows.counts[segments])
+            rows = min(geometry.config.q_tile_size, rows)
         return (stop - start) * num_lists * width * (q.shape[-1] + v.shape[-1] + rows)
 
     return fitting_chunks(num_units, elements, q.device)

@@ -39,13 +39,14 @@ def query_chunks(first: Tensor, end: Tensor, elements_per_key: int) -> list[tupl
     """Ranges ``[start, stop)`` of queries whose score matrices fit a chunk.
 
     Args:
-        first, end: keys ``[first, end)`` of each query ``(Q,)``, both ascending.
+        first, end: keys ``[first, end)`` of each query ``(Q,)``.
         elements_per_key: scores held for one query and key.
     """
     low, high = first.tolist(), end.tolist()
 
     def elements(start: int, stop: int) -> int:
-        return (stop - start) * max(1, high[stop - 1] - low[start]) * elements_per_key
+        covered = max(high[start:stop]) - min(low[start:stop])
+        return (stop - start) * max(1, covered) * elements_per_key
 
     return fitting_chunks(len(low), elements, first.device)
 
@@ -54,7 +55,7 @@ def covered_range(first: Tensor, end: Tensor, start: int, stop: int) -> tuple[in
     """Keys ``[low, high)`` that cover the intervals of queries ``start`` to ``stop``."""
     if start == stop:
         return 0, 0
-    low, high = int(first[start]), int(end[stop - 1])
+    low, high = int(first[start:stop].min()), int(end[start:stop].max())
     return low, max(low, high)
 
 

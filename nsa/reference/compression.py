@@ -14,7 +14,7 @@ def compress(x: Tensor, weight: Tensor | None, geometry: Geometry) -> Tensor:
     Args:
         x: keys or values ``(T, H_kv, D)``.
         weight: ``(H_kv, D, D)`` or None.
-        geometry: the sequences of the ``T`` tokens.
+        geometry: the sequences of the ``T`` keys.
 
     Returns:
         ``(sum of N_cmp, H_kv, D)`` in the dtype of ``x``.
@@ -28,7 +28,7 @@ def compress(x: Tensor, weight: Tensor | None, geometry: Geometry) -> Tensor:
     used = compressed.count + (parts - 1) * (compressed.count > 0)
     offset = prefix_sum(used)
     strides = Segments(offset, int(offset[-1]))
-    start = geometry.tokens.offset[strides.owner] + strides.local * stride
+    start = geometry.keys.offset[strides.owner] + strides.local * stride
     # A stride longer than the sequences belongs to no block, so its size does not matter.
     within = torch.arange(min(stride, x.shape[0]), device=geometry.device)
     index = start[:, None] + within

@@ -1,14 +1,19 @@
 """The stages of Native Sparse Attention: compress, select, attend in three branches, gate."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nsa.blocks import num_query_tiles
+from nsa.cache import Cache
+from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
 from nsa.geometry import Geometry
 from nsa.packing import Boundaries
 from nsa.precision import without_autocast
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
+from nsa.reference.cached import attend_cached, select_cached
 from nsa.reference.compression import compress
 from nsa.reference.gating import combine_branches
 from nsa.reference.selection import select_blocks as _select_blocks
@@ -31,34 +36,80 @@ def forward(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     boundaries: Boundaries | None = None,
+    cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch."""
     with without_autocast(q.device):
-        geometry = _geometry(q, boundaries, config)
-        tokens = _flatten(q)
-        k_cmp_in, k_slc, k_win = (_flatten(x) for x in k)
-        v_cmp_in, v_slc, v_win = (_flatten(x) for x in v)
-        if compressed_kv is None:
-            k_cmp = compress(k_cmp_in, compress_k_weight, geometry)
-            v_cmp = compress(v_cmp_in, compress_v_weight, geometry)
-        else:
-            k_cmp, v_cmp = (_given_compressed(x, geometry) for x in compressed_kv)
-        if block_indices is None:
-            indices = _select_blocks(tokens, k_cmp, geometry)
-        else:
-            # A copy, because the caller may overwrite the original before the backward.
-            indices = _flatten_indices(block_indices.clone(), config)
-        sparse = config.num_cmp_selected_blocks is not None
-        groups = select_groups(tokens, k_cmp, geometry) if sparse else None
-        branches = (
-            compressed_attention(tokens, k_cmp, v_cmp, groups, geometry),
-            selected_attention(tokens, k_slc, v_slc, indices, geometry),
-            window_attention(tokens, k_win, v_win, geometry),
+        inputs = _flatten(q), _flatten_branches(k), _flatten_branches(v)
+        weights: dict[str, Any] = dict(
+            gate_proj_weight=gate_proj_weight,
+            gates=None if gates is None else _flatten(gates),
+            compress_weights=(compress_k_weight, compress_v_weight),
         )
-        gates = None if gates is None else _flatten(gates)
-        out = combine_branches(branches, tokens, gates, gate_proj_weight)
+        if cache is not None:
+            out = attend_cached(
+                *inputs,
+                cache,
+                locate_in_cache(cache, q, boundaries, compressed_kv),
+                compressed_kv=_flatten_pair(compressed_kv),
+                block_indices=block_indices,
+                **weights,
+            )
+        else:
+            out = attend(
+                *inputs,
+                _geometry(q, k[0], boundaries, config),
+                compressed_kv=compressed_kv,
+                indices=None if block_indices is None else _flatten_indices(block_indices, config),
+                **weights,
+            )
         return out.reshape(*q.shape[:-1], out.shape[-1])
+
+
+def attend(
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    geometry: Geometry,
+    *,
+    gate_proj_weight: Tensor | None = None,
+    gates: Tensor | None = None,
+    compress_weights: tuple[Tensor | None, Tensor | None] = (None, None),
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """All stages, for flat tensors and queries at any positions.
+
+    Args:
+        q: ``(T, H, D)``.
+        k, v: a tensor per branch, ``(Tk, H_kv, D)`` and ``(Tk, H_kv, Dv)``.
+        geometry: where the ``T`` queries and the ``Tk`` keys lie.
+        gate_proj_weight: ``(H, 3, D)``.
+        gates: ``(T, H, 3)``.
+        compress_weights: ``(H_kv, D, D)`` for keys and ``(H_kv, Dv, Dv)`` for values.
+        compressed_kv: ``(sum of N_cmp, H_kv, D)`` and ``(sum of N_cmp, H_kv, Dv)``, batched or not.
+        indices: blocks to attend, ``(T, H_kv, n)`` or ``(tiles, H, n)``.
+
+    Returns:
+        ``(T, H, Dv)``.
+    """
+    (k_cmp_in, k_slc, k_win), (v_cmp_in, v_slc, v_win) = k, v
+    if compressed_kv is None:
+        k_cmp = compress(k_cmp_in, compress_weights[0], geometry)
+        v_cmp = compress(v_cmp_in, compress_weights[1], geometry)
+    else:
+        k_cmp, v_cmp = (_given_compressed(x, geometry) for x in compressed_kv)
+    if indices is None:
+        indices = _select_blocks(q, k_cmp, geometry)
+    sparse = geometry.config.num_cmp_selected_blocks is not None
+    groups = select_groups(q, k_cmp, geometry) if sparse else None
+    branches = (
+        compressed_attention(q, k_cmp, v_cmp, groups, geometry),
+        selected_attention(q, k_slc, v_slc, indices, geometry),
+        window_attention(q, k_win, v_win, geometry),
+    )
+    return combine_branches(branches, q, gates, gate_proj_weight)
 
 
 @torch.compiler.disable(reason="nsa's reference reads lengths on the host")
@@ -71,10 +122,15 @@ def select_blocks(
     compress_k_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     boundaries: Boundaries | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`. Arguments are checked; ``k`` is the compressed branch's."""
     with without_autocast(q.device):
-        geometry = _geometry(q, boundaries, config)
+        if cache is not None:
+            tokens = locate_in_cache(cache, q, boundaries, compressed_kv)
+            pair = _flatten_pair(compressed_kv)
+            return select_cached(q, _flatten(k), cache, tokens, compress_k_weight, pair)
+        geometry = _geometry(q, k, boundaries, config)
         if compressed_kv is None:
             k_cmp = compress(_flatten(k), compress_k_weight, geometry)
         else:
@@ -83,13 +139,24 @@ def select_blocks(
         return _unflatten_indices(indices, q, config)
 
 
-def _geometry(q: Tensor, boundaries: Boundaries | None, config: NSAConfig) -> Geometry:
-    return Geometry.of(q, None if boundaries is None else boundaries.cu_seqlens, config)
+def _geometry(q: Tensor, k: Tensor, boundaries: Boundaries | None, config: NSAConfig) -> Geometry:
+    if boundaries is None:
+        return Geometry.of(q, k, config)
+    return Geometry.of(q, k, config, boundaries.cu_seqlens, boundaries.cu_seqlens_k)
 
 
 def _flatten(x: Tensor) -> Tensor:
     """Batched ``(B, N, H, ...)`` to ``(B * N, H, ...)``; packed ``(T, H, ...)`` stays."""
     return x.flatten(0, 1) if x.ndim == 4 else x
+
+
+def _flatten_branches(x: Branches) -> Branches:
+    first, second, third = map(_flatten, x)
+    return first, second, third
+
+
+def _flatten_pair(x: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    return None if x is None else (_flatten(x[0]), _flatten(x[1]))
 
 
 def _given_compressed(x: Tensor, geometry: Geometry) -> Tensor:
@@ -101,7 +168,11 @@ def _given_compressed(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _flatten_indices(indices: Tensor, config: NSAConfig) -> Tensor:
-    """The caller's ``block_indices`` as ``(T, H_kv, n)`` or ``(tiles, H, n)``."""
+    """The caller's ``block_indices`` as ``(T, H_kv, n)`` or ``(tiles, H, n)``.
+
+    They are a copy, because the caller may overwrite the original before the backward.
+    """
+    indices = indices.clone()
     if config.selection == "token":
         return _flatten(indices)
     return indices.transpose(-3, -2).flatten(0, -3)

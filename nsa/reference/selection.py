@@ -14,12 +14,12 @@ from nsa.reference.chunks import covered_range, query_chunks
 
 @torch.no_grad()
 def select_blocks(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
-    """Select blocks for each token and KV head (token mode) or each tile and head (tile mode).
+    """Select blocks for each query and KV head (token mode) or each tile and head (tile mode).
 
     Args:
         q: ``(T, H, D)``.
         k_cmp: ``(sum of N_cmp, H_kv, D)``.
-        geometry: the sequences of the ``T`` tokens.
+        geometry: where the ``T`` queries and the keys lie.
 
     Returns:
         int32 ``(T, H_kv, n)`` or ``(tiles, H, n)``: indices in the sequence, ascending, -1 at the
@@ -31,7 +31,7 @@ def select_blocks(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
         blocks = geometry.selection
         size = geometry.config.select_block_size // geometry.config.compress_block_size
         chunks = _tile_block_scores(q, k_cmp, blocks, size, geometry)
-    position, owner = geometry.unit_position, geometry.units.owner
+    position, owner = geometry.unit_position, geometry.unit_owner
     taken = []
     for start, stop, scores, low in chunks:
         where = (position[start:stop], owner[start:stop], low)
@@ -58,7 +58,7 @@ def select_groups(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
         q, k_cmp, groups, config.cmp_group_size, geometry
     ):
         best = _take_top(scores, count)
-        offset = groups.offset[geometry.tiles.owner[start:stop], None] - low
+        offset = groups.offset[geometry.tile_owner[start:stop], None] - low
         taken.append(torch.where(best >= 0, best - offset, -1).int().transpose(0, 1))
     return torch.cat(taken)
 
@@ -66,7 +66,7 @@ def select_groups(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
 def _token_block_scores(
     q: Tensor, k_cmp: Tensor, geometry: Geometry
 ) -> Iterator[tuple[int, int, Tensor, int]]:
-    """Eq. 8 to 10: yield ``(start, stop, scores, low)`` for tokens start to stop.
+    """Eq. 8 to 10: yield ``(start, stop, scores, low)`` for queries start to stop.
 
     ``scores`` is ``(H_kv, stop - start, blocks)`` of the flat selection blocks from ``low``.
     """
@@ -75,7 +75,7 @@ def _token_block_scores(
     grouped = q.to(dtype).unflatten(1, (k_cmp.shape[1], -1))  # (T, H_kv, G, D)
     keys, first_equal = k_cmp.to(dtype), _first_equal_key(k_cmp, geometry.compressed)
     first, end = geometry.compressed_interval()
-    owner = geometry.tokens.owner
+    owner = geometry.queries.owner
     for start, stop in _selection_chunks(first, end, owner, geometry.selection, q.shape[1]):
         low, high = covered_range(first, end, start, stop)
         rows = grouped[start:stop].transpose(0, 1)  # (H_kv, C, G, D)
@@ -162,7 +162,7 @@ def _tile_block_scores(
     from ``low``. A score is the largest ``scale * summary . k_cmp`` in the block, over compressed
     blocks complete by the tile's last query (``"first"``: its first query); -inf if there are none.
     """
-    config, owner = geometry.config, geometry.tiles.owner
+    config, owner = geometry.config, geometry.tile_owner
     dtype = accumulation_dtype(q.dtype)
     summary = _tile_summary(q.to(dtype), geometry).unflatten(1, (k_cmp.shape[1], -1))
     keys, first_equal = k_cmp.to(dtype), _first_equal_key(k_cmp, geometry.compressed)
@@ -188,10 +188,9 @@ def _tile_block_scores(
 
 def _tile_summary(q: Tensor, geometry: Geometry) -> Tensor:
     """Mean of each tile's queries, or its first query: ``(tiles, H, D)``."""
-    tiles, tokens = geometry.tiles, geometry.tokens
-    start = tokens.offset[tiles.owner] + geometry.tile_first
+    tiles = geometry.tiles
     if geometry.config.tile_summary == "first":
-        return q.index_select(0, start)
+        return q.index_select(0, geometry.tile_row)
     size = geometry.tile_last - geometry.tile_first + 1
     tile = torch.arange(tiles.total, device=q.device)
     tile = torch.repeat_interleave(tile, size, output_size=q.shape[0])
@@ -207,10 +206,10 @@ def _selection_chunks(
 
 
 def _block_range(owner: Tensor, blocks: Segments) -> slice:
-    """The flat blocks of all sequences from ``owner[0]`` to ``owner[-1]``."""
+    """The flat blocks of the sequences of all units, and of those between."""
     if not len(owner):
         return slice(0, 0)
-    return slice(blocks.offsets[int(owner[0])], blocks.offsets[int(owner[-1]) + 1])
+    return slice(blocks.offsets[int(owner.min())], blocks.offsets[int(owner.max()) + 1])
 
 
 def _take_blocks(
@@ -219,7 +218,7 @@ def _take_blocks(
     """Forced blocks and the best candidates, ascending: int32 ``(heads, C, n)``.
 
     ``scores`` is ``(heads, C, blocks)`` of the flat selection blocks from ``low``. ``position`` and
-    ``owner`` are the units', ``(C,)`` each.
+    ``owner`` (a sequence of keys) are the units', ``(C,)`` each.
     """
     first, _ = geometry.candidate_interval(position, owner)
     blocks = low + torch.arange(scores.shape[-1], device=scores.device)

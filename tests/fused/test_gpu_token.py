@@ -204,7 +204,7 @@ def test_selection_of_64k_tokens_takes_2_gib_at_most(heads):
     config, length = nsa.NSAConfig.paper(), 1 << 16
     q = torch.randn(1, length, heads[0], 128, device="cuda", dtype=_BF16)
     k = torch.randn(1, length, heads[1], 128, device="cuda", dtype=_BF16)
-    geometry = Geometry.of(q, None, config)
+    geometry = Geometry.of(q, k, config)
     k_cmp = compress(k[0], None, geometry)[None]
     lse = torch.randn(1, heads[0], length, device="cuda").add(9)
     plan = make_plan(q, None, None, config)

@@ -138,6 +138,11 @@ def test_packed_sequences_need_max_seqlen_to_be_captured():
         nsa.forward(q, k, v, config=tile_config(), cu_seqlens=make_cu_seqlens(LENGTHS))
 
 
+def _boundaries(lengths: list[int] | None, longest: int | None) -> packing.Boundaries:
+    bounds = make_cu_seqlens(LENGTHS)
+    return packing.Boundaries(bounds, lengths, longest, None, bounds, lengths, longest)
+
+
 @pytest.mark.usefixtures("capturing")
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 @pytest.mark.parametrize("case", ["default", "forced blocks", "token"])
@@ -145,7 +150,7 @@ def test_select_blocks(case, packed):
     q, k, _ = make_inputs((sum(LENGTHS),) if packed else (2, 130), 4, 2, 8)
     extras = {}
     if packed:
-        lengths = packing.Boundaries(make_cu_seqlens(LENGTHS), LENGTHS, max(LENGTHS), None)
+        lengths = _boundaries(LENGTHS, max(LENGTHS))
         extras = dict(boundaries=lengths)
     call = dict(config=CONFIGS[case], **extras)
     expected = entry.select_blocks(q, k, **call)
@@ -156,7 +161,7 @@ def test_select_blocks(case, packed):
 def test_the_mode_sees_reads_of_the_package(monkeypatch):
     monkeypatch.setattr(entry, "is_traced", lambda *_: False)
     q, k, _ = make_inputs((sum(LENGTHS),), 2, 1, 8)
-    lengths = packing.Boundaries(make_cu_seqlens(LENGTHS), None, None, None)
+    lengths = _boundaries(None, None)
     with NoHostReads(), pytest.raises(AssertionError, match="makes the host wait"):
         entry.select_blocks(q, k, config=tile_config(), boundaries=lengths)
 

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import nsa
 from nsa.fused.plan import Plan, make_plan
-from nsa.geometry import Geometry, Segments
+from nsa.geometry import Geometry
 from nsa.packing import MAX_KEPT
 from nsa.testing import make_cu_seqlens
 
@@ -28,11 +28,12 @@ CONFIGS = {
 @pytest.mark.parametrize("length", [1, 63, 64, 300, 512, 1024])
 def test_single_sequence(length, config):
     config, device = CONFIGS[config], torch.device("cpu")
-    single = Plan(Geometry.single(length, device, config), 1, 64, None, None)
-    tokens = Segments(torch.tensor([0, length]), length)
-    packed = Plan(Geometry(tokens, config), 1, 64, None, None)
+    single = Plan(Geometry.equal(1, length, length, device, config), 1, 64, None, None)
+    bounds = torch.tensor([0, length])
+    geometry = Geometry.packed(bounds, bounds, length, length, config)
+    packed = Plan(geometry, 1, 64, None, None)
 
-    for name in ("tokens", "compressed", "selection", "tiles", "groups"):
+    for name in ("keys", "compressed", "selection", "tiles", "groups"):
         actual, expected = getattr(single.geometry, name), getattr(packed.geometry, name)
         assert (actual.total, actual.num_sequences) == (expected.total, expected.num_sequences)
         for values in ("offset", "count", "owner", "local", "real"):

@@ -24,9 +24,11 @@ def test_blocks_are_numbered_through(lengths, batch, causal):
     config = nsa.NSAConfig.paper(select_block_size=SIZE, causal=causal)
     if batch is None:
         packed = torch.zeros(sum(lengths), 1, 8)
-        blocks = make_token_blocks(Geometry.of(packed, make_cu_seqlens(lengths), config), 1)
+        geometry = Geometry.of(packed, packed, config, make_cu_seqlens(lengths))
+        blocks = make_token_blocks(geometry, 1)
     else:
-        blocks = make_token_blocks(Geometry.of(torch.zeros(1, *lengths, 1, 8), None, config), batch)
+        geometry = Geometry.equal(1, *lengths, *lengths, torch.device("cpu"), config)
+        blocks = make_token_blocks(geometry, batch)
         lengths = lengths * batch
     base, limit, first, keys = [], [], [], []
     for length in lengths:
@@ -69,7 +71,7 @@ def test_a_wave_fits_the_workspace_but_is_a_unit_at_least(chunk_tokens, units):
 def test_no_more_blocks_have_tokens_in_a_range(lengths, tokens):
     config = nsa.NSAConfig.paper(select_block_size=SIZE)
     packed = torch.zeros(sum(lengths), 1, 8)
-    blocks = make_token_blocks(Geometry.of(packed, make_cu_seqlens(lengths), config), 1)
+    blocks = make_token_blocks(Geometry.of(packed, packed, config, make_cu_seqlens(lengths)), 1)
     numbers = [i for i, keys in enumerate(blocks.keys.tolist()) for _ in range(keys)]
     assert len(numbers) == sum(lengths)
     seen = [len(set(numbers[start : start + tokens])) for start in range(len(numbers))]

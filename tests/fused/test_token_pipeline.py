@@ -21,7 +21,7 @@ def compressed_keys(problem: Problem) -> torch.Tensor:
     if "compressed_kv" in problem.extras:
         return problem.extras["compressed_kv"][0]
     k = problem.k[0] if isinstance(problem.k, tuple) else problem.k
-    geometry = Geometry.of(problem.q, problem.extras.get("cu_seqlens"), problem.config)
+    geometry = Geometry.of(problem.q, k, problem.config, problem.extras.get("cu_seqlens"))
     flat = k.flatten(0, 1) if k.ndim == 4 else k
     k_cmp = compress(flat, problem.extras.get("compress_k_weight"), geometry)
     return k_cmp.unflatten(0, (len(k), -1)) if k.ndim == 4 and len(k) else k_cmp

@@ -39,7 +39,7 @@ def group_case(
 
 def reference_groups(arguments: dict, config: nsa.NSAConfig) -> tuple[Tensor, Geometry]:
     """The groups of the reference for given compressed keys, ``(tiles, H, m)``; its geometry."""
-    geometry = Geometry.of(arguments["q"], arguments.get("cu_seqlens"), config)
+    geometry = Geometry.of(arguments["q"], arguments["k"], config, arguments.get("cu_seqlens"))
     return select_groups(*_scored(arguments), geometry), geometry
 
 

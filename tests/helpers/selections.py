@@ -26,10 +26,10 @@ def assert_same_token_blocks(
     :func:`nsa.forward`, batched or packed.
     """
     assert actual.shape == expected.shape
-    geometry = Geometry.of(q, cu_seqlens, config)
+    geometry = Geometry.of(q, q, config, cu_seqlens)
     if cu_seqlens is None:
         q, k_cmp, actual, expected = (x.flatten(0, 1) for x in (q, k_cmp, actual, expected))
-    offset = geometry.selection.offset[geometry.tokens.owner]
+    offset = geometry.selection.offset[geometry.queries.owner]
     chunks = selection._token_block_scores(q.double(), k_cmp.double(), geometry)
     assert_same_scores(actual, expected, chunks, offset, atol)
 
@@ -65,7 +65,7 @@ def _assert_same_of_tiles(
     geometry: Geometry,
     atol: float,
 ) -> None:
-    offset = blocks.offset[geometry.tiles.owner]
+    offset = blocks.offset[geometry.tile_owner]
     wide = q.double(), k_cmp.double()
     chunks = selection._tile_block_scores(*wide, blocks, size, geometry)
     assert_same_scores(actual, expected, chunks, offset, atol)

@@ -23,7 +23,8 @@ class Problem(NamedTuple):
         return nsa.forward(self.q, self.k, self.v, config=self.config, **(self.extras | changes))
 
     def select_blocks(self, **changes) -> Tensor:
-        names = ("compress_k_weight", "compressed_kv", "cu_seqlens", "max_seqlen")
+        names = ("compress_k_weight", "compressed_kv", "cu_seqlens", "cu_seqlens_k")
+        names += ("max_seqlen", "max_seqlen_k")
         extras = {name: x for name, x in self.extras.items() if name in names}
         return nsa.select_blocks(self.q, self.k, config=self.config, **(extras | changes))
 

@@ -77,7 +77,7 @@ def make_selected_case(form: TokenForm, *, forced: bool, device: str = "cuda") -
         return slice_of_heads(x)[0]
 
     q, k, v, dout = (draw(n) for n in (heads, KV_HEADS, KV_HEADS, heads))
-    geometry = Geometry.of(q, make_cu_seqlens(LENGTHS, device), config)
+    geometry = Geometry.of(q, k, config, make_cu_seqlens(LENGTHS, device))
     blocks = make_token_blocks(geometry, 1)
     indices = draw_block_indices(blocks.limit.tolist(), form, forced).to(device)
     scale = form.head_dim**-0.5

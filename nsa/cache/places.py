@@ -1,0 +1,85 @@
+"""Where the tokens and compressed blocks of a sequence lie in a cache, and writes to such places.
+
+A place is a pair of indices into the first two dimensions of a store: page and slot of a pool, or
+sequence and slot of a ring.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Places(NamedTuple):
+    """One place for each of some items.
+
+    Attributes:
+        outer, inner: int64 indices of the first two dimensions of a store.
+        valid: bool, false where an item has no place; its indices are then some valid place.
+    """
+
+    outer: Tensor
+    inner: Tensor
+    valid: Tensor
+
+    def read(self, store: Tensor) -> Tensor:
+        """``store (X, Y, H_kv, C)`` at each place: the shape of ``outer``, then ``(H_kv, C)``."""
+        return store[self.outer, self.inner]
+
+
+def page_places(
+    page_table: Tensor, sequence: Tensor, position: Tensor, page_size: int, num_pages: int
+) -> Places:
+    """The page and slot of each token; no place where the table names no page.
+
+    Args:
+        page_table: int32 ``(B, max_pages)``; entries outside ``[0, num_pages)`` name no page.
+        sequence, position: int64, of one shape.
+        page_size: tokens of a page.
+    """
+    max_pages = page_table.shape[1]
+    index = position.div(page_size, rounding_mode="floor")
+    # -1 must not wrap to the last page, so every index is clamped before its use.
+    page = page_table[sequence, index.clamp(0, max_pages - 1)].long()
+    valid = (index >= 0) & (index < max_pages) & (page >= 0) & (page < num_pages)
+    return Places(torch.where(valid, page, 0), position % page_size, valid)
+
+
+def ring_places(sequence: Tensor, position: Tensor, ring_size: int) -> Places:
+    """The sequence and slot of each token in a ring."""
+    return Places(sequence, position % ring_size, position >= 0)
+
+
+def write(store: Tensor, places: Places, values: Tensor):
+    """``store[places] = values`` for the valid places, which must differ from each other.
+
+    It has static shapes and reads nothing on the host. An invalid item repeats the first valid one:
+    the same value to the same place, so their order does not matter. If none is valid, the first
+    place of the store gets its own value.
+    """
+    if not places.valid.numel():
+        return
+    some = places.valid.any()
+    index = torch.arange(places.valid.shape[0], device=store.device)
+    item = torch.where(places.valid, index, places.valid.int().argmax())
+    outer = torch.where(some, places.outer[item], 0)
+    inner = torch.where(some, places.inner[item], 0)
+    store[outer, inner] = torch.where(some, values[item], store[0, 0])
+
+
+def shared_table(former: Tensor, full: Tensor, num_pages: int) -> Tensor:
+    """A page table that keeps some pages and has pages of its own for the rest.
+
+    There are enough pages: a pool has as many as the table has entries.
+
+    Args:
+        former: int64 ``(B, max_pages)``, the pages that each sequence may keep.
+        full: int64 ``(B,)``; a sequence keeps its first ``full`` pages.
+        num_pages: pages of the pool, ``B * max_pages``.
+    """
+    kept = torch.arange(former.shape[1], device=former.device) < full[:, None]
+    used = torch.zeros(num_pages, dtype=torch.int32, device=former.device)
+    used.scatter_reduce_(0, former.flatten(), kept.flatten().int(), reduce="amax")
+    free = used.argsort(stable=True)  # pages that no sequence keeps come first
+    rank = (~kept).flatten().cumsum(0) - 1
+    return torch.where(kept, former, free[rank.clamp(min=0)].view_as(former))
