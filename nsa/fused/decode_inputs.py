@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.fused.hardware import SHARED_BYTES
 
 TILE_KEYS = 64
 """Keys of a tile."""
@@ -179,3 +180,19 @@ def most_groups(table: Tensor, slots_per_page: int) -> int:
     slots = table.shape[1] * slots_per_page
     return -(-slots // TILE_KEYS) * (TILE_KEYS // SLOT_GROUP)
 
+
+def resident_ctas(head_dim: int, head_dim_v: int, row_groups: int) -> int:
+    """CTAs of the attention kernels that an SM runs at a time: two hide each other's latencies."""
+    return 2 if head_dim + head_dim_v <= 256 and row_groups < 8 else 1
+
+
+def tile_stages(head_dim: int, head_dim_v: int, row_groups: int) -> int:
+    """Tiles that fit shared memory beside the queries, up to 4."""
+    room = SHARED_BYTES // resident_ctas(head_dim, head_dim_v, row_groups)
+    queries = 2 * 16 * row_groups * head_dim
+    return min(4, (room - queries - 4096) // (2 * TILE_KEYS * (head_dim + head_dim_v)))
+
+
+def fits_shared_memory(head_dim: int, head_dim_v: int) -> bool:
+    """Whether the attention kernels have the two tiles that they need, for any rows."""
+    return all(tile_stages(head_dim, head_dim_v, 1 << i) >= 2 for i in range(4))

@@ -348,11 +348,6 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"decode-attend-{name}", functools.partial(compile_decode_attend, *form)
 
 
-def choose_splits(shape: DecodeShape, tiles: int, ctas: int) -> int:
-    """CTAs of a token and KV head with at most ``tiles`` tiles, if ``ctas`` run at a time."""
-    return max(1, min(tiles, ctas // (shape.batch * shape.tokens * shape.kv_heads)))
-
-
 def decode_attend(
     q: Tensor,
     pool: Pool,

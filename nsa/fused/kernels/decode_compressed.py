@@ -385,14 +385,6 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"decode-compressed-{name}", functools.partial(compile_decode_compressed, *form)
 
 
-def compressed_ctas(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, shape: DecodeShape, device: torch.device
-) -> int:
-    """As many CTAs as run at a time."""
-    attention = make_attention(dtype, head_dim, head_dim_v, shape.row_groups)
-    return attention.ctas * torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def decode_compressed(
     q: Tensor,
     pool: Pool,

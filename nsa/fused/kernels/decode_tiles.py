@@ -25,8 +25,14 @@ from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.utils import LayoutEnum
 from torch import Tensor
 
-from nsa.fused.decode_inputs import NO_REFERENCE, TILE_KEYS, Pool
-from nsa.fused.hardware import QUAD, SHARED_BYTES, WARP
+from nsa.fused.decode_inputs import (
+    NO_REFERENCE,
+    TILE_KEYS,
+    Pool,
+    resident_ctas,
+    tile_stages,
+)
+from nsa.fused.hardware import QUAD, WARP
 from nsa.fused.kernels.hopper import (
     cvt_f16,
     make_smem_layout,
@@ -82,14 +88,11 @@ class TileAttention:
         self.units = TILE_KEYS // MMA_ROWS // self.key_groups
         self.lanes = 8 if head_dim % 64 == 0 and head_dim_v % 64 == 0 else 4
         self.rows_per_thread = TILE_KEYS * self.lanes // self.threads
-        # Two CTAs of an SM hide each other's start and end.
-        self.ctas = 2 if head_dim + head_dim_v <= 256 and row_groups < 8 else 1
-        fixed = 2 * self.rows * head_dim + 4096
-        stage = 2 * TILE_KEYS * (head_dim + head_dim_v)
-        self.stages = min(4, (SHARED_BYTES // self.ctas - fixed) // stage)
+        self.ctas = resident_ctas(head_dim, head_dim_v, row_groups)
+        self.stages = tile_stages(head_dim, head_dim_v, row_groups)
         # The outputs of the warps are added up where the tiles were.
-        merged = 4 * self.key_groups * self.rows * head_dim_v
-        if self.stages < 2 or (self.key_groups > 1 and merged > self.stages * stage):
+        merged = 4 * self.key_groups * self.rows * head_dim_v if self.key_groups > 1 else 0
+        if self.stages < 2 or merged > 2 * self.stages * TILE_KEYS * (head_dim + head_dim_v):
             raise ValueError(f"tiles of D={head_dim}, Dv={head_dim_v} do not fit shared memory")
 
     def layouts(self) -> tuple[cute.ComposedLayout, ...]:

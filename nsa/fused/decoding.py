@@ -1,0 +1,216 @@
+"""A decoding step: up to 8 new tokens of each sequence of a cache, from its pages.
+
+Nothing here reads the device or allocates by lengths, so a step can be captured in a CUDA graph and
+replayed as lengths grow.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from nsa.cache import Cache
+from nsa.cache.append import append, compress_candidates
+from nsa.cache.context import locate_in_cache
+from nsa.config import NSAConfig
+from nsa.fused import decode_calls
+from nsa.fused.decode_inputs import (
+    MAX_LISTED,
+    MAX_TOKENS,
+    SLOT_GROUP,
+    TILE_KEYS,
+    DecodeRule,
+    DecodeShape,
+    Pool,
+    Schedule,
+    fits_shared_memory,
+    resident_ctas,
+)
+from nsa.fused.kernel_inputs import MAX_GROUP
+from nsa.geometry import prefix_sum
+from nsa.packing import Boundaries
+
+Branches = tuple[Tensor, Tensor, Tensor]
+_SELECT_SIZES = (32, 64, 128)
+_USE_REFERENCE = "use backend='reference'"
+
+
+def unsupported_reason(
+    q: Tensor, cache: Cache, boundaries: Boundaries | None
+) -> str | None:
+    """Why the kernels cannot decode this, with the remedy; None if they can."""
+    config, rule, group = cache.config, DecodeRule.of(cache.config), q.shape[-2] // cache.num_kv_heads
+    tokens = _most_tokens(q, boundaries)
+    if tokens is None:
+        return (
+            "it needs max_seqlen or an nsa.Packing with a cache and cu_seqlens, so that the host "
+            f"knows how many new tokens a sequence has; give one, or {_USE_REFERENCE}"
+        )
+    if tokens > MAX_TOKENS:
+        return (
+            f"it needs at most {MAX_TOKENS} new tokens of a sequence with a cache, got {tokens}; "
+            f"{_USE_REFERENCE}"
+        )
+    if config.selection != "token":
+        return f"it needs selection='token' with a cache, got 'tile'; {_USE_REFERENCE}"
+    if cache.separate_kv:
+        return f"it needs a cache with separate_kv=False; {_USE_REFERENCE}"
+    if group > MAX_GROUP:
+        return f"it needs at most {MAX_GROUP} query heads to a KV head, got {group}; {_USE_REFERENCE}"
+    if config.select_block_size not in _SELECT_SIZES:
+        return (
+            f"it needs select_block_size of {_SELECT_SIZES} with a cache, got "
+            f"{config.select_block_size}; {_USE_REFERENCE}"
+        )
+    if config.num_selected_blocks > MAX_LISTED:
+        return (
+            f"it needs num_selected_blocks of at most {MAX_LISTED} with a cache, got "
+            f"{config.num_selected_blocks}; {_USE_REFERENCE}"
+        )
+    if rule.per_select > SLOT_GROUP or rule.carried > rule.per_select:
+        return (
+            f"it needs a select_block_size of at most {SLOT_GROUP} strides and a "
+            "compress_block_size at most a stride longer with a cache, got "
+            f"{rule.per_select} and {rule.carried + 1} strides; {_USE_REFERENCE}"
+        )
+    return _dims_limit(cache)
+
+
+def _dims_limit(cache: Cache) -> str | None:
+    dims = cache.head_dim, cache.value_head_dim
+    if any(dim % 32 or dim > 256 for dim in dims) or not fits_shared_memory(*dims):
+        return (
+            "it needs head dimensions that are multiples of 32 up to 256 with a cache, got "
+            f"{dims}; {_USE_REFERENCE}"
+        )
+    return None
+
+
+def _most_tokens(q: Tensor, boundaries: Boundaries | None) -> int | None:
+    """The most new tokens of a sequence, if the host knows."""
+    return q.shape[1] if boundaries is None else boundaries.max_seqlen
+
+
+@torch.compiler.disable(reason="kernels of decoding are not custom ops")
+@torch.no_grad()
+def forward(
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    *,
+    cache: Cache,
+    gate_proj_weight: Tensor | None = None,
+    gates: Tensor | None = None,
+    compress_k_weight: Tensor | None = None,
+    compress_v_weight: Tensor | None = None,
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    block_indices: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+) -> Tensor:
+    """See :func:`nsa.forward`; :func:`unsupported_reason` has no objection."""
+    config, rule = cache.config, DecodeRule.of(cache.config)
+    if q.numel() == 0:
+        return q.new_zeros(*q.shape[:-1], cache.value_head_dim)
+    cu_seqlens = None if boundaries is None else boundaries.cu_seqlens.int()
+    shape = _make_shape(q, cache, boundaries)
+    rows, k_rows, v_rows = (x.flatten(0, -3) for x in (q, k[0], v[0]))
+    compressed = Pool(cache.k_cmp_pages, cache.v_cmp_pages)
+    if compressed_kv is None and compress_k_weight is None and compress_v_weight is None:
+        schedule = decode_calls.decode_append(
+            k_rows, v_rows, Pool(cache.k_pages, cache.v_pages), compressed, cache.page_table,
+            cache.lengths, cache.overflowed, cache.max_length, cu_seqlens, shape, rule,
+        )  # fmt: skip
+        cache.note_advance(_counts(q, boundaries))
+    else:
+        weights = compress_k_weight, compress_v_weight
+        schedule = _append(
+            q, (k_rows, v_rows), cache, weights, compressed_kv, boundaries, shape, rule
+        )
+    scale = config.softmax_scale(q.shape[-1])
+    parts, records = decode_calls.decode_compressed(
+        rows, compressed, cache.page_table, schedule, cu_seqlens, shape, rule, scale,
+        block_indices is None,
+    )  # fmt: skip
+    if block_indices is None:
+        indices = torch.empty(
+            rows.shape[0], shape.kv_heads, config.num_selected_blocks,
+            dtype=torch.int32, device=q.device,
+        )  # fmt: skip
+        decode_calls.decode_select(
+            parts, records, schedule, cu_seqlens, shape, rule, indices,
+            config.num_initial_blocks, config.num_local_blocks,
+        )  # fmt: skip
+    else:
+        indices = block_indices.flatten(0, -3)
+    splits = _choose_splits(cache, shape, rows.shape[0])
+    others = decode_calls.decode_attend(
+        rows, Pool(cache.k_pages, cache.v_pages), cache.page_table, schedule, cu_seqlens, indices,
+        shape, config.select_block_size, min(config.window_size, cache.max_length), scale, splits,
+    )  # fmt: skip
+    out = decode_calls.decode_combine(
+        parts, others, schedule, cu_seqlens, rows,
+        None if gates is None else gates.flatten(0, -3),
+        gate_proj_weight if gates is None else None,
+        shape, splits, cache.lengths,
+    )  # fmt: skip
+    return out.unflatten(0, q.shape[:-2])
+
+
+def _make_shape(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> DecodeShape:
+    tokens = _most_tokens(q, boundaries)
+    assert tokens is not None
+    group = q.shape[-2] // cache.num_kv_heads
+    shape = DecodeShape(cache.batch_size, tokens, cache.num_kv_heads, group, 1)
+    resident = resident_ctas(cache.head_dim, cache.value_head_dim, shape.row_groups)
+    return shape._replace(ctas=resident * _num_sms(q.device))
+
+
+def _choose_splits(cache: Cache, shape: DecodeShape, tokens: int) -> int:
+    """CTAs of a token and KV head in the selected and window branch."""
+    config = cache.config
+    keys = config.num_selected_blocks * config.select_block_size
+    tiles = -(-keys // TILE_KEYS) + -(-min(config.window_size, cache.max_length) // TILE_KEYS)
+    row_groups = -(-shape.group // 16)
+    ctas = resident_ctas(cache.head_dim, cache.value_head_dim, row_groups) * _num_sms(
+        cache.device
+    )
+    return max(1, min(tiles, ctas // (tokens * shape.kv_heads)))
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        # Emulated kernels.
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _append(
+    q: Tensor,
+    new: tuple[Tensor, Tensor],
+    cache: Cache,
+    weights: tuple[Tensor | None, Tensor | None],
+    compressed_kv: tuple[Tensor, Tensor] | None,
+    boundaries: Boundaries | None,
+    shape: DecodeShape,
+    rule: DecodeRule,
+) -> Schedule:
+    """What :func:`nsa.fused.decode_calls.decode_append` does, with any compression."""
+    tokens = locate_in_cache(cache, q, boundaries, compressed_kv)
+    if compressed_kv is None:
+        pair = [compress_candidates(cache, tokens, i, new[i], weights[i]) for i in range(2)]
+    else:
+        pair = [x.flatten(0, -3)[: tokens.num_candidates] for x in compressed_kv]
+    starts, count = cache.lengths.clone(), tokens.offset.diff()
+    append(cache, tokens, (new[0],) * 3, (new[1],) * 3, (pair[0], pair[1]))
+    slots = tokens.end // rule.stride
+    tiles = torch.where((count > 0) & (slots > rule.carried), -(-slots // TILE_KEYS), 0)
+    starts_of_tiles = prefix_sum(tiles)
+    total = starts_of_tiles[-1:] * shape.sequence_units
+    share = (-(-total // shape.ctas)).clamp(min=1)
+    return Schedule(starts, tokens.end.int(), torch.cat([share, starts_of_tiles]).int())
+
+
+def _counts(q: Tensor, boundaries: Boundaries | None) -> list[int] | None:
+    """New tokens of each sequence, if the host knows."""
+    return [q.shape[1]] * q.shape[0] if boundaries is None else boundaries.lengths
