@@ -133,7 +133,8 @@ def forward(
         cache=cache,
         max_workspace_bytes=max_workspace_bytes,
     )
-    module = _backend_module(backend, call.q, call.v, call.config, cache)
+    limit = _limit_of_forward(call, cache) if _check_backend(backend) != "reference" else None
+    module = _backend_module(backend, limit, call.q)
     return module.forward(
         call.q,
         call.k,
@@ -146,7 +147,7 @@ def forward(
         compressed_kv=call.compressed_kv,
         block_indices=block_indices,
         boundaries=call.boundaries,
-        **_cache_argument(cache),
+        cache=cache,
         max_workspace_bytes=max_workspace_bytes,
     )
 
@@ -215,7 +216,10 @@ def select_blocks(
         check_cached_call(cache, keys, None, named, boundaries, problem)
         longest = problem._replace(leading_k=(cache.max_length,))
         validation.check_selection_width(None, longest)
-    module = _backend_module(backend, q, keys, config, cache)
+    limit = None
+    if _check_backend(backend) != "reference":
+        limit = _limit_of_selection(q, keys, config, cache)
+    module = _backend_module(backend, limit, q)
     return module.select_blocks(
         q,
         keys[0],
@@ -223,7 +227,7 @@ def select_blocks(
         compress_k_weight=compress_k_weight,
         compressed_kv=compressed_kv,
         boundaries=boundaries,
-        **_cache_argument(cache),
+        cache=cache,
     )
 
 
@@ -270,7 +274,7 @@ def explain_backend(
         cache=cache,
         max_workspace_bytes=max_workspace_bytes,
     )
-    limit = _fused_limit(call.q, call.v, call.config, cache)
+    limit = _limit_of_forward(call, cache)
     name = _choose(_check_backend(backend), limit)
     return f"backend: {name or 'none'} ({_describe_limit(limit)})"
 
@@ -361,26 +365,30 @@ def _check_call(
     )
 
 
-def _cache_argument(cache: Cache | None) -> dict[str, Cache]:
-    """The argument for a backend; only the reference takes a cache."""
-    return {} if cache is None else {"cache": cache}
-
-
 def _check_backend(backend) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     return backend
 
 
-def _fused_limit(
-    q: Tensor, v: tuple[Tensor, ...], config: NSAConfig, cache: Cache | None
-) -> str | None:
+def _limit_of_forward(call: _Call, cache: Cache | None) -> str | None:
     """Why the fused backend cannot do this, with the remedy; None if it can."""
+    from nsa.fused.constraints import decoding_limit, unsupported_reason
+
     if cache is not None:
-        return "it has no kernels for calls with a cache; use backend='reference' or 'auto'"
+        return decoding_limit(call.q, cache, call.boundaries)
+    return unsupported_reason(call.q, call.v[0], call.config)
+
+
+def _limit_of_selection(
+    q: Tensor, k: tuple[Tensor, ...], config: NSAConfig, cache: Cache | None
+) -> str | None:
+    """Why the fused backend cannot select blocks, with the remedy; None if it can."""
     from nsa.fused.constraints import unsupported_reason
 
-    return unsupported_reason(q, v[0], config)
+    if cache is not None:
+        return "it has no select_blocks with a cache; use backend='reference' or 'auto'"
+    return unsupported_reason(q, k[0], config)
 
 
 def _choose(backend: str, limit: str | None) -> str | None:
@@ -394,10 +402,8 @@ def _describe_limit(limit: str | None) -> str:
     return "fused can do this" if limit is None else f"fused cannot do this: {limit}"
 
 
-def _backend_module(
-    backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig, cache: Cache | None
-):
-    limit = _fused_limit(q, v, config, cache) if _check_backend(backend) != "reference" else None
+def _backend_module(backend: str, limit: str | None, q: Tensor):
+    """The backend to use, given the limit of the fused one."""
     name = _choose(backend, limit)
     if name is None:
         raise UnsupportedError(f"backend='fused' cannot do this: {limit}")

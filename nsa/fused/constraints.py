@@ -20,9 +20,11 @@ import math
 import torch
 from torch import Tensor
 
+from nsa.cache import Cache
 from nsa.config import NSAConfig
-from nsa.fused import fa4
+from nsa.fused import decoding, fa4
 from nsa.fused.kernel_inputs import MAX_BLOCKS, MAX_GROUP, Rule
+from nsa.packing import Boundaries
 
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -49,6 +51,16 @@ def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
         _length_limit(q, v)
         or (_token_limit(q, v, config) if token else _tile_limit(config))
         or _tensor_limit(q, v)
+        or _device_limit(q)
+        or fa4.version_problem()
+    )
+
+
+def decoding_limit(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> str | None:
+    """The first limit that a call with a cache exceeds, or None."""
+    return (
+        decoding.unsupported_reason(q, cache, boundaries)
+        or _tensor_limit(q, cache.v_pages)
         or _device_limit(q)
         or fa4.version_problem()
     )

@@ -12,7 +12,6 @@ from torch import Tensor
 from nsa.cache import Cache
 from nsa.cache.append import append, compress_candidates
 from nsa.cache.context import locate_in_cache
-from nsa.config import NSAConfig
 from nsa.fused import decode_calls
 from nsa.fused.decode_inputs import (
     MAX_LISTED,
@@ -35,11 +34,10 @@ _SELECT_SIZES = (32, 64, 128)
 _USE_REFERENCE = "use backend='reference'"
 
 
-def unsupported_reason(
-    q: Tensor, cache: Cache, boundaries: Boundaries | None
-) -> str | None:
+def unsupported_reason(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> str | None:
     """Why the kernels cannot decode this, with the remedy; None if they can."""
-    config, rule, group = cache.config, DecodeRule.of(cache.config), q.shape[-2] // cache.num_kv_heads
+    config, rule = cache.config, DecodeRule.of(cache.config)
+    group = q.shape[-2] // cache.num_kv_heads
     tokens = _most_tokens(q, boundaries)
     if tokens is None:
         return (
@@ -56,7 +54,9 @@ def unsupported_reason(
     if cache.separate_kv:
         return f"it needs a cache with separate_kv=False; {_USE_REFERENCE}"
     if group > MAX_GROUP:
-        return f"it needs at most {MAX_GROUP} query heads to a KV head, got {group}; {_USE_REFERENCE}"
+        return (
+            f"it needs at most {MAX_GROUP} query heads to a KV head, got {group}; {_USE_REFERENCE}"
+        )
     if config.select_block_size not in _SELECT_SIZES:
         return (
             f"it needs select_block_size of {_SELECT_SIZES} with a cache, got "
@@ -131,7 +131,7 @@ def forward(
         rows, compressed, cache.page_table, schedule, cu_seqlens, shape, rule, scale,
         block_indices is None,
     )  # fmt: skip
-    if block_indices is None:
+    if records is not None:
         indices = torch.empty(
             rows.shape[0], shape.kv_heads, config.num_selected_blocks,
             dtype=torch.int32, device=q.device,
@@ -140,7 +140,7 @@ def forward(
             parts, records, schedule, cu_seqlens, shape, rule, indices,
             config.num_initial_blocks, config.num_local_blocks,
         )  # fmt: skip
-    else:
+    elif block_indices is not None:
         indices = block_indices.flatten(0, -3)
     splits = _choose_splits(cache, shape, rows.shape[0])
     others = decode_calls.decode_attend(
@@ -171,9 +171,7 @@ def _choose_splits(cache: Cache, shape: DecodeShape, tokens: int) -> int:
     keys = config.num_selected_blocks * config.select_block_size
     tiles = -(-keys // TILE_KEYS) + -(-min(config.window_size, cache.max_length) // TILE_KEYS)
     row_groups = -(-shape.group // 16)
-    ctas = resident_ctas(cache.head_dim, cache.value_head_dim, row_groups) * _num_sms(
-        cache.device
-    )
+    ctas = resident_ctas(cache.head_dim, cache.value_head_dim, row_groups) * _num_sms(cache.device)
     return max(1, min(tiles, ctas // (tokens * shape.kv_heads)))
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nsa.blocks import num_query_tiles
+from nsa.cache import Cache
 from nsa.config import NSAConfig
-from nsa.fused import ops, pipeline
+from nsa.fused import decoding, ops, pipeline
 from nsa.fused.compressed_forms import num_compressed_bound
 from nsa.fused.constraints import kernel_head_dim
 from nsa.fused.pipeline import Inputs
@@ -36,9 +37,24 @@ def forward(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     boundaries: Boundaries | None = None,
+    cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
+    if cache is not None:
+        return decoding.forward(
+            q,
+            k,
+            v,
+            cache=cache,
+            gate_proj_weight=gate_proj_weight,
+            gates=gates,
+            compress_k_weight=compress_k_weight,
+            compress_v_weight=compress_v_weight,
+            compressed_kv=compressed_kv,
+            block_indices=block_indices,
+            boundaries=boundaries,
+        )
     cu_seqlens, _, max_seqlen, packing, *_ = boundaries or (None,) * 4
     if gates is not None:
         gate_proj_weight = None
@@ -99,6 +115,7 @@ def select_blocks(
     compress_k_weight: Tensor | None = None,
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     boundaries: Boundaries | None = None,
+    cache: None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`; ``k`` is the compressed branch's."""
     cu_seqlens, _, max_seqlen, packing, *_ = boundaries or (None,) * 4

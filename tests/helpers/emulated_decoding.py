@@ -217,9 +217,7 @@ def _block_scores(parts, records, schedule, shape, rule, sequence, token, kv_hea
             last = block % rule.group_blocks == rule.group_blocks - 1
             if rule.carried and last and (group + 1) * SLOT_GROUP < seen:
                 reference = int(records.reference[unit, row, group + 1])
-                value = value + records.carried[unit, row, group + 1] * 2.0 ** (
-                    reference - largest
-                )
+                value = value + records.carried[unit, row, group + 1] * 2.0 ** (reference - largest)
             scores[block] += value * (1 / total)
     return scores
 
@@ -247,9 +245,7 @@ def decode_attend(
                         zip([0, *cuts], [*cuts, len(positions)], strict=True)
                     ):
                         slot = (unit * splits + split) * 2 + branch
-                        places = [
-                            _place(table, pool.k, sequence, p) for p in positions[low:high]
-                        ]
+                        places = [_place(table, pool.k, sequence, p) for p in positions[low:high]]
                         for g in range(shape.group):
                             query = q[row0 + token, kv_head * shape.group + g].to(dtype)
                             if not places:

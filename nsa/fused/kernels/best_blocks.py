@@ -26,7 +26,7 @@ _NO_INDEX = 0x7FFFFFFF
 
 
 class BestBlocks:
-    """The ``count`` best, in ``registers`` of each lane, descending over lanes and then registers."""
+    """The ``count`` best, in ``registers`` of each lane, descending over lanes, then registers."""
 
     def __init__(self, count: int):
         self.count = count

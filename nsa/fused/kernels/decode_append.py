@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Boolean, Float32, Int32, Int64, Uint8, const_expr
+from cutlass import Float32, Int32, Int64, Uint8, const_expr
 from torch import Tensor
 
 from nsa.config import NSAConfig
@@ -127,9 +127,7 @@ class DecodeAppend:
                     )  # fmt: skip
 
     @cute.jit
-    def _new_tokens(
-        self, tensors: _Tensors, sizes: _Sizes, sequence: Int32
-    ) -> tuple[Int32, Int32]:
+    def _new_tokens(self, tensors: _Tensors, sizes: _Sizes, sequence: Int32) -> tuple[Int32, Int32]:
         """The first new token of a sequence, and how many there are."""
         row0, new = sequence * sizes.tokens, sizes.tokens
         if const_expr(tensors.cu_seqlens is not None):
@@ -153,9 +151,7 @@ class DecodeAppend:
         return stored
 
     @cute.jit
-    def _schedule(
-        self, tensors: _Tensors, pages: PagedTensors, sizes: _Sizes, lane: Int32
-    ):
+    def _schedule(self, tensors: _Tensors, pages: PagedTensors, sizes: _Sizes, lane: Int32):
         """Write where sequences start and end, and their tiles."""
         before = Int32(0)
         for begin in cutlass.range(0, sizes.batch, WARP, unroll=1):
@@ -250,8 +246,9 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.bfloat16, torch.float16):
         for dim, dim_v in ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)):
             name = f"{str(dtype).removeprefix('torch.')}-{dim}-{dim_v}"
-            yield f"decode-append-{name}", functools.partial(
-                compile_decode_append, dtype, dim, dim_v, paper, dim == 128
+            yield (
+                f"decode-append-{name}",
+                functools.partial(compile_decode_append, dtype, dim, dim_v, paper, dim == 128),
             )
 
 

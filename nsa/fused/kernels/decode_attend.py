@@ -102,7 +102,6 @@ class DecodeAttend:
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
-        lane = tidx % WARP
         split, unit = bidx % sizes.splits, bidx // sizes.splits
         kv_head, token = unit % sizes.kv_heads, unit // sizes.kv_heads
         sequence, token = token // sizes.tokens, token % sizes.tokens
@@ -139,7 +138,8 @@ class DecodeAttend:
             last = cutlass.min(first + share, tiles)
             for branch in cutlass.range_constexpr(2):
                 if const_expr(branch == 0):
-                    begin, end = cutlass.min(first, selected_tiles), cutlass.min(last, selected_tiles)
+                    begin = cutlass.min(first, selected_tiles)
+                    end = cutlass.min(last, selected_tiles)
                     start = Int32(0)
                 else:
                     begin = cutlass.max(first - selected_tiles, 0)

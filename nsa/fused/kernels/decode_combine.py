@@ -148,9 +148,10 @@ class DecodeCombine:
                     weight = tensors.weight[(head * 3 + i) * self.head_dim + column]
                     logits[i] = logits[i] + q * weight.to(Float32)
             for i in cutlass.range_constexpr(3):
-                logit = cute.arch.warp_reduction_sum(logits[i])
                 # exp2 overflows to infinity where the gate is 0.
-                gates[i] = cute.arch.rcp_approx(1.0 + cute.math.exp2(logit * -LOG2_E, fastmath=True))
+                logit = cute.arch.warp_reduction_sum(logits[i])
+                power = cute.math.exp2(logit * -LOG2_E, fastmath=True)
+                gates[i] = cute.arch.rcp_approx(1.0 + power)
         return gates[0], gates[1], gates[2]
 
     @cute.jit

@@ -1,4 +1,4 @@
-"""Decoding's selection: the best blocks of each new token, from the records of the compressed branch.
+"""Decoding's selection: the best blocks of each new token, from the compressed branch's records.
 
 A CTA selects for one token and KV head. It first adds up the sums of its heads over all parts. Each
 warp then scores blocks, one a lane, and keeps its best ones; the warps' lists are merged in pairs.
@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-import torch
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from torch import Tensor
 
 from nsa.config import NSAConfig
@@ -244,8 +243,9 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for rule in (paper, DecodeRule(16, 16, 32), DecodeRule(32, 32, 32), DecodeRule(64, 4, 64)):
         for count in (1, 16, 64):
             name = "-".join(map(str, (*rule, count)))
-            yield f"decode-select-{name}", functools.partial(
-                compile_decode_select, rule, count, count == 16
+            yield (
+                f"decode-select-{name}",
+                functools.partial(compile_decode_select, rule, count, count == 16),
             )
 
 

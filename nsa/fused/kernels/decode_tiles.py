@@ -34,7 +34,6 @@ from nsa.fused.decode_inputs import (
 )
 from nsa.fused.hardware import QUAD, WARP
 from nsa.fused.kernels.hopper import (
-    cvt_f16,
     make_smem_layout,
     mlir_namedtuple,
     partition_D_position_independent,
@@ -120,9 +119,7 @@ class TileAttention:
         k_bytes = const_expr(2 * cute.cosize(k_smem.outer))
         v_bytes = const_expr(2 * cute.cosize(v_smem.outer))
         memory = smem.allocate(k_bytes + v_bytes, 1024)
-        sK = cute.make_tensor(
-            cute.recast_ptr(memory, k_smem.inner, dtype=self.dtype), k_smem.outer
-        )
+        sK = cute.make_tensor(cute.recast_ptr(memory, k_smem.inner, dtype=self.dtype), k_smem.outer)
         sV = cute.make_tensor(
             cute.recast_ptr(memory + k_bytes, v_smem.inner, dtype=self.dtype), v_smem.outer
         )
@@ -136,9 +133,7 @@ class TileAttention:
         return sQ, sK, sV, sO, sM, sL
 
     @cute.jit
-    def load_queries(
-        self, mQ: cute.Tensor, sQ: cute.Tensor, offset, valid, tidx: Int32
-    ):
+    def load_queries(self, mQ: cute.Tensor, sQ: cute.Tensor, offset, valid, tidx: Int32):
         """Start to copy the queries; ``offset(row)`` is where a row is, zeros where not ``valid``.
 
         ``offset`` and ``valid`` are functions of the row.
@@ -254,9 +249,7 @@ class TileAttention:
             rP = cute.make_fragment_like(accs[u], self.dtype)
             rP.store(accs[u].load().to(self.dtype))
             rP = reshape_acc_to_frgA(rP)
-            sVw = cute.local_tile(
-                sVt, (self.head_dim_v, 16), (0, key_group + u * self.key_groups)
-            )
+            sVw = cute.local_tile(sVt, (self.head_dim_v, 16), (0, key_group + u * self.key_groups))
             rV = thr_mma.make_fragment_B(thr_mma.partition_B(sVw))
             cute.copy(copy_v, copy_v.partition_S(sVw), copy_v.retile(rV))
             cute.gemm(mma, acc_O, rP[None, None, 0], rV[None, None, 0], acc_O)
