@@ -144,30 +144,29 @@ def _store_part(parts, slot, row, y, values):
     reference = _some_reference(y)
     assert int(parts.reference[slot, row]) != NO_REFERENCE, "a part is written twice"
     parts.reference[slot, row] = reference
-    power = torch.exp2(y - reference) if reference != NO_REFERENCE else torch.zeros_like(y)
+    power = torch.exp2(y - reference) if int(reference) != NO_REFERENCE else torch.zeros_like(y)
     parts.total[slot, row] = power.sum()
     parts.out[slot, row] = power @ values
 
 
 def _store_records(records, y, rule, unit, row):
-    for group, part in enumerate(y.split(SLOT_GROUP)):
-        reference = _some_reference(part)
-        power = torch.exp2(part - reference) if reference != NO_REFERENCE else part.new_zeros(16)
-        blocks = power.split(rule.per_select)
-        own = [_weighted(block, lambda i: min(i, rule.carried) + 1) for block in blocks]
-        back = [_weighted(block, lambda i: max(rule.carried - i, 0)) for block in blocks]
-        for block in range(len(blocks) - 1):
-            own[block] = own[block] + back[block + 1]
-        first = group * rule.group_blocks
-        records.sums[unit, row, first : first + len(own)] = torch.stack(own)
-        records.reference[unit, row, group] = reference
-        if rule.carried:
-            records.carried[unit, row, group] = back[0]
+    groups = y.unflatten(0, (-1, SLOT_GROUP))
+    reference = torch.stack([_some_reference(group) for group in groups])
+    some = (reference != NO_REFERENCE)[:, None]
+    power = torch.where(some, torch.exp2(groups - reference[:, None]), 0)
+    blocks = power.unflatten(1, (-1, rule.per_select))
+    own = _weighted(blocks, lambda i: min(i, rule.carried) + 1)
+    back = _weighted(blocks, lambda i: max(rule.carried - i, 0))
+    own[:, :-1] += back[:, 1:]
+    records.sums[unit, row, : own.numel()] = own.flatten()
+    records.reference[unit, row, : len(reference)] = reference
+    if rule.carried:
+        records.carried[unit, row, : len(back)] = back[:, 0]
 
 
 def _weighted(power, weight):
-    """A sum in a fixed order, so that equal terms give equal sums."""
-    return sum(weight(i) * x for i, x in enumerate(power.unbind()))
+    """Sums in a fixed order, so that equal terms give equal sums."""
+    return sum(weight(i) * x for i, x in enumerate(power.unbind(-1)))
 
 
 def decode_select(
@@ -184,10 +183,8 @@ def decode_select(
                 scores = _block_scores(
                     parts, records, schedule, shape, rule, sequence, token, kv_head, position
                 )
-                own = len(scores) - 1
-                forced = (scores.new_tensor(range(own + 1)) < num_initial) | (
-                    scores.new_tensor(range(own + 1)) > own - num_local
-                )
+                block = torch.arange(len(scores))
+                forced = (block < num_initial) | (block >= len(scores) - num_local)
                 ranked = scores.masked_fill(forced, torch.inf).sort(descending=True, stable=True)
                 taken = ranked.indices[:count].sort().values
                 out[row0 + token, kv_head] = -1
@@ -199,27 +196,31 @@ def _block_scores(parts, records, schedule, shape, rule, sequence, token, kv_hea
     local = kv_head * shape.token_blocks + token // shape.unit_tokens
     unit = sequence * shape.sequence_units + local
     slots = range(*_unit_parts(schedule, shape, sequence, local))
+    block = torch.arange(own + 1)
+    group = block // rule.group_blocks
+    scored = block * rule.per_select < seen
+    last = block % rule.group_blocks == rule.group_blocks - 1
+    carries = scored & last & ((group + 1) * SLOT_GROUP < seen)
     scores = parts.total.new_zeros(own + 1)
     for g in range(shape.group if slots else 0):
         row = token % shape.unit_tokens * shape.group + g
-        references = [int(parts.reference[slot, row]) for slot in slots]
-        largest = max(references)
-        total = sum(
-            parts.total[slot, row] * 2.0 ** (reference - largest)
-            for slot, reference in zip(slots, references, strict=True)
-        )
-        for block in range(own + 1):
-            if block * rule.per_select >= seen:
-                continue
-            group = block // rule.group_blocks
-            reference = int(records.reference[unit, row, group])
-            value = records.sums[unit, row, block] * 2.0 ** (reference - largest)
-            last = block % rule.group_blocks == rule.group_blocks - 1
-            if rule.carried and last and (group + 1) * SLOT_GROUP < seen:
-                reference = int(records.reference[unit, row, group + 1])
-                value = value + records.carried[unit, row, group + 1] * 2.0 ** (reference - largest)
-            scores[block] += value * (1 / total)
+        reference = parts.reference[slots[0] : slots[-1] + 1, row]
+        total = parts.total[slots[0] : slots[-1] + 1, row]
+        total = (total * _power(reference - reference.max(), total.dtype)).sum()
+        value = torch.zeros_like(scores)
+        for chosen, recorded, at, place in (
+            (scored, records.sums, block, group),
+            (carries, records.carried, group + 1, group + 1),
+        ):
+            if recorded is not None and chosen.any():
+                factor = records.reference[unit, row, place[chosen]] - reference.max()
+                value[chosen] += recorded[unit, row, at[chosen]] * _power(factor, value.dtype)
+        scores += value * (1 / total)
     return scores
+
+
+def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.exp2(exponent.to(dtype))
 
 
 def decode_attend(
@@ -315,10 +316,11 @@ def _unit_parts(schedule: Schedule, shape, sequence: int, local: int) -> tuple[i
     return begin // share + unit, (begin + tiles - 1) // share + unit + 1
 
 
-def _some_reference(y: Tensor) -> int:
+def _some_reference(y: Tensor) -> Tensor:
     """An integer near the largest exponent, NO_REFERENCE if there is none."""
-    largest = float(y.max())
-    return NO_REFERENCE if largest == -math.inf else round(largest) + int(torch.randint(-3, 4, ()))
+    largest = y.max()
+    near = largest.round() + torch.randint(-3, 4, (), device=y.device)
+    return torch.where(largest == -torch.inf, NO_REFERENCE, near).int()
 
 
 def _sequences(cu_seqlens, shape) -> list[tuple[int, int, int]]:
