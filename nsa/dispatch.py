@@ -46,6 +46,12 @@ def forward(
     with no key in a branch gets 0 from it. Differentiable in ``q``, ``k``, ``v``, ``gates``,
     ``compressed_kv`` and all weights; no gradient passes through the selection of blocks.
 
+    A sequence may have fewer queries than keys, ``Nq <= Nk``. They are its last tokens: query ``i``
+    stands at position ``Nk - Nq + i``, and its outputs are those that a call with all ``Nk``
+    queries gives it. So a sequence can run in pieces, each with the keys up to its last query,
+    unless queries see later keys: with ``causal=False`` or ``compressed_visibility="started"``. In
+    tile mode the first query of a sequence must stand at a multiple of ``q_tile_size``.
+
     Query head ``h`` attends KV head ``h // G``, ``G = H / H_kv``. In the reference, a NaN or
     infinity in ``k`` or ``v`` reaches only the queries that attend it. The fused backend multiplies
     masked values by 0 instead of skipping them, so a NaN or infinity reaches other tokens of its
@@ -58,36 +64,42 @@ def forward(
     compress weights; 16-bit inputs lose nothing by it. Selection in the fused backend ignores it.
 
     Args:
-        q: ``(B, N, H, D)``, or packed ``(T, H, D)`` with ``cu_seqlens``; float16, bfloat16,
+        q: ``(B, Nq, H, D)``, or packed ``(T, H, D)`` with ``cu_seqlens``; float16, bfloat16,
             float32 or float64. All float arguments have one dtype. Under autocast, arguments that
             mix the first three are cast to the autocast dtype, as ``scaled_dot_product_attention``
             does; otherwise autocast changes nothing.
-        k: ``(B, N, H_kv, D)`` or ``(T, H_kv, D)``; or three of them, for the (compressed,
+        k: ``(B, Nk, H_kv, D)`` or ``(Tk, H_kv, D)``; or three of them, for the (compressed,
             selected, window) branches.
-        v: ``(B, N, H_kv, Dv)`` or ``(T, H_kv, Dv)``; or three of them.
+        v: ``(B, Nk, H_kv, Dv)`` or ``(Tk, H_kv, Dv)``; or three of them.
         config: block sizes, counts and rules; default ``NSAConfig()``.
         gate_proj_weight: ``(H, 3, D)``; gates are ``sigmoid(q . gate_proj_weight[h, i])`` where
             ``gates`` is not given. With neither, each gate is 1/3.
-        gates: ``(B, N, H, 3)`` or ``(T, H, 3)``, used as they are.
+        gates: ``(B, Nq, H, 3)`` or ``(T, H, 3)``, used as they are.
         compress_k_weight: ``(H_kv, D, D)``; multiplies a block's mean key from the right.
         compress_v_weight: ``(H_kv, Dv, Dv)``; likewise for values.
         compressed_kv: compressed keys and values from the caller's own compressor,
             ``(B, N_cmp, H_kv, D)`` and ``(B, N_cmp, H_kv, Dv)`` with
-            ``N_cmp = max(0, (N - l) // d + 1)``. For packed input, the blocks of all sequences one
+            ``N_cmp = max(0, (Nk - l) // d + 1)``. For packed input, the blocks of all sequences one
             after another, ``(sum of N_cmp, H_kv, D)`` and ``(sum of N_cmp, H_kv, Dv)``.
         block_indices: int32 blocks to attend instead of selecting: token mode
-            ``(B, N, H_kv, n)`` or ``(T, H_kv, n)``, tile mode ``(B, H, tiles, n)`` or
-            ``(H, sum of tiles, n)``; ascending, -1 in empty slots at the end. Each call checks the
-            values, for which the host waits once. If the lengths are not read, the limit is that of
+            ``(B, Nq, H_kv, n)`` or ``(T, H_kv, n)``, tile mode ``(B, H, tiles, n)`` or
+            ``(H, sum of tiles, n)`` of the tiles that have queries; ascending, -1 in empty slots at
+            the end. A block is numbered by the keys of its sequence. Each call checks the values,
+            for which the host waits once. If the lengths are not read, the limit is that of
             the longest possible sequence.
-        cu_seqlens: int32 ``(S + 1,)`` boundaries of packed sequences, from 0 to ``T``; sequences
-            may have any length, 0 and 1 included. Each call reads and checks a tensor, for which
-            the host waits for a GPU; with ``max_seqlen`` it does neither on a GPU. Pass a
+        cu_seqlens: int32 ``(S + 1,)`` boundaries of packed queries, from 0 to ``T``; sequences may
+            have any length, 0 and 1 included. Each call reads and checks a tensor, for which the
+            host waits for a GPU; with ``max_seqlen`` it does neither on a GPU. Pass a
             :class:`nsa.Packing` to all layers and steps with the same boundaries: it is read once,
             and what follows from it is computed once. While torch.compile traces or a CUDA graph
             is captured, a tensor's values may change from replay to replay.
-        max_seqlen: an upper bound on the sequence lengths; by default they are read. Required while
-            a CUDA graph is captured, unless ``cu_seqlens`` is a :class:`nsa.Packing`.
+        cu_seqlens_k: int32 ``(S + 1,)`` boundaries of packed keys, from 0 to ``Tk``; by default
+            ``cu_seqlens``. A :class:`nsa.Packing` has both. On a GPU, bare tensors of both are read
+            and checked unless both bounds are given. Unread boundaries must be right: each sequence
+            with at most as many queries as keys, and in tile mode whole tiles before its queries.
+        max_seqlen: an upper bound on the queries of a sequence; by default they are read. Required
+            while a CUDA graph is captured, unless ``cu_seqlens`` is a :class:`nsa.Packing`.
+        max_seqlen_k: the same for keys, with ``cu_seqlens_k``.
         cache: what earlier calls left, see :class:`nsa.Cache`. ``k`` and ``v`` are then the new
             tokens alone, any number of them, and the queries are theirs. They are appended to the
             cache in place. Outputs are those of one call over the whole sequences. Packed input has
@@ -108,7 +120,7 @@ def forward(
             reference, with the reason logged once.
 
     Returns:
-        ``(B, N, H, Dv)`` or ``(T, H, Dv)`` in the dtype of ``q``.
+        ``(B, Nq, H, Dv)`` or ``(T, H, Dv)`` in the dtype of ``q``.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it was and what it
@@ -173,10 +185,10 @@ def select_blocks(
     are not appended.
 
     Returns:
-        int32 indices of blocks in their sequence: token mode ``(B, N, H_kv, n)`` or
-        ``(T, H_kv, n)``, tile mode ``(B, H, tiles, n)`` or ``(H, sum of tiles, n)``; ascending, -1
-        in empty slots at the end. :func:`forward` takes them as ``block_indices``. The host counts
-        packed tiles, which is a graph break under torch.compile.
+        int32 indices of blocks in their sequence: token mode ``(B, Nq, H_kv, n)`` or
+        ``(T, H_kv, n)``, tile mode ``(B, H, tiles, n)`` or ``(H, sum of tiles, n)`` of the tiles
+        that have queries; ascending, -1 in empty slots at the end. :func:`forward` takes them as
+        ``block_indices``. The host counts packed tiles, which is a graph break under torch.compile.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as in :func:`forward`.

@@ -293,7 +293,7 @@ class NativeSparseAttention(nn.Module):
         x: Tensor,
         cu_seqlens: Tensor | Packing | None,
         max_seqlen: int | None,
-        cache: Cache | None,
+        cache: Cache | None = None,
     ):
         """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`."""
         self._check_input(x, cu_seqlens)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nsa
 from nsa import geometry, layers, packing, validation
 from nsa.fused import kernel_inputs
-from nsa.testing import make_cu_seqlens
+from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.packed_calls import (
     CONFIGS,
     F64,
@@ -99,7 +99,7 @@ def reads(monkeypatch):
     """Boundaries that the host reads; the emulated kernels read too."""
     seen = []
     read = packing.read_lengths
-    monkeypatch.setattr(packing, "read_lengths", lambda x: seen.append(x.shape) or read(x))
+    monkeypatch.setattr(packing, "read_lengths", lambda x, *n: seen.append(x.shape) or read(x, *n))
     return seen
 
 
@@ -157,6 +157,32 @@ def test_a_bound_spares_reading_on_a_gpu(monkeypatch, reads):
     assert (found.lengths, found.max_seqlen, len(reads)) == (None, 140, 0)
     found = packing.check_boundaries(on_gpu, None, like, like)
     assert (found.lengths, found.max_seqlen, len(reads)) == (LENGTHS, 130, 1)
+    # Keys of their own need a bound of their own.
+    del reads[:]
+    keys = make_cu_seqlens(MORE).as_subclass(OnGpu)
+    many = torch.zeros(sum(MORE), 1, 1).as_subclass(OnGpu)
+    for bounds in ((140, None), (None, 200)):
+        found = packing.check_boundaries(on_gpu, bounds[0], like, many, keys, bounds[1])
+        assert (found.lengths, found.lengths_k) == (LENGTHS, MORE)
+        assert (found.max_seqlen, found.max_seqlen_k) == (bounds[0] or 130, bounds[1] or 194)
+    assert len(reads) == 4
+    found = packing.check_boundaries(on_gpu, 140, like, many, keys, 200)
+    assert (found.lengths, found.lengths_k, found.max_seqlen, found.max_seqlen_k) == (
+        None, None, 140, 200,
+    )  # fmt: skip
+    assert len(reads) == 4
+
+
+def test_a_captured_call_needs_both_bounds(monkeypatch):
+    monkeypatch.setattr(packing, "is_capturing", lambda _: True)
+    monkeypatch.setattr(packing, "has_readable_values", lambda _: False)
+    bounds, keys = make_cu_seqlens(LENGTHS), make_cu_seqlens(MORE)
+    q, k = torch.zeros(TOTAL, 1, 1), torch.zeros(sum(MORE), 1, 1)
+    for given in ((None, 200), (140, None)):
+        name = "max_seqlen" if given[0] is None else "max_seqlen_k"
+        with pytest.raises(ValueError, match=rf"{name} must be an int while a CUDA graph is"):
+            packing.check_boundaries(bounds, given[0], q, k, keys, given[1])
+    assert packing.check_boundaries(bounds, 140, q, k, keys, 200).max_seqlen_k == 200
 
 
 @both
@@ -174,6 +200,53 @@ def test_a_huge_bound_is_that_of_the_tokens(huge, mode, backend):
     )
 
 
+MORE = [134, 8, 65, 194]
+"""Keys of sequences with ``LENGTHS`` queries, which start at tiles."""
+
+
+def test_keys_with_the_boundaries_of_the_queries_are_the_default():
+    bounds = make_cu_seqlens(LENGTHS)
+    given = nsa.Packing(bounds, bounds.clone(), max_seqlen=131, max_seqlen_k=150)
+    assert given.cu_seqlens_k is given.cu_seqlens
+    assert (given.lengths_k, given.max_seqlen_k) == (LENGTHS, 131)
+    q = torch.zeros(TOTAL, 1, 1)
+    found = packing.check_boundaries(bounds, None, q, q, bounds.clone(), 150)
+    assert found.cu_seqlens_k is found.cu_seqlens
+    assert (found.lengths_k, found.max_seqlen_k) == (LENGTHS, 130)
+
+
+@modes
+def test_a_packing_of_queries_and_keys(mode):
+    q, _, _ = inputs(requires_grad=False)
+    _, k, v = make_inputs((sum(MORE),), 4, 2, 8, dtype=F64)
+    bounds = make_cu_seqlens(LENGTHS), make_cu_seqlens(MORE)
+    call = dict(config=CONFIGS[mode])
+    expected = nsa.forward(q, k, v, cu_seqlens=bounds[0], cu_seqlens_k=bounds[1], **call)
+    given = nsa.Packing(*bounds, max_seqlen_k=200)
+    for bound in bounds:
+        bound.zero_()
+    assert (given.lengths, given.max_seqlen) == (LENGTHS, 130)
+    assert (given.lengths_k, given.max_seqlen_k) == (MORE, 200)
+    text = f"sequences=4, tokens={TOTAL}, max_seqlen=130, keys={sum(MORE)}, max_seqlen_k=200"
+    assert repr(given) == f"Packing({text})"
+    for same in (given, copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+        assert torch.equal(nsa.forward(q, k, v, cu_seqlens=same, **call), expected)
+        assert (same.lengths_k, same.max_seqlen_k) == (MORE, 200)
+        own = same.cu_seqlens.detach(), same.cu_seqlens_k.detach()
+        assert packing.find_packing(*own) is same
+        assert packing.find_packing(own[0]) is None
+        assert packing.find_packing(own[0], own[1].clone()) is None
+        assert packing.find_packing(own[0], own[1][:-1]) is None
+        assert packing.find_packing(*own[::-1]) is None
+
+
+def test_a_layer_takes_no_keys_beside_its_tokens():
+    layer = nsa.NativeSparseAttention(32, 4, 2, CONFIGS["token"])
+    given = nsa.Packing(make_cu_seqlens(LENGTHS), make_cu_seqlens(MORE))
+    with pytest.raises(ValueError, match=rf"cu_seqlens_k must end at the {TOTAL} tokens"):
+        layer(torch.randn(TOTAL, 32), given)
+
+
 BAD = {
     "no tensor": ([0, 3], {}, TypeError, "cu_seqlens must be an int32 tensor, got list"),
     "dtype": (torch.tensor([0, 3]), {}, TypeError, "must have dtype torch.int32, got torch.int64"),
@@ -183,6 +256,30 @@ BAD = {
     "bound": (make_cu_seqlens([3]), {"max_seqlen": 2}, ValueError, "longest sequence, 3, got 2"),
     "no bound": (make_cu_seqlens([3]), {"max_seqlen": -1}, ValueError, "at least 0, got -1"),
     "kind": (make_cu_seqlens([3]), {"max_seqlen": 3.0}, TypeError, "must be an int, got 3.0"),
+    "keys": (
+        make_cu_seqlens([3, 4]),
+        {"cu_seqlens_k": make_cu_seqlens([4, 3])},
+        ValueError,
+        "cu_seqlens must give .*got 4 queries and 3 keys in sequence 1; .*keys of all its tokens",
+    ),
+    "sequences of keys": (
+        make_cu_seqlens([3, 4]),
+        {"cu_seqlens_k": make_cu_seqlens([9])},
+        ValueError,
+        r"cu_seqlens_k must have the shape of cu_seqlens, \(3,\), .*got \(2,\)",
+    ),
+    "bound without keys": (
+        make_cu_seqlens([3]),
+        {"max_seqlen_k": 3},
+        ValueError,
+        "max_seqlen_k must be None without cu_seqlens_k, got 3",
+    ),
+    "bound of keys": (
+        make_cu_seqlens([3]),
+        {"cu_seqlens_k": make_cu_seqlens([5]), "max_seqlen_k": 4},
+        ValueError,
+        "max_seqlen_k must be at least the longest sequence, 5, got 4",
+    ),
 }
 
 
@@ -285,6 +382,7 @@ def test_a_packing_can_be_copied_and_pickled(copied):
     # Custom ops find it too.
     assert packing.find_packing(other.cu_seqlens) is other
     assert (other.lengths, other.max_seqlen) == (LENGTHS, 150)
+    assert other.cu_seqlens_k is other.cu_seqlens
     assert_same(run(other, "tile", "fused"), expected)
 
 

@@ -5,7 +5,10 @@ import re
 import pytest
 
 import nsa
-from tests.helpers.bad_arguments import CASES, DV, TILE, TOKEN, batched, packed
+from tests.helpers import bad_arguments, bad_positions
+from tests.helpers.bad_arguments import DV, TILE, TOKEN, batched, packed
+
+CASES = bad_arguments.CASES | {f"positions: {n}": x for n, x in bad_positions.CASES.items()}
 
 
 def _refuses(function, arguments, error, pattern):

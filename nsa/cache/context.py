@@ -141,5 +141,5 @@ def _join(
 def _check_pages(valid: Tensor, old: Tensor):
     if bool((old & ~valid).any()):
         raise ValueError(
-            "page_table must name a page for each token of lengths, got a token without one"
+            "page_table must name a page for every token that lengths counts, got a token without"
         )

@@ -37,10 +37,17 @@ CONFIGS = {
 }
 # One batch element of 13 tokens, or sequences with none, one and an uneven number of them.
 LAYOUTS = {"batched": ((1, 13), None), "packed": ((13,), [0, 1, 9, 0, 3])}
+LAYOUTS |= {f"{name}, fewer queries": layout for name, layout in LAYOUTS.items()}
 
 
-def _arguments(leading, config, lengths):
+def _fewer(length, config):
+    """The queries of a sequence from the fourth or the second tile on, which may be none."""
+    return max(0, length - (3 if config.selection == "token" else config.q_tile_size))
+
+
+def _arguments(leading, config, lengths, lengths_q):
     q, k, v = make_inputs(leading, HEADS, KV_HEADS, DIM, VALUE_DIM, dtype=F64)
+    q = q[..., : sum(lengths_q), :, :].contiguous()
 
     def randn(*shape):
         return torch.randn(*shape, dtype=F64)
@@ -53,7 +60,7 @@ def _arguments(leading, config, lengths):
         "v": v,
         "three_k": tuple(randn(*k.shape) for _ in range(3)),
         "three_v": tuple(randn(*v.shape) for _ in range(3)),
-        "gates": randn(*leading, HEADS, 3),
+        "gates": randn(*q.shape[:-1], 3),
         "gate_proj_weight": randn(HEADS, 3, DIM),
         "compress_k_weight": randn(KV_HEADS, DIM, DIM),
         "compress_v_weight": randn(KV_HEADS, VALUE_DIM, VALUE_DIM),
@@ -78,8 +85,14 @@ CASES = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradcheck(name, layout, case):
     config, (leading, lengths) = CONFIGS[name], LAYOUTS[layout]
-    everything = _arguments(leading, config, lengths)
-    cu_seqlens = None if lengths is None else make_cu_seqlens(lengths)
+    lengths_q = lengths or [leading[-1]]
+    if "fewer" in layout:
+        lengths_q = [_fewer(n, config) for n in lengths_q]
+    everything = _arguments(leading, config, lengths, lengths_q)
+    bounds = {}
+    if lengths is not None:
+        bounds["cu_seqlens"] = make_cu_seqlens(lengths_q)
+        bounds["cu_seqlens_k"] = make_cu_seqlens(lengths)
     parts = {key: everything[key] for key in CASES[case]}
     counts = [len(x) if isinstance(x, tuple) else 0 for x in parts.values()]
 
@@ -89,7 +102,7 @@ def test_gradcheck(name, layout, case):
             taken = [rest.pop(0) for _ in range(count or 1)]
             arguments[key.removeprefix("three_")] = tuple(taken) if count else taken[0]
         q, k, v = (arguments.pop(key) for key in "qkv")
-        return nsa.forward(q, k, v, config=config, cu_seqlens=cu_seqlens, **arguments, **fixed)
+        return nsa.forward(q, k, v, config=config, **bounds, **arguments, **fixed)
 
     flat = [x for part in parts.values() for x in (part if isinstance(part, tuple) else (part,))]
     flat = [x.requires_grad_() for x in flat]
@@ -97,7 +110,7 @@ def test_gradcheck(name, layout, case):
     # cannot be passed; their random scores lie far enough apart.
     select = {key: x for key, x in parts.items() if key in ("compress_k_weight", "compressed_kv")}
     key = parts["three_k" if "three_k" in parts else "k"]
-    indices = nsa.select_blocks(parts["q"], key, config=config, cu_seqlens=cu_seqlens, **select)
+    indices = nsa.select_blocks(parts["q"], key, config=config, **bounds, **select)
     assert gradcheck(lambda *x: call(*x, block_indices=indices), flat, fast_mode=True)
     # Without the caller's blocks the output and its gradients are the same.
     routed, fixed = call(*flat), call(*flat, block_indices=indices)
