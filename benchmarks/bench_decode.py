@@ -2,9 +2,9 @@
 
     python benchmarks/bench_decode.py --csv decode.csv
 
-A step is ``nsa.forward`` of new tokens behind ``keys`` tokens of each sequence, as a CUDA graph that
-is replayed: append, compression, selection and attention. Small caches would stay in L2 from step
-to step, so a graph has steps on several caches, and the time is divided by their number.
+A step is ``nsa.forward`` of new tokens behind ``keys`` tokens of each sequence, as a CUDA graph
+that is replayed: append, compression, selection and attention. Small caches would stay in L2 from
+step to step, so a graph has steps on several caches, and the time is divided by their number.
 
 "Dense at copy speed" is what reading all keys and values takes at the rate of a device copy,
 measured in the same run: no dense kernel is faster. "Floor" is the same for the bytes that this

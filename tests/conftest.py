@@ -5,9 +5,10 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
-from nsa.fused import compressed_forms, constraints, fa4, kernel_calls
+from nsa.fused import compressed_forms, constraints, decode_calls, decoding, fa4, kernel_calls
 from nsa.fused.attention import folded
 from tests.helpers import (
+    emulated_decoding,
     emulated_fa4,
     emulated_kernels,
     emulated_token_kernels,
@@ -59,6 +60,9 @@ def fused_on_cpu(monkeypatch):
     for module in (emulated_kernels, emulated_token_kernels):
         for name in module.NAMES:
             monkeypatch.setattr(kernel_calls, name, getattr(module, name))
+    for name in emulated_decoding.NAMES:
+        monkeypatch.setattr(decode_calls, name, getattr(emulated_decoding, name))
+    monkeypatch.setattr(decoding, "_size_limit", lambda _: None)
     monkeypatch.setattr(constraints, "_tensor_limit", lambda *_: None)
     monkeypatch.setattr(constraints, "_device_limit", lambda *_: None)
     monkeypatch.setattr(fa4, "version_problem", lambda: None)

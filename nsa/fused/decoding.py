@@ -57,31 +57,32 @@ def unsupported_reason(q: Tensor, cache: Cache, boundaries: Boundaries | None) -
         return (
             f"it needs at most {MAX_GROUP} query heads to a KV head, got {group}; {_USE_REFERENCE}"
         )
-    if config.select_block_size not in _SELECT_SIZES:
-        return (
-            f"it needs select_block_size of {_SELECT_SIZES} with a cache, got "
-            f"{config.select_block_size}; {_USE_REFERENCE}"
-        )
     if config.num_selected_blocks > MAX_LISTED:
         return (
             f"it needs num_selected_blocks of at most {MAX_LISTED} with a cache, got "
             f"{config.num_selected_blocks}; {_USE_REFERENCE}"
         )
-    if rule.per_select > SLOT_GROUP or rule.carried > rule.per_select:
+    if SLOT_GROUP % rule.per_select or rule.carried > rule.per_select:
         return (
-            f"it needs a select_block_size of at most {SLOT_GROUP} strides and a "
-            "compress_block_size at most a stride longer with a cache, got "
+            f"it needs select_block_size to be 1, 2, 4, 8 or {SLOT_GROUP} strides and "
+            "compress_block_size to be at most a stride longer with a cache, got "
             f"{rule.per_select} and {rule.carried + 1} strides; {_USE_REFERENCE}"
         )
-    return _dims_limit(cache)
+    return _size_limit(cache)
 
 
-def _dims_limit(cache: Cache) -> str | None:
-    dims = cache.head_dim, cache.value_head_dim
+def _size_limit(cache: Cache) -> str | None:
+    """What the kernels' tiles are too large or too small for."""
+    dims, size = (cache.head_dim, cache.value_head_dim), cache.config.select_block_size
     if any(dim % 32 or dim > 256 for dim in dims) or not fits_shared_memory(*dims):
         return (
             "it needs head dimensions that are multiples of 32 up to 256 with a cache, got "
             f"{dims}; {_USE_REFERENCE}"
+        )
+    if size not in _SELECT_SIZES:
+        return (
+            f"it needs select_block_size of {_SELECT_SIZES} with a cache, got {size}; "
+            f"{_USE_REFERENCE}"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Caches in which a step of decoding finds odd lengths, pages in any order, and poison elsewhere."""
+"""What a step of decoding finds: odd lengths, pages in any order, and poison elsewhere."""
 
 from typing import NamedTuple
 

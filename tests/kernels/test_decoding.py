@@ -91,7 +91,9 @@ def test_append(form, case):
     schedule, overflowed = append(decode_calls, on_gpu, form.rule)
     expected, expected_overflow = append(emulated, state, form.rule)
     assert overflowed == expected_overflow
-    for actual, wanted in zip((*on_gpu.pool, *on_gpu.compressed), (*state.pool, *state.compressed)):
+    for actual, wanted in zip(
+        (*on_gpu.pool, *on_gpu.compressed), (*state.pool, *state.compressed), strict=True
+    ):
         torch.testing.assert_close(actual.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(schedule.starts.cpu(), expected.starts)
     assert torch.equal(schedule.ends.cpu(), expected.ends)
@@ -111,7 +113,9 @@ def test_append_drops_tokens_without_a_place(case):
     assert overflowed
     assert expected_overflow
     assert torch.equal(schedule.ends.cpu(), expected.ends)
-    for actual, wanted in zip((*on_gpu.pool, *on_gpu.compressed), (*state.pool, *state.compressed)):
+    for actual, wanted in zip(
+        (*on_gpu.pool, *on_gpu.compressed), (*state.pool, *state.compressed), strict=True
+    ):
         torch.testing.assert_close(actual.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
