@@ -12,7 +12,7 @@ from tests.helpers.requirements import missing_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-NAMES = ("compile_and_graph", "look_at_selection", "packed_batch", "transformer_block")
+NAMES = ("compile_and_graph", "generate", "look_at_selection", "packed_batch", "transformer_block")
 
 on_gpu = pytest.mark.parametrize(
     "gpu",

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import nsa
 from lm.checkpoint import load_checkpoint, save_checkpoint
 from lm.data import Corpus, load_corpus, random_batch
+from lm.generate import Sampling, generate
 from lm.model import ByteTransformer, ModelConfig
 from lm.plot import plot_run, selection_map, write_csv
 
@@ -243,8 +244,9 @@ class Trainer:
         prompt = self.corpus.heldout[:64].long().to(self.args.device)
         generator = torch.Generator().manual_seed(self.args.seed)
         with autocast(self.args.device):
-            text = self.model.sample(prompt, SAMPLE_BYTES, self.preset.context, generator)
-        return bytes(torch.cat((prompt, text)).tolist()).decode("utf-8", errors="replace")
+            steps = generate(self.model, [prompt], SAMPLE_BYTES, Sampling(0.8, 1.0, generator))
+            text = bytes([*prompt.tolist(), *(int(step) for step in steps)])
+        return text.decode("utf-8", errors="replace")
 
     def selection(self):
         """The map of the blocks that the last layer selects on held-out text."""

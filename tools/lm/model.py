@@ -60,8 +60,8 @@ class Block(nn.Module):
             nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: Tensor, **attention) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), **attention)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -76,6 +76,7 @@ class ByteTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig, attention: str, backend: str = "auto"):
         super().__init__()
+        self.attention = attention
         self.embedding = nn.Embedding(VOCABULARY, config.dim)
         self.blocks = nn.ModuleList(
             Block(_attention(config, attention, backend), config.dim)
@@ -86,10 +87,17 @@ class ByteTransformer(nn.Module):
         # Predictions start near uniform, at a loss of ln 256.
         nn.init.normal_(self.head.weight, std=0.1 * config.dim**-0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | nsa.Packing | None = None,
+        caches: list[nsa.Cache] | None = None,
+    ) -> Tensor:
+        """Logits of each byte; with NSA also for packed ``(T,)``, and behind caches."""
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
+        for layer, block in enumerate(self.blocks):
+            own = {} if caches is None else {"cu_seqlens": cu_seqlens, "cache": caches[layer]}
+            x = block(x, **own)
         return self.head(self.norm(x))
 
     @torch.no_grad()
@@ -101,17 +109,11 @@ class ByteTransformer(nn.Module):
         block = self.blocks[layer]
         return block.attention.select_blocks(block.attention_norm(x))
 
-    @torch.no_grad()
-    def sample(
-        self, prompt: Tensor, length: int, context: int, generator: torch.Generator
-    ) -> Tensor:
-        """Bytes ``(length,)`` that follow the bytes ``prompt (P,)``, at temperature 0.8."""
-        text = prompt
-        for _ in range(length):
-            logits = self(text[None, -context:])[0, -1].float().cpu()
-            byte = torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator)
-            text = torch.cat((text, byte.to(text.device)))
-        return text[len(prompt) :]
+    def make_caches(self, batch_size: int, max_length: int) -> list[nsa.Cache] | None:
+        """A cache for each layer, for up to ``max_length`` bytes; None with dense attention."""
+        if self.attention == "dense":
+            return None
+        return [block.attention.make_cache(batch_size, max_length) for block in self.blocks]
 
 
 def _attention(config: ModelConfig, attention: str, backend: str) -> nn.Module:
