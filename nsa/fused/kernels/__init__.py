@@ -19,9 +19,9 @@ backward), ``selected_band`` (selected forward) and ``float_sums`` (the backward
 attention).
 
 Files without kernels: ``vectors`` (16-byte loads and stores, how tensors are passed), ``head_rows``
-(the tiles of ``gates`` and ``query_gradient``), ``best_blocks`` (ranked blocks in the registers of a
-warp), ``decode_tiles`` (attention to tiles of pages), ``rows`` (copies of rows to shared memory),
-``forward_tiles`` (what the two forward kernels of token mode share), ``hopper`` (what is used of
+(the tiles of ``gates`` and ``query_gradient``), ``best_blocks`` (ranked blocks in the registers of
+a warp), ``rows`` (copies of rows to shared memory), ``forward_tiles`` (what the two forward kernels
+of token mode share), ``decode_tiles`` (attention to tiles of pages), ``hopper`` (what is used of
 FlashAttention-4 and quack-kernels), ``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel
 classes, compiled as ours are) and ``compiled`` (compiled kernels in memory and on disk).
 """

@@ -27,7 +27,13 @@ from nsa.fused.decode_inputs import (
 )
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_tiles import PagedTensors, fake_pages, page_arguments
+from nsa.fused.kernels.decode_tiles import (
+    PDL,
+    PagedTensors,
+    fake_pages,
+    page_arguments,
+    wait_for_previous,
+)
 from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
@@ -90,12 +96,14 @@ class DecodeAppend:
             grid=[sizes.batch * sizes.tokens + 1, cute.ceil_div(vectors, _THREADS), 1],
             block=[_THREADS, 1, 1],
             stream=stream,
+            use_pdl=PDL,
         )
 
     @cute.kernel
     def kernel(
         self, tensors: _Tensors, pages: PagedTensors, compressed: PagedTensors, sizes: _Sizes
     ):
+        wait_for_previous()
         tidx, _, _ = cute.arch.thread_idx()
         bidx, chunk, _ = cute.arch.block_idx()
         if bidx == sizes.batch * sizes.tokens:

@@ -28,11 +28,13 @@ from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_tiles import (
     MMA_ROWS,
+    PDL,
     PagedTensors,
     TileAttention,
     fake_pages,
     make_attention,
     page_arguments,
+    wait_for_previous,
 )
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat_rows
@@ -86,6 +88,7 @@ class DecodeAttend:
             grid=[units * sizes.splits, 1, 1],
             block=[attention.threads, 1, 1],
             stream=stream,
+            use_pdl=PDL,
             min_blocks_per_mp=attention.ctas,
             preferred_smem_carveout=100,
         )
@@ -100,6 +103,7 @@ class DecodeAttend:
         mma: cute.TiledMma,
         layouts: tuple[cute.ComposedLayout, ...],
     ):
+        wait_for_previous()
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         split, unit = bidx % sizes.splits, bidx // sizes.splits

@@ -1,7 +1,8 @@
 """The end of a decoding step: parts of all branches summed, gated and added.
 
-A CTA has one token and query head. Its warps share the parts among them, each lane some columns.
-The first CTA also stores the new lengths: no kernel of the step reads them after the append.
+A CTA has one token and query head. Half of its warps have the parts of the compressed branch, the
+others those of the other branches; a lane has some columns. The first CTA also stores the new
+lengths: no kernel of the step reads them after the append.
 """
 
 import functools
@@ -17,15 +18,20 @@ from torch import Tensor
 from nsa.fused.decode_inputs import NO_REFERENCE, DecodeShape, Parts, Schedule
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_tiles import power_of_two, unit_parts
+from nsa.fused.kernels.decode_tiles import (
+    PDL,
+    power_of_two,
+    unit_parts,
+    wait_for_previous,
+)
 from nsa.fused.kernels.gates import FORMS
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat, flat_rows
 
-_WARPS = 4
-_THREADS = _WARPS * WARP
 # Parts that a warp loads together.
 _LOADS = 4
+# Rows that few warps each are enough for.
+_MANY_ROWS = 512
 
 
 @mlir_namedtuple
@@ -65,7 +71,9 @@ class _Sizes(NamedTuple):
 class DecodeCombine:
     """``form`` of the gates is one of ``FORMS``."""
 
-    def __init__(self, head_dim: int, head_dim_v: int, form: str):
+    def __init__(self, head_dim: int, head_dim_v: int, form: str, warps: int):
+        self.warps = warps
+        self.threads = WARP * warps
         self.head_dim = head_dim
         self.head_dim_v = head_dim_v
         self.form = form
@@ -74,17 +82,19 @@ class DecodeCombine:
     def __call__(self, tensors: _Tensors, sizes: _Sizes, stream):
         self.kernel(tensors, sizes).launch(
             grid=[sizes.batch * sizes.tokens * sizes.kv_heads * sizes.group, 1, 1],
-            block=[_THREADS, 1, 1],
+            block=[self.threads, 1, 1],
             stream=stream,
+            use_pdl=PDL,
         )
 
     @cute.kernel
     def kernel(self, tensors: _Tensors, sizes: _Sizes):
+        wait_for_previous()
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         if bidx == 0:
-            for b in cutlass.range(tidx, sizes.batch, _THREADS, unroll=1):
+            for b in cutlass.range(tidx, sizes.batch, self.threads, unroll=1):
                 tensors.lengths[b] = tensors.ends[b]
         heads = sizes.kv_heads * sizes.group
         head, token = bidx % heads, bidx // heads
@@ -96,36 +106,44 @@ class DecodeCombine:
             new = tensors.cu_seqlens[sequence + 1] - row0
 
         smem = cutlass.utils.SmemAllocator()
-        layout = cute.make_layout((_WARPS, self.head_dim_v), stride=(self.head_dim_v, 1))
+        layout = cute.make_layout((self.warps, self.head_dim_v), stride=(self.head_dim_v, 1))
         sOut = smem.allocate_tensor(Float32, layout, 16)
         if token < new:
             row = Int64(row0 + token)
-            gates = self._gates(tensors, sizes, row, head, lane)
             acc = cute.make_rmem_tensor(self.head_dim_v // WARP, Float32)
             acc.fill(0.0)
-
-            unit = kv_head * sizes.token_blocks + token // sizes.unit_tokens
-            sequence_units = sizes.kv_heads * sizes.token_blocks
-            slot, count = unit_parts(tensors.tiles, sequence, unit, sequence_units)
-            rows = sizes.unit_tokens * sizes.group
-            first = Int64(slot) * rows + token % sizes.unit_tokens * sizes.group + in_group
-            parts = tensors.cmp_out, tensors.cmp_reference, tensors.cmp_total
-            self._add_branch(acc, parts, first, Int64(rows), count, gates[0], warp, lane)
-            parts = tensors.out, tensors.reference, tensors.total
-            for branch in cutlass.range_constexpr(2):
-                part = (row * sizes.kv_heads + kv_head) * sizes.splits * 2 + branch
-                first = part * sizes.group + in_group
-                stride = Int64(2 * sizes.group)
-                self._add_branch(
-                    acc, parts, first, stride, sizes.splits, gates[branch + 1], warp, lane
-                )
-
+            gates = self._gates(tensors, sizes, row, head, lane)
+            half = const_expr(self.warps // 2)
+            if warp < half:
+                unit = kv_head * sizes.token_blocks + token // sizes.unit_tokens
+                sequence_units = sizes.kv_heads * sizes.token_blocks
+                slot, count = unit_parts(tensors.tiles, sequence, unit, sequence_units)
+                rows = sizes.unit_tokens * sizes.group
+                first = Int64(slot) * rows + token % sizes.unit_tokens * sizes.group + in_group
+                parts = tensors.cmp_out, tensors.cmp_reference, tensors.cmp_total
+                shares = self._shares(parts, first, Int64(rows), count, gates[0], lane)
+                self._add_parts(acc, parts, first, Int64(rows), count, shares, shares, warp, lane)
+            else:
+                first = (row * sizes.kv_heads + kv_head) * sizes.splits * 2 * sizes.group + in_group
+                stride = Int64(sizes.group)
+                parts = tensors.out, tensors.reference, tensors.total
+                selected, window = [
+                    self._shares(
+                        parts, first + branch * stride, 2 * stride, sizes.splits,
+                        gates[branch + 1], lane,
+                    )
+                    for branch in range(2)
+                ]  # fmt: skip
+                self._add_parts(
+                    acc, parts, first, stride, 2 * sizes.splits, selected, window,
+                    warp - half, lane,
+                )  # fmt: skip
             for j in cutlass.range_constexpr(self.head_dim_v // WARP):
                 sOut[warp, j * WARP + lane] = acc[j]
             cute.arch.barrier()
-            for column in cutlass.range(tidx, self.head_dim_v, _THREADS, unroll=1):
+            for column in cutlass.range(tidx, self.head_dim_v, self.threads, unroll=1):
                 value = sOut[0, column]
-                for w in cutlass.range_constexpr(1, _WARPS):
+                for w in cutlass.range_constexpr(1, self.warps):
                     value += sOut[w, column]
                 place = (row * heads + head) * self.head_dim_v + column
                 tensors.result[place] = value.to(tensors.result.element_type)
@@ -155,38 +173,49 @@ class DecodeCombine:
         return gates[0], gates[1], gates[2]
 
     @cute.jit
-    def _add_branch(
-        self, acc: cute.Tensor, parts, first: Int64, stride: Int64, count: Int32, gate: Float32,
+    def _shares(
+        self, parts, first: Int64, stride: Int64, count: Int32, gate: Float32, lane: Int32
+    ) -> tuple[Int32, Float32]:
+        """The largest reference of a branch, and what a part with it is multiplied with.
+
+        Rows of parts are ``stride`` apart from ``first``.
+        """
+        _, mReference, mTotal = parts
+        largest, total = Int32(NO_REFERENCE), Float32(0.0)
+        for i in cutlass.range(lane, count, WARP, unroll=1):
+            reference, part = mReference[first + i * stride], mTotal[first + i * stride]
+            higher = cutlass.max(largest, reference)
+            total = total * power_of_two(largest - higher)
+            total += part * power_of_two(reference - higher)
+            largest = higher
+        highest = cute.arch.warp_redux_sync(largest, "max")
+        total = cute.arch.warp_reduction_sum(total * power_of_two(largest - highest))
+        # A branch in which the token sees no key has no part with a reference, and adds nothing.
+        return highest, gate / total if highest != NO_REFERENCE else Float32(0.0)
+
+    @cute.jit
+    def _add_parts(
+        self, acc: cute.Tensor, parts, first: Int64, stride: Int64, count: Int32, even, odd,
         warp: Int32, lane: Int32,
     ):  # fmt: skip
-        """Add this warp's parts of a branch; rows of parts are ``stride`` apart from ``first``."""
-        mO, mReference, mTotal = parts
-        largest = Int32(NO_REFERENCE)
-        for i in cutlass.range(lane, count, WARP, unroll=1):
-            largest = cutlass.max(largest, mReference[first + i * stride])
-        largest = cute.arch.warp_redux_sync(largest, "max")
-        total = Float32(0.0)
-        for i in cutlass.range(lane, count, WARP, unroll=1):
+        """Add this warp's parts; ``even`` and ``odd`` are the shares of parts in turn."""
+        mO, mReference, _ = parts
+        for i in cutlass.range(warp, count, self.warps // 2, unroll=_LOADS):
             place = first + i * stride
-            total += mTotal[place] * power_of_two(mReference[place] - largest)
-        total = cute.arch.warp_reduction_sum(total)
-        # A branch in which the token sees no key has no part with a reference.
-        if largest != NO_REFERENCE:
-            share = gate / total
-            for i in cutlass.range(warp, count, _WARPS, unroll=_LOADS):
-                place = first + i * stride
-                reference = mReference[place]
-                factor = share * power_of_two(reference - largest)
-                for j in cutlass.range_constexpr(self.head_dim_v // WARP):
-                    value = mO[place * self.head_dim_v + j * WARP + lane]
-                    # The output of a part without keys was not written.
-                    value = value * factor if reference != NO_REFERENCE else Float32(0.0)
-                    acc[j] = acc[j] + value
+            reference = mReference[place]
+            largest = even[0] if i % 2 == 0 else odd[0]
+            share = even[1] if i % 2 == 0 else odd[1]
+            factor = share * power_of_two(reference - largest)
+            for j in cutlass.range_constexpr(self.head_dim_v // WARP):
+                value = mO[place * self.head_dim_v + j * WARP + lane]
+                # The output of a part without keys was not written.
+                value = value * factor if reference != NO_REFERENCE else Float32(0.0)
+                acc[j] = acc[j] + value
 
 
 @kept
 def compile_decode_combine(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, form: str, packed: bool
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, form: str, packed: bool, warps: int
 ) -> Callable:
     """The compiled kernel of these forms."""
 
@@ -198,7 +227,7 @@ def compile_decode_combine(
 
     vector = CUTE_DTYPES[dtype]
     return compile_kernel(
-        DecodeCombine(head_dim, head_dim_v, form),
+        DecodeCombine(head_dim, head_dim_v, form, warps),
         _Tensors(
             *(integers(packed), integers(), integers()),
             *(*parts(), *parts()),
@@ -213,8 +242,8 @@ def compile_decode_combine(
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
-    forms = [(dtype, 128, 128, form, False) for dtype in (torch.bfloat16,) for form in FORMS]
-    forms += [(torch.float16, dim, dim, "weight", True) for dim in (64, 96, 256)]
+    forms = [(torch.bfloat16, 128, 128, form, False, 2) for form in FORMS]
+    forms += [(torch.float16, dim, dim, "weight", True, 8) for dim in (64, 96, 256)]
     for form in forms:
         name = "-".join(map(str, form)).replace("torch.", "")
         yield f"decode-combine-{name}", functools.partial(compile_decode_combine, *form)
@@ -237,7 +266,8 @@ def decode_combine(
     form = "gates" if gates is not None else "weight" if weight is not None else "mean"
     out = q.new_empty((*q.shape[:2], head_dim_v))
     flat_q, q_stride = flat_rows(q) if form == "weight" else (None, 0)
-    compile_decode_combine(q.dtype, head_dim, head_dim_v, form, cu_seqlens is not None)(
+    warps = 2 if q.shape[0] * q.shape[1] > _MANY_ROWS else 8
+    compile_decode_combine(q.dtype, head_dim, head_dim_v, form, cu_seqlens is not None, warps)(
         _Tensors(
             *(cu_seqlens, schedule.ends, schedule.tiles),
             *(x.view(-1) for x in (*compressed, *others)),

@@ -33,11 +33,13 @@ from nsa.fused.hardware import LOG2_E, QUAD, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_tiles import (
     MMA_ROWS,
+    PDL,
     PagedTensors,
     TileAttention,
     fake_pages,
     make_attention,
     page_arguments,
+    wait_for_previous,
 )
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat_rows
@@ -96,6 +98,7 @@ class DecodeCompressed:
             grid=[sizes.ctas, 1, 1],
             block=[attention.threads, 1, 1],
             stream=stream,
+            use_pdl=PDL,
             min_blocks_per_mp=attention.ctas,
             preferred_smem_carveout=100,
         )
@@ -110,6 +113,7 @@ class DecodeCompressed:
         mma: cute.TiledMma,
         layouts: tuple[cute.ComposedLayout, ...],
     ):
+        wait_for_previous()
         attention = self.attention
         bidx, _, _ = cute.arch.block_idx()
         smem = cutlass.utils.SmemAllocator()

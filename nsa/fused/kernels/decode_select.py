@@ -1,7 +1,10 @@
 """Decoding's selection: the best blocks of each new token, from the compressed branch's records.
 
-A CTA selects for one token and KV head. It first adds up the sums of its heads over all parts. Each
-warp then scores blocks, one a lane, and keeps its best ones; the warps' lists are merged in pairs.
+A CTA selects for one token and KV head. It first adds up the sums of its heads over all parts. Then
+it scores 1024 blocks at a time, one a thread. The n-th largest of the warps' best scores is a bar
+that n blocks reach at least; those that do, and are better than the n best so far, are few. They go
+to shared memory, from where one warp merges them into the best.
+
 A block's score adds the heads in order, and each head's terms are scaled by powers of two and one
 common factor, so equal keys score equally wherever they lie.
 """
@@ -29,13 +32,19 @@ from nsa.fused.hardware import WARP
 from nsa.fused.kernel_inputs import MAX_GROUP
 from nsa.fused.kernels.best_blocks import FORCED, NO_RANK, BestBlocks, rank_of
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_tiles import power_of_two, unit_parts
-from nsa.fused.kernels.hopper import mlir_namedtuple
+from nsa.fused.kernels.decode_tiles import (
+    PDL,
+    power_of_two,
+    unit_parts,
+    wait_for_previous,
+)
+from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
 from nsa.fused.kernels.vectors import fake_flat
 
-_WARPS = 8
-# Heads whose records a lane loads together.
-_HEADS = 4
+_WARPS = 32
+_THREADS = _WARPS * WARP
+# Heads whose records a thread loads together.
+_HEADS = 8
 
 
 @mlir_namedtuple
@@ -80,12 +89,14 @@ class DecodeSelect:
     def __call__(self, tensors: _Tensors, sizes: _Sizes, stream):
         self.kernel(tensors, sizes).launch(
             grid=[sizes.batch * sizes.tokens * sizes.kv_heads, 1, 1],
-            block=[_WARPS * WARP, 1, 1],
+            block=[_THREADS, 1, 1],
             stream=stream,
+            use_pdl=PDL,
         )
 
     @cute.kernel
     def kernel(self, tensors: _Tensors, sizes: _Sizes):
+        wait_for_previous()
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
@@ -99,10 +110,10 @@ class DecodeSelect:
         smem = cutlass.utils.SmemAllocator()
         sReference = smem.allocate_tensor(Int32, cute.make_layout(MAX_GROUP), 16)
         sInverse = smem.allocate_tensor(Float32, cute.make_layout(MAX_GROUP), 16)
-        width = const_expr(self.best.registers * WARP)
-        sBest = smem.allocate_tensor(
-            Int64, cute.make_layout((_WARPS, width), stride=(width, 1)), 16
-        )
+        sBest = smem.allocate_tensor(Int32, cute.make_layout(_WARPS), 16)
+        sBar = smem.allocate_tensor(Int64, cute.make_layout(1), 16)
+        sCount = smem.allocate_tensor(Int32, cute.make_layout(_WARPS), 16)
+        sWaiting = smem.allocate_tensor(Int64, cute.make_layout(_THREADS), 16)
         if token < new:
             position = tensors.starts[sequence] + token
             position = cutlass.min(position, tensors.ends[sequence] - 1)
@@ -117,19 +128,10 @@ class DecodeSelect:
             )  # fmt: skip
             cute.arch.barrier()
             record_row = Int64(sequence * sequence_units + unit) * rows + first_row
-            rBest = self._best_of_warp(
-                tensors, sizes, sReference, sInverse, record_row, position, warp, lane
-            )
-            step = _WARPS // 2
-            while const_expr(step > 0):
-                for r in cutlass.range_constexpr(self.best.registers):
-                    sBest[warp, r * WARP + lane] = rBest[r]
-                cute.arch.barrier()
-                if warp < step:
-                    for r in cutlass.range_constexpr(self.best.registers):
-                        self.best.merge(rBest, sBest[warp + step, r * WARP + lane], lane)
-                cute.arch.barrier()
-                step //= 2
+            rBest = self._best_blocks(
+                tensors, sizes, (sReference, sInverse), (sBest, sBar, sCount, sWaiting),
+                record_row, position, warp, lane,
+            )  # fmt: skip
             if warp == 0:
                 out_row = Int64(row0 + token) * sizes.kv_heads + kv_head
                 self.best.write(rBest, tensors.out, out_row * self.best.count, lane)
@@ -143,25 +145,27 @@ class DecodeSelect:
         slot, count = parts
         for head in cutlass.range(warp, sizes.group, _WARPS, unroll=1):
             place = Int64(slot) * rows + first_row + head
-            largest = Int32(NO_REFERENCE)
-            for i in cutlass.range(lane, count, WARP, unroll=1):
-                largest = cutlass.max(largest, tensors.reference[place + Int64(i) * rows])
-            largest = cute.arch.warp_redux_sync(largest, "max")
-            total = Float32(0.0)
-            for i in cutlass.range(lane, count, WARP, unroll=1):
-                part = place + Int64(i) * rows
-                total += tensors.total[part] * power_of_two(tensors.reference[part] - largest)
-            total = cute.arch.warp_reduction_sum(total)
+            largest, total = Int32(NO_REFERENCE), Float32(0.0)
+            for i in cutlass.range(lane, count, WARP, unroll=2):
+                reference = tensors.reference[place + Int64(i) * rows]
+                part = tensors.total[place + Int64(i) * rows]
+                higher = cutlass.max(largest, reference)
+                total = total * power_of_two(largest - higher)
+                total += part * power_of_two(reference - higher)
+                largest = higher
+            highest = cute.arch.warp_redux_sync(largest, "max")
+            total = cute.arch.warp_reduction_sum(total * power_of_two(largest - highest))
             if lane == 0:
-                sReference[head] = largest
+                sReference[head] = highest
                 sInverse[head] = 1.0 / total if total != 0.0 else Float32(0.0)
 
     @cute.jit
-    def _best_of_warp(
-        self, tensors: _Tensors, sizes: _Sizes, sReference: cute.Tensor, sInverse: cute.Tensor,
-        record_row: Int64, position: Int32, warp: Int32, lane: Int32,
+    def _best_blocks(
+        self, tensors: _Tensors, sizes: _Sizes, sums, shared, record_row: Int64,
+        position: Int32, warp: Int32, lane: Int32,
     ) -> cute.Tensor:  # fmt: skip
-        """The best of the forced blocks, which the first warp has, and of this warp's blocks."""
+        """The best blocks, in the registers of the first warp."""
+        sBest, sBar, sCount, sWaiting = shared
         own = position // self.rule.select_size
         initial_end = cutlass.min(sizes.num_initial, own + 1)
         local_begin = cutlass.max(own + 1 - sizes.num_local, initial_end)
@@ -170,23 +174,67 @@ class DecodeSelect:
         for r in cutlass.range_constexpr(self.best.registers):
             slot = r * WARP + lane
             block = slot if slot < initial_end else local_begin + slot - initial_end
-            forced = warp == 0 and slot < num_forced
-            rBest[r] = Int64(FORCED) - block if forced else Int64(NO_RANK)
-        bar = Int64(NO_RANK)
+            rBest[r] = Int64(FORCED) - block if slot < num_forced else Int64(NO_RANK)
+        free_slots = self.best.count - num_forced
         seen = (position + 1) // self.rule.stride
-        for begin in cutlass.range(warp * WARP, own + 1, _WARPS * WARP, unroll=1):
-            block = begin + lane
-            score = self._score(
-                tensors, sizes, sReference, sInverse, record_row, cutlass.min(block, own), seen
-            )
-            rank = rank_of(score, block)
-            free = block >= initial_end and block < local_begin
+        bar = Int64(NO_RANK)
+        blocks = own + 1 if free_slots > 0 else Int32(0)
+        # All warps have some of few blocks, so that there are enough best scores for the bar.
+        width = cutlass.min(cute.ceil_div(blocks, _WARPS), WARP)
+        for begin in cutlass.range(0, blocks, _THREADS, unroll=1):
+            block = begin + warp * width + lane
+            score = self._score(tensors, sizes, *sums, record_row, cutlass.min(block, own), seen)
+            free = block >= initial_end and block < local_begin and lane < width
             # A score that is not equal to itself is NaN.
-            rank = rank if free and score == score else Int64(NO_RANK)
-            if cute.arch.vote_any_sync(rank > bar):
-                self.best.merge(rBest, rank, lane)
-                bar, _ = self.best.bar(rBest)
+            free = free and score == score
+            rank = rank_of(score, block) if free else Int64(NO_RANK)
+            # Scores are not negative, so their bits are in their order.
+            bits = score.bitcast(Int32) if free else Int32(-1)
+            best = cute.arch.warp_redux_sync(bits, "max")
+            if lane == 0:
+                sBest[warp] = best
+            cute.arch.barrier()
+            # As many blocks as there are free slots score this, or it is below all.
+            reached = self._nth_best(sBest[lane], free_slots, lane)
+            wanted = rank > bar and bits >= reached and free
+            ballot = cute.arch.vote_ballot_sync(wanted)
+            if lane == 0:
+                sCount[warp] = cute.arch.popc(ballot)
+            cute.arch.barrier()
+            counts = sCount[lane]
+            ends = warp_prefix_sum(counts, lane)
+            start = cute.arch.shuffle_sync(ends - counts, warp)
+            if wanted:
+                before = ballot & ((Int32(1) << lane) - 1)
+                sWaiting[start + cute.arch.popc(before)] = rank
+            cute.arch.barrier()
+            if warp == 0:
+                waiting = cute.arch.shuffle_sync(ends, WARP - 1)
+                for first in cutlass.range(0, waiting, WARP, unroll=1):
+                    place = first + lane
+                    rank = sWaiting[cutlass.min(place, waiting - 1)]
+                    rank = rank if place < waiting else Int64(NO_RANK)
+                    self.best.merge(rBest, rank, lane)
+                last, _ = self.best.bar(rBest)
+                if lane == 0:
+                    sBar[0] = last
+            cute.arch.barrier()
+            bar = sBar[0]
         return rBest
+
+    @cute.jit
+    def _nth_best(self, bits: Int32, nth: Int32, lane: Int32) -> Int32:
+        """The ``nth`` largest of the lanes' ``bits``; -1 if there are fewer lanes."""
+        smaller = Int32(0)
+        for other in cutlass.range_constexpr(WARP):
+            value = cute.arch.shuffle_sync(bits, other)
+            # Equal ones are in the order of lanes.
+            ahead = value > bits or (value == bits and other < lane)
+            smaller += Int32(1) if ahead else Int32(0)
+        found = cute.arch.vote_ballot_sync(smaller == nth - 1)
+        source = cute.arch.popc((found & -found) - 1)
+        value = cute.arch.shuffle_sync(bits, source % WARP)
+        return value if nth <= WARP else Int32(-1)
 
     @cute.jit
     def _score(

@@ -46,6 +46,9 @@ from nsa.fused.kernels.vectors import CUTE_DTYPES, VECTOR, fake_flat, is_aligned
 MMA_ROWS = 16
 """Query rows of an mma.sync, and keys that a warp takes together."""
 
+PDL = True
+"""Whether a kernel of a step may start before the one before it has ended, to hide the launch."""
+
 # 1.5 * 2^23: a float32 of moderate size added to it is rounded to an integer.
 _ROUNDER = 12582912.0
 _ROUNDER_BITS = 0x4B400000
@@ -375,6 +378,18 @@ def make_attention(
     dtype: torch.dtype, head_dim: int, head_dim_v: int, row_groups: int
 ) -> TileAttention:
     return TileAttention(CUTE_DTYPES[dtype], head_dim, head_dim_v, row_groups)
+
+
+@cute.jit
+def wait_for_previous():
+    """Wait until all that the kernels before this one wrote is there, then let the next one start.
+
+    Each kernel of a step begins with this, in all of its CTAs. So a kernel that starts early still
+    waits for all before it, not only for the one that let it start.
+    """
+    if const_expr(PDL):
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
 
 
 @cute.jit
