@@ -1,12 +1,9 @@
 """Decoding's selection: the best blocks of each new token, from the compressed branch's records.
 
 A CTA selects for one token and KV head. It first adds up the sums of its heads over all parts. Then
-it scores 1024 blocks at a time, one a thread. The n-th largest of the warps' best scores is a bar
-that n blocks reach at least; those that do, and are better than the n best so far, are few. They go
-to shared memory, from where one warp merges them into the best.
-
-A block's score adds the heads in order, and each head's terms are scaled by powers of two and one
-common factor, so equal keys score equally wherever they lie.
+it scores blocks and finds the best (:mod:`nsa.fused.kernels.decode_best`). A block's score adds the
+heads in order, and each head's terms are scaled by powers of two and one common factor, so equal
+keys score equally wherever they lie.
 """
 
 import functools
@@ -30,19 +27,17 @@ from nsa.fused.decode_inputs import (
 )
 from nsa.fused.hardware import WARP
 from nsa.fused.kernel_inputs import MAX_GROUP
-from nsa.fused.kernels.best_blocks import FORCED, NO_RANK, BestBlocks, rank_of
 from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.decode_best import THREADS, WARPS, BestOfCta
 from nsa.fused.kernels.decode_tiles import (
     PDL,
     power_of_two,
     unit_parts,
     wait_for_previous,
 )
-from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
+from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import fake_flat
 
-_WARPS = 32
-_THREADS = _WARPS * WARP
 # Heads whose records a thread loads together.
 _HEADS = 8
 
@@ -83,13 +78,13 @@ class DecodeSelect:
 
     def __init__(self, rule: DecodeRule, count: int):
         self.rule = rule
-        self.best = BestBlocks(count)
+        self.best = BestOfCta(count)
 
     @cute.jit
     def __call__(self, tensors: _Tensors, sizes: _Sizes, stream):
         self.kernel(tensors, sizes).launch(
             grid=[sizes.batch * sizes.tokens * sizes.kv_heads, 1, 1],
-            block=[_THREADS, 1, 1],
+            block=[THREADS, 1, 1],
             stream=stream,
             use_pdl=PDL,
         )
@@ -110,10 +105,7 @@ class DecodeSelect:
         smem = cutlass.utils.SmemAllocator()
         sReference = smem.allocate_tensor(Int32, cute.make_layout(MAX_GROUP), 16)
         sInverse = smem.allocate_tensor(Float32, cute.make_layout(MAX_GROUP), 16)
-        sBest = smem.allocate_tensor(Int32, cute.make_layout(_WARPS), 16)
-        sBar = smem.allocate_tensor(Int64, cute.make_layout(1), 16)
-        sCount = smem.allocate_tensor(Int32, cute.make_layout(_WARPS), 16)
-        sWaiting = smem.allocate_tensor(Int64, cute.make_layout(_THREADS), 16)
+        shared = self.best.allocate(smem)
         if token < new:
             position = tensors.starts[sequence] + token
             position = cutlass.min(position, tensors.ends[sequence] - 1)
@@ -128,10 +120,14 @@ class DecodeSelect:
             )  # fmt: skip
             cute.arch.barrier()
             record_row = Int64(sequence * sequence_units + unit) * rows + first_row
-            rBest = self._best_blocks(
-                tensors, sizes, (sReference, sInverse), (sBest, sBar, sCount, sWaiting),
-                record_row, position, warp, lane,
+            score_of = functools.partial(
+                self._score, tensors, sizes, sReference, sInverse, record_row,
+                (position + 1) // self.rule.stride,
             )  # fmt: skip
+            own = position // self.rule.select_size
+            rBest = self.best.find(
+                shared, score_of, own, sizes.num_initial, sizes.num_local, own + 1
+            )
             if warp == 0:
                 out_row = Int64(row0 + token) * sizes.kv_heads + kv_head
                 self.best.write(rBest, tensors.out, out_row * self.best.count, lane)
@@ -143,7 +139,7 @@ class DecodeSelect:
     ):  # fmt: skip
         """Largest reference of each head, and the inverse of its sum of exponentials."""
         slot, count = parts
-        for head in cutlass.range(warp, sizes.group, _WARPS, unroll=1):
+        for head in cutlass.range(warp, sizes.group, WARPS, unroll=1):
             place = Int64(slot) * rows + first_row + head
             largest, total = Int32(NO_REFERENCE), Float32(0.0)
             for i in cutlass.range(lane, count, WARP, unroll=2):
@@ -160,86 +156,9 @@ class DecodeSelect:
                 sInverse[head] = 1.0 / total if total != 0.0 else Float32(0.0)
 
     @cute.jit
-    def _best_blocks(
-        self, tensors: _Tensors, sizes: _Sizes, sums, shared, record_row: Int64,
-        position: Int32, warp: Int32, lane: Int32,
-    ) -> cute.Tensor:  # fmt: skip
-        """The best blocks, in the registers of the first warp."""
-        sBest, sBar, sCount, sWaiting = shared
-        own = position // self.rule.select_size
-        initial_end = cutlass.min(sizes.num_initial, own + 1)
-        local_begin = cutlass.max(own + 1 - sizes.num_local, initial_end)
-        num_forced = initial_end + own + 1 - local_begin
-        rBest = cute.make_rmem_tensor(self.best.registers, Int64)
-        for r in cutlass.range_constexpr(self.best.registers):
-            slot = r * WARP + lane
-            block = slot if slot < initial_end else local_begin + slot - initial_end
-            rBest[r] = Int64(FORCED) - block if slot < num_forced else Int64(NO_RANK)
-        free_slots = self.best.count - num_forced
-        seen = (position + 1) // self.rule.stride
-        bar = Int64(NO_RANK)
-        blocks = own + 1 if free_slots > 0 else Int32(0)
-        # All warps have some of few blocks, so that there are enough best scores for the bar.
-        width = cutlass.min(cute.ceil_div(blocks, _WARPS), WARP)
-        for begin in cutlass.range(0, blocks, _THREADS, unroll=1):
-            block = begin + warp * width + lane
-            score = self._score(tensors, sizes, *sums, record_row, cutlass.min(block, own), seen)
-            free = block >= initial_end and block < local_begin and lane < width
-            # A score that is not equal to itself is NaN.
-            free = free and score == score
-            rank = rank_of(score, block) if free else Int64(NO_RANK)
-            # Scores are not negative, so their bits are in their order.
-            bits = score.bitcast(Int32) if free else Int32(-1)
-            best = cute.arch.warp_redux_sync(bits, "max")
-            if lane == 0:
-                sBest[warp] = best
-            cute.arch.barrier()
-            # As many blocks as there are free slots score this, or it is below all.
-            reached = self._nth_best(sBest[lane], free_slots, lane)
-            wanted = rank > bar and bits >= reached and free
-            ballot = cute.arch.vote_ballot_sync(wanted)
-            if lane == 0:
-                sCount[warp] = cute.arch.popc(ballot)
-            cute.arch.barrier()
-            counts = sCount[lane]
-            ends = warp_prefix_sum(counts, lane)
-            start = cute.arch.shuffle_sync(ends - counts, warp)
-            if wanted:
-                before = ballot & ((Int32(1) << lane) - 1)
-                sWaiting[start + cute.arch.popc(before)] = rank
-            cute.arch.barrier()
-            if warp == 0:
-                waiting = cute.arch.shuffle_sync(ends, WARP - 1)
-                for first in cutlass.range(0, waiting, WARP, unroll=1):
-                    place = first + lane
-                    rank = sWaiting[cutlass.min(place, waiting - 1)]
-                    rank = rank if place < waiting else Int64(NO_RANK)
-                    self.best.merge(rBest, rank, lane)
-                last, _ = self.best.bar(rBest)
-                if lane == 0:
-                    sBar[0] = last
-            cute.arch.barrier()
-            bar = sBar[0]
-        return rBest
-
-    @cute.jit
-    def _nth_best(self, bits: Int32, nth: Int32, lane: Int32) -> Int32:
-        """The ``nth`` largest of the lanes' ``bits``; -1 if there are fewer lanes."""
-        smaller = Int32(0)
-        for other in cutlass.range_constexpr(WARP):
-            value = cute.arch.shuffle_sync(bits, other)
-            # Equal ones are in the order of lanes.
-            ahead = value > bits or (value == bits and other < lane)
-            smaller += Int32(1) if ahead else Int32(0)
-        found = cute.arch.vote_ballot_sync(smaller == nth - 1)
-        source = cute.arch.popc((found & -found) - 1)
-        value = cute.arch.shuffle_sync(bits, source % WARP)
-        return value if nth <= WARP else Int32(-1)
-
-    @cute.jit
     def _score(
         self, tensors: _Tensors, sizes: _Sizes, sReference: cute.Tensor, sInverse: cute.Tensor,
-        record_row: Int64, block: Int32, seen: Int32,
+        record_row: Int64, seen: Int32, block: Int32,
     ) -> Float32:  # fmt: skip
         """The score of a block, of which the token sees the slots below ``seen``."""
         rule = self.rule
