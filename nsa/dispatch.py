@@ -145,7 +145,9 @@ def forward(
         cache=cache,
         max_workspace_bytes=max_workspace_bytes,
     )
-    limit = _limit_of_forward(call, cache) if _check_backend(backend) != "reference" else None
+    limit = None
+    if _check_backend(backend) != "reference":
+        limit = _limit_of_forward(call, cache, block_indices is not None)
     module = _backend_module(backend, limit, call.q)
     return module.forward(
         call.q,
@@ -286,7 +288,7 @@ def explain_backend(
         cache=cache,
         max_workspace_bytes=max_workspace_bytes,
     )
-    limit = _limit_of_forward(call, cache)
+    limit = _limit_of_forward(call, cache, block_indices is not None)
     name = _choose(_check_backend(backend), limit)
     return f"backend: {name or 'none'} ({_describe_limit(limit)})"
 
@@ -383,12 +385,15 @@ def _check_backend(backend) -> str:
     return backend
 
 
-def _limit_of_forward(call: _Call, cache: Cache | None) -> str | None:
-    """Why the fused backend cannot do this, with the remedy; None if it can."""
+def _limit_of_forward(call: _Call, cache: Cache | None, given: bool) -> str | None:
+    """Why the fused backend cannot do this, with the remedy; None if it can.
+
+    ``given`` is whether the caller gives ``block_indices``.
+    """
     from nsa.fused.constraints import decoding_limit, unsupported_reason
 
     if cache is not None:
-        return decoding_limit(call.q, cache, call.boundaries)
+        return decoding_limit(call.q, cache, call.boundaries, given)
     return unsupported_reason(call.q, call.v[0], call.config)
 
 

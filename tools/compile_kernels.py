@@ -68,6 +68,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
             decode_combine,
             decode_compressed,
             decode_select,
+            decode_tile_select,
             float_sums,
             importance,
             inverted_index,
@@ -80,7 +81,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         by_dtype += [importance, selected_forward, selected_band]
         by_dtype += [selected_backward, listed_backward, float_sums]
         others += [inverted_index, decode_append, decode_compressed, decode_select]
-        others += [decode_attend, decode_combine]
+        others += [decode_tile_select, decode_attend, decode_combine]
     for kernels in by_dtype:
         for dtype in ("bfloat16", "float16"):
             forms = [run for name, run in kernels.compile_cases() if f"-{dtype}" in name]

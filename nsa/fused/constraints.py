@@ -56,10 +56,15 @@ def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
     )
 
 
-def decoding_limit(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> str | None:
-    """The first limit that a call with a cache exceeds, or None."""
+def decoding_limit(
+    q: Tensor, cache: Cache, boundaries: Boundaries | None, given: bool
+) -> str | None:
+    """The first limit that a call with a cache exceeds, or None.
+
+    ``given`` is whether the caller gives ``block_indices``.
+    """
     return (
-        decoding.unsupported_reason(q, cache, boundaries)
+        decoding.unsupported_reason(q, cache, boundaries, given)
         or _tensor_limit(q, cache.v_pages)
         or _device_limit(q)
         or fa4.version_problem()

@@ -15,7 +15,16 @@ from types import ModuleType
 
 from torch import Tensor
 
-from nsa.fused.decode_inputs import DecodeRule, DecodeShape, Parts, Pool, Records, Schedule
+from nsa.fused.decode_inputs import (
+    DecodeRule,
+    DecodeShape,
+    Parts,
+    Pool,
+    Records,
+    Schedule,
+    TileLists,
+    TileRule,
+)
 
 
 @cache
@@ -101,13 +110,49 @@ def decode_select(
     _kernels("decode_select").decode_select(**locals())
 
 
+def decode_tile_select(
+    q: Tensor,
+    pool: Pool,
+    table: Tensor,
+    schedule: Schedule,
+    cu_seqlens: Tensor | None,
+    shape: DecodeShape,
+    rule: TileRule,
+    scale: float,
+    tile_size: int,
+    lists: Tensor,
+    count: int,
+    limit: int,
+    num_initial: int,
+    num_local: int,
+) -> None:
+    """Tile mode: write the lists of the tiles that begin in the step, at most one of a sequence.
+
+    A block scores the largest ``scale * q . k_cmp`` of its compressed blocks that are complete by
+    the tile's first query, ``q`` being that query. Forced blocks are those up to the tile's end,
+    also where the sequence does not reach it.
+
+    Args:
+        q: ``(T, H, D)``. A slice of heads is read where it is.
+        pool: pages of compressed blocks; ``l = d``.
+        scale: positive.
+        tile_size: queries of a tile, at least the new tokens of a sequence.
+        lists: int32 ``(B, tile_slots, H, width)``, contiguous; tile ``u`` is at slot
+            ``u % tile_slots``. Ascending, -1 at the end.
+        count: blocks that are taken, forced ones included, up to ``MAX_LISTED``.
+        limit: forced blocks from this one on are taken, but not listed.
+        num_initial, num_local: forced blocks.
+    """
+    _kernels("decode_tile_select").decode_tile_select(**locals())
+
+
 def decode_attend(
     q: Tensor,
     pool: Pool,
     table: Tensor,
     schedule: Schedule,
     cu_seqlens: Tensor | None,
-    block_indices: Tensor,
+    block_indices: Tensor | TileLists,
     shape: DecodeShape,
     select_size: int,
     window: int,
@@ -120,15 +165,16 @@ def decode_attend(
         q: ``(T, H, D)``. A slice of heads is read where it is.
         pool: pages of tokens.
         block_indices: int32 ``(T, H_kv, n)``, ascending, -1 in empty slots at the end; ``n`` up to
-            ``MAX_LISTED``. Keys after the token are left out.
+            ``MAX_LISTED``. Keys after the token are left out. In tile mode the lists of tiles.
         select_size: tokens of a block, 32 or 64 or 128.
         window: keys of the window, the token's own included.
-        splits: parts of a token and KV head.
+        splits: parts of a list.
 
     Returns:
         Parts of ``T * H_kv * splits * 2`` slots: split ``s`` of branch ``i`` (0 selected, 1 window)
         of a token and KV head is in slot ``((token * H_kv + kv_head) * splits + s) * 2 + i``. The
-        rows are the heads of the group. A part without keys has ``NO_REFERENCE`` and a total of 0,
+        rows are the heads of the group. In tile mode the same for query heads, with one row each.
+        A part without keys has ``NO_REFERENCE`` and a total of 0,
         and its output is not written.
     """
     return _kernels("decode_attend").decode_attend(**locals())
@@ -145,8 +191,12 @@ def decode_combine(
     shape: DecodeShape,
     splits: int,
     lengths: Tensor,
+    floors: Tensor | None,
+    lists: TileLists | None,
 ) -> Tensor:
     """``g0 * o_cmp + g1 * o_slc + g2 * o_win`` of the parts; sets ``lengths`` to ``ends``.
+
+    In tile mode ``floors`` rise to the first tile of which there is a list.
 
     Args:
         compressed: of :func:`decode_compressed`.
@@ -155,6 +205,9 @@ def decode_combine(
         gates: ``(T, H, 3)`` or None.
         weight: ``(H, 3, D)`` or None: ``g_i = sigmoid(<q, weight[h, i]>)``. With neither gates nor
             weight each gate is 1/3.
+        floors: int32 ``(B,)``, the shortest lengths that :meth:`nsa.Cache.truncate` can go back to;
+            used in tile mode.
+        lists: those of :func:`decode_attend` in tile mode, else None.
 
     Returns:
         ``(T, H, Dv)`` in the dtype of ``q``.

@@ -79,6 +79,35 @@ class DecodeRule(NamedTuple):
         return SLOT_GROUP // self.per_select
 
 
+class TileRule(NamedTuple):
+    """The part of the configuration that the selection of tile mode is compiled for.
+
+    Args:
+        compress_size: tokens of a compressed block.
+        select_size: tokens of a selection block.
+    """
+
+    compress_size: int
+    select_size: int
+
+    @property
+    def per_select(self) -> int:
+        """Compressed blocks of a selection block."""
+        return self.select_size // self.compress_size
+
+
+class TileLists(NamedTuple):
+    """Where tile mode's lists lie: tile ``u`` of a sequence at slot ``u % tile_slots``.
+
+    Args:
+        blocks: int32 ``(B, tile_slots, H, n)``, contiguous.
+        tile_size: queries of a tile.
+    """
+
+    blocks: Tensor
+    tile_size: int
+
+
 class DecodeShape(NamedTuple):
     """Sizes of a call, none of which depends on lengths.
 

@@ -9,9 +9,11 @@ import functools
 import torch
 from torch import Tensor
 
+from nsa.blocks import num_selection_blocks
 from nsa.cache import Cache
 from nsa.cache.append import append, compress_candidates
 from nsa.cache.context import locate_in_cache
+from nsa.config import NSAConfig
 from nsa.fused import decode_calls
 from nsa.fused.decode_inputs import (
     MAX_LISTED,
@@ -22,6 +24,8 @@ from nsa.fused.decode_inputs import (
     DecodeShape,
     Pool,
     Schedule,
+    TileLists,
+    TileRule,
     fits_shared_memory,
     resident_ctas,
 )
@@ -34,9 +38,14 @@ _SELECT_SIZES = (32, 64, 128)
 _USE_REFERENCE = "use backend='reference'"
 
 
-def unsupported_reason(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> str | None:
-    """Why the kernels cannot decode this, with the remedy; None if they can."""
-    config, rule = cache.config, DecodeRule.of(cache.config)
+def unsupported_reason(
+    q: Tensor, cache: Cache, boundaries: Boundaries | None, given: bool
+) -> str | None:
+    """Why the kernels cannot decode this, with the remedy; None if they can.
+
+    ``given`` is whether the caller gives ``block_indices``.
+    """
+    config = cache.config
     group = q.shape[-2] // cache.num_kv_heads
     tokens = _most_tokens(q, boundaries)
     if tokens is None:
@@ -49,8 +58,6 @@ def unsupported_reason(q: Tensor, cache: Cache, boundaries: Boundaries | None) -
             f"it needs at most {MAX_TOKENS} new tokens of a sequence with a cache, got {tokens}; "
             f"{_USE_REFERENCE}"
         )
-    if config.selection != "token":
-        return f"it needs selection='token' with a cache, got 'tile'; {_USE_REFERENCE}"
     if cache.separate_kv:
         return f"it needs a cache with separate_kv=False; {_USE_REFERENCE}"
     if group > MAX_GROUP:
@@ -62,13 +69,33 @@ def unsupported_reason(q: Tensor, cache: Cache, boundaries: Boundaries | None) -
             f"it needs num_selected_blocks of at most {MAX_LISTED} with a cache, got "
             f"{config.num_selected_blocks}; {_USE_REFERENCE}"
         )
+    return (
+        _token_limit(config) if config.selection == "token" else _tile_limit(config, given)
+    ) or (_size_limit(cache))
+
+
+def _token_limit(config: NSAConfig) -> str | None:
+    rule = DecodeRule.of(config)
     if SLOT_GROUP % rule.per_select or rule.carried > rule.per_select:
         return (
             f"it needs select_block_size to be 1, 2, 4, 8 or {SLOT_GROUP} strides and "
             "compress_block_size to be at most a stride longer with a cache, got "
             f"{rule.per_select} and {rule.carried + 1} strides; {_USE_REFERENCE}"
         )
-    return _size_limit(cache)
+    return None
+
+
+def _tile_limit(config: NSAConfig, given: bool) -> str | None:
+    if given:
+        return f"it needs to select blocks itself with selection='tile'; {_USE_REFERENCE}"
+    if config.num_cmp_selected_blocks is not None:
+        return f"it needs num_cmp_selected_blocks=None with a cache; {_USE_REFERENCE}"
+    if config.q_tile_size < MAX_TOKENS:
+        return (
+            f"it needs q_tile_size of at least {MAX_TOKENS} with a cache, got "
+            f"{config.q_tile_size}; {_USE_REFERENCE}"
+        )
+    return None
 
 
 def _size_limit(cache: Cache) -> str | None:
@@ -127,32 +154,44 @@ def forward(
         schedule = _append(
             q, (k_rows, v_rows), cache, weights, compressed_kv, boundaries, shape, rule
         )
-    scale = config.softmax_scale(q.shape[-1])
-    parts, records = decode_calls.decode_compressed(
-        rows, compressed, cache.page_table, schedule, cu_seqlens, shape, rule, scale,
-        block_indices is None,
-    )  # fmt: skip
-    if records is not None:
-        indices = torch.empty(
+    scale, tile_mode = config.softmax_scale(q.shape[-1]), config.selection == "tile"
+    selects = block_indices is None and not tile_mode
+    attended = rows, compressed, cache.page_table, schedule, cu_seqlens, shape
+    parts, records = decode_calls.decode_compressed(*attended, rule, scale, selects)
+    lists: Tensor | TileLists
+    if tile_mode:
+        cache.use_num_heads(q.shape[-2])
+        assert cache.block_lists is not None
+        lists = TileLists(cache.block_lists, config.q_tile_size)
+        decode_calls.decode_tile_select(
+            *attended, TileRule(config.compress_block_size, config.select_block_size), scale,
+            config.q_tile_size, cache.block_lists, config.num_selected_blocks,
+            num_selection_blocks(cache.max_length, config),
+            config.num_initial_blocks, config.num_local_blocks,
+        )  # fmt: skip
+    elif records is not None:
+        lists = torch.empty(
             rows.shape[0], shape.kv_heads, config.num_selected_blocks,
             dtype=torch.int32, device=q.device,
         )  # fmt: skip
         decode_calls.decode_select(
-            parts, records, schedule, cu_seqlens, shape, rule, indices,
+            parts, records, schedule, cu_seqlens, shape, rule, lists,
             config.num_initial_blocks, config.num_local_blocks,
         )  # fmt: skip
-    elif block_indices is not None:
-        indices = block_indices.flatten(0, -3)
+    else:
+        assert block_indices is not None
+        lists = block_indices.flatten(0, -3)
     splits = _choose_splits(cache, shape, rows.shape[0])
     others = decode_calls.decode_attend(
-        rows, Pool(cache.k_pages, cache.v_pages), cache.page_table, schedule, cu_seqlens, indices,
+        rows, Pool(cache.k_pages, cache.v_pages), cache.page_table, schedule, cu_seqlens, lists,
         shape, config.select_block_size, min(config.window_size, cache.max_length), scale, splits,
     )  # fmt: skip
     out = decode_calls.decode_combine(
         parts, others, schedule, cu_seqlens, rows,
         None if gates is None else gates.flatten(0, -3),
         gate_proj_weight if gates is None else None,
-        shape, splits, cache.lengths,
+        shape, splits, cache.lengths, cache.floors if tile_mode else None,
+        lists if isinstance(lists, TileLists) else None,
     )  # fmt: skip
     return out.unflatten(0, q.shape[:-2])
 
@@ -167,13 +206,15 @@ def _make_shape(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> Decod
 
 
 def _choose_splits(cache: Cache, shape: DecodeShape, tokens: int) -> int:
-    """CTAs of a token and KV head in the selected and window branch."""
+    """CTAs of a list in the selected and window branch."""
     config = cache.config
     keys = config.num_selected_blocks * config.select_block_size
     tiles = -(-keys // TILE_KEYS) + -(-min(config.window_size, cache.max_length) // TILE_KEYS)
-    row_groups = -(-shape.group // 16)
-    ctas = resident_ctas(cache.head_dim, cache.value_head_dim, row_groups) * _num_sms(cache.device)
-    return max(1, min(tiles, ctas // (tokens * shape.kv_heads)))
+    lists, rows = shape.kv_heads, shape.group
+    if config.selection == "tile":
+        lists, rows = lists * rows, 1
+    ctas = resident_ctas(cache.head_dim, cache.value_head_dim, -(-rows // 16))
+    return max(1, min(tiles, ctas * _num_sms(cache.device) // (tokens * lists)))
 
 
 @functools.cache

@@ -31,8 +31,8 @@ def decoded(monkeypatch):
 def test_steps_equal_the_whole(decoded):
     """Kernels decode what they can, the reference the rest; all in one cache."""
 
-    @settings(max_examples=examples(40), deadline=None)
-    @given(decodings(decodable(selection="token")))
+    @settings(max_examples=examples(60), deadline=None)
+    @given(decodings(decodable()))
     def check(case):
         assert_decodes(case, "auto")
 
@@ -108,7 +108,12 @@ def test_no_tokens():
 LIMITS = {
     "tokens": (dict(), (2, 9), "at most 8 new tokens"),
     "separate": (dict(separate_kv=True), (2, 1), "separate_kv=False"),
-    "tile": (dict(config=nsa.NSAConfig()), (2, 1), "selection='token'"),
+    "groups": (
+        dict(config=nsa.NSAConfig(num_cmp_selected_blocks=2)),
+        (2, 1),
+        "num_cmp_selected_blocks=None",
+    ),
+    "tile": (dict(config=nsa.NSAConfig(q_tile_size=4)), (2, 1), "q_tile_size of at least 8"),
     "strides": (
         dict(config=nsa.NSAConfig.paper(compress_stride=2, compress_block_size=32)),
         (2, 1),

@@ -25,6 +25,7 @@ FORMS = [
     (BF16, 256, 256, 4, 1, PAPER, "mean"),
     (FP16, 192, 128, 64, 2, PAPER, "weight"),
 ]
+TILE_FORM = (BF16, 128, 128, 8, 2, nsa.NSAConfig(num_local_blocks=1), "weight")
 
 
 def make_cache(lengths, room, form, seed=0) -> nsa.Cache:
@@ -127,6 +128,29 @@ def test_accuracy(form, lists):
     steps = [((batch, 1), None), ((batch, 8), None), ((batch, 3), None)]
     steps += [((10,), [1, 0, 8, 1, 0, 0]), ((6,), [1] * 6)]
     check_steps(cache, form, steps, lists)
+
+
+def test_accuracy_in_tile_mode():
+    """Tiles begin in some sequences, at some of the tokens."""
+    form = TILE_FORM
+    cache = make_cache([0, 256, 1024, 4096], 64, form)
+    references = [copied(cache, dtype) for dtype in (BF16, torch.float64)]
+    for i, tokens in enumerate((1, 3, 8, 1)):
+        if i == 2:
+            # To where the next call begins a tile, or the token after it.
+            ends = torch.tensor([250, 509, 1279, 4351], dtype=torch.int32, device="cuda")
+            for other in (cache, *references):
+                other.lengths.copy_(ends)
+        arguments = make_step((4, tokens), form, seed=i)
+        with poisoned_memory():
+            out = nsa.forward(**arguments, cache=cache, backend="fused")
+        expected = []
+        for other in references:
+            given = as_dtype(arguments, other.dtype)
+            expected.append(nsa.forward(**given, cache=other, backend="reference"))
+        assert torch.equal(cache.block_lists, references[1].block_lists)
+        assert torch.equal(cache.floors, references[1].floors)
+        assert_as_accurate(f"step {i}", out, *expected)
 
 
 @pytest.mark.parametrize("length", [0, 65536 - 500])

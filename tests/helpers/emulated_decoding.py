@@ -19,6 +19,7 @@ from nsa.fused.decode_inputs import (
     Parts,
     Records,
     Schedule,
+    TileLists,
     most_groups,
 )
 from nsa.precision import accumulation_dtype
@@ -27,6 +28,7 @@ NAMES = (
     "decode_append",
     "decode_compressed",
     "decode_select",
+    "decode_tile_select",
     "decode_attend",
     "decode_combine",
 )
@@ -223,47 +225,107 @@ def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.exp2(exponent.to(dtype))
 
 
+def decode_tile_select(
+    q, pool, table, schedule, cu_seqlens, shape, rule, scale, tile_size, lists, count, limit,
+    num_initial, num_local,
+) -> None:  # fmt: skip
+    assert num_initial + num_local <= count <= MAX_LISTED
+    assert tile_size >= shape.tokens
+    assert lists.dtype == torch.int32
+    assert lists.is_contiguous()
+    dtype = accumulation_dtype(q.dtype)
+    for sequence, row0, _ in _sequences(cu_seqlens, shape):
+        start, end = int(schedule.starts[sequence]), int(schedule.ends[sequence])
+        tile = -(-start // tile_size)
+        position = tile * tile_size
+        if position >= end:
+            continue
+        seen = (position + 1) // rule.compress_size
+        own = (position + tile_size - 1) // rule.select_size
+        keys = [pool.k[_place(table, pool.k, sequence, j)] for j in range(seen)]
+        for head in range(shape.kv_heads * shape.group):
+            query = q[row0 + position - start, head].to(dtype)
+            scores = query.new_full((own + 1 + seen,), -torch.inf)
+            for j, key in enumerate(keys):
+                score = scale * (key[head // shape.group].to(dtype) * query).sum()
+                block = j // rule.per_select
+                scores[block] = torch.maximum(scores[block], score)
+            block = torch.arange(len(scores))
+            scores[(block < num_initial) & (block <= own)] = torch.inf
+            scores[(block > own - num_local) & (block <= own)] = torch.inf
+            ranked = scores.sort(descending=True, stable=True)
+            taken = ranked.indices[:count][ranked.values[:count] > -torch.inf]
+            taken = taken[taken < limit].sort().values
+            row = lists[sequence, tile % lists.shape[1], head]
+            row.fill_(-1)
+            row[: len(taken)] = taken
+
+
 def decode_attend(
     q, pool, table, schedule, cu_seqlens, block_indices, shape, select_size, window, scale, splits
 ):
     dtype = accumulation_dtype(q.dtype)
+    tiles, share, group = None, 1, shape.group
+    if isinstance(block_indices, TileLists):
+        block_indices, tiles = block_indices
+        share, group = group, 1
+    num_lists = shape.kv_heads * share
     assert block_indices.dtype == torch.int32
-    assert block_indices.shape[:2] == (q.shape[0], shape.kv_heads)
-    slots = q.shape[0] * shape.kv_heads * splits * 2
-    parts = _empty_parts(slots, shape.group, pool.v.shape[-1], dtype, q.device)
+    assert block_indices.shape[-1] <= MAX_LISTED
+    slots = q.shape[0] * num_lists * splits * 2
+    parts = _empty_parts(slots, group, pool.v.shape[-1], dtype, q.device)
     for sequence, row0, new in _sequences(cu_seqlens, shape):
         for token in range(new):
             position = min(int(schedule.starts[sequence]) + token, int(schedule.ends[sequence]) - 1)
-            for kv_head in range(shape.kv_heads):
-                unit = (row0 + token) * shape.kv_heads + kv_head
-                blocks = [b for b in block_indices[row0 + token, kv_head].tolist() if b >= 0]
+            lists = block_indices[row0 + token] if tiles is None else None
+            if tiles is not None:
+                lists = block_indices[sequence, position // tiles % block_indices.shape[1]]
+            for index in range(num_lists):
+                blocks = [b for b in lists[index].tolist() if b >= 0]
                 starts = [block * select_size for block in blocks]
                 selected = [p for s in starts for p in range(s, s + select_size) if p <= position]
                 branches = (selected, range(max(0, position - window + 1), position + 1))
                 for branch, positions in enumerate(branches):
-                    cuts = sorted(torch.randint(len(positions) + 1, (splits - 1,)).tolist())
-                    for split, (low, high) in enumerate(
-                        zip([0, *cuts], [*cuts, len(positions)], strict=True)
-                    ):
-                        slot = (unit * splits + split) * 2 + branch
-                        places = [_place(table, pool.k, sequence, p) for p in positions[low:high]]
-                        for g in range(shape.group):
-                            query = q[row0 + token, kv_head * shape.group + g].to(dtype)
-                            if not places:
-                                parts.reference[slot, g] = NO_REFERENCE
-                                parts.total[slot, g] = 0
-                                continue
-                            keys, values = (
-                                torch.stack([x[place][kv_head] for place in places]).to(dtype)
-                                for x in pool
-                            )
-                            y = (keys @ query) * (scale / math.log(2))
-                            _store_part(parts, slot, g, y, values)
+                    unit = (row0 + token) * num_lists + index
+                    first = unit * splits * 2 + branch
+                    rows = q[row0 + token, index * group : (index + 1) * group].to(dtype)
+                    places = [_place(table, pool.k, sequence, p) for p in positions]
+                    _attend_in_parts(
+                        parts, first, splits, rows, pool, places, index // share, scale
+                    )
     return parts
 
 
+def _attend_in_parts(parts, first, splits, rows, pool, places, kv_head, scale):
+    """Attention of the rows of a list to keys, cut anywhere."""
+    cuts = sorted(torch.randint(len(places) + 1, (splits - 1,)).tolist())
+    for split, (low, high) in enumerate(zip([0, *cuts], [*cuts, len(places)], strict=True)):
+        slot = first + 2 * split
+        if low == high:
+            parts.reference[slot] = NO_REFERENCE
+            parts.total[slot] = 0
+            continue
+        keys, values = (
+            torch.stack([x[place][kv_head] for place in places[low:high]]).to(rows.dtype)
+            for x in pool
+        )
+        for g, row in enumerate(rows):
+            _store_part(parts, slot, g, (keys @ row) * (scale / math.log(2)), values)
+
+
 def decode_combine(
-    compressed, others, schedule, cu_seqlens, q, gates, weight, shape, splits, lengths
+    compressed,
+    others,
+    schedule,
+    cu_seqlens,
+    q,
+    gates,
+    weight,
+    shape,
+    splits,
+    lengths,
+    floors,
+    lists,
 ):
     dim_v = others.out.shape[-1]
     out = _nans((*q.shape[:2], dim_v), q.dtype, q.device)
@@ -276,6 +338,8 @@ def decode_combine(
                 row = token % shape.unit_tokens * shape.group + g
                 branches = [_merge(compressed, slots, row)]
                 first = ((row0 + token) * shape.kv_heads + kv_head) * splits * 2
+                if lists is not None:
+                    first, g = ((row0 + token) * q.shape[1] + head) * splits * 2, 0
                 for branch in range(2):
                     slots = range(first + branch, first + splits * 2, 2)
                     branches.append(_merge(others, slots, g))
@@ -283,6 +347,10 @@ def decode_combine(
                 result = sum(x * y for x, y in zip(gate, branches, strict=True))
                 out[row0 + token, head] = result.to(q.dtype)
     lengths.copy_(schedule.ends)
+    if lists is not None:
+        tile = (schedule.ends - 1).div(lists.tile_size, rounding_mode="floor")
+        oldest = (tile - (lists.blocks.shape[1] - 1)) * lists.tile_size
+        floors.copy_(torch.maximum(floors, oldest))
     return out
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from nsa.fused import decode_calls
-from nsa.fused.decode_inputs import NO_REFERENCE, DecodeRule, Parts, Records
+from nsa.fused.decode_inputs import (
+    NO_REFERENCE,
+    DecodeRule,
+    Parts,
+    Records,
+    TileLists,
+    TileRule,
+)
 from tests.helpers import emulated_decoding as emulated
 from tests.helpers.decode_cases import Form, make_state
 from tests.helpers.gpu_cases import gpu_test
@@ -21,6 +28,10 @@ FORMS = [
     Form(BF16, 96, 96, 32, DecodeRule(24, 8, 64)),
     Form(FP16, 192, 128, 1, DecodeRule(32, 32, 32)),
     Form(BF16, 256, 256, 4, DecodeRule(8, 4, 64)),
+]
+TILE_FORMS = [
+    Form(BF16, 128, 128, 4, DecodeRule(64, 64, 64)),
+    Form(FP16, 96, 64, 3, DecodeRule(16, 16, 64)),
 ]
 # Lengths and new tokens: no key, a first block, whole tiles, and parts of pages.
 CASES = [
@@ -196,6 +207,40 @@ def test_attend(form, case, splits):
     torch.testing.assert_close(actual, exact, rtol=0, atol=2**-7)
 
 
+@pytest.mark.parametrize("new", [1, [8, 3, 5, 0, 1]], ids=str)
+@pytest.mark.parametrize("form", TILE_FORMS, ids=str)
+def test_tile_select_and_attend(form, new):
+    """Tiles that begin with the first token of a call, with a later one, or not in it."""
+    rule = TileRule(form.rule.compress_size, form.rule.select_size)
+    state = make_state(form, [0, 254, 1020, 40, 1279], new)
+    for x in state.compressed:
+        x[:, 1::2] = torch.where(x[:, ::2].isnan(), x[:, 1::2], x[:, ::2])
+    schedule, _ = append(emulated, state, form.rule)
+    shape = (5, 2, state.q.shape[1], COUNT)
+    before = torch.arange(COUNT).int().expand(shape).contiguous()
+    limit = 1280 // rule.select_size
+    results, written = [], []
+    for kernels, here in ((emulated, wide(state)), (decode_calls, state.to("cuda"))):
+        device = here.q.device
+        lists = before.to(device, copy=True)
+        common = (here.table, tensors(schedule, device), here.cu_seqlens)
+        kernels.decode_tile_select(
+            here.q, here.compressed, *common, here.shape, rule, SCALE, 256, lists, COUNT, limit,
+            1, 2,
+        )  # fmt: skip
+        written.append(lists.cpu())
+        parts = kernels.decode_attend(
+            here.q, here.pool, *common, TileLists(lists, 256), here.shape, rule.select_size, 100,
+            SCALE, 2,
+        )  # fmt: skip
+        results.append(merged(tensors(parts, "cpu", torch.float64), state.q.shape[0], 2))
+    assert torch.equal(*written)
+    assert not torch.equal(written[0], before)
+    (exact, exact_total), (actual, total) = results
+    torch.testing.assert_close(total, exact_total, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, exact, rtol=0, atol=2**-7)
+
+
 def merged(parts: Parts, tokens: int, splits: int):
     """Outputs ``(tokens, H_kv, 2, G, Dv)`` of all parts, and logarithms of their totals."""
     empty = parts.reference == NO_REFERENCE
@@ -254,7 +299,7 @@ def test_combine(case, gating):
             tensors(compressed, device, dtype), tensors(others, device, dtype),
             tensors(schedule, device), tensors(state.cu_seqlens, device),
             *(tensors(x, device, floats) for x in (state.q, gates, weight)),
-            state.shape, splits, lengths,
+            state.shape, splits, lengths, None, None,
         )  # fmt: skip
         results.append(result.cpu().double())
         assert torch.equal(lengths.cpu(), schedule.ends)

@@ -1,8 +1,9 @@
-"""Decoding's selected and window branch: each token and KV head by itself, split over its keys.
+"""Decoding's selected and window branch: each list by itself, split over its keys.
 
-The tiles of a token are those of its selected blocks, then those of its window. ``splits`` CTAs
-take an equal share each; one that has tiles of both branches attends one after the other. Parts
-are summed and gated by :mod:`nsa.fused.kernels.decode_combine`.
+A list is of a token and KV head, in tile mode of a token and query head. Its tiles are those of the
+selected blocks, then those of the window. ``splits`` CTAs take an equal share each; one that has
+tiles of both branches attends one after the other. Parts are summed and gated by
+:mod:`nsa.fused.kernels.decode_combine`.
 """
 
 import functools
@@ -23,6 +24,7 @@ from nsa.fused.decode_inputs import (
     Parts,
     Pool,
     Schedule,
+    TileLists,
 )
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
@@ -58,23 +60,30 @@ class _Tensors(NamedTuple):
 
 @mlir_namedtuple
 class _Sizes(NamedTuple):
-    """Sizes of the call; ``slots`` blocks are listed for a token and KV head."""
+    """Sizes of the call; lists have ``slots`` blocks and serve ``group`` query heads.
+
+    ``kv_share`` lists of a token share a KV head. The last two are of tile mode.
+    """
 
     batch: Int32
     tokens: Int32
-    kv_heads: Int32
+    lists: Int32
     group: Int32
     slots: Int32
     window: Int32
     splits: Int32
+    kv_share: Int32
+    tile_size: Int32
+    tile_slots: Int32
     q_stride: Int64
 
 
 class DecodeAttend:
     """Parts of the selected and window branch."""
 
-    def __init__(self, attention: TileAttention, select_size: int):
+    def __init__(self, attention: TileAttention, select_size: int, tile_mode: bool):
         self.attention = attention
+        self.tile_mode = tile_mode
         self.select_size = select_size
 
     @cute.jit
@@ -83,7 +92,7 @@ class DecodeAttend:
     ):
         attention = self.attention
         layouts, mma = attention.layouts(), attention.make_mma()
-        units = sizes.batch * sizes.tokens * sizes.kv_heads
+        units = sizes.batch * sizes.tokens * sizes.lists
         self.kernel(tensors, pages, sizes, scale_log2, mma, layouts).launch(
             grid=[units * sizes.splits, 1, 1],
             block=[attention.threads, 1, 1],
@@ -107,7 +116,7 @@ class DecodeAttend:
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         split, unit = bidx % sizes.splits, bidx // sizes.splits
-        kv_head, token = unit % sizes.kv_heads, unit // sizes.kv_heads
+        index, token = unit % sizes.lists, unit // sizes.lists
         sequence, token = token // sizes.tokens, token % sizes.tokens
         row0, new = sequence * sizes.tokens, sizes.tokens
         if const_expr(tensors.cu_seqlens is not None):
@@ -124,14 +133,18 @@ class DecodeAttend:
             position = tensors.starts[sequence] + token
             position = cutlass.min(position, tensors.ends[sequence] - 1)
             row = Int64(row0 + token)
-            unit_row = row * sizes.kv_heads + kv_head
+            unit_row, kv_head = row * sizes.lists + index, index // sizes.kv_share
+            list_row = unit_row
+            if const_expr(self.tile_mode):
+                slot = position // sizes.tile_size % sizes.tile_slots
+                list_row = Int64(sequence * sizes.tile_slots + slot) * sizes.lists + index
             self.attention.load_queries(
                 tensors.q, memory[0],
-                functools.partial(self._query_offset, sizes, row, kv_head),
+                functools.partial(self._query_offset, sizes, row, index),
                 functools.partial(self._has_query, sizes),
                 tidx,
             )  # fmt: skip
-            valid = self._load_list(tensors, pages, sizes, listed, sequence, position, unit_row)
+            valid = self._load_list(tensors, pages, sizes, listed, sequence, position, list_row)
             cute.arch.barrier()
 
             window = cutlass.min(sizes.window, position + 1)
@@ -158,7 +171,7 @@ class DecodeAttend:
     @cute.jit
     def _load_list(
         self, tensors: _Tensors, pages: PagedTensors, sizes: _Sizes, listed, sequence: Int32,
-        position: Int32, unit_row: Int64,
+        position: Int32, list_row: Int64,
     ) -> Int32:  # fmt: skip
         """Load the list of a token; returns how many blocks it has."""
         tidx, _, _ = cute.arch.thread_idx()
@@ -169,7 +182,7 @@ class DecodeAttend:
             slot = i * WARP + lane
             block = Int32(-1)
             if slot < sizes.slots:
-                block = tensors.blocks[unit_row * sizes.slots + slot]
+                block = tensors.blocks[list_row * sizes.slots + slot]
             first = block * self.select_size
             # A list may name a block that starts past the token. It has no page perhaps.
             real = block >= 0 and first <= position
@@ -275,8 +288,8 @@ class DecodeAttend:
             real = entry < valid
         return position, real
 
-    def _query_offset(self, sizes, token_row, kv_head, row) -> Int64:
-        return token_row * sizes.q_stride + (kv_head * sizes.group + row) * self.attention.head_dim
+    def _query_offset(self, sizes, token_row, index, row) -> Int64:
+        return token_row * sizes.q_stride + (index * sizes.group + row) * self.attention.head_dim
 
     def _has_query(self, sizes, row) -> Boolean:
         return row < sizes.group
@@ -318,6 +331,7 @@ def compile_decode_attend(
     row_groups: int,
     select_size: int,
     packed: bool,
+    tile_mode: bool,
 ) -> Callable:
     """The compiled kernel of these forms."""
     attention = make_attention(dtype, head_dim, head_dim_v, row_groups)
@@ -326,14 +340,14 @@ def compile_decode_attend(
         return fake_flat(Int32 if used else None, alignment=4)
 
     return compile_kernel(
-        DecodeAttend(attention, select_size),
+        DecodeAttend(attention, select_size, tile_mode),
         _Tensors(
             fake_flat(CUTE_DTYPES[dtype]),
             *(integers(packed), integers(), integers(), integers()),
             *(fake_flat(Float32, alignment=4), integers(), fake_flat(Float32, alignment=4)),
         ),
         fake_pages(CUTE_DTYPES[dtype]),
-        _Sizes(*(Int32(1) for _ in range(7)), Int64(1)),
+        _Sizes(*(Int32(1) for _ in range(10)), Int64(1)),
         Float32(1.0),
     )
 
@@ -341,11 +355,11 @@ def compile_decode_attend(
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     forms = [
-        (torch.bfloat16, 128, 128, 1, 64, False),
-        (torch.float16, 64, 64, 2, 32, True),
-        (torch.bfloat16, 96, 96, 1, 64, False),
-        (torch.bfloat16, 192, 128, 1, 64, False),
-        (torch.bfloat16, 256, 256, 2, 64, False),
+        (torch.bfloat16, 128, 128, 1, 64, False, False),
+        (torch.float16, 64, 64, 2, 32, True, False),
+        (torch.bfloat16, 96, 96, 1, 64, False, True),
+        (torch.bfloat16, 192, 128, 1, 64, False, False),
+        (torch.bfloat16, 256, 256, 2, 64, False, False),
     ]
     for form in forms:
         name = "-".join(map(str, form)).replace("torch.", "")
@@ -358,7 +372,7 @@ def decode_attend(
     table: Tensor,
     schedule: Schedule,
     cu_seqlens: Tensor | None,
-    block_indices: Tensor,
+    block_indices: Tensor | TileLists,
     shape: DecodeShape,
     select_size: int,
     window: int,
@@ -367,16 +381,23 @@ def decode_attend(
 ) -> Parts:
     """See :func:`nsa.fused.decode_calls.decode_attend`."""
     head_dim, head_dim_v = q.shape[-1], pool.v.shape[-1]
-    slots, rows = q.shape[0] * shape.kv_heads * splits * 2, shape.group
+    tile_mode, tile_size, tile_slots = isinstance(block_indices, TileLists), 1, 1
+    lists, kv_share, group = shape.kv_heads, 1, shape.group
+    if isinstance(block_indices, TileLists):
+        block_indices, tile_size = block_indices
+        tile_slots = block_indices.shape[1]
+        lists, kv_share, group = lists * group, group, 1
+    slots = q.shape[0] * lists * splits * 2
     parts = Parts(
-        torch.empty(slots, rows, head_dim_v, dtype=torch.float32, device=q.device),
-        torch.empty(slots, rows, dtype=torch.int32, device=q.device),
-        torch.empty(slots, rows, dtype=torch.float32, device=q.device),
+        torch.empty(slots, group, head_dim_v, dtype=torch.float32, device=q.device),
+        torch.empty(slots, group, dtype=torch.int32, device=q.device),
+        torch.empty(slots, group, dtype=torch.float32, device=q.device),
     )
     flat_q, q_stride = flat_rows(q)
-    row_groups = -(-shape.group // MMA_ROWS)
+    row_groups = -(-group // MMA_ROWS)
+    packed = cu_seqlens is not None
     compile_decode_attend(
-        q.dtype, head_dim, head_dim_v, row_groups, select_size, cu_seqlens is not None
+        q.dtype, head_dim, head_dim_v, row_groups, select_size, packed, tile_mode
     )(
         _Tensors(
             *(flat_q, cu_seqlens, schedule.starts, schedule.ends),
@@ -385,8 +406,8 @@ def decode_attend(
         ),
         page_arguments(pool, table),
         _Sizes(
-            *(shape.batch, shape.tokens, shape.kv_heads, shape.group),
-            *(block_indices.shape[-1], window, splits, q_stride),
+            *(shape.batch, shape.tokens, lists, group, block_indices.shape[-1], window, splits),
+            *(kv_share, tile_size, tile_slots, q_stride),
         ),
         scale * LOG2_E,
     )

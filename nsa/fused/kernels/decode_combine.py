@@ -15,7 +15,7 @@ import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from torch import Tensor
 
-from nsa.fused.decode_inputs import NO_REFERENCE, DecodeShape, Parts, Schedule
+from nsa.fused.decode_inputs import NO_REFERENCE, DecodeShape, Parts, Schedule, TileLists
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_tiles import (
@@ -52,6 +52,7 @@ class _Tensors(NamedTuple):
     weight: cute.Tensor | None
     result: cute.Tensor
     lengths: cute.Tensor
+    floors: cute.Tensor | None
 
 
 @mlir_namedtuple
@@ -65,13 +66,16 @@ class _Sizes(NamedTuple):
     unit_tokens: Int32
     token_blocks: Int32
     splits: Int32
+    tile_size: Int32
+    tile_slots: Int32
     q_stride: Int64
 
 
 class DecodeCombine:
     """``form`` of the gates is one of ``FORMS``."""
 
-    def __init__(self, head_dim: int, head_dim_v: int, form: str, warps: int):
+    def __init__(self, head_dim: int, head_dim_v: int, form: str, warps: int, tile_mode: bool):
+        self.tile_mode = tile_mode
         self.warps = warps
         self.threads = WARP * warps
         self.head_dim = head_dim
@@ -95,7 +99,13 @@ class DecodeCombine:
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         if bidx == 0:
             for b in cutlass.range(tidx, sizes.batch, self.threads, unroll=1):
-                tensors.lengths[b] = tensors.ends[b]
+                end = tensors.ends[b]
+                tensors.lengths[b] = end
+                if const_expr(self.tile_mode):
+                    # The lists of older tiles are gone.
+                    tile = (end - 1) // sizes.tile_size - (sizes.tile_slots - 1)
+                    floor = tensors.floors[b]
+                    tensors.floors[b] = cutlass.max(floor, tile * sizes.tile_size)
         heads = sizes.kv_heads * sizes.group
         head, token = bidx % heads, bidx // heads
         kv_head, in_group = head // sizes.group, head % sizes.group
@@ -124,8 +134,12 @@ class DecodeCombine:
                 shares = self._shares(parts, first, Int64(rows), count, gates[0], lane)
                 self._add_parts(acc, parts, first, Int64(rows), count, shares, shares, warp, lane)
             else:
-                first = (row * sizes.kv_heads + kv_head) * sizes.splits * 2 * sizes.group + in_group
-                stride = Int64(sizes.group)
+                # In tile mode each query head has parts of its own.
+                index, stride, in_list = Int64(kv_head), Int64(sizes.group), in_group
+                index += row * sizes.kv_heads
+                if const_expr(self.tile_mode):
+                    index, stride, in_list = row * heads + head, Int64(1), Int32(0)
+                first = index * sizes.splits * 2 * stride + in_list
                 parts = tensors.out, tensors.reference, tensors.total
                 selected, window = [
                     self._shares(
@@ -215,7 +229,13 @@ class DecodeCombine:
 
 @kept
 def compile_decode_combine(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, form: str, packed: bool, warps: int
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    form: str,
+    packed: bool,
+    warps: int,
+    tile_mode: bool,
 ) -> Callable:
     """The compiled kernel of these forms."""
 
@@ -227,23 +247,23 @@ def compile_decode_combine(
 
     vector = CUTE_DTYPES[dtype]
     return compile_kernel(
-        DecodeCombine(head_dim, head_dim_v, form, warps),
+        DecodeCombine(head_dim, head_dim_v, form, warps, tile_mode),
         _Tensors(
             *(integers(packed), integers(), integers()),
             *(*parts(), *parts()),
             fake_flat(vector if form == "weight" else None),
             fake_flat(vector if form == "gates" else None),
             fake_flat(vector if form == "weight" else None),
-            *(fake_flat(vector), integers()),
+            *(fake_flat(vector), integers(), integers(tile_mode)),
         ),
-        _Sizes(*(Int32(1) for _ in range(7)), Int64(1)),
+        _Sizes(*(Int32(1) for _ in range(9)), Int64(1)),
     )
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
-    forms = [(torch.bfloat16, 128, 128, form, False, 2) for form in FORMS]
-    forms += [(torch.float16, dim, dim, "weight", True, 8) for dim in (64, 96, 256)]
+    forms = [(torch.bfloat16, 128, 128, form, False, 2, False) for form in FORMS]
+    forms += [(torch.float16, dim, dim, "weight", True, 8, dim == 64) for dim in (64, 96, 256)]
     for form in forms:
         name = "-".join(map(str, form)).replace("torch.", "")
         yield f"decode-combine-{name}", functools.partial(compile_decode_combine, *form)
@@ -260,6 +280,8 @@ def decode_combine(
     shape: DecodeShape,
     splits: int,
     lengths: Tensor,
+    floors: Tensor | None,
+    lists: TileLists | None,
 ) -> Tensor:
     """See :func:`nsa.fused.decode_calls.decode_combine`."""
     head_dim, head_dim_v = q.shape[-1], compressed.out.shape[-1]
@@ -267,15 +289,19 @@ def decode_combine(
     out = q.new_empty((*q.shape[:2], head_dim_v))
     flat_q, q_stride = flat_rows(q) if form == "weight" else (None, 0)
     warps = 2 if q.shape[0] * q.shape[1] > _MANY_ROWS else 8
-    compile_decode_combine(q.dtype, head_dim, head_dim_v, form, cu_seqlens is not None, warps)(
+    tile_size, tile_slots = (lists.tile_size, lists.blocks.shape[1]) if lists else (1, 1)
+    compile_decode_combine(
+        q.dtype, head_dim, head_dim_v, form, cu_seqlens is not None, warps, lists is not None
+    )(
         _Tensors(
             *(cu_seqlens, schedule.ends, schedule.tiles),
             *(x.view(-1) for x in (*compressed, *others)),
             *(flat_q, flat(gates), flat(weight), out.view(-1), lengths),
+            floors if lists else None,
         ),
         _Sizes(
             *(shape.batch, shape.tokens, shape.kv_heads, shape.group),
-            *(shape.unit_tokens, shape.token_blocks, splits, q_stride),
+            *(shape.unit_tokens, shape.token_blocks, splits, tile_size, tile_slots, q_stride),
         ),
     )
     return out
