@@ -8,11 +8,13 @@ step to step, so a graph has steps on several caches, and the time is divided by
 
 "Dense at copy speed" is what reading all keys and values takes at the rate of a device copy,
 measured in the same run: no dense kernel is faster. "Floor" is the same for the bytes that this
-step must read: all compressed keys and values, those of the selected blocks and of the window.
+step must read: all compressed keys and values, those of the blocks that any head of a KV head
+selects, and of the window.
 
 The CSV has one row for each shape:
 
-- keys, batch, tokens, heads, kv_heads, head_dim, dtype: the shape; paper configuration
+- keys, batch, tokens, selection, heads, kv_heads, head_dim, dtype: the shape; the configuration is
+  the paper's, or with "tile" the default
 - p20_us, p50_us, p80_us: of one step
 - dense_us, floor_us: at copy speed
 - ratio: dense_us over p50_us
@@ -32,7 +34,7 @@ from measuring import environment, timing
 from measuring.tables import Table
 
 FIELDS = (
-    "keys", "batch", "tokens", "heads", "kv_heads", "head_dim", "dtype",
+    "keys", "batch", "tokens", "selection", "heads", "kv_heads", "head_dim", "dtype",
     "p20_us", "p50_us", "p80_us", "dense_us", "floor_us", "ratio", "copy_gb_per_s", "caches",
     *environment.FIELDS,
 )  # fmt: skip
@@ -69,6 +71,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="keys, sequences, query heads and KV heads, as 65536x32:64/4",
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1], help="new tokens of a step")
+    parser.add_argument("--selection", choices=("token", "tile"), default="token")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=100)
@@ -95,11 +98,12 @@ def bench(
     keys: int, batch: int, heads: int, kv_heads: int, tokens: int, rate: float, options
 ) -> dict:
     """The row of a shape."""
-    config, dim = nsa.NSAConfig.paper(), options.head_dim
-    dense = batch * kv_heads * keys * 2 * dim * 2
-    attended = config.num_selected_blocks * config.select_block_size + config.window_size
-    floor = batch * kv_heads * (keys // config.compress_stride + attended) * 2 * dim * 2
-    count = min(MOST_CACHES, -(-ROTATED_BYTES // floor))
+    config = nsa.NSAConfig.paper() if options.selection == "token" else nsa.NSAConfig()
+    dim = options.head_dim
+    key_bytes = 2 * dim * 2
+    compressed = keys // config.compress_stride
+    always = batch * kv_heads * (compressed + config.window_size) * key_bytes
+    count = min(MOST_CACHES, -(-ROTATED_BYTES // always))
     steps = [Step(keys, batch, heads, kv_heads, tokens, config, options) for _ in range(count)]
 
     def run():
@@ -110,10 +114,12 @@ def bench(
     for step in steps:
         step.cache.lengths.fill_(keys)
     times = timing.timed_in_a_row(replay, options.repeats, settle=10)
+    dense = batch * kv_heads * keys * key_bytes
+    floor = always + steps[0].selected_blocks() * config.select_block_size * key_bytes
     cuts = quantiles([1000 * x / count for x in times], n=5)
     dense_us, floor_us = (1e6 * x / rate for x in (dense, floor))
     p50 = sorted(times)[len(times) // 2] * 1000 / count
-    shape = (keys, batch, tokens, heads, kv_heads, dim, options.dtype)
+    shape = (keys, batch, tokens, options.selection, heads, kv_heads, dim, options.dtype)
     values = (cuts[0], p50, cuts[3], dense_us, floor_us, dense_us / p50, rate / 1e9)
     row = dict(zip(FIELDS, (*shape, *(round(x, 2) for x in values), count), strict=False))
     return row | environment.columns()
@@ -139,6 +145,7 @@ class Step:
             v_cmp_pages=empty.v_cmp_pages,
             page_table=empty.page_table,
             lengths=torch.full((batch,), keys, dtype=torch.int32, device="cuda"),
+            num_heads=heads,
         )
         self.q = torch.randn(batch, tokens, heads, dim, **kind)
         self.k, self.v = (torch.randn(batch, tokens, kv_heads, dim, **kind) for _ in range(2))
@@ -149,11 +156,22 @@ class Step:
             self.q, self.k, self.v, cache=self.cache, gates=self.gates, backend="fused"
         )
 
+    def selected_blocks(self) -> int:
+        """Blocks that any query head of a KV head selects, of all sequences and KV heads."""
+        config, kv_heads = self.cache.config, self.cache.num_kv_heads
+        if config.selection == "token":
+            # Tokens of a step are counted as if they shared their blocks.
+            return self.cache.batch_size * kv_heads * config.num_selected_blocks
+        # The list of the tile that the first token behind ``keys`` began.
+        lists = self.cache.block_lists[:, 0].unflatten(1, (kv_heads, -1)).flatten(2)
+        ordered = lists.sort(-1).values
+        return int(((ordered[..., 1:] != ordered[..., :-1]).sum(-1) + 1).sum())
+
 
 def describe(row: dict) -> str:
     return (
-        f"{row['keys']:>7} x {row['batch']:<3} {row['heads']}/{row['kv_heads']} tokens "
-        f"{row['tokens']}: {row['p50_us']:>8.1f} us (p80 {row['p80_us']:.1f}), floor "
+        f"{row['keys']:>7} x {row['batch']:<3} {row['heads']}/{row['kv_heads']} {row['selection']} "
+        f"tokens {row['tokens']}: {row['p50_us']:>8.1f} us (p80 {row['p80_us']:.1f}), floor "
         f"{row['floor_us']:.1f}, dense at {row['copy_gb_per_s']:.0f} GB/s {row['dense_us']:.1f}: "
         f"{row['ratio']:.2f} x"
     )
