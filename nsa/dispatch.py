@@ -390,10 +390,10 @@ def _limit_of_forward(call: _Call, cache: Cache | None, given: bool) -> str | No
 
     ``given`` is whether the caller gives ``block_indices``.
     """
-    from nsa.fused.constraints import decoding_limit, unsupported_reason
+    from nsa.fused.constraints import cache_limit, unsupported_reason
 
     if cache is not None:
-        return decoding_limit(call.q, cache, call.boundaries, given)
+        return cache_limit(call.q, cache, call.boundaries, given)
     return unsupported_reason(call.q, call.v[0], call.config)
 
 

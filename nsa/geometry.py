@@ -182,6 +182,17 @@ class QuerySegments:
         """Position of the first query of each ``segment``; an int if all have the same."""
         return self.first if isinstance(self.first, int) else self.first[segment]
 
+    @property
+    def from_start(self) -> bool:
+        """Whether every segment is known to start at position 0."""
+        return isinstance(self.first, int) and self.first == 0
+
+    def positions(self, local: Tensor, segment: Tensor) -> Tensor:
+        """The position of the query ``local`` of each ``segment``, counted from its first one."""
+        if self.from_start:
+            return local
+        return local + self.first_of(segment)
+
     def sequence_of(self, segment: Tensor) -> Tensor:
         """The sequence of keys of each ``segment``."""
         return segment if self.sequence is None else self.sequence[segment]
@@ -189,9 +200,7 @@ class QuerySegments:
     @cached_property
     def position(self) -> Tensor:
         """Each query's position in its sequence, int64 ``(T,)``."""
-        if isinstance(self.first, int) and self.first == 0:
-            return self.rows.local
-        return self.rows.local + self.first_of(self.rows.owner)
+        return self.positions(self.rows.local, self.rows.owner)
 
     @cached_property
     def owner(self) -> Tensor:
@@ -327,7 +336,7 @@ class Geometry:
     def tile_first(self) -> Tensor:
         """Position of each tile's first query in its sequence, int64 ``(tiles,)``."""
         first = self.tiles.local * self.config.q_tile_size
-        return first + self.queries.first_of(self.tiles.owner)
+        return self.queries.positions(first, self.tiles.owner)
 
     @cached_property
     def tile_end(self) -> Tensor:
@@ -338,7 +347,9 @@ class Geometry:
     def tile_last(self) -> Tensor:
         """Position of each tile's last query in its sequence, int64 ``(tiles,)``."""
         segment = self.tiles.owner
-        end = self.queries.first_of(segment) + self.queries.rows.count_of(segment)
+        end = self.queries.rows.count_of(segment)
+        if not self.queries.from_start:
+            end = end + self.queries.first_of(segment)
         return self.tile_end.clamp(max=end - 1)
 
     @property

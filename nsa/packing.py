@@ -53,7 +53,6 @@ class Packing:
         self,
         cu_seqlens: Tensor,
         cu_seqlens_k: Tensor | None = None,
-        *,
         max_seqlen: int | None = None,
         max_seqlen_k: int | None = None,
     ):

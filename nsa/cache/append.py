@@ -143,6 +143,23 @@ def compress_candidates(
     return mean.to(x.dtype)
 
 
+def new_blocks(
+    cache: Cache,
+    tokens: NewTokens,
+    kind: int,
+    new: Tensor,
+    weight: Tensor | None,
+    compressed_kv: Pair | None,
+) -> Tensor:
+    """Compressed keys (``kind`` 0) or values (1) of the candidates: the caller's, where given.
+
+    ``compressed_kv`` has at least ``M`` rows. The rest as in :func:`compress_candidates`.
+    """
+    if compressed_kv is not None:
+        return compressed_kv[kind][: tokens.num_candidates]
+    return compress_candidates(cache, tokens, kind, new, weight)
+
+
 def append(
     cache: Cache,
     tokens: NewTokens,

@@ -68,10 +68,12 @@ def gather_context(
     k: tuple[Tensor, Tensor, Tensor],
     v: tuple[Tensor, Tensor, Tensor],
     compressed: Pair,
+    whole_window: bool = False,
 ) -> Context:
     """The context of new tokens, which are not in the cache yet.
 
-    Arguments as of :func:`nsa.cache.append.append`.
+    Arguments as of :func:`nsa.cache.append.append`. With ``whole_window``, the window branch has as
+    many keys as the others; before its window they may be those of other tokens.
     """
     nothing = torch.zeros_like(tokens.start)
     has_new = tokens.offset.diff() > 0
@@ -83,7 +85,7 @@ def gather_context(
     if cache.window_rings is not None:
         # The first query sees this many keys before its own.
         before = min(cache.config.window_size - 1, cache.max_length)
-        first = (tokens.start - before).clamp(min=0)
+        first = nothing if whole_window else (tokens.start - before).clamp(min=0)
         window_keys = segments_of((end - first).clamp(min=0))
         new = k[2], v[2]
         window = _join(cache.window_rings, cache.window_places, new, tokens, first, window_keys)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nsa.cache import Cache
 from nsa.config import NSAConfig
-from nsa.fused import decoding, fa4
+from nsa.fused import decoding, fa4, prefill
 from nsa.fused.kernel_inputs import MAX_BLOCKS, MAX_GROUP, Rule
 from nsa.packing import Boundaries
 
@@ -56,19 +56,28 @@ def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
     )
 
 
-def decoding_limit(
-    q: Tensor, cache: Cache, boundaries: Boundaries | None, given: bool
-) -> str | None:
+def cache_limit(q: Tensor, cache: Cache, boundaries: Boundaries | None, given: bool) -> str | None:
     """The first limit that a call with a cache exceeds, or None.
 
     ``given`` is whether the caller gives ``block_indices``.
     """
     return (
-        decoding.unsupported_reason(q, cache, boundaries, given)
+        _cached_form_limit(q, cache, boundaries, given)
         or _tensor_limit(q, cache.v_pages)
         or _device_limit(q)
         or fa4.version_problem()
     )
+
+
+def _cached_form_limit(
+    q: Tensor, cache: Cache, boundaries: Boundaries | None, given: bool
+) -> str | None:
+    """Few new tokens are decoded where that is possible; prompts go the way of training."""
+    few = decoding.unsupported_reason(q, cache, boundaries, given)
+    if few is None:
+        return None
+    prompt = prefill.unsupported_reason(q, cache) or _token_limit(q, cache.v_pages, cache.config)
+    return few if prompt and decoding.has_few_tokens(q, boundaries) else prompt
 
 
 def _length_limit(q: Tensor, v: Tensor) -> str | None:

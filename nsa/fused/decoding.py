@@ -114,6 +114,12 @@ def _size_limit(cache: Cache) -> str | None:
     return None
 
 
+def has_few_tokens(q: Tensor, boundaries: Boundaries | None) -> bool:
+    """Whether a step may have as many new tokens, or the host does not know how many there are."""
+    tokens = _most_tokens(q, boundaries)
+    return tokens is None or tokens <= MAX_TOKENS
+
+
 def _most_tokens(q: Tensor, boundaries: Boundaries | None) -> int | None:
     """The most new tokens of a sequence, if the host knows."""
     return q.shape[1] if boundaries is None else boundaries.max_seqlen

@@ -1,6 +1,6 @@
 """The entry points of the fused backend: convert arguments to the kernels' form, call the ops."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from nsa.blocks import num_query_tiles
 from nsa.cache import Cache
 from nsa.config import NSAConfig
-from nsa.fused import decoding, ops, pipeline
+from nsa.fused import decoding, ops, pipeline, prefill
 from nsa.fused.compressed_forms import num_compressed_bound
 from nsa.fused.constraints import kernel_head_dim
 from nsa.fused.pipeline import Inputs
@@ -42,10 +42,7 @@ def forward(
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
     if cache is not None:
-        return decoding.forward(
-            q,
-            k,
-            v,
+        arguments: dict[str, Any] = dict(
             cache=cache,
             gate_proj_weight=gate_proj_weight,
             gates=gates,
@@ -55,6 +52,11 @@ def forward(
             block_indices=block_indices,
             boundaries=boundaries,
         )
+        given = block_indices is not None
+        if decoding.unsupported_reason(q, cache, boundaries, given) is None:
+            return decoding.forward(q, k, v, **arguments)
+        arguments |= dict(attend=forward, max_workspace_bytes=max_workspace_bytes)
+        return prefill.forward(q, k, v, **arguments)
     cu_seqlens, _, max_seqlen, packing, *_ = boundaries or (None,) * 4
     if gates is not None:
         gate_proj_weight = None

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from nsa.cache.append import NewTokens, append, compress_candidates
+from nsa.cache.append import NewTokens, append, new_blocks
 from nsa.cache.context import (
     check_all_stored,
     gather_compressed,
@@ -53,7 +53,7 @@ def attend_cached(
     check_all_stored(cache, tokens)
     config = cache.config
     k_new, v_new = (
-        _new_blocks(cache, tokens, kind, x[0], compress_weights[kind], compressed_kv)
+        new_blocks(cache, tokens, kind, x[0], compress_weights[kind], compressed_kv)
         for kind, x in enumerate((k, v))
     )
     context = gather_context(cache, tokens, k, v, (k_new, v_new))
@@ -102,7 +102,7 @@ def select_cached(
         int32 in the layout of ``block_indices``.
     """
     check_all_stored(cache, tokens)
-    k_new = _new_blocks(cache, tokens, 0, k, compress_k_weight, compressed_kv)
+    k_new = new_blocks(cache, tokens, 0, k, compress_k_weight, compressed_kv)
     if cache.config.selection == "tile":
         return select_lists(q.flatten(0, -3), cache, tokens, k_new).in_layout_of(q)
     end = torch.where(tokens.end > tokens.start, tokens.end, 0)
@@ -112,20 +112,6 @@ def select_cached(
         select_blocks(q.flatten(0, -3), k_cmp, geometry), cache.config.num_selected_blocks
     )
     return indices.unflatten(0, q.shape[:-2])
-
-
-def _new_blocks(
-    cache: Cache,
-    tokens: NewTokens,
-    kind: int,
-    new: Tensor,
-    weight: Tensor | None,
-    compressed_kv: Pair | None,
-) -> Tensor:
-    """Compressed keys (``kind`` 0) or values (1) of the candidates, the caller's where given."""
-    if compressed_kv is not None:
-        return compressed_kv[kind][: tokens.num_candidates]
-    return compress_candidates(cache, tokens, kind, new, weight)
 
 
 def _geometry(tokens: NewTokens, keys: Segments, config: NSAConfig) -> Geometry:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import nsa
 from nsa.blocks import num_compressed_blocks, num_selection_blocks
+from nsa.cache.append import append, compress_candidates, locate_new_tokens
 from nsa.testing import make_cu_seqlens
 from tests.helpers.strategies import Problem, problems
 
@@ -31,6 +32,11 @@ class Decoding(NamedTuple):
     steps: list[Step]
     cache: nsa.Cache
     seed: int
+
+    def fresh(self) -> nsa.Cache:
+        """Another empty cache for the problem."""
+        size = self.cache.layout.page_size
+        return poisoned_cache(self.problem, size, random.Random(self.seed))
 
 
 def decodable(**fixed) -> st.SearchStrategy[Problem]:
@@ -266,3 +272,43 @@ def packed_units(indices: Tensor, rows: list[int], config) -> Tensor:
     assert tiles.shape[1] == max(rows)
     assert all((x[count:] == -1).all() for x, count in zip(tiles, rows, strict=True))
     return torch.cat([x[:count] for x, count in zip(tiles, rows, strict=True)])
+
+
+def contents(cache: nsa.Cache) -> list[Tensor]:
+    """Keys, values and compressed ones of each sequence, by position."""
+    found = []
+    for b, length in enumerate(cache.lengths.tolist()):
+        sequence = torch.full((length,), b)
+        places = cache.token_places(sequence, torch.arange(length))
+        blocks = torch.arange(num_compressed_blocks(length, cache.config))
+        compressed = cache.block_places(torch.full_like(blocks, b), blocks)
+        found += [places.read(cache.k_pages), places.read(cache.v_pages)]
+        found += [compressed.read(cache.k_cmp_pages), compressed.read(cache.v_cmp_pages)]
+        for rings, of, reach in (
+            (cache.window_rings, cache.window_places, cache.config.window_size),
+            (cache.open_rings, cache.open_places, cache.config.compress_block_size),
+        ):
+            if rings is not None:
+                last = torch.arange(max(0, length - reach + 1), length)
+                found += [of(torch.full_like(last, b), last).read(x) for x in rings]
+        for lists in (cache.block_lists, cache.group_lists):
+            if lists is not None and length:
+                tile = torch.tensor((length - 1) // cache.config.q_tile_size)
+                found.append(lists[b, cache.list_slot(tile)])
+    return found
+
+
+def assert_same_contents(actual: nsa.Cache, expected: nsa.Cache, atol: float = 1e-12):
+    """Both caches hold the same sequences."""
+    assert torch.equal(actual.lengths, expected.lengths)
+    for x, y in zip(contents(actual), contents(expected), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=atol)
+
+
+def append_on_device(cache: nsa.Cache, k: Tensor, v: Tensor, bounds: Tensor):
+    """Append tokens without the host: ``k`` and ``v`` packed, boundaries int64."""
+    tokens = locate_new_tokens(cache, bounds, k.shape[0], None)
+    compressed = tuple(
+        compress_candidates(cache, tokens, kind, x, None) for kind, x in enumerate((k, v))
+    )
+    append(cache, tokens, (k, k, k), (v, v, v), compressed)

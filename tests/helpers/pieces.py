@@ -73,8 +73,8 @@ def cut(problem: Problem, spans: list[Span]) -> Piece:
 
     def runs(count, pairs):
         """Consecutive runs of the spans, in sequences of ``count(length)`` items each."""
-        starts = make_cu_seqlens([count(n) for n in lengths]).tolist()
-        found = [torch.arange(s + a, s + b) for s, (a, b) in zip(starts, pairs, strict=False)]
+        starts = make_cu_seqlens([count(n) for n in lengths])[:-1].tolist()
+        found = [torch.arange(s + a, s + b) for s, (a, b) in zip(starts, pairs, strict=True)]
         return torch.cat([torch.arange(0), *found])
 
     rows = runs(lambda n: n, spans)
@@ -141,6 +141,6 @@ def assert_pieces_equal_whole(case: CutProblem, backend: str, *, given_indices: 
         douts.append(rows_of(dout, piece))
         seen[piece.rows] = True
     actual = _gradients(outs, inputs, douts)
-    masked = dout * seen.view(-1, *(1,) * 2)
+    masked = dout * seen[:, None, None]
     for found, expected in zip(actual, _gradients([out], inputs, [masked]), strict=True):
         torch.testing.assert_close(found, expected, **CLOSE)

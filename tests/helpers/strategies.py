@@ -123,7 +123,7 @@ def tile_problems(draw, max_tokens: int = 300) -> Problem:
 
 
 @st.composite
-def token_problems(draw, max_tokens: int = 330) -> Problem:
+def token_problems(draw, max_tokens: int = 330, min_sequences: int = 0, **fixed) -> Problem:
     """The same in token mode, with and without overlap."""
     size = draw(st.sampled_from([32, 64]))
     stride = draw(st.sampled_from([4, 16, 32]))
@@ -131,6 +131,7 @@ def token_problems(draw, max_tokens: int = 330) -> Problem:
     return draw(
         problems(
             max_tokens,
+            min_sequences=min_sequences,
             selection="token",
             compress_block_size=stride * draw(st.integers(1, 3)),
             compress_stride=stride,
@@ -139,6 +140,7 @@ def token_problems(draw, max_tokens: int = 330) -> Problem:
             num_local_blocks=local,
             num_selected_blocks=max(1, initial + local + draw(st.integers(0, 2))),
             window_size=draw(st.sampled_from([1, 30, 100])),
+            **fixed,
         )
     )
 

@@ -64,7 +64,7 @@ def long(request):
     return config, inputs, nsa.forward(*inputs, config=config, backend="reference")
 
 
-@pytest.mark.parametrize("queries", [0, 1, 2, 7, 64, 65])
+@pytest.mark.parametrize("queries", [0, 1, 2, 7, 64, 65, 256])
 @pytest.mark.parametrize("tiles", [0, 1, 5, 15])
 def test_few_queries_after_many_keys(long, queries, tiles):
     config, (q, k, v), whole = long
@@ -77,7 +77,7 @@ def test_few_queries_after_many_keys(long, queries, tiles):
 
 
 @pytest.mark.parametrize("queries", [1, 65])
-def test_gradients_of_few_queries_after_4096_keys(long, queries):
+def test_gradients_of_few_queries_after_many_keys(long, queries):
     config, inputs, _ = long
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs)
     end = LONGEST - config.q_tile_size + queries

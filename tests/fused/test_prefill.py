@@ -1,0 +1,61 @@
+"""Prompts into a cache with the fused pipeline, in float64 with emulated kernel calls."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import nsa
+from nsa.testing import make_inputs
+from tests.helpers.decoding import (
+    CLOSE,
+    Decoding,
+    Feed,
+    Step,
+    assert_same_contents,
+    decodings,
+    lengths_of,
+)
+from tests.helpers.profiles import WITH_FIXTURES, examples
+from tests.helpers.small_configs import tile_config, token_config
+from tests.helpers.strategies import token_problems
+
+pytestmark = pytest.mark.usefixtures("fused_on_cpu", "compressed_calls")
+
+RULES = dict(causal=True, compressed_visibility="complete", tile_summary="first")
+
+
+@settings(max_examples=examples(40), **WITH_FIXTURES)
+@given(case=decodings(token_problems(max_tokens=200, min_sequences=1, **RULES)))
+def test_a_prompt_equals_the_reference(case: Decoding):
+    problem = case.problem
+    packed = problem.q.ndim == 3
+    prompt = Step(lengths_of(problem), [0] * len(lengths_of(problem)), batched=not packed)
+    arguments = Feed(problem, case.seed).arguments(prompt)
+    caches = case.cache, case.fresh()
+    # Ties may be broken otherwise, so both attend the same blocks.
+    arguments["block_indices"] = problem.select_blocks(backend="reference")
+    out, expected = (
+        nsa.forward(**arguments, cache=cache, backend=backend)
+        for cache, backend in zip(caches, ("fused", "reference"), strict=True)
+    )
+    torch.testing.assert_close(out, expected, **CLOSE)
+    assert_same_contents(*caches)
+
+
+def test_it_selects_for_itself():
+    config = token_config()
+    q, k, v = make_inputs((2, 300), 4, 2, 64, dtype=torch.float64)
+    cache = nsa.Cache(config, 2, 320, 2, 64, dtype=torch.float64)
+    out = nsa.forward(q, k, v, cache=cache, backend="fused")
+    torch.testing.assert_close(out, nsa.forward(q, k, v, config=config), **CLOSE)
+    assert cache.lengths.tolist() == [300, 300]
+
+
+def test_what_it_cannot_do():
+    q, k, v = make_inputs((1, 20), 4, 2, 64, dtype=torch.float64)
+    tile = nsa.Cache(tile_config(), 1, 64, 2, 64, dtype=torch.float64)
+    with pytest.raises(nsa.UnsupportedError, match="selection='token' with a cache"):
+        nsa.forward(q, k, v, cache=tile, backend="fused")
+    token = nsa.Cache(token_config(), 1, 64, 2, 64, dtype=torch.float64)
+    with pytest.raises(nsa.UnsupportedError, match="no select_blocks with a cache"):
+        nsa.select_blocks(q, k, cache=token, backend="fused")
