@@ -52,8 +52,8 @@ def forward(
             block_indices=block_indices,
             boundaries=boundaries,
         )
-        given = block_indices is not None
-        if decoding.unsupported_reason(q, cache, boundaries, given) is None:
+        few = decoding.unsupported_reason(q, cache, boundaries, block_indices is not None)
+        if few is None:
             return decoding.forward(q, k, v, **arguments)
         arguments |= dict(attend=forward, max_workspace_bytes=max_workspace_bytes)
         return prefill.forward(q, k, v, **arguments)

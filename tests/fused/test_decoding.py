@@ -106,7 +106,6 @@ def test_no_tokens():
 
 
 LIMITS = {
-    "tokens": (dict(), (2, 9), "at most 8 new tokens"),
     "separate": (dict(separate_kv=True), (2, 1), "separate_kv=False"),
     "groups": (
         dict(config=nsa.NSAConfig(num_cmp_selected_blocks=2)),
@@ -131,6 +130,7 @@ LIMITS = {
 def test_limits(case):
     options, leading, message = LIMITS[case]
     cache = make_cache(**options)
+    cache.lengths.fill_(3)
     q, k, v = make_inputs(leading, 4, 2, 8, dtype=torch.float64)
     if cache.separate_kv:
         k, v = (k,) * 3, (v,) * 3
@@ -140,7 +140,7 @@ def test_limits(case):
 
 
 def test_group_limit():
-    cache = make_cache()
+    cache = make_cache(length=3)
     q, _, _ = make_inputs((2, 1), 66, 2, 8, dtype=torch.float64)
     _, k, v = make_inputs((2, 1), 4, 2, 8, dtype=torch.float64)
     with pytest.raises(nsa.UnsupportedError, match="at most 32 query heads"):
