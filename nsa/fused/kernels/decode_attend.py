@@ -1,7 +1,7 @@
 """Decoding's selected and window branch: each list by itself, split over its keys.
 
 A list is of a token and KV head, in tile mode of a token and query head. Its tiles are those of the
-selected blocks, then those of the window. ``splits`` CTAs take an equal share each; one that has
+window, then those of the selected blocks. ``splits`` CTAs take an equal share each; one that has
 tiles of both branches attends one after the other. Parts are summed and gated by
 :mod:`nsa.fused.kernels.decode_combine`.
 """
@@ -112,7 +112,6 @@ class DecodeAttend:
         mma: cute.TiledMma,
         layouts: tuple[cute.ComposedLayout, ...],
     ):
-        wait_for_previous()
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         split, unit = bidx % sizes.splits, bidx // sizes.splits
@@ -144,29 +143,30 @@ class DecodeAttend:
                 functools.partial(self._has_query, sizes),
                 tidx,
             )  # fmt: skip
+            # The window is first: it needs no list, so nothing of the kernel before this one.
+            window = cutlass.min(sizes.window, position + 1)
+            window_tiles = cute.ceil_div(window, TILE_KEYS)
+            tiles = window_tiles + cute.ceil_div(sizes.slots * self.select_size, TILE_KEYS)
+            share = cute.ceil_div(tiles, sizes.splits)
+            first = split * share
+            last = first + share
+            begin, end = cutlass.min(first, window_tiles), cutlass.min(last, window_tiles)
+            slot = (unit_row * sizes.splits + split) * 2
+            arguments = tensors, pages, sizes, scale_log2, mma, memory, listed
+            self._attend(
+                1, *arguments, sequence, kv_head, position, position + 1 - window, Int32(0),
+                begin, end - begin, slot + 1,
+            )  # fmt: skip
+            wait_for_previous()
             valid = self._load_list(tensors, pages, sizes, listed, sequence, position, list_row)
             cute.arch.barrier()
-
-            window = cutlass.min(sizes.window, position + 1)
-            selected_tiles = cute.ceil_div(valid * self.select_size, TILE_KEYS)
-            tiles = selected_tiles + cute.ceil_div(window, TILE_KEYS)
-            share = cute.ceil_div(tiles, sizes.splits)
-            first = cutlass.min(split * share, tiles)
-            last = cutlass.min(first + share, tiles)
-            for branch in cutlass.range_constexpr(2):
-                if const_expr(branch == 0):
-                    begin = cutlass.min(first, selected_tiles)
-                    end = cutlass.min(last, selected_tiles)
-                    start = Int32(0)
-                else:
-                    begin = cutlass.max(first - selected_tiles, 0)
-                    end = cutlass.max(last - selected_tiles, 0)
-                    start = position + 1 - window
-                slot = (unit_row * sizes.splits + split) * 2 + branch
-                self._attend(
-                    branch, tensors, pages, sizes, scale_log2, mma, memory, listed,
-                    sequence, kv_head, position, start, valid, begin, end - begin, slot,
-                )  # fmt: skip
+            tiles = cute.ceil_div(valid * self.select_size, TILE_KEYS)
+            begin = cutlass.min(cutlass.max(first - window_tiles, 0), tiles)
+            end = cutlass.min(cutlass.max(last - window_tiles, 0), tiles)
+            self._attend(
+                0, *arguments, sequence, kv_head, position, Int32(0), valid,
+                begin, end - begin, slot,
+            )  # fmt: skip
 
     @cute.jit
     def _load_list(

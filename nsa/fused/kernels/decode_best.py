@@ -1,8 +1,8 @@
-"""The best blocks of one list, found by a CTA of 1024 threads.
+"""The best blocks of one list, found by a CTA of 512 threads.
 
-1024 blocks are scored at a time, one a thread. The n-th largest of the warps' best scores is a bar
-that n blocks reach at least; those that do, and are better than the n best so far, are few. They go
-to shared memory, from where the first warp merges them into the best.
+512 blocks are scored at a time, one a thread. The n-th largest of the half-warps' best scores is a
+bar that n blocks reach at least; those that do, and are better than the n best so far, are few.
+They go to shared memory, from where the first warp merges them into the best.
 """
 
 import cutlass
@@ -13,8 +13,10 @@ from nsa.fused.hardware import WARP
 from nsa.fused.kernels.best_blocks import FORCED, NO_RANK, BestBlocks, rank_of
 from nsa.fused.kernels.hopper import warp_prefix_sum
 
-WARPS = 32
+WARPS = 16
 THREADS = WARPS * WARP
+# Lanes that have one best score: there are as many of them as lanes in a warp.
+_HALF = THREADS // WARP
 # Below what every score gives.
 _NOTHING = -0x80000000
 
@@ -24,7 +26,7 @@ class BestOfCta(BestBlocks):
 
     def allocate(self, smem) -> tuple[cute.Tensor, ...]:
         return (
-            smem.allocate_tensor(Int32, cute.make_layout(WARPS), 16),
+            smem.allocate_tensor(Int32, cute.make_layout(WARP), 16),
             smem.allocate_tensor(Int32, cute.make_layout(WARPS), 16),
             smem.allocate_tensor(Int64, cute.make_layout(1), 16),
             smem.allocate_tensor(Int64, cute.make_layout(THREADS), 16),
@@ -52,21 +54,21 @@ class BestOfCta(BestBlocks):
         free_slots = self.count - num_forced
         bar = Int64(NO_RANK)
         blocks = blocks if free_slots > 0 else Int32(0)
-        # All warps have some of few blocks, so that there are enough best scores for the bar.
-        width = cutlass.min(cute.ceil_div(blocks, WARPS), WARP)
+        # All have some of few blocks, so that there are enough best scores for the bar.
+        width = cutlass.min(cute.ceil_div(blocks, WARP), _HALF)
         for begin in cutlass.range(0, blocks, THREADS, unroll=1):
-            block = begin + warp * width + lane
+            block = begin + tidx // _HALF * width + tidx % _HALF
             score = score_of(cutlass.min(block, blocks - 1))
             free = block >= initial_end and (block < local_begin or block > own)
             # A score that is not equal to itself is NaN.
-            free = free and lane < width and block < blocks and score == score
+            free = free and tidx % _HALF < width and block < blocks and score == score
             rank = rank_of(score, block) if free else Int64(NO_RANK)
             free = free and rank > bar
             # Integers in the order of the scores.
             bits = Int32(rank >> 32) if free else Int32(_NOTHING)
-            best = cute.arch.warp_redux_sync(bits, "max")
-            if lane == 0:
-                sBest[warp] = best
+            best = cute.arch.warp_reduction_max(bits, threads_in_group=_HALF)
+            if tidx % _HALF == 0:
+                sBest[tidx // _HALF] = best
             cute.arch.barrier()
             # As many blocks as there are free slots reach this, or it is below all.
             reached = self._nth_best(sBest[lane], free_slots, lane)
@@ -75,7 +77,7 @@ class BestOfCta(BestBlocks):
             if lane == 0:
                 sCount[warp] = cute.arch.popc(ballot)
             cute.arch.barrier()
-            counts = sCount[lane]
+            counts = sCount[lane % WARPS] if lane < WARPS else Int32(0)
             ends = warp_prefix_sum(counts, lane)
             start = cute.arch.shuffle_sync(ends - counts, warp)
             if wanted:

@@ -93,19 +93,9 @@ class DecodeCombine:
 
     @cute.kernel
     def kernel(self, tensors: _Tensors, sizes: _Sizes):
-        wait_for_previous()
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
-        if bidx == 0:
-            for b in cutlass.range(tidx, sizes.batch, self.threads, unroll=1):
-                end = tensors.ends[b]
-                tensors.lengths[b] = end
-                if const_expr(self.tile_mode):
-                    # The lists of older tiles are gone.
-                    tile = (end - 1) // sizes.tile_size - (sizes.tile_slots - 1)
-                    floor = tensors.floors[b]
-                    tensors.floors[b] = cutlass.max(floor, tile * sizes.tile_size)
         heads = sizes.kv_heads * sizes.group
         head, token = bidx % heads, bidx // heads
         kv_head, in_group = head // sizes.group, head % sizes.group
@@ -133,7 +123,8 @@ class DecodeCombine:
                 parts = tensors.cmp_out, tensors.cmp_reference, tensors.cmp_total
                 shares = self._shares(parts, first, Int64(rows), count, gates[0], lane)
                 self._add_parts(acc, parts, first, Int64(rows), count, shares, shares, warp, lane)
-            else:
+            wait_for_previous()
+            if warp >= half:
                 # In tile mode each query head has parts of its own.
                 index, stride, in_list = Int64(kv_head), Int64(sizes.group), in_group
                 index += row * sizes.kv_heads
@@ -161,6 +152,16 @@ class DecodeCombine:
                     value += sOut[w, column]
                 place = (row * heads + head) * self.head_dim_v + column
                 tensors.result[place] = value.to(tensors.result.element_type)
+        if bidx == 0:
+            wait_for_previous()
+            for b in cutlass.range(tidx, sizes.batch, self.threads, unroll=1):
+                end = tensors.ends[b]
+                tensors.lengths[b] = end
+                if const_expr(self.tile_mode):
+                    # The lists of older tiles are gone.
+                    tile = (end - 1) // sizes.tile_size - (sizes.tile_slots - 1)
+                    floor = tensors.floors[b]
+                    tensors.floors[b] = cutlass.max(floor, tile * sizes.tile_size)
 
     @cute.jit
     def _gates(

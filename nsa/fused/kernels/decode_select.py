@@ -91,7 +91,6 @@ class DecodeSelect:
 
     @cute.kernel
     def kernel(self, tensors: _Tensors, sizes: _Sizes):
-        wait_for_previous()
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
@@ -113,9 +112,11 @@ class DecodeSelect:
             sequence_units = sizes.kv_heads * sizes.token_blocks
             rows = sizes.unit_tokens * sizes.group
             first_row = token % sizes.unit_tokens * sizes.group
+            parts = unit_parts(tensors.tiles, sequence, unit, sequence_units)
+            wait_for_previous()
             self._sum_parts(
                 tensors, sizes, sReference, sInverse,
-                unit_parts(tensors.tiles, sequence, unit, sequence_units),
+                parts,
                 rows, first_row, warp, lane,
             )  # fmt: skip
             cute.arch.barrier()

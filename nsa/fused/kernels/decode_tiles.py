@@ -382,10 +382,11 @@ def make_attention(
 
 @cute.jit
 def wait_for_previous():
-    """Wait until all that the kernels before this one wrote is there, then let the next one start.
+    """Wait until the kernel before this one has ended, then let the next one start.
 
-    Each kernel of a step begins with this, in all of its CTAs. So a kernel that starts early still
-    waits for all before it, not only for the one that let it start.
+    A kernel that runs was let start by all CTAs of the one before it, which had waited by then. So
+    what the kernels before that one wrote is there without waiting, and may be read. What a step's
+    kernels write, none of them reads or wrote before.
     """
     if const_expr(PDL):
         cute.arch.griddepcontrol_wait()
