@@ -76,7 +76,10 @@ def _cached_form_limit(
     few = decoding.unsupported_reason(q, cache, boundaries, given)
     if few is None:
         return None
-    prompt = prefill.unsupported_reason(q, cache) or _token_limit(q, cache.v_pages, cache.config)
+    token = cache.config.selection == "token"
+    prompt = prefill.unsupported_reason(q, cache) or (
+        _token_limit(q, cache.v_pages, cache.config) if token else _tile_limit(cache.config)
+    )
     return few if prompt and decoding.has_few_tokens(q, boundaries) else prompt
 
 

@@ -55,7 +55,8 @@ def forward(
         few = decoding.unsupported_reason(q, cache, boundaries, block_indices is not None)
         if few is None:
             return decoding.forward(q, k, v, **arguments)
-        arguments |= dict(attend=forward, max_workspace_bytes=max_workspace_bytes)
+        backend = prefill.Backend(forward, select_blocks)
+        arguments |= dict(backend=backend, max_workspace_bytes=max_workspace_bytes)
         return prefill.forward(q, k, v, **arguments)
     cu_seqlens, _, max_seqlen, packing, *_ = boundaries or (None,) * 4
     if gates is not None:

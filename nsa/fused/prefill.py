@@ -5,7 +5,7 @@ sequences out of their pages: each is read and written once more. A prompt copie
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,26 +14,40 @@ from nsa.blocks import num_compressed_blocks
 from nsa.cache import Cache
 from nsa.cache.append import NewTokens, append, new_blocks
 from nsa.cache.context import check_all_stored, gather_context, locate_in_cache
+from nsa.cache.lists import TileLists, open_lists
 from nsa.host import is_capturing
 from nsa.packing import Boundaries
 
 Branches = tuple[Tensor, Tensor, Tensor]
 
 
+class Backend(NamedTuple):
+    """:func:`nsa.fused.entry.forward` and ``select_blocks``, for calls without a cache."""
+
+    forward: Callable[..., Tensor]
+    select_blocks: Callable[..., Tensor]
+
+
 def unsupported_reason(q: Tensor, cache: Cache) -> str | None:
     """Why this cannot run, with the remedy; None if it can."""
-    if cache.config.selection == "tile":
-        return (
-            "it needs selection='token' with a cache, got 'tile'; use backend='reference' or 'auto'"
-        )
-    if not _all_empty(cache):
-        return (
-            "it needs as many queries as keys, so a cache must be empty, as far as the host knows; "
-            "use backend='reference' or 'auto'"
-        )
+    remedy = "use backend='reference' or 'auto'"
     if is_capturing(q):
         return "it reads lengths on the host, which a CUDA graph cannot; call it before the capture"
+    if not _all_empty(cache):
+        return f"it needs as many queries as keys, so the cache must be empty; {remedy}"
+    if cache.config.num_cmp_selected_blocks is not None:
+        return f"it needs num_cmp_selected_blocks=None with a cache; {remedy}"
     return None
+
+
+class Call(NamedTuple):
+    """What the new tokens attend as a call without a cache: rows of queries and of all keys."""
+
+    q: Tensor
+    k: Branches
+    v: Branches
+    compressed_kv: tuple[Tensor, Tensor]
+    boundaries: Boundaries | None
 
 
 @torch.compiler.disable(reason="a cache is read on the host")
@@ -44,7 +58,7 @@ def forward(
     v: Branches,
     *,
     cache: Cache,
-    attend: Callable[..., Tensor],
+    backend: Backend,
     gate_proj_weight: Tensor | None = None,
     gates: Tensor | None = None,
     compress_k_weight: Tensor | None = None,
@@ -54,10 +68,7 @@ def forward(
     boundaries: Boundaries | None = None,
     max_workspace_bytes: int | None = None,
 ) -> Tensor:
-    """See :func:`nsa.forward`; :func:`unsupported_reason` has no objection.
-
-    ``attend`` is :func:`nsa.fused.entry.forward`.
-    """
+    """See :func:`nsa.forward`; :func:`unsupported_reason` has no objection."""
     tokens = locate_in_cache(cache, q, boundaries, compressed_kv)
     if cache.known_lengths() is None or tokens.counts is None:
         check_all_stored(cache, tokens)
@@ -71,30 +82,26 @@ def forward(
         for kind, x in enumerate((flat_k, flat_v))
     )
     compressed = k_new, v_new
-    rest: dict[str, Any] = dict(
+    if _all_empty(cache):
+        call = Call(q, k, v, _of_prompts(compressed, tokens, q, cache), boundaries)
+    else:
+        call = _behind_context(q, cache, tokens, flat_k, flat_v, compressed)
+    lists = None
+    if cache.config.selection == "tile":
+        block_indices, lists = _lists(call, cache, tokens, backend, block_indices)
+    elif block_indices is not None:
+        block_indices = block_indices.reshape(*call.q.shape[:-2], *block_indices.shape[-2:])
+    out = backend.forward(
+        **call._asdict(),
         config=cache.config,
         gate_proj_weight=gate_proj_weight,
+        gates=None if gates is None else gates.reshape(*call.q.shape[:-1], 3),
+        block_indices=block_indices,
         max_workspace_bytes=max_workspace_bytes,
     )
-    if _all_empty(cache):
-        out = attend(
-            q, k, v, gates=gates, block_indices=block_indices, boundaries=boundaries,
-            compressed_kv=_of_prompts(compressed, tokens, q, cache), **rest,
-        )  # fmt: skip
-    else:
-        context = gather_context(cache, tokens, flat_k, flat_v, compressed, whole_window=True)
-        (k_slc, v_slc), (k_win, v_win) = context.selected, context.window
-        out = attend(
-            q.flatten(0, -3),
-            (k_slc, k_slc, k_win),
-            (v_slc, v_slc, v_win),
-            gates=None if gates is None else gates.flatten(0, -3),
-            block_indices=None if block_indices is None else block_indices.flatten(0, -3),
-            boundaries=_boundaries(tokens, context.keys.offset),
-            compressed_kv=context.compressed,
-            **rest,
-        )
     append(cache, tokens, flat_k, flat_v, compressed)
+    if lists is not None:
+        lists.store()
     return out.reshape(*q.shape[:-1], out.shape[-1])
 
 
@@ -110,7 +117,7 @@ def _all_empty(cache: Cache) -> bool:
 
 
 def _of_prompts(
-    compressed: tuple[Tensor, ...], tokens: NewTokens, q: Tensor, cache: Cache
+    compressed: tuple[Tensor, Tensor], tokens: NewTokens, q: Tensor, cache: Cache
 ) -> tuple[Tensor, Tensor]:
     """The completed blocks of prompts, as :func:`nsa.forward` takes them without a cache."""
     if q.ndim == 3:
@@ -123,11 +130,45 @@ def _of_prompts(
     return k_cmp, v_cmp
 
 
-def _boundaries(tokens: NewTokens, offset_k: Tensor) -> Boundaries:
-    """Boundaries of the new tokens and of all keys, read on the host."""
-    cu_seqlens, cu_seqlens_k = tokens.offset.int(), offset_k.int()
+def _behind_context(
+    q: Tensor,
+    cache: Cache,
+    tokens: NewTokens,
+    k: Branches,
+    v: Branches,
+    compressed: tuple[Tensor, Tensor],
+) -> Call:
+    """A call of packed sequences, with the keys in the cache before the new ones."""
+    context = gather_context(cache, tokens, k, v, compressed, whole_window=True)
+    (k_slc, v_slc), (k_win, v_win) = context.selected, context.window
+    cu_seqlens, cu_seqlens_k = tokens.offset.int(), context.keys.offset.int()
     lengths, lengths_k = (x.diff().tolist() for x in (cu_seqlens, cu_seqlens_k))
     if lengths == lengths_k:
         cu_seqlens_k = cu_seqlens
     most, most_k = max(lengths), max(lengths_k)
-    return Boundaries(cu_seqlens, lengths, most, None, cu_seqlens_k, lengths_k, most_k)
+    bounds = Boundaries(cu_seqlens, lengths, most, None, cu_seqlens_k, lengths_k, most_k)
+    # Its own compressed tokens are given, so the first branch is not read.
+    branches = (k_slc, k_slc, k_win), (v_slc, v_slc, v_win)
+    return Call(q.flatten(0, -3), *branches, context.compressed, bounds)
+
+
+def _lists(
+    call: Call,
+    cache: Cache,
+    tokens: NewTokens,
+    backend: Backend,
+    block_indices: Tensor | None,
+) -> tuple[Tensor, TileLists]:
+    """Blocks of each tile, as the kernels and as the cache take them."""
+    lists = open_lists(cache, tokens, call.q.shape[-2])
+    if block_indices is None:
+        block_indices = backend.select_blocks(
+            call.q,
+            call.k[0],
+            config=cache.config,
+            compressed_kv=call.compressed_kv,
+            boundaries=call.boundaries,
+        )
+        return block_indices, lists.with_blocks(block_indices).with_later_blocks()
+    lists = lists.with_blocks(block_indices)
+    return lists.in_layout_of(call.q), lists

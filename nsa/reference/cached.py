@@ -13,13 +13,14 @@ from nsa.cache.context import (
     gather_context,
     segments_of,
 )
+from nsa.cache.lists import fit_slots
 from nsa.cache.state import Cache, Pair
 from nsa.config import NSAConfig
 from nsa.geometry import Geometry, QuerySegments, Segments
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
 from nsa.reference.gating import combine_branches
 from nsa.reference.selection import select_blocks
-from nsa.reference.tile_lists import fit_slots, select_lists
+from nsa.reference.tile_lists import select_lists
 
 Branches = tuple[Tensor, Tensor, Tensor]
 

@@ -17,23 +17,39 @@ from tests.helpers.decoding import (
 )
 from tests.helpers.profiles import WITH_FIXTURES, examples
 from tests.helpers.small_configs import tile_config, token_config
-from tests.helpers.strategies import token_problems
+from tests.helpers.strategies import tile_problems, token_problems
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu", "compressed_calls")
 
 RULES = dict(causal=True, compressed_visibility="complete", tile_summary="first")
 
 
-@settings(max_examples=examples(40), **WITH_FIXTURES)
-@given(case=decodings(token_problems(max_tokens=200, min_sequences=1, **RULES)))
-def test_a_prompt_equals_the_reference(case: Decoding):
+SIZES = dict(max_tokens=200, min_sequences=1)
+PROBLEMS = {
+    "token": token_problems(**SIZES, **RULES),
+    "tile": tile_problems(**SIZES, **RULES, num_cmp_selected_blocks=None),
+}
+
+
+@pytest.mark.parametrize("mode", PROBLEMS)
+def test_a_prompt_equals_the_reference(mode):
+    @settings(max_examples=examples(40), **WITH_FIXTURES)
+    @given(case=decodings(PROBLEMS[mode]))
+    def check(case):
+        check_prompt(case, given_indices=mode == "token")
+
+    check()
+
+
+def check_prompt(case: Decoding, given_indices: bool):
     problem = case.problem
     packed = problem.q.ndim == 3
     prompt = Step(lengths_of(problem), [0] * len(lengths_of(problem)), batched=not packed)
     arguments = Feed(problem, case.seed).arguments(prompt)
     caches = case.cache, case.fresh()
-    # Ties may be broken otherwise, so both attend the same blocks.
-    arguments["block_indices"] = problem.select_blocks(backend="reference")
+    if given_indices:
+        # Ties may be broken otherwise, so both attend the same blocks.
+        arguments["block_indices"] = problem.select_blocks(backend="reference")
     out, expected = (
         nsa.forward(**arguments, cache=cache, backend=backend)
         for cache, backend in zip(caches, ("fused", "reference"), strict=True)
@@ -51,11 +67,24 @@ def test_it_selects_for_itself():
     assert cache.lengths.tolist() == [300, 300]
 
 
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_a_tile_keeps_blocks_that_are_forced_at_its_end(length):
+    """They may begin after the prompt."""
+    config = tile_config(
+        num_selected_blocks=5, num_initial_blocks=2, num_local_blocks=2, q_tile_size=256
+    )
+    tensors = make_inputs((2, length), 4, 2, 64, dtype=torch.float64)
+    caches = [nsa.Cache(config, 2, 320, 2, 64, dtype=torch.float64) for _ in range(2)]
+    for cache, backend in zip(caches, ("fused", "reference"), strict=True):
+        nsa.forward(*tensors, cache=cache, backend=backend)
+    assert_same_contents(*caches)
+
+
 def test_what_it_cannot_do():
     q, k, v = make_inputs((1, 20), 4, 2, 64, dtype=torch.float64)
-    tile = nsa.Cache(tile_config(), 1, 64, 2, 64, dtype=torch.float64)
-    with pytest.raises(nsa.UnsupportedError, match="selection='token' with a cache"):
-        nsa.forward(q, k, v, cache=tile, backend="fused")
+    sparse = nsa.Cache(tile_config(num_cmp_selected_blocks=1), 1, 64, 2, 64, dtype=torch.float64)
+    with pytest.raises(nsa.UnsupportedError, match="num_cmp_selected_blocks=None with a cache"):
+        nsa.forward(q, k, v, cache=sparse, backend="fused")
     token = nsa.Cache(token_config(), 1, 64, 2, 64, dtype=torch.float64)
     with pytest.raises(nsa.UnsupportedError, match="no select_blocks with a cache"):
         nsa.select_blocks(q, k, cache=token, backend="fused")

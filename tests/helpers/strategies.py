@@ -104,13 +104,14 @@ def problems(
 
 
 @st.composite
-def tile_problems(draw, max_tokens: int = 300) -> Problem:
+def tile_problems(draw, max_tokens: int = 300, min_sequences: int = 0, **fixed) -> Problem:
     """Problems in tile mode, with the block sizes that the kernels support."""
     block = draw(st.sampled_from([1, 4, 16, 64]))
     sizes = [size for size in (64, 128, 192) if size % block == 0]
     return draw(
         problems(
             max_tokens,
+            min_sequences=min_sequences,
             selection="tile",
             compress_block_size=block,
             compress_stride=block,
@@ -118,6 +119,7 @@ def tile_problems(draw, max_tokens: int = 300) -> Problem:
             q_tile_size=draw(st.sampled_from([64, 128])),
             cmp_group_size=draw(st.sampled_from([64, 128])),
             window_size=draw(st.sampled_from([1, 30, 100])),
+            **fixed,
         )
     )
 

@@ -1,0 +1,122 @@
+"""Selections of the tiles that hold new tokens behind a cache; the first of them may be open."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import num_selection_blocks
+from nsa.cache.append import NewTokens
+from nsa.cache.context import segments_of
+from nsa.cache.places import Places, write
+from nsa.cache.state import Cache
+from nsa.geometry import Geometry, Segments
+
+
+@dataclass(frozen=True, eq=False)
+class TileLists:
+    """Blocks and groups of the tiles that hold new tokens, one sequence after another.
+
+    Attributes:
+        tiles: those of each sequence.
+        first: the first of them, int64 ``(B,)``.
+        blocks: int32 ``(tiles, H, list_width)``; those of a tile's end, even if the sequence ends
+            earlier.
+        groups: int32 ``(tiles, H, group_list_width)``, or None to attend all compressed tokens.
+    """
+
+    cache: Cache
+    tokens: NewTokens
+    tiles: Segments
+    first: Tensor
+    blocks: Tensor
+    groups: Tensor | None
+
+    @property
+    def tile(self) -> Tensor:
+        """The index of each tile in its sequence, int64 ``(tiles,)``."""
+        return self.first[self.tiles.owner] + self.tiles.local
+
+    @property
+    def real_blocks(self) -> Tensor:
+        """``blocks`` without those past the end of the sequence."""
+        count = num_selection_blocks(self.tokens.end, self.cache.config)
+        count = count[self.tiles.owner, None, None]
+        return torch.where(self.blocks < count, self.blocks, -1)
+
+    def with_blocks(self, block_indices: Tensor) -> "TileLists":
+        """With the caller's blocks, ``(H, tiles, n)`` or ``(B, H, tiles, n)``."""
+        rows = block_indices.transpose(-3, -2)
+        if rows.ndim == 4:
+            rows = rows[self.tiles.owner, self.tiles.local]
+        return replace(self, blocks=fit_slots(rows, self.blocks.shape[-1]))
+
+    def with_later_blocks(self) -> "TileLists":
+        """With the blocks past the end of the sequence that are forced at the end of a tile."""
+        config, slots = self.cache.config, self.blocks.shape[-1]
+        count = num_selection_blocks(self.tokens.end, config)[self.tiles.owner]
+        end = (self.tile + 1) * config.q_tile_size - 1
+        end = end // config.select_block_size + 1
+        initial = (end.clamp(max=config.num_initial_blocks) - count).clamp(min=0)
+        local = torch.maximum((end - config.num_local_blocks).clamp(min=0), count + initial)
+        total = initial + (end - local).clamp(min=0)
+        filled = (self.blocks >= 0).sum(-1, keepdim=True)
+        nth = torch.arange(slots, device=filled.device) - filled
+        count, initial, local, total = (x[:, None, None] for x in (count, initial, local, total))
+        later = torch.where(nth < initial, count + nth, local + nth - initial)
+        later = torch.where((nth < total) & (later < self._most_blocks), later, -1)
+        return replace(self, blocks=torch.where(nth < 0, self.blocks, later.int()))
+
+    @property
+    def _most_blocks(self) -> int:
+        return num_selection_blocks(self.cache.max_length, self.cache.config)
+
+    def in_layout_of(self, q: Tensor) -> Tensor:
+        """Real blocks in the layout of ``block_indices``, -1 in rows that a sequence lacks."""
+        rows = fit_slots(self.real_blocks, self.cache.config.num_selected_blocks)
+        if q.ndim == 4:
+            most = max(self.tiles.counts, default=0)
+            batch = rows.new_full((q.shape[0], most, *rows.shape[1:]), -1)
+            batch[self.tiles.owner, self.tiles.local] = rows
+            rows = batch
+        return rows.transpose(-3, -2).contiguous()
+
+    def of_tiles(self, geometry: Geometry) -> tuple[Tensor, Tensor | None]:
+        """Blocks and groups of the tiles of ``geometry``, which divide these."""
+        owner = geometry.tile_owner
+        tile = geometry.tile_first // self.cache.config.q_tile_size
+        row = self.tiles.offset[owner] + tile - self.first[owner]
+        return self.real_blocks[row], None if self.groups is None else self.groups[row]
+
+    def store(self):
+        """Keep the lists of the last tiles in the cache."""
+        owner, count = self.tiles.owner, self.tiles.count
+        last = self.tiles.local >= count[owner] - self.cache.layout.tile_slots
+        places = Places(owner, self.cache.list_slot(self.tile), last)
+        for kept, lists in (
+            (self.cache.block_lists, self.blocks),
+            (self.cache.group_lists, self.groups),
+        ):
+            if kept is not None and lists is not None:
+                write(kept, places, lists)
+
+
+def open_lists(cache: Cache, tokens: NewTokens, num_heads: int) -> TileLists:
+    """The lists that the cache keeps, of the tiles that hold new tokens. A tile that begins in the
+    call has none yet: its row has any values."""
+    cache.use_num_heads(num_heads)
+    assert cache.block_lists is not None
+    size = cache.config.q_tile_size
+    first = tokens.start // size
+    past = torch.where(tokens.end > tokens.start, -(-tokens.end // size), first)
+    tiles = segments_of(past - first)
+    slot = cache.list_slot(first[tiles.owner] + tiles.local)
+    blocks = cache.block_lists[tiles.owner, slot]
+    groups = None if cache.group_lists is None else cache.group_lists[tiles.owner, slot]
+    return TileLists(cache, tokens, tiles, first, blocks, groups)
+
+
+def fit_slots(lists: Tensor, width: int) -> Tensor:
+    """Lists of ``width`` slots; they name no more than that."""
+    lists = lists[..., :width]
+    return torch.nn.functional.pad(lists, (0, width - lists.shape[-1]), value=-1)
