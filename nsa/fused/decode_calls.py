@@ -149,6 +149,7 @@ def decode_tile_select(
 def decode_attend(
     q: Tensor,
     pool: Pool,
+    rings: Pool | None,
     table: Tensor,
     schedule: Schedule,
     cu_seqlens: Tensor | None,
@@ -164,6 +165,8 @@ def decode_attend(
     Args:
         q: ``(T, H, D)``. A slice of heads is read where it is.
         pool: pages of tokens.
+        rings: where the window has keys of its own: those of token ``p`` of sequence ``b`` are in
+            page ``b`` at row ``p % rows``.
         block_indices: int32 ``(T, H_kv, n)``, ascending, -1 in empty slots at the end; ``n`` up to
             ``MAX_LISTED``. Keys after the token are left out. In tile mode the lists of tiles.
         select_size: tokens of a block, 32 or 64 or 128.

@@ -58,8 +58,6 @@ def unsupported_reason(
             f"it needs at most {MAX_TOKENS} new tokens of a sequence with a cache, got {tokens}; "
             f"{_USE_REFERENCE}"
         )
-    if cache.separate_kv:
-        return f"it needs a cache with separate_kv=False; {_USE_REFERENCE}"
     if group > MAX_GROUP:
         return (
             f"it needs at most {MAX_GROUP} query heads to a KV head, got {group}; {_USE_REFERENCE}"
@@ -147,16 +145,17 @@ def forward(
         return q.new_zeros(*q.shape[:-1], cache.value_head_dim)
     cu_seqlens = None if boundaries is None else boundaries.cu_seqlens.int()
     shape = _make_shape(q, cache, boundaries)
-    rows, k_rows, v_rows = (x.flatten(0, -3) for x in (q, k[0], v[0]))
+    rows = q.flatten(0, -3)
+    k_rows, v_rows = (_flatten(x) for x in (k, v))
     compressed = Pool(cache.k_cmp_pages, cache.v_cmp_pages)
-    if compressed_kv is None and compress_k_weight is None and compress_v_weight is None:
+    weights = compress_k_weight, compress_v_weight
+    if compressed_kv is None and weights == (None, None) and not cache.separate_kv:
         schedule = decode_calls.decode_append(
-            k_rows, v_rows, Pool(cache.k_pages, cache.v_pages), compressed, cache.page_table,
+            k_rows[1], v_rows[1], Pool(cache.k_pages, cache.v_pages), compressed, cache.page_table,
             cache.lengths, cache.overflowed, cache.max_length, cu_seqlens, shape, rule,
         )  # fmt: skip
         cache.note_advance(_counts(q, boundaries))
     else:
-        weights = compress_k_weight, compress_v_weight
         schedule = _append(
             q, (k_rows, v_rows), cache, weights, compressed_kv, boundaries, shape, rule
         )
@@ -188,9 +187,11 @@ def forward(
         assert block_indices is not None
         lists = block_indices.flatten(0, -3)
     splits = _choose_splits(cache, shape, rows.shape[0])
+    rings = None if cache.window_rings is None else Pool(*cache.window_rings)
+    window = min(config.window_size, cache.max_length)
     others = decode_calls.decode_attend(
-        rows, Pool(cache.k_pages, cache.v_pages), cache.page_table, schedule, cu_seqlens, lists,
-        shape, config.select_block_size, min(config.window_size, cache.max_length), scale, splits,
+        rows, Pool(cache.k_pages, cache.v_pages), rings, cache.page_table, schedule, cu_seqlens,
+        lists, shape, config.select_block_size, window, scale, splits,
     )  # fmt: skip
     out = decode_calls.decode_combine(
         parts, others, schedule, cu_seqlens, rows,
@@ -233,7 +234,7 @@ def _num_sms(device: torch.device) -> int:
 
 def _append(
     q: Tensor,
-    new: tuple[Tensor, Tensor],
+    new: tuple[Branches, Branches],
     cache: Cache,
     weights: tuple[Tensor | None, Tensor | None],
     compressed_kv: tuple[Tensor, Tensor] | None,
@@ -244,17 +245,22 @@ def _append(
     """What :func:`nsa.fused.decode_calls.decode_append` does, with any compression."""
     tokens = locate_in_cache(cache, q, boundaries, compressed_kv)
     if compressed_kv is None:
-        pair = [compress_candidates(cache, tokens, i, new[i], weights[i]) for i in range(2)]
+        pair = [compress_candidates(cache, tokens, i, new[i][0], weights[i]) for i in range(2)]
     else:
         pair = [x.flatten(0, -3)[: tokens.num_candidates] for x in compressed_kv]
     starts, count = cache.lengths.clone(), tokens.offset.diff()
-    append(cache, tokens, (new[0],) * 3, (new[1],) * 3, (pair[0], pair[1]))
+    append(cache, tokens, *new, (pair[0], pair[1]))
     slots = tokens.end // rule.stride
     tiles = torch.where((count > 0) & (slots > rule.carried), -(-slots // TILE_KEYS), 0)
     starts_of_tiles = prefix_sum(tiles)
     total = starts_of_tiles[-1:] * shape.sequence_units
     share = (-(-total // shape.ctas)).clamp(min=1)
     return Schedule(starts, tokens.end.int(), torch.cat([share, starts_of_tiles]).int())
+
+
+def _flatten(x: Branches) -> Branches:
+    first, second, third = (part.flatten(0, -3) for part in x)
+    return first, second, third
 
 
 def _counts(q: Tensor, boundaries: Boundaries | None) -> list[int] | None:

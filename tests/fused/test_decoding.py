@@ -106,7 +106,6 @@ def test_no_tokens():
 
 
 LIMITS = {
-    "separate": (dict(separate_kv=True), (2, 1), "separate_kv=False"),
     "groups": (
         dict(config=nsa.NSAConfig(num_cmp_selected_blocks=2)),
         (2, 1),
@@ -132,8 +131,6 @@ def test_limits(case):
     cache = make_cache(**options)
     cache.lengths.fill_(3)
     q, k, v = make_inputs(leading, 4, 2, 8, dtype=torch.float64)
-    if cache.separate_kv:
-        k, v = (k,) * 3, (v,) * 3
     with pytest.raises(nsa.UnsupportedError, match=message):
         nsa.forward(q, k, v, cache=cache, backend="fused")
     assert "reference" in nsa.explain_backend(q, k, v, cache=cache)

@@ -262,8 +262,9 @@ def decode_tile_select(
 
 
 def decode_attend(
-    q, pool, table, schedule, cu_seqlens, block_indices, shape, select_size, window, scale, splits
-):
+    q, pool, rings, table, schedule, cu_seqlens, block_indices, shape, select_size, window, scale,
+    splits,
+):  # fmt: skip
     dtype = accumulation_dtype(q.dtype)
     tiles, share, group = None, 1, shape.group
     if isinstance(block_indices, TileLists):
@@ -290,8 +291,12 @@ def decode_attend(
                     first = unit * splits * 2 + branch
                     rows = q[row0 + token, index * group : (index + 1) * group].to(dtype)
                     places = [_place(table, pool.k, sequence, p) for p in positions]
+                    store = pool
+                    if branch == 1 and rings is not None:
+                        store = rings
+                        places = [(sequence, p % rings.k.shape[1]) for p in positions]
                     _attend_in_parts(
-                        parts, first, splits, rows, pool, places, index // share, scale
+                        parts, first, splits, rows, store, places, index // share, scale
                     )
     return parts
 

@@ -10,6 +10,7 @@ from nsa.fused.decode_inputs import (
     NO_REFERENCE,
     DecodeRule,
     Parts,
+    Pool,
     Records,
     TileLists,
     TileRule,
@@ -189,16 +190,20 @@ def test_select(form, case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("splits", [1, 3, 16])
-def test_attend(form, case, splits):
+@pytest.mark.parametrize(("splits", "ring"), [(1, None), (3, 256), (16, None)])
+def test_attend(form, case, splits, ring):
     state = make_state(form, *case)
     schedule, _ = append(emulated, state, form.rule)
     indices = make_lists(state, schedule, form.rule)
     results = []
     for kernels, here in ((emulated, wide(state)), (decode_calls, state.to("cuda"))):
-        device = here.q.device
+        device, rings = here.q.device, None
+        if ring is not None:
+            shapes = ((5, ring, *x.shape[2:]) for x in state.pool)
+            drawn = [torch.randn(x, generator=torch.Generator().manual_seed(1)) for x in shapes]
+            rings = Pool(*(x.to(form.dtype).to(device, here.pool.k.dtype) for x in drawn))
         parts = kernels.decode_attend(
-            here.q, here.pool, here.table, tensors(schedule, device), here.cu_seqlens,
+            here.q, here.pool, rings, here.table, tensors(schedule, device), here.cu_seqlens,
             indices.to(device), here.shape, form.rule.select_size, 200, SCALE, splits,
         )  # fmt: skip
         results.append(merged(tensors(parts, "cpu", torch.float64), state.q.shape[0], splits))
@@ -230,8 +235,8 @@ def test_tile_select_and_attend(form, new):
         )  # fmt: skip
         written.append(lists.cpu())
         parts = kernels.decode_attend(
-            here.q, here.pool, *common, TileLists(lists, 256), here.shape, rule.select_size, 100,
-            SCALE, 2,
+            here.q, here.pool, None, *common, TileLists(lists, 256), here.shape,
+            rule.select_size, 100, SCALE, 2,
         )  # fmt: skip
         results.append(merged(tensors(parts, "cpu", torch.float64), state.q.shape[0], 2))
     assert torch.equal(*written)
@@ -282,7 +287,7 @@ def test_combine(case, gating):
     schedule, _ = append(emulated, state, form.rule)
     compressed, _ = compress(emulated, wide(state), schedule, form.rule)
     others = emulated.decode_attend(
-        *(wide(state).q, wide(state).pool, state.table, schedule, state.cu_seqlens),
+        *(wide(state).q, wide(state).pool, None, state.table, schedule, state.cu_seqlens),
         *(make_lists(state, schedule, form.rule), state.shape, 64, 200, SCALE, splits),
     )
     heads = state.q.shape[1]

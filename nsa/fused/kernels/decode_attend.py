@@ -81,19 +81,26 @@ class _Sizes(NamedTuple):
 class DecodeAttend:
     """Parts of the selected and window branch."""
 
-    def __init__(self, attention: TileAttention, select_size: int, tile_mode: bool):
+    def __init__(self, attention: TileAttention, select_size: int, tile_mode: bool, rings: bool):
+        self.rings = rings
         self.attention = attention
         self.tile_mode = tile_mode
         self.select_size = select_size
 
     @cute.jit
     def __call__(
-        self, tensors: _Tensors, pages: PagedTensors, sizes: _Sizes, scale_log2: Float32, stream
+        self,
+        tensors: _Tensors,
+        pages: PagedTensors,
+        rings: PagedTensors | None,
+        sizes: _Sizes,
+        scale_log2: Float32,
+        stream,
     ):
         attention = self.attention
         layouts, mma = attention.layouts(), attention.make_mma()
         units = sizes.batch * sizes.tokens * sizes.lists
-        self.kernel(tensors, pages, sizes, scale_log2, mma, layouts).launch(
+        self.kernel(tensors, pages, rings, sizes, scale_log2, mma, layouts).launch(
             grid=[units * sizes.splits, 1, 1],
             block=[attention.threads, 1, 1],
             stream=stream,
@@ -107,6 +114,7 @@ class DecodeAttend:
         self,
         tensors: _Tensors,
         pages: PagedTensors,
+        rings: PagedTensors | None,
         sizes: _Sizes,
         scale_log2: Float32,
         mma: cute.TiledMma,
@@ -152,10 +160,12 @@ class DecodeAttend:
             last = first + share
             begin, end = cutlass.min(first, window_tiles), cutlass.min(last, window_tiles)
             slot = (unit_row * sizes.splits + split) * 2
-            arguments = tensors, pages, sizes, scale_log2, mma, memory, listed
+            # The window's pages, or its rings: one for each sequence, of which no table is needed.
+            window_pages = pages if const_expr(rings is None) else rings
+            arguments = sizes, scale_log2, mma, memory, listed
             self._attend(
-                1, *arguments, sequence, kv_head, position, position + 1 - window, Int32(0),
-                begin, end - begin, slot + 1,
+                1, tensors, window_pages, *arguments, sequence, kv_head, position,
+                position + 1 - window, Int32(0), begin, end - begin, slot + 1,
             )  # fmt: skip
             wait_for_previous()
             valid = self._load_list(tensors, pages, sizes, listed, sequence, position, list_row)
@@ -164,8 +174,8 @@ class DecodeAttend:
             begin = cutlass.min(cutlass.max(first - window_tiles, 0), tiles)
             end = cutlass.min(cutlass.max(last - window_tiles, 0), tiles)
             self._attend(
-                0, *arguments, sequence, kv_head, position, Int32(0), valid,
-                begin, end - begin, slot,
+                0, tensors, pages, *arguments, sequence, kv_head, position,
+                Int32(0), valid, begin, end - begin, slot,
             )  # fmt: skip
 
     @cute.jit
@@ -319,7 +329,9 @@ class DecodeAttend:
             seen = Uint32(cutlass.min(key_position, position))
             index = Int32(seen // Uint32(pages.page_rows))
             row = Int32(seen % Uint32(pages.page_rows))
-            page = pages.table[Int64(sequence) * pages.max_pages + index]
+            page = sequence
+            if const_expr(not self.rings):
+                page = pages.table[Int64(sequence) * pages.max_pages + index]
         return page, row, real
 
 
@@ -332,6 +344,7 @@ def compile_decode_attend(
     select_size: int,
     packed: bool,
     tile_mode: bool,
+    rings: bool,
 ) -> Callable:
     """The compiled kernel of these forms."""
     attention = make_attention(dtype, head_dim, head_dim_v, row_groups)
@@ -340,13 +353,14 @@ def compile_decode_attend(
         return fake_flat(Int32 if used else None, alignment=4)
 
     return compile_kernel(
-        DecodeAttend(attention, select_size, tile_mode),
+        DecodeAttend(attention, select_size, tile_mode, rings),
         _Tensors(
             fake_flat(CUTE_DTYPES[dtype]),
             *(integers(packed), integers(), integers(), integers()),
             *(fake_flat(Float32, alignment=4), integers(), fake_flat(Float32, alignment=4)),
         ),
         fake_pages(CUTE_DTYPES[dtype]),
+        fake_pages(CUTE_DTYPES[dtype]) if rings else None,
         _Sizes(*(Int32(1) for _ in range(10)), Int64(1)),
         Float32(1.0),
     )
@@ -355,11 +369,11 @@ def compile_decode_attend(
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     forms = [
-        (torch.bfloat16, 128, 128, 1, 64, False, False),
-        (torch.float16, 64, 64, 2, 32, True, False),
-        (torch.bfloat16, 96, 96, 1, 64, False, True),
-        (torch.bfloat16, 192, 128, 1, 64, False, False),
-        (torch.bfloat16, 256, 256, 2, 64, False, False),
+        (torch.bfloat16, 128, 128, 1, 64, False, False, False),
+        (torch.float16, 64, 64, 2, 32, True, False, True),
+        (torch.bfloat16, 96, 96, 1, 64, False, True, False),
+        (torch.bfloat16, 192, 128, 1, 64, False, False, False),
+        (torch.bfloat16, 256, 256, 2, 64, False, False, False),
     ]
     for form in forms:
         name = "-".join(map(str, form)).replace("torch.", "")
@@ -369,6 +383,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 def decode_attend(
     q: Tensor,
     pool: Pool,
+    rings: Pool | None,
     table: Tensor,
     schedule: Schedule,
     cu_seqlens: Tensor | None,
@@ -397,7 +412,7 @@ def decode_attend(
     row_groups = -(-group // MMA_ROWS)
     packed = cu_seqlens is not None
     compile_decode_attend(
-        q.dtype, head_dim, head_dim_v, row_groups, select_size, packed, tile_mode
+        q.dtype, head_dim, head_dim_v, row_groups, select_size, packed, tile_mode, rings is not None
     )(
         _Tensors(
             *(flat_q, cu_seqlens, schedule.starts, schedule.ends),
@@ -405,6 +420,7 @@ def decode_attend(
             *(x.view(-1) for x in parts),
         ),
         page_arguments(pool, table),
+        None if rings is None else page_arguments(rings, table),
         _Sizes(
             *(shape.batch, shape.tokens, lists, group, block_indices.shape[-1], window, splits),
             *(kv_share, tile_size, tile_slots, q_stride),
