@@ -1,14 +1,14 @@
 # Every target sets up what it needs: a virtual environment in $(VENV), once.
 VENV ?= .venv
 PYTHON ?=
-EXTRAS ?= test,tools,lint
+EXTRAS ?= test,tools,lint,docs,release,transformers
 OUTPUT ?= outputs/demo
 TOOL ?= memcheck racecheck
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu sanitize lint format clean
+.PHONY: help demo test test-gpu sanitize lint format docs package clean
 
 help:
 	@echo "make demo      train a small byte-level language model with NSA and its dense twin"
@@ -16,6 +16,8 @@ help:
 	@echo "make test-gpu  run the tests that need an NVIDIA GPU; fails where they cannot run"
 	@echo "make sanitize  run a small training step under compute-sanitizer, on an NVIDIA GPU"
 	@echo "make lint      check style and types; make format mends style"
+	@echo "make docs      build the site of the docs in outputs/site; any warning fails"
+	@echo "make package   build sdist and wheel in dist/, and use the wheel in a new environment"
 	@echo "make clean     remove the virtual environment and outputs"
 
 $(STAMP): pyproject.toml tools/setup_venv.sh
@@ -47,5 +49,13 @@ format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# The variable hides an announcement about MkDocs itself.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir outputs/site
+	$(PY) tools/docs_site/dead_links.py outputs/site
+
+package: $(STAMP)
+	tools/check_package.sh $(PY) dist
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) outputs dist

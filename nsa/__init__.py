@@ -7,6 +7,8 @@ from nsa.layers import NativeSparseAttention
 from nsa.packing import Packing
 from nsa.validation import UnsupportedError
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Cache",
     "NSAConfig",

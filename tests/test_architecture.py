@@ -106,8 +106,9 @@ LAYERS = [
     {"reference", "fused"},
     {"dispatch"},
     {"linears", "cached_layer"},
-    {"layers"},
+    {"layers", "integrations", "transformers"},
     {"__init__"},
+    {"__main__"},
 ]
 """Modules and packages of nsa, those that import nothing of it first."""
 

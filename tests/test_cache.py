@@ -11,6 +11,7 @@ from nsa.cache.places import write
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.decoding import CLOSE, append_on_device, assert_same_contents, contents
 from tests.helpers.small_configs import SMALL
+from tests.helpers.torch_defaults import DEFAULTS
 
 F64 = torch.float64
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
@@ -389,6 +390,20 @@ def test_inference_mode_and_ordinary_calls_mix():
     with torch.inference_mode():
         out.append(feed(cache, tensors, 30, 40))
     whole = nsa.forward(*tensors, config=cache.config)
+    torch.testing.assert_close(torch.cat(out, 1), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("name", SMALL)
+def test_defaults_of_torch_change_nothing(name, default):
+    tensors = inputs(2, 60)
+    whole = nsa.forward(*tensors, config=SMALL[name])
+    with DEFAULTS[default]():
+        cache = make_cache(SMALL[name], device="cpu")
+        out = [feed(cache, tensors, 0, 30), feed(cache, tensors, 30, 31)]
+        cache.truncate(30)
+        cache.reorder(torch.arange(2, device="cpu"))
+        out[1:] = [feed(cache, tensors, 30, 45), feed(cache, tensors, 45, 60)]
     torch.testing.assert_close(torch.cat(out, 1), whole, **CLOSE)
 
 

@@ -12,7 +12,14 @@ from tests.helpers.requirements import missing_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-NAMES = ("compile_and_graph", "generate", "look_at_selection", "packed_batch", "transformer_block")
+NAMES = (
+    "compile_and_graph",
+    "convert_llama",
+    "generate",
+    "look_at_selection",
+    "packed_batch",
+    "transformer_block",
+)
 
 on_gpu = pytest.mark.parametrize(
     "gpu",
@@ -30,12 +37,12 @@ on_gpu = pytest.mark.parametrize(
 )
 
 
-def run(name: str, folder: Path, gpu: bool) -> str:
+def run(name: str, folder: Path, gpu: bool, *options: str) -> str:
     """What an example prints; on a CPU it sees no GPU, and has one thread."""
     cpu_only = {} if gpu else dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     result = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py"],
+        [sys.executable, EXAMPLES / f"{name}.py", *options],
         cwd=folder,
         env=os.environ | cpu_only | dict(PYTHONPATH=path),
         capture_output=True,
@@ -62,7 +69,7 @@ def test_examples_say_how_to_run_them_and_use_public_names(name):
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     assert f"\n    python examples/{name}.py\n" in text
     assert "import nsa\n" in text
-    assert not re.search(r"from nsa|import nsa\.|nsa\._", text)
+    assert not re.search(r"from nsa|import nsa\.(?!transformers\n)|nsa\._", text)
 
 
 @on_gpu
@@ -85,6 +92,26 @@ def test_transformer_block(tmp_path, gpu):
     # Random logits add to log 16 = 2.77.
     assert 2.5 < losses[0] < 3.5
     assert losses[-1] < 0.7 * losses[0]
+
+
+@on_gpu
+def test_convert_llama(tmp_path, gpu):
+    pytest.importorskip("transformers", reason="needs the extra `transformers`")
+    printed = run("convert_llama", tmp_path, gpu, "--steps", "4")
+    losses = re.findall(r"^(.*): (\S+) nats per byte$", printed, re.MULTILINE)
+    assert [name for name, _ in losses] == [
+        "dense, before the switch",
+        "NSA, at the switch",
+        "dense, trained on",
+        "NSA, trained on",
+    ]
+    before, at, dense, after = (float(loss) for _, loss in losses)
+    # A byte is one of 256: log 256 = 5.55.
+    assert 4 < before < 5.5
+    assert abs(at - before) < 0.1
+    assert max(dense, after) < min(before, at)
+    path = re.search(r"^wrote (.*)$", printed, re.MULTILINE)
+    assert "no matplotlib" in printed if path is None else Path(path[1]).stat().st_size > 5000
 
 
 @on_gpu

@@ -9,15 +9,19 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 BLOCK = """
 import sys
 
+PACKAGES = {"flash_attn", "cutlass", "triton", "quack", "tvm_ffi", "cuda", "transformers"}
+
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"flash_attn", "cutlass", "triton", "quack", "tvm_ffi", "cuda"}:
+        if name.split(".")[0] in PACKAGES:
             raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
 
 sys.meta_path.insert(0, Finder())
 """
 
 USE = """
+import runpy
+
 import torch
 import nsa
 
@@ -34,6 +38,7 @@ for config in (nsa.NSAConfig(), nsa.NSAConfig.paper()):
         pass
     else:
         raise AssertionError("the fused backend cannot have run")
+runpy.run_module("nsa", run_name="__main__")
 print("done")
 """
 
@@ -42,7 +47,7 @@ PRESENT = """
 import importlib.machinery
 import sys
 
-PACKAGES = {"flash_attn", "cutlass", "quack", "tvm_ffi"}
+PACKAGES = {"flash_attn", "cutlass", "quack", "tvm_ffi", "transformers"}
 asked = []
 
 class Finder:

@@ -8,6 +8,7 @@ from torch import Tensor
 from nsa.blocks import num_selection_blocks
 from nsa.cache.state import Cache
 from nsa.config import NSAConfig
+from nsa.host import has_readable_values
 from nsa.packing import Boundaries
 from nsa.validation import (
     Problem,
@@ -104,6 +105,8 @@ def check_cached_indices(
             f"block_indices must have shape {shape} with selection={config.selection!r}, got "
             f"{tuple(indices.shape)}"
         )
+    if not indices.numel() or not has_readable_values(indices):
+        return
     longest = cache.max_length if spans is None else max((end for _, end in spans), default=0)
     most = num_selection_blocks(longest, config)
     count: int | Tensor = most

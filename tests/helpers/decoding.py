@@ -34,9 +34,13 @@ class Decoding(NamedTuple):
     seed: int
 
     def fresh(self) -> nsa.Cache:
-        """Another empty cache for the problem."""
-        size = self.cache.layout.page_size
-        return poisoned_cache(self.problem, size, random.Random(self.seed))
+        """Another empty cache for sequences as long."""
+        old = self.cache
+        dims = old.num_kv_heads, old.head_dim, old.value_head_dim, old.separate_kv
+        return nsa.Cache(
+            old.config, old.batch_size, old.max_length, *dims, dtype=old.dtype,
+            page_size=old.layout.page_size,
+        )  # fmt: skip
 
 
 def decodable(**fixed) -> st.SearchStrategy[Problem]:

@@ -1,10 +1,11 @@
 """What a machine lacks for some tests, and when that fails tests instead of skipping them.
 
 NSA_REQUIRE_GPU=1 (``make test-gpu``) fails a run whose GPU tests would all be skipped. CI=true
-fails tests that need the extra ``fused`` where it is not installed.
+fails tests that need the extras ``fused`` and ``transformers`` where they are not installed.
 """
 
 import importlib
+import importlib.util
 import os
 import warnings
 from types import ModuleType
@@ -36,6 +37,18 @@ def check_gpu() -> None:
     reason = missing_gpu()
     if reason is not None:
         raise pytest.UsageError(f"{REQUIRE_GPU}=1, but every GPU test would be skipped: {reason}")
+
+
+def import_transformers() -> ModuleType:
+    """``nsa.transformers``; skip without the extra ``transformers``, or fail in CI."""
+    if importlib.util.find_spec("transformers") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI installs the extra `transformers`", pytrace=False)
+        pytest.skip("transformers is not installed", allow_module_level=True)
+    with warnings.catch_warnings():
+        # It warns about packages of its own.
+        warnings.simplefilter("ignore")
+        return importlib.import_module("nsa.transformers")
 
 
 def import_fused(name: str) -> ModuleType:
