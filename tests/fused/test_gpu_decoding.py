@@ -133,7 +133,7 @@ def test_accuracy(form, lists):
 def test_accuracy_in_tile_mode():
     """Tiles begin in some sequences, at some of the tokens."""
     form = TILE_FORM
-    cache = make_cache([0, 256, 1024, 4096], 64, form)
+    cache = make_cache([0, 256, 1024, 4096], 512, form)
     references = [copied(cache, dtype) for dtype in (BF16, torch.float64)]
     for i, tokens in enumerate((1, 3, 8, 1)):
         if i == 2:

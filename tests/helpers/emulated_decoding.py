@@ -154,8 +154,10 @@ def _store_part(parts, slot, row, y, values):
 def _store_records(records, y, rule, unit, row):
     groups = y.unflatten(0, (-1, SLOT_GROUP))
     reference = torch.stack([_some_reference(group) for group in groups])
-    some = (reference != NO_REFERENCE)[:, None]
-    power = torch.where(some, torch.exp2(groups - reference[:, None]), 0)
+    # Products with powers of two are exact, so equal exponents give equal sums.
+    whole = groups.round()
+    scale = torch.exp2(whole - reference[:, None])
+    power = torch.where(groups > -torch.inf, torch.exp2(groups - whole) * scale, 0)
     blocks = power.unflatten(1, (-1, rule.per_select))
     own = _weighted(blocks, lambda i: min(i, rule.carried) + 1)
     back = _weighted(blocks, lambda i: max(rule.carried - i, 0))
