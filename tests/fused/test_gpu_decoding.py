@@ -120,14 +120,19 @@ def check_steps(cache, form, steps, lists):
         assert torch.equal(cache.lengths, references[0].lengths)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_accuracy(form, lists):
-    lengths = [0, 1, 63, 700, 2047, 5000]
-    cache = make_cache(lengths, 64, form)
-    batch = len(lengths)
-    steps = [((batch, 1), None), ((batch, 8), None), ((batch, 3), None)]
-    steps += [((10,), [1, 0, 8, 1, 0, 0]), ((6,), [1] * 6)]
-    check_steps(cache, form, steps, lists)
+LENGTHS = [0, 1, 63, 700, 2047, 5000]
+CALLS = [
+    (FORMS[0], [((6, 1), None)] * 2),
+    (FORMS[0], [((6, 4), None)]),
+    (FORMS[1], [((10,), [1, 0, 8, 1, 0, 0])]),
+    (FORMS[2], [((6, 1), None)]),
+    (FORMS[3], [((6,), [1] * 6)]),
+]
+
+
+@pytest.mark.parametrize(("form", "steps"), CALLS, ids=str)
+def test_accuracy(form, steps, lists):
+    check_steps(make_cache(LENGTHS, 64, form), form, steps, lists)
 
 
 def test_accuracy_in_tile_mode():

@@ -167,7 +167,6 @@ class DecodeAttend:
                 1, tensors, window_pages, *arguments, sequence, kv_head, position,
                 position + 1 - window, Int32(0), begin, end - begin, slot + 1,
             )  # fmt: skip
-            wait_for_previous()
             valid = self._load_list(tensors, pages, sizes, listed, sequence, position, list_row)
             cute.arch.barrier()
             tiles = cute.ceil_div(valid * self.select_size, TILE_KEYS)
@@ -228,7 +227,10 @@ class DecodeAttend:
         count: Int32,
         slot: Int64,
     ):
-        """A part: ``count`` tiles of a branch. A part without tiles has the reference of none."""
+        """A part: ``count`` tiles of a branch. A part without tiles has the reference of none.
+
+        The window's is attended before the kernel before this one has ended, and stored after.
+        """
         sQ, sK, sV, sO, sM, sL = memory
         tidx, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
@@ -275,12 +277,16 @@ class DecodeAttend:
                 )
                 self.attention.add_values(mma, acc_O, accs, sV[None, None, stage], key_group, lane)
             cute.arch.cp_async_wait_group(0)
+            if const_expr(branch == 1):
+                wait_for_previous()
             self.attention.store_part(
                 acc_O, reference, total, sO, sM, sL,
                 (tensors.out, tensors.reference, tensors.total),
                 slot, sizes.group, row_group, key_group, tidx,
             )  # fmt: skip
         else:
+            if const_expr(branch == 1):
+                wait_for_previous()
             if tidx < sizes.group:
                 tensors.reference[slot * sizes.group + tidx] = Int32(NO_REFERENCE)
                 tensors.total[slot * sizes.group + tidx] = Float32(0.0)

@@ -215,17 +215,25 @@ class DecodeCombine:
     ):  # fmt: skip
         """Add this warp's parts; ``even`` and ``odd`` are the shares of parts in turn."""
         mO, mReference, _ = parts
-        for i in cutlass.range(warp, count, self.warps // 2, unroll=_LOADS):
-            place = first + i * stride
-            reference = mReference[place]
-            largest = even[0] if i % 2 == 0 else odd[0]
-            share = even[1] if i % 2 == 0 else odd[1]
-            factor = share * power_of_two(reference - largest)
-            for j in cutlass.range_constexpr(self.head_dim_v // WARP):
-                value = mO[place * self.head_dim_v + j * WARP + lane]
-                # The output of a part without keys was not written.
-                value = value * factor if reference != NO_REFERENCE else Float32(0.0)
-                acc[j] = acc[j] + value
+        columns = const_expr(self.head_dim_v // WARP)
+        step = const_expr(self.warps // 2)
+        for begin in cutlass.range(warp, count, step * _LOADS, unroll=1):
+            # All loads before the first use, so that they are under way together.
+            loaded = []
+            for u in cutlass.range_constexpr(_LOADS):
+                i = cutlass.min(begin + u * step, count - 1)
+                place = first + i * stride
+                values = [mO[place * self.head_dim_v + j * WARP + lane] for j in range(columns)]
+                loaded.append((i, mReference[place], values))
+            for u in cutlass.range_constexpr(_LOADS):
+                i, reference, values = loaded[u]
+                largest = even[0] if i % 2 == 0 else odd[0]
+                share = even[1] if i % 2 == 0 else odd[1]
+                factor = share * power_of_two(reference - largest)
+                # Past the end the last part again. A part without keys has no output.
+                real = begin + u * step < count and reference != NO_REFERENCE
+                for j in cutlass.range_constexpr(columns):
+                    acc[j] = acc[j] + (values[j] * factor if real else Float32(0.0))
 
 
 @kept

@@ -38,7 +38,7 @@ from nsa.fused.kernels.decode_tiles import (
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import fake_flat
 
-# Heads whose records a thread loads together.
+# The most heads whose records a thread loads together.
 _HEADS = 8
 
 
@@ -76,8 +76,9 @@ class _Sizes(NamedTuple):
 class DecodeSelect:
     """``count`` best blocks of each token and KV head."""
 
-    def __init__(self, rule: DecodeRule, count: int):
+    def __init__(self, rule: DecodeRule, count: int, heads: int):
         self.rule = rule
+        self.heads = heads
         self.best = BestOfCta(count)
 
     @cute.jit
@@ -170,24 +171,34 @@ class DecodeSelect:
         scored = block * rule.per_select < seen
         carries = block % per_group == per_group - 1 and (group + 1) * SLOT_GROUP < seen
         score = Float32(0.0)
-        for head in cutlass.range(sizes.group, unroll=_HEADS):
-            row = record_row + head
-            largest = sReference[head]
-            own = tensors.sums[row * blocks + block]
-            factor = power_of_two(tensors.references[row * sizes.groups + group] - largest)
-            value = own * factor
-            if const_expr(rule.carried > 0):
-                carried = tensors.carried[row * sizes.groups + following]
-                other = tensors.references[row * sizes.groups + following] - largest
-                carried = carried * power_of_two(other)
-                value = value + (carried if carries else Float32(0.0))
-            score = score + value * sInverse[head]
+        for first in cutlass.range(0, sizes.group, self.heads, unroll=1):
+            # All loads before the first use, so that they are under way together.
+            loaded = []
+            for h in cutlass.range_constexpr(self.heads):
+                row = record_row + cutlass.min(first + h, sizes.group - 1)
+                own = tensors.sums[row * blocks + block]
+                reference = tensors.references[row * sizes.groups + group]
+                carried, next_reference = None, None
+                if const_expr(rule.carried > 0):
+                    carried = tensors.carried[row * sizes.groups + following]
+                    next_reference = tensors.references[row * sizes.groups + following]
+                loaded.append((own, reference, carried, next_reference))
+            for h in cutlass.range_constexpr(self.heads):
+                own, reference, carried, next_reference = loaded[h]
+                head = cutlass.min(first + h, sizes.group - 1)
+                largest = sReference[head]
+                value = own * power_of_two(reference - largest)
+                if const_expr(rule.carried > 0):
+                    carried = carried * power_of_two(next_reference - largest)
+                    value = value + (carried if carries else Float32(0.0))
+                value = value * sInverse[head]
+                score = score + (value if first + h < sizes.group else Float32(0.0))
         return score if scored else Float32(0.0)
 
 
 @kept
-def compile_decode_select(rule: DecodeRule, count: int, packed: bool) -> Callable:
-    """The compiled kernel of a rule and a number of blocks."""
+def compile_decode_select(rule: DecodeRule, count: int, heads: int, packed: bool) -> Callable:
+    """The compiled kernel of a rule, a number of blocks, and of heads that are loaded together."""
 
     def integers(used: bool = True):
         return fake_flat(Int32 if used else None, alignment=4)
@@ -196,7 +207,7 @@ def compile_decode_select(rule: DecodeRule, count: int, packed: bool) -> Callabl
         return fake_flat(Float32 if used else None, alignment=4)
 
     return compile_kernel(
-        DecodeSelect(rule, count),
+        DecodeSelect(rule, count, heads),
         _Tensors(
             *(integers(packed), integers(), integers(), integers()),
             *(integers(), floats(), floats(), floats(rule.carried > 0), integers(), integers()),
@@ -213,7 +224,9 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             name = "-".join(map(str, (*rule, count)))
             yield (
                 f"decode-select-{name}",
-                functools.partial(compile_decode_select, rule, count, count == 16),
+                functools.partial(
+                    compile_decode_select, rule, count, _HEADS if count == 16 else 1, count == 16
+                ),
             )
 
 
@@ -229,7 +242,8 @@ def decode_select(
     num_local: int,
 ) -> None:
     """See :func:`nsa.fused.decode_calls.decode_select`."""
-    compile_decode_select(rule, out.shape[-1], cu_seqlens is not None)(
+    heads = min(_HEADS, 1 << (shape.group - 1).bit_length())
+    compile_decode_select(rule, out.shape[-1], heads, cu_seqlens is not None)(
         _Tensors(
             *(cu_seqlens, *schedule),
             *(parts.reference.view(-1), parts.total.view(-1)),

@@ -385,8 +385,8 @@ def wait_for_previous():
     """Wait until the kernel before this one has ended, then let the next one start.
 
     A kernel that runs was let start by all CTAs of the one before it, which had waited by then. So
-    what the kernels before that one wrote is there without waiting, and may be read. What a step's
-    kernels write, none of them reads or wrote before.
+    what the kernels before that one wrote is there without waiting, and may be read. Nothing is
+    written without waiting.
     """
     if const_expr(PDL):
         cute.arch.griddepcontrol_wait()
