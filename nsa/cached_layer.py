@@ -1,6 +1,7 @@
 """What the layer does with a cache: locate new tokens, and compress the blocks they complete."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,45 @@ from nsa.validation import check_qkv, per_branch
 
 Branches = tuple[Tensor, ...]
 Compress = Callable[[Tensor], Tensor]
+
+
+def arguments_of_new_tokens(
+    q: Tensor,
+    keys: Branches,
+    values: Branches,
+    boundaries: Boundaries | None,
+    cache: Cache,
+    *,
+    config: NSAConfig,
+    compressors: Any,
+    compressed_dtype: torch.dtype,
+    rope_theta: float | None,
+) -> tuple:
+    """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward` with a cache.
+
+    Args:
+        q, keys, values: not rotated, ``(B, N, H, D)`` or ``(T, H, D)`` and so on; keys and values
+            of one branch or three.
+        compressors: for keys and for values, or None if :func:`nsa.forward` takes means.
+        compressed_dtype: what the compressors take.
+    """
+    tokens = locate_checked(cache, config, q, keys, values, boundaries)
+    compressed_kv = None
+    if compressors is not None:
+        k, v = keys[0].to(compressed_dtype), values[0].to(compressed_dtype)
+        found = compress_completed(cache, tokens, k, v, compressors, rope_theta)
+        compressed_kv = tuple(x.to(q.dtype) for x in found)
+    if rope_theta is not None:
+        position = tokens.position.view(q.shape[:-2])
+        q = apply_rope(q, position, rope_theta)
+        rotated = tuple(apply_rope(x, position, rope_theta) for x in keys)
+        if compressors is not None and len(keys) == 3:
+            # A cache keeps the keys of the open block as the compressor takes them.
+            rotated = keys[0], *rotated[1:]
+        keys = rotated
+    if len(keys) == 1:
+        return q, keys[0], values[0], compressed_kv
+    return q, keys, values, compressed_kv
 
 
 def locate_checked(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nsa import dispatch
 from nsa.blocks import num_compressed_blocks
 from nsa.cache import Cache
-from nsa.cached_layer import compress_completed, locate_checked
+from nsa.cached_layer import arguments_of_new_tokens
 from nsa.config import NSAConfig
 from nsa.geometry import locate_items, prefix_sum
 from nsa.host import has_readable_values
@@ -303,33 +303,28 @@ class NativeSparseAttention(nn.Module):
         branches = (self.num_kv_branches, self.num_kv_heads)
         keys = k.unflatten(-1, (*branches, self.head_dim)).unbind(-3)
         values = v.unflatten(-1, (*branches, self.value_head_dim)).unbind(-3)
-        tokens = None
         if cache is not None:
-            tokens = locate_checked(cache, self.config, q, keys, values, boundaries)
+            return arguments_of_new_tokens(
+                q,
+                keys,
+                values,
+                boundaries,
+                cache,
+                config=self.config,
+                compressors=None if self.compress_k is None else (self.compress_k, self.compress_v),
+                compressed_dtype=keys[0].dtype if autocast_dtype(x.device) else x.dtype,
+                rope_theta=self.rope_theta,
+            )
         compressed_kv = None
-        if self.compress_k is not None and self.compress_v is not None:
+        if self.compress_k is not None:
             # Wrapped linears get the dtype of x.
             dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
-            k_in, v_in = keys[0].to(dtype), values[0].to(dtype)
-            if cache is None or tokens is None:
-                compressed = self._compress(k_in, v_in, boundaries)
-            else:
-                compressors = self.compress_k, self.compress_v
-                compressed = compress_completed(
-                    cache, tokens, k_in, v_in, compressors, self.rope_theta
-                )
+            compressed = self._compress(keys[0].to(dtype), values[0].to(dtype), boundaries)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         if self.rope_theta is not None:
-            if tokens is None:
-                positions = _positions(x, boundaries)
-            else:
-                positions = tokens.position.view(x.shape[:-1])
+            positions = _positions(x, boundaries)
             q = apply_rope(q, positions, self.rope_theta)
-            rotated = tuple(apply_rope(k, positions, self.rope_theta) for k in keys)
-            if tokens is not None and compressed_kv is not None and len(keys) == 3:
-                # A cache keeps the keys of the open block as the compressor takes them.
-                rotated = keys[0], *rotated[1:]
-            keys = rotated
+            keys = tuple(apply_rope(k, positions, self.rope_theta) for k in keys)
         if self.num_kv_branches == 1:
             return q, keys[0], values[0], compressed_kv
         return q, keys, values, compressed_kv

@@ -237,6 +237,16 @@ class Feed:
         return parts
 
 
+def laid_out_rows(rows: list[Tensor], step: Step, config) -> Tensor:
+    """``block_indices`` of a step from the rows of each sequence's tokens or tiles."""
+    token = config.selection == "token"
+    if not step.batched:
+        packed = torch.cat(rows)
+        return packed if token else packed.transpose(0, 1)
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    return batch if token else batch.transpose(1, 2)
+
+
 def assert_decodes(case: Decoding, backend: str):
     """Every step gives the rows of the whole, and selects its blocks."""
     problem, steps, cache, seed = case
@@ -280,11 +290,11 @@ def packed_units(indices: Tensor, rows: list[int], config) -> Tensor:
 
 def contents(cache: nsa.Cache) -> list[Tensor]:
     """Keys, values and compressed ones of each sequence, by position."""
-    found = []
+    found, device = [], cache.device
     for b, length in enumerate(cache.lengths.tolist()):
-        sequence = torch.full((length,), b)
-        places = cache.token_places(sequence, torch.arange(length))
-        blocks = torch.arange(num_compressed_blocks(length, cache.config))
+        sequence = torch.full((length,), b, device=device)
+        places = cache.token_places(sequence, torch.arange(length, device=device))
+        blocks = torch.arange(num_compressed_blocks(length, cache.config), device=device)
         compressed = cache.block_places(torch.full_like(blocks, b), blocks)
         found += [places.read(cache.k_pages), places.read(cache.v_pages)]
         found += [compressed.read(cache.k_cmp_pages), compressed.read(cache.v_cmp_pages)]
@@ -293,11 +303,11 @@ def contents(cache: nsa.Cache) -> list[Tensor]:
             (cache.open_rings, cache.open_places, cache.config.compress_block_size),
         ):
             if rings is not None:
-                last = torch.arange(max(0, length - reach + 1), length)
+                last = torch.arange(max(0, length - reach + 1), length, device=device)
                 found += [of(torch.full_like(last, b), last).read(x) for x in rings]
         for lists in (cache.block_lists, cache.group_lists):
             if lists is not None and length:
-                tile = torch.tensor((length - 1) // cache.config.q_tile_size)
+                tile = (length - 1) // cache.config.q_tile_size
                 found.append(lists[b, cache.list_slot(tile)])
     return found
 

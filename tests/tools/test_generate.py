@@ -48,10 +48,10 @@ def greedy(model, prompts: list[bytes], length: int, use_cache: bool) -> list[by
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_text_with_a_cache_equals_text_without(name):
     model = make_model(name)
-    without = greedy(model, PROMPTS, 40, use_cache=False)
+    without = greedy(model, PROMPTS, 20, use_cache=False)
     assert len(set(without)) == len(PROMPTS)
-    assert greedy(model, PROMPTS, 40, use_cache=True) == without
-    assert [greedy(model, [text], 40, use_cache=True)[0] for text in PROMPTS] == without
+    assert greedy(model, PROMPTS, 20, use_cache=True) == without
+    assert [greedy(model, [text], 20, use_cache=True)[0] for text in PROMPTS] == without
 
 
 def test_the_cache_is_used(monkeypatch):
