@@ -6,6 +6,7 @@ from hypothesis import given, settings
 
 import nsa
 from nsa import packing, validation
+from nsa.cache import calls
 from nsa.fused import decoding
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.fused.test_host_reads import NoHostReads
@@ -60,7 +61,7 @@ def forget_lengths(cache):
 def test_a_step_reads_nothing_on_the_host(extras, packed, decoded, monkeypatch):
     cache = make_cache(length=190)
     # As while a CUDA graph is captured.
-    for module in (validation, packing):
+    for module in (validation, packing, calls):
         monkeypatch.setattr(module, "has_readable_values", lambda _: False)
     cu_seqlens = make_cu_seqlens([3, 0]) if packed else None
     leading = (3,) if packed else (2, 3)
