@@ -34,6 +34,9 @@ from nsa.geometry import prefix_sum
 from nsa.packing import Boundaries
 
 Branches = tuple[Tensor, Tensor, Tensor]
+Attended = tuple[Tensor, Pool, Tensor, Schedule, Tensor | None, DecodeShape]
+"""Queries, compressed pages, page table, schedule, boundaries and shape, as kernels take them."""
+
 _SELECT_SIZES = (32, 64, 128)
 _USE_REFERENCE = "use backend='reference'"
 
@@ -149,7 +152,8 @@ def forward(
     k_rows, v_rows = (_flatten(x) for x in (k, v))
     compressed = Pool(cache.k_cmp_pages, cache.v_cmp_pages)
     weights = compress_k_weight, compress_v_weight
-    if compressed_kv is None and weights == (None, None) and not cache.separate_kv:
+    means = compressed_kv is None and all(weight is None for weight in weights)
+    if means and not cache.separate_kv:
         schedule = decode_calls.decode_append(
             k_rows[1], v_rows[1], Pool(cache.k_pages, cache.v_pages), compressed, cache.page_table,
             cache.lengths, cache.overflowed, cache.max_length, cu_seqlens, shape, rule,
@@ -160,25 +164,16 @@ def forward(
             q, (k_rows, v_rows), cache, weights, compressed_kv, boundaries, shape, rule
         )
     scale, tile_mode = config.softmax_scale(q.shape[-1]), config.selection == "tile"
-    selects = block_indices is None and not tile_mode
     attended = rows, compressed, cache.page_table, schedule, cu_seqlens, shape
-    parts, records = decode_calls.decode_compressed(*attended, rule, scale, selects)
+    parts, records = decode_calls.decode_compressed(
+        *attended, rule, scale, block_indices is None and not tile_mode
+    )
     lists: Tensor | TileLists
     if tile_mode:
-        cache.use_num_heads(q.shape[-2])
-        assert cache.block_lists is not None
-        lists = TileLists(cache.block_lists, config.q_tile_size)
-        decode_calls.decode_tile_select(
-            *attended, TileRule(config.compress_block_size, config.select_block_size), scale,
-            config.q_tile_size, cache.block_lists, config.num_selected_blocks,
-            num_selection_blocks(cache.max_length, config),
-            config.num_initial_blocks, config.num_local_blocks,
-        )  # fmt: skip
+        lists = _select_for_tiles(cache, attended, scale)
     elif records is not None:
-        lists = torch.empty(
-            rows.shape[0], shape.kv_heads, config.num_selected_blocks,
-            dtype=torch.int32, device=q.device,
-        )  # fmt: skip
+        width = rows.shape[0], shape.kv_heads, config.num_selected_blocks
+        lists = torch.empty(width, dtype=torch.int32, device=q.device)
         decode_calls.decode_select(
             parts, records, schedule, cu_seqlens, shape, rule, lists,
             config.num_initial_blocks, config.num_local_blocks,
@@ -201,6 +196,20 @@ def forward(
         lists if isinstance(lists, TileLists) else None,
     )  # fmt: skip
     return out.unflatten(0, q.shape[:-2])
+
+
+def _select_for_tiles(cache: Cache, attended: Attended, scale: float) -> TileLists:
+    """Select for the tiles that begin in the step; ``attended`` as for the compressed branch."""
+    config = cache.config
+    cache.use_num_heads(attended[0].shape[1])
+    assert cache.block_lists is not None
+    decode_calls.decode_tile_select(
+        *attended, TileRule(config.compress_block_size, config.select_block_size), scale,
+        config.q_tile_size, cache.block_lists, config.num_selected_blocks,
+        num_selection_blocks(cache.max_length, config),
+        config.num_initial_blocks, config.num_local_blocks,
+    )  # fmt: skip
+    return TileLists(cache.block_lists, config.q_tile_size)
 
 
 def _make_shape(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> DecodeShape:
