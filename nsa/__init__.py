@@ -5,6 +5,7 @@ from nsa.config import NSAConfig
 from nsa.dispatch import explain_backend, forward, select_blocks
 from nsa.layers import NativeSparseAttention
 from nsa.packing import Packing
+from nsa.selected_branch import selected_attention
 from nsa.validation import UnsupportedError
 
 __version__ = "0.1.0"
@@ -18,4 +19,5 @@ __all__ = [
     "explain_backend",
     "forward",
     "select_blocks",
+    "selected_attention",
 ]

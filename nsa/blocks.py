@@ -1,6 +1,6 @@
 """Counts of the blocks, groups and tiles of a sequence, and the overlap of blocks."""
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -64,3 +64,24 @@ def overlap_weights(config: NSAConfig, num_compressed: int | None = None) -> lis
         min(o + 1, per_compress, per_select, per_select + per_compress - 1 - o)
         for o in range(entries)
     ]
+
+
+class BlockPlaces(NamedTuple):
+    """Where the compressed blocks of batched or packed tokens lie.
+
+    Attributes:
+        block_size, stride: tokens of a block, and from one block of a sequence to the next.
+        blocks: rows of blocks; for packed tokens perhaps more than there are blocks.
+        entry_tokens, entry_blocks: of an entry of a batch.
+        token_bounds: int32 ``(S + 1,)``, where the tokens of each packed sequence start, then where
+            the last end; None for a batch.
+        block_bounds: the same for blocks.
+    """
+
+    block_size: int
+    stride: int
+    blocks: int
+    entry_tokens: int
+    entry_blocks: int
+    token_bounds: Tensor | None
+    block_bounds: Tensor | None

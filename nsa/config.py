@@ -186,7 +186,7 @@ class NSAConfig:
                 if not isinstance(value, bool):
                     raise TypeError(f"causal must be a bool, got {value!r}")
             elif name == "scale":
-                self._check_scale(value)
+                check_scale(value)
             elif not (value is None and name in _OPTIONAL + _FOLLOWERS):
                 _check_int(
                     name,
@@ -194,19 +194,6 @@ class NSAConfig:
                     minimum=0 if name in _NON_NEGATIVE else 1,
                     maximum=_MAX_SIZE if name in _SIZES else None,
                 )
-
-    @staticmethod
-    def _check_scale(value):
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"scale must be a float or None, got {value!r}")
-        try:
-            valid = math.isfinite(value) and value > 0
-        except OverflowError:  # an int past the floats
-            valid = False
-        if not valid:
-            raise ValueError(f"scale must be finite and positive, got {value!r}")
 
     def _check_relations(self):
         block, stride, select = (
@@ -252,3 +239,17 @@ def _check_int(name: str, value, minimum: int, maximum: int | None):
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     if maximum is not None and value > maximum:
         raise ValueError(f"{name} must be at most {maximum}, got {value}")
+
+
+def check_scale(value):
+    """Check that a factor on the logits is a positive number, or None for the default."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"scale must be a float or None, got {value!r}")
+    try:
+        valid = math.isfinite(value) and value > 0
+    except OverflowError:  # an int past the floats
+        valid = False
+    if not valid:
+        raise ValueError(f"scale must be finite and positive, got {value!r}")

@@ -2,6 +2,8 @@
 
 import functools
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,6 +40,7 @@ def forward(
     max_seqlen_k: int | None = None,
     cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
+    recompute_window: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Native Sparse Attention: gated sum of compressed, selected and window attention.
@@ -116,6 +119,8 @@ def forward(
             runs KV heads in chunks and, if needed, keeps nothing for backward, which then computes
             the forward of each chunk again. The limit is an estimate and is exceeded if one KV head
             needs more. It changes the result by rounding only. The reference ignores it.
+        recompute_window: keep no result of the window branch for backward, which computes it again.
+            It is the branch that is computed fastest. The reference ignores this.
         backend: ``"reference"``, ``"fused"``, or ``"auto"``: fused if it can do this, else
             reference, with the reason logged once.
 
@@ -144,11 +149,11 @@ def forward(
         max_seqlen_k=max_seqlen_k,
         cache=cache,
         max_workspace_bytes=max_workspace_bytes,
+        recompute_window=recompute_window,
     )
-    limit = None
-    if _check_backend(backend) != "reference":
-        limit = _limit_of_forward(call, cache, block_indices is not None)
-    module = _backend_module(backend, limit, call.q)
+    given = block_indices is not None
+    limit = partial(_limit_of_forward, call, cache, given)
+    module = choose_module(backend, call.q, limit)
     return module.forward(
         call.q,
         call.k,
@@ -163,6 +168,7 @@ def forward(
         boundaries=call.boundaries,
         cache=cache,
         max_workspace_bytes=max_workspace_bytes,
+        recompute_window=recompute_window,
     )
 
 
@@ -230,10 +236,7 @@ def select_blocks(
         check_cached_call(cache, keys, None, named, boundaries, problem)
         longest = problem._replace(leading_k=(cache.max_length,))
         validation.check_selection_width(None, longest)
-    limit = None
-    if _check_backend(backend) != "reference":
-        limit = _limit_of_selection(q, keys, config, cache)
-    module = _backend_module(backend, limit, q)
+    module = choose_module(backend, q, partial(_limit_of_selection, q, keys, config, cache))
     return module.select_blocks(
         q,
         keys[0],
@@ -263,6 +266,7 @@ def explain_backend(
     max_seqlen_k: int | None = None,
     cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
+    recompute_window: bool = False,
     backend: str = "auto",
 ) -> str:
     """Which backend :func:`forward` would use for these arguments, and why not the other.
@@ -287,10 +291,18 @@ def explain_backend(
         max_seqlen_k=max_seqlen_k,
         cache=cache,
         max_workspace_bytes=max_workspace_bytes,
+        recompute_window=recompute_window,
     )
     limit = _limit_of_forward(call, cache, block_indices is not None)
     name = _choose(_check_backend(backend), limit)
     return f"backend: {name or 'none'} ({_describe_limit(limit)})"
+
+
+def uses_fused(backend: str, q: Tensor, v: Tensor, config: NSAConfig) -> bool:
+    """Whether :func:`forward` uses the fused backend for these, without ``k``'s."""
+    from nsa.fused.constraints import unsupported_reason
+
+    return backend != "reference" and unsupported_reason(q, v, config) is None
 
 
 _FLOATS = (
@@ -338,6 +350,7 @@ def _check_call(
     max_seqlen_k,
     cache,
     max_workspace_bytes,
+    recompute_window,
 ) -> _Call:
     """Check the arguments of :func:`forward`, and cast them to one dtype under autocast."""
     config = validation.check_config(config) if cache is None else cache_config(cache, config)
@@ -365,6 +378,7 @@ def _check_call(
         check_cached_call(cache, k, v, named, boundaries, problem)
         check_cached_indices(cache, block_indices, boundaries, q, problem)
     validation.check_max_workspace_bytes(max_workspace_bytes)
+    validation.check_flag("recompute_window", recompute_window)
     return _Call(
         q=q,
         k=k,
@@ -419,8 +433,14 @@ def _describe_limit(limit: str | None) -> str:
     return "fused can do this" if limit is None else f"fused cannot do this: {limit}"
 
 
-def _backend_module(backend: str, limit: str | None, q: Tensor):
-    """The backend to use, given the limit of the fused one."""
+def choose_module(backend: str, q: Tensor, fused_limit: Callable[[], str | None]):
+    """The package of the backend to use; ``fused_limit`` says why it cannot be the fused one.
+
+    Raises:
+        ValueError: there is no such backend.
+        UnsupportedError: it is the fused backend, and there is a limit.
+    """
+    limit = fused_limit() if _check_backend(backend) != "reference" else None
     name = _choose(backend, limit)
     if name is None:
         raise UnsupportedError(f"backend='fused' cannot do this: {limit}")

@@ -5,15 +5,19 @@ projections, the learned compression ``phi`` (Eq. 7 of https://arxiv.org/abs/250
 gate MLP (Eq. 5).
 """
 
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nsa import dispatch
-from nsa.blocks import num_compressed_blocks
+from nsa.blocks import BlockPlaces, num_compressed_blocks
 from nsa.cache import Cache
 from nsa.cached_layer import arguments_of_new_tokens
+from nsa.compressor import BlockCompressor, gather_blocks
 from nsa.config import NSAConfig
 from nsa.geometry import locate_items, prefix_sum
 from nsa.host import has_readable_values
@@ -27,48 +31,11 @@ from nsa.linears import (
 )
 from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.precision import autocast_dtype
-from nsa.rope import apply_rope
-from nsa.validation import check_config, check_max_workspace_bytes
+from nsa.rope import Positions, rotate
+from nsa.validation import check_config, check_flag, check_max_workspace_bytes
 
 _GATES = ("hidden", "q")
 _COMPRESSORS = ("mlp", "mean")
-
-
-class BlockCompressor(nn.Module):
-    """The learned compression ``phi`` of the paper's Eq. 7, from ``l`` vectors to one.
-
-    ``phi(x_1 .. x_l) = MLP(concat(x_i + position_i))``; all KV heads share it.
-
-    Args:
-        block_size: vectors ``l`` in a block.
-        dim: channels ``D`` of a vector.
-        device, dtype: of the parameters; by default torch's defaults.
-
-    Linear layers are initialised normal with variance ``1 / fan_in`` (``2 / fan_in`` before the
-    SiLU), so a compressed vector has about the scale of its tokens. Positions have std 0.02.
-    """
-
-    def __init__(
-        self,
-        block_size: int,
-        dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.position = nn.Parameter(torch.empty(block_size, dim, **factory))
-        self.mlp = make_mlp(block_size * dim, 2 * dim, dim, **factory)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Initialise the positions. The linear layers initialise themselves."""
-        nn.init.normal_(self.position, std=0.02)
-
-    def forward(self, blocks: Tensor) -> Tensor:
-        """``(M, l, H_kv, D)`` to ``(M, H_kv, D)``."""
-        blocks = blocks + self.position.to(blocks.dtype)[:, None]
-        return self.mlp(blocks.transpose(1, 2).flatten(2))
 
 
 class NativeSparseAttention(nn.Module):
@@ -94,6 +61,8 @@ class NativeSparseAttention(nn.Module):
             position ``j * d + (l - 1) / 2``. ``"mean"`` takes the mean of the (rotated) keys and of
             the values; it has no weights.
         bias: whether the four projections have a bias.
+        recompute: save less for backward, which computes cheap parts again: the compressors, the
+            gate MLP and the window branch.
         max_workspace_bytes, backend: as in :func:`nsa.forward`.
         device, dtype: of the parameters; by default torch's defaults.
 
@@ -124,6 +93,7 @@ class NativeSparseAttention(nn.Module):
         gate: str = "hidden",
         compressor: str = "mlp",
         bias: bool = False,
+        recompute: bool = False,
         max_workspace_bytes: int | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -142,6 +112,7 @@ class NativeSparseAttention(nn.Module):
         self.value_head_dim = value_head_dim or self.head_dim
         self.rope_theta = _check_rope(rope_theta, self.head_dim)
         self.num_kv_branches = 3 if separate_kv else 1
+        self.recompute = check_flag("recompute", recompute)
         self.max_workspace_bytes = max_workspace_bytes
         self.backend = backend
 
@@ -235,7 +206,8 @@ class NativeSparseAttention(nn.Module):
         q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
         gates = gate_proj_weight = None
         if self.gate_mlp is not None:
-            gates = self.gate_mlp(x).sigmoid().to(q.dtype).unflatten(-1, (self.num_heads, 3))
+            gates = self._run(self.gate_mlp, x).sigmoid()
+            gates = gates.to(q.dtype).unflatten(-1, (self.num_heads, 3))
         elif self.gate_proj_weight is not None:
             gate_proj_weight = self.gate_proj_weight.to(q.dtype)
         out = dispatch.forward(
@@ -250,6 +222,7 @@ class NativeSparseAttention(nn.Module):
             max_seqlen=max_seqlen,
             cache=cache,
             max_workspace_bytes=self.max_workspace_bytes,
+            recompute_window=self.recompute,
             backend=self.backend,
         )
         return apply_linear(self.o_proj, out.flatten(-2), x.dtype)
@@ -300,9 +273,8 @@ class NativeSparseAttention(nn.Module):
         boundaries = check_boundaries(cu_seqlens, max_seqlen, x, x)
         q, k, v = to_one_dtype(self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        branches = (self.num_kv_branches, self.num_kv_heads)
-        keys = k.unflatten(-1, (*branches, self.head_dim)).unbind(-3)
-        values = v.unflatten(-1, (*branches, self.value_head_dim)).unbind(-3)
+        keys = self._branches(k, self.head_dim)
+        values = self._branches(v, self.value_head_dim)
         if cache is not None:
             return arguments_of_new_tokens(
                 q,
@@ -315,44 +287,70 @@ class NativeSparseAttention(nn.Module):
                 compressed_dtype=keys[0].dtype if autocast_dtype(x.device) else x.dtype,
                 rope_theta=self.rope_theta,
             )
+        fused = dispatch.uses_fused(self.backend, q, values[0], check_config(self.config))
         compressed_kv = None
         if self.compress_k is not None:
             # Wrapped linears get the dtype of x.
             dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
-            compressed = self._compress(keys[0].to(dtype), values[0].to(dtype), boundaries)
+            compressed = self._compress(keys[0].to(dtype), values[0].to(dtype), boundaries, fused)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
-        if self.rope_theta is not None:
-            positions = _positions(x, boundaries)
-            q = apply_rope(q, positions, self.rope_theta)
-            keys = tuple(apply_rope(k, positions, self.rope_theta) for k in keys)
+        positions = Positions()
+        if boundaries is not None:
+            bounds, rows = boundaries.cu_seqlens, x.shape[0]
+            locate = _kept_items(boundaries, "tokens", bounds, rows)
+            positions = Positions(bounds=bounds, locate=lambda: locate()[1])
+        q, *rotated = self._rotate([q, *keys], positions, fused)
         if self.num_kv_branches == 1:
-            return q, keys[0], values[0], compressed_kv
-        return q, keys, values, compressed_kv
+            return q, rotated[0], values[0], compressed_kv
+        return q, tuple(rotated), values, compressed_kv
+
+    def _branches(self, x: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+        """The keys or values ``(..., H_kv, D)`` of each branch, or of all."""
+        if self.num_kv_branches == 1:
+            # Not a branch of a stack of one, whose derivative would copy.
+            return (x.unflatten(-1, (self.num_kv_heads, head_dim)),)
+        shape = (self.num_kv_branches, self.num_kv_heads, head_dim)
+        return x.unflatten(-1, shape).unbind(-3)
+
+    def _rotate(self, tensors: list[Tensor], positions: Positions, fused: bool) -> list[Tensor]:
+        """Tensors ``(..., H, D)`` rotated by the positions of their rows."""
+        theta = self.rope_theta
+        if theta is None:
+            return tensors
+        if fused:
+            from nsa.fused import layer_ops
+
+            if layer_ops.can_rotate(tensors[0], theta):
+                return layer_ops.rotate(tensors, positions, theta)
+        return [rotate(x, positions, theta) for x in tensors]
 
     def _compress(
-        self, k: Tensor, v: Tensor, boundaries: Boundaries | None
+        self, k: Tensor, v: Tensor, boundaries: Boundaries | None, fused: bool
     ) -> tuple[Tensor, Tensor]:
         """Compressed keys, rotated to the centres of their blocks, and compressed values."""
         assert self.compress_k is not None
         assert self.compress_v is not None
         config = check_config(self.config)
-        first, local = _block_starts(k, boundaries, config)
-        index = first[:, None] + torch.arange(config.compress_block_size, device=k.device)
-        # Blocks past the real ones (the count may be an upper bound) may read any token.
-        index = index.clamp(max=max(0, k.shape[:-2].numel() - 1))
-        k_cmp, v_cmp = (
-            compress(x.flatten(0, -3).index_select(0, index.flatten()).unflatten(0, index.shape))
-            for compress, x in ((self.compress_k, k), (self.compress_v, v))
-        )
-        if self.rope_theta is not None:
-            # float64, because an integer tensor plus a float has torch's default dtype.
-            start = local.double() * config.compress_stride
-            centre = start + (config.compress_block_size - 1) / 2
-            k_cmp = apply_rope(k_cmp, centre, self.rope_theta)
+        places = _block_places(k, boundaries, config)
+        bounds, locate, index = places.block_bounds, None, None
+        if boundaries is not None and bounds is not None:
+            kept = _kept_items(boundaries, ("blocks", config), bounds, places.blocks)
+            locate, index = kept, lambda: kept()[1]
+        gather = partial(gather_blocks, places=places, locate=locate, fused=fused)
+        k_cmp = self._run(self.compress_k, k, gather)
+        v_cmp = self._run(self.compress_v, v, gather)
         if k.ndim == 4:
-            counts = (k.shape[0], num_compressed_blocks(k.shape[1], config))
+            counts = (k.shape[0], places.entry_blocks)
             k_cmp, v_cmp = (c.unflatten(0, counts) for c in (k_cmp, v_cmp))
-        return k_cmp, v_cmp
+        centre = (config.compress_block_size - 1) / 2
+        positions = Positions(centre, config.compress_stride, bounds, index)
+        return self._rotate([k_cmp], positions, fused)[0], v_cmp
+
+    def _run(self, module: nn.Module, *arguments) -> Tensor:
+        """``module(*arguments)``, with ``recompute`` once more in backward."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(module, *arguments, use_reentrant=False)
+        return module(*arguments)
 
     def _check_input(self, x, cu_seqlens):
         if not isinstance(x, Tensor):
@@ -376,38 +374,32 @@ def _read_once(
     return cu_seqlens
 
 
-def _positions(x: Tensor, boundaries: Boundaries | None) -> Tensor:
-    """The position of each token of ``x (B, N, dim)`` or packed ``(T, dim)`` in its sequence."""
-    if boundaries is None:
-        return torch.arange(x.shape[-2], device=x.device)
-    bounds, total = boundaries.cu_seqlens, x.shape[0]
-    return boundaries.keep("positions", lambda: locate_items(bounds.long(), total)[1])
+def _block_places(x: Tensor, boundaries: Boundaries | None, config: NSAConfig) -> BlockPlaces:
+    """The compressed blocks of ``x (B, N, ...)`` or packed ``(T, ...)``.
 
-
-def _block_starts(
-    x: Tensor, boundaries: Boundaries | None, config: NSAConfig
-) -> tuple[Tensor, Tensor]:
-    """Flat first token, and index in its sequence, of each compressed block: ``(M,)`` each.
-
-    ``M`` is an upper bound for packed sequences of unknown lengths.
+    For packed sequences of unknown lengths their number is an upper bound.
     """
-    stride = config.compress_stride
+    sizes = (config.compress_block_size, config.compress_stride)
     if boundaries is None:
         batch, length = x.shape[:2]
-        local = torch.arange(num_compressed_blocks(length, config), device=x.device)
-        first = torch.arange(batch, device=x.device)[:, None] * length + local * stride
-        return first.flatten(), local.repeat(batch)
-    total = x.shape[0] // stride
+        count = num_compressed_blocks(length, config)
+        return BlockPlaces(*sizes, batch * count, length, count, None, None)
+    total = x.shape[0] // config.compress_stride
     if boundaries.lengths is not None:
         total = sum(num_compressed_blocks(length, config) for length in boundaries.lengths)
 
-    def locate(cu_seqlens=boundaries.cu_seqlens):
-        bounds = cu_seqlens.long()
-        offset = prefix_sum(num_compressed_blocks(bounds.diff(), config))
-        owner, local = locate_items(offset, total)
-        return bounds[owner] + local * stride, local
+    def count_blocks(cu_seqlens=boundaries.cu_seqlens):
+        return prefix_sum(num_compressed_blocks(cu_seqlens.diff(), config)).int()
 
-    return boundaries.keep(("block starts", config), locate)
+    bounds = boundaries.keep(("block bounds", config), count_blocks)
+    return BlockPlaces(*sizes, total, x.shape[0], total, boundaries.cu_seqlens, bounds)
+
+
+def _kept_items(
+    boundaries: Boundaries, key: Hashable, bounds: Tensor, total: int
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Gives :func:`nsa.geometry.locate_items` for ``bounds``, which the caller's Packing keeps."""
+    return lambda: boundaries.keep(key, lambda: locate_items(bounds.long(), total))
 
 
 def _check_sizes(dim, num_heads, num_kv_heads, head_dim, value_head_dim):

@@ -199,6 +199,13 @@ def check_max_workspace_bytes(value):
         raise ValueError(f"max_workspace_bytes must be at least 1, got {value}")
 
 
+def check_flag(name: str, value) -> bool:
+    """Check that ``value`` is a bool, and return it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return value
+
+
 WIDE_SELECTION = 1 << 16
 """Slots that a row of selected blocks may have even if all of them stay empty."""
 
@@ -285,7 +292,7 @@ def check_block_indices(indices, boundaries: Boundaries | None, q: Tensor, probl
     """Check the caller's selection: shape, int32, range, ascending with -1 at the end."""
     if indices is None:
         return
-    check_block_kind(indices, q)
+    check_index_tensor(indices, q)
     shape = _block_indices_shape(boundaries, problem)
     if tuple(indices.shape) != shape and not _has_unknown_tiles(indices, boundaries, problem):
         raise ValueError(
@@ -296,7 +303,24 @@ def check_block_indices(indices, boundaries: Boundaries | None, q: Tensor, probl
         check_block_values(indices, *_block_counts(indices, boundaries, problem))
 
 
-def check_block_kind(indices, q: Tensor):
+def check_listed_blocks(indices, boundaries: Boundaries | None, q: Tensor, problem: Problem):
+    """Check the blocks of the selected branch alone, ``(B, Nq, H_kv, n)`` or ``(T, H_kv, n)``.
+
+    They are as :func:`check_block_indices` wants them in token mode, but ``n`` is any from 1 on.
+    """
+    check_index_tensor(indices, q)
+    leading = (*problem.leading, problem.num_kv_heads)
+    if tuple(indices.shape[:-1]) != leading or indices.shape[-1] == 0:
+        wanted = ", ".join(map(str, leading))
+        raise ValueError(
+            f"block_indices must have shape ({wanted}, n) with n of at least 1, got "
+            f"{tuple(indices.shape)}"
+        )
+    if indices.numel() and has_readable_values(indices):
+        check_block_values(indices, *_block_counts(indices, boundaries, problem))
+
+
+def check_index_tensor(indices, q: Tensor):
     """Check that the caller's selection is an int32 tensor on the device of q."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"block_indices must be an int32 tensor, got {type(indices).__name__}")

@@ -4,9 +4,10 @@
     python tools/sanitize.py racecheck
 
 A step is a forward and backward of few packed sequences of odd lengths, with ``NSAConfig.paper()``
-in token mode and ``NSAConfig()`` in tile mode. It runs once without a tool, to show that it runs at
-all, and then under each tool. Kernels are compiled with source lines, which reports name, and kept
-in ``OUTPUT/kernels``.
+in token mode and ``NSAConfig()`` in tile mode, and one of ``nsa.selected_attention`` with blocks of
+128 keys, the first of each sequence and the token's own. The steps run once without a tool, to show
+that they run at all, and then under each tool. Kernels are compiled with source lines, which
+reports name, and kept in ``OUTPUT/kernels``.
 
 The script prints a line and the reports for each tool, and writes the tool's full output to
 ``OUTPUT/TOOL.log``. It exits with 1 if a tool reports an error or does not finish. Reports about
@@ -33,7 +34,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LENGTHS = [300, 0, 1, 65, 700, 31]
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 MODES = {"token": nsa.NSAConfig.paper, "tile": nsa.NSAConfig}
-DONE = "both modes ran"
+DONE = "all steps ran"
 
 # FlashAttention-4's backward loads log-sum-exps with cp.async.bulk. racecheck does not follow their
 # order after an mbarrier across warps.
@@ -103,6 +104,14 @@ def run_steps(device: str):
         grads = torch.autograd.grad(out.float().square().sum(), (q, k, v, weight))
         if not all(x.isfinite().all() for x in (out, *grads)):
             sys.exit(f"{name} mode: a result is not finite")
+    own = torch.cat([torch.arange(n, device=device) // 128 for n in LENGTHS])
+    lists = torch.stack([torch.zeros_like(own), torch.where(own > 0, own, -1)], dim=-1).int()
+    lists = lists[:, None].expand(-1, KV_HEADS, -1)
+    options = dict(block_size=128, cu_seqlens=cu_seqlens, backend="fused")
+    out, lse = nsa.selected_attention(q, k, v, lists, **options)
+    grads = torch.autograd.grad(out.float().square().sum() + lse.sum(), (q, k, v))
+    if not all(x.isfinite().all() for x in (out, lse, *grads)):
+        sys.exit("selected_attention: a result is not finite")
     print(DONE)
 
 

@@ -12,9 +12,9 @@ from nsa.host import has_readable_values
 from nsa.packing import Boundaries
 from nsa.validation import (
     Problem,
-    check_block_kind,
     check_block_values,
     check_config,
+    check_index_tensor,
 )
 
 
@@ -87,7 +87,7 @@ def check_cached_indices(
     """Check ``block_indices`` of new tokens, or of the tiles that have new tokens."""
     if indices is None:
         return
-    check_block_kind(indices, q)
+    check_index_tensor(indices, q)
     config, slots = cache.config, cache.config.num_selected_blocks
     spans = _known_spans(cache, boundaries, problem)
     token = config.selection == "token"

@@ -20,15 +20,15 @@ BOUNDED_BYTES = 256 << 20
 def selected_lists(block_indices: Tensor, plan: Plan) -> BlockLists:
     """Lists of the selected branch, from ``block_indices (B, tiles, H, n)`` of each sequence.
 
-    Key blocks that start past the end of the sequence are left out.
+    Key blocks that start past the end of the sequence are left out. Where rows of queries have
+    limits of their own, a key block is full if the first query of the tile sees all of it.
     """
     config, key_block = plan.config, plan.key_block
     lists = kernel_calls.list_key_blocks(
         block_indices,
         *plan.tile_key_blocks,
-        None,
         config.select_block_size // key_block,
-        plan.tokens.rows // key_block,
+        plan.keys.rows // key_block,
     )
     return BlockLists(*lists, config.q_tile_size, key_block)
 
@@ -89,4 +89,7 @@ def _widths(lists: list[tuple[Tensor, Tensor]], num_blocks: int) -> list[int]:
 
 def list_bytes(sizes: Sizes) -> int:
     """Bytes of the lists of the forward. Token mode has none."""
-    return 0 if sizes.token_mode else sizes.indices
+    if sizes.token_mode:
+        return 0
+    # A second list has the full blocks.
+    return sizes.indices if sizes.ends_align else 2 * sizes.indices

@@ -41,14 +41,15 @@ def compressed_form(config: NSAConfig, *, packed: bool, num_compressed: int) -> 
     return CompressedForm.FOLDED_ROWS if packed else CompressedForm.BATCH
 
 
-def is_folded(form: CompressedForm, num_compressed: int) -> bool:
+def is_folded(form: CompressedForm, num_compressed: int, *, whole: bool) -> bool:
     """Whether queries that see the same blocks become heads for FA4, so that it skips key tiles.
 
-    A batch is folded by views if it has more than one tile of keys. Else a mask compares positions.
+    A batch is folded by views if it has more than one tile of keys, or not the ``whole`` sequences
+    as queries. Else a mask compares positions, which is compiled for the first of them.
     """
     # Not part of the form, because torch.compile would then recompile for longer inputs.
-    many = form is CompressedForm.BATCH and num_compressed > ONE_TILE
-    return many or form is CompressedForm.FOLDED_ROWS
+    batch = form is CompressedForm.BATCH and (num_compressed > ONE_TILE or not whole)
+    return batch or form is CompressedForm.FOLDED_ROWS
 
 
 def results_in_order(config: NSAConfig, packed: bool) -> bool:
@@ -60,7 +61,7 @@ def results_in_order(config: NSAConfig, packed: bool) -> bool:
 
 
 def num_compressed_bound(length: int, packed: bool, config: NSAConfig) -> int:
-    """Compressed blocks in ``length`` tokens of one sequence, or an upper bound if packed."""
+    """Compressed blocks in ``length`` keys of one sequence, or an upper bound if packed."""
     return length // config.compress_stride if packed else num_compressed_blocks(length, config)
 
 
@@ -70,6 +71,10 @@ def extra_rows(config: NSAConfig) -> int:
     return config.compress_block_size // config.compress_stride if started else 0
 
 
-def num_folded_rows(length: int, sequences: int, config: NSAConfig) -> int:
-    """Upper bound on the folded rows of packed sequences with ``length`` tokens in total."""
-    return length // config.compress_stride + extra_rows(config) * sequences
+def num_folded_rows(length: int, sequences: int, config: NSAConfig, *, whole: bool) -> int:
+    """Upper bound on the folded rows of packed sequences with ``length`` queries in total.
+
+    If sequences have fewer queries than keys, each may begin and end within a row.
+    """
+    extra = extra_rows(config)
+    return length // config.compress_stride + (extra if whole else max(extra, 2)) * sequences

@@ -20,9 +20,9 @@ def compress(x: Tensor, weight: Tensor | None, plan: Plan) -> Tensor:
     """``x_cmp[j] = mean(x[j*d : j*d + l])``, then ``@ weight[kv]`` if given.
 
     Args:
-        x: keys or values ``(B, T, H_kv, D)``.
+        x: keys or values ``(B, Tk, H_kv, D)``.
         weight: ``(H_kv, D, D)`` or None.
-        plan: the sequences of each entry's ``T`` tokens.
+        plan: the sequences of each entry's ``Tk`` keys.
 
     Returns:
         ``(B, M, H_kv, D)`` in the dtype of ``x``; rows past the last block are 0.

@@ -13,6 +13,8 @@
   ``num_selected_blocks`` is up to 64, because one thread holds the weights in registers. ``G`` is
   up to 32, the heads whose probabilities one thread adds. ``compress_block_size`` is up to about 60
   strides, because a tile of 64 compressed tokens overlaps only the next tile's selection blocks.
+- The selected branch by itself: blocks of 32, 64 or 128 keys, up to 64 of them for a query, any
+  ``G``. It runs all KV heads at once, so ``block_indices`` have fewer than 2^30 slots.
 """
 
 import math
@@ -48,8 +50,7 @@ def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
     """The first limit that ``q (..., D)``, ``v (..., Dv)`` and ``config`` exceed, or None."""
     token = config.selection == "token"
     return (
-        _length_limit(q, v)
-        or (_token_limit(q, v, config) if token else _tile_limit(config))
+        (_token_limit(q, v, config) if token else _tile_limit(config))
         or _tensor_limit(q, v)
         or _device_limit(q)
         or fa4.version_problem()
@@ -77,17 +78,37 @@ def _cached_form_limit(
     if few is None:
         return None
     token = cache.config.selection == "token"
-    prompt = prefill.unsupported_reason(q, cache) or (
+    prompt = prefill.unsupported_reason(q, cache, boundaries) or (
         _token_limit(q, cache.v_pages, cache.config) if token else _tile_limit(cache.config)
     )
     return few if prompt and decoding.has_few_tokens(q, boundaries) else prompt
 
 
-def _length_limit(q: Tensor, v: Tensor) -> str | None:
-    if q.shape[-3] != v.shape[-3]:
+def unsupported_lists(q: Tensor, v: Tensor, block_indices: Tensor) -> str | None:
+    """The first limit that attention to the caller's lists exceeds, or None."""
+    return (
+        _list_limit(block_indices)
+        or _tensor_limit(q, v)
+        or _device_limit(q)
+        or fa4.version_problem()
+    )
+
+
+def _list_limit(block_indices: Tensor) -> str | None:
+    slots = block_indices.shape[-1]
+    if slots > MAX_TOKEN_SELECTED:
         return (
-            f"it needs as many queries as keys, got {q.shape[-3]} and {v.shape[-3]}; "
+            f"it needs at most {MAX_TOKEN_SELECTED} slots in a row of block_indices, got {slots}; "
             f"{_USE_REFERENCE}"
+        )
+    if torch.compiler.is_compiling():
+        # torch.compile would guard a limit on a length.
+        return None
+    pairs = block_indices.numel()
+    if pairs >= MAX_PAIRS:
+        return (
+            f"it needs fewer than {MAX_PAIRS} slots in block_indices, got {pairs}; split the batch "
+            f"or the KV heads, or {_USE_REFERENCE}"
         )
     return None
 

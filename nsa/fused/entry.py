@@ -1,6 +1,6 @@
 """The entry points of the fused backend: convert arguments to the kernels' form, call the ops."""
 
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from nsa.fused.plan import make_plan, with_scale
 from nsa.fused.schedule import make_schedule, run_forward
 from nsa.fused.sizes import Sizes, make_sizes
 from nsa.host import is_traced
-from nsa.packing import Boundaries
+from nsa.packing import Boundaries, Packing
 
 Branches = tuple[Tensor, Tensor, Tensor]
 Given = TypeVar("Given", Tensor, Tensor | None)
@@ -39,6 +39,7 @@ def forward(
     boundaries: Boundaries | None = None,
     cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
+    recompute_window: bool = False,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
     if cache is not None:
@@ -58,7 +59,7 @@ def forward(
         backend = prefill.Backend(forward, select_blocks)
         arguments |= dict(backend=backend, max_workspace_bytes=max_workspace_bytes)
         return prefill.forward(q, k, v, **arguments)
-    cu_seqlens, _, max_seqlen, packing, *_ = boundaries or (None,) * 4
+    cu_seqlens, cu_seqlens_k, max_seqlen_k, packing = _bounds(boundaries)
     if gates is not None:
         gate_proj_weight = None
     given = (
@@ -72,7 +73,8 @@ def forward(
     dim, scale = kernel_head_dim(q.shape[-1], value_dim), config.softmax_scale(q.shape[-1])
     k_cmp, v_cmp = (None, None)
     if compressed_kv is not None:
-        k_cmp, v_cmp = (_pad_compressed(x, q, cu_seqlens, config) for x in compressed_kv)
+        num_keys, packed = k[0].shape[-3], boundaries is not None
+        k_cmp, v_cmp = (_pad_compressed(x, num_keys, packed, config) for x in compressed_kv)
     (k_first, k_slc, k_win), (v_first, v_slc, v_win) = _drop_repeats(k, v)
     inputs = Inputs(
         q=_kernel_rows(q, dim),
@@ -89,17 +91,20 @@ def forward(
         compress_k_weight=_widen_square(compress_k_weight, dim),
         compress_v_weight=_widen_square(compress_v_weight, dim),
     )
-    sizes = make_sizes(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen, config)
+    keys = _Keys(num_keys=inputs.k.shape[1], cu_seqlens_k=cu_seqlens_k)
+    sizes = make_sizes(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen_k, config, **keys)
     schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
+    schedule = schedule._replace(recompute_window=recompute_window)
     block_indices = _unit_major(block_indices, sizes, save)
-    if is_traced(*inputs, block_indices, cu_seqlens):
+    if is_traced(*inputs, block_indices, cu_seqlens, cu_seqlens_k):
         options = ops.OpOptions(
-            block_indices, cu_seqlens, max_seqlen, packing is not None, config.encoded, scale,
-            *schedule, save,
+            block_indices, cu_seqlens, cu_seqlens_k, max_seqlen_k, packing is not None,
+            config.encoded, scale, *schedule, save,
         )  # fmt: skip
         out, _ = ops.attention(*inputs, *options)
     else:
-        plan = make_plan(inputs.q, cu_seqlens, max_seqlen, with_scale(config, scale), packing)
+        scaled = with_scale(config, scale)
+        plan = make_plan(inputs.q, cu_seqlens, max_seqlen_k, scaled, packing, **keys)
         if save:
             out = ops.AttentionNode.apply(plan, schedule, block_indices, *inputs)
         else:
@@ -121,20 +126,22 @@ def select_blocks(
     cache: None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`; ``k`` is the compressed branch's."""
-    cu_seqlens, _, max_seqlen, packing, *_ = boundaries or (None,) * 4
+    cu_seqlens, cu_seqlens_k, max_seqlen_k, packing = _bounds(boundaries)
     if q.numel() == 0:
         return _empty_selection(q, k.shape[-2], config)
     dim, scale = kernel_head_dim(q.shape[-1], q.shape[-1]), config.softmax_scale(q.shape[-1])
-    compressed = compressed_kv is not None
+    compressed, num_keys = compressed_kv is not None, k.shape[-3]
     if compressed_kv is not None:
-        k = _pad_compressed(compressed_kv[0], q, cu_seqlens, config)
+        k = _pad_compressed(compressed_kv[0], num_keys, boundaries is not None, config)
     rows, k = _kernel_rows(q, dim), _kernel_rows(k, dim)
     weight = None if compressed else _widen_square(compress_k_weight, dim)
-    if is_traced(rows, k, weight, cu_seqlens):
-        bounds = (cu_seqlens, max_seqlen)
-        blocks = ops.select_blocks(rows, k, weight, compressed, *bounds, config.encoded, scale)
+    if is_traced(rows, k, weight, cu_seqlens, cu_seqlens_k):
+        bounds, form = (cu_seqlens, cu_seqlens_k, max_seqlen_k), (config.encoded, scale)
+        blocks = ops.select_blocks(rows, k, weight, compressed, num_keys, *bounds, *form)
     else:
-        plan = make_plan(rows, cu_seqlens, max_seqlen, with_scale(config, scale), packing)
+        keys = _Keys(num_keys=num_keys, cu_seqlens_k=cu_seqlens_k)
+        scaled = with_scale(config, scale)
+        plan = make_plan(rows, cu_seqlens, max_seqlen_k, scaled, packing, **keys)
         blocks = pipeline.select(rows, k, weight, compressed, plan)
     if config.selection == "token":
         return blocks if q.ndim == 4 else blocks[0]
@@ -142,6 +149,25 @@ def select_blocks(
     if boundaries is None:
         return blocks.contiguous()
     return blocks[0, :, : _num_tiles(boundaries, config)].contiguous()
+
+
+class _Keys(TypedDict):
+    """Keys of an entry, and their boundaries; None if those of the queries."""
+
+    num_keys: int
+    cu_seqlens_k: Tensor | None
+
+
+def _bounds(
+    boundaries: Boundaries | None,
+) -> tuple[Tensor | None, Tensor | None, int | None, Packing | None]:
+    """Boundaries of queries and of keys, which are None if they are those of the queries; the bound
+    on the keys of a sequence; and the caller's Packing."""
+    if boundaries is None:
+        return None, None, None, None
+    same = boundaries.cu_seqlens_k is boundaries.cu_seqlens
+    cu_seqlens_k = None if same else boundaries.cu_seqlens_k
+    return boundaries.cu_seqlens, cu_seqlens_k, boundaries.max_seqlen_k, boundaries.packing
 
 
 def _num_tiles(boundaries: Boundaries, config: NSAConfig) -> int:
@@ -189,11 +215,11 @@ def _widen_square(x: Tensor | None, dim: int) -> Tensor | None:
     return pad(x, (0, missing, 0, missing)).contiguous()
 
 
-def _pad_compressed(x: Tensor, q: Tensor, cu_seqlens: Tensor | None, config: NSAConfig) -> Tensor:
+def _pad_compressed(x: Tensor, num_keys: int, packed: bool, config: NSAConfig) -> Tensor:
     """Packed compressed tokens, with extra rows up to the upper bound that the plan uses."""
-    if cu_seqlens is None:
+    if not packed:
         return x
-    bound = num_compressed_bound(q.shape[0], True, config)
+    bound = num_compressed_bound(num_keys, packed, config)
     return pad(x, (0, 0, 0, 0, 0, bound - x.shape[0]))
 
 

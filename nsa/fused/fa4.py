@@ -131,7 +131,8 @@ def sparse_forward(
         v: ``(1, Tk, H_kv, Dv)``.
         lists: key blocks of each query block and head.
         scale: multiplies ``q @ k^T``.
-        causal: hide keys after the query; needs ``Tq == Tk``, and excludes ``key_limit``.
+        causal: hide keys after the query, aligned at the end; needs ``Tq <= Tk``, and excludes
+            ``key_limit``.
         key_limit: int32 ``(Tq,)``: a query sees keys before it.
 
     Returns:
@@ -244,9 +245,9 @@ def _sparse_call(
     if causal and key_limit is not None:
         # FA4 would obey only the limit in forward, and only the causal flag in backward.
         raise ValueError("causal and key_limit exclude each other")
-    if causal and q.shape[1] != k.shape[1]:
+    if causal and q.shape[1] > k.shape[1]:
         raise ValueError(
-            f"causal needs as many queries as keys, got q {tuple(q.shape)} and k {tuple(k.shape)}"
+            f"causal needs no more queries than keys, got q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
     if key_limit is not None:
         # The kernels read the limit of every row of a tile, even past the last query.

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from nsa.blocks import BlockPlaces
 from nsa.fused.kernel_inputs import (
     IN_ORDER,
     BlockLists,
@@ -164,6 +165,65 @@ def mean_backward(
     return _kernels("means").mean_backward(**locals())
 
 
+def rotate(
+    x: Tensor,
+    other: Tensor | None,
+    bounds: Tensor | None,
+    start: float,
+    step: int,
+    theta: float,
+    inverse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotary embedding: channels ``i`` and ``i + D/2`` turn by ``position * theta ** (-2i/D)``.
+
+    The position of a row is ``start + step * index``. Angles are as exact at any position.
+
+    Args:
+        x: ``(..., R, H, D)``, bfloat16 or float16; D a multiple of 16 up to 256. Slices of heads
+            are read in place.
+        other: a second tensor with the same rows and channels, and its own heads; or None.
+        bounds: int32 ``(S + 1,)``, where the rows of each packed sequence start, then where the
+            last end; ``index`` counts from 0 in each. None: it counts in each entry of a batch.
+        start: a multiple of 1/2.
+        step: positions from row to row.
+        theta: base of the wavelengths, at least 1.
+        inverse: turn back.
+
+    Returns:
+        ``x`` and ``other`` rotated, contiguous.
+    """
+    return _kernels("rope").rotate(**locals())
+
+
+def gather_blocks(x: Tensor, position: Tensor, places: BlockPlaces) -> Tensor:
+    """``rows[m, h, i] = x[start(m) + i, h] + position[i]``, rounded once.
+
+    Args:
+        x: ``(..., T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. Slices of heads
+            are read in place.
+        position: ``(l, D)`` in the dtype of ``x``.
+        places: the blocks. A row of no block has the positions alone.
+
+    Returns:
+        ``(M, H_kv, l, D)`` in the dtype of ``x`` for the M rows of ``places``.
+    """
+    return _kernels("block_rows").gather_blocks(**locals())
+
+
+def scatter_blocks(drows: Tensor, shape: tuple[int, ...], places: BlockPlaces) -> Tensor:
+    """Gradient of the ``x`` of :func:`gather_blocks`: ``dx[t]`` adds up the rows of its blocks.
+
+    Args:
+        drows: ``(M, H_kv, l, D)``. Copied if it is not contiguous.
+        shape: that of ``x``.
+        places: as in forward.
+
+    Returns:
+        ``shape`` in the dtype of ``drows``, summed in float32 and rounded once.
+    """
+    return _kernels("block_rows").scatter_blocks(**locals())
+
+
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` of ``x``, 0 for -1. This is a mean over blocks of one token.
 
@@ -255,7 +315,7 @@ def listed_backward(
         lists: the forward's lists, with blocks of 64 keys.
         scale: positive.
         key_limit: int32 ``(Tq,)``, at most ``Tk``: a query sees the keys before its limit. None:
-            it sees keys up to its own row.
+            it sees keys up to its own; the last query's is the last key, so ``Tq <= Tk``.
 
     Returns:
         dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous.
@@ -273,7 +333,7 @@ def importance_scores(
     scale: float,
     rule: Rule,
 ) -> None:
-    """Write Eq. 8 to 10 for the tokens of a chunk.
+    """Write Eq. 8 to 10 for the tokens of a chunk; their positions are in ``tiles``.
 
     ``p_h[j] = exp(scale * q_h . k_cmp[j] - lse_h)`` for the compressed tokens that the token sees.
     The score of a selection block is the sum, over the heads of the group and over ``j``, of
@@ -309,14 +369,15 @@ def selected_forward(
 
     Args:
         q: ``(T, H, D)``, bfloat16 or float16. Slices of heads of q, k and v are read in place.
-        k: ``(T, H_kv, D)``.
-        v: ``(T, H_kv, Dv)``.
-        block_indices: int32 ``(T, H_kv, slots)``, indices in the token's sequence, in any order and
-            none twice. Those that ``blocks`` does not let the token attend are left out.
-        blocks: the blocks of the ``T`` tokens.
-        block_size: tokens of a block, 32 or 64.
+        k: ``(Tk, H_kv, D)``.
+        v: ``(Tk, H_kv, Dv)``.
+        block_indices: int32 ``(T, H_kv, slots)``, indices in the token's sequence, in any order,
+            read in place whatever the strides. Those that ``blocks`` does not let the token attend
+            are left out. One that is listed twice counts twice; with ``band`` none may be.
+        blocks: the blocks of the ``T`` tokens, of ``Tk`` keys in all.
+        block_size: keys of a block: 32, 64, or without ``band`` 128.
         scale: positive.
-        causal: whether a token sees only keys at or before it.
+        causal: whether a token sees only keys at or before its position.
         band: whether most lists name the first block of the sequence, the token's own and the one
             before, so that a separate kernel for these is faster. It changes only the rounding.
 
@@ -339,13 +400,17 @@ def selected_backward(
     block_size: int,
     scale: float,
     causal: bool,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in the dtype of q; their last bits vary from run to run.
+
+    Those of keys that no token sees are 0.
 
     Args:
         dout: ``(T, H, Dv)``, the gradient of ``out``.
         q, k, v: arguments of the forward, like all others that it shares.
         out, lse: results of the forward.
+        dlse: float32 ``(T, H)``, the gradient of ``lse``; not used where that is -inf. None for 0.
     """
     return _kernels("selected_backward").selected_backward(**locals())
 

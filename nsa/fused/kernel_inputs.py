@@ -37,9 +37,9 @@ out, lse) -> (out, lse)`` and
 
     ``q (1, Tq, H, D)``, ``k (1, Tk, H_kv, D)``, ``v (1, Tk, H_kv, Dv)``, ``lse (1, H, Tq)``.
     A query sees the keys of the blocks listed for its block, if the mask allows it. ``causal`` is
-    ``key <= query`` and needs ``Tq == Tk``. ``key_limit`` int32 ``(Tq,)`` is
-    ``key < key_limit[query]``. Not both may be given. ``lists`` are by query block in forward, and
-    transposed, by key block, in backward. Both must name the same pairs.
+    aligned at the end, ``key <= query + Tk - Tq``, and needs ``Tq <= Tk``. ``key_limit`` int32
+    ``(Tq,)`` is ``key < key_limit[query]``. Not both may be given. ``lists`` are by query block in
+    forward, and transposed, by key block, in backward. Both must name the same pairs.
 """
 
 import functools
@@ -47,11 +47,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nsa.blocks import covered_tokens, overlap_weights
 from nsa.config import NSAConfig
 from nsa.fused.hardware import QUAD, SHARED_BYTES, WGMMA_ROWS
-from nsa.geometry import Geometry, Segments, locate_items, prefix_sum
+from nsa.geometry import (
+    Geometry,
+    QuerySegments,
+    Segments,
+    equal_segments,
+    locate_items,
+    prefix_sum,
+)
 
 Pair = tuple[Tensor, Tensor]
 """Tensors of keys and of values, of one shape and dtype; strides may differ."""
@@ -226,12 +234,13 @@ def _bytes_but_keys(shape: Shape, head_dim: int) -> int:
 
 
 class TokenTiles(NamedTuple):
-    """The tokens of an entry of the batch, in tiles that do not mix sequences.
+    """The tokens of an entry of the batch, in tiles that do not mix segments.
 
     Args:
-        fields: int32 ``(tiles, 6)``. For each tile: its first token, that token's position in the
-            sequence, and the number of tokens. For its sequence: the first compressed token, their
-            number, and the number of selection blocks. Tiles past the last have no tokens.
+        fields: int32 ``(tiles, 6)``. For each tile: its first token, a row of q; that token's
+            position in the sequence of keys; and the number of tokens. For that sequence: the first
+            compressed token, their number, and the number of selection blocks. Tiles past the last
+            have no tokens.
         first: int32 ``(chunks,)``, the first tile with tokens of each chunk.
         chunk: tokens of a chunk.
         grid: an upper bound on the tiles with tokens of a chunk.
@@ -245,84 +254,151 @@ class TokenTiles(NamedTuple):
 
 def make_token_tiles(geometry: Geometry, tile_tokens: int, chunk: int) -> TokenTiles:
     """Tiles of at most ``tile_tokens`` tokens, for chunks of ``chunk`` tokens. No host sync."""
-    tokens = geometry.keys
-    sequences = len(tokens.count)
-    total = tokens.total // tile_tokens + sequences
-    offset = prefix_sum(-(-tokens.count // tile_tokens))
-    owner, index = locate_items(offset, total)
-    position = index * tile_tokens
-    start = tokens.offset[owner] + position
-    count = (tokens.count[owner] - position).clamp(0, tile_tokens)
-    compressed, selection = geometry.compressed, geometry.selection
+    queries, rows = geometry.queries, geometry.queries.rows
+    segments = rows.num_sequences
+    total = rows.total // tile_tokens + segments
+    segment, index = locate_items(prefix_sum(-(-rows.count // tile_tokens)), total)
+    done = index * tile_tokens
+    start = rows.offset[segment] + done
+    count = (rows.count[segment] - done).clamp(0, tile_tokens)
+    owner, compressed = queries.sequence_of(segment), geometry.compressed
     fields = torch.stack(
         [
             start,
-            position,
+            queries.positions(done, segment),
             count,
             compressed.offset[owner],
             compressed.count[owner],
-            selection.count[owner],
+            geometry.selection.count[owner],
         ],
         dim=1,
     ).int()
-    chunks = torch.arange(0, max(1, tokens.total), chunk, device=start.device)
+    chunks = torch.arange(0, max(1, rows.total), chunk, device=start.device)
     first = torch.searchsorted(start + count, chunks, right=True).int()
-    return TokenTiles(fields, first, chunk, min(total, chunk // tile_tokens + sequences + 1))
+    return TokenTiles(fields, first, chunk, min(total, chunk // tile_tokens + segments + 1))
 
 
-WORKSPACE_BYTES = 2 << 30
-"""The most bytes of partial results in a wave."""
+WORKSPACE_BYTES = 9 << 28
+"""The most bytes of partial results in a wave: of two chunks of 4,096 tokens with 64 heads of 128
+channels and 16 blocks. 2 GiB would leave an eighth of them to a second wave."""
 
 
 class TokenBlocks(NamedTuple):
-    """The blocks of all sequences, numbered consecutively, and their tokens.
+    """The blocks of each segment's sequence, numbered consecutively, and the tokens of q.
 
     Block ``J`` of a token's sequence is block ``base + J`` overall, and the token may attend it if
-    ``0 <= J < limit``. All tensors are int32.
+    ``0 <= J < limit``. With a causal mask the token in row ``r`` of q sees the first
+    ``r - row + 1`` keys of a block. The tokens of a segment that are in one block are a run; block
+    ``J`` of their sequence is run ``run_base + J``. Runs are in the order of the tokens. All
+    tensors are int32.
+
+    If each sequence has as many queries as keys, the segments are the sequences, and ``row`` and
+    ``run_first`` are ``first``, and ``run_base`` is ``base``.
 
     Args:
-        base: ``(T,)``, the first block of each token's sequence.
-        limit: ``(T,)``, how many blocks each token may attend; 0 for tokens of no sequence.
-        first: ``(blocks,)``, the first token of each block.
-        keys: ``(blocks,)``, tokens in each block; 0 for blocks of no sequence.
-        sequences: number of sequences.
+        base: ``(T,)``, the first block of each token's segment.
+        limit: ``(T,)``, how many blocks each token may attend; 0 for tokens of no segment.
+        first: ``(blocks,)``, the first key of each block, a row of k.
+        keys: ``(blocks,)``, keys in each block; 0 for blocks of no sequence.
+        row: ``(blocks,)``, where in q a token of the segment at the block's first key would be. It
+            may lie outside of the segment, or be negative.
+        run_base: ``(T,)``, see above.
+        run_first: ``(runs,)``, the first token of each run; the end of all segments for the rest.
+        segments: number of segments.
+        earlier: keys that precede the queries, in all segments together.
     """
 
     base: Tensor
     limit: Tensor
     first: Tensor
     keys: Tensor
-    sequences: int
+    row: Tensor
+    run_base: Tensor
+    run_first: Tensor
+    segments: int
+    earlier: int
 
-    def most_of_range(self, tokens: int, block_size: int) -> int:
-        """Upper bound on the blocks that have one of ``tokens`` consecutive tokens."""
-        # A sequence that starts in the range has one short block, the sequence before it two.
-        return min(tokens, tokens // block_size + min(self.sequences, tokens) + 1)
+    def most_runs(self, tokens: int, block_size: int) -> int:
+        """Upper bound on the runs that have one of ``tokens`` consecutive tokens."""
+        # A segment that starts in the range has one short run, or two if its first block is not
+        # whole; the segment before the range has two.
+        short = min(self.segments, tokens) * (2 if self.earlier else 1) + 1
+        return min(tokens, tokens // block_size + short)
 
 
 def make_token_blocks(geometry: Geometry, batch: int) -> TokenBlocks:
     """The blocks of a batch of ``batch`` entries, each as in ``geometry``."""
-    tokens, blocks = geometry.keys, geometry.selection
+    queries, keys, blocks = geometry.queries, geometry.keys, geometry.selection
+    whole, times = queries.rows is keys, 1
     if batch > 1:
-        # Each entry of a batch is one sequence.
-        tokens, blocks = (_repeat(x, batch) for x in (tokens, blocks))
-    size = geometry.config.select_block_size
-    length = tokens.count[tokens.owner]
-    limit = tokens.local // size + 1 if geometry.config.causal else (length + size - 1) // size
-    done = blocks.local * size
-    keys = (tokens.count[blocks.owner] - done).clamp(0, size)
+        keys, blocks = (_repeat(x, batch) for x in (keys, blocks))
+        rows = keys if whole else _repeat(queries.rows, batch)
+        queries = _repeat_queries(queries, rows, geometry.keys.num_sequences, batch)
+    size, rows, sequence = geometry.config.select_block_size, queries.rows, queries.sequence
+    if sequence is not None:
+        # A list of blocks for each segment, though segments of a sequence have the same blocks.
+        times = -(-rows.num_sequences // keys.num_sequences)
+        blocks = Segments(prefix_sum(blocks.count[sequence]), times * blocks.total)
+    done, owner = blocks.local * size, queries.sequence_of(blocks.owner)
+    base = blocks.offset[rows.owner].int()
+    first = (keys.offset[owner] + done).int()
+    limit = blocks.count[rows.owner]
+    if geometry.config.causal:
+        limit = queries.position // size + 1
+    row, run_base, run_first = first, base, first
+    if not whole:
+        row = (rows.offset[blocks.owner] - queries.first_of(blocks.owner) + done).int()
+        run_base, run_first = _find_runs(queries, size)
     return TokenBlocks(
-        base=blocks.offset[tokens.owner].int(),
-        limit=torch.where(tokens.real, limit, 0).int(),
-        first=(tokens.offset[blocks.owner] + done).int(),
-        keys=keys.int(),
-        sequences=len(tokens.count),
+        base=base,
+        limit=torch.where(rows.real, limit, 0).int(),
+        first=first,
+        keys=(keys.count[owner] - done).clamp(0, size).int(),
+        row=row,
+        run_base=run_base,
+        run_first=run_first,
+        segments=rows.num_sequences,
+        earlier=times * keys.total - rows.total,
     )
 
 
+def _find_runs(queries: QuerySegments, size: int) -> tuple[Tensor, Tensor]:
+    """``run_base`` and ``run_first`` of :class:`TokenBlocks`, for blocks of ``size`` keys."""
+    rows = queries.rows
+    first = queries.first + torch.zeros_like(rows.count)
+    before = first // size
+    count = (first + rows.count + (size - 1)) // size - before
+    offset = prefix_sum(torch.where(rows.count > 0, count, 0))
+    # One more than there can be, so that the last run has an end.
+    runs = Segments(offset, min(rows.total, rows.total // size + 2 * rows.num_sequences) + 1)
+    owner = runs.owner
+    skipped = ((before[owner] + runs.local) * size - first[owner]).clamp(min=0)
+    run_first = torch.where(runs.real, rows.offset[owner] + skipped, rows.offset[-1])
+    return (offset[:-1] - before)[rows.owner].int(), run_first.int()
+
+
 def _repeat(items: Segments, times: int) -> Segments:
-    offset = torch.arange(times + 1, device=items.device) * items.total
-    return Segments(offset, times * items.total)
+    """The sequences of one entry, for each of ``times`` entries."""
+    if items.single:
+        return equal_segments(times, items.total, items.device)
+    start = torch.arange(times, device=items.device)[:, None] * items.total + items.offset[:-1]
+    return Segments(pad(start.flatten(), (0, 1), value=times * items.total), times * items.total)
+
+
+def _repeat_queries(
+    queries: QuerySegments, rows: Segments, sequences: int, times: int
+) -> QuerySegments:
+    """The segments of one entry, of ``sequences`` sequences, for each of ``times`` entries.
+
+    ``rows`` are those of all entries.
+    """
+    first, sequence = queries.first, queries.sequence
+    if not isinstance(first, int):
+        first = first.repeat(times)
+    if sequence is not None:
+        entry = torch.arange(times, device=rows.device)[:, None]
+        sequence = (entry * sequences + sequence).flatten()
+    return QuerySegments(rows, first, sequence)
 
 
 def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_bytes: int) -> int:

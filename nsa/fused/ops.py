@@ -42,7 +42,9 @@ class AttentionNode(torch.autograd.Function):
         inputs, block_indices = tensors[:NUM_INPUTS], tensors[NUM_INPUTS]
         saved = Saved.of_chunks(tensors[NUM_INPUTS + 1 :], recompute=ctx.schedule.recompute)
         arguments = (dout.contiguous(), block_indices, saved, ctx.plan, ctx.schedule)
-        return None, None, None, *_Gradients.apply(*arguments, *inputs)
+        if torch.is_grad_enabled():  # create_graph
+            return None, None, None, *_Gradients.apply(*arguments, *inputs)
+        return None, None, None, *run_backward(arguments[0], Inputs(*inputs), *arguments[1:])
 
 
 class _Gradients(torch.autograd.Function):
@@ -64,24 +66,27 @@ class OpOptions(NamedTuple):
 
     Attributes:
         block_indices: as in :func:`nsa.fused.schedule.run_forward`.
-        cu_seqlens: boundaries of packed sequences, int32 ``(S + 1,)``.
-        max_seqlen: upper bound of their lengths.
-        owned: whether a Packing owns ``cu_seqlens``. Else the forward returns a copy, because the
+        cu_seqlens: boundaries of packed queries, int32 ``(S + 1,)``.
+        cu_seqlens_k: boundaries of packed keys; None if those of the queries.
+        max_seqlen_k: upper bound on the keys of a packed sequence.
+        owned: whether a Packing owns the boundaries. Else the forward returns copies, because the
             caller may change them before the backward.
         config: the caller's configuration, encoded.
         scale: the scale for that configuration.
-        chunks, recompute: the schedule.
+        chunks, recompute, recompute_window: the schedule.
         save: whether there will be a backward.
     """
 
     block_indices: Tensor | None
     cu_seqlens: Tensor | None
-    max_seqlen: int | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_k: int | None
     owned: bool
     config: str
     scale: float
     chunks: int
     recompute: bool
+    recompute_window: bool
     save: bool
 
     @property
@@ -90,12 +95,19 @@ class OpOptions(NamedTuple):
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.chunks, self.recompute)
+        return Schedule(self.chunks, self.recompute, self.recompute_window)
 
     @property
-    def returned_bounds(self) -> Tensor | None:
-        """The ``cu_seqlens`` of which the forward returns a copy."""
-        return self.cu_seqlens if self.save and not self.owned else None
+    def returned_bounds(self) -> list[Tensor]:
+        """The boundaries of which the forward returns copies."""
+        if not self.save or self.owned:
+            return []
+        return [x for x in (self.cu_seqlens, self.cu_seqlens_k) if x is not None]
+
+    def plan(self, q: Tensor, k: Tensor) -> Plan:
+        """The plan for ``q (B, Nq, H, D)`` and ``k (B, Nk, H_kv, D)``."""
+        bounds = (self.cu_seqlens, self.cu_seqlens_k, self.max_seqlen_k)
+        return _plan(q, k.shape[1], *bounds, self.scaled_config)
 
 
 _SCHEMA_TYPES = {
@@ -124,9 +136,24 @@ def _split(arguments: Sequence) -> tuple[Inputs, OpOptions]:
     return Inputs(*arguments[:NUM_INPUTS]), OpOptions(*arguments[NUM_INPUTS:])
 
 
-def _plan(q: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, config: NSAConfig) -> Plan:
-    packing = None if cu_seqlens is None else find_packing(cu_seqlens)
-    return make_plan(q, cu_seqlens, max_seqlen, config, packing)
+def _plan(
+    q: Tensor,
+    num_keys: int,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_k: int | None,
+    config: NSAConfig,
+) -> Plan:
+    packing = None if cu_seqlens is None else find_packing(cu_seqlens, cu_seqlens_k)
+    return make_plan(
+        q,
+        cu_seqlens,
+        max_seqlen_k,
+        config,
+        packing,
+        num_keys=num_keys,
+        cu_seqlens_k=cu_seqlens_k,
+    )
 
 
 @torch.library.custom_op(
@@ -138,20 +165,18 @@ def attention(*arguments):
     """Output ``(B, T, H, Dv)`` and, with ``save``, :meth:`Saved.tensors` of each chunk.
 
     Selected blocks are returned only if the caller gave none. With ``recompute``, only selected
-    blocks and groups are returned. If ``cu_seqlens`` are not ``owned``, a copy of them comes last.
+    blocks and groups are returned; with ``recompute_window``, no window. If boundaries are not
+    ``owned``, copies of them come last.
     """
     inputs, options = _split(arguments)
-    q, config = inputs.q, options.scaled_config
-    _check_pairs(q, inputs.k, config, options.chunks)
-    plan = _plan(q, options.cu_seqlens, options.max_seqlen, config)
+    q = inputs.q
+    _check_pairs(q, inputs.k, options.scaled_config, options.chunks)
+    plan = options.plan(q, inputs.k)
     out, saved = run_forward(
         inputs, options.block_indices, plan, options.schedule, save=options.save
     )
     tensors = [q.new_empty(0) if x is None else x for part in saved for x in part.tensors()]
-    bounds = options.returned_bounds
-    if bounds is not None:
-        tensors.append(bounds.clone())
-    return out, tensors
+    return out, tensors + [x.clone() for x in options.returned_bounds]
 
 
 def _check_pairs(q: Tensor, k: Tensor, config: NSAConfig, chunks: int):
@@ -174,14 +199,19 @@ def _(*arguments):
         return out, []
     config = options.scaled_config
     # Shapes of outputs, whose channels are those of the values.
-    whole = make_sizes(out, v.shape[2], options.cu_seqlens, options.max_seqlen, config)
+    whole = make_sizes(
+        out,
+        v.shape[2],
+        options.cu_seqlens,
+        options.max_seqlen_k,
+        config,
+        num_keys=v.shape[1],
+        cu_seqlens_k=options.cu_seqlens_k,
+    )
     saved = []
     for heads in split_heads(q.shape[2], v.shape[2], options.chunks):
         saved += _fake_saved(out, whole.of_heads(heads.kv.stop - heads.kv.start), options)
-    bounds = options.returned_bounds
-    if bounds is not None:
-        saved.append(torch.empty_like(bounds))
-    return out, saved
+    return out, saved + [torch.empty_like(x) for x in options.returned_bounds]
 
 
 def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions) -> list[Tensor]:
@@ -191,6 +221,8 @@ def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions) -> list[Tensor]:
         del shapes["block_indices"]
     if options.recompute:
         shapes = {name: shapes[name] for name in ("block_indices", "groups") if name in shapes}
+    elif options.recompute_window:
+        del shapes["o_win"], shapes["lse_win"]
     dtypes = {"o": out.dtype, "lse": torch.float32}
     # The outputs of an op must not share memory, even if they are empty.
     return [
@@ -212,14 +244,15 @@ def attention_backward(dout, *arguments):
     inputs, options = _split(call)
     parts = Saved.of_chunks(saved, recompute=options.recompute)
     parts = [_without_empty(part) for part in parts]
-    config = options.scaled_config
-    plan = _plan(inputs.q, options.cu_seqlens, options.max_seqlen, config)
+    plan = options.plan(inputs.q, inputs.k)
     grads = run_backward(dout, inputs, options.block_indices, parts, plan, options.schedule)
     return [inputs.q.new_empty(0) if grad is None else grad for grad in grads]
 
 
 def _without_empty(saved: Saved) -> Saved:
     branches, *selection = saved
+    if branches is not None and branches.o_win is not None and branches.o_win.numel() == 0:
+        branches = branches._replace(o_win=None, lse_win=None)
     return Saved(branches, *(None if x is None or x.numel() == 0 else x for x in selection))
 
 
@@ -233,11 +266,12 @@ def _(dout, *arguments):
 def _setup_context(ctx, inputs, output):
     tensors, options = _split(inputs)
     _, saved = output
-    if options.returned_bounds is not None:
-        *saved, bounds = saved
-        options = options._replace(cu_seqlens=bounds)
-    ctx.save_for_backward(*tensors, options.block_indices, options.cu_seqlens, *saved)
-    ctx.options = options._replace(block_indices=None, cu_seqlens=None)
+    bounds = [options.cu_seqlens, options.cu_seqlens_k]
+    copies = len(options.returned_bounds)
+    if copies:
+        bounds[:copies], saved = saved[-copies:], saved[:-copies]
+    ctx.save_for_backward(*tensors, options.block_indices, *bounds, *saved)
+    ctx.options = options._replace(block_indices=None, cu_seqlens=None, cu_seqlens_k=None)
     ctx.set_materialize_grads(False)
 
 
@@ -250,8 +284,9 @@ def _backward(ctx, dout, _):
         raise RuntimeError("nsa::attention was called with save=False, so it has no backward")
     # Read once, because selective checkpointing unpacks once.
     tensors = ctx.saved_tensors
-    inputs, (block_indices, cu_seqlens, *saved) = tensors[:NUM_INPUTS], tensors[NUM_INPUTS:]
-    options = ctx.options._replace(block_indices=block_indices, cu_seqlens=cu_seqlens)
+    inputs, (blocks, cu_seqlens, cu_seqlens_k, *saved) = tensors[:NUM_INPUTS], tensors[NUM_INPUTS:]
+    bounds = dict(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
+    options = ctx.options._replace(block_indices=blocks, **bounds)
     grads = attention_backward(dout.contiguous(), *inputs, *options, saved)
     return (
         *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True)),
@@ -268,17 +303,31 @@ def select_blocks(
     k: Tensor,
     compress_k_weight: Tensor | None,
     compressed: bool,
+    num_keys: int,
     cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_k: int | None,
     config: str,
     scale: float,
 ) -> Tensor:
-    """See :func:`nsa.fused.pipeline.select`."""
-    plan = _plan(q, cu_seqlens, max_seqlen, _config(config, scale))
+    """See :func:`nsa.fused.pipeline.select`; the rest as in :class:`OpOptions`."""
+    bounds = (cu_seqlens, cu_seqlens_k, max_seqlen_k)
+    plan = _plan(q, num_keys, *bounds, _config(config, scale))
     return pipeline.select(q, k, compress_k_weight, compressed, plan)
 
 
 @select_blocks.register_fake
-def _(q, k, compress_k_weight, compressed, cu_seqlens, max_seqlen, config, scale):
-    sizes = make_sizes(q, k.shape[2], cu_seqlens, max_seqlen, _config(config, scale))
+def _(
+    q, k, compress_k_weight, compressed, num_keys,
+    cu_seqlens, cu_seqlens_k, max_seqlen_k, config, scale,
+):  # fmt: skip
+    sizes = make_sizes(
+        q,
+        k.shape[2],
+        cu_seqlens,
+        max_seqlen_k,
+        _config(config, scale),
+        num_keys=num_keys,
+        cu_seqlens_k=cu_seqlens_k,
+    )
     return q.new_empty(sizes.saved_shapes()["block_indices"], dtype=torch.int32)

@@ -1,4 +1,7 @@
-"""The stages of Native Sparse Attention in order, forward and backward, on ``(B, T, H, D)``."""
+"""The stages of Native Sparse Attention in order, forward and backward.
+
+Queries are ``(B, T, H, D)``, keys ``(B, Tk, H_kv, D)``, with ``B = 1`` for packed input.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -64,18 +67,20 @@ class Inputs(NamedTuple):
 class BranchResults(NamedTuple):
     """The outputs and log-sum-exps of the branches.
 
-    Outputs lie as :meth:`nsa.fused.plan.Plan.query_placements` says.
+    Outputs lie as :meth:`nsa.fused.plan.Plan.query_placements` says. Those of the window are None
+    if backward computes them again, by :func:`attend_window`.
     """
 
     o_cmp: Tensor
     lse_cmp: Tensor
     o_slc: Tensor
     lse_slc: Tensor
-    o_win: Tensor
-    lse_win: Tensor
+    o_win: Tensor | None
+    lse_win: Tensor | None
 
     @property
     def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.o_win is not None  # attend_window made it
         return self.o_cmp, self.o_slc, self.o_win
 
 
@@ -137,6 +142,13 @@ def attend(
     return branches, block_indices, groups
 
 
+def attend_window(inputs: Inputs, branches: BranchResults, plan: Plan) -> BranchResults:
+    """``branches`` with those of the window computed again."""
+    _, (k_win, v_win) = inputs.keys_and_values()
+    o_win, lse_win = window_attention(inputs.q, k_win, v_win, plan)
+    return branches._replace(o_win=o_win, lse_win=lse_win)
+
+
 def combine(
     inputs: Inputs, branches: BranchResults, plan: Plan, out: Tensor | None = None
 ) -> Tensor:
@@ -160,7 +172,7 @@ def select(
 ) -> Tensor:
     """The blocks that :func:`attend` selects.
 
-    ``k (B, T, H_kv, D)`` is compressed, unless it is ``compressed`` ``(B, M, H_kv, D)``.
+    ``k (B, Tk, H_kv, D)`` is compressed, unless it is ``compressed`` ``(B, M, H_kv, D)``.
     """
     with torch.cuda.device_of(q), without_autocast(q.device):
         k_cmp = k if compressed else compress(k, compress_k_weight, plan)
@@ -219,6 +231,8 @@ def backward(
     del gating
 
     side_stream = SideStream(q)
+    assert branches.o_win is not None
+    assert branches.lse_win is not None
     dq_win, dk_win, dv_win = window_attention_backward(
         branch_grads.pop(), q, k_win, v_win, branches.o_win, branches.lse_win, plan
     )

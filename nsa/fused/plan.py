@@ -1,7 +1,7 @@
 """The plan of a call: the sequences, and how their tokens are laid out for the kernels.
 
-Tensors are ``(B, T, H, D)``; packed input has ``B = 1``. The host reads no lengths, so sizes that
-depend on lengths are upper bounds.
+Tensors are ``(B, T, H, D)`` of queries and ``(B, Tk, H, D)`` of keys; packed input has ``B = 1``.
+The host reads no lengths, so sizes that depend on lengths are upper bounds.
 """
 
 from dataclasses import dataclass, field, replace
@@ -41,14 +41,17 @@ that are as long as the sequences: about 100 bytes a token if packed."""
 class Plan:
     """The sequences of each entry of the batch, and the index tensors that follow from them.
 
-    ``cu_seqlens`` and ``max_seqlen`` are None for batched input, where each entry is one sequence.
+    The boundaries ``cu_seqlens`` of queries and ``cu_seqlens_k`` of keys, and the bound
+    ``max_seqlen_k`` on the keys of a sequence, are None for batched input, where each entry is one
+    sequence.
     """
 
     geometry: Geometry
     batch: int
     head_dim: int
-    cu_seqlens: Tensor | None
-    max_seqlen: int | None
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_k: int | None = None
     _token_tiles: dict[tuple[int, int], TokenTiles] = field(default_factory=dict)
 
     @cached_property
@@ -59,6 +62,11 @@ class Plan:
     def packed(self) -> bool:
         return self.cu_seqlens is not None
 
+    @property
+    def whole(self) -> bool:
+        """Whether each sequence has as many queries as keys, as far as the host knows."""
+        return self.geometry.queries.rows is self.geometry.keys
+
     @cached_property
     def compressed_form(self) -> CompressedForm:
         """How the compressed branch is computed."""
@@ -68,11 +76,18 @@ class Plan:
     @property
     def folds(self) -> bool:
         """Whether the compressed branch folds queries into heads."""
-        return is_folded(self.compressed_form, self.geometry.compressed.total)
+        return is_folded(self.compressed_form, self.geometry.compressed.total, whole=self.whole)
 
     @cached_property
-    def tokens(self) -> AlignedRows:
-        """The tokens, aligned to query tiles."""
+    def queries(self) -> AlignedRows:
+        """The queries, aligned to tiles."""
+        return AlignedRows(self.geometry.queries.rows, self.config.q_tile_size)
+
+    @cached_property
+    def keys(self) -> AlignedRows:
+        """The keys, aligned to tiles."""
+        if self.whole:
+            return self.queries
         return AlignedRows(self.geometry.keys, self.config.q_tile_size)
 
     @cached_property
@@ -96,7 +111,7 @@ class Plan:
         """
         if self.in_order:
             return IN_ORDER
-        selected = self.tokens.placement(num_heads)
+        selected = self.queries.placement(num_heads)
         if self.compressed_form is CompressedForm.LISTED:
             return selected, selected
         if self.compressed_form is CompressedForm.FOLDED_ROWS:
@@ -105,11 +120,11 @@ class Plan:
 
     def align_queries(self, q: Tensor) -> Tensor:
         """``q (B, T, H, D)`` in aligned rows, ``(1, B * rows, H, D)``; unchanged in token mode."""
-        return q if self.config.selection == "token" else self.tokens.pack(q)
+        return q if self.config.selection == "token" else self.queries.pack(q)
 
     def query_rows(self, x: Tensor) -> Tensor:
         """A branch's ``(1, B * rows, H, D)`` in the layout that the gates take."""
-        return self.tokens.unpack(x) if self.in_order else x
+        return self.queries.unpack(x) if self.in_order else x
 
     def folded_queries(self, x: Tensor, num_kv_heads: int) -> Tensor:
         """A branch's ``(1, rows, H_kv * d * G, D)`` in the layout that the gates take."""
@@ -128,7 +143,7 @@ class Plan:
 
     @cached_property
     def blocks_of_token(self) -> Tensor:
-        """The compressed blocks that each token is in, -1 for none, int32 ``(T, l / d)``."""
+        """The compressed blocks that each token is in, -1 for none, int32 ``(Tk, l / d)``."""
         config, keys, compressed = self.config, self.geometry.keys, self.geometry.compressed
         # The last block that starts at or before the token, and the blocks before it.
         overlap = config.compress_block_size // config.compress_stride
@@ -158,17 +173,50 @@ class Plan:
         """The compressed tokens, aligned to blocks of the sparse compressed branch."""
         return AlignedRows(self.geometry.compressed, self.cmp_key_block)
 
-    @cached_property
-    def tile_key_blocks(self) -> tuple[Tensor, Tensor]:
-        """First key block of each tile's sequence in the row, and number of key blocks.
+    @property
+    def ends_align(self) -> bool:
+        """Whether the last aligned row of queries stands at the last one of keys.
 
-        Int32 ``(tiles,)`` each; the number is 0 for tiles of no sequence.
+        A causal mask then needs no limit for each row. Where it holds, aligned rows before have the
+        same distance, because queries start at a tile.
         """
-        return self._tile_blocks(self.tokens, self.key_block)
+        return self.whole or (self.batch == 1 and self.geometry.queries.rows.single)
+
+    @cached_property
+    def tile_key_blocks(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """First key block of each tile's sequence in the row, number of key blocks, and how many of
+        them the tile's first query sees whole.
+
+        Int32 ``(tiles,)`` each. The second is 0 for tiles of no sequence. The third is None if the
+        mask is applied to all blocks.
+        """
+        first, count = self._tile_blocks(self.keys, self.key_block)
+        if not self.config.causal or self.ends_align:
+            return first, count, None
+        return first, count, ((self.geometry.tile_first + 1) // self.key_block).int()
+
+    @cached_property
+    def key_limit(self) -> Tensor:
+        """For each aligned row of queries, the aligned row of the first key that it does not see.
+
+        Int64 ``(rows,)``, for one entry of the batch, in the selected branch of tile mode.
+        """
+        queries, rows = self.geometry.queries, self.queries.segments
+        owner = queries.sequence_of(rows.owner)
+        count = self.geometry.keys.count[owner]
+        if self.config.causal:
+            count = count.minimum(self.row_position + 1)
+        return self.keys.segments.offset[owner] + count
+
+    @cached_property
+    def row_position(self) -> Tensor:
+        """The position of each aligned row of queries in its sequence, int64 ``(rows,)``."""
+        rows = self.queries.segments
+        return self.geometry.queries.positions(rows.local, rows.owner)
 
     @cached_property
     def tile_cmp_key_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for compressed tokens; and how many key blocks the first query sees whole."""
+        """The same for compressed tokens."""
         geometry = self.geometry
         seen = geometry.num_visible(
             geometry.tile_first, geometry.tile_owner, self.config.compressed_visibility
@@ -220,8 +268,8 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Upper bound on the tokens of a sequence."""
-        return self.geometry.keys.total if self.max_seqlen is None else self.max_seqlen
+        """Upper bound on the keys of a sequence."""
+        return self.geometry.keys.total if self.max_seqlen_k is None else self.max_seqlen_k
 
     @property
     def max_selection_blocks(self) -> int:
@@ -245,39 +293,67 @@ def with_scale(config: NSAConfig, scale: float) -> NSAConfig:
 def make_plan(
     q: Tensor,
     cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
+    max_seqlen_k: int | None,
     config: NSAConfig,
     packing: Packing | None = None,
+    *,
+    num_keys: int | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Plan:
-    """The plan for ``q (B, N, H, D)``, or for packed ``q (1, T, H, D)`` with ``cu_seqlens``.
+    """The plan for ``q (B, Nq, H, D)``, or for packed ``q (1, T, H, D)`` with ``cu_seqlens``.
 
-    The plan is kept with ``packing``, if given. Otherwise it has a copy of ``cu_seqlens``, which
-    nobody changes before backward. The host reads the lengths if ``max_seqlen`` is None.
+    The plan is kept with ``packing``, if given. Otherwise it has copies of the boundaries, which
+    nobody changes before backward. The host reads the lengths if ``max_seqlen_k`` is None.
+
+    Args:
+        q, cu_seqlens: see above.
+        max_seqlen_k: upper bound on the keys of a packed sequence.
+        config: the configuration, with its scale.
+        packing: the caller's; its boundaries take the place of the others.
+        num_keys: keys of an entry; by default as many as queries.
+        cu_seqlens_k: boundaries of the keys; by default those of the queries.
     """
+    num_keys = q.shape[1] if num_keys is None else num_keys
     if cu_seqlens is None:
         plan = _cached_batched_plan if may_keep(q) else _batched_plan
-        return plan(q.shape[0], q.shape[1], q.shape[-1], q.device, config)
+        return plan(q.shape[0], q.shape[1], num_keys, q.shape[-1], q.device, config)
     if packing is not None:
-        max_seqlen = packing.max_seqlen
-    if max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-    arguments = (q.shape[1], q.shape[-1], min(max_seqlen, q.shape[1]), config)
-    if packing is None:
-        return _packed_plan(cu_seqlens.clone(), *arguments)
-    return packing.keep(arguments, partial(_packed_plan, packing.cu_seqlens, *arguments))
+        cu_seqlens, cu_seqlens_k = packing.cu_seqlens, packing.cu_seqlens_k
+        max_seqlen_k = packing.max_seqlen_k
+    elif cu_seqlens_k is None or cu_seqlens_k is cu_seqlens:
+        cu_seqlens = cu_seqlens_k = cu_seqlens.clone()
+    else:
+        cu_seqlens, cu_seqlens_k = cu_seqlens.clone(), cu_seqlens_k.clone()
+    if max_seqlen_k is None:
+        max_seqlen_k = int(cu_seqlens_k.diff().max()) if len(cu_seqlens_k) > 1 else 0
+    arguments = (q.shape[1], num_keys, q.shape[-1], min(max_seqlen_k, num_keys), config)
+    make = partial(_packed_plan, cu_seqlens, cu_seqlens_k, *arguments)
+    return make() if packing is None else packing.keep(arguments, make)
 
 
 def _packed_plan(
-    cu_seqlens: Tensor, length: int, head_dim: int, max_seqlen: int, config: NSAConfig
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    max_seqlen_k: int,
+    config: NSAConfig,
 ) -> Plan:
-    geometry = Geometry.packed(cu_seqlens, cu_seqlens, length, length, config, exact=False)
-    return Plan(geometry, 1, head_dim, cu_seqlens, max_seqlen)
+    bounds = (cu_seqlens, cu_seqlens_k)
+    geometry = Geometry.packed(*bounds, num_queries, num_keys, config, exact=False)
+    return Plan(geometry, 1, head_dim, *bounds, max_seqlen_k)
 
 
 def _batched_plan(
-    batch: int, length: int, head_dim: int, device: torch.device, config: NSAConfig
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    device: torch.device,
+    config: NSAConfig,
 ) -> Plan:
-    return Plan(Geometry.equal(1, length, length, device, config), batch, head_dim, None, None)
+    return Plan(Geometry.equal(1, num_queries, num_keys, device, config), batch, head_dim)
 
 
 _cached_batched_plan = lru_cache(maxsize=MAX_PLANS)(_batched_plan)

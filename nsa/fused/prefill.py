@@ -21,6 +21,9 @@ from nsa.packing import Boundaries
 Branches = tuple[Tensor, Tensor, Tensor]
 
 
+_REMEDY = "use backend='reference' or 'auto'"
+
+
 class Backend(NamedTuple):
     """:func:`nsa.fused.entry.forward` and ``select_blocks``, for calls without a cache."""
 
@@ -28,15 +31,25 @@ class Backend(NamedTuple):
     select_blocks: Callable[..., Tensor]
 
 
-def unsupported_reason(q: Tensor, cache: Cache) -> str | None:
-    """Why this cannot run, with the remedy; None if it can."""
-    remedy = "use backend='reference' or 'auto'"
+def unsupported_reason(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> str | None:
+    """Why this cannot run, with the remedy; None if it can. The host may wait for a GPU."""
     if is_capturing(q):
         return "it reads lengths on the host, which a CUDA graph cannot; call it before the capture"
-    if not _all_empty(cache):
-        return f"it needs as many queries as keys, so the cache must be empty; {remedy}"
+    if cache.config.selection == "token":
+        return None
     if cache.config.num_cmp_selected_blocks is not None:
-        return f"it needs num_cmp_selected_blocks=None with a cache; {remedy}"
+        return f"it needs num_cmp_selected_blocks=None with a cache; {_REMEDY}"
+    if torch.compiler.is_compiling():
+        return f"it reads lengths on the host, which torch.compile would guard; {_REMEDY}"
+    starts = cache.known_lengths() or cache.lengths.tolist()
+    new = [q.shape[1]] * len(starts) if boundaries is None else boundaries.lengths or starts
+    size = cache.config.q_tile_size
+    for start, count in zip(starts, new, strict=True):
+        if count and start % size:
+            return (
+                f"it needs new tokens to start at a multiple of q_tile_size={size} with "
+                f"selection='tile' and a cache, got {start}; {_REMEDY}"
+            )
     return None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsa.blocks import covered_tokens
 from nsa.fused import kernel_calls
-from nsa.fused.compressed_forms import extra_rows
+from nsa.fused.compressed_forms import extra_rows, num_folded_rows
 from nsa.fused.kernel_inputs import Placement
 from nsa.geometry import Geometry, Segments, SingleSegment, prefix_sum
 
@@ -92,12 +92,17 @@ class FoldedQueries:
     sequence holds the ``d`` queries that see exactly the blocks ``0 .. r``, so the complete-block
     rule is the causal mask of a sequence of ``N_cmp`` rows. Queries that see no block are left out.
     With started blocks, row ``r`` holds the queries with ``t // d == r``. There are
-    ``N_cmp + l / d`` rows, and the last of them see all blocks.
+    ``N_cmp + l / d`` rows, and the last of them see all blocks. Rows before the first query of a
+    sequence are left out.
+
+    FA4 aligns rows and blocks at the end, so queries are the last tokens of their sequence.
     """
 
     def __init__(self, geometry: Geometry):
         self.geometry = geometry
-        config = geometry.config
+        config, queries = geometry.config, geometry.queries
+        whole = queries.rows is geometry.keys
+        assert queries.sequence is None
         self.size = config.compress_stride
         self.started = config.compressed_visibility == "started"
         # Position of the first query of row 0.
@@ -105,29 +110,44 @@ class FoldedQueries:
         self.extra = extra_rows(config)
         """Rows of a sequence beyond its blocks."""
         counts = geometry.compressed.count + self.extra
-        total = geometry.compressed.total + self.extra * len(counts)
+        self._before: Tensor | None = None
+        """Rows of each sequence that are left out; None for none."""
+        if not whole:
+            assert isinstance(queries.first, Tensor)  # as of all packed sequences
+            first_row = (queries.first - self.lead).div(self.size, rounding_mode="floor")
+            self._before = first_row.clamp(min=0)
+            counts = torch.where(queries.rows.count > 0, counts - self._before, 0)
+        total = num_folded_rows(queries.rows.total, len(counts), config, whole=whole)
         self.rows = Segments(prefix_sum(counts), total)
         # Keyed by the number of KV heads, which differs between chunks.
         self._fold_indices: dict[int, Tensor] = {}
+        self._unfold_indices: dict[int, Tensor] = {}
         self._places: dict[int, Tensor] = {}
 
     @cached_property
     def _token(self) -> Tensor:
         """The token of each row and slot, -1 where there is none: ``(rows, d)``."""
-        tokens, rows = self.geometry.keys, self.rows
+        queries, rows = self.geometry.queries.rows, self.rows
         slot = torch.arange(self.size, device=rows.device)
-        position = rows.local[:, None] * self.size + self.lead + slot
-        real = position < tokens.count[rows.owner, None]
-        real &= rows.real[:, None]
-        return torch.where(real, tokens.offset[rows.owner, None] + position, -1)
+        # Counted from the first query of the sequence.
+        index = rows.local[:, None] * self.size + self.lead + slot
+        real = rows.real[:, None]
+        if self._before is not None:
+            passed = self._before * self.size - self.geometry.queries.first
+            index = index + passed[rows.owner, None]
+            real = real & (index >= 0)
+        real = real & (index < queries.count[rows.owner, None])
+        return torch.where(real, queries.offset[rows.owner, None] + index, -1)
 
     @cached_property
     def _place(self) -> tuple[Tensor, Tensor]:
         """The row and slot of each token, row -1 if it has none: ``(T,)`` each."""
-        tokens = self.geometry.keys
-        position = tokens.local - self.lead
-        row = self.rows.offset[tokens.owner] + position // self.size
-        return torch.where((position >= 0) & tokens.real, row, -1), position % self.size
+        queries = self.geometry.queries
+        position, owner = queries.position - self.lead, queries.rows.owner
+        row = self.rows.offset[owner] + position // self.size
+        if self._before is not None:
+            row = row - self._before[owner]
+        return torch.where((position >= 0) & queries.rows.real, row, -1), position % self.size
 
     def _fold_index(self, num_kv_heads: int) -> Tensor:
         """The ``(T, H_kv)`` index in each of ``(rows, H_kv, d)``, -1 for none: int32, flat."""
@@ -152,14 +172,25 @@ class FoldedQueries:
 
     def unfold(self, folded: Tensor, num_kv_heads: int) -> Tensor:
         """``(B, rows, H_kv * d * G, D)`` to ``(B, T, H, D)``. Queries that were left out are 0."""
-        row, slot = (x[:, None] for x in self._place)
-        head = torch.arange(num_kv_heads, device=folded.device)
-        index = (row * num_kv_heads + head) * self.size + slot  # (T, H_kv)
-        index = torch.where(row >= 0, index, -1)
         width = folded[0, 0].numel() // (num_kv_heads * self.size)
         grouped = folded.reshape(folded.shape[0], -1, 1, width)
-        x = _gather(grouped, index.flatten())
-        return x.view(folded.shape[0], len(index), -1, folded.shape[-1])
+        x = _gather(grouped, self._unfold_index(num_kv_heads))
+        return x.view(folded.shape[0], x.shape[1] // num_kv_heads, -1, folded.shape[-1])
+
+    def _unfold_index(self, num_kv_heads: int) -> Tensor:
+        """The ``(rows, H_kv, d)`` index of each of ``(T, H_kv)``, -1 for none: int32, flat."""
+        if num_kv_heads not in self._unfold_indices:
+            row, slot = (x[:, None] for x in self._place)
+            head = torch.arange(num_kv_heads, device=row.device)
+            index = (row * num_kv_heads + head) * self.size + slot
+            self._unfold_indices[num_kv_heads] = torch.where(row >= 0, index, -1).flatten().int()
+        return self._unfold_indices[num_kv_heads]
+
+    @cached_property
+    def _lse_index(self) -> Tensor:
+        """The ``(d, rows)`` index of each token; any for queries left out: int64 ``(T,)``."""
+        row, slot = self._place
+        return slot * self.rows.total + row.clamp(min=0)
 
     def placement(self, num_heads: int, num_kv_heads: int) -> Placement:
         """Where :meth:`fold` puts the heads of each token. Queries left out have no place."""
@@ -172,10 +203,8 @@ class FoldedQueries:
 
     def unfold_lse(self, lse: Tensor, num_kv_heads: int) -> Tensor:
         """``(H_kv * d * G, rows)`` to ``(1, H, T)``; undefined for queries left out."""
-        row, slot = self._place
-        index = slot * self.rows.total + row.clamp(min=0)
         by_head = lse.unflatten(0, (num_kv_heads, self.size, -1)).transpose(1, 2).flatten(2)
-        return by_head.index_select(2, index).flatten(0, 1)[None]
+        return by_head.index_select(2, self._lse_index).flatten(0, 1)[None]
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -29,10 +29,12 @@ USABLE = 0.9
 
 
 class Schedule(NamedTuple):
-    """KV heads run in ``chunks``. With ``recompute``, forward saves no branch for backward."""
+    """KV heads run in ``chunks``. With ``recompute``, forward saves no branch for backward; with
+    ``recompute_window``, it saves the others."""
 
     chunks: int
     recompute: bool
+    recompute_window: bool = False
 
 
 def make_schedule(
@@ -176,6 +178,8 @@ def run_forward(
                 part, block_indices=blocks, groups=None, plan=plan
             )
             result = pipeline.combine(part, branches, plan, target)
+            if schedule.recompute_window:
+                branches = branches._replace(o_win=None, lse_win=None)
             if save:
                 kept.append(
                     Saved(
@@ -236,4 +240,6 @@ def _run_chunk_backward(
         branches, selected, groups = pipeline.attend(
             inputs, block_indices=selected, groups=groups, plan=plan
         )
+    elif branches.o_win is None:
+        branches = pipeline.attend_window(inputs, branches, plan)
     return pipeline.backward(dout, inputs, branches, selected, groups, plan, dq)

@@ -136,14 +136,18 @@ def _visible_columns(tiles: slice, plan: Plan) -> slice:
 
     A tile has at most ``q_tile_size`` tokens, and only the last tile of a sequence has fewer. So
     ``tile * q_tile_size`` is at or past the tile's first token, by the places that earlier
-    sequences leave empty. The same holds for compressed tokens.
+    sequences leave empty. The same holds for compressed tokens. A query's key is at or past its
+    row, by the keys that precede the queries of this and earlier sequences.
     """
-    config, tokens = plan.config, plan.geometry.keys
-    tile, block = config.q_tile_size, config.compress_block_size
-    before = tokens.num_sequences - 1
+    config, geometry = plan.config, plan.geometry
+    keys, tile, block = geometry.keys, config.q_tile_size, config.compress_block_size
+    if geometry.queries.sequence is not None:
+        # Segments may lie in any order.
+        return slice(0, keys.total // block)
+    before, earlier = keys.num_sequences - 1, keys.total - geometry.queries.rows.total
     end = tiles.stop * tile if config.causal else (tiles.stop - 1) * tile + plan.longest
     first = tiles.start * tile - before * (tile - 1) - (plan.longest - 1) - before * (block - 1)
-    return slice(max(0, first) // block, min(end, tokens.total) // block)
+    return slice(max(0, first) // block, min(end + earlier, keys.total) // block)
 
 
 def _scores(summary: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:

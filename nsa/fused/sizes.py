@@ -23,9 +23,11 @@ class Sizes(NamedTuple):
 
     Attributes:
         batch: entries of the batch; 1 for packed sequences.
-        length: tokens of an entry.
+        length: queries of an entry.
+        keys: keys of an entry.
         sequences: number of packed sequences; None for a batch.
-        longest: upper bound on the tokens of a sequence.
+        key_bounds: whether packed keys have boundaries of their own.
+        longest: upper bound on the keys of a sequence.
         num_heads, num_kv_heads: query heads and KV heads.
         head_dim: the kernels' head dimension.
         itemsize: bytes of an element of ``q``.
@@ -34,7 +36,9 @@ class Sizes(NamedTuple):
 
     batch: int
     length: int
+    keys: int
     sequences: int | None
+    key_bounds: bool
     longest: int
     num_heads: int
     num_kv_heads: int
@@ -56,6 +60,17 @@ class Sizes(NamedTuple):
         return self.sequences is not None
 
     @property
+    def whole(self) -> bool:
+        """As :attr:`nsa.fused.plan.Plan.whole`."""
+        # While torch.compile traces, only packed sequences may ask: it would guard the lengths.
+        return not self.key_bounds if self.packed else self.keys == self.length
+
+    @property
+    def ends_align(self) -> bool:
+        """As :attr:`nsa.fused.plan.Plan.ends_align`."""
+        return self.whole or (self.batch == 1 and not self.packed)
+
+    @property
     def token_mode(self) -> bool:
         return self.config.selection == "token"
 
@@ -66,7 +81,7 @@ class Sizes(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all entries."""
+        """Queries of all entries."""
         return self.batch * self.length
 
     @property
@@ -88,14 +103,25 @@ class Sizes(NamedTuple):
         return self.batch * self.units * tile_size
 
     @property
+    def key_rows(self) -> int:
+        """Rows of keys of all entries, aligned to tiles in tile mode."""
+        if self.token_mode:
+            return self.batch * self.keys
+        if self.sequences is not None:
+            tiles = most_query_tiles(self.keys, self.sequences, self.config)
+        else:
+            tiles = num_query_tiles(self.keys, self.config)
+        return self.batch * tiles * self.config.q_tile_size
+
+    @property
     def compressed(self) -> int:
         """Compressed tokens of all entries, as if each entry were one sequence."""
-        return self.batch * num_compressed_blocks(self.length, self.config)
+        return self.batch * num_compressed_blocks(self.keys, self.config)
 
     @property
     def form(self) -> CompressedForm:
         """How the compressed branch is computed."""
-        bound = num_compressed_bound(self.length, self.packed, self.config)
+        bound = num_compressed_bound(self.keys, self.packed, self.config)
         return compressed_form(self.config, packed=self.packed, num_compressed=bound)
 
     # Shapes of results.
@@ -141,7 +167,7 @@ class Sizes(NamedTuple):
             return self._selected_shapes()
         if self.form is CompressedForm.FOLDED_ROWS:
             assert self.sequences is not None  # as of all packed input
-            rows = num_folded_rows(self.length, self.sequences, self.config)
+            rows = num_folded_rows(self.length, self.sequences, self.config, whole=self.whole)
             heads = self.num_heads * self.config.compress_stride
             folded = (1, rows, heads, self.head_dim)
             return out if self.in_order else folded, (heads, rows)
@@ -166,6 +192,14 @@ class Sizes(NamedTuple):
         """Bytes of a tensor of queries in :attr:`rows`."""
         return self.rows * self.num_heads * self.head_dim * self.itemsize
 
+    @property
+    def query_folded(self) -> int:
+        """Bytes of a tensor of packed queries in folded rows."""
+        assert self.sequences is not None
+        rows = num_folded_rows(self.length, self.sequences, self.config, whole=self.whole)
+        heads = self.num_heads * self.config.compress_stride
+        return rows * heads * self.head_dim * self.itemsize
+
     def key_bytes(self, rows: int) -> int:
         """Bytes of ``rows`` rows of keys."""
         return rows * self.num_kv_heads * self.head_dim * self.itemsize
@@ -173,7 +207,7 @@ class Sizes(NamedTuple):
     @property
     def key(self) -> int:
         """Bytes of a tensor of keys."""
-        return self.key_bytes(self.tokens)
+        return self.key_bytes(self.batch * self.keys)
 
     @property
     def key_cmp(self) -> int:
@@ -188,11 +222,12 @@ class Sizes(NamedTuple):
     @property
     def key_copy(self) -> int:
         """Bytes of a copy of keys in rows; 0 if the rows are a view."""
-        return self.key_bytes(self.rows) if self._copies else 0
+        return self.key_bytes(self.key_rows) if self._copies else 0
 
     @property
     def _copies(self) -> bool:
         """Whether rows are a copy of the tokens, not a view."""
+        # Queries start at a tile, so those of keys end where those of queries do.
         if self.token_mode:
             return False
         return self.packed or self.length % self.config.q_tile_size != 0
@@ -216,16 +251,26 @@ def make_sizes(
     q: Tensor,
     num_kv_heads: int,
     cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
+    max_seqlen_k: int | None,
     config: NSAConfig,
+    *,
+    num_keys: int | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Sizes:
-    """Sizes of a call for ``q (B, T, H, D)``, with ``B = 1`` for packed input."""
+    """Sizes of a call for ``q (B, Nq, H, D)``, with ``B = 1`` for packed input.
+
+    ``num_keys`` and ``cu_seqlens_k`` as in :func:`nsa.fused.plan.make_plan`; ``max_seqlen_k``
+    likewise.
+    """
     batch, length, num_heads, head_dim = q.shape
+    num_keys = length if num_keys is None else num_keys
     return Sizes(
         batch=batch,
         length=length,
+        keys=num_keys,
         sequences=None if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        longest=length if max_seqlen is None else max_seqlen,
+        key_bounds=cu_seqlens_k is not None and cu_seqlens_k is not cu_seqlens,
+        longest=num_keys if max_seqlen_k is None else max_seqlen_k,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

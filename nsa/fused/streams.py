@@ -1,8 +1,9 @@
 """Runs work on a second stream, for kernels that do not fill the GPU.
 
-This happens only while a CUDA graph of short inputs is captured. Outside a graph, the kernels of
-short inputs end before the host has launched what could run beside them. Long inputs gain nothing,
-because their kernels fill the GPU, and their workspace would be split.
+This happens while a CUDA graph of short inputs is captured. Outside a graph, the kernels of short
+inputs end before the host has launched what could run beside them. Long inputs gain nothing,
+because their kernels fill the GPU, and their workspace would be split. It also happens where few
+queries have to pass many keys, because their kernel runs on a few processors for a long time.
 """
 
 from functools import lru_cache
@@ -25,11 +26,16 @@ class SideStream:
 
     Tensors from the block may be used after it. Only a later block reuses their memory, and so only
     after all launches before that block's object was made.
+
+    Args:
+        q: the queries.
+        always: whether to use the second stream for any inputs and outside of graphs too. The block
+            then allocates nothing.
     """
 
-    def __init__(self, q: Tensor):
+    def __init__(self, q: Tensor, *, always: bool = False):
         self._inside = None
-        if is_capturing(q) and q.numel() <= SHORT:
+        if (always and q.is_cuda) or (is_capturing(q) and q.numel() <= SHORT):
             self._outside = torch.cuda.current_stream(q.device)
             self._stream = _side_stream(q.device)
             self._stream.wait_stream(self._outside)

@@ -39,12 +39,13 @@ def compressed_attention(
     if groups is None:
         return _interval_attention(q, k_cmp, v_cmp, first, end, geometry)
     table = KeyBlocks(geometry.compressed, geometry.groups, geometry.config.cmp_group_size)
-    return _listed_attention(q, k_cmp, v_cmp, groups, table, end, geometry)
+    out, _ = _listed_attention(q, k_cmp, v_cmp, groups, table, end, geometry)
+    return out
 
 
 def selected_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, geometry: Geometry
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention over the tokens of the selected blocks.
 
     Args:
@@ -55,7 +56,8 @@ def selected_attention(
         geometry: where the ``T`` queries and the ``Tk`` keys lie.
 
     Returns:
-        ``(T, H, Dv)`` in the dtype of ``q``.
+        The output ``(T, H, Dv)`` in the dtype of ``q``, and the log-sum-exp of the scores in the
+        dtype of sums, ``(T, H)``; 0 and -inf for a query that sees no key.
     """
     _, end = geometry.key_interval()
     table = KeyBlocks(geometry.keys, geometry.selection, geometry.config.select_block_size)
@@ -65,7 +67,7 @@ def selected_attention(
 def window_attention(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
     """Attention over the last ``window_size`` keys, the query's own included.
 
-    Shapes as in :func:`selected_attention`.
+    Shapes as in :func:`selected_attention`, whose first result this is like.
     """
     first, end = geometry.window_interval()
     return _interval_attention(q, k, v, first, end, geometry)
@@ -73,23 +75,27 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Ten
 
 def _masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
-    """``softmax(scale * q k^T) v`` over the keys in ``mask``; a row with no key gives 0.
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T) v`` over the keys in ``mask``, and the log-sum-exp ``(...)``.
 
-    ``dtype`` is the dtype of matrix operands; ``q``, ``k`` and ``v`` may be wider.
+    A row with no key gives 0 and -inf. ``dtype`` is the dtype of matrix operands; ``q``, ``k`` and
+    ``v`` may be wider.
     """
     products = round_gradient(inner_products(q, k, mask), dtype)
     scores = (products * scale).masked_fill(~mask, -torch.inf)
+    top = scores.new_zeros(*scores.shape[:-1], 1)
     if scores.shape[-1]:
         # The floor is finite, so -inf - top stays -inf in a row with no key.
         top = scores.detach().amax(dim=-1, keepdim=True)
-        scores = scores - top.clamp(min=torch.finfo(scores.dtype).min)
-    weights = scores.exp()
+        top = top.clamp(min=torch.finfo(scores.dtype).min)
+    weights = (scores - top).exp()
     total = weights.sum(dim=-1, keepdim=True)
-    probability = weights / torch.where(total == 0, 1, total)
+    # No gradient passes through a row with no key.
+    divisor = torch.where(total == 0, 1, total)
+    lse = torch.where(total == 0, -torch.inf, top + divisor.log()).squeeze(-1)
     # A row with NaN must be NaN only at its own keys.
-    probability = probability.masked_fill(~mask, 0)
-    return weighted_sum(round_operand(probability, dtype), v, mask)
+    probability = (weights / divisor).masked_fill(~mask, 0)
+    return weighted_sum(round_operand(probability, dtype), v, mask), lse
 
 
 def _interval_attention(
@@ -106,7 +112,7 @@ def _interval_attention(
         rows = piece.transpose(0, 1)  # (H_kv, C, G, D)
         index = torch.arange(low, high, device=q.device)
         mask = (index >= first[start:stop, None]) & (index < end[start:stop, None])  # (C, K)
-        out = _masked_attention(
+        out, _ = _masked_attention(
             rows.flatten(1, 2),
             keys[low:high].transpose(0, 1),
             values[low:high].transpose(0, 1),
@@ -134,7 +140,7 @@ def _listed_attention(
     table: KeyBlocks,
     end: Tensor,
     geometry: Geometry,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention of every unit (a query or a tile) over the keys of its listed blocks.
 
     The rows of a list are the heads of a group in token mode, the queries of a tile in tile mode.
@@ -143,6 +149,9 @@ def _listed_attention(
         indices: blocks ``(units, L, n)`` in their sequence, -1 in empty slots at the end; list
             ``i`` of ``L`` attends KV head ``i * H_kv // L``.
         end: the flat key after the last one that each query sees, ``(T,)``.
+
+    Returns:
+        The output and the log-sum-exp, as in :func:`selected_attention`.
     """
     scale = geometry.config.softmax_scale(q.shape[-1])
     dtype = accumulation_dtype(q.dtype)
@@ -163,16 +172,17 @@ def _listed_attention(
         listed_keys, listed_values = (
             x.index_select(0, index.flatten()).unflatten(0, index.shape) for x in (keys, values)
         )
-        out = _masked_attention(rows, listed_keys, listed_values, mask, scale, q.dtype)
-        return restore(out)
+        out, lse = _masked_attention(rows, listed_keys, listed_values, mask, scale, q.dtype)
+        return restore(out), restore(lse)
 
     chunks = _unit_chunks(q, v, indices, table, geometry)
     pieces = q.to(dtype).split(_num_queries(chunks, geometry))
-    out = [
+    results = [
         recomputed(attend, piece, keys, values, *chunk)
         for piece, chunk in zip(pieces, chunks, strict=True)
     ]
-    return torch.cat(out).to(q.dtype)
+    out, lse = zip(*results, strict=True)
+    return torch.cat(out).to(q.dtype), torch.cat(lse)
 
 
 def _num_queries(chunks: list[tuple[int, int]], geometry: Geometry) -> list[int]:

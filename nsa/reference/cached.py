@@ -73,9 +73,10 @@ def attend_cached(
         indices = block_indices.flatten(0, -3)
     else:
         indices = select_blocks(q, context.compressed[0], geometry)
+    selected, _ = selected_attention(q, *context.selected, indices, geometry)
     branches = (
         compressed_attention(q, *context.compressed, groups, geometry),
-        selected_attention(q, *context.selected, indices, geometry),
+        selected,
         window_attention(q, *context.window, _geometry(tokens, context.window_keys, config)),
     )
     append(cache, tokens, k, v, (k_new, v_new))

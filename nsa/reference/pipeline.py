@@ -38,6 +38,7 @@ def forward(
     boundaries: Boundaries | None = None,
     cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
+    recompute_window: bool = False,
 ) -> Tensor:
     """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch."""
     with without_autocast(q.device):
@@ -104,9 +105,10 @@ def attend(
         indices = _select_blocks(q, k_cmp, geometry)
     sparse = geometry.config.num_cmp_selected_blocks is not None
     groups = select_groups(q, k_cmp, geometry) if sparse else None
+    o_slc, _ = selected_attention(q, k_slc, v_slc, indices, geometry)
     branches = (
         compressed_attention(q, k_cmp, v_cmp, groups, geometry),
-        selected_attention(q, k_slc, v_slc, indices, geometry),
+        o_slc,
         window_attention(q, k_win, v_win, geometry),
     )
     return combine_branches(branches, q, gates, gate_proj_weight)

@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import bench_layer
+import bench_positions
 import bench_selected
 import bench_varlen
 import bench_vs_dense
@@ -18,7 +20,7 @@ import nsa
 import plot_performance
 import probe_max_seqlen
 import profile_forward
-from measuring import environment, tables, variants, work, workloads
+from measuring import environment, layers, tables, variants, work, workloads
 from measuring.timing import Timing
 
 GPU_TOOLS = (
@@ -30,7 +32,7 @@ GPU_TOOLS = (
     "cold_start",
 )
 # These take their shapes in another form, or none.
-OTHER_TOOLS = ("bench_selected",)
+OTHER_TOOLS = ("bench_selected", "bench_positions", "bench_layer")
 
 
 @pytest.mark.parametrize("name", GPU_TOOLS)
@@ -55,6 +57,22 @@ def test_help(name, capsys):
 def test_without_a_gpu_the_tools_say_so(name):
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
         importlib.import_module(name).main([])
+
+
+@pytest.mark.parametrize("selection", ["token", "tile"])
+@pytest.mark.parametrize("name", workloads.PASSES)
+def test_shares_of_pieces_add_up(selection, name):
+    options = bench_positions.parse_arguments(["--selection", selection])
+    runs = bench_positions.make_runs(options)
+    (prefill,), pieces, _, (end,) = (cases for _, cases, _ in runs)
+    assert prefill.chunks == 8
+    assert bench_positions.share(prefill, selection, name) == pytest.approx(1)
+    shares = [bench_positions.share(x, selection, name) for x in pieces]
+    assert sum(shares) == pytest.approx(1)
+    assert shares == sorted(shares)
+    # Most of the time at 1M tokens is for keys before the query, of which the last ones have twice
+    # the average.
+    assert 1 / 128 < bench_positions.share(end, selection, name) < 2 / 128
 
 
 def test_wrong_lengths_are_refused(capsys):
@@ -148,6 +166,31 @@ def test_lengths_of_packed_sequences():
     assert all(length % 64 for length in few)
     with pytest.raises(ValueError, match="100 tokens are too few for 8"):
         bench_varlen.halving_lengths(8, 100)
+
+
+def test_rows_of_the_layer():
+    options = bench_layer.parse_arguments(["--dims", "1024", "--shapes", "4x4096", "1x16384"])
+    rows = list(bench_layer.cases(options))
+    # Two shapes, three ways to run; two modes with three forms of input, and the dense twin.
+    assert len(rows) == 2 * 3 * (2 * 3 + 1)
+    assert all(tuple(row) == bench_layer.FIELDS[: len(row)] for row in rows)
+    assert {(row["heads"], row["kv_heads"]) for row in rows} == {(16, 1)}
+    with pytest.raises(SystemExit):
+        bench_layer.parse_arguments(["--shapes", "4x-1"])
+    lengths = [bench_layer.packed_lengths(16384, first) for first in range(7)]
+    assert all(sum(x) == 16384 and min(x) >= 0 for x in lengths)
+    assert len(set(map(tuple, lengths))) == 7
+    assert bench_layer.covered([(0, 3), (1, 2), (5, 6)]) == 4
+
+
+@pytest.mark.parametrize("side", ["token", "tile", "dense"])
+def test_layers_of_a_stack_have_the_same_projections(side):
+    stack = layers.Stack(side, 64, 4, 1, 2, False)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    for layer in stack.layers:
+        assert [tuple(layer.get_submodule(name).weight.shape) for name in names] == [
+            (64, 64), (16, 64), (16, 64), (64, 64)
+        ]  # fmt: skip
 
 
 def test_batches_of_a_training_run():
@@ -260,22 +303,37 @@ def test_rows_and_what_the_terminal_says_of_them():
 def test_rows_of_the_selected_branch_alone():
     options = bench_selected.parse_arguments(["--shapes", "64/4", "32/8"])
     assert options.shapes == [(64, 4), (32, 8)]
-    assert options.indices == "both"
+    assert options.indices == ("forced", "random")
     options.heads, options.kv_heads = options.shapes[0]
     config = nsa.NSAConfig.paper()
     timings = dict(nsa=Timing([10.0]), fla=Timing([25.0]))
-    row = bench_selected.make_row("forward", "forced", timings, 2.0, config, options)
+    row = bench_selected.make_row("forward", "forced", timings, 2.0, 5 * 10**12, config, options)
     assert set(row) == set(bench_selected.FIELDS)
     assert (row["ratio"], row["gib_per_s"], row["blocks"]) == ("2.500", "200", 16)
-    assert (row["indices"], row["pass"]) == ("forced", "forward")
+    assert (row["indices"], row["pass"], row["call"]) == ("forced", "forward", "stage")
+    assert (row["block_size"], row["tflops"]) == (64, "500")
     assert "2.500x" in bench_selected.describe(row)
     timings = dict(nsa=Timing([10.0]))
-    alone = bench_selected.make_row("forward", "random", timings, 2.0, config, options)
+    alone = bench_selected.make_row("forward", "random", timings, 2.0, 1, config, options)
     assert alone["ratio"] is None
     assert "fla - ms" in bench_selected.describe(alone)
     x = torch.ones(2)
     with pytest.raises(AssertionError, match="dq differs by"):
         bench_selected.check_agreement((x, x, x, x), (x, 2 * x, x, x))
+
+
+@pytest.mark.parametrize("indices", bench_selected.INDICES)
+def test_useful_work_of_the_selected_branch(indices, monkeypatch):
+    monkeypatch.setattr(workloads, "DEVICE", "cpu")
+    options = bench_selected.parse_arguments(["--block-size", "32", "--blocks", "3"])
+    config = bench_selected.make_config(indices, options)
+    taken = bench_selected.random_blocks(200, 2, config)
+    keys = torch.arange(200)
+    listed = (taken[0, :, :, :, None] == keys // 32).any(-2)
+    expected = int((listed & (keys <= keys[:, None])[:, None]).sum())
+    assert bench_selected.attended_pairs(taken, 32) == expected
+    if indices == "local":
+        assert (taken[0, :, 0] == (keys // 32)[:, None]).any(-1).all()
 
 
 @pytest.mark.parametrize("forced", [0, 1])

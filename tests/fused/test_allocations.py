@@ -44,6 +44,8 @@ from nsa.testing import make_cu_seqlens, make_inputs
 
 WHOLE = Schedule(chunks=1, recompute=False)
 LENGTHS = [300, 0, 1, 130, 101]
+# The last tokens of longer sequences, or all of theirs.
+KEY_LENGTHS = [428, 64, 1, 194, 101]
 HEADS, KV_HEADS, DIM = 8, 4, 32
 SIZES = dict(
     compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=4,
@@ -57,7 +59,8 @@ CONFIGS = {
     ),
     "token": nsa.NSAConfig.paper(num_selected_blocks=4, window_size=100),
 }
-CASES = [(name, packed) for name in CONFIGS for packed in (False, True)]
+FORMS = ("batch", "pack", "chunks of a batch", "chunks of a pack")
+CASES = [(name, form) for name in CONFIGS for form in FORMS]
 
 
 class Allocations(TorchDispatchMode):
@@ -139,13 +142,20 @@ def allocations(fused_on_cpu, monkeypatch):
     return measure
 
 
-def make_case(name: str, packed: bool):
-    config = CONFIGS[name]
-    leading = (1, sum(LENGTHS)) if packed else (2, 300)
-    q, k, v = make_inputs(leading, HEADS, KV_HEADS, DIM, dtype=torch.bfloat16)
-    cu_seqlens, longest = (make_cu_seqlens(LENGTHS), max(LENGTHS)) if packed else (None, None)
-    plan = make_plan(q, cu_seqlens, longest, with_scale(config, DIM**-0.5))
-    sizes = make_sizes(q, KV_HEADS, cu_seqlens, longest, config)
+def make_case(name: str, form: str):
+    config, kind = CONFIGS[name], (HEADS, KV_HEADS, DIM)
+    lengths = KEY_LENGTHS if form.startswith("chunks") else LENGTHS
+    packed = form.endswith("pack")
+    leading, leading_k = ((1, sum(x)) if packed else (2, x[0]) for x in (LENGTHS, lengths))
+    q, _, _ = make_inputs(leading, *kind, dtype=torch.bfloat16)
+    _, k, v = make_inputs(leading_k, *kind, dtype=torch.bfloat16)
+    bounds, keys = (None, None), dict(num_keys=k.shape[1])
+    if packed:
+        bounds = (make_cu_seqlens(LENGTHS), max(lengths))
+        if lengths is not LENGTHS:
+            keys["cu_seqlens_k"] = make_cu_seqlens(lengths)
+    plan = make_plan(q, *bounds, with_scale(config, DIM**-0.5), **keys)
+    sizes = make_sizes(q, KV_HEADS, *bounds, config, **keys)
     none = dict.fromkeys(Inputs._fields)
     return Inputs(**(none | dict(q=q, k=k, v=v))), plan, sizes
 
@@ -157,11 +167,15 @@ def result_bytes(sizes, *names: str) -> int:
 
 
 class Stage(NamedTuple):
-    """A call, the estimate of what it allocates, and how much of that is inside of kernels."""
+    """A call, the estimate of what it allocates, and how much of that is inside of kernels.
+
+    ``earlier`` is what it may have allocated and freed before the kernel that allocates so much.
+    """
 
     call: Callable
     estimate: int
     inside: int = 0
+    earlier: int = 0
 
 
 def sums_beyond_rows(sizes, block_size: int, keys: int, copied: bool) -> int:
@@ -185,7 +199,13 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
     selected_inside = selected_backward_bytes(sizes) - sizes.query - 2 * sizes.key
     if not token_mode:
         copied = sizes.key_copy > 0
-        selected_inside = sums_beyond_rows(sizes, config.select_block_size, sizes.rows, copied)
+        rows = sizes.key_rows
+        selected_inside = sums_beyond_rows(sizes, config.select_block_size, rows, copied)
+
+    window_inside = window_sums_bytes(sizes)
+    if not sizes.whole and not sizes.packed:
+        # After the sums, gradients of the keys that are seen are copied.
+        window_inside = max(0, window_inside - 2 * sizes.key)
 
     def select():
         if sizes.token_mode:
@@ -198,6 +218,7 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
 
     # Token mode's selected branch allocates in its launchers, which are emulated.
     token_inside = selected_forward_bytes(sizes) if sizes.token_mode else 0
+    earlier = max(select_bytes(sizes), compressed_forward_bytes(sizes)) if sizes.token_mode else 0
     return {
         "compress": Stage(lambda: inputs.compressed(plan), compress_bytes(sizes)),
         "select": Stage(select, select_bytes(sizes) + sizes.indices),
@@ -215,7 +236,7 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
         "window backward": Stage(
             backward("win", window_attention_backward, k, v),
             window_backward_bytes(sizes),
-            window_sums_bytes(sizes),
+            window_inside,
         ),
         "selected backward": Stage(
             backward("slc", selected_attention_backward, k, v, chosen=(blocks,)),
@@ -231,6 +252,7 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
             lambda: run_forward(inputs, None, plan, WHOLE, save=False),
             workspace_bytes(sizes, KV_HEADS, save=False, recompute=False) + sizes.query,
             token_inside,
+            earlier,
         ),
     }
 
@@ -239,21 +261,22 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
 SLACK, SPARE, INDEX_TENSORS = 1.05, 0.75, 8 << 10
 
 
-@pytest.mark.parametrize(("name", "packed"), CASES)
-def test_stages_allocate_what_is_estimated(name, packed, allocations):
-    inputs, plan, sizes = make_case(name, packed)
-    for stage, (call, estimate, inside) in stages_of(inputs, plan, sizes).items():
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_stages_allocate_what_is_estimated(name, form, allocations):
+    inputs, plan, sizes = make_case(name, form)
+    for stage, (call, estimate, inside, earlier) in stages_of(inputs, plan, sizes).items():
         peak, _ = allocations(call)
-        assert peak <= SLACK * (estimate - inside) + INDEX_TENSORS, (stage, peak, estimate, inside)
+        most = SLACK * (estimate - inside + earlier) + INDEX_TENSORS
+        assert peak <= most, (stage, peak, estimate, inside)
         assert peak >= SPARE * (estimate - inside), (stage, peak, estimate, inside)
 
 
-@pytest.mark.parametrize(("name", "packed"), CASES)
-def test_one_copy_of_the_queries_more_is_noticed(name, packed, allocations):
-    inputs, plan, sizes = make_case(name, packed)
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_one_copy_of_the_queries_more_is_noticed(name, form, allocations):
+    inputs, plan, sizes = make_case(name, form)
     stages = stages_of(inputs, plan, sizes)
     for stage in ("compress", "selected", "window backward"):
-        call, estimate, inside = stages[stage]
+        call, estimate, inside, _ = stages[stage]
 
         def with_copy(call=call):
             copy = inputs.q.clone()

@@ -136,7 +136,7 @@ def test_selected_lists(case, fused_on_cpu):
     assert lists.full_count is lists.full_index is None
     check_lists(
         case, lists, indices, config.select_block_size, plan.key_block, case.lengths,
-        config.q_tile_size, plan.tokens.rows, lambda *_: False,
+        config.q_tile_size, plan.queries.rows, lambda *_: False,
     )  # fmt: skip
 
 

@@ -129,20 +129,19 @@ LIMITS = {
 @pytest.mark.parametrize("case", LIMITS)
 def test_limits(case):
     options, leading, message = LIMITS[case]
-    cache = make_cache(**options)
-    cache.lengths.fill_(3)
-    q, k, v = make_inputs(leading, 4, 2, 8, dtype=torch.float64)
-    with pytest.raises(nsa.UnsupportedError, match=message):
-        nsa.forward(q, k, v, cache=cache, backend="fused")
-    assert "reference" in nsa.explain_backend(q, k, v, cache=cache)
+    q, _, _ = make_inputs(leading, 4, 2, 8, dtype=torch.float64)
+    reason = decoding.unsupported_reason(q, make_cache(**options), None, given=False)
+    assert message in reason
 
 
-def test_group_limit():
-    cache = make_cache(length=3)
-    q, _, _ = make_inputs((2, 1), 66, 2, 8, dtype=torch.float64)
-    _, k, v = make_inputs((2, 1), 4, 2, 8, dtype=torch.float64)
-    with pytest.raises(nsa.UnsupportedError, match="at most 32 query heads"):
-        nsa.forward(q, k, v, cache=cache, backend="fused")
+def test_limits_of_the_call():
+    q, _, _ = make_inputs((2, 9), 4, 2, 8, dtype=torch.float64)
+    cache = make_cache()
+    assert "at most 8 new tokens" in decoding.unsupported_reason(q, cache, None, given=False)
+    wide, _, _ = make_inputs((2, 1), 66, 2, 8, dtype=torch.float64)
+    assert "at most 32 query heads" in decoding.unsupported_reason(wide, cache, None, given=False)
+    tiles = make_cache(config=nsa.NSAConfig())
+    assert "select blocks itself" in decoding.unsupported_reason(q[:, :1], tiles, None, given=True)
 
 
 def test_selection_with_a_cache_is_the_references():

@@ -272,7 +272,8 @@ def test_lists_without_full_blocks_have_none(launches):
 
 
 @pytest.mark.parametrize(
-    ("queries", "limited", "message"), [(64, True, "exclude each other"), (32, False, "as many")]
+    ("queries", "limited", "message"),
+    [(64, True, "exclude each other"), (128, False, "no more queries than keys")],
 )
 def test_masks_of_lists_exclude_each_other(queries, limited, message):
     q, k = make(1, queries, 4, 64), make(1, 64, 4, 64)

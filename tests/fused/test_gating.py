@@ -45,7 +45,7 @@ def test_placements_are_where_queries_are_copied_to(heads, kv_heads, visibility)
     lengths = [0, 1, 63, 65, 15, 64]
     placements, sizes, plan = make_placements(lengths, heads, kv_heads, visibility)
     q = torch.randn(1, sum(lengths), heads, 8)
-    copies = (plan.folded.fold(q, kv_heads), plan.tokens.pack(q))
+    copies = (plan.folded.fold(q, kv_heads), plan.queries.pack(q))
     for placement, size, copied in zip(placements, sizes, copies, strict=True):
         placed = place(q[0], placement, size).nan_to_num(0)
         torch.testing.assert_close(placed.view(copied.shape), copied, rtol=0, atol=0)

@@ -24,6 +24,7 @@ from tests.helpers.gpu_cases import (
     enough_kv_heads,
     gpu_test,
     make_tensors,
+    num_queries,
     paper_case,
 )
 from tests.helpers.profiles import gpu_property
@@ -85,9 +86,13 @@ def cases(draw, form: Form) -> Case:
     if packed:
         some = st.sampled_from([0, 0, 1, 31, 33, 65, 129, 700, 1000])
         lengths = [*draw(st.lists(some, max_size=6)), *lengths]
+    queries = None
+    if draw(st.integers(0, 2)) == 0:
+        queries = tuple(draw(num_queries(n, 1)) for n in lengths)
+        queries = queries if any(queries) else None
     return Case(
         variant=Variant(form.head_dim, form.value_dim, form.group, form.dtype, 0),
-        num_kv_heads=enough_kv_heads(draw(st.sampled_from([1, 2])), form.group, lengths),
+        num_kv_heads=enough_kv_heads(draw(st.sampled_from([1, 2])), form.group, lengths, queries),
         batch=1 if packed else draw(st.sampled_from([1, 1, 2])),
         lengths=tuple(lengths),
         packed=packed,
@@ -96,6 +101,7 @@ def cases(draw, form: Form) -> Case:
         gates=draw(st.sampled_from(["none", "q", "given"])),
         compressor=draw(st.sampled_from(["mean", "mean", "weights", "given"])),
         seed=draw(st.integers(0, 2**16)),
+        queries=queries,
     )
 
 

@@ -15,6 +15,8 @@ EMULATIONS = {
 LAUNCHERS = {
     "gates": ("gating_forward", "gating_backward"),
     "query_gradient": ("query_gradient",),
+    "rope": ("rotate",),
+    "block_rows": ("gather_blocks", "scatter_blocks"),
     "means": ("mean_forward", "mean_backward"),
     "lists": ("list_key_blocks", "count_query_tiles", "list_query_tiles"),
     "listed_backward": ("listed_backward",),

@@ -33,8 +33,8 @@ def test_more_pairs_of_one_head_than_the_kernels_count_are_refused():
 
 def problem(length: int = 1 << 20, **changes) -> Sizes:
     sizes = dict(
-        batch=1, length=length, sequences=None, longest=length, num_heads=32, num_kv_heads=8,
-        head_dim=128, itemsize=2, config=nsa.NSAConfig(),
+        batch=1, length=length, keys=length, sequences=None, key_bounds=False, longest=length,
+        num_heads=32, num_kv_heads=8, head_dim=128, itemsize=2, config=nsa.NSAConfig(),
     )  # fmt: skip
     return Sizes(**(sizes | changes))
 
@@ -51,6 +51,9 @@ PROBLEMS = {
     "token": problem(config=nsa.NSAConfig.paper()),
     "token, packed": problem(config=nsa.NSAConfig.paper(), sequences=100, longest=50_000),
     "token, batch of 4": problem(1 << 16, config=nsa.NSAConfig.paper(), batch=4),
+    "a chunk": problem(1 << 16, keys=1 << 20, longest=1 << 20),
+    "token, a chunk": problem(1 << 16, keys=1 << 18, longest=1 << 18, config=nsa.NSAConfig.paper()),
+    "packed chunks": problem(1 << 16, keys=1 << 18, sequences=9, key_bounds=True, longest=1 << 16),
 }
 
 
@@ -103,9 +106,9 @@ def test_token_estimate_by_hand():
     sizes = problem(1 << 16, num_heads=64, num_kv_heads=4, config=config)
     mib = 1 << 20
     branches = 3 * 1024 + 3 * 16
-    # A GiB of queries has 16 GiB of results of pairs, of which there are 2 GiB at a time; the index
+    # A GiB of queries has 16 GiB of results of pairs, of which there are 2.25 at a time; the index
     # has three numbers a pair, beside what was selected.
-    forward = branches + 16 + 2048 + 3 * 16
+    forward = branches + 16 + 2304 + 3 * 16
     keys = 2 * num_compressed_blocks(1 << 16, config) * 4 * 128 * 2
     assert workspace_bytes(sizes, 4, save=False, recompute=False) == forward * mib + keys
 
@@ -119,7 +122,8 @@ def test_workspace_grows_with_heads_and_length(case):
             for heads in range(1, sizes.num_kv_heads + 1)
         ]
         assert amounts == sorted(set(amounts))
-        longer = sizes._replace(length=sizes.length + 256, longest=sizes.longest + 256)
+        lengths = ("length", "keys", "longest")
+        longer = sizes._replace(**{name: getattr(sizes, name) + 256 for name in lengths})
         assert workspace_bytes(longer, 1, save=save, recompute=recompute) > amounts[0]
 
 

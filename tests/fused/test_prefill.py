@@ -1,5 +1,7 @@
 """Prompts into a cache with the fused pipeline, in float64 with emulated kernel calls."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ import nsa
 from nsa.testing import make_inputs
 from tests.helpers.decoding import (
     CLOSE,
+    NOT_SELECTING,
     Decoding,
     Feed,
     Step,
@@ -65,6 +68,57 @@ def test_it_selects_for_itself():
     out = nsa.forward(q, k, v, cache=cache, backend="fused")
     torch.testing.assert_close(out, nsa.forward(q, k, v, config=config), **CLOSE)
     assert cache.lengths.tolist() == [300, 300]
+
+
+@settings(max_examples=examples(40), **WITH_FIXTURES)
+@given(case=decodings(PROBLEMS["token"]))
+def test_chunks_equal_the_whole(case):
+    problem, steps, cache, seed = case
+    whole = problem.forward(backend="reference")
+    rows, feed = whole.reshape(-1, *whole.shape[-2:]), Feed(problem, seed)
+    for step in steps:
+        arguments = feed.arguments(step)
+        own, expected = feed.rows(step)
+        select = {n: x for n, x in arguments.items() if n not in NOT_SELECTING}
+        # Ties may be broken otherwise, so both attend the same blocks.
+        blocks = nsa.select_blocks(**select, cache=cache, backend="reference")
+        out = nsa.forward(**arguments, block_indices=blocks, cache=cache, backend="fused")
+        out = out.reshape(-1, *out.shape[-2:])
+        torch.testing.assert_close(out[own], rows[expected], **CLOSE)
+        feed.advance(step)
+        cache.truncate(feed.at)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("given_indices", [False, True])
+def test_chunks_of_whole_tiles(given_indices, separate):
+    config = tile_config(num_local_blocks=1, num_selected_blocks=3)
+    q, k, v = make_inputs((2, 300), 4, 2, 64, dtype=torch.float64)
+    if separate:
+        k, v = (k.clone(), k, k.flip(0)), (v.flip(0), v, v.clone())
+    whole = nsa.forward(q, k, v, config=config)
+    size = dict(separate_kv=separate, dtype=torch.float64)
+    caches = [nsa.Cache(config, 2, 320, 2, 64, **size) for _ in range(2)]
+
+    def cut(x, start, stop):
+        if isinstance(x, tuple):
+            return tuple(part[:, start:stop] for part in x)
+        return x[:, start:stop]
+
+    for start, stop in pairwise((0, 64, 192, 256, 299)):
+        new = [cut(x, start, stop) for x in (q, k, v)]
+        blocks = None
+        if given_indices:
+            blocks = nsa.select_blocks(*new[:2], cache=caches[0], backend="reference")
+        for cache, backend in zip(caches, ("fused", "reference"), strict=True):
+            out = nsa.forward(*new, block_indices=blocks, cache=cache, backend=backend)
+            torch.testing.assert_close(out, whole[:, start:stop], **CLOSE)
+    assert_same_contents(*caches)
+    new = [cut(x, 299, 300) for x in (q, k, v)]
+    with pytest.raises(nsa.UnsupportedError, match=r"a multiple of q_tile_size=64.*got 299"):
+        nsa.forward(*new, cache=caches[0], backend="fused")
+    out = nsa.forward(*new, cache=caches[0])
+    torch.testing.assert_close(out, whole[:, 299:], **CLOSE)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])

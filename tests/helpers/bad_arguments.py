@@ -338,6 +338,7 @@ MEMORY = {
         "max_workspace_bytes must be an int or None, got 1000000000.0",
     ),
     "bool": (batched(max_workspace_bytes=True), TypeError, "max_workspace_bytes .*got True"),
+    "flag": (batched(recompute_window=1), TypeError, "recompute_window must be a bool, got 1"),
     "none": (batched(max_workspace_bytes=0), ValueError, "must be at least 1, got 0"),
 }
 CASES = {

@@ -118,8 +118,11 @@ def attend(q, k, v, mask, scale):
     return torch.einsum("hqk,khd->qhd", probability, v).to(dtype), lse
 
 
-def attend_backward(dout, q, k, v, out, lse, mask, scale):
-    """Gradients of one sequence from the results of forward, computed as in the kernels."""
+def attend_backward(dout, q, k, v, out, lse, mask, scale, dlse=None):
+    """Gradients of one sequence from the results of forward, computed as in the kernels.
+
+    ``dlse (Sq, H)`` is the gradient of the log-sum-exp, None for 0.
+    """
     dtype, num_kv_heads = q.dtype, k.shape[1]
     dout, q, out = _wide(dout), _wide(q), _wide(out)
     k, v = _per_query_head(k, q), _per_query_head(v, q)
@@ -134,6 +137,8 @@ def attend_backward(dout, q, k, v, out, lse, mask, scale):
     )
     dprobability = torch.einsum("qhd,khd->hqk", dout, v)
     delta = (dout * out).sum(-1).T
+    if dlse is not None:
+        delta = delta - torch.where(seen, dlse.T, 0)
     dscores = probability * (dprobability - delta[..., None]) * scale
     dq = torch.einsum("hqk,khd->qhd", dscores, k)
     dk = torch.einsum("hqk,qhd->khd", dscores, q)
@@ -227,8 +232,8 @@ def _sparse_mask(q, k, lists: BlockLists, causal, key_limit, transposed):
     key = torch.arange(num_keys, device=q.device)
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
     if causal:
-        assert num_queries == num_keys, "FA4 aligns the causal flag at the end"
-        visible = key <= query
+        assert num_queries <= num_keys, "FA4 aligns the causal flag at the end"
+        visible = key <= query + num_keys - num_queries
     if key_limit is not None:
         assert key_limit.dtype == torch.int32, key_limit.dtype
         assert key_limit.shape == (num_queries,), key_limit.shape

@@ -4,9 +4,12 @@ They have the kernels' names and arguments, and return contiguous results like t
 in float32 for 16-bit inputs, else in the dtype of the inputs, so float64 stays float64.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from nsa.geometry import locate_items
 from nsa.precision import accumulation_dtype
 from tests.helpers import emulated_fa4
 
@@ -16,6 +19,9 @@ NAMES = (
     "query_gradient",
     "mean_forward",
     "mean_backward",
+    "rotate",
+    "gather_blocks",
+    "scatter_blocks",
     "list_key_blocks",
     "count_query_tiles",
     "list_query_tiles",
@@ -57,6 +63,65 @@ def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight, placements=(Non
     rows = (x.flatten(0, -3) for x in (dlogits, q.to(dtype)))
     dweight = torch.einsum("rhi,rhd->hid", *rows).to(weight.dtype).contiguous()
     return (*dbranches, dlogits, None, dweight)
+
+
+def rotate(x, other, bounds, start, step, theta, inverse):
+    """Angles of the form in which the kernel has them: 64 bits of a turn, of which 32 are used."""
+    if other is not None:
+        assert other.shape == (*x.shape[:-2], other.shape[-2], x.shape[-1])
+        angles = (bounds, start, step, theta, inverse)
+        return rotate(x, None, *angles)[0], rotate(other, None, *angles)[0]
+    rows, half = x.shape[-3], x.shape[-1] // 2
+    assert x.shape[-1] % 16 == 0
+    assert theta >= 1
+    index = torch.arange(rows, device=x.device)
+    if bounds is not None:
+        assert bounds.dtype == torch.int32
+        index = locate_items(bounds.long(), rows)[1]
+    twice = round(2 * start) + 2 * step * index
+    channel = torch.arange(half, device=x.device, dtype=torch.float64)
+    frequency = (2**63 / (2 * torch.pi) * theta ** (-channel / half)).long()
+    bits = twice[:, None] * frequency  # modulo 2**64
+    if x.dtype in (torch.float16, torch.bfloat16):
+        bits = bits >> 32 << 32
+    angle = (bits.double() * (2 * torch.pi / 2**64)).to(accumulation_dtype(x.dtype))
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None] * (-1 if inverse else 1)
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype), None
+
+
+def gather_blocks(x, position, places) -> Tensor:
+    assert x.shape[-1] % 8 == 0
+    assert position.dtype == x.dtype
+    tokens, real = _tokens_of_blocks(places, x.device)
+    dtype, flat = accumulation_dtype(x.dtype), x.flatten(0, -3)
+    blocks = flat.new_zeros(*tokens.shape, *x.shape[-2:])
+    blocks[real] = flat[tokens[real]]
+    return (blocks.transpose(1, 2).to(dtype) + position.to(dtype)).to(x.dtype).contiguous()
+
+
+def scatter_blocks(drows, shape, places) -> Tensor:
+    tokens, real = _tokens_of_blocks(places, drows.device)
+    assert drows.shape == (places.blocks, shape[-2], places.block_size, shape[-1])
+    rows = drows.transpose(1, 2).to(accumulation_dtype(drows.dtype))
+    dx = rows.new_zeros(math.prod(shape[:-2]), *shape[-2:])
+    dx.index_add_(0, tokens[real].flatten(), rows[real].flatten(0, 1))
+    return dx.to(drows.dtype).view(shape)
+
+
+def _tokens_of_blocks(places, device) -> tuple[Tensor, Tensor]:
+    """The flat tokens of each block, ``(M, l)``, and which rows are blocks."""
+    block = torch.arange(places.blocks, device=device)
+    if places.token_bounds is None:
+        entry, local = block // max(1, places.entry_blocks), block % max(1, places.entry_blocks)
+        first, real = entry * places.entry_tokens, torch.ones_like(block, dtype=torch.bool)
+    else:
+        bounds, starts = places.block_bounds.long(), places.token_bounds.long()
+        assert places.block_bounds.dtype == places.token_bounds.dtype == torch.int32
+        owner, local = locate_items(bounds, places.blocks)
+        first, real = starts[owner], block < bounds[-1]
+    first = first + local * places.stride
+    return first[:, None] + torch.arange(places.block_size, device=device), real
 
 
 def listed_backward(dout, q, k, v, out, lse, lists, scale, key_limit):

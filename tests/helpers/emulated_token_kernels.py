@@ -73,35 +73,64 @@ def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, 
     return out.contiguous(), lse.T.contiguous()
 
 
-def selected_backward(dout, q, k, v, out, lse, block_indices, blocks, block_size, scale, causal):
+def selected_backward(
+    dout, q, k, v, out, lse, block_indices, blocks, block_size, scale, causal, dlse=None
+):
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
     assert lse.shape == q.shape[:2]
-    grads = emulated_fa4.attend_backward(dout, q, k, v, out, lse.T, mask, scale)
+    assert dlse is None or (dlse.shape, dlse.dtype) == (lse.shape, lse.dtype)
+    grads = emulated_fa4.attend_backward(dout, q, k, v, out, lse.T, mask, scale, dlse)
     return tuple(grad.contiguous() for grad in grads)
 
 
 def _selected_mask(q, k, block_indices, blocks, block_size, causal) -> Tensor:
-    """The pairs ``(H, T, T)`` that the lists and the mask allow."""
-    total, num_kv_heads = k.shape[:2]
+    """The pairs ``(H, T, Tk)`` that the lists and the mask allow."""
+    total, (num_keys, num_kv_heads) = q.shape[0], k.shape[:2]
     assert block_indices.shape[:2] == (total, num_kv_heads)
     assert block_indices.dtype == torch.int32
-    assert all(x.dtype == torch.int32 for x in blocks[:4])
-    assert blocks.base.shape == blocks.limit.shape == (total,)
+    _check_blocks(blocks, total, num_keys, block_size)
     num_blocks = len(blocks.first)
-    key_block = torch.full((total,), -1, device=q.device)
-    for block, (first, keys) in enumerate(zip(*map(Tensor.tolist, blocks[2:4]), strict=True)):
-        assert 0 <= keys <= block_size
-        assert (key_block[first : first + keys] == -1).all(), "a key is in two blocks"
-        key_block[first : first + keys] = block
     valid = (block_indices >= 0) & (block_indices < blocks.limit[:, None, None])
     listed = torch.where(valid, blocks.base[:, None, None] + block_indices, num_blocks).long()
     assert (listed <= num_blocks).all()
     chosen = block_indices.new_zeros(total, num_kv_heads, num_blocks + 1)
     chosen.scatter_add_(-1, listed, torch.ones_like(listed, dtype=torch.int))
-    chosen = chosen[..., :num_blocks]
-    assert (chosen <= 1).all(), "a block is listed twice"
-    visible = chosen.bool()[..., key_block.clamp(min=0)] & (key_block >= 0)  # (T, H_kv, T)
-    if causal:
-        index = torch.arange(total, device=q.device)
-        visible &= (index <= index[:, None])[:, None]
+    assert (chosen[..., :num_blocks] <= 1).all(), "a block is listed twice"
+    row = torch.arange(total, device=q.device)
+    visible = torch.zeros(total, num_kv_heads, num_keys, dtype=torch.bool, device=q.device)
+    tables = (blocks.first, blocks.keys, blocks.row)
+    for block, (first, keys, first_row) in enumerate(zip(*map(Tensor.tolist, tables), strict=True)):
+        key = torch.arange(keys, device=q.device)
+        seen = chosen[:, :, block, None].bool().expand(-1, -1, keys)
+        if causal:
+            seen = seen & (key <= row[:, None] - first_row)[:, None]
+        visible[:, :, first : first + keys] |= seen
     return visible.transpose(0, 1).repeat_interleave(q.shape[1] // num_kv_heads, dim=0)
+
+
+def _check_blocks(blocks, total: int, num_keys: int, block_size: int) -> None:
+    """Check what the contract says of ``TokenBlocks``."""
+    assert all(x.dtype == torch.int32 for x in blocks[:7])
+    assert blocks.base.shape == blocks.limit.shape == blocks.run_base.shape == (total,)
+    assert blocks.first.shape == blocks.keys.shape == blocks.row.shape
+    first, keys, row = (x.long() for x in (blocks.first, blocks.keys, blocks.row))
+    assert ((keys >= 0) & (keys <= block_size)).all()
+    assert ((first >= 0) & (first + keys <= num_keys))[keys > 0].all()
+    # Where the token's own block is a run, it has the token; runs ascend.
+    real = blocks.limit > 0
+    token = torch.arange(total, device=real.device)[real]
+    base = blocks.base.long()[real]
+    own = (token - row[base]) // block_size
+    place = token - row[base] - own * block_size
+    assert (own >= 0).all(), "a token stands before its sequence"
+    assert (place < keys[base + own]).all(), "a token stands past its sequence"
+    assert torch.equal(row[base + own], row[base] + own * block_size)
+    run, run_first = blocks.run_base.long()[real] + own, blocks.run_first.long()
+    end = torch.cat((run_first[1:], run_first.new_tensor([total])))
+    assert (run_first[run] <= token).all(), "a token precedes its run"
+    assert (token < end[run]).all(), "a token is past its run"
+    assert (run.diff() >= 0).all()
+    for length in (1, block_size, 3 * block_size + 1):
+        runs = run[: 1 - length or None], run[length - 1 :]
+        if len(runs[1]):
+            assert (runs[1] - runs[0] < blocks.most_runs(length, block_size)).all()

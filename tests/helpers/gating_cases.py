@@ -53,4 +53,4 @@ def make_placements(lengths, heads, kv_heads, visibility, device="cpu"):
     q = torch.empty(1, sum(lengths), heads, 8, device=device)
     plan = make_plan(q, make_cu_seqlens(lengths).to(device), max(lengths), config)
     placements = plan.query_placements(q.shape[2], kv_heads)
-    return placements, (plan.folded.rows.total * 16 * heads, plan.tokens.rows * heads), plan
+    return placements, (plan.folded.rows.total * 16 * heads, plan.queries.rows * heads), plan

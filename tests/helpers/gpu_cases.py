@@ -82,6 +82,7 @@ class Case(NamedTuple):
     seed: int
     folded: bool = False  # fold the compressed branch of a batch even if keys are few
     shared: bool = False  # and make one call per KV head
+    queries: tuple[int, ...] | None = None  # of each sequence, its last tokens; None: all
 
 
 def default_case(**changes) -> Case:
@@ -126,14 +127,17 @@ def configs(draw, block: int) -> nsa.NSAConfig:
     )
 
 
-def enough_kv_heads(kv_heads: int, group: int, lengths: Sequence[int]) -> int:
+def enough_kv_heads(
+    kv_heads: int, group: int, lengths: Sequence[int], queries: Sequence[int] | None = None
+) -> int:
     """``kv_heads``, or as many as make 64 pairs of a query and a head see two keys or more.
 
     The gradient through a softmax over two keys is one number per pair, and its error comes from
     few roundings. Over 64 pairs the fused error is 1.2 times the reference's (measured for packs of
     2 and 1 tokens). For one pair the ratio of the two errors is luck.
     """
-    pairs = group * sum(max(0, length - 1) for length in lengths)
+    queries = lengths if queries is None else queries
+    pairs = group * sum(min(n, max(0, m - 1)) for n, m in zip(queries, lengths, strict=True))
     return max(kv_heads, -(-64 // pairs)) if pairs else kv_heads
 
 
@@ -145,20 +149,34 @@ def cases(draw, variant: Variant) -> Case:
         lengths = [*lengths, draw(st.sampled_from(LENGTHS))]
     else:
         lengths = [draw(st.sampled_from(LENGTHS))]
+    config, queries = draw(configs(variant.block)), None
+    if draw(st.integers(0, 2)) == 0:
+        queries = tuple(draw(num_queries(n, config.q_tile_size)) for n in lengths)
+        queries = queries if any(queries) else None
     return Case(
         variant=variant,
-        num_kv_heads=enough_kv_heads(draw(st.sampled_from([1, 2])), variant.group, lengths),
+        num_kv_heads=enough_kv_heads(
+            draw(st.sampled_from([1, 2])), variant.group, lengths, queries
+        ),
         batch=1 if packed else draw(st.sampled_from([1, 1, 2])),
         lengths=tuple(lengths),
         packed=packed,
-        config=draw(configs(variant.block)),
+        config=config,
         separate=draw(st.booleans()),
         gates=draw(st.sampled_from(["none", "q", "given"])),
         compressor=draw(st.sampled_from(["mean", "mean", "weights", "given"])),
         seed=draw(st.integers(0, 2**16)),
         folded=draw(st.booleans()),
         shared=draw(st.booleans()),
+        queries=queries,
     )
+
+
+@st.composite
+def num_queries(draw, length: int, tile: int) -> int:
+    """Queries of a sequence of ``length`` tokens that start at a tile; sometimes none."""
+    start = tile * draw(st.integers(0, -(-length // tile)))
+    return max(0, length - start)
 
 
 def make_tensors(case: Case, device: str = "cuda") -> dict:
@@ -170,22 +188,27 @@ def make_tensors(case: Case, device: str = "cuda") -> dict:
         x = torch.randn(*shape, generator=generator, device=device) * gain
         return x.to(dtype).requires_grad_()
 
-    heads = case.num_kv_heads * group
-    leading = (sum(case.lengths),) if case.packed else (case.batch, case.lengths[0])
+    heads, queries = case.num_kv_heads * group, case.queries or case.lengths
+    leading, q_leading = (
+        (sum(lengths),) if case.packed else (case.batch, lengths[0])
+        for lengths in (case.lengths, queries)
+    )
     copies = 3 if case.separate else 1
     keys = [draw(*leading, case.num_kv_heads, dim) for _ in range(copies)]
     values = [draw(*leading, case.num_kv_heads, value_dim) for _ in range(copies)]
     arguments = {
-        "q": draw(*leading, heads, dim),
+        "q": draw(*q_leading, heads, dim),
         "k": tuple(keys) if case.separate else keys[0],
         "v": tuple(values) if case.separate else values[0],
     }
     if case.packed:
-        arguments["cu_seqlens"] = make_cu_seqlens(list(case.lengths), device)
+        arguments["cu_seqlens"] = make_cu_seqlens(list(queries), device)
+        if case.queries is not None:
+            arguments["cu_seqlens_k"] = make_cu_seqlens(list(case.lengths), device)
     if case.gates == "q":
         arguments["gate_proj_weight"] = draw(heads, 3, dim, gain=dim**-0.5)
     elif case.gates == "given":
-        arguments["gates"] = draw(*leading, heads, 3)
+        arguments["gates"] = draw(*q_leading, heads, 3)
     if case.compressor == "weights":
         for name, size in (("compress_k_weight", dim), ("compress_v_weight", value_dim)):
             arguments[name] = draw(case.num_kv_heads, size, size, gain=size**-0.5)
@@ -228,14 +251,15 @@ def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
     """The groups that the fused backend selects, ``(sum of tiles, H, m)``, to give to both."""
     if config.num_cmp_selected_blocks is None:
         return None
-    q, k, cu_seqlens = arguments["q"], arguments["k"], arguments.get("cu_seqlens")
-    rows = q.detach() if q.ndim == 4 else q.detach()[None]
-    plan = make_plan(rows, cu_seqlens, None, config)
+    q, k, cu_seqlens = arguments["q"], _first(arguments["k"]), arguments.get("cu_seqlens")
+    rows, num_keys = q.detach() if q.ndim == 4 else q.detach()[None], k.shape[-3]
+    keys = dict(num_keys=num_keys, cu_seqlens_k=arguments.get("cu_seqlens_k"))
+    plan = make_plan(rows, cu_seqlens, None, config, **keys)
     if "compressed_kv" in arguments:
-        k_cmp = entry._pad_compressed(arguments["compressed_kv"][0], q, cu_seqlens, config)
+        k_cmp = arguments["compressed_kv"][0]
+        k_cmp = entry._pad_compressed(k_cmp, num_keys, cu_seqlens is not None, config)
         k_cmp = entry._batched(k_cmp.detach())
     else:
-        k = k[0] if isinstance(k, tuple) else k
         weight = arguments.get("compress_k_weight")
         with torch.no_grad():
             k_cmp = compress(entry._batched(k), weight, plan)
@@ -267,7 +291,7 @@ def check_against_reference(case: Case, monkeypatch) -> None:
     groups = fused_groups(arguments, config)
     if groups is not None:
         monkeypatch.setattr(reference_pipeline, "select_groups", lambda *_: groups)
-    select_names = ("compress_k_weight", "compressed_kv", "cu_seqlens")
+    select_names = ("compress_k_weight", "compressed_kv", "cu_seqlens", "cu_seqlens_k")
     extras = {name: arguments[name] for name in select_names if name in arguments}
     indices = nsa.select_blocks(
         arguments["q"], _first(arguments["k"]), config=config, backend="reference", **extras

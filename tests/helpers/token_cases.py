@@ -8,12 +8,39 @@ from torch import Tensor
 
 import nsa
 from nsa.fused.kernel_inputs import TokenBlocks, make_token_blocks
-from nsa.geometry import Geometry
+from nsa.geometry import Geometry, QuerySegments, Segments, prefix_sum
 from nsa.testing import make_cu_seqlens
 from tests.helpers.gpu_cases import slice_of_heads
 
 LENGTHS = [300, 0, 1, 63, 65, 33]
 KV_HEADS = 2
+
+Segment = tuple[int, int, int]
+"""The sequence of a segment, the position of its first query, and the number of queries."""
+
+SEGMENTS: dict[str, list[Segment]] = {
+    "whole": [(i, 0, length) for i, length in enumerate(LENGTHS)],
+    "last queries": [(0, 195, 105), (1, 0, 0), (2, 0, 1), (3, 56, 7), (4, 0, 65), (5, 33, 0)],
+    # Of several segments over the same keys, none needs to end where they do.
+    "pieces": [
+        *((0, 40, 30), (0, 170, 64), (1, 0, 0), (1, 0, 0), (2, 0, 0), (2, 0, 1)),
+        *((3, 0, 10), (3, 33, 29), (4, 1, 3), (4, 64, 1), (5, 0, 0), (5, 5, 20)),
+    ],
+}
+"""Queries of sequences of ``LENGTHS`` keys. The first form is all of them."""
+
+
+def make_geometry(form: str, config: nsa.NSAConfig, device: str = "cpu") -> Geometry:
+    """That of ``SEGMENTS[form]``."""
+    sequence, first, count = (
+        torch.tensor(x, device=device) for x in zip(*SEGMENTS[form], strict=True)
+    )
+    keys = Segments(make_cu_seqlens(LENGTHS, device).long(), sum(LENGTHS))
+    if form == "whole":
+        return Geometry(QuerySegments(keys), keys, config)
+    rows = Segments(prefix_sum(count), int(count.sum()))
+    queries = QuerySegments(rows, first, sequence if form == "pieces" else None)
+    return Geometry(queries, keys, config)
 
 
 class TokenForm(NamedTuple):
@@ -49,11 +76,12 @@ class SelectedCase(NamedTuple):
     block_size: int
     scale: float
     causal: bool
+    own: list[int]  # each token's own block in its sequence
 
     @property
     def selected(self) -> tuple:
         """The arguments that kernels take after the rows and the forward's results."""
-        return self[4:]
+        return self[4:-1]
 
     def exact(self) -> "SelectedCase":
         """The same case in float64, on a CPU."""
@@ -61,36 +89,40 @@ class SelectedCase(NamedTuple):
 
     def to(self, device: str, dtype: torch.dtype) -> "SelectedCase":
         rows = (x.to(device, dtype) for x in self[:4])
-        blocks = TokenBlocks(*(x.to(device) for x in self.blocks[:4]), self.blocks.sequences)
+        blocks = TokenBlocks(*(x.to(device) for x in self.blocks[:7]), *self.blocks[7:])
         return SelectedCase(*rows, self.block_indices.to(device), blocks, *self[6:])
 
 
-def make_selected_case(form: TokenForm, *, forced: bool, device: str = "cuda") -> SelectedCase:
+def make_selected_case(
+    form: TokenForm, *, forced: bool, device: str = "cuda", segments: str = "whole"
+) -> SelectedCase:
     """Packed sequences of odd lengths. With ``forced``, most tokens name the blocks of the band."""
     config = nsa.NSAConfig.paper(select_block_size=form.block_size, causal=form.causal)
-    total, heads = sum(LENGTHS), KV_HEADS * form.group
+    geometry, heads = make_geometry(segments, config, device), KV_HEADS * form.group
+    total, num_keys = geometry.queries.rows.total, geometry.keys.total
     generator = torch.Generator(device=device).manual_seed(0)
 
-    def draw(num_heads: int) -> Tensor:
-        shape = (1, total, num_heads, form.head_dim)
+    def draw(tokens: int, num_heads: int) -> Tensor:
+        shape = (1, tokens, num_heads, form.head_dim)
         x = torch.randn(shape, generator=generator, device=device).to(form.dtype)
         return slice_of_heads(x)[0]
 
-    q, k, v, dout = (draw(n) for n in (heads, KV_HEADS, KV_HEADS, heads))
-    geometry = Geometry.of(q, k, config, make_cu_seqlens(LENGTHS, device))
+    q, dout = (draw(total, heads) for _ in range(2))
+    k, v = (draw(num_keys, KV_HEADS) for _ in range(2))
     blocks = make_token_blocks(geometry, 1)
-    indices = draw_block_indices(blocks.limit.tolist(), form, forced).to(device)
+    size = form.block_size
+    own = [at // size for _, first, n in SEGMENTS[segments] for at in range(first, first + n)]
+    indices = draw_block_indices(blocks.limit.tolist(), own, form, forced).to(device)
     scale = form.head_dim**-0.5
-    return SelectedCase(q, k, v, dout, indices, blocks, form.block_size, scale, form.causal)
+    return SelectedCase(q, k, v, dout, indices, blocks, size, scale, form.causal, own)
 
 
-def draw_block_indices(limits: list[int], form: TokenForm, forced: bool) -> Tensor:
+def draw_block_indices(limits: list[int], own: list[int], form: TokenForm, forced: bool) -> Tensor:
     """Blocks in any order for each token and KV head, int32 ``(T, H_kv, slots)``.
 
     Some slots are empty. Some name blocks that the token may not attend. The last tokens name none.
     """
     rng = random.Random(0)
-    own = [at // form.block_size for length in LENGTHS for at in range(length)]
     rows = []
     for token, limit in enumerate(limits):
         for _ in range(KV_HEADS):

@@ -7,14 +7,14 @@ import torch
 
 from tests.helpers.gpu_cases import gpu_test
 from tests.helpers.requirements import import_fused
-from tests.helpers.token_cases import KV_HEADS, LENGTHS, TokenForm, make_selected_case
+from tests.helpers.token_cases import KV_HEADS, SEGMENTS, TokenForm, make_selected_case
 
 pytestmark = [*gpu_test, pytest.mark.usefixtures("poisoned_memory")]
 
 
 def expected_pairs(case, chunk_tokens: int, band: bool) -> dict[tuple, list[int]]:
     """The tokens of each KV head, chunk and block."""
-    own = [at // case.block_size for length in LENGTHS for at in range(length)]
+    own = case.own
     base, limit = case.blocks.base.tolist(), case.blocks.limit.tolist()
     pairs = defaultdict(list)
     for token, heads in enumerate(case.block_indices.tolist()):
@@ -28,14 +28,15 @@ def expected_pairs(case, chunk_tokens: int, band: bool) -> dict[tuple, list[int]
 
 def listed_pairs(index, case, item_tokens: int) -> dict[tuple, list[int]]:
     """The same, as the work items have it; checks what holds of each item."""
-    first, keys = case.blocks.first.tolist(), case.blocks.keys.tolist()
-    block_of = {start: block for block, start in enumerate(first) if keys[block]}
+    first, keys, row = (x.tolist() for x in (case.blocks.first, case.blocks.keys, case.blocks.row))
+    # Segments of one sequence have blocks of their own, with the same keys.
+    block_of = {(first[i], row[i]): i for i, number in enumerate(keys) if number}
     tokens, unit_pairs = index.tokens.tolist(), index.chunk_tokens * index.slots
     pairs, taken = defaultdict(list), set()
     for wave, (items, count) in enumerate(zip(index.items.tolist(), index.num_items, strict=True)):
         assert count <= len(items)
-        for position, number, key, num_keys in items[: int(count)]:
-            unit, block = position // unit_pairs, block_of[key]
+        for position, number, key, num_keys, first_row in items[: int(count)]:
+            unit, block = position // unit_pairs, block_of[key, first_row]
             assert unit // index.wave_units == wave
             assert 1 <= number <= item_tokens
             assert num_keys == keys[block]
@@ -73,9 +74,12 @@ def check_positions(index, case, pairs: dict[tuple, list[int]]):
     ("slots", "block_size", "chunk_tokens", "wave_units", "item_tokens"),
     [(1, 64, 64, 100, 16), (3, 32, 100, 1, 16), (16, 32, 64, 3, 100), (7, 64, 512, 2, 512)],
 )
-def test_inverted_index(slots, block_size, chunk_tokens, wave_units, item_tokens, causal, band):
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_inverted_index(
+    segments, slots, block_size, chunk_tokens, wave_units, item_tokens, causal, band
+):
     form = TokenForm(64, 1, block_size, slots, causal, torch.bfloat16)
-    case = make_selected_case(form, forced=band)
+    case = make_selected_case(form, forced=band, segments=segments)
     invert_index = import_fused("nsa.fused.kernels.inverted_index").invert_index
     sizes = (chunk_tokens, wave_units, item_tokens)
     index = invert_index(case.block_indices, case.blocks, block_size, causal, *sizes, band)
@@ -84,9 +88,20 @@ def test_inverted_index(slots, block_size, chunk_tokens, wave_units, item_tokens
 
 def check_index(index, case, chunk_tokens: int, item_tokens: int, band: bool):
     assert index.position.shape == case.block_indices.shape
-    assert index.chunks == -(-sum(LENGTHS) // chunk_tokens)
+    assert index.chunks == -(-len(case.own) // chunk_tokens)
     assert index.units == KV_HEADS * index.chunks
     expected = expected_pairs(case, chunk_tokens, band)
     actual = listed_pairs(index, case, item_tokens)
     assert {key: sorted(tokens) for key, tokens in actual.items()} == expected
     check_positions(index, case, expected)
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize("slots", [3, 16])
+def test_lists_of_any_strides(slots, order):
+    case = make_selected_case(TokenForm(64, 1, 32, slots, True, torch.bfloat16), forced=False)
+    inverse = [order.index(i) for i in range(3)]
+    indices = case.block_indices.permute(order).contiguous().permute(inverse)
+    invert_index = import_fused("nsa.fused.kernels.inverted_index").invert_index
+    index = invert_index(indices, case.blocks, 32, True, 64, 3, 16)
+    check_index(index, case, 64, 16, band=False)

@@ -27,14 +27,16 @@ FORMS = [
 ]
 
 
-def random_lists(heads, tiles, blocks, query_block, limit) -> BlockLists:
+def random_lists(heads, tiles, num_keys, query_block, limit) -> BlockLists:
     """Some blocks of each tile, those of which it sees every key in the full list if there is a
     limit; some lists are empty."""
+    blocks = num_keys // 64
     chosen = torch.rand(heads, tiles, blocks) < 0.5
     chosen[0, 0] = False
     if limit is None:
         # Blocks that start at or before the tile's last query.
-        chosen &= torch.arange(blocks) * 64 < (torch.arange(tiles)[:, None] + 1) * query_block
+        end = (torch.arange(tiles)[:, None] + 1) * query_block + num_keys - tiles * query_block
+        chosen &= torch.arange(blocks) * 64 < end
         full = torch.zeros_like(chosen)
     else:
         least = limit.view(tiles, query_block).amin(-1)
@@ -58,12 +60,12 @@ def test_gradients(form):
     heads, scale = group * kv_heads, head_dim**-0.5
     for tiles, extra_keys in itertools.product((1, 3), (0, 128)):
         num_rows = tiles * query_block
-        num_keys = num_rows + extra_keys if limited else num_rows
+        num_keys = num_rows + extra_keys
         limit = None
         if limited:
             limit = torch.randint(0, num_keys + 1, (num_rows,), dtype=torch.int32)
             limit[-query_block:] = num_keys
-        lists = random_lists(heads, tiles, num_keys // 64, query_block, limit)
+        lists = random_lists(heads, tiles, num_keys, query_block, limit)
         limit = None if limit is None else limit.cuda()
         q, dout = (
             torch.randn(1, num_rows, heads, head_dim, device="cuda", dtype=dtype) for _ in range(2)

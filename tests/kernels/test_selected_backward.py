@@ -6,15 +6,16 @@ from nsa.fused import kernel_calls
 from nsa.testing import assert_as_accurate
 from tests.helpers import emulated_token_kernels
 from tests.helpers.gpu_cases import gpu_test
-from tests.helpers.token_cases import FORMS, form_id, make_selected_case
+from tests.helpers.token_cases import FORMS, SEGMENTS, form_id, make_selected_case
 
 pytestmark = [*gpu_test, pytest.mark.usefixtures("poisoned_memory")]
 
 
 @pytest.mark.parametrize("forced", [False, True], ids=["any blocks", "band"])
+@pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("form", FORMS, ids=form_id)
-def test_selected_backward(form, forced):
-    case = make_selected_case(form, forced=forced)
+def test_selected_backward(form, segments, forced):
+    case = make_selected_case(form, forced=forced, segments=segments)
     wide = case.exact()
     out, lse = emulated_token_kernels.selected_forward(*wide[:3], *wide.selected, forced)
 

@@ -8,18 +8,19 @@ from nsa.fused import kernel_calls, kernel_inputs
 from nsa.testing import assert_as_accurate
 from tests.helpers import emulated_token_kernels
 from tests.helpers.gpu_cases import gpu_test
-from tests.helpers.token_cases import FORMS, form_id, make_selected_case
+from tests.helpers.token_cases import FORMS, SEGMENTS, form_id, make_selected_case
 
 pytestmark = [*gpu_test, pytest.mark.usefixtures("poisoned_memory")]
 
 
 @pytest.mark.parametrize("forced", [False, True], ids=["any blocks", "band"])
 @pytest.mark.parametrize("waves", ["one wave", "a unit a wave"])
+@pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("form", FORMS, ids=form_id)
-def test_selected_forward(form, waves, forced, monkeypatch):
+def test_selected_forward(form, segments, waves, forced, monkeypatch):
     if waves == "a unit a wave":
         monkeypatch.setattr(kernel_inputs, "WORKSPACE_BYTES", 1)
-    case = make_selected_case(form, forced=forced)
+    case = make_selected_case(form, forced=forced, segments=segments)
     actual = kernel_calls.selected_forward(*case[:3], *case.selected, forced)
     exact, same_dtype = (
         emulated_token_kernels.selected_forward(*x[:3], *x.selected, forced)

@@ -10,7 +10,7 @@ import sanitize
 
 CLEAN = """\
 ========= COMPUTE-SANITIZER
-both modes ran
+all steps ran
 ========= ERROR SUMMARY: 0 errors
 """
 BAD_ACCESS = """\
@@ -19,7 +19,7 @@ BAD_ACCESS = """\
 =========     at ours+0x70 in gating.py:7
 =========     by thread (0,0,0) in block (0,0,0)
 =========
-both modes ran
+all steps ran
 ========= ERROR SUMMARY: 1 error
 """
 FA4 = "kernel_cutlass_kernel_flash_attncuteflash_bwd_sm90FlashAttentionBackwardSm90_object_at_"
@@ -30,7 +30,7 @@ RACE = """\
 =========
 """
 RACES = (
-    "both modes ran\n{}========= RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warnings)\n"
+    "all steps ran\n{}========= RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warnings)\n"
 )
 
 

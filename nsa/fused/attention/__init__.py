@@ -1,6 +1,7 @@
 """The three attention branches (paper section 3.3), forward and backward.
 
-Shapes: ``q`` and ``out (B, T, H, D)``, ``k`` and ``v (B, T, H_kv, D)``. A forward returns the
+Shapes: ``q`` and ``out (B, Nq, H, D)``, ``k`` and ``v (B, Nk, H_kv, D)``, with ``B = 1`` and all
+tokens in a row if packed. The queries of a sequence are its last tokens. A forward returns the
 log-sum-exp in the layout of its kernel, for its own backward only. In packed tile mode, outputs and
 gradients of queries of the compressed and selected branch are in the layouts of the kernels too.
 :meth:`nsa.fused.plan.Plan.query_placements` says where each token lies in them.

@@ -111,9 +111,9 @@ def _compressed_call(plan: Plan) -> dict:
 
 def _compressed_mask(q_rows: Tensor, plan: Plan) -> dict:
     """For each row of queries, the row of the first compressed token that it does not see."""
-    geometry, rows = plan.geometry, plan.tokens
-    owner = rows.segments.owner
-    seen = geometry.num_visible(rows.segments.local, owner, plan.config.compressed_visibility)
+    geometry = plan.geometry
+    owner = geometry.queries.sequence_of(plan.queries.segments.owner)
+    seen = geometry.num_visible(plan.row_position, owner, plan.config.compressed_visibility)
     end = plan.compressed.segments.offset[owner] + seen
     return dict(causal=False, key_limit=row_limit(end, q_rows, plan.compressed.rows))
 
@@ -131,7 +131,9 @@ def compressed_backward_bytes(sizes: Sizes) -> int:
         )
     copies = _copies(sizes, queries=4 if sizes.token_mode else 1)
     # Each query head may have its own keys. This adds their gradients, and the sum in float32.
-    gradients = sizes.query + 4 * sizes.key_cmp + (0 if sizes.packed else copies)
+    folded = sizes.form is CompressedForm.FOLDED_ROWS and not sizes.in_order
+    query = sizes.query_folded if folded else sizes.query
+    gradients = query + 4 * sizes.key_cmp + (0 if sizes.packed else copies)
     return copies + gradients + compressed_sums_bytes(sizes)
 
 
@@ -141,9 +143,9 @@ def compressed_sums_bytes(sizes: Sizes) -> int:
     keys, stride = sizes.compressed // sizes.batch, sizes.config.compress_stride
     if sizes.form is CompressedForm.FOLDED_ROWS:
         assert sizes.sequences is not None
-        rows = num_folded_rows(sizes.length, sizes.sequences, sizes.config)
+        rows = num_folded_rows(sizes.length, sizes.sequences, sizes.config, whole=sizes.whole)
         return sums_bytes(heads * stride, kv_heads, dim, rows, keys, sizes.sequences)
-    if is_folded(sizes.form, keys):
+    if is_folded(sizes.form, keys, whole=sizes.whole):
         # One entry after another. Each query head has the keys to itself.
         return heads * sums_bytes(stride, 1, dim, -(-sizes.length // stride), keys)
     return sizes.batch * sums_bytes(heads, kv_heads, dim, sizes.length, keys, sizes.sequences)
@@ -154,7 +156,7 @@ def _copies(sizes: Sizes, queries: int) -> int:
     if sizes.form is CompressedForm.LISTED:
         return (queries - 1) * sizes.query_copy + 2 * sizes.key_bytes(_key_rows(sizes))
     if sizes.form is CompressedForm.FOLDED_ROWS:
-        return queries * sizes.query
+        return queries * sizes.query_folded
     if sizes.form is CompressedForm.BATCH:
         # A folded batch copies the keys for each query head. Otherwise keys are few.
         return 2 * sizes.group * sizes.key_cmp

@@ -52,7 +52,7 @@ def sparse_backward(
     """Gradients of ``q``, and of ``k`` and ``v`` in aligned rows."""
     scale = plan.config.softmax_scale(q_rows.shape[-1])
     if plan.in_order:
-        dout, out = plan.tokens.pack(dout), plan.tokens.pack(out)
+        dout, out = plan.queries.pack(dout), plan.queries.pack(out)
     tensors = (dout, q_rows, k_rows, v_rows, out)
     if goes_by_query(lists.key_block, q_rows.shape[-1]):
         limit = mask.get("key_limit")
@@ -97,5 +97,5 @@ def _transposed_bytes(sizes: Sizes, num_keys: int) -> int:
     """Bytes of lists by key block, each as wide as the longest: at most all tiles of a sequence."""
     rows, tiles = sizes.num_heads * -(-num_keys // 64), sizes.batch * sizes.tiles
     if rows * tiles * 4 > BOUNDED_BYTES:
-        tiles = num_query_tiles(sizes.longest, sizes.config)
+        tiles = num_query_tiles(min(sizes.longest, sizes.length), sizes.config)
     return rows * tiles * 4

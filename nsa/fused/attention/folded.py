@@ -7,20 +7,24 @@ the ``d`` queries that see the blocks ``0 .. r``.
 In a batch, all sequences have their rows at the same positions, so folding is a view. The ``d``
 queries of a row are FA4's heads, and query heads are its batch. Each query head has its own copy of
 the compressed keys and values; if these are long, the heads of a group share theirs, in one call
-per KV head. The last queries, which see all blocks, are a separate call. Packed queries are
-gathered (:class:`nsa.fused.row_layouts.FoldedQueries`), because their sequences start anywhere. In
-tile mode their outputs and gradients stay folded.
+per KV head. The last queries, which see all blocks, are a separate call, and so are the first ones
+if they begin within a row. Packed queries are gathered
+(:class:`nsa.fused.row_layouts.FoldedQueries`), because their sequences start anywhere. In tile mode
+their outputs and gradients stay folded.
 """
 
 import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nsa.blocks import covered_tokens, num_compressed_blocks
+from nsa.blocks import covered_tokens
 from nsa.config import NSAConfig
 from nsa.fused import fa4
 from nsa.fused.plan import Plan
+from nsa.fused.streams import SideStream
 from nsa.precision import accumulation_dtype
 
 ALL = slice(None)
@@ -35,6 +39,14 @@ per head. At 256K tokens and 32 heads the branch takes 15.1 ms instead of 15.7, 
 """
 
 
+MANY_KEYS = 1024
+"""Compressed keys from which the few queries beside the full rows run on a second stream.
+
+At 64K tokens of 64 heads they take some 0.03 ms, on 8 of 132 processors, and the host 0.02 ms more
+for the stream.
+"""
+
+
 def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Attention of ``q (B, T, H, D)`` over visible ``k_cmp`` and ``v_cmp (B, M, H_kv, D)``.
 
@@ -45,15 +57,18 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
     """
     if plan.packed:
         return _packed_forward(q, k_cmp, v_cmp, plan)
-    scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows(q.shape[1], plan.config)
+    scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows.of(q, plan)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     out[:, : rows.lead].zero_()
     (batch, length, num_heads), num_kv_heads = q.shape[:3], k_cmp.shape[2]
     # Larger than needed, so that its shape does not depend on which kernels run.
     lse = q.new_empty(batch, num_heads, length, dtype=accumulation_dtype(q.dtype))
+    parts = list(rows.parts())
+    many_keys = rows.blocks >= MANY_KEYS and rows.full > 0 and len(parts) > 0
+    beside = SideStream(q, always=many_keys)
     if rows.full:
         group = num_heads // num_kv_heads
-        key_bytes = num_heads * rows.full * (k_cmp.shape[-1] + v_cmp.shape[-1]) * k_cmp.itemsize
+        key_bytes = num_heads * rows.keys * (k_cmp.shape[-1] + v_cmp.shape[-1]) * k_cmp.itemsize
         shared = group > 1 and key_bytes > SHARED_KEY_BYTES
         step = 1 if shared else num_kv_heads
         for entry, first in itertools.product(range(batch), range(0, num_kv_heads, step)):
@@ -69,17 +84,18 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
                 out=rows.view(out, entry, heads),
                 lse=rows.lse(lse, entry, heads),
             )
-    if rows.tail:
-        fa4.dense_forward(
-            q[:, -rows.tail :],
-            k_cmp,
-            v_cmp,
-            scale=scale,
-            causal=False,
-            window_size=(None, None),
-            out=out[:, -rows.tail :],
-            lse=rows.tail_lse(lse),
-        )
+    with beside:
+        for part in parts:
+            fa4.dense_forward(
+                q[:, part.queries],
+                k_cmp[:, : part.keys],
+                v_cmp[:, : part.keys],
+                scale=scale,
+                causal=False,
+                window_size=(None, None),
+                out=out[:, part.queries],
+                lse=rows.part_lse(lse, part),
+            )
     return out, lse
 
 
@@ -89,11 +105,11 @@ def folded_attention_backward(
     """Gradients of ``q``, ``k_cmp``, ``v_cmp``. ``dout`` and ``dq`` have the layout of ``out``."""
     if plan.packed:
         return _packed_backward(dout, q, k_cmp, v_cmp, out, lse, plan)
-    scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows(q.shape[1], plan.config)
+    scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows.of(q, plan)
     num_heads, num_kv_heads = q.shape[2], k_cmp.shape[2]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dq[:, : rows.lead].zero_()
-    # Both calls below add to these.
+    # The calls below add to these.
     dtype = accumulation_dtype(q.dtype)
     dk_cmp, dv_cmp = k_cmp.new_zeros(2, *k_cmp.shape, dtype=dtype)
     if rows.full:
@@ -113,24 +129,23 @@ def folded_attention_backward(
             )
             for total, grad in zip((dk_cmp, dv_cmp), grads, strict=True):
                 grouped = grad.view(num_kv_heads, -1, *grad.shape[1:])  # (H_kv, G, rows, 1, D)
-                target = total[entry, : rows.full].transpose(0, 1)
+                target = total[entry, : rows.keys].transpose(0, 1)
                 torch.sum(grouped, (1, 3), dtype=dtype, out=target)
-    if rows.tail:
-        tail = slice(-rows.tail, None)
+    for part in rows.parts():
         _, dk, dv = fa4.dense_backward(
-            dout[:, tail],
-            q[:, tail],
-            k_cmp,
-            v_cmp,
-            out[:, tail],
-            rows.tail_lse(lse),
+            dout[:, part.queries],
+            q[:, part.queries],
+            k_cmp[:, : part.keys],
+            v_cmp[:, : part.keys],
+            out[:, part.queries],
+            rows.part_lse(lse, part),
             scale=scale,
             causal=False,
             window_size=(None, None),
-            dq=dq[:, tail],
+            dq=dq[:, part.queries],
         )
-        dk_cmp += dk
-        dv_cmp += dv
+        dk_cmp[:, : part.keys] += dk
+        dv_cmp[:, : part.keys] += dv
     return dq, dk_cmp, dv_cmp
 
 
@@ -141,27 +156,78 @@ def lse_in_order(lse: Tensor, q: Tensor, num_kv_heads: int, plan: Plan) -> Tenso
     """
     if plan.packed:
         return plan.folded.unfold_lse(lse, num_kv_heads)
-    rows, length = _Rows(q.shape[1], plan.config), q.shape[1]
+    rows = _Rows.of(q, plan)
     out = torch.empty_like(lse)
     if rows.full:
         rows.full_in_order(out).copy_(rows.full_lse(lse))
-    if rows.tail:
-        out[..., length - rows.tail :] = rows.tail_lse(lse)
+    for part in rows.parts():
+        out[..., part.queries] = rows.part_lse(lse, part)
     return out
 
 
-class _Rows:
-    """The rows of one sequence as views: first ``lead`` queries that see no block, then ``full``
-    rows of ``d`` queries, then ``tail`` queries that see all blocks."""
+class _Part(NamedTuple):
+    """Queries that see the same ``keys`` first blocks.
 
-    def __init__(self, length: int, config: NSAConfig):
-        started = config.compressed_visibility == "started"
-        self.size = config.compress_stride
-        self.lead = covered_tokens(config, config.compressed_visibility) - 1
-        queries = length - self.lead
-        # Complete blocks: only the tail sees the last block, if there is a tail.
-        self.full = num_compressed_blocks(length, config) if started else queries // self.size
+    Their log-sum-exp is stored after that of ``before`` others.
+    """
+
+    queries: slice
+    keys: int
+    before: int
+
+
+class _Rows:
+    """The rows of one sequence as views: first ``lead`` queries that see no block, then ``head``
+    queries that end a row, ``full`` rows of ``d`` queries, and ``tail`` queries that see all.
+
+    Args:
+        length: number of queries.
+        first: position of the first query.
+        blocks: compressed blocks of the sequence.
+        config: block sizes and rules.
+    """
+
+    def __init__(self, length: int, first: int, blocks: int, config: NSAConfig):
+        self.size, self.blocks = config.compress_stride, blocks
+        # Position of the first query of row 0, counted from the first query.
+        start = covered_tokens(config, config.compressed_visibility) - 1 - first
+        self.lead = min(max(start, 0), length)
+        passed = max(-start, 0)
+        self.head = min(-passed % self.size, length - self.lead)
+        # Number of the first full row.
+        self.row = -(-passed // self.size)
+        queries = length - self.lead - self.head
+        # Complete blocks: only the tail sees the last block, if there is a tail. Started blocks:
+        # all rows after the last block see the same.
+        self.full = min(queries // self.size, max(0, blocks - self.row))
         self.tail = queries - self.full * self.size
+
+    @classmethod
+    def of(cls, q: Tensor, plan: Plan) -> "_Rows":
+        """Those of each entry of ``q (B, T, H, D)``."""
+        length, geometry = q.shape[1], plan.geometry
+        first = geometry.keys.total - length
+        return cls(length, first, geometry.compressed.total, plan.config)
+
+    @property
+    def start(self) -> int:
+        """The first query of the full rows."""
+        return self.lead + self.head
+
+    @property
+    def keys(self) -> int:
+        """Blocks that some query of the full rows sees."""
+        return self.row + self.full
+
+    def parts(self) -> Iterator[_Part]:
+        """The head and the tail, without those that have no queries."""
+        full = self.full * self.size
+        if self.head:
+            keys = min(self.row, self.blocks)
+            yield _Part(slice(self.lead, self.start), keys, full + self.tail)
+        if self.tail:
+            end = self.start + full
+            yield _Part(slice(end, end + self.tail), self.blocks, full)
 
     # Each method is one operation, to save host time.
 
@@ -172,13 +238,13 @@ class _Rows:
         return x.as_strided(
             (stop - start, self.full, self.size, x.shape[3]),
             (head, self.size * token, token, channel),
-            x.storage_offset() + entry * batch + self.lead * token + start * head,
+            x.storage_offset() + entry * batch + self.start * token + start * head,
         )
 
     def per_head(
         self, x: Tensor, entry: int, group: int, kv_heads: slice = ALL, shared: bool = False
     ) -> Tensor:
-        """One entry of ``x (B, M, H_kv, D)`` in FA4's form ``(H_kv * group, rows, 1, D)``.
+        """One entry of ``x (B, M, H_kv, D)`` in FA4's form ``(H_kv * group, keys, 1, D)``.
 
         A copy for each head of a group; with ``shared``, a view of the only KV head.
         """
@@ -187,15 +253,15 @@ class _Rows:
         num_kv_heads, head_dim = stop - start, x.shape[3]
         offset = x.storage_offset() + entry * batch + start * head
         if shared:
-            shape, strides = (group, self.full, 1, head_dim), (0, token, 0, channel)
+            shape, strides = (group, self.keys, 1, head_dim), (0, token, 0, channel)
             return x.as_strided(shape, strides, offset)
-        shape = (num_kv_heads, group, self.full, head_dim)
+        shape = (num_kv_heads, group, self.keys, head_dim)
         repeated = x.as_strided(shape, (head, 0, token, channel), offset)
         # A copy even for a group of one, because FA4 compiles other kernels for stride 0.
         repeated = repeated.clone(memory_format=torch.contiguous_format)
-        return repeated.view(num_kv_heads * group, self.full, 1, head_dim)
+        return repeated.view(num_kv_heads * group, self.keys, 1, head_dim)
 
-    # An entry of ``(B, H, T)`` holds the log-sum-exp of the full rows, then that of the tail.
+    # An entry of ``(B, H, T)`` holds the log-sum-exp of the full rows, then that of the parts.
 
     def lse(self, x: Tensor, entry: int, heads: slice = ALL) -> Tensor:
         """The full rows in an entry of contiguous ``(B, H, T)``, in FA4's ``(H, d, rows)``."""
@@ -216,13 +282,14 @@ class _Rows:
         batch, heads, length = x.shape
         shape = (batch, heads, self.full, self.size)
         strides = (heads * length, length, self.size, 1)
-        return x.as_strided(shape, strides, x.storage_offset() + self.lead)
+        return x.as_strided(shape, strides, x.storage_offset() + self.start)
 
-    def tail_lse(self, x: Tensor) -> Tensor:
-        """The tail in ``(B, H, T)``, in FA4's form ``(B, H, tail)``."""
+    def part_lse(self, x: Tensor, part: _Part) -> Tensor:
+        """A part in ``(B, H, T)``, in FA4's form ``(B, H, queries)``."""
         batch, heads, length = x.shape
-        offset = x.storage_offset() + heads * self.full * self.size
-        return x.as_strided((batch, heads, self.tail), (heads * length, self.tail, 1), offset)
+        size = part.queries.stop - part.queries.start
+        offset = x.storage_offset() + heads * part.before
+        return x.as_strided((batch, heads, size), (heads * length, size, 1), offset)
 
 
 def _packed_forward(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ def selected_attention(
 
     Args:
         q_rows: ``plan.align_queries(q)``.
-        k, v: ``(B, T, H_kv, D)``.
+        k, v: ``(B, Tk, H_kv, D)``.
         block_indices: ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode.
         plan: the sequences.
 
@@ -36,7 +36,7 @@ def selected_attention(
     if plan.config.selection == "token":
         return _token_forward(q_rows, k, v, block_indices, plan)
     lists = selected_lists(block_indices, plan)
-    k_rows, v_rows = plan.tokens.pack(k), plan.tokens.pack(v)
+    k_rows, v_rows = plan.keys.pack(k), plan.keys.pack(v)
     return sparse_forward(q_rows, k_rows, v_rows, lists, _mask(q_rows, plan), plan)
 
 
@@ -54,21 +54,19 @@ def selected_attention_backward(
     if plan.config.selection == "token":
         return _token_backward(dout, q, k, v, out, lse, block_indices, plan)
     lists = selected_lists(block_indices, plan)
-    k_rows, v_rows = plan.tokens.pack(k), plan.tokens.pack(v)
+    k_rows, v_rows = plan.keys.pack(k), plan.keys.pack(v)
     q_rows = plan.align_queries(q)
     mask = _mask(q_rows, plan)
     dq, dk, dv = sparse_backward(dout, q_rows, k_rows, v_rows, out, lse, lists, mask, plan)
-    return dq, plan.tokens.unpack(dk), plan.tokens.unpack(dv)
+    return dq, plan.keys.unpack(dk), plan.keys.unpack(dv)
 
 
 def _mask(q_rows: Tensor, plan: Plan) -> dict:
     """Which keys of a listed block a query sees, in tile mode."""
-    if plan.config.causal:
+    if plan.config.causal and plan.ends_align:
         return dict(causal=True)
     # Without the causal flag, which also hides the padding, each sequence's end limits the keys.
-    rows, owner = plan.tokens, plan.tokens.segments.owner
-    end = rows.segments.offset[owner] + rows.items.count[owner]
-    return dict(causal=False, key_limit=row_limit(end, q_rows, rows.rows))
+    return dict(causal=False, key_limit=row_limit(plan.key_limit, q_rows, plan.keys.rows))
 
 
 def _token_forward(
@@ -113,7 +111,7 @@ def _token_backward(
         config.softmax_scale(q.shape[-1]),
         config.causal,
     )
-    return dq.unflatten(0, shape), dk.unflatten(0, shape), dv.unflatten(0, shape)
+    return dq.unflatten(0, shape), dk.view(k.shape), dv.view(v.shape)
 
 
 def _of_batch(x: Tensor) -> Tensor:
@@ -131,7 +129,7 @@ def selected_forward_bytes(sizes: Sizes) -> int:
         # Outputs that are not in order stay in rows. The caller counts its copy of the queries.
         return (sizes.query_copy if sizes.in_order else 0) + 2 * sizes.key_copy
     slots = sizes.config.num_selected_blocks
-    blocks = num_selection_blocks(sizes.tokens, sizes.config)
+    blocks = num_selection_blocks(sizes.batch * sizes.keys, sizes.config)
     chunk = choose_chunk_tokens(sizes.tokens, sizes.group, blocks, slots, 2 * sizes.head_dim)
     of_token = slots * sizes.group * (sizes.head_dim * sizes.itemsize + 4)
     # A wave has at least one unit. The last chunk is as long as the others.
@@ -147,7 +145,7 @@ def selected_backward_bytes(sizes: Sizes) -> int:
     """
     if not sizes.token_mode:
         block_size = sizes.config.select_block_size
-        return sparse_backward_bytes(sizes, block_size, sizes.rows, copies=sizes.key_copy > 0)
-    of_queries = sizes.num_heads * (sizes.head_dim + 2)
-    sums = sizes.tokens * (of_queries + 2 * sizes.num_kv_heads * sizes.head_dim) * 4
+        return sparse_backward_bytes(sizes, block_size, sizes.key_rows, copies=sizes.key_copy > 0)
+    sums = sizes.tokens * sizes.num_heads * (sizes.head_dim + 2) * 4
+    sums += sizes.batch * sizes.keys * 2 * sizes.num_kv_heads * sizes.head_dim * 4
     return sizes.query + 2 * sizes.key + 3 * sizes.indices + sums

@@ -3,8 +3,10 @@
 Shapes as in :mod:`nsa.fused.attention`.
 """
 
+import torch
 from torch import Tensor
 
+from nsa.config import NSAConfig
 from nsa.fused.attention.fa4_calls import dense_backward, dense_forward
 from nsa.fused.fa4_call import sums_bytes
 from nsa.fused.plan import Plan
@@ -20,27 +22,58 @@ def window_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``."""
-    return dense_backward(dout, q, k, v, out, lse, plan, **_window_call(plan))
+    call = _window_call(plan)
+    passed = _unseen_keys(q.shape[1], k.shape[1], plan.config, plan.packed)
+    if passed == 0:
+        return dense_backward(dout, q, k, v, out, lse, plan, **call)
+    k, v = k[:, passed:], v[:, passed:]
+    dq, dk, dv = dense_backward(dout, q, k, v, out, lse, plan, **call)
+    return dq, _with_zeros_before(dk, passed), _with_zeros_before(dv, passed)
 
 
 def _window_call(plan: Plan) -> dict:
-    # The kernels add positions to this int32, so it must leave room for them.
-    reach = min(plan.config.window_size - 1, 1 << 30)
+    reach = _reach(plan.config)
     return dict(
         causal=plan.config.causal,
         window_size=(reach, None if plan.config.causal else reach),
         cu_seqlens_q=plan.cu_seqlens,
-        cu_seqlens_k=plan.cu_seqlens,
+        cu_seqlens_k=plan.cu_seqlens_k,
     )
+
+
+def _reach(config: NSAConfig) -> int:
+    """Keys of the window before the query's own."""
+    # The kernels add positions to this int32, so it must leave room for them.
+    return min(config.window_size - 1, 1 << 30)
+
+
+def _unseen_keys(queries: int, keys: int, config: NSAConfig, packed: bool) -> int:
+    """Keys before the first window of a batch's sequences.
+
+    In backward FA4 has work and memory for each key. The lengths of packed sequences are not read.
+    """
+    return 0 if packed else max(0, keys - queries - _reach(config))
+
+
+def _with_zeros_before(x: Tensor, count: int) -> Tensor:
+    """``x (B, T, H, D)`` after ``count`` tokens of zeros."""
+    return torch.nn.functional.pad(x, (0, 0, 0, 0, count, 0))
 
 
 def window_backward_bytes(sizes: Sizes) -> int:
     """Bytes that the backward allocates: gradients, and FA4's sums."""
-    return sizes.query + 2 * sizes.key + window_sums_bytes(sizes)
+    passed = _unseen_keys(sizes.length, sizes.keys, sizes.config, sizes.packed)
+    seen = 2 * sizes.key_bytes(sizes.batch * (sizes.keys - passed))
+    # Gradients of the keys that are seen are copied. The sums are freed before.
+    if passed:
+        return sizes.query + seen + max(2 * sizes.key, window_sums_bytes(sizes))
+    return sizes.query + seen + window_sums_bytes(sizes)
 
 
 def window_sums_bytes(sizes: Sizes) -> int:
     """Bytes of FA4's sums."""
-    heads, kv_heads, length = sizes.num_heads, sizes.num_kv_heads, sizes.length
-    sums = sums_bytes(heads, kv_heads, sizes.head_dim, length, length, sizes.sequences)
+    heads, kv_heads = sizes.num_heads, sizes.num_kv_heads
+    passed = _unseen_keys(sizes.length, sizes.keys, sizes.config, sizes.packed)
+    lengths = (sizes.length, sizes.keys - passed)
+    sums = sums_bytes(heads, kv_heads, sizes.head_dim, *lengths, sizes.sequences)
     return sizes.batch * sums

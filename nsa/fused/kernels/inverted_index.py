@@ -23,10 +23,11 @@ from nsa.fused.hardware import WARP
 from nsa.fused.kernel_inputs import TokenBlocks
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
-from nsa.fused.kernels.vectors import fake_flat, flat
+from nsa.fused.kernels.vectors import fake_flat, is_aligned
 
-ITEM_FIELDS = 4
-"""A work item has four numbers: first position, pairs, first key (token), keys."""
+ITEM_FIELDS = 5
+"""A work item has five numbers: first position, pairs, first key, keys, and the row of q at the
+first key. A token sees as many keys of the block as its row is past that one, and one more."""
 
 _THREADS = 256
 _SCAN_THREADS = 1024
@@ -53,6 +54,15 @@ def load_slots(mX: cute.Tensor, row: Int32 | Int64, slots: cutlass.Constexpr[int
 
 
 @mlir_namedtuple
+class _Strides(NamedTuple):
+    """Elements from one entry of the block indices to the next."""
+
+    token: Int64
+    kv_head: Int64
+    slot: Int64
+
+
+@mlir_namedtuple
 class _Tensors(NamedTuple):
     """The block indices, the token blocks, and the index. A kernel has those that it uses."""
 
@@ -61,6 +71,7 @@ class _Tensors(NamedTuple):
     limit: cute.Tensor | None
     first: cute.Tensor | None
     keys: cute.Tensor | None
+    row: cute.Tensor | None
     pair_count: cute.Tensor
     position: cute.Tensor | None
     tokens: cute.Tensor | None
@@ -86,17 +97,20 @@ class InvertIndex:
     """Three kernels: count the pairs of each block, add up, write the list.
 
     In the first and the last a thread has the ``slots`` pairs of a token and KV head. With
-    ``band``, pairs of :mod:`nsa.fused.kernels.selected_band` are left out.
+    ``band``, pairs of :mod:`nsa.fused.kernels.selected_band` are left out. With ``adjacent``, the
+    block indices of a token and KV head are neighbours, and loaded in vectors.
     """
 
-    def __init__(self, slots: int, band: bool):
+    def __init__(self, slots: int, band: bool, adjacent: bool):
         self.slots = slots
         self.band = band
+        self.adjacent = adjacent
 
     @cute.jit
     def __call__(
         self,
         tensors: _Tensors,
+        strides: _Strides,
         sizes: _Sizes,
         wave_units: Int32,
         wave_items: Int32,
@@ -105,31 +119,31 @@ class InvertIndex:
         stream,
     ):
         grid = [cute.ceil_div(sizes.rows, _THREADS), 1, 1]
-        count = tensors.only("indices", "base", "limit", "first", "pair_count", "position")
-        self.count(count, sizes, block_size).launch(
+        count = tensors.only("indices", "base", "limit", "row", "pair_count", "position")
+        self.count(count, strides, sizes, block_size).launch(
             grid=grid, block=[_THREADS, 1, 1], stream=stream
         )
         capacity = sizes.chunk_tokens * self.slots
-        add_up = tensors.only("first", "keys", "pair_count", "items", "num_items")
+        add_up = tensors.only("first", "keys", "row", "pair_count", "items", "num_items")
         self.add_up(add_up, sizes.blocks, capacity, wave_units, wave_items, item_tokens).launch(
             grid=[sizes.kv_heads * sizes.chunks, 1, 1], block=[_SCAN_THREADS, 1, 1], stream=stream
         )
         write = tensors.only("indices", "base", "pair_count", "position", "tokens")
-        self.write(write, sizes).launch(grid=grid, block=[_THREADS, 1, 1], stream=stream)
+        self.write(write, strides, sizes).launch(grid=grid, block=[_THREADS, 1, 1], stream=stream)
 
     @cute.kernel
-    def count(self, tensors: _Tensors, sizes: _Sizes, block_size: Int32):
+    def count(self, tensors: _Tensors, strides: _Strides, sizes: _Sizes, block_size: Int32):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         row = bidx * _THREADS + tidx
         if row < sizes.rows:
             token, unit = self._unit(row, sizes)
-            selected = load_slots(tensors.indices, row, self.slots)
+            selected = self._load_indices(tensors.indices, strides, row, sizes.kv_heads)
             base, limit = tensors.base[token], tensors.limit[token]
             own = Int32(0)
             if const_expr(self.band):
-                # A token of no sequence may have no block.
-                own = (token - tensors.first[cutlass.min(base, sizes.blocks - 1)]) // block_size
+                # A token of no segment may have no block.
+                own = (token - tensors.row[cutlass.min(base, sizes.blocks - 1)]) // block_size
             ranks = cute.make_rmem_tensor(self.slots, Int32)
             for i in cutlass.range_constexpr(self.slots):
                 block = selected[i]
@@ -193,9 +207,13 @@ class InvertIndex:
             slot = wave * wave_items + sSlot[0] + items_before + items_through - items
             if block < blocks:
                 tensors.pair_count[counter] = offset
-            first, keys = Int32(0), Int32(0)
+            first, keys, first_row = Int32(0), Int32(0), Int32(0)
             if items > 0:
-                first, keys = tensors.first[block], tensors.keys[block]
+                first, keys, first_row = (
+                    tensors.first[block],
+                    tensors.keys[block],
+                    tensors.row[block],
+                )
             for item in cutlass.range(items, unroll=1):
                 done = item * item_tokens
                 field = Int64(slot + item) * ITEM_FIELDS
@@ -203,19 +221,18 @@ class InvertIndex:
                 tensors.items[field + 1] = cutlass.min(count - done, item_tokens)
                 tensors.items[field + 2] = first
                 tensors.items[field + 3] = keys
+                tensors.items[field + 4] = first_row
             start += pairs_total
 
     @cute.kernel
-    def write(self, tensors: _Tensors, sizes: _Sizes):
+    def write(self, tensors: _Tensors, strides: _Strides, sizes: _Sizes):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         row = bidx * _THREADS + tidx
         if row < sizes.rows:
             token, unit = self._unit(row, sizes)
-            selected, positions = (
-                load_slots(tensors.indices, row, self.slots),
-                load_slots(tensors.position, row, self.slots),
-            )
+            selected = self._load_indices(tensors.indices, strides, row, sizes.kv_heads)
+            positions = load_slots(tensors.position, row, self.slots)
             first_counter = Int64(unit) * sizes.blocks + tensors.base[token]
             first = unit * (sizes.chunk_tokens * self.slots)
             for i in cutlass.range_constexpr(self.slots):
@@ -225,27 +242,57 @@ class InvertIndex:
             cute.autovec_copy(positions, slots_of(tensors.position, row, self.slots))
 
     @cute.jit
+    def _load_indices(
+        self, mIndices: cute.Tensor, strides: _Strides, row: Int32, kv_heads: Int32
+    ) -> cute.Tensor:
+        values = cute.make_rmem_tensor(self.slots, Int32)
+        offset = row // kv_heads * strides.token + row % kv_heads * strides.kv_head
+        if const_expr(self.adjacent):
+            aligned = const_expr(4 if self.slots % 4 == 0 else 1)
+            pointer = mIndices.iterator + cute.assume(offset, divby=aligned)
+            cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(self.slots)), values)
+        else:
+            for i in cutlass.range_constexpr(self.slots):
+                values[i] = mIndices[offset + i * strides.slot]
+        return values
+
+    @cute.jit
     def _unit(self, row: Int32, sizes: _Sizes) -> tuple[Int32, Int32]:
         token = row // sizes.kv_heads
         return token, row % sizes.kv_heads * sizes.chunks + token // sizes.chunk_tokens
 
 
 @kept
-def compile_invert_index(slots: int, band: bool) -> Callable:
-    tensors = [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(5)]
+def compile_invert_index(slots: int, band: bool, adjacent: bool) -> Callable:
+    tensors = [fake_flat(Int32, alignment=16 if adjacent else 4)]
+    tensors += [fake_flat(Int32, alignment=4) for _ in range(6)]
     tensors += [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(3)]
-    sizes = _Sizes(*(Int32(1) for _ in range(5)))
     return compile_kernel(
-        InvertIndex(slots, band), _Tensors(*tensors), sizes, *(Int32(1) for _ in range(4))
+        InvertIndex(slots, band, adjacent),
+        *(_Tensors(*tensors), _Strides(*(Int64(1) for _ in range(3)))),
+        _Sizes(*(Int32(1) for _ in range(5))),
+        *(Int32(1) for _ in range(4)),
     )
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     for slots in (3, 16):
-        for band in (False, True):
-            name = f"invert-index-{slots}{'-band' if band else ''}"
-            yield name, functools.partial(compile_invert_index, slots, band)
+        for band, adjacent in ((False, True), (True, True), (False, False)):
+            name = f"invert-index-{slots}{'-band' if band else ''}{'' if adjacent else '-strided'}"
+            yield name, functools.partial(compile_invert_index, slots, band, adjacent)
+
+
+def strided_indices(x: Tensor) -> tuple[Tensor, _Strides, bool]:
+    """The memory of ``x (T, H_kv, slots)`` as one dimension, its strides, and whether rows of slots
+    are adjacent and 16-byte aligned. Nothing is copied."""
+    # Strides of a dimension of size 1 may be anything.
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    length = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+    token, kv_head, slot = strides
+    whole = x.shape[2] % 4 != 0 or (token % 4 == 0 and kv_head % 4 == 0)
+    adjacent = whole and is_aligned(x) and (slot == 1 or x.shape[2] == 1)
+    return x.as_strided((length,), (1,)), _Strides(*strides), adjacent
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +304,7 @@ class InvertedIndex:
             undefined.
         position: int32 ``(T, H_kv, slots)``, where each pair stands in the list, -1 for no pair or
             one of the band.
-        items: int32 ``(waves, wave_items, 4)``, see ``ITEM_FIELDS``.
+        items: int32 ``(waves, wave_items, 5)``, see ``ITEM_FIELDS``.
         num_items: int32 ``(waves,)``, the items of each wave, at most ``wave_items``.
         chunks: chunks of the tokens.
         chunk_tokens: tokens of a chunk.
@@ -294,6 +341,7 @@ def invert_index(
     """Invert int32 ``block_indices (T, H_kv, slots)``; -1, and what a token cannot see, drop out.
 
     Args:
+        block_indices: of any strides, not empty.
         blocks: those of the ``T`` tokens.
         block_size: tokens of a block.
         causal: whether a token sees only blocks that start at or before it.
@@ -310,21 +358,22 @@ def invert_index(
     waves = -(-units // wave_units)
     if units * chunk_tokens * slots >= 1 << 31:
         raise ValueError(f"{total} tokens x {kv_heads} KV heads x {slots} blocks exceed 2^31 pairs")
-    base, limit, first, keys, sequences = blocks
-    num_blocks = first.shape[0]
+    num_blocks = blocks.first.shape[0]
     sizes = (block_size, causal, chunk_tokens, slots, tokens)
-    bounds = item_bounds(total, sequences, num_blocks, *sizes)
+    bounds = item_bounds(total, blocks, *sizes)
     by_unit = bounds * kv_heads
     wave_items = max(sum(by_unit[w : w + wave_units]) for w in range(0, units, wave_units))
 
     empty = functools.partial(torch.empty, dtype=torch.int32, device=block_indices.device)
-    zeros = torch.zeros(units * num_blocks + waves, dtype=torch.int32, device=base.device)
+    zeros = torch.zeros(units * num_blocks + waves, dtype=torch.int32, device=block_indices.device)
     count, num_items = zeros[: units * num_blocks], zeros[units * num_blocks :]
     position, listed = empty(total * kv_heads * slots), empty(units * chunk_tokens * slots)
     items = empty(waves * wave_items * ITEM_FIELDS)
-    tensors = (base, limit, first, keys, count, position, listed, items, num_items)
-    compile_invert_index(slots, band)(
-        _Tensors(flat(block_indices), *tensors),
+    given = (blocks.base, blocks.limit, blocks.first, blocks.keys, blocks.row)
+    indices, strides, adjacent = strided_indices(block_indices)
+    compile_invert_index(slots, band, adjacent)(
+        _Tensors(indices, *given, count, position, listed, items, num_items),
+        strides,
         _Sizes(total * kv_heads, kv_heads, num_blocks, chunks, chunk_tokens),
         *(wave_units, wave_items, block_size, tokens),
     )
@@ -341,8 +390,7 @@ def invert_index(
 
 def item_bounds(
     total: int,
-    sequences: int,
-    blocks: int,
+    blocks: TokenBlocks,
     block_size: int,
     causal: bool,
     chunk_tokens: int,
@@ -350,11 +398,13 @@ def item_bounds(
     tokens: int,
 ) -> list[int]:
     """An upper bound of the work items of each chunk of a KV head."""
-    bounds = []
+    bounds, num_blocks = [], blocks.first.shape[0]
     for start in range(0, total, chunk_tokens):
         end = min(start + chunk_tokens, total)
         pairs = (end - start) * slots
-        # A sequence starts at most one block that is not full before the chunk ends.
-        visible = min(blocks, end // block_size + sequences) if causal else blocks
+        visible = num_blocks
+        if causal:
+            # A segment has at most one block that is not full before the chunk ends.
+            visible = min(num_blocks, (end + blocks.earlier) // block_size + blocks.segments)
         bounds.append(min(visible, pairs) + pairs // tokens)
     return bounds

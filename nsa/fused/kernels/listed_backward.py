@@ -86,20 +86,24 @@ class _Strides(NamedTuple):
 
 @mlir_namedtuple
 class _Sizes(NamedTuple):
-    """``parts`` CTAs share a list; ``width`` and ``full_width`` are the entries of a list."""
+    """``parts`` CTAs share a list; ``width`` and ``full_width`` are the entries of a list.
+
+    There are ``earlier`` more keys than rows.
+    """
 
     num_rows: Int32
     kv_heads: Int32
     parts: Int32
     width: Int32
     full_width: Int32
+    earlier: Int32
 
 
 class ListedBackward:
     """Writes dQ, adds to dV and dK; scores are not scaled in dK.
 
     ``rows`` of a CTA are 64, 128 or 256; with ``limited`` a row sees keys before a limit of its own
-    instead of those up to itself.
+    instead of those up to its own key. The last row's key is then the last one.
     """
 
     def __init__(
@@ -258,7 +262,9 @@ class ListedBackward:
                 acc_dP = scores(tPrV, A_idx=unit, wg_wait=1)
                 acc_S_mn = reshape_acc_to_mn(acc_S)
                 row = unit * TILE_ROWS + tScS[0, 0][0]
-                self._mask(acc_S_mn, tScS, tensors.limit, first_row + row, first_key)
+                self._mask(
+                    acc_S_mn, tScS, tensors.limit, first_row + row, first_key - sizes.earlier
+                )
                 for r in cutlass.range_constexpr(2):
                     lse = sLse[row + 8 * r]
                     for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
@@ -407,7 +413,10 @@ class ListedBackward:
         row: Int32,
         first_key: Int32,
     ):
-        """Set scores to -inf for keys that the thread's rows, ``row`` and 8 after, do not see."""
+        """Set scores to -inf for keys that the thread's rows, ``row`` and 8 after, do not see.
+
+        ``first_key`` counts from key 0 with limits, otherwise from the key of row 0.
+        """
         limits = cute.make_rmem_tensor(2, Int32)
         for r in cutlass.range_constexpr(2):
             limit = row + 8 * r + 1
@@ -465,7 +474,7 @@ def compile_backward(
             *(fake_flat(Float32) for _ in range(2)),
         ),
         _Strides(*(Int64(1) for _ in range(5))),
-        _Sizes(*(Int32(1) for _ in range(5))),
+        _Sizes(*(Int32(1) for _ in range(6))),
         Float32(1.0),
     )
 
@@ -494,7 +503,7 @@ def listed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`nsa.fused.kernel_calls.listed_backward`."""
     (_, num_rows, heads, head_dim), kv_heads = q.shape, k.shape[2]
-    _check(q, k, v, lists)
+    _check(q, k, v, lists, key_limit)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sums = torch.zeros(2, k.numel(), dtype=torch.float32, device=q.device)
     if dq.numel():
@@ -505,13 +514,15 @@ def listed_backward(
         )
         flattened, strides = zip(*map(flat_rows, (q, k, v, dout, out)), strict=True)
         entries = [None if x is None else x.contiguous().view(-1) for x in lists[:4]]
+        # Limits are absolute.
+        earlier = k.shape[1] - num_rows if key_limit is None else 0
         widths = [0 if x is None else x.shape[-1] for x in (lists.partial_index, lists.full_index)]
         kernel(
             _Tensors(
                 *(*flattened, lse.contiguous().view(-1), key_limit, *entries, dq.view(-1), *sums)
             ),
             _Strides(*strides),
-            _Sizes(num_rows, kv_heads, lists.query_block // rows, *widths),
+            _Sizes(num_rows, kv_heads, lists.query_block // rows, *widths, earlier),
             scale,
         )
     dv, dk = (
@@ -521,12 +532,16 @@ def listed_backward(
     return dq, dk, dv
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_limit: Tensor | None) -> None:
     """Raise on what the kernel cannot take."""
     if k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape[3] not in (64, 96, 128):
         raise ValueError(
             f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; they must "
             "have the same 64, 96 or 128 channels"
+        )
+    if key_limit is None and k.shape[1] < q.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} rows and k {k.shape[1]}; without key_limit a row has its own key"
         )
     if lists.key_block != TILE_KEYS:
         raise ValueError(f"lists are of {lists.key_block}-key blocks; they must be of {TILE_KEYS}")

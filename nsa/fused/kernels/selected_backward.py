@@ -7,11 +7,14 @@ transposed, keys by rows, so that P and dS are in registers what dV and dK multi
 shared memory for dQ alone. dQ, dK and dV are added in float32 to buffers in global memory, 16 bytes
 at a time, so the order of the sums, and the last bits of the result, vary from run to run.
 
-One warpgroup computes a tile. Where dK and dV do not fit its registers there are two: both compute
-P and dS, and each half the columns of dK, dV and dQ.
+One warpgroup computes a tile of 64 keys. Where dK and dV do not fit its registers there are two:
+both compute P and dS, and each half the columns of dK, dV and dQ. Blocks of 128 keys have two as
+well, with 64 keys each: dQ, of which each has half the columns, is then added once for all keys of
+a block. Only where that and wide rows meet, two CTAs share a block.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -123,15 +126,18 @@ class SelectedBackward:
         self.block_size = block_size
         self.causal = causal
         # dK and dV take (D + Dv) / 2 registers of a warpgroup's threads.
-        self.warpgroups = 1 if head_dim + head_dim_v <= 320 else 2
-        self.threads = WARPGROUP * self.warpgroups
+        self.column_parts = 1 if head_dim + head_dim_v <= 320 else 2
         # With more than 128 registers for them, S and dP are not computed at once, nor dQ and dK.
-        self.overlap = (head_dim + head_dim_v) // self.warpgroups <= 256
+        self.overlap = (head_dim + head_dim_v) // self.column_parts <= 256
+        self.key_parts = 2 if block_size > TILE_KEYS and self.column_parts == 1 else 1
+        self.keys = self.key_parts * TILE_KEYS
+        self.warpgroups = self.column_parts * self.key_parts
+        self.threads = WARPGROUP * self.warpgroups
         columns = head_dim // self.warpgroups
         self.dq_columns = 64 if columns % 64 == 0 else columns
         self.dq_parts = columns // self.dq_columns
         row_bytes = 2 * (head_dim + head_dim_v)
-        fixed = TILE_KEYS * row_bytes + TILE_ROWS * TILE_KEYS * 2 + item_tokens(group) * 4 + 4096
+        fixed = self.keys * row_bytes + TILE_ROWS * self.keys * 2 + item_tokens(group) * 4 + 4096
         stage = TILE_ROWS * row_bytes
         self.ctas = 2 if self.warpgroups == 1 else 1
         self.stages = 2 if fixed + 2 * stage <= SHARED_BYTES // self.ctas else 1
@@ -148,14 +154,14 @@ class SelectedBackward:
     ):
         # Row-major; a warpgroup's columns are whole swizzle atoms.
         make_layout = functools.partial(make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR)
-        atom, atom_v = self.dq_columns, self.head_dim_v // self.warpgroups
+        atom, atom_v = (dim // self.column_parts for dim in (self.head_dim, self.head_dim_v))
         q_smem = make_layout((TILE_ROWS, self.head_dim), stage=self.stages, major_mode_size=atom)
         do_smem = make_layout(
             (TILE_ROWS, self.head_dim_v), stage=self.stages, major_mode_size=atom_v
         )
-        k_smem = make_layout((TILE_KEYS, self.head_dim), major_mode_size=atom)
-        v_smem = make_layout((TILE_KEYS, self.head_dim_v), major_mode_size=atom_v)
-        ds_smem = make_layout((TILE_ROWS, TILE_KEYS))
+        k_smem = make_layout((self.keys, self.head_dim), major_mode_size=self.dq_columns)
+        v_smem = make_layout((self.keys, self.head_dim_v), major_mode_size=atom_v)
+        ds_smem = make_layout((TILE_ROWS, self.keys))
         make_mma = functools.partial(
             hopper_helpers.make_trivial_tiled_mma,
             self.dtype,
@@ -168,7 +174,7 @@ class SelectedBackward:
         mma_dk, mma_dv = (
             make_mma(
                 b_leading_mode=OperandMajorMode.MN,
-                tiler_mn=(TILE_KEYS, width // self.warpgroups),
+                tiler_mn=(TILE_KEYS, width // self.column_parts),
                 a_source=warpgroup.OperandSource.RMEM,
             )
             for width in (self.head_dim, self.head_dim_v)
@@ -177,7 +183,7 @@ class SelectedBackward:
         mmas = (mma_s, mma_dk, mma_dv, mma_dq)
         layouts = (q_smem, do_smem, k_smem, v_smem, ds_smem)
         self.kernel(tensors, strides, sizes, scale_log2, mmas, layouts).launch(
-            grid=[sizes.wave_items, waves, -(-self.block_size // TILE_KEYS)],
+            grid=[sizes.wave_items, waves, -(-self.block_size // self.keys)],
             block=[self.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.ctas,
@@ -198,18 +204,23 @@ class SelectedBackward:
         q_smem, do_smem, k_smem, v_smem, ds_smem = layouts
         tidx, _, _ = cute.arch.thread_idx()
         bidx, wave, part = cute.arch.block_idx()
-        begin, count, first, keys = Int32(0), Int32(0), Int32(0), Int32(0)
+        begin, count, first, keys, first_row = (Int32(0) for _ in range(5))
         if bidx < tensors.num_items[wave]:
             field = (Int64(wave) * sizes.wave_items + bidx) * ITEM_FIELDS
             begin, count = tensors.items[field], tensors.items[field + 1]
-            first = tensors.items[field + 2] + part * TILE_KEYS
-            keys = cutlass.min(tensors.items[field + 3] - part * TILE_KEYS, TILE_KEYS)
+            first = tensors.items[field + 2] + part * self.keys
+            keys = cutlass.min(tensors.items[field + 3] - part * self.keys, self.keys)
+            first_row = tensors.items[field + 4] + part * self.keys
         if keys > 0:
             unit = begin // sizes.unit_pairs
             kv_head, chunk_start = unit // sizes.chunks, unit % sizes.chunks * sizes.chunk_tokens
             warp_in_cta = cute.arch.make_warp_uniform(tidx // WARP)
             wg, warp = warp_in_cta // 4, warp_in_cta % 4
             lane = tidx % WARP
+            # The warpgroup's part of the columns of dK and dV, and its first key.
+            column_part, own = wg, Int32(0)
+            if const_expr(self.key_parts > 1):
+                column_part, own = Int32(0), wg * TILE_KEYS
 
             smem = cutlass.utils.SmemAllocator()
             sK, sV, sQ, sdO, sdS = (
@@ -243,32 +254,36 @@ class SelectedBackward:
             thr_s, thr_dk, thr_dv, thr_dq = (
                 mma.get_slice(0) for mma in (mma_s, mma_dk, mma_dv, mma_dq)
             )
-            columns = const_expr(self.head_dim // self.warpgroups)
-            columns_v = const_expr(self.head_dim_v // self.warpgroups)
+            columns = const_expr(self.head_dim // self.column_parts)
+            columns_v = const_expr(self.head_dim_v // self.column_parts)
             partition = partition_fragment_ABC
-            _, tSrK, tSrQ = partition(thr_s, (TILE_KEYS, TILE_ROWS, self.head_dim), sK, sQ)
-            _, tPrV, tPrdO = partition(thr_s, (TILE_KEYS, TILE_ROWS, self.head_dim_v), sV, sdO)
-            sQt = self._columns_of(transpose_view(sQ), columns, wg)
-            sdOt = self._columns_of(transpose_view(sdO), columns_v, wg)
+            sK_own, sV_own = self._keys_of(sK, wg), self._keys_of(sV, wg)
+            _, tSrK, tSrQ = partition(thr_s, (TILE_KEYS, TILE_ROWS, self.head_dim), sK_own, sQ)
+            _, tPrV, tPrdO = partition(thr_s, (TILE_KEYS, TILE_ROWS, self.head_dim_v), sV_own, sdO)
+            sQt = self._columns_of(transpose_view(sQ), columns, column_part)
+            sdOt = self._columns_of(transpose_view(sdO), columns_v, column_part)
             acc_dK, _, tdKrQt = partition(thr_dk, (TILE_KEYS, columns, TILE_ROWS), None, sQt)
             acc_dV, _, tdVrdOt = partition(thr_dv, (TILE_KEYS, columns_v, TILE_ROWS), None, sdOt)
             sKt = transpose_view(sK)
             tdQrKt = []
             for i in cutlass.range_constexpr(self.dq_parts):
                 slice_of_K = cute.local_tile(
-                    sKt, (self.dq_columns, TILE_KEYS), (wg * self.dq_parts + i, 0)
+                    sKt, (self.dq_columns, self.keys), (wg * self.dq_parts + i, 0)
                 )
                 _, tdQrdS, fragment = partition(
-                    thr_dq, (TILE_ROWS, self.dq_columns, TILE_KEYS), sdS, slice_of_K
+                    thr_dq, (TILE_ROWS, self.dq_columns, self.keys), sdS, slice_of_K
                 )
                 tdQrKt.append(fragment)
             acc_dK.fill(0.0)
             acc_dV.fill(0.0)
 
             thr_mma = mma_s.get_slice(tidx % WARPGROUP)
+            sdS_own = sdS
+            if const_expr(self.key_parts > 1):
+                sdS_own = cute.local_tile(sdS, (TILE_ROWS, TILE_KEYS), (0, wg))
             store_ds, _, _ = get_smem_store_C(
                 mma_s,
-                transpose_view(sdS),
+                transpose_view(sdS_own),
                 tidx % WARPGROUP,
                 transpose=True,
                 position_independent=True,
@@ -284,10 +299,10 @@ class SelectedBackward:
             )
 
             rows = count * self.group
-            hidden = keys < TILE_KEYS
+            hidden = keys < self.keys
             if const_expr(self.causal):
                 # Tokens of the item do not come before its chunk.
-                hidden = keys < TILE_KEYS or first + (TILE_KEYS - 1) > chunk_start
+                hidden = keys < self.keys or first_row + (self.keys - 1) > chunk_start
             tiles = cute.ceil_div(rows, TILE_ROWS)
             for tile in cutlass.range(tiles, unroll=1):
                 stage = tile % self.stages
@@ -316,7 +331,7 @@ class SelectedBackward:
                 if const_expr(self.overlap):
                     acc_dP = scores(tPrV, tPrdO, wg_wait=1)
                 if hidden or (tile + 1) * TILE_ROWS > rows:
-                    self._mask(acc_S, tScS, sTokens, tile, first, keys, count)
+                    self._mask(acc_S, tScS, sTokens, tile, first_row + own, keys - own, count)
                 acc_S_mn = reshape_acc_to_mn(acc_S)
                 lse = load_s2r(tLse[None, stage])
                 for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
@@ -338,7 +353,7 @@ class SelectedBackward:
                     for r in cutlass.range_constexpr(2):
                         acc_dP_mn[r, c] = acc_S_mn[r, c] * (acc_dP_mn[r, c] - delta[c])
                 rdS = cvt_f16(reshape_acc_to_frgA(acc_dP), self.dtype)
-                if const_expr(self.warpgroups == 1):
+                if const_expr(self.column_parts == 1):
                     store_ds(rdS)
                 else:
                     if wg == 0:
@@ -368,18 +383,27 @@ class SelectedBackward:
 
             for acc, mX, width in ((acc_dK, tensors.dk, columns), (acc_dV, tensors.dv, columns_v)):
                 for r in cutlass.range_constexpr(2):
-                    key = warp * WARP_ROWS + lane // QUAD + 8 * r
+                    key = own + warp * WARP_ROWS + lane // QUAD + 8 * r
                     if key < keys:
                         row = Int64(first + key) * sizes.kv_heads + kv_head
-                        offset = (row * self.warpgroups + wg) * width
+                        offset = (row * self.column_parts + column_part) * width
                         add_row(acc, r, mX, offset, lane)
 
     @cute.jit
-    def _columns_of(self, x: cute.Tensor, width: cutlass.Constexpr[int], wg: Int32) -> cute.Tensor:
-        """The warpgroup's rows of ``x``, of shape (width * warpgroups, 64, stages)."""
-        if const_expr(self.warpgroups == 1):
+    def _columns_of(
+        self, x: cute.Tensor, width: cutlass.Constexpr[int], part: Int32
+    ) -> cute.Tensor:
+        """A warpgroup's rows of ``x``, of shape (width * column_parts, 64, stages)."""
+        if const_expr(self.column_parts == 1):
             return x
-        return cute.local_tile(x, (width, TILE_ROWS, self.stages), (wg, 0, 0))
+        return cute.local_tile(x, (width, TILE_ROWS, self.stages), (part, 0, 0))
+
+    @cute.jit
+    def _keys_of(self, x: cute.Tensor, wg: Int32) -> cute.Tensor:
+        """The rows of ``x (keys, channels)`` whose scores the warpgroup computes."""
+        if const_expr(self.key_parts == 1):
+            return x
+        return cute.local_tile(x, (TILE_KEYS, cute.size(x, mode=[1])), (wg, 0))
 
     @cute.jit
     def _load_pairs(
@@ -429,7 +453,7 @@ class SelectedBackward:
         tScS: cute.Tensor,
         sTokens: cute.Tensor,
         tile: Int32,
-        first: Int32,
+        first_row: Int32,
         keys: Int32,
         count: Int32,
     ):
@@ -439,7 +463,7 @@ class SelectedBackward:
             pair, _ = pair_and_head(tile, tScS[0, c][1], 0, self.group)
             limit = keys
             if const_expr(self.causal):
-                limit = cutlass.min(keys, sTokens[pair] - first + 1)
+                limit = cutlass.min(keys, sTokens[pair] - first_row + 1)
             limit = limit if pair < count else 0
             for r in cutlass.range_constexpr(2):
                 visible = tScS[r, c][0] < limit
@@ -473,12 +497,17 @@ class _RowTensors(NamedTuple):
     dout: cute.Tensor
     out: cute.Tensor
     lse: cute.Tensor
+    dlse: cute.Tensor | None
     lse2: cute.Tensor
     delta: cute.Tensor
 
 
 class RowStatistics:
-    """Computes ``lse * log2(e)`` and delta, the sum of ``dout * out``, for each row and head."""
+    """Computes ``lse * log2(e)`` and delta, the sum of ``dout * out``, for each row and head.
+
+    With ``dlse``, delta is less by that: then ``dS = P * (dP - delta)`` has what comes through the
+    log-sum-exp, whose derivative is P.
+    """
 
     def __init__(self, head_dim_v: int):
         self.head_dim_v = head_dim_v
@@ -523,6 +552,8 @@ class RowStatistics:
         delta = cute.arch.warp_reduction_sum(delta, threads_in_group=self.lanes)
         if lane == 0 and row < rows:
             tensors.lse2[row] = tensors.lse[row] * LOG2_E
+            if const_expr(tensors.dlse is not None):
+                delta -= tensors.dlse[row]
             tensors.delta[row] = delta
 
 
@@ -551,29 +582,38 @@ def compile_backward(
 
 
 @kept
-def compile_statistics(dtype: torch.dtype, head_dim_v: int) -> Callable:
+def compile_statistics(dtype: torch.dtype, head_dim_v: int, with_dlse: bool) -> Callable:
+    dlse = Float32 if with_dlse else None
     return compile_kernel(
         RowStatistics(head_dim_v),
         _RowTensors(
             *(fake_flat(CUTE_DTYPES[dtype]) for _ in range(2)),
-            *(fake_flat(Float32, alignment=4) for _ in range(3)),
+            *(fake_flat(x, alignment=4) for x in (Float32, dlse, Float32, Float32)),
         ),
         (Int64(1),) * 2,
         *(Int32(1), Int32(1)),
     )
 
 
+# Head dimension, query heads of a KV head and block size that are compiled as a test.
+_SHAPES = (
+    *((64, 1, 64), (96, 3, 32), (128, 16, 64), (256, 6, 64)),
+    *((64, 4, 128), (96, 3, 128), (128, 16, 128), (256, 6, 128)),
+)
+
+
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        for dim, group, size in ((64, 1, 64), (96, 3, 32), (128, 16, 64), (256, 6, 64)):
+        for dim, group, size in _SHAPES:
             for causal in (True, False) if dim == 128 else (True,):
                 arguments = (dtype, dim, dim, group, size, causal)
                 form = f"{name}-{dim}-{group}-{size}{'' if causal else '-all'}"
                 yield f"selected-backward-{form}", functools.partial(compile_backward, *arguments)
-            statistics = functools.partial(compile_statistics, dtype, dim)
-            yield f"row-statistics-{name}-{dim}", statistics
+        for dim, with_dlse in itertools.product((64, 96, 128, 256), (False, True)):
+            statistics = functools.partial(compile_statistics, dtype, dim, with_dlse)
+            yield f"row-statistics-{name}-{dim}{'-dlse' if with_dlse else ''}", statistics
 
 
 def selected_backward(
@@ -588,6 +628,7 @@ def selected_backward(
     block_size: int,
     scale: float,
     causal: bool,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`nsa.fused.kernel_calls.selected_backward`."""
     total, heads, head_dim = q.shape
@@ -609,8 +650,10 @@ def selected_backward(
 
     rows = [flat_rows(x) for x in (q, k, v, dout, out)]
     (q, q_stride), (k, k_stride), (v, v_stride), (dout, do_stride), (out, out_stride) = rows
-    compile_statistics(q.dtype, head_dim_v)(
-        _RowTensors(dout, out, lse.view(-1), lse2, delta),
+    if dlse is not None:
+        dlse = dlse.contiguous().view(-1)
+    compile_statistics(q.dtype, head_dim_v, dlse is not None)(
+        _RowTensors(dout, out, lse.view(-1), dlse, lse2, delta),
         (do_stride, out_stride),
         *(total * heads, heads),
     )

@@ -4,8 +4,9 @@ This file has no launcher: :func:`nsa.fused.kernels.selected_forward.selected_fo
 kernel in place of its second one, the combination of partial results.
 
 The paper's configuration has each token select the first block of its sequence, its own block and
-the one before. The tokens of a block have these three in common; they are its *band*. A CTA keeps
-K and V of all three in shared memory, while the query rows of some of the block's tokens stream
+the one before. The tokens of a block have these three in common; they are its *band*. The tokens of
+a segment that are in one block are a *run*. A CTA keeps K and V of all three in shared memory,
+while the query rows of some of a run's tokens stream
 past, 64 at a time and warpgroup: row r is query head ``r % G`` of token ``r // G``. The band then
 needs neither an index nor partial results. A token sees those of the three blocks that its list
 names, whatever the configuration.
@@ -138,6 +139,9 @@ class BandTensors(NamedTuple):
     base: cute.Tensor
     first: cute.Tensor
     keys: cute.Tensor
+    row: cute.Tensor
+    run_base: cute.Tensor
+    run_first: cute.Tensor
 
 
 class BandForward:
@@ -178,7 +182,8 @@ class BandForward:
         strides: Strides,
         scale_log2: Float32,
         num_blocks: Int32,
-        chunk_blocks: Int32,
+        num_runs: Int32,
+        chunk_runs: Int32,
         results: Results,
         sizes: WaveSizes,
         stream,
@@ -195,10 +200,11 @@ class BandForward:
         mmas, layouts = (mma_qk, mma_pv), (q_smem, k_smem, v_smem)
         # The grid has the units.
         kernel_sizes = sizes._replace(units=None)
+        counts = (num_blocks, num_runs)
         self.kernel(
-            *(tensors, results, strides, scale_log2, num_blocks, kernel_sizes, mmas, layouts)
+            *(tensors, results, strides, scale_log2, counts, kernel_sizes, mmas, layouts)
         ).launch(
-            grid=[chunk_blocks * self.shares, sizes.units, 1],
+            grid=[chunk_runs * self.shares, sizes.units, 1],
             block=[self.warpgroups * WARPGROUP, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -211,13 +217,15 @@ class BandForward:
         results: Results,
         strides: Strides,
         scale_log2: Float32,
-        num_blocks: Int32,
+        counts: tuple[Int32, Int32],
         sizes: WaveSizes,
         mmas: tuple[cute.TiledMma, ...],
         layouts: tuple[cute.ComposedLayout, ...],
     ):
         (mma_qk, mma_pv), (q_smem, k_smem, v_smem) = mmas, layouts
-        mBase, mFirst, kv_heads = tensors.base, tensors.first, sizes.kv_heads
+        num_blocks, num_runs = counts
+        mBase, mFirst, mRow = tensors.base, tensors.first, tensors.row
+        mRunFirst, kv_heads = tensors.run_first, sizes.kv_heads
         cta_tidx, _, _ = cute.arch.thread_idx()
         warpgroup_idx = cute.arch.make_warp_uniform(cta_tidx // WARPGROUP)
         tidx = cta_tidx % WARPGROUP
@@ -226,20 +234,30 @@ class BandForward:
         kv_head = unit // sizes.chunks
         start = unit % sizes.chunks * sizes.chunk_tokens
         end = cutlass.min(start + sizes.chunk_tokens, sizes.num_tokens)
-        # Blocks are numbered as tokens are: from the one of the chunk's first token on. A graph's
+        # Runs are numbered as tokens are: from the one of the chunk's first token on. A graph's
         # sequences, which nothing checks, may end before it; it then has none.
         start_base = cutlass.min(mBase[start], num_blocks - 1)
-        block = start_base + (start - mFirst[start_base]) // self.block_size + share // self.shares
-        first, keys = Int32(0), Int32(0)
-        if block < num_blocks:
-            first, keys = mFirst[block], tensors.keys[block]
-        share_first = first + share % self.shares * self.share_tokens
-        begin = cutlass.max(share_first, start)
-        count = cutlass.min(cutlass.min(first + keys, share_first + self.share_tokens), end) - begin
+        own = (start - mRow[start_base]) // self.block_size
+        run = tensors.run_base[start] + own + share // self.shares
+        begin, run_end = end, end
+        if run < num_runs:
+            begin = cutlass.max(mRunFirst[run], start)
+        if run + 1 < num_runs:
+            run_end = cutlass.min(mRunFirst[run + 1], end)
+        base, block, first, keys, first_row = (Int32(0) for _ in range(5))
+        if begin < end:
+            base = cutlass.min(mBase[begin], num_blocks - 1)
+            own = (begin - mRow[base]) // self.block_size
+            block = cutlass.min(base + own, num_blocks - 1)
+            first, keys, first_row = mFirst[block], tensors.keys[block], mRow[block]
+        share_first = first_row + share % self.shares * self.share_tokens
+        begin = cutlass.max(share_first, begin)
+        run_end = cutlass.min(
+            cutlass.min(first_row + keys, share_first + self.share_tokens), run_end
+        )
+        count = run_end - begin
         if keys > 0 and count > 0:
-            base = mBase[begin]
-            own = block - base
-            skipped = begin - first
+            skipped = begin - first_row
 
             smem = cutlass.utils.SmemAllocator()
             sQ, sK, sV = (
@@ -284,8 +302,9 @@ class BandForward:
                 load_partial(warpgroup_idx, Int32(slot), positions, i, Int32(lane))
                 cute.arch.cp_async_commit_group()
             if cta_tidx < self.block_size:
-                token = cutlass.min(tidx, keys - 1)
-                row = Int64(first + token) * kv_heads + kv_head
+                # Others of the block may be none of the CTA's, or no tokens.
+                token = cutlass.min(cutlass.max(tidx, skipped), skipped + count - 1)
+                row = Int64(first_row + token) * kv_heads + kv_head
                 limits = self._limits(tensors.indices, row * self.slots, own, token, keys)
                 for part in cutlass.range_constexpr(_PARTS):
                     sLimits[part, tidx] = limits[part]
@@ -576,10 +595,10 @@ def compile_band(
         BandForward(cute_dtype, head_dim, head_dim_v, group, block_size, causal, slots),
         BandTensors(
             *(fake_flat(cute_dtype) for _ in range(3)),
-            *(fake_flat(Int32, alignment=4) for _ in range(4)),
+            *(fake_flat(Int32, alignment=4) for _ in range(7)),
         ),
         Strides(*(Int64(1) for _ in range(3))),
-        *(Float32(1.0), Int32(1), Int32(1)),
+        *(Float32(1.0), Int32(1), Int32(1), Int32(1)),
         *fake_results(cute_dtype),
     )
 

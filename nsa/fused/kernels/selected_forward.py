@@ -9,9 +9,10 @@ the blocks that they have in common with their neighbours, the second kernel is 
 :mod:`nsa.fused.kernels.selected_band`, which computes these blocks itself.
 
 Rows are gathered by cp.async two tiles ahead, one where shared memory has room for one stage alone.
-The scores of the next tile are computed while this one's output is stored. Three CTAs share an SM
-at head dimension 128 and hide each other's latencies; there is no warp specialisation. Most of the
-time goes to the partial results, which are written to memory and read again.
+The scores of the next tile are computed while this one's output is stored. At head dimension 128
+three CTAs share an SM, two with blocks of 128 keys, and hide each other's latencies; there is no
+warp specialisation. Most of the time goes to the partial results, which are written to memory and
+read again. With blocks of 128 keys there are half as many for the same work.
 """
 
 import functools
@@ -180,7 +181,7 @@ class SelectedForward:
         if bidx < tensors.num_items[sizes.wave]:
             field = (Int64(sizes.wave) * sizes.wave_items + bidx) * ITEM_FIELDS
             begin, count = mItems[field], mItems[field + 1]
-            first, keys = mItems[field + 2], mItems[field + 3]
+            first, keys, first_row = mItems[field + 2], mItems[field + 3], mItems[field + 4]
             kv_head = begin // sizes.unit_pairs // sizes.chunks
 
             smem = cutlass.utils.SmemAllocator()
@@ -245,7 +246,7 @@ class SelectedForward:
                     limits[r] = keys
                     if const_expr(self.causal):
                         pair, _ = pair_and_head(tile, tScS[0, 0][0] + 8 * r, 0, self.group)
-                        limits[r] = cutlass.min(keys, sTokens[pair] - first + 1)
+                        limits[r] = cutlass.min(keys, sTokens[pair] - first_row + 1)
                 warpgroup.wait_group(0)
                 if const_expr(self.stages == 1):
                     # All warps have read the queries.
@@ -457,6 +458,8 @@ _SHAPES = (
     *((64, 64, 1), (96, 96, 3), (128, 128, 16)),
     *((256, 256, 6), (256, 128, 16), (64, 128, 3)),
 )
+# And of blocks of 128 keys.
+_LONG_SHAPES = ((64, 64, 4), (96, 96, 3), (128, 128, 16), (256, 256, 6))
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -471,6 +474,10 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"selected-forward-{form}", functools.partial(compile_forward, *arguments)
             combine = functools.partial(compile_combine, dtype, dim_v, group, slots)
             yield f"combine-partials-{name}-{dim_v}-{group}-{slots}", combine
+        for dim, dim_v, group in _LONG_SHAPES:
+            arguments = (dtype, dim, dim_v, group, 128, True)
+            form = f"{name}-{dim}-{dim_v}-{group}-128"
+            yield f"selected-forward-{form}", functools.partial(compile_forward, *arguments)
 
 
 def selected_forward(
@@ -490,7 +497,6 @@ def selected_forward(
     group, slots = heads // kv_heads, block_indices.shape[2]
     form = (q.dtype, head_dim, head_dim_v, group, block_size, causal)
     band = band and band_fits(head_dim, head_dim_v, block_size, slots)
-    block_indices = block_indices.contiguous()
     chunk = choose_chunk_tokens(total, group, blocks.first.shape[0], slots, 2 * head_dim)
     wave = units_of_wave(chunk, slots, group, head_dim_v)
     index = invert_index(
@@ -502,12 +508,13 @@ def selected_forward(
     strides, scale_log2 = Strides(q_stride, k_stride, v_stride), scale * LOG2_E
     forward = compile_forward(*form)
     if band:
-        listed = (block_indices.view(-1), blocks.base, blocks.first, blocks.keys)
-        chunk_blocks = blocks.most_of_range(chunk, block_size)
+        tables = (blocks.base, blocks.first, blocks.keys, blocks.row)
+        runs = (blocks.run_base, blocks.run_first)
+        chunk_runs = blocks.most_runs(chunk, block_size)
         combine = functools.partial(
             compile_band(*form, slots),
-            *(BandTensors(q, k, v, *listed), strides),
-            *(scale_log2, blocks.first.shape[0], chunk_blocks),
+            *(BandTensors(q, k, v, block_indices.reshape(-1), *tables, *runs), strides),
+            *(scale_log2, blocks.first.shape[0], blocks.run_first.shape[0], chunk_runs),
         )
     else:
         combine = compile_combine(q.dtype, head_dim_v, group, slots)

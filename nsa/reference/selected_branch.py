@@ -1,0 +1,45 @@
+"""The selected branch by itself, for blocks that the caller has chosen."""
+
+import torch
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.geometry import Geometry
+from nsa.packing import Boundaries
+from nsa.precision import without_autocast
+from nsa.reference import attention
+
+
+@torch.compiler.disable(reason="nsa's reference reads lengths on the host")
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    boundaries: Boundaries | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`nsa.selected_attention`. Arguments are checked."""
+    config = NSAConfig(
+        selection="token",
+        compress_block_size=block_size,
+        num_selected_blocks=block_indices.shape[-1],
+        causal=causal,
+        scale=scale,
+    )
+    with without_autocast(q.device):
+        bounds = () if boundaries is None else (boundaries.cu_seqlens, boundaries.cu_seqlens_k)
+        geometry = Geometry.of(q, k, config, *bounds)
+        # A copy, because the caller may overwrite the original before the backward.
+        indices = block_indices.clone()
+        rows, keys, values, lists = (
+            x.flatten(0, 1) if x.ndim == 4 else x for x in (q, k, v, indices)
+        )
+        out, lse = attention.selected_attention(rows, keys, values, lists, geometry)
+        out = out.reshape(*q.shape[:-1], out.shape[-1])
+        lse = lse.reshape(q.shape[:-1]).transpose(-1, -2)
+        return (out, lse) if return_lse else out
