@@ -1,5 +1,7 @@
 """Native Sparse Attention (https://arxiv.org/abs/2502.11089) for training and inference."""
 
+from importlib import import_module
+
 from nsa.cache import Cache
 from nsa.config import NSAConfig
 from nsa.dispatch import explain_backend, forward, select_blocks
@@ -21,3 +23,10 @@ __all__ = [
     "select_blocks",
     "selected_attention",
 ]
+
+
+def __getattr__(name: str):
+    # At first use, because it imports torch.distributed.
+    if name == "distributed":
+        return import_module("nsa.distributed")
+    raise AttributeError(f"module 'nsa' has no attribute {name!r}")

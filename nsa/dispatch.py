@@ -4,6 +4,7 @@ import functools
 import logging
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -209,10 +210,7 @@ def select_blocks(
         q, keys, compress_k_weight, compressed_kv
     )
     problem = validation.check_qkv(q, keys, None, config, cu_seqlens, cu_seqlens_k)
-    if isinstance(compressed_kv, (tuple, list)) and len(compressed_kv) == 2:
-        value = compressed_kv[1]
-        if isinstance(value, Tensor) and value.ndim == q.ndim:
-            problem = problem._replace(value_dim=value.shape[-1])
+    problem = with_value_dim(problem, compressed_kv)
     boundaries = check_boundaries(cu_seqlens, max_seqlen, q, keys[0], cu_seqlens_k, max_seqlen_k)
     validation.check_compression(
         compress_k_weight,
@@ -300,9 +298,7 @@ def explain_backend(
 
 def uses_fused(backend: str, q: Tensor, v: Tensor, config: NSAConfig) -> bool:
     """Whether :func:`forward` uses the fused backend for these, without ``k``'s."""
-    from nsa.fused.constraints import unsupported_reason
-
-    return backend != "reference" and unsupported_reason(q, v, config) is None
+    return backend != "reference" and _limit_without_cache(q, v, config) is None
 
 
 _FLOATS = (
@@ -393,6 +389,15 @@ def _check_call(
     )
 
 
+def with_value_dim(problem: validation.Problem, compressed_kv) -> validation.Problem:
+    """``problem`` of a call without values, with the ``Dv`` of compressed values if given."""
+    if isinstance(compressed_kv, (tuple, list)) and len(compressed_kv) == 2:
+        value = compressed_kv[1]
+        if isinstance(value, Tensor) and value.ndim == len(problem.leading) + 2:
+            return problem._replace(value_dim=value.shape[-1])
+    return problem
+
+
 def _check_backend(backend) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
@@ -404,22 +409,26 @@ def _limit_of_forward(call: _Call, cache: Cache | None, given: bool) -> str | No
 
     ``given`` is whether the caller gives ``block_indices``.
     """
-    from nsa.fused.constraints import cache_limit, unsupported_reason
+    if cache is None:
+        return _limit_without_cache(call.q, call.v[0], call.config)
+    from nsa.fused.constraints import cache_limit
 
-    if cache is not None:
-        return cache_limit(call.q, cache, call.boundaries, given)
-    return unsupported_reason(call.q, call.v[0], call.config)
+    return cache_limit(call.q, cache, call.boundaries, given)
 
 
 def _limit_of_selection(
     q: Tensor, k: tuple[Tensor, ...], config: NSAConfig, cache: Cache | None
 ) -> str | None:
     """Why the fused backend cannot select blocks, with the remedy; None if it can."""
+    if cache is None:
+        return _limit_without_cache(q, k[0], config)
+    return "it has no select_blocks with a cache; use backend='reference' or 'auto'"
+
+
+def _limit_without_cache(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
     from nsa.fused.constraints import unsupported_reason
 
-    if cache is not None:
-        return "it has no select_blocks with a cache; use backend='reference' or 'auto'"
-    return unsupported_reason(q, k[0], config)
+    return unsupported_reason(q, v, config)
 
 
 def _choose(backend: str, limit: str | None) -> str | None:
@@ -433,7 +442,12 @@ def _describe_limit(limit: str | None) -> str:
     return "fused can do this" if limit is None else f"fused cannot do this: {limit}"
 
 
-def choose_module(backend: str, q: Tensor, fused_limit: Callable[[], str | None]):
+def backend_module(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -> ModuleType:
+    """The package that attends; ``v`` are the values of each branch."""
+    return choose_module(backend, q, partial(_limit_without_cache, q, v[0], config))
+
+
+def choose_module(backend: str, q: Tensor, fused_limit: Callable[[], str | None]) -> ModuleType:
     """The package of the backend to use; ``fused_limit`` says why it cannot be the fused one.
 
     Raises:

@@ -5,17 +5,11 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
-from nsa.fused import compressed_forms, constraints, decode_calls, decoding, fa4, kernel_calls
+from nsa.fused import compressed_forms
 from nsa.fused.attention import folded
-from tests.helpers import (
-    emulated_decoding,
-    emulated_fa4,
-    emulated_kernels,
-    emulated_token_kernels,
-    poison,
-    profiles,
-    requirements,
-)
+from tests.helpers import poison, profiles, requirements
+from tests.helpers.emulation import emulate_kernels
+from tests.helpers.world import World
 
 # pytest-xdist runs one worker a core; more threads than that only contend.
 torch.set_num_threads(1)
@@ -52,20 +46,18 @@ def mesh(tmp_path):
     distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Three ranks, which start with the first test that needs them."""
+    ranks = World(str(tmp_path_factory.mktemp("world")))
+    yield ranks
+    ranks.stop()
+
+
 @pytest.fixture
 def fused_on_cpu(monkeypatch):
     """The fused backend on a CPU and in any dtype: its kernel calls answered by PyTorch."""
-    for name in emulated_fa4.NAMES:
-        monkeypatch.setattr(fa4, name, getattr(emulated_fa4, name))
-    for module in (emulated_kernels, emulated_token_kernels):
-        for name in module.NAMES:
-            monkeypatch.setattr(kernel_calls, name, getattr(module, name))
-    for name in emulated_decoding.NAMES:
-        monkeypatch.setattr(decode_calls, name, getattr(emulated_decoding, name))
-    monkeypatch.setattr(decoding, "_size_limit", lambda _: None)
-    monkeypatch.setattr(constraints, "_tensor_limit", lambda *_: None)
-    monkeypatch.setattr(constraints, "_device_limit", lambda *_: None)
-    monkeypatch.setattr(fa4, "version_problem", lambda: None)
+    emulate_kernels(monkeypatch.setattr)
 
 
 @pytest.fixture(params=["one tile", "folded", "shared keys"])

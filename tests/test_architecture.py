@@ -89,9 +89,10 @@ def test_words_in_code_exist():
     assert not words - words_of_the_package()
 
 
-def test_every_module_of_the_fused_backend_has_a_place_on_the_page():
-    folder = ROOT / "nsa" / "fused"
-    modules = [*folder.glob("*.py"), *(folder / "attention").glob("*.py")]
+def test_every_module_of_the_large_packages_has_a_place_on_the_page():
+    package = ROOT / "nsa"
+    folders = (package / "fused", package / "fused" / "attention", package / "distributed")
+    modules = [path for folder in folders for path in folder.glob("*.py")]
     named = set(PATH.findall(PAGE))
     missing = {str(path.relative_to(ROOT)) for path in modules if path.stem != "__init__"} - named
     assert not missing
@@ -108,6 +109,7 @@ LAYERS = [
     {"selected_branch"},
     {"linears"},
     {"compressor", "cached_layer"},
+    {"distributed"},
     {"layers", "integrations", "transformers"},
     {"__init__"},
     {"__main__"},

@@ -69,6 +69,27 @@ print("done")
 """
 
 
+LAZY = """
+import sys
+import torch
+
+before = set(sys.modules)
+import nsa
+
+added = {name for name in set(sys.modules) - before if name.startswith("torch.distributed")}
+assert not added, added
+assert "nsa.distributed" not in sys.modules
+assert nsa.distributed.forward.__module__ == "nsa.distributed.interface"
+try:
+    nsa.distribute
+except AttributeError as error:
+    assert "'distribute'" in str(error)
+else:
+    raise AssertionError("nsa has no such attribute")
+print("done")
+"""
+
+
 def _run(code: str):
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -87,3 +108,7 @@ def test_the_reference_runs_where_every_optional_package_is_absent():
 
 def test_import_leaves_optional_packages_alone_where_they_are_present():
     _run(PRESENT)
+
+
+def test_torch_distributed_is_imported_at_first_use():
+    _run(LAZY)

@@ -5,6 +5,15 @@
 The output folder gets a log (CSV) and a checkpoint for each attention, a sample of text, and a
 picture of the losses and the selected blocks. Stop it at any time: the same command continues where
 it stopped, and ends with the same weights (bit for bit on a CPU).
+
+On several GPUs, or processes of a CPU:
+
+    torchrun --standalone --nproc-per-node 4 tools/train_lm.py --attention nsa --device cuda \
+        --context-parallel 2
+
+Two ranks share each sequence and the two pairs share the batch. All four share the weights. The run
+continues on any number of ranks. After a signal all stop after the same step; torchrun then reports
+the signal with a traceback of its own.
 """
 
 import argparse
@@ -29,6 +38,7 @@ from lm.checkpoint import load_checkpoint, save_checkpoint
 from lm.data import Corpus, load_corpus, random_batch
 from lm.generate import Sampling, generate
 from lm.model import ByteTransformer, ModelConfig
+from lm.parallel import Alone, Ranks, join, whole_sequences
 from lm.plot import plot_run, selection_map, write_csv
 
 
@@ -131,10 +141,19 @@ class Interrupted(Exception):
 class Trainer:
     """The training of one model. It can stop after any step and continue from its checkpoint."""
 
-    def __init__(self, preset: Preset, attention: str, corpus: Corpus, args: argparse.Namespace):
+    def __init__(
+        self,
+        preset: Preset,
+        attention: str,
+        corpus: Corpus,
+        args: argparse.Namespace,
+        ranks: Alone,
+    ):
         torch.manual_seed(args.seed)
         self.preset, self.attention, self.corpus, self.args = preset, attention, corpus, args
-        self.model = ByteTransformer(preset.model, attention, args.backend).to(args.device)
+        self.ranks = ranks
+        model = ByteTransformer(preset.model, attention, args.backend).to(ranks.device)
+        self.model = ranks.prepare(model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), preset.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
         )
@@ -148,15 +167,21 @@ class Trainer:
             **{name: value for name, value in asdict(preset).items() if name != "model"},
             **asdict(preset.model),
         }
-        self.path = args.output / f"{attention}.pt"
+        # A folder for the checkpoints of several ranks, a file for those of one process.
+        self.sharded = isinstance(ranks, Ranks)
+        self.path = args.output / (attention if self.sharded else f"{attention}.pt")
 
     def resume(self):
         """Continue from the checkpoint, if there is one."""
-        state = load_checkpoint(self.path, self.settings)
+        if self.sharded:
+            state = sharded_checkpoint().load(self.path, self.model, self.optimizer, self.settings)
+        else:
+            state = load_checkpoint(self.path, self.settings)
         if state is None:
             return
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if not self.sharded:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
@@ -166,8 +191,6 @@ class Trainer:
         """Write the checkpoint and the log."""
         state = {
             "settings": self.settings,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "rng": torch.get_rng_state(),
             "step": self.step,
@@ -175,8 +198,14 @@ class Trainer:
             "log": self.log,
             "recent": self.recent,
         }
-        save_checkpoint(self.path, state)
-        write_csv(self.path.with_suffix(".csv"), self.log)
+        if self.sharded:
+            sharded_checkpoint().save(self.path, self.model, self.optimizer, state, self.ranks)
+        else:
+            state["model"] = self.model.state_dict()
+            state["optimizer"] = self.optimizer.state_dict()
+            save_checkpoint(self.path, state)
+        if self.ranks.first:
+            write_csv(self.path.with_suffix(".csv"), self.log)
 
     def run(self, stop_requested):
         """Train to the end, or until ``stop_requested()``.
@@ -186,6 +215,7 @@ class Trainer:
         """
         steps = self.preset.steps
         columns = {} if sys.stderr.isatty() else {"mininterval": 10, "ncols": 80}
+        columns["disable"] = not self.ranks.first
         with tqdm(total=steps, initial=self.step, desc=f"{self.attention:>5}", **columns) as bar:
             while self.step < steps:
                 started = time.perf_counter()
@@ -200,7 +230,7 @@ class Trainer:
                     self.log[-1][-1] = round(self.seconds, 2)
                     bar.set_postfix(heldout=f"{self.log[-1][2]:.3f}", refresh=False)
                 bar.update()
-                stopped = stop_requested()
+                stopped = self.ranks.any(stop_requested())
                 if stopped or self.step % self.args.save_every == 0 or self.step == steps:
                     self.save()
                 if stopped and self.step < steps:
@@ -216,7 +246,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        return loss.item()
+        return self.ranks.mean(loss.item())
 
     def learning_rate(self) -> float:
         """Rise linearly from 0 over the first twentieth of steps, then fall linearly to a tenth."""
@@ -224,11 +254,11 @@ class Trainer:
         return self.preset.learning_rate * min((done + 1 / self.preset.steps) * 20, 1 - 0.9 * done)
 
     def loss(self, text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Mean loss of a random batch, in nats per byte."""
-        preset, device = self.preset, self.args.device
+        """Mean loss of this rank's part of a random batch, in nats per byte."""
+        preset = self.preset
         batch = random_batch(text, preset.batch_size, preset.context, generator)
-        inputs, targets = (part.to(device) for part in batch)
-        with autocast(device):
+        inputs, targets = (self.ranks.own(part).to(self.ranks.device) for part in batch)
+        with self.autocast():
             logits = self.model(inputs)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
@@ -237,32 +267,42 @@ class Trainer:
         """Mean loss over held-out crops, which are the same each time and for each attention."""
         generator = torch.Generator().manual_seed(0)
         losses = [self.loss(self.corpus.heldout, generator) for _ in range(batches)]
-        return torch.stack(losses).mean().item()
+        return self.ranks.mean(torch.stack(losses).mean().item())
 
     def sample(self) -> str:
         """Text that continues the first line of held-out text."""
-        prompt = self.corpus.heldout[:64].long().to(self.args.device)
+        prompt = self.corpus.heldout[:64].long().to(self.ranks.device)
         generator = torch.Generator().manual_seed(self.args.seed)
-        with autocast(self.args.device):
-            steps = generate(self.model, [prompt], SAMPLE_BYTES, Sampling(0.8, 1.0, generator))
+        with self.autocast(), whole_sequences(self.model):
+            sampling = Sampling(0.8, 1.0, generator)
+            # A cache takes its dtype from the weights, which sharded ones do not show.
+            options = dict(use_cache=not self.sharded)
+            steps = generate(self.model, [prompt], SAMPLE_BYTES, sampling, **options)
             text = bytes([*prompt.tolist(), *(int(step) for step in steps)])
         return text.decode("utf-8", errors="replace")
 
     def selection(self):
         """The map of the blocks that the last layer selects on held-out text."""
         context = self.preset.context
-        text = self.corpus.heldout[None, :context].long().to(self.args.device)
+        text = self.corpus.heldout[None, :context].long().to(self.ranks.device)
         config = self.preset.model.nsa_config
-        with autocast(self.args.device):
+        with self.autocast(), whole_sequences(self.model):
             indices = self.model.selected_blocks(text, layer=self.preset.model.num_layers - 1)
         return selection_map(indices, text.shape[1], config)
 
+    def autocast(self):
+        """Autocast to bfloat16 on a GPU, because the kernels need 16 bits; float32 on a CPU."""
+        kind = torch.device(self.ranks.device).type
+        if kind == "cpu" or self.sharded:  # sharded weights are cast when they are gathered
+            return nullcontext()
+        return torch.autocast(kind, torch.bfloat16)
 
-def autocast(device: str):
-    """Autocast to bfloat16 on a GPU, because the kernels need 16 bits; float32 on a CPU."""
-    if torch.device(device).type == "cpu":
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+def sharded_checkpoint():
+    """Imported at first use, because it imports much of torch.distributed."""
+    from lm import sharded_checkpoint
+
+    return sharded_checkpoint
 
 
 @contextmanager
@@ -293,6 +333,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--text", type=Path, help="a text file or folder (default: Python's standard library)")
     add("--output", type=Path, default=Path("outputs/lm"), help="folder (default: %(default)s)")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--context-parallel", type=int, default=1, help="ranks that share a sequence (torchrun)")
     add("--backend", choices=("auto", "reference", "fused"), default="auto")
     add("--steps", type=int, help="default: the preset's, as for the next two")
     add("--context", type=int, help="bytes of a sequence")
@@ -302,45 +343,56 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--save-every", type=int, default=50, help="steps between checkpoints (%(default)s)")
     add("--fresh", action="store_true", help="ignore the checkpoints of an earlier run")
     args = parser.parse_args(argv)
-    for name in ("steps", "context", "batch_size", "log_every", "save_every"):
+    for name in ("steps", "context", "batch_size", "log_every", "save_every", "context_parallel"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.context_parallel > 1 and args.attention != "nsa":
+        parser.error(f"--context-parallel needs --attention nsa, got {args.attention}")
     return args
 
 
-def train_all(args: argparse.Namespace, stop_requested) -> dict[str, Trainer]:
+def train_all(args: argparse.Namespace, ranks: Alone, stop_requested) -> dict[str, Trainer]:
     """Train each attention that was asked for."""
     sizes = {name: getattr(args, name) for name in ("steps", "context", "batch_size")}
     preset = replace(PRESETS[args.preset], **{k: v for k, v in sizes.items() if v is not None})
     corpus = load_corpus(args.text)
-    print(f"text: {corpus.description}")
+    say(ranks, f"text: {corpus.description}")
     trainers = {}
     for attention in ("nsa", "dense") if args.attention == "both" else (args.attention,):
-        trainer = trainers[attention] = Trainer(preset, attention, corpus, args)
+        trainer = trainers[attention] = Trainer(preset, attention, corpus, args, ranks)
         if not args.fresh:
             trainer.resume()
         if trainer.step:
-            print(f"{attention}: continuing {trainer.path} after step {trainer.step}")
+            say(ranks, f"{attention}: continuing {trainer.path} after step {trainer.step}")
         trainer.run(stop_requested)
     return trainers
 
 
-def report(args: argparse.Namespace, trainers: dict[str, Trainer]):
+def say(ranks: Alone, text: str, file=None):
+    """Print, on one rank."""
+    if ranks.first:
+        print(text, file=file or sys.stdout, flush=True)
+
+
+def report(args: argparse.Namespace, trainers: dict[str, Trainer], ranks: Alone):
     """Write the sample and the picture, and print the held-out losses as the last line."""
     shown = trainers.get("nsa") or trainers["dense"]
+    # All ranks compute, because they share the weights.
     sample = shown.sample()
+    selection = trainers["nsa"].selection() if "nsa" in trainers else None
+    losses = [
+        f"{attention} {trainer.heldout_loss(FINAL_HELDOUT_BATCHES):.3f} ({trainer.seconds:.0f} s)"
+        for attention, trainer in trainers.items()
+    ]
+    if not ranks.first:
+        return
     (args.output / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"\nsample of {shown.attention} (64 bytes of held-out text, then its own):\n{sample}\n")
     picture = args.output / "losses.png"
-    selection = trainers["nsa"].selection() if "nsa" in trainers else None
     logs = {attention: trainer.log for attention, trainer in trainers.items()}
     plot_run(picture, logs, selection, shown.preset.model.nsa_config)
     print(f"picture: {picture}, logs: {', '.join(str(args.output / f'{a}.csv') for a in logs)}")
-    losses = (
-        f"{attention} {trainer.heldout_loss(FINAL_HELDOUT_BATCHES):.3f} ({trainer.seconds:.0f} s)"
-        for attention, trainer in trainers.items()
-    )
     print(f"held-out loss after {shown.step} steps, nats per byte: {', '.join(losses)}")
 
 
@@ -348,16 +400,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     # Unordered sums over threads would make a resumed run differ in the last bit.
     torch.use_deterministic_algorithms(torch.device(args.device).type == "cpu")
-    with deferred_signals() as stop_requested:
-        try:
-            trainers = train_all(args, stop_requested)
-        except Interrupted:
-            print("interrupted; the same command continues from here")
-            return 130
-        except (FileNotFoundError, ValueError, nsa.UnsupportedError) as error:
-            print(f"train_lm: {error}", file=sys.stderr)
-            return 2
-    report(args, trainers)
+    ranks = None
+    try:
+        with deferred_signals() as stop_requested:
+            ranks = join(args.device, args.context_parallel)
+            trainers = train_all(args, ranks, stop_requested)
+        report(args, trainers, ranks)
+    except Interrupted:
+        assert ranks is not None
+        say(ranks, "interrupted; the same command continues from here")
+        return 130
+    except (FileNotFoundError, ValueError, nsa.UnsupportedError) as error:
+        say(ranks or Alone(args.device), f"train_lm: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if ranks is not None:
+            ranks.leave()
     return 0
 
 

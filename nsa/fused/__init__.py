@@ -1,6 +1,7 @@
 """The fused backend: FlashAttention-4's kernels and our own, in the CuTe DSL, for a GPU."""
 
+from nsa.fused.compressed_blocks import compress_blocks
 from nsa.fused.entry import forward, select_blocks
 from nsa.fused.selected_branch import selected_attention
 
-__all__ = ["forward", "select_blocks", "selected_attention"]
+__all__ = ["compress_blocks", "forward", "select_blocks", "selected_attention"]

@@ -77,19 +77,19 @@ def forward(
         k_cmp, v_cmp = (_pad_compressed(x, num_keys, packed, config) for x in compressed_kv)
     (k_first, k_slc, k_win), (v_first, v_slc, v_win) = _drop_repeats(k, v)
     inputs = Inputs(
-        q=_kernel_rows(q, dim),
-        k=_kernel_rows(k_first, dim),
-        v=_kernel_rows(v_first, dim),
-        k_slc=_kernel_rows(k_slc, dim),
-        v_slc=_kernel_rows(v_slc, dim),
-        k_win=_kernel_rows(k_win, dim),
-        v_win=_kernel_rows(v_win, dim),
-        k_cmp=_kernel_rows(k_cmp, dim),
-        v_cmp=_kernel_rows(v_cmp, dim),
+        q=kernel_rows(q, dim),
+        k=kernel_rows(k_first, dim),
+        v=kernel_rows(v_first, dim),
+        k_slc=kernel_rows(k_slc, dim),
+        v_slc=kernel_rows(v_slc, dim),
+        k_win=kernel_rows(k_win, dim),
+        v_win=kernel_rows(v_win, dim),
+        k_cmp=kernel_rows(k_cmp, dim),
+        v_cmp=kernel_rows(v_cmp, dim),
         gates=_batched(gates),
         gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
-        compress_k_weight=_widen_square(compress_k_weight, dim),
-        compress_v_weight=_widen_square(compress_v_weight, dim),
+        compress_k_weight=widen_square(compress_k_weight, dim),
+        compress_v_weight=widen_square(compress_v_weight, dim),
     )
     keys = _Keys(num_keys=inputs.k.shape[1], cu_seqlens_k=cu_seqlens_k)
     sizes = make_sizes(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen_k, config, **keys)
@@ -133,8 +133,8 @@ def select_blocks(
     compressed, num_keys = compressed_kv is not None, k.shape[-3]
     if compressed_kv is not None:
         k = _pad_compressed(compressed_kv[0], num_keys, boundaries is not None, config)
-    rows, k = _kernel_rows(q, dim), _kernel_rows(k, dim)
-    weight = None if compressed else _widen_square(compress_k_weight, dim)
+    rows, k = kernel_rows(q, dim), kernel_rows(k, dim)
+    weight = None if compressed else widen_square(compress_k_weight, dim)
     if is_traced(rows, k, weight, cu_seqlens, cu_seqlens_k):
         bounds, form = (cu_seqlens, cu_seqlens_k, max_seqlen_k), (config.encoded, scale)
         blocks = ops.select_blocks(rows, k, weight, compressed, num_keys, *bounds, *form)
@@ -202,12 +202,12 @@ def _widen(x: Given, dim: int) -> Given:
     return pad(x, (0, dim - x.shape[-1]))
 
 
-def _kernel_rows(x: Given, dim: int) -> Given:
+def kernel_rows(x: Given, dim: int) -> Given:
     """Queries, keys or values in the layout of the kernels."""
     return _batched(_widen(x, dim))
 
 
-def _widen_square(x: Tensor | None, dim: int) -> Tensor | None:
+def widen_square(x: Tensor | None, dim: int) -> Tensor | None:
     """``(H_kv, D, D)`` with zero channels up to ``dim`` on both sides; contiguous."""
     if x is None:
         return None

@@ -9,7 +9,7 @@ from nsa.blocks import num_query_tiles
 from nsa.cache import Cache
 from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
-from nsa.geometry import Geometry
+from nsa.geometry import Geometry, QuerySegments, Segments
 from nsa.packing import Boundaries
 from nsa.precision import without_autocast
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
@@ -37,10 +37,14 @@ def forward(
     block_indices: Tensor | None = None,
     boundaries: Boundaries | None = None,
     cache: Cache | None = None,
+    segments: QuerySegments | None = None,
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
 ) -> Tensor:
-    """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch."""
+    """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch.
+
+    ``segments`` says where queries stand that are not the last ones of their sequences.
+    """
     with without_autocast(q.device):
         inputs = _flatten(q), _flatten_branches(k), _flatten_branches(v)
         weights: dict[str, Any] = dict(
@@ -60,7 +64,7 @@ def forward(
         else:
             out = attend(
                 *inputs,
-                _geometry(q, k[0], boundaries, config),
+                _geometry(q, k[0], boundaries, segments, config),
                 compressed_kv=compressed_kv,
                 indices=None if block_indices is None else _flatten_indices(block_indices, config),
                 **weights,
@@ -125,6 +129,7 @@ def select_blocks(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     boundaries: Boundaries | None = None,
     cache: Cache | None = None,
+    segments: QuerySegments | None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`. Arguments are checked; ``k`` is the compressed branch's."""
     with without_autocast(q.device):
@@ -132,7 +137,7 @@ def select_blocks(
             tokens = locate_in_cache(cache, q, boundaries, compressed_kv)
             pair = _flatten_pair(compressed_kv)
             return select_cached(q, _flatten(k), cache, tokens, compress_k_weight, pair)
-        geometry = _geometry(q, k, boundaries, config)
+        geometry = _geometry(q, k, boundaries, segments, config)
         if compressed_kv is None:
             k_cmp = compress(_flatten(k), compress_k_weight, geometry)
         else:
@@ -141,9 +146,32 @@ def select_blocks(
         return _unflatten_indices(indices, q, config)
 
 
-def _geometry(q: Tensor, k: Tensor, boundaries: Boundaries | None, config: NSAConfig) -> Geometry:
+def compress_blocks(
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: NSAConfig,
+    compress_k_weight: Tensor | None,
+    compress_v_weight: Tensor | None,
+    boundaries: Boundaries,
+) -> tuple[Tensor, Tensor]:
+    """The compressed keys and values of packed ``k (T, H_kv, D)`` and ``v (T, H_kv, Dv)``."""
+    with without_autocast(k.device):
+        geometry = _geometry(k, k, boundaries, None, config)
+        return compress(k, compress_k_weight, geometry), compress(v, compress_v_weight, geometry)
+
+
+def _geometry(
+    q: Tensor,
+    k: Tensor,
+    boundaries: Boundaries | None,
+    segments: QuerySegments | None,
+    config: NSAConfig,
+) -> Geometry:
     if boundaries is None:
         return Geometry.of(q, k, config)
+    if segments is not None:
+        return Geometry(segments, Segments(boundaries.cu_seqlens_k.long(), k.shape[0]), config)
     return Geometry.of(q, k, config, boundaries.cu_seqlens, boundaries.cu_seqlens_k)
 
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import bench_distributed
 import bench_layer
 import bench_positions
 import bench_selected
@@ -32,7 +33,7 @@ GPU_TOOLS = (
     "cold_start",
 )
 # These take their shapes in another form, or none.
-OTHER_TOOLS = ("bench_selected", "bench_positions", "bench_layer")
+OTHER_TOOLS = ("bench_selected", "bench_positions", "bench_layer", "bench_distributed")
 
 
 @pytest.mark.parametrize("name", GPU_TOOLS)
@@ -414,3 +415,10 @@ def test_a_chart_is_of_one_gpu(tmp_path):
     for path, message in ((mixed, "the tables mix gpu another and"), (empty, "have no rows")):
         with pytest.raises(SystemExit, match=message):
             plot_performance.main([path, "--output", str(tmp_path / "chart.svg")])
+
+
+def test_time_in_which_only_communication_runs():
+    spans = [(0, 4, False), (2, 6, True), (7, 9, True), (8, 10, False)]
+    # From 4 to 6 and from 7 to 8, of 10.
+    assert bench_distributed.only_communication(spans) == pytest.approx(0.3)
+    assert bench_distributed.only_communication([(0, 1, False)]) == 0

@@ -19,6 +19,13 @@ class Problem(NamedTuple):
     config: nsa.NSAConfig
     extras: dict
 
+    def __repr__(self) -> str:
+        """Without the values of long tensors."""
+        tensors = [tuple(x.shape) for x in leaves(self)]
+        bounds = self.extras.get("cu_seqlens")
+        bounds = None if bounds is None else bounds.tolist()
+        return f"Problem({tensors}, {self.config}, {list(self.extras)}, cu_seqlens={bounds})"
+
     def forward(self, **changes) -> Tensor:
         return nsa.forward(self.q, self.k, self.v, config=self.config, **(self.extras | changes))
 
@@ -59,17 +66,24 @@ def configs(draw, **fixed) -> nsa.NSAConfig:
 
 @st.composite
 def problems(
-    draw, max_tokens: int = 70, packed: bool | None = None, min_sequences: int = 0, **fixed
+    draw,
+    max_tokens: int = 70,
+    packed: bool | None = None,
+    min_sequences: int = 0,
+    layouts=None,
+    **fixed,
 ) -> Problem:
     """A problem in float64; ``fixed`` sets fields of the configuration.
 
-    ``packed`` is drawn unless given.
+    ``packed`` is drawn unless given. ``layouts(config)`` may give another strategy of
+    ``(lengths, leading, extras)`` than the default.
     """
     config = draw(configs(**fixed))
     heads = draw(st.sampled_from([(1, 1), (2, 2), (2, 1), (6, 2), (4, 1), (6, 1)]))
     dims = draw(st.sampled_from([(3, 3), (4, 2), (2, 5)]))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    lengths, leading, extras = draw(_layouts(max_tokens, packed, min_sequences))
+    default = _layouts(max_tokens, packed, min_sequences)
+    lengths, leading, extras = draw(default if layouts is None else layouts(config))
     num_heads, num_kv_heads = heads
     dim, value_dim = dims
 
@@ -104,14 +118,13 @@ def problems(
 
 
 @st.composite
-def tile_problems(draw, max_tokens: int = 300, min_sequences: int = 0, **fixed) -> Problem:
+def tile_problems(draw, max_tokens: int = 300, **options) -> Problem:
     """Problems in tile mode, with the block sizes that the kernels support."""
     block = draw(st.sampled_from([1, 4, 16, 64]))
     sizes = [size for size in (64, 128, 192) if size % block == 0]
     return draw(
         problems(
             max_tokens,
-            min_sequences=min_sequences,
             selection="tile",
             compress_block_size=block,
             compress_stride=block,
@@ -119,13 +132,13 @@ def tile_problems(draw, max_tokens: int = 300, min_sequences: int = 0, **fixed) 
             q_tile_size=draw(st.sampled_from([64, 128])),
             cmp_group_size=draw(st.sampled_from([64, 128])),
             window_size=draw(st.sampled_from([1, 30, 100])),
-            **fixed,
+            **options,
         )
     )
 
 
 @st.composite
-def token_problems(draw, max_tokens: int = 330, min_sequences: int = 0, **fixed) -> Problem:
+def token_problems(draw, max_tokens: int = 330, **options) -> Problem:
     """The same in token mode, with and without overlap."""
     size = draw(st.sampled_from([32, 64]))
     stride = draw(st.sampled_from([4, 16, 32]))
@@ -133,7 +146,6 @@ def token_problems(draw, max_tokens: int = 330, min_sequences: int = 0, **fixed)
     return draw(
         problems(
             max_tokens,
-            min_sequences=min_sequences,
             selection="token",
             compress_block_size=stride * draw(st.integers(1, 3)),
             compress_stride=stride,
@@ -142,7 +154,7 @@ def token_problems(draw, max_tokens: int = 330, min_sequences: int = 0, **fixed)
             num_local_blocks=local,
             num_selected_blocks=max(1, initial + local + draw(st.integers(0, 2))),
             window_size=draw(st.sampled_from([1, 30, 100])),
-            **fixed,
+            **options,
         )
     )
 

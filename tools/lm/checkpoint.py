@@ -35,10 +35,15 @@ def load_checkpoint(path: Path, settings: dict) -> dict | None:
     if not path.exists():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
+    check_settings(path, state["settings"], settings)
+    return state
+
+
+def check_settings(path: Path, written: dict, settings: dict):
+    """Raise a ValueError that names the first of ``settings`` that was another when written."""
     for name, value in settings.items():
-        if state["settings"].get(name) != value:
+        if written.get(name) != value:
             raise ValueError(
-                f"{path} was trained with {name}={state['settings'].get(name)!r}, not {value!r}; "
+                f"{path} was trained with {name}={written.get(name)!r}, not {value!r}; "
                 f"use the same, another --output, or --fresh to start over"
             )
-    return state

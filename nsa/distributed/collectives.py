@@ -1,0 +1,174 @@
+"""What ranks send each other, on torch.distributed alone.
+
+Every rank calls the same collectives in the same order, so shapes alone decide which there are.
+"""
+
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import DeviceMesh, ProcessGroup
+
+from nsa.precision import accumulation_dtype
+
+# PyTorch 2.13 renamed both and deprecates the old names.
+all_gather: Callable = (
+    getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+)
+reduce_scatter: Callable = (
+    getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+)
+
+_DIGEST_BYTES = 32
+
+
+def process_group(mesh) -> ProcessGroup:
+    """The group of a 1-D DeviceMesh, or the group itself."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        raise ValueError(
+            "mesh must belong to an initialised process group, got none: call "
+            "torch.distributed.init_process_group first"
+        )
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            names = mesh.mesh_dim_names or ()
+            example = f"mesh[{names[-1]!r}]" if names else "a slice of it"
+            raise ValueError(
+                f"mesh must have 1 dimension, that of the sequence, got {mesh.ndim} {names}; pass "
+                f"{example}"
+            )
+        if mesh.get_coordinate() is None:
+            raise ValueError(f"mesh must hold this rank, {distributed.get_rank()}, got {mesh}")
+        return mesh.get_group()
+    if not isinstance(mesh, ProcessGroup):
+        raise TypeError(f"mesh must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")
+    if distributed.get_rank(mesh) < 0:
+        raise ValueError(f"mesh must hold this rank, {distributed.get_rank()}, which is not in it")
+    return mesh
+
+
+class Gathering:
+    """An all-gather under way. Work of other tensors may be queued before :meth:`wait`.
+
+    Args:
+        x: this rank's ``(n, ...)``; as many on every rank.
+        group: the ranks.
+    """
+
+    def __init__(self, x: Tensor, group: ProcessGroup):
+        x = x.contiguous()
+        self._out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+        self._sent = x  # alive until it is sent
+        self._work = None
+        if x.numel():
+            self._work = all_gather(self._out, x, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """``(ranks * n, ...)``, rank after rank."""
+        if self._work is not None:
+            self._work.wait()
+        return self._out
+
+
+class Summing:
+    """A sum over ranks under way, in float32 (float64 for float64), of which each gets its part.
+
+    Args:
+        x: this rank's addends ``(ranks * n, ...)``, rank after rank.
+        group: the ranks.
+    """
+
+    def __init__(self, x: Tensor, group: ProcessGroup):
+        self._dtype = x.dtype
+        self._sent = x.to(accumulation_dtype(x.dtype)).contiguous()
+        self._out = self._sent.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+        self._work = None
+        if x.numel():
+            self._work = reduce_scatter(self._out, self._sent, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """The sum of this rank's part, ``(n, ...)``, not rounded."""
+        if self._work is not None:
+            self._work.wait()
+        return self._out
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, take: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.rows, ctx.dtype = group, group.size() * x.shape[0], x.dtype
+        ctx.save_for_backward(take)
+        return Gathering(x, group).wait().index_select(0, take)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        (take,) = ctx.saved_tensors
+        grad = grad.to(accumulation_dtype(grad.dtype))
+        parts = grad.new_zeros(ctx.rows, *grad.shape[1:]).index_add_(0, take, grad)
+        return Summing(parts, ctx.group).wait().to(ctx.dtype), None, None
+
+
+def gather_rows(x: Tensor, take: Tensor, group: ProcessGroup) -> Tensor:
+    """Rows ``take`` of the ``x (n, ...)`` of all ranks one after another, differentiable.
+
+    The gradient of ``x`` is the sum of what all ranks send, in float32.
+    """
+    return _GatherRows.apply(x, take, group)
+
+
+def agree(group: ProcessGroup, facts: dict[str, Any], problem: Exception | None):
+    """Raise on all ranks if one has a problem or their facts differ, before they wait for others.
+
+    Args:
+        group: the ranks.
+        facts: what must be equal on all ranks.
+        problem: what is wrong on this rank.
+
+    Raises:
+        ValueError: facts differ, or another rank has a problem; the message has both by rank.
+        Exception: ``problem`` itself.
+    """
+    text = repr(facts) if problem is None else f"{type(problem).__name__}: {problem}"
+    digest = bytes([problem is not None]) + blake2b(text.encode(), digest_size=31).digest()
+    place = torch.device("cpu" if _takes_cpu(group) else "cuda")
+    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+    everyone = _on_side_stream(lambda: Gathering(own.to(place), group).wait().tolist(), place)
+    digests = [everyone[i : i + _DIGEST_BYTES] for i in range(0, len(everyone), _DIGEST_BYTES)]
+    if all(x == digests[0] for x in digests) and not digests[0][0]:
+        return
+    texts: list[Any] = [None] * group.size()
+    distributed.all_gather_object(texts, (problem is not None, text, facts), group=group)
+    if problem is not None:
+        raise problem
+    raise ValueError(_describe(texts))
+
+
+def _describe(texts: list) -> str:
+    """What ranks disagree on, with the values by rank."""
+    failed = [f"rank {rank}: {text}" for rank, (bad, text, _) in enumerate(texts) if bad]
+    if failed:
+        return "another rank cannot make this call: " + "; ".join(failed)
+    names = dict.fromkeys(name for _, _, facts in texts for name in facts)
+    lines = []
+    for name in names:
+        values = [facts.get(name) for _, _, facts in texts]
+        if any(x != values[0] for x in values):
+            by_rank = ", ".join(f"rank {rank} {value}" for rank, value in enumerate(values))
+            lines.append(f"{name}: {by_rank}")
+    return "all ranks must make the same call, but differ in " + "; ".join(lines)
+
+
+def _takes_cpu(group: ProcessGroup) -> bool:
+    """Whether the group has a backend for CPU tensors, so that no GPU must be waited for."""
+    return "cpu:" in distributed.get_backend_config(group)
+
+
+def _on_side_stream(function: Callable, device: torch.device):
+    """``function()``, without waiting for what the GPU has to do before."""
+    if device.type != "cuda":
+        return function()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return function()

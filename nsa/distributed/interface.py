@@ -1,0 +1,229 @@
+"""The public functions of :mod:`nsa.distributed`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nsa import dispatch
+from nsa.config import NSAConfig
+from nsa.distributed.attention import Call, Inputs, attend
+from nsa.distributed.checks import Part, check_call, flat
+from nsa.distributed.collectives import process_group
+from nsa.distributed.compression import compress_own, gather_blocks
+from nsa.distributed.order import check_order
+from nsa.distributed.sharding import Mesh
+from nsa.packing import Packing
+
+
+@torch.compiler.disable(reason="nsa.distributed compares the arguments of ranks on the host")
+def forward(
+    q: Tensor,
+    k: Tensor | tuple[Tensor, Tensor, Tensor],
+    v: Tensor | tuple[Tensor, Tensor, Tensor],
+    *,
+    mesh: Mesh,
+    order: str = "head-tail",
+    config: NSAConfig | None = None,
+    gate_proj_weight: Tensor | None = None,
+    gates: Tensor | None = None,
+    compress_k_weight: Tensor | None = None,
+    compress_v_weight: Tensor | None = None,
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    block_indices: Tensor | None = None,
+    cu_seqlens: Tensor | Packing | None = None,
+    max_seqlen: int | None = None,
+    max_workspace_bytes: int | None = None,
+    recompute_window: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`nsa.forward` of sequences that the ranks of ``mesh`` hold parts of.
+
+    Each rank gives its part of the tokens, as :func:`shard` cuts them, and gets the output of
+    those.
+    Results and gradients are those of :func:`nsa.forward` over the whole. The gradients of ``q``,
+    ``k``, ``v``, ``gates`` and ``compressed_kv`` are complete. Those of the weights are this rank's
+    part; their sum over the ranks is the whole's, as data parallelism expects.
+
+    Every rank of the mesh must call it, also in backward: a rank whose loss does not need the
+    output adds ``0 * out.sum()``. Differentiable once. Under torch.compile it is a graph break.
+
+    Keys and values are gathered a few KV heads at a time, and again in backward; gradients of keys,
+    values and compressed blocks are summed over the ranks in float32.
+
+    Args:
+        q, k, v: this rank's tokens, ``N / P`` of ``N``: ``(B, N / P, H, D)`` and so on, or packed
+            ``(N / P, H, D)`` with ``cu_seqlens``; as in :func:`nsa.forward`.
+        mesh: a DeviceMesh of one dimension, or a ProcessGroup: the ``P`` ranks that hold a
+            sequence, in rank order. Any number of them, also more than KV heads.
+        order: how the sequence dimension is cut. ``"contiguous"``: rank ``r`` holds part ``r`` of
+            ``P``. ``"head-tail"``: it holds pieces ``r`` and ``2P - 1 - r`` of ``2P``, which
+            balances causal attention. ``"head-tail-each"``: it holds these pieces of every packed
+            sequence, which balances packs; each length is a multiple of ``2P``. In tile mode a
+            piece starts at a multiple of ``q_tile_size`` in its sequence.
+        gates: of own tokens.
+        compressed_kv: of the blocks whose last token this rank holds, in the order of its tokens:
+            ``(B, blocks, H_kv, D)`` and ``(B, blocks, H_kv, Dv)``, or ``(blocks, H_kv, ...)``.
+        block_indices: of own tokens, or of the tiles of own tokens, in their order; blocks are
+            numbered in their sequence.
+        cu_seqlens: boundaries of the whole, from 0 to ``N``; equal on all ranks. A sequence may lie
+            on several ranks. The host reads them, those of an :class:`nsa.Packing` once.
+        config, gate_proj_weight, compress_k_weight, compress_v_weight, max_seqlen: as in
+            :func:`nsa.forward`, and equal on all ranks.
+        max_workspace_bytes, recompute_window, backend: as in :func:`nsa.forward`.
+
+    Returns:
+        The output of own tokens, in the form of ``q``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or ranks differ in shapes, dtypes, settings or
+            which arguments they give. It is raised on all ranks, with the values by rank.
+        UnsupportedError: ``backend="fused"`` cannot do this.
+    """
+    group = process_group(mesh)
+    check_order(order)
+    arguments: dict[str, Any] = dict(
+        config=config, gate_proj_weight=gate_proj_weight, gates=gates,
+        compress_k_weight=compress_k_weight, compress_v_weight=compress_v_weight,
+        compressed_kv=compressed_kv, block_indices=block_indices, cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen, max_workspace_bytes=max_workspace_bytes,
+        recompute_window=recompute_window, backend=backend,
+    )  # fmt: skip
+    if group.size() == 1:
+        return dispatch.forward(q, k, v, **arguments)
+    return attend_part(mesh, order, dict(q=q, k=k, v=v, **arguments))
+
+
+@torch.compiler.disable(reason="nsa.distributed compares the arguments of ranks on the host")
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    k: Tensor | tuple[Tensor, Tensor, Tensor],
+    *,
+    mesh: Mesh,
+    order: str = "head-tail",
+    config: NSAConfig | None = None,
+    compress_k_weight: Tensor | None = None,
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | Packing | None = None,
+    max_seqlen: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The blocks that :func:`forward` selects for own queries, as its ``block_indices``.
+
+    Arguments and errors are those of :func:`forward`; results are in the form of
+    :func:`nsa.select_blocks`.
+    """
+    group = process_group(mesh)
+    check_order(order)
+    arguments: dict[str, Any] = dict(
+        config=config, compress_k_weight=compress_k_weight, compressed_kv=compressed_kv,
+        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, backend=backend,
+    )  # fmt: skip
+    if group.size() == 1:
+        return dispatch.select_blocks(q, k, **arguments)
+    return select_part(mesh, order, dict(q=q, k=k, **arguments))
+
+
+Compressor = Callable[[Part, ProcessGroup], tuple[Tensor, Tensor]]
+"""Gives compressed keys and values of the blocks that own tokens complete."""
+
+
+@torch.compiler.disable(reason="nsa.distributed compares the arguments of ranks on the host")
+def attend_part(
+    mesh: Mesh,
+    order: str,
+    arguments: dict[str, Any],
+    compress: Compressor | None = None,
+    problem: Exception | None = None,
+) -> Tensor:
+    """:func:`forward` of several ranks.
+
+    Args:
+        arguments: those of :func:`forward` by name.
+        compress: computes blocks that are not given; by default their means.
+        problem: what is wrong on this rank already.
+    """
+    part = check_call("forward", mesh, order, arguments, problem)
+    group = process_group(mesh)
+    assert part.v is not None
+    k_cmp, v_cmp = gather_blocks(_own_blocks(part, compress, group), part.layout, group)
+    kv, branches = _distinct(part.k[1], part.k[2], part.v[1], part.v[2])
+    gates = None if part.gates is None else flat(part.gates)
+    inputs = Inputs(flat(part.q), gates, part.gate_proj_weight, k_cmp, v_cmp, kv)
+    names = ("max_workspace_bytes", "recompute_window")
+    options = {name: arguments[name] for name in names if name in arguments}
+    call = Call(part.layout, group, part.backend, part.config, branches, options)
+    out = attend(call, _flat_indices(part), inputs)
+    return out.reshape(*part.q.shape[:-1], out.shape[-1])
+
+
+@torch.compiler.disable(reason="nsa.distributed compares the arguments of ranks on the host")
+@torch.no_grad()
+def select_part(
+    mesh: Mesh,
+    order: str,
+    arguments: dict[str, Any],
+    compress: Compressor | None = None,
+    problem: Exception | None = None,
+) -> Tensor:
+    """:func:`select_blocks` of several ranks. Arguments as in :func:`attend_part`."""
+    part = check_call("select_blocks", mesh, order, arguments, problem)
+    group = process_group(mesh)
+    layout = part.layout
+    own, _ = _own_blocks(part, compress, group)
+    (k_cmp,) = gather_blocks((own,), layout, group)
+    extra = {} if layout.segments is None else {"segments": layout.segments}
+    blocks = part.backend.select_blocks(
+        flat(part.q),
+        # Only the shape of the keys is read.
+        part.q.new_empty(()).expand(layout.num_keys, *part.k[0].shape[-2:]),
+        config=part.config,
+        compressed_kv=(k_cmp, k_cmp),
+        boundaries=layout.boundaries,
+        **extra,
+    )
+    if part.q.ndim == 3:
+        return blocks
+    if layout.token_mode:
+        return blocks.unflatten(0, part.q.shape[:2])
+    return blocks.unflatten(1, (part.q.shape[0], -1)).transpose(0, 1).contiguous()
+
+
+def _own_blocks(
+    part: Part, compress: Compressor | None, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Compressed keys and values of the blocks that own tokens complete, flat."""
+    if part.compressed_kv is not None:
+        k_cmp, v_cmp = map(flat, part.compressed_kv)
+        return k_cmp, v_cmp
+    if compress is not None:
+        return compress(part, group)
+    # Selection has no values, so keys take their place.
+    values = part.k[0] if part.v is None else part.v[0]
+    weights = (part.compress_k_weight, None if part.v is None else part.compress_v_weight)
+    rows = (flat(part.k[0]), flat(values))
+    return compress_own(*rows, weights, part.layout, part.backend, group)
+
+
+def _distinct(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Each tensor once as flat rows, and for each argument which of them it is."""
+    once = list({id(x): x for x in tensors}.values())
+    which = tuple(next(i for i, y in enumerate(once) if y is x) for x in tensors)
+    return tuple(flat(x) for x in once), which
+
+
+def _flat_indices(part: Part) -> Tensor | None:
+    """``block_indices`` as ``(T, H_kv, n)`` or ``(H, tiles, n)``."""
+    indices = part.block_indices
+    if indices is None:
+        return None
+    if indices.ndim == 4:
+        indices = (
+            indices.flatten(0, 1)
+            if part.layout.token_mode
+            else indices.transpose(0, 1).flatten(1, 2)
+        )
+    return part.layout.within_keys(indices)

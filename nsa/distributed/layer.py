@@ -1,0 +1,154 @@
+"""The layer on a rank's part of the tokens: positions, and learned compression over borders."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from nsa.distributed.checks import Part, flat, part_layout
+from nsa.distributed.collectives import process_group
+from nsa.distributed.compression import block_rows
+from nsa.distributed.interface import attend_part, select_part
+from nsa.distributed.order import check_order
+from nsa.linears import apply_linear, to_one_dtype
+from nsa.packing import Packing
+from nsa.precision import autocast_dtype
+from nsa.rope import apply_rope
+from nsa.validation import check_config
+
+Bounds = Tensor | Packing | None
+Layer = Any
+"""A :class:`nsa.NativeSparseAttention`, whose module imports no part of this package."""
+
+
+class ContextParallel(ParallelStyle):
+    """Lets a :class:`nsa.NativeSparseAttention` take a rank's part of the tokens.
+
+    For ``torch.distributed.tensor.parallel.parallelize_module``, before ``fully_shard`` and
+    ``torch.compile``::
+
+        plan = {"blocks.*.attention": nsa.distributed.ContextParallel()}
+        parallelize_module(model, mesh["cp"], plan)
+
+    The layer then takes ``x (B, N / P, dim)``, or packed ``(N / P, dim)`` with global
+    ``cu_seqlens``, as :func:`nsa.distributed.shard` cuts them, on all ranks of the mesh at once.
+    Its weights stay whole and plain. Their gradients are this rank's part, which data parallelism
+    over the ranks of the mesh sums. Setting ``layer.context_parallel = None`` undoes it.
+
+    Args:
+        order: as in :func:`nsa.distributed.forward`.
+    """
+
+    def __init__(self, order: str = "head-tail"):
+        super().__init__()
+        self.order = check_order(order)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if "context_parallel" not in vars(module):
+            raise TypeError(
+                f"ContextParallel is for nsa.NativeSparseAttention, got {type(module).__name__}"
+            )
+        if process_group(device_mesh).size() > 1:
+            vars(module)["context_parallel"] = LayerPart(device_mesh, self.order)
+        return module
+
+
+class LayerPart:
+    """What a layer with :class:`ContextParallel` does instead of its own forward."""
+
+    def __init__(self, mesh: DeviceMesh, order: str):
+        self.mesh, self.order = mesh, order
+
+    def forward(
+        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
+    ) -> Tensor:
+        """See :meth:`nsa.NativeSparseAttention.forward`."""
+        arguments, compress, problem = self._arguments(layer, x, cu_seqlens, max_seqlen)
+        if problem is None:
+            arguments |= _gates(layer, x, arguments["q"].dtype)
+            arguments["max_workspace_bytes"] = layer.max_workspace_bytes
+            arguments["recompute_window"] = layer.recompute
+        out = attend_part(self.mesh, self.order, arguments, compress, problem)
+        return apply_linear(layer.o_proj, out.flatten(-2), x.dtype)
+
+    def select_blocks(
+        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
+    ) -> Tensor:
+        """See :meth:`nsa.NativeSparseAttention.select_blocks`."""
+        arguments, compress, problem = self._arguments(layer, x, cu_seqlens, max_seqlen)
+        return select_part(self.mesh, self.order, arguments, compress, problem)
+
+    def _arguments(
+        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
+    ) -> tuple[dict[str, Any], Callable | None, Exception | None]:
+        """Arguments of :func:`nsa.distributed.forward` and the layer's compressor; or what is
+        wrong, which the other ranks must learn."""
+        try:
+            layer._check_input(x, cu_seqlens)
+            arguments, compress = self._project(layer, x, cu_seqlens, max_seqlen)
+        except Exception as problem:
+            return {}, None, problem
+        boundaries = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        settings = dict(config=layer.config, backend=layer.backend)
+        return arguments | boundaries | settings, compress, None
+
+    def _project(self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None):
+        q, k, v = to_one_dtype(layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
+        q = q.unflatten(-1, (-1, layer.head_dim))
+        branches = layer.num_kv_branches
+        keys = k.unflatten(-1, (branches, -1, layer.head_dim)).unbind(-3)
+        values = v.unflatten(-1, (branches, -1, layer.value_head_dim)).unbind(-3)
+        compress = None
+        if layer.compress_k is not None:
+            # Wrapped linears get the dtype of x.
+            dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
+            compress = partial(_compress, layer, flat(keys[0].to(dtype)), flat(values[0].to(dtype)))
+        theta = layer.rope_theta
+        if theta is not None:
+            places = self._positions(layer, x, cu_seqlens, max_seqlen)
+            q = apply_rope(q, places, theta)
+            keys = tuple(apply_rope(key, places, theta) for key in keys)
+        if branches == 1:
+            return dict(q=q, k=keys[0], v=values[0]), compress
+        return dict(q=q, k=keys, v=values), compress
+
+    @torch.compiler.disable(reason="nsa.distributed computes positions on the host")
+    def _positions(
+        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
+    ) -> Tensor:
+        """The position of each own token in its sequence, ``(B, N / P)`` or ``(N / P,)``."""
+        config = check_config(layer.config)
+        group = process_group(self.mesh)
+        layout = part_layout(group, self.order, config, x, cu_seqlens, max_seqlen)
+        return layout.positions.view(x.shape[:-1])
+
+
+def _gates(layer: Layer, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    if layer.gate_mlp is not None:
+        gates = layer._run(layer.gate_mlp, x).sigmoid().to(dtype)
+        return dict(gates=gates.unflatten(-1, (-1, 3)))
+    if layer.gate_proj_weight is not None:
+        return dict(gate_proj_weight=layer.gate_proj_weight.to(dtype))
+    return {}
+
+
+def _compress(layer: Layer, k: Tensor, v: Tensor, part: Part, group) -> tuple[Tensor, Tensor]:
+    """Compressed keys, rotated to the centres of their blocks, and values, of own blocks."""
+    layout = part.layout
+    size, stride = layout.config.compress_block_size, layout.config.compress_stride
+    inside = torch.arange(size, device=k.device)
+    index = layout.block_starts[:, None] + inside
+    keys, values = (
+        rows.index_select(0, index.flatten()).unflatten(0, index.shape)
+        for rows in block_rows((k, v), layout, group)
+    )
+    k_cmp, v_cmp = layer._run(layer.compress_k, keys), layer._run(layer.compress_v, values)
+    if layer.rope_theta is not None:
+        # float64, because an integer tensor plus a float has torch's default dtype.
+        centre = layout.block_numbers.double() * stride + (size - 1) / 2
+        k_cmp = apply_rope(k_cmp, centre, layer.rope_theta)
+    return k_cmp.to(part.q.dtype), v_cmp.to(part.q.dtype)

@@ -1,0 +1,349 @@
+"""What a rank computes, sends and receives: index tensors that follow from lengths alone.
+
+"Flat" rows are those of all entries of the batch one after another. A rank's queries are the last
+ones of as many sequences of keys as it has query segments. Two segments of one sequence each have
+its keys: the gather writes them in that order, which costs no more than sorting them. If queries
+see later tokens, each sequence of keys comes once and whole.
+"""
+
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
+from nsa.config import NSAConfig
+from nsa.distributed.order import Pieces, QueryRuns, expand, make_pieces, make_runs
+from nsa.geometry import QuerySegments, Segments, prefix_sum
+from nsa.host import may_keep
+from nsa.packing import Boundaries, Packing
+
+MAX_KEPT = 16
+"""Layouts that are kept, each with some 20 bytes for each token of the whole sequence."""
+
+MAX_RUNS = 64
+"""Query segments of all ranks up to which keys are copied run by run."""
+
+
+class Whole(NamedTuple):
+    """The whole that ranks share: ``lengths`` is None for batched input."""
+
+    batch: int
+    length: int
+    lengths: tuple[int, ...] | None
+
+    @property
+    def sequences(self) -> list[int]:
+        """Tokens of each sequence of all entries."""
+        return [self.length] * self.batch if self.lengths is None else list(self.lengths)
+
+
+class Borders(NamedTuple):
+    """Rows that ranks send to all, and which of them this rank needs.
+
+    Attributes:
+        send: this rank's rows to send, padded to what the rank with most sends, int64 ``(width,)``.
+        take: rows that it needs of those of all ranks one after another, int64.
+    """
+
+    send: Tensor
+    take: Tensor
+
+
+class Blocks(NamedTuple):
+    """The compressed blocks of all ranks, and which of them this rank's queries need.
+
+    Attributes:
+        width: most blocks that one rank completes; others pad theirs.
+        take: blocks to attend, of the padded ones of all ranks one after another, int64.
+    """
+
+    width: int
+    take: Tensor
+
+
+class Layout:
+    """One rank's part of a call.
+
+    Args:
+        whole: the tokens of all ranks.
+        ranks, rank: number of ranks, and which one this is.
+        order: how tokens are cut.
+        config: block sizes and rules.
+        device: of the index tensors.
+        inference: whether it is made in inference mode.
+    """
+
+    def __init__(
+        self,
+        whole: Whole,
+        ranks: int,
+        rank: int,
+        order: str,
+        config: NSAConfig,
+        device: torch.device,
+        inference: bool = False,
+    ):
+        self.whole, self.ranks, self.rank = whole, ranks, rank
+        self.config, self.device = config, device
+        self.pieces: Pieces = make_pieces(whole.length, ranks, order, whole.lengths)
+        each = torch.tensor(whole.sequences, dtype=torch.int64, device="cpu")
+        self._start = prefix_sum(each)
+        bounds = self._start
+        if whole.lengths is None:
+            bounds = torch.tensor([0, whole.length], dtype=torch.int64, device="cpu")
+        self._runs = make_runs(self.pieces, bounds, whole.batch)
+        self._own = self._runs.of(rank)
+        check_tiles(self._runs, each, config)
+
+    @property
+    def rows(self) -> int:
+        """Flat rows of a rank."""
+        return self.whole.batch * self.pieces.own_length
+
+    @property
+    def num_own_blocks(self) -> int:
+        """Compressed blocks that this rank's tokens complete."""
+        return int(self._completed(self._own)[1].sum())
+
+    @cached_property
+    def boundaries(self) -> Boundaries:
+        """Of the queries, and of the keys that :attr:`keys` gathers for them."""
+        counts = [self._own.tokens.tolist(), self._key_counts.tolist()]
+        bounds = [
+            prefix_sum(torch.tensor(x, dtype=torch.int64, device="cpu")).int().to(self.device)
+            for x in counts
+        ]
+        packing = None
+        if self.last_queries:
+            # It keeps what the backend computes from the boundaries.
+            packing = Packing(bounds[0], bounds[1])
+            bounds = [packing.cu_seqlens, packing.cu_seqlens_k]
+        (lengths, longest), (lengths_k, longest_k) = ((x, max(x, default=0)) for x in counts)
+        return Boundaries(bounds[0], lengths, longest, packing, bounds[1], lengths_k, longest_k)
+
+    @cached_property
+    def segments(self) -> QuerySegments | None:
+        """Where the queries stand, unless they are the last of their sequences of keys."""
+        if self.last_queries:
+            return None
+        rows = Segments(self.boundaries.cu_seqlens.long(), self.rows)
+        first, sequence = (x.to(self.device) for x in (self._own.position, self._own.sequence))
+        return QuerySegments(rows, first, sequence)
+
+    @cached_property
+    def keys(self) -> Tensor | None:
+        """The key rows to attend, of the rows of all ranks one after another; None for all."""
+        if self.last_queries:
+            start = self._start[self._own.sequence]
+            index = self._place[expand(start, self._own.end)]
+        else:
+            index = self._place
+        return self._unless_all(index, self.ranks * self.rows)
+
+    @cached_property
+    def all_runs(self) -> list[tuple[int, int]]:
+        """Where the query segments of all ranks lie in their rows, and their lengths."""
+        return [(at, count) for *_, at, count in self._sorted_runs]
+
+    @cached_property
+    def key_runs(self) -> list[tuple[int, int]] | None:
+        """:attr:`keys` as runs of rows: where each starts, and its length; None if they are many.
+
+        Each run is a whole query segment of some rank.
+        """
+        if len(self._runs.rank) > MAX_RUNS:
+            return None
+        if not self.last_queries:
+            return self.all_runs
+        own = zip(self._own.sequence.tolist(), self._own.end.tolist(), strict=True)
+        return [
+            (at, count)
+            for own_sequence, end in own
+            for sequence, position, at, count in self._sorted_runs
+            if sequence == own_sequence and position < end
+        ]
+
+    @cached_property
+    def _sorted_runs(self) -> list[tuple[int, int, int, int]]:
+        """Sequence, position, place and length of all query segments, in the order of tokens."""
+        runs = self._runs
+        place = self._place[self._start[runs.sequence] + runs.position]
+        columns = (runs.sequence, runs.position, place, runs.tokens)
+        return sorted(zip(*(x.tolist() for x in columns), strict=True))
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The compressed blocks of :attr:`keys`."""
+        first, count = self._completed(self._runs)
+        own = torch.stack([count[self._runs.rank == rank].sum() for rank in range(self.ranks)])
+        width = int(own.max())
+        total = prefix_sum(num_compressed_blocks(self._start.diff(), self.config))
+        block = expand(total[self._runs.sequence] + first, count)
+        rank = self._runs.rank.repeat_interleave(count)
+        place = torch.empty_like(block)
+        place[block] = rank * width + expand(torch.zeros_like(own), own)
+        if self.last_queries:
+            seen = num_compressed_blocks(self._own.end, self.config)
+            place = place[expand(total[self._own.sequence], seen)]
+        return Blocks(width, place.to(self.device))
+
+    @cached_property
+    def borders(self) -> Borders:
+        """Tokens before a piece that are in blocks which the piece completes."""
+        first, count = self._completed(self._runs)
+        begin = first * self.config.compress_stride
+        missing = torch.where(count > 0, self._runs.position - begin, 0)
+        token = expand(self._start[self._runs.sequence] + begin, missing)
+        place = self._place[token]
+        holder, local = place // max(1, self.rows), place % max(1, self.rows)
+        slot = torch.empty_like(place)
+        sends = []
+        for rank in range(self.ranks):
+            at = holder == rank
+            sends.append(local[at])
+            slot[at] = torch.arange(len(sends[-1]), device="cpu")
+        width = max(len(x) for x in sends)
+        send = torch.nn.functional.pad(sends[self.rank], (0, width - len(sends[self.rank])))
+        needed = self._runs.rank.repeat_interleave(missing) == self.rank
+        return Borders(send.to(self.device), (holder * width + slot)[needed].to(self.device))
+
+    @cached_property
+    def block_tokens(self) -> Tensor | None:
+        """The tokens of own blocks, of own rows followed by those that :attr:`borders` takes.
+
+        None if these are own rows as they are.
+        """
+        first, count = self._completed(self._own)
+        _, end = self._block_ends(self._own)
+        missing = torch.where(count > 0, self._own.position - first * self._stride, 0)
+        border, row = prefix_sum(missing)[:-1], prefix_sum(self._own.tokens)[:-1]
+        inside = torch.where(count > 0, end - self._own.position, 0)
+        starts = torch.stack((self.rows + border, row), dim=1).flatten()
+        counts = torch.stack((missing, inside), dim=1).flatten()
+        return self._unless_all(expand(starts, counts), self.rows)
+
+    @cached_property
+    def block_starts(self) -> Tensor:
+        """Where each own block starts in :attr:`block_tokens`, int64."""
+        begin, end = self._block_ends(self._own)
+        _, count = self._completed(self._own)
+        segment = prefix_sum(end - begin)[:-1].repeat_interleave(count)
+        number = expand(torch.zeros_like(count), count)
+        return (segment + number * self._stride).to(self.device)
+
+    @cached_property
+    def block_numbers(self) -> Tensor:
+        """The number of each own block in its sequence, int64."""
+        return expand(*self._completed(self._own)).to(self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The position of each own flat token in its sequence, int64."""
+        return expand(self._own.position, self._own.tokens).to(self.device)
+
+    @cached_property
+    def block_boundaries(self) -> Boundaries:
+        """The sequences of :attr:`block_tokens`, one for each query segment."""
+        begin, end = self._block_ends(self._own)
+        packing = Packing(prefix_sum(end - begin).int().to(self.device))
+        bounds, lengths, longest = packing.cu_seqlens, packing.lengths, packing.max_seqlen
+        return Boundaries(bounds, lengths, longest, packing, bounds, lengths, longest)
+
+    @property
+    def num_keys(self) -> int:
+        """Rows of :attr:`keys`."""
+        return int(self._key_counts.sum())
+
+    @property
+    def sequence_lengths(self) -> list[int]:
+        """Tokens of the sequence that each of this rank's query segments lies in."""
+        return self._start.diff()[self._own.sequence].tolist()
+
+    def within_keys(self, block_indices: Tensor) -> Tensor:
+        """``block_indices (T, H_kv, n)`` or ``(H, tiles, n)`` without blocks past the keys."""
+        if not self.last_queries:
+            return block_indices
+        blocks, token = num_selection_blocks(self._own.end, self.config), self.token_mode
+        units = self._own.tokens if token else num_query_tiles(self._own.tokens, self.config)
+        limit = blocks.repeat_interleave(units).to(block_indices.device)
+        limit = limit[:, None, None] if token else limit[:, None]
+        return torch.where(block_indices < limit, block_indices, -1)
+
+    @property
+    def last_queries(self) -> bool:
+        """Whether queries see no later token, so that they can be the last ones of their keys."""
+        return self.config.causal and self.config.compressed_visibility == "complete"
+
+    @property
+    def token_mode(self) -> bool:
+        return self.config.selection == "token"
+
+    @property
+    def _stride(self) -> int:
+        return self.config.compress_stride
+
+    def _unless_all(self, index: Tensor, rows: int) -> Tensor | None:
+        """``index`` on the device of the call; None if it is ``0, 1, ... rows - 1``."""
+        if torch.equal(index, torch.arange(rows, device="cpu")):
+            return None
+        return index.to(self.device)
+
+    @cached_property
+    def _key_counts(self) -> Tensor:
+        return self._own.end if self.last_queries else self._start.diff()
+
+    def _completed(self, runs: QueryRuns) -> tuple[Tensor, Tensor]:
+        """The first compressed block that each segment completes, and how many it does."""
+        first = num_compressed_blocks(runs.position, self.config)
+        return first, num_compressed_blocks(runs.end, self.config) - first
+
+    def _block_ends(self, runs: QueryRuns) -> tuple[Tensor, Tensor]:
+        """Positions ``[begin, end)`` of the blocks that each segment completes."""
+        first, count = self._completed(runs)
+        begin = first * self._stride
+        length = (count - 1) * self._stride + self.config.compress_block_size
+        return begin, begin + torch.where(count > 0, length, 0)
+
+    @cached_property
+    def _place(self) -> Tensor:
+        """Where each flat token lies in the rows of all ranks one after another."""
+        place, own = self.pieces.place(), max(1, self.pieces.own_length)
+        entry = torch.arange(self.whole.batch, device="cpu")[:, None]
+        return (place // own * self.rows + entry * own + place % own).flatten()
+
+
+def check_tiles(runs: QueryRuns, lengths: Tensor, config: NSAConfig):
+    """Raise if a piece cuts a tile."""
+    if config.selection == "token":
+        return
+    cut = runs.position % config.q_tile_size != 0
+    if cut.any():
+        at = int(cut.nonzero()[0])
+        sequence = int(runs.sequence[at])
+        raise ValueError(
+            "pieces must start at multiples of q_tile_size in their sequence with "
+            f"selection='tile': q_tile_size is {config.q_tile_size}, got a piece of rank "
+            f"{int(runs.rank[at])} at position {int(runs.position[at])} of the "
+            f"{int(lengths[sequence])} tokens of sequence {sequence}; pad sequences at the end, "
+            "use another order or selection='token'"
+        )
+
+
+def make_layout(
+    whole: Whole, group: ProcessGroup, order: str, config: NSAConfig, q: Tensor
+) -> Layout:
+    """This rank's part. The last few layouts are kept, because layers and steps share them.
+
+    Args:
+        q: a tensor on the device of the call.
+    """
+    make = _kept_layout if may_keep(q) else Layout
+    # A tensor made in inference mode cannot be saved for backward.
+    mode = torch.is_inference_mode_enabled()
+    return make(whole, group.size(), group.rank(), order, config, q.device, mode)
+
+
+_kept_layout = lru_cache(maxsize=MAX_KEPT)(Layout)

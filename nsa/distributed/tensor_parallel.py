@@ -1,0 +1,101 @@
+"""The layer with its heads shared among ranks."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+
+class TensorParallel(ParallelStyle):
+    """Shares the heads of a :class:`nsa.NativeSparseAttention` among the ranks of a mesh.
+
+    For ``torch.distributed.tensor.parallel.parallelize_module``, before ``fully_shard``::
+
+        plan = {"blocks.*.attention": nsa.distributed.TensorParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+
+    Each rank has ``H / P`` query heads and the ``H_kv / P`` KV heads that they attend. Inputs and
+    outputs of the layer are whole and equal on all ranks. Weights become DTensors: those of the
+    projections and the gates are sharded, those of the compressors are on every rank, and their
+    gradients are summed.
+
+    Raises:
+        TypeError: the module is not an :class:`nsa.NativeSparseAttention`.
+        ValueError: heads or hidden channels of the gates are not a multiple of the ranks, or the
+            layer has ``separate_kv`` or ``gate="q"``, which are not supported.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if "context_parallel" not in vars(module):
+            raise TypeError(
+                f"TensorParallel is for nsa.NativeSparseAttention, got {type(module).__name__}"
+            )
+        layer: Any = module
+        _check(layer, device_mesh.size())
+        plan = {
+            "q_proj": ColwiseParallel(),
+            "k_proj": ColwiseParallel(),
+            "v_proj": ColwiseParallel(),
+            "o_proj": RowwiseParallel(),
+            "gate_mlp.0": ColwiseParallel(),
+            # A gate for each head and branch, heads first.
+            "gate_mlp.2": RowwiseParallel(output_layouts=Shard(-1)),
+        }
+        parallelize_module(layer, device_mesh, plan)
+        for compressor in (layer.compress_k, layer.compress_v):
+            if compressor is not None:
+                _share_weights(compressor, device_mesh)
+        layer.num_heads //= device_mesh.size()
+        layer.num_kv_heads //= device_mesh.size()
+        return module
+
+
+def _check(layer, ranks: int):
+    if layer.gate_mlp is None:
+        raise ValueError("gate must be 'hidden' with TensorParallel, got 'q'")
+    if layer.num_kv_branches != 1:
+        raise ValueError("separate_kv must be False with TensorParallel, got True")
+    hidden = layer.gate_mlp[0].out_features
+    for name, count in (
+        ("num_kv_heads", layer.num_kv_heads),
+        ("the hidden channels of the gate MLP", hidden),
+    ):
+        if count % ranks:
+            raise ValueError(f"{name} must be a multiple of the {ranks} ranks, got {count}")
+
+
+def _share_weights(module: nn.Module, mesh: DeviceMesh):
+    """Let each rank compute with whole weights, whose gradients are the sums over ranks.
+
+    The weights are DTensors. While the module runs, plain tensors take their places.
+    """
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            shared = distribute_tensor(weight.detach(), mesh, [Replicate()])
+            setattr(part, name, nn.Parameter(shared, requires_grad=weight.requires_grad))
+    former: list[tuple[nn.Module, str, Any]] = []
+
+    def begin(*_):
+        for part in module.modules():
+            for name, weight in list(part.named_parameters(recurse=False)):
+                former.append((part, name, weight))
+                part._parameters[name] = _local(weight)  # type: ignore[assignment]
+
+    def end(*_):
+        while former:
+            part, name, weight = former.pop()
+            part._parameters[name] = weight
+
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(end, always_call=True)
+
+
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight

@@ -1,0 +1,108 @@
+"""What ranks send and keep, and that chunks and checkpoints change nothing."""
+
+import pytest
+import torch
+
+import nsa
+from nsa.distributed.order import ORDERS
+from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers import rank_cases
+from tests.helpers.shared_problems import check_ranks
+from tests.helpers.small_configs import SMALL, tile_config
+from tests.helpers.strategies import Problem
+
+
+def make_problem(config, tokens=96, heads=(6, 3), packed=False, **extras) -> Problem:
+    leading = (tokens,) if packed else (1, tokens)
+    q, k, v = make_inputs(leading, *heads, 4, dtype=torch.float64)
+    if packed:
+        extras["cu_seqlens"] = make_cu_seqlens([1, tokens - 1])
+    return Problem(q, k, v, config, extras)
+
+
+@pytest.mark.parametrize("case", ["several_chunks", "many_runs", "after_inference", "checkpointed"])
+@pytest.mark.parametrize("mode", ["token", "sparse"])
+@pytest.mark.parametrize("separate", [False, True], ids=["one K/V", "three K/V"])
+def test_how_it_is_computed_changes_nothing(world, case, mode, separate):
+    gates = torch.rand(1, 96, 6, 3, dtype=torch.float64)
+    problem = make_problem(SMALL[mode], gates=gates)
+    if separate:
+        # Three different keys and values.
+        k, v = ((x, x.flip(1), x.roll(5, 1)) for x in (problem.k, problem.v))
+        problem = problem._replace(k=k, v=v)
+    check_ranks(world, problem, 2, "head-tail", case=getattr(rank_cases, case))
+
+
+def test_the_window_may_be_computed_again(world):
+    problem = make_problem(tile_config(), 512, heads=(2, 1), recompute_window=True)
+    check_ranks(world, problem, 2, "head-tail", "fused")
+
+
+def test_more_ranks_than_kv_heads(world):
+    check_ranks(world, make_problem(SMALL["token"], heads=(2, 1)), 3, "head-tail")
+
+
+def test_what_is_sent(world):
+    """Blocks once, borders of less than a block, keys and values a head at a time, sums in fp64."""
+    config, ranks, tokens = SMALL["token"], 2, 96
+    problem = make_problem(config, tokens)
+    dout = torch.ones(problem.q.shape, dtype=torch.float64)
+    found = world.run(rank_cases.traffic, problem, "head-tail", dout, "reference", ranks=ranks)
+    assert found[0] == found[1]
+    own, dtype = tokens // ranks, "torch.float64"
+    gather = [("all_gather", (own, 1, 4), dtype)] * 2
+    summed = [("reduce_scatter", (tokens, 1, 4), dtype)] * 2
+    name, shape, _ = found[0][0]
+    assert (name, shape) == ("all_gather", (32,))  # the agreement
+    # Rank 0 lends the end of piece 0, rank 1 those of pieces 1 and 2: 2 tokens each.
+    border, blocks = (4, 3, 8), (24, 3, 8)
+    begin = [("all_gather", border, dtype), ("all_gather", blocks, dtype)]
+    end = [
+        ("reduce_scatter", (ranks * blocks[0], *blocks[1:]), dtype),
+        ("reduce_scatter", (ranks * border[0], *border[1:]), dtype),
+    ]
+    middle = gather + gather + summed + gather + summed + summed
+    assert found[0][1:] == begin + gather * 3 + middle + end
+
+
+def test_gathered_keys_are_not_saved(world):
+    tokens = 512
+    problem = make_problem(tile_config(), tokens, heads=(2, 1))
+    # The last rank attends all keys.
+    _, shapes = world.run(rank_cases.saved_shapes, problem, "contiguous", ranks=2)
+    assert (tokens // 2, 1, 4) in shapes  # its own
+    assert not [shape for shape in shapes if shape[-3:] == (tokens, 1, 4)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_shards_are_the_whole(world, order, packed):
+    lengths = [12, 0, 24] if order == "head-tail-each" else [1, 0, 30, 5]
+    bounds = make_cu_seqlens(lengths) if packed else None
+    x = torch.arange(36.0).expand(2, 36)
+    position = torch.cat([torch.arange(n) for n in (lengths if packed else [36])])
+    for ranks in (2, 3):
+        parts = world.run(rank_cases.round_trip, x, 1, order, bounds, ranks=ranks)
+        for own, whole, places in parts:
+            assert torch.equal(whole, x)
+            assert torch.equal(places, position[own[0].long()])
+        assert torch.equal(torch.cat([own for own, *_ in parts], 1).sort().values, x)
+
+
+def test_head_and_tail_are_those_of_pytorch():
+    from torch.distributed.tensor.experimental._context_parallel._load_balancer import (
+        _HeadTailLoadBalancer,
+    )
+
+    for ranks in (2, 3):
+        indices = _HeadTailLoadBalancer(24, ranks, "cpu")._generate_indices()
+        pieces = nsa.distributed.order.make_pieces(24, ranks, "head-tail", None)
+        own = torch.cat([pieces.tokens(rank) for rank in range(ranks)])
+        assert torch.equal(indices.flatten().cpu(), own)
+
+
+def test_differentiable_once(world):
+    problem = make_problem(SMALL["token"])
+    for text in world.run(rank_cases.second_derivative, problem, ranks=2):
+        assert "can be differentiated once, not twice" in text
+    assert all(world.run(rank_cases.twice_backward, problem, ranks=2))

@@ -1,0 +1,37 @@
+"""Outputs, gradients and selection of several ranks equal those of one process, in float64."""
+
+import torch
+from hypothesis import given, settings
+
+from tests.helpers import rank_cases
+from tests.helpers.profiles import examples
+from tests.helpers.shared_problems import COMMON, check_ranks, cut_problems
+from tests.helpers.strategies import tile_problems, token_problems
+
+
+@settings(max_examples=examples(50), **COMMON)
+@given(case=cut_problems())
+def test_output_and_gradients_equal_one_process(world, case):
+    check_ranks(world, *case)
+
+
+STRICT = {"causal": True, "compressed_visibility": "complete"}
+
+
+@settings(max_examples=examples(20), **COMMON)
+@given(case=cut_problems((tile_problems, token_problems), most=300, **STRICT))
+def test_the_fused_backend_equals_one_process(world, case):
+    check_ranks(world, *case, backend="fused")
+
+
+@settings(max_examples=examples(20), **COMMON)
+@given(case=cut_problems())
+def test_selection_equals_one_process_and_may_be_given(world, case):
+    problem, ranks, order = case
+    indices = problem.select_blocks(backend="reference")
+    results = world.run(rank_cases.selected_blocks, problem, order, "reference", ranks=ranks)
+    given = problem._replace(extras=problem.extras | {"block_indices": indices})
+    for rank, own in enumerate(results):
+        part = rank_cases.own_part(given, ranks, rank, order)
+        assert torch.equal(own, part.extras["block_indices"])
+    check_ranks(world, given, ranks, order)

@@ -1,0 +1,108 @@
+"""What the ranks of :mod:`tests.helpers.world` run with the layer."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint
+
+import nsa
+from nsa.distributed.order import make_pieces
+
+
+class Model(nn.Module):
+    """Two residual layers."""
+
+    def __init__(self, config: nsa.NSAConfig, recompute: bool = False, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        make = [
+            nsa.NativeSparseAttention(16, 4, 2, config, dtype=torch.float64, **options)
+            for _ in range(2)
+        ]
+        self.blocks = nn.ModuleList(make)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, *boundaries) -> Tensor:
+        for block in self.blocks:
+            if self.recompute:
+                x = x + checkpoint(block, x, *boundaries, use_reentrant=False)
+            else:
+                x = x + block(x, *boundaries)
+        return x
+
+
+def make_mesh(group) -> DeviceMesh:
+    return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+
+
+def train_step(group, model: Model, x: Tensor, bounds, order: str, form: str) -> tuple:
+    """Output of own tokens, the loss, and the gradients of the weights by name.
+
+    Args:
+        form: "plain" gives this rank's part of the gradients; "fsdp" the average of ranks, which
+            fully_shard makes; "compiled" is plain, under torch.compile.
+    """
+    mesh, dim = make_mesh(group), x.ndim - 2
+    model = copy.deepcopy(model)
+    style = nsa.distributed.ContextParallel(order)
+    parallelize_module(model, mesh, {"blocks.*": style})
+    if form == "fsdp":
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    run = torch.compile(model, backend="aot_eager") if form == "compiled" else model
+    own = nsa.distributed.shard(x, mesh, dim, order, cu_seqlens=bounds)
+    boundaries = () if bounds is None else (bounds,)
+    out = run(own, *boundaries)
+    loss = out.square().mean()
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    if form == "fsdp":
+        grads = {name: grad.full_tensor() for name, grad in grads.items()}
+    return out.detach(), loss.item(), grads
+
+
+def tensor_parallel_step(group, model: Model, x: Tensor) -> tuple:
+    """Output and gradients of the input and, by name, of the whole weights."""
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    model = copy.deepcopy(model)
+    parallelize_module(model, mesh, {"blocks.*": nsa.distributed.TensorParallel()})
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.square().mean().backward()
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return out.detach(), x.grad, grads
+
+
+def selected(group, layer: nn.Module, x: Tensor, bounds, order: str) -> Tensor:
+    """What a layer selects for own tokens."""
+    mesh = make_mesh(group)
+    layer = parallelize_module(copy.deepcopy(layer), mesh, nsa.distributed.ContextParallel(order))
+    own = nsa.distributed.shard(x, mesh, x.ndim - 2, order, cu_seqlens=bounds)
+    return layer.select_blocks(own, bounds)
+
+
+def error_of_layer(group, layer: nn.Module, lengths: list[int]) -> str:
+    """The error of a layer to which ranks give parts of these lengths."""
+    layer = parallelize_module(layer, make_mesh(group), nsa.distributed.ContextParallel())
+    try:
+        layer(torch.zeros(1, lengths[group.rank()], layer.dim, dtype=torch.float64))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def own_tokens(length: int, ranks: int, rank: int, order: str, lengths) -> Tensor:
+    return make_pieces(length, ranks, order, lengths).tokens(rank)
+
+
+def error_of_tensor_parallel(group, layer: nn.Module) -> str:
+    try:
+        parallelize_module(layer, make_mesh(group), nsa.distributed.TensorParallel())
+    except ValueError as error:
+        return str(error)
+    return "no error"

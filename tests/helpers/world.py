@@ -1,0 +1,117 @@
+"""Ranks for tests: processes that stay, get a function and arguments, and cannot hang a test."""
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+
+RANKS = 3
+SECONDS = 30
+"""A case that takes longer has failed."""
+
+
+class World:
+    """Processes with a group of all of them and one of the first two.
+
+    Args:
+        folder: a new folder.
+        size: how many processes.
+        backend: of :func:`torch.distributed.init_process_group`.
+    """
+
+    def __init__(self, folder: str, size: int = RANKS, backend: str = "gloo"):
+        self._folder, self._started = folder, 0
+        self._size, self._backend = size, backend
+        self._patience: float = SECONDS
+        self._processes: list = []
+        self._pipes: list[Connection] = []
+
+    def run(
+        self, function: Callable, *args, ranks: int | None = None, seconds: float = SECONDS
+    ) -> list:
+        """``function(group, *args)`` on each rank; the results by rank.
+
+        Raises:
+            AssertionError: a rank raised, died or took too long; with the traceback by rank.
+        """
+        self._start()
+        ranks = self._size if ranks is None else ranks
+        name = (function.__module__, function.__qualname__)
+        for pipe in self._pipes[:ranks]:
+            pipe.send_bytes(pickle.dumps((name, ranks, args)))
+        answers, end = [], time.monotonic() + seconds
+        for rank, pipe in enumerate(self._pipes[:ranks]):
+            answers.append(self._answer(rank, pipe, end))
+        problems = [f"rank {i}: {text}" for i, (good, text) in enumerate(answers) if not good]
+        if problems:
+            # A rank that raised may have left others in a collective.
+            self._patience = 3
+            self.stop()
+            self._patience = SECONDS
+            raise AssertionError("\n".join(problems))
+        return [result for _, result in answers]
+
+    def _answer(self, rank: int, pipe: Connection, end: float):
+        try:
+            if pipe.poll(max(0, end - time.monotonic())):
+                return pickle.loads(pipe.recv_bytes())
+            return False, "no answer in time"
+        except EOFError:
+            return False, f"died with exit code {self._processes[rank].exitcode}"
+
+    def _start(self):
+        if self._processes:
+            return
+        self._started += 1
+        context = multiprocessing.get_context("spawn")
+        store = os.path.join(self._folder, f"store{self._started}")
+        for rank in range(self._size):
+            near, far = context.Pipe()
+            arguments = (rank, self._size, self._backend, store, far)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            far.close()
+            self._processes.append(process)
+            self._pipes.append(near)
+
+    def stop(self):
+        """End all processes: those that wait for a case at once, others by force."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(self._patience)
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(rank: int, size: int, backend: str, store: str, pipe: Connection):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
+    distributed.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=size,
+        timeout=timedelta(seconds=SECONDS / 2),
+    )  # fmt: skip
+    groups = {2: distributed.new_group([0, 1]), size: distributed.group.WORLD}
+    while True:
+        try:
+            case = pipe.recv_bytes()
+        except EOFError:
+            return
+        (module, name), ranks, args = pickle.loads(case)
+        try:
+            function = getattr(importlib.import_module(module), name)
+            answer = True, function(groups[ranks], *args)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(answer))
