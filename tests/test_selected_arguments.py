@@ -8,7 +8,7 @@ import torch
 import nsa
 from nsa.fused import selected_branch
 from nsa.testing import make_cu_seqlens, make_inputs
-from tests.fused.test_host_reads import NoHostReads
+from tests.helpers.host_reads import NoHostReads
 from tests.helpers.selected_cases import SelectedProblem, make_problem, results
 from tests.helpers.torch_defaults import DEFAULTS
 
