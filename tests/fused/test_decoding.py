@@ -9,8 +9,8 @@ from nsa import packing, validation
 from nsa.cache import calls
 from nsa.fused import decoding
 from nsa.testing import make_cu_seqlens, make_inputs
-from tests.fused.test_host_reads import NoHostReads
 from tests.helpers.decoding import assert_decodes, decodable, decodings
+from tests.helpers.host_reads import NoHostReads
 from tests.helpers.profiles import examples
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
