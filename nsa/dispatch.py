@@ -152,7 +152,9 @@ def forward(
         max_workspace_bytes=max_workspace_bytes,
         recompute_window=recompute_window,
     )
-    module = choose_module(backend, call.q, partial(_limit_of_forward, call, cache))
+    given = block_indices is not None
+    limit = partial(_limit_of_forward, call, cache, given)
+    module = choose_module(backend, call.q, limit)
     return module.forward(
         call.q,
         call.k,
@@ -289,7 +291,7 @@ def explain_backend(
         max_workspace_bytes=max_workspace_bytes,
         recompute_window=recompute_window,
     )
-    limit = _limit_of_forward(call, cache)
+    limit = _limit_of_forward(call, cache, block_indices is not None)
     name = _choose(_check_backend(backend), limit)
     return f"backend: {name or 'none'} ({_describe_limit(limit)})"
 
@@ -402,13 +404,16 @@ def _check_backend(backend) -> str:
     return backend
 
 
-def _limit_of_forward(call: _Call, cache: Cache | None) -> str | None:
-    """Why the fused backend cannot do this, with the remedy; None if it can."""
+def _limit_of_forward(call: _Call, cache: Cache | None, given: bool) -> str | None:
+    """Why the fused backend cannot do this, with the remedy; None if it can.
+
+    ``given`` is whether the caller gives ``block_indices``.
+    """
     if cache is None:
         return _limit_without_cache(call.q, call.v[0], call.config)
-    from nsa.fused.constraints import decoding_limit
+    from nsa.fused.constraints import cache_limit
 
-    return decoding_limit(call.q, cache, call.boundaries)
+    return cache_limit(call.q, cache, call.boundaries, given)
 
 
 def _limit_of_selection(

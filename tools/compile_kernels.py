@@ -63,6 +63,12 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     if arch == "sm_90a":
         # On Hopper's matrix instructions.
         from nsa.fused.kernels import (
+            decode_append,
+            decode_attend,
+            decode_combine,
+            decode_compressed,
+            decode_select,
+            decode_tile_select,
             float_sums,
             importance,
             inverted_index,
@@ -74,7 +80,8 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
         by_dtype += [importance, selected_forward, selected_band]
         by_dtype += [selected_backward, listed_backward, float_sums]
-        others.append(inverted_index)
+        others += [inverted_index, decode_append, decode_compressed, decode_select]
+        others += [decode_tile_select, decode_attend, decode_combine]
     for kernels in by_dtype:
         for dtype in ("bfloat16", "float16"):
             forms = [run for name, run in kernels.compile_cases() if f"-{dtype}" in name]

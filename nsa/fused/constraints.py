@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nsa.cache import Cache
 from nsa.config import NSAConfig
-from nsa.fused import fa4, prefill
+from nsa.fused import decoding, fa4, prefill
 from nsa.fused.kernel_inputs import MAX_BLOCKS, MAX_GROUP, Rule
 from nsa.packing import Boundaries
 
@@ -57,16 +57,31 @@ def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
     )
 
 
-def decoding_limit(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> str | None:
-    """The first limit that a call with a cache exceeds, or None."""
-    token = cache.config.selection == "token"
+def cache_limit(q: Tensor, cache: Cache, boundaries: Boundaries | None, given: bool) -> str | None:
+    """The first limit that a call with a cache exceeds, or None.
+
+    ``given`` is whether the caller gives ``block_indices``.
+    """
     return (
-        prefill.unsupported_reason(q, cache, boundaries)
-        or (_token_limit(q, cache.v_pages, cache.config) if token else _tile_limit(cache.config))
+        _cached_form_limit(q, cache, boundaries, given)
         or _tensor_limit(q, cache.v_pages)
         or _device_limit(q)
         or fa4.version_problem()
     )
+
+
+def _cached_form_limit(
+    q: Tensor, cache: Cache, boundaries: Boundaries | None, given: bool
+) -> str | None:
+    """Few new tokens are decoded where that is possible; prompts go the way of training."""
+    few = decoding.unsupported_reason(q, cache, boundaries, given)
+    if few is None:
+        return None
+    token = cache.config.selection == "token"
+    prompt = prefill.unsupported_reason(q, cache, boundaries) or (
+        _token_limit(q, cache.v_pages, cache.config) if token else _tile_limit(cache.config)
+    )
+    return few if prompt and decoding.has_few_tokens(q, boundaries) else prompt
 
 
 def unsupported_lists(q: Tensor, v: Tensor, block_indices: Tensor) -> str | None:

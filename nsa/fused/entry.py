@@ -1,6 +1,6 @@
 """The entry points of the fused backend: convert arguments to the kernels' form, call the ops."""
 
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from nsa.blocks import num_query_tiles
 from nsa.cache import Cache
 from nsa.config import NSAConfig
-from nsa.fused import ops, pipeline, prefill
+from nsa.fused import decoding, ops, pipeline, prefill
 from nsa.fused.compressed_forms import num_compressed_bound
 from nsa.fused.constraints import kernel_head_dim
 from nsa.fused.pipeline import Inputs
@@ -43,12 +43,8 @@ def forward(
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
     if cache is not None:
-        return prefill.forward(
-            q,
-            k,
-            v,
+        arguments: dict[str, Any] = dict(
             cache=cache,
-            backend=prefill.Backend(forward, select_blocks),
             gate_proj_weight=gate_proj_weight,
             gates=gates,
             compress_k_weight=compress_k_weight,
@@ -56,8 +52,13 @@ def forward(
             compressed_kv=compressed_kv,
             block_indices=block_indices,
             boundaries=boundaries,
-            max_workspace_bytes=max_workspace_bytes,
         )
+        few = decoding.unsupported_reason(q, cache, boundaries, block_indices is not None)
+        if few is None:
+            return decoding.forward(q, k, v, **arguments)
+        backend = prefill.Backend(forward, select_blocks)
+        arguments |= dict(backend=backend, max_workspace_bytes=max_workspace_bytes)
+        return prefill.forward(q, k, v, **arguments)
     cu_seqlens, cu_seqlens_k, max_seqlen_k, packing = _bounds(boundaries)
     if gates is not None:
         gate_proj_weight = None

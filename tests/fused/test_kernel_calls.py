@@ -1,11 +1,12 @@
-"""The functions of ``nsa.fused.kernel_calls``, their emulations and the launchers take the same."""
+"""The functions that call kernels, their emulations and the launchers take the same."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 
-from nsa.fused import kernel_calls
-from tests.helpers import emulated_kernels, emulated_token_kernels
+from nsa.fused import decode_calls, kernel_calls
+from tests.helpers import emulated_decoding, emulated_kernels, emulated_token_kernels
 from tests.helpers.requirements import import_fused
 
 EMULATIONS = {
@@ -67,3 +68,23 @@ def test_calls_pass_each_argument_by_its_name(module, monkeypatch):
         arguments = {parameter: object() for parameter, _, _ in parameters(function)}
         function(**arguments)
         assert called.pop() == (name, arguments)
+
+
+@pytest.mark.parametrize("name", emulated_decoding.NAMES)
+def test_decoding_takes_the_same_arguments(name, monkeypatch):
+    call, emulation = (getattr(x, name) for x in (decode_calls, emulated_decoding))
+    assert parameters(emulation) == parameters(call)
+    launcher = getattr(import_fused(f"nsa.fused.kernels.{name}"), name)
+    assert parameters(launcher) == parameters(call)
+    called = []
+    kernels = SimpleNamespace(**{name: lambda **arguments: called.append(arguments)})
+    monkeypatch.setattr(decode_calls, "_kernels", {name: kernels}.__getitem__)
+    arguments = {parameter: object() for parameter, _, _ in parameters(call)}
+    call(**arguments)
+    assert called == [arguments]
+
+
+def test_each_function_of_decoding_is_emulated():
+    functions = dict(inspect.getmembers(decode_calls, inspect.isfunction))
+    names = {name for name, x in functions.items() if x.__module__ == decode_calls.__name__}
+    assert names == set(emulated_decoding.NAMES)

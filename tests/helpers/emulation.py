@@ -2,8 +2,13 @@
 
 from collections.abc import Callable
 
-from nsa.fused import constraints, fa4, kernel_calls
-from tests.helpers import emulated_fa4, emulated_kernels, emulated_token_kernels
+from nsa.fused import constraints, decode_calls, decoding, fa4, kernel_calls
+from tests.helpers import (
+    emulated_decoding,
+    emulated_fa4,
+    emulated_kernels,
+    emulated_token_kernels,
+)
 
 
 def emulate_kernels(replace: Callable):
@@ -13,6 +18,9 @@ def emulate_kernels(replace: Callable):
     for module in (emulated_kernels, emulated_token_kernels):
         for name in module.NAMES:
             replace(kernel_calls, name, getattr(module, name))
+    for name in emulated_decoding.NAMES:
+        replace(decode_calls, name, getattr(emulated_decoding, name))
+    replace(decoding, "_size_limit", lambda _: None)
     replace(constraints, "_tensor_limit", lambda *_: None)
     replace(constraints, "_device_limit", lambda *_: None)
     replace(fa4, "version_problem", lambda: None)

@@ -2,10 +2,8 @@
 
 A warp reads one row: the scores of a query tile and head against compressed tokens. Only scores
 that reach the ``n``-th best so far are looked at twice. Blocks that beat it wait in shared memory
-until there are 32 to sort and merge into the best, which lie in registers, the best first.
-
-A block is ranked by one int64, all different: the high half orders the scores, the low half the
-blocks of equal score, the lower index first.
+until there are 32 to sort and merge into the best, which lie in registers, the best first
+(:mod:`nsa.fused.kernels.best_blocks`).
 """
 
 import functools
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from nsa.fused.hardware import WARP
 from nsa.fused.kernel_inputs import MAX_BLOCKS
+from nsa.fused.kernels.best_blocks import FORCED, LOWEST, NO_RANK, BestBlocks, rank_of
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import check_tensor, fake_flat
@@ -28,14 +27,6 @@ from nsa.fused.kernels.vectors import check_tensor, fake_flat
 _WARPS = 4
 # Loads that a thread issues together, before it uses the first.
 _LOADS = 16
-
-_LOW_HALF = 0xFFFFFFFF
-_NO_INDEX = 0x7FFFFFFF
-# Ranks above every score's; less the index of the block.
-_FORCED = 0x7FFFFFFFFFFFFFFF
-# Below every finite score of every block, above -inf: what is not above it is not taken.
-_LOWEST = -3.4028234663852886e38
-_NONE = ((-0x00800001) ^ 0x7FFFFFFF) << 32
 
 
 @mlir_namedtuple
@@ -80,8 +71,7 @@ class TopBlocks:
         self.rounds = max(1, _LOADS // self.loads)
         self.blocks_per_round = WARP // self.lanes_per_block
         self.blocks_per_step = self.blocks_per_round * self.rounds
-        # Registers that hold the best: the merge needs a power of two.
-        self.registers = 1 << math.ceil(math.log2(max(1, count / WARP)))
+        self.best = BestBlocks(count)
 
     @cute.jit
     def __call__(self, tensors: _Tensors, sizes: _Sizes, scale: Float32, stream):
@@ -127,14 +117,14 @@ class TopBlocks:
         num_blocks = cutlass.min(num_blocks, candidates) if num_forced < self.count else Int32(0)
         limit = cutlass.min(visible, num_blocks * self.per_block)
 
-        rBest = cute.make_rmem_tensor(self.registers, Int64)
-        for r in cutlass.range_constexpr(self.registers):
+        rBest = cute.make_rmem_tensor(self.best.registers, Int64)
+        for r in cutlass.range_constexpr(self.best.registers):
             slot = r * WARP + lane
             block = slot if slot < initial_end else local_begin + slot - initial_end
-            rBest[r] = Int64(_FORCED) - block if slot < num_forced else Int64(_NONE)
+            rBest[r] = Int64(FORCED) - block if slot < num_forced else Int64(NO_RANK)
 
         # What a block has to reach: rank and score of the last of the ``count`` best.
-        bar, bar_score = Int64(_NONE), Float32(_LOWEST)
+        bar, bar_score = Int64(NO_RANK), Float32(LOWEST)
         num_waiting = Int32(0)
         num_steps = (num_blocks + (self.blocks_per_step - 1)) // self.blocks_per_step
         for i in cutlass.range(num_steps, unroll=1):
@@ -154,7 +144,7 @@ class TopBlocks:
                 seen = block + round_index * self.blocks_per_round
                 score = scale * self._block_maximum(mRow, seen, lane, limit)
                 score = self._over_lanes(score)
-                rank = _rank(score, seen)
+                rank = rank_of(score, seen)
                 free = seen >= initial_end and (seen < local_begin or seen >= local_end)
                 # Not true of NaN.
                 wanted = score >= bar_score and rank > bar and free
@@ -172,14 +162,14 @@ class TopBlocks:
                     num_waiting -= WARP
                     if lane < num_waiting:
                         sWaiting[lane] = rest
-                    self._merge(rBest, waiting, lane)
-                    bar, bar_score = self._bar(rBest)
-        waiting = sWaiting[lane] if lane < num_waiting else Int64(_NONE)
-        self._merge(rBest, waiting, lane)
+                    self.best.merge(rBest, waiting, lane)
+                    bar, bar_score = self.best.bar(rBest)
+        waiting = sWaiting[lane] if lane < num_waiting else Int64(NO_RANK)
+        self.best.merge(rBest, waiting, lane)
 
         out_row = Int64(sequence_head // heads) * total_tiles + index
         out_offset = (out_row * heads + sequence_head % heads) * self.count
-        self._write(rBest, tensors.out, out_offset, lane)
+        self.best.write(rBest, tensors.out, out_offset, lane)
 
     @cute.jit
     def _promising(
@@ -233,98 +223,10 @@ class TopBlocks:
             stride //= 2
         return score
 
-    def _merge(self, rBest: cute.Tensor, waiting: Int64, lane: Int32) -> None:
-        """The best of ``rBest`` and a rank in each lane, in the order of ``rBest``."""
-        for size in _powers(2, WARP):
-            for stride in reversed(_powers(1, size // 2)):
-                larger = ((lane // size) ^ (lane // stride)) & 1 == 0
-                waiting = _exchange(waiting, stride, larger)
-        # One of two sorted sequences is reversed. The larger of the two at each place are then the
-        # best, in bitonic order, which the exchanges below sort. All but the last register have
-        # nothing to be compared with.
-        waiting = cute.arch.shuffle_sync(waiting, WARP - 1 - lane)
-        best = [rBest[r] for r in range(self.registers)]
-        best[-1] = cutlass.max(best[-1], waiting)
-        for stride in reversed(_powers(1, self.registers // 2)):
-            for r in range(self.registers):
-                if r & stride == 0:
-                    low, high = best[r], best[r + stride]
-                    best[r], best[r + stride] = cutlass.max(low, high), cutlass.min(low, high)
-        for stride in reversed(_powers(1, WARP // 2)):
-            larger = lane & stride == 0
-            best = [_exchange(x, stride, larger) for x in best]
-        for r in range(self.registers):
-            rBest[r] = best[r]
-
-    def _bar(self, rBest: cute.Tensor) -> tuple[Int64, Float32]:
-        """Rank and score of the last of the ``count`` best."""
-        register, lane = divmod(self.count - 1, WARP)
-        bar = cute.arch.shuffle_sync(rBest[register], lane)
-        return bar, _score(bar)
-
-    @cute.jit
-    def _write(self, rBest: cute.Tensor, mOut: cute.Tensor, offset: Int64, lane: Int32):
-        """The first ``count`` blocks of ``rBest``, by index, -1 where there is none."""
-        blocks = []
-        for r in cutlass.range_constexpr(self.registers):
-            taken = r * WARP + lane < self.count and rBest[r] > _NONE
-            blocks.append(~rBest[r].to(Int32) if taken else Int32(_NO_INDEX))
-        blocks = self._sorted(blocks, lane)
-        for r in cutlass.range_constexpr(self.registers):
-            slot = r * WARP + lane
-            if slot < self.count:
-                mOut[offset + slot] = blocks[r] if blocks[r] != _NO_INDEX else Int32(-1)
-
-    def _sorted(self, x: list[Int32], lane: Int32) -> list[Int32]:
-        """``x`` ascending over registers, then lanes, by bitonic sort."""
-        for size in _powers(2, self.registers * WARP):
-            for stride in reversed(_powers(1, size // 2)):
-                if stride < WARP:
-                    for r in range(self.registers):
-                        slot = r * WARP + lane
-                        larger = ((slot // size) ^ (slot // stride)) & 1 == 1
-                        x[r] = _exchange(x[r], stride, larger)
-                    continue
-                for r in range(self.registers):
-                    other = r + stride // WARP
-                    if r & (stride // WARP) == 0:
-                        low, high = cutlass.min(x[r], x[other]), cutlass.max(x[r], x[other])
-                        ascending = r * WARP & size == 0
-                        x[r], x[other] = (low, high) if ascending else (high, low)
-        return x
-
-
-def _powers(first: int, last: int) -> list[int]:
-    """Powers of two from ``first`` to ``last``."""
-    return [1 << e for e in range(first.bit_length() - 1, last.bit_length())]
-
 
 @cute.jit
 def _where(condition: Boolean, x: Float32, y: float) -> Float32:
     return x if condition else Float32(y)
-
-
-@cute.jit
-def _exchange(x, stride: int, larger: Boolean):
-    """The larger or the smaller of this lane's ``x`` and that of the lane ``stride`` away."""
-    other = cute.arch.shuffle_sync_bfly(x, offset=stride)
-    return other if (other > x) == larger else x
-
-
-@cute.jit
-def _rank(score: Float32, block: Int32) -> Int64:
-    bits = score.bitcast(Int32)
-    bits = Int32(0) if bits == -0x80000000 else bits  # -0.0 is 0.0
-    high = bits if bits >= 0 else bits ^ 0x7FFFFFFF
-    return (Int64(high) << 32) + (Int64(_LOW_HALF) - block)
-
-
-@cute.jit
-def _score(rank: Int64) -> Float32:
-    """The score of a rank; NaN where the block is forced."""
-    high = Int32(rank >> 32)
-    bits = high if high >= 0 else high ^ 0x7FFFFFFF
-    return bits.bitcast(Float32)
 
 
 @kept

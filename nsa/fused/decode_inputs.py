@@ -1,0 +1,227 @@
+"""The plain data that the kernels of decoding get, and the sizes of what they exchange.
+
+*Stride slots.* A compressed block is complete with the last token of a stride of ``d`` tokens, and
+lies in the slot of that stride: block ``j`` in slot ``j + o`` of its sequence, where ``o = l/d -
+1``. The first ``o`` slots of a sequence are never used. A query at position ``t`` sees the slots
+``o <= slot < (t + 1) // d``.
+
+*Units and parts.* A unit is a sequence, a KV head and up to :attr:`DecodeShape.unit_tokens` of the
+new tokens. The compressed branch takes the tiles of 64 slots of all units one after another, and
+each CTA an equal share of them. What a CTA has of a unit is a part, in slot ``CTA + unit``.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.fused.hardware import SHARED_BYTES
+
+TILE_KEYS = 64
+"""Keys of a tile."""
+
+SLOT_GROUP = 16
+"""Slots whose sums are recorded relative to one reference."""
+
+UNIT_ROWS = 128
+"""The most query rows of a unit: heads of a KV head times tokens."""
+
+MAX_TOKENS = 8
+"""The most new tokens of a sequence that decode together."""
+
+MAX_LISTED = 64
+"""The most blocks that a token selects."""
+
+NO_REFERENCE = -(1 << 30)
+"""The reference of a row that has seen no key."""
+
+
+class Pool(NamedTuple):
+    """Keys ``(pages, rows, H_kv, D)`` and values ``(pages, rows, H_kv, Dv)`` in pages.
+
+    Channels must be adjacent; other strides are free.
+    """
+
+    k: Tensor
+    v: Tensor
+
+
+class DecodeRule(NamedTuple):
+    """The part of the configuration that the kernels are compiled for.
+
+    Args:
+        compress_size: tokens of a compressed block.
+        stride: tokens from one compressed block to the next.
+        select_size: tokens of a selection block.
+    """
+
+    compress_size: int
+    stride: int
+    select_size: int
+
+    @classmethod
+    def of(cls, config: NSAConfig) -> "DecodeRule":
+        return cls(config.compress_block_size, config.compress_stride, config.select_block_size)
+
+    @property
+    def per_select(self) -> int:
+        """Strides of a selection block."""
+        return self.select_size // self.stride
+
+    @property
+    def carried(self) -> int:
+        """Strides by which a compressed block begins before its last one: ``o``."""
+        return self.compress_size // self.stride - 1
+
+    @property
+    def group_blocks(self) -> int:
+        """Selection blocks of a group of slots."""
+        return SLOT_GROUP // self.per_select
+
+
+class TileRule(NamedTuple):
+    """The part of the configuration that the selection of tile mode is compiled for.
+
+    Args:
+        compress_size: tokens of a compressed block.
+        select_size: tokens of a selection block.
+    """
+
+    compress_size: int
+    select_size: int
+
+    @property
+    def per_select(self) -> int:
+        """Compressed blocks of a selection block."""
+        return self.select_size // self.compress_size
+
+
+class TileLists(NamedTuple):
+    """Where tile mode's lists lie: tile ``u`` of a sequence at slot ``u % tile_slots``.
+
+    Args:
+        blocks: int32 ``(B, tile_slots, H, n)``, contiguous.
+        tile_size: queries of a tile.
+    """
+
+    blocks: Tensor
+    tile_size: int
+
+
+class DecodeShape(NamedTuple):
+    """Sizes of a call, none of which depends on lengths.
+
+    Args:
+        batch: sequences.
+        tokens: the most new tokens of a sequence.
+        kv_heads: KV heads.
+        group: query heads of a KV head.
+        ctas: CTAs among which the compressed branch is split.
+    """
+
+    batch: int
+    tokens: int
+    kv_heads: int
+    group: int
+    ctas: int
+
+    @property
+    def unit_tokens(self) -> int:
+        return min(self.tokens, UNIT_ROWS // self.group)
+
+    @property
+    def token_blocks(self) -> int:
+        """Units of a sequence and KV head."""
+        return -(-self.tokens // self.unit_tokens)
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a unit: row ``i * group + g`` is head ``g`` of its token ``i``."""
+        return self.unit_tokens * self.group
+
+    @property
+    def row_groups(self) -> int:
+        """Times 16 rows, rounded up to a power of two."""
+        return 1 << max(0, (-(-self.rows // 16) - 1).bit_length())
+
+    @property
+    def sequence_units(self) -> int:
+        return self.kv_heads * self.token_blocks
+
+    @property
+    def units(self) -> int:
+        return self.batch * self.sequence_units
+
+    @property
+    def part_slots(self) -> int:
+        """Parts of the compressed branch: a CTA's in a row, with one more slot for each unit."""
+        return self.ctas + self.units
+
+
+class Schedule(NamedTuple):
+    """What :func:`nsa.fused.decode_calls.decode_append` finds out on the device.
+
+    Args:
+        starts, ends: int32 ``(B,)``, tokens of each sequence without and with the new ones. New
+            token ``i`` is at position ``starts + i``; it has no place in the cache, and its output
+            no meaning, if that is not below ``ends``.
+        tiles: int32 ``(B + 2,)``: tiles in a CTA's share, then the first tile of each sequence's
+            units, counted for one unit a sequence, and the number of all.
+    """
+
+    starts: Tensor
+    ends: Tensor
+    tiles: Tensor
+
+
+class Parts(NamedTuple):
+    """Attention of some rows over parts of their keys.
+
+    Args:
+        out: float32 ``(slots, rows, Dv)``: values times exponentials, summed.
+        reference: int32 ``(slots, rows)``: exponentials are relative to ``2^reference``.
+        total: float32 ``(slots, rows)``: the sum of the exponentials.
+    """
+
+    out: Tensor
+    reference: Tensor
+    total: Tensor
+
+
+class Records(NamedTuple):
+    """What selection needs of the compressed branch. Groups have 16 slots.
+
+    Args:
+        sums: float32 ``(units, rows, blocks)``: of each selection block, the exponentials of the
+            slots of the block times their overlap with it, and what slots of the next block in the
+            same group add.
+        carried: float32 ``(units, rows, groups)``: what the group adds to the block before it.
+        reference: int32 ``(units, rows, groups)``: as in :class:`Parts`.
+    """
+
+    sums: Tensor
+    carried: Tensor
+    reference: Tensor
+
+
+def most_groups(table: Tensor, slots_per_page: int) -> int:
+    """Groups of slots of a sequence, in whole tiles."""
+    slots = table.shape[1] * slots_per_page
+    return -(-slots // TILE_KEYS) * (TILE_KEYS // SLOT_GROUP)
+
+
+def resident_ctas(head_dim: int, head_dim_v: int, row_groups: int) -> int:
+    """CTAs of the attention kernels that an SM runs at a time: two hide each other's latencies."""
+    return 2 if head_dim + head_dim_v <= 256 and row_groups < 8 else 1
+
+
+def tile_stages(head_dim: int, head_dim_v: int, row_groups: int) -> int:
+    """Tiles that fit shared memory beside the queries, up to 4."""
+    room = SHARED_BYTES // resident_ctas(head_dim, head_dim_v, row_groups)
+    queries = 2 * 16 * row_groups * head_dim
+    return min(4, (room - queries - 4096) // (2 * TILE_KEYS * (head_dim + head_dim_v)))
+
+
+def fits_shared_memory(head_dim: int, head_dim_v: int) -> bool:
+    """Whether the attention kernels have the two tiles that they need, for any rows."""
+    return all(tile_stages(head_dim, head_dim_v, 1 << i) >= 2 for i in range(4))

@@ -1,0 +1,277 @@
+"""A decoding step: up to 8 new tokens of each sequence of a cache, from its pages.
+
+Nothing here reads the device or allocates by lengths, so a step can be captured in a CUDA graph and
+replayed as lengths grow.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from nsa.blocks import num_selection_blocks
+from nsa.cache import Cache
+from nsa.cache.append import append, compress_candidates
+from nsa.cache.context import locate_in_cache
+from nsa.config import NSAConfig
+from nsa.fused import decode_calls
+from nsa.fused.decode_inputs import (
+    MAX_LISTED,
+    MAX_TOKENS,
+    SLOT_GROUP,
+    TILE_KEYS,
+    DecodeRule,
+    DecodeShape,
+    Pool,
+    Schedule,
+    TileLists,
+    TileRule,
+    fits_shared_memory,
+    resident_ctas,
+)
+from nsa.fused.kernel_inputs import MAX_GROUP
+from nsa.geometry import prefix_sum
+from nsa.packing import Boundaries
+
+Branches = tuple[Tensor, Tensor, Tensor]
+Attended = tuple[Tensor, Pool, Tensor, Schedule, Tensor | None, DecodeShape]
+"""Queries, compressed pages, page table, schedule, boundaries and shape, as kernels take them."""
+
+_SELECT_SIZES = (32, 64, 128)
+_USE_REFERENCE = "use backend='reference'"
+
+
+def unsupported_reason(
+    q: Tensor, cache: Cache, boundaries: Boundaries | None, given: bool
+) -> str | None:
+    """Why the kernels cannot decode this, with the remedy; None if they can.
+
+    ``given`` is whether the caller gives ``block_indices``.
+    """
+    config = cache.config
+    group = q.shape[-2] // cache.num_kv_heads
+    tokens = _most_tokens(q, boundaries)
+    if tokens is None:
+        return (
+            "it needs max_seqlen or an nsa.Packing with a cache and cu_seqlens, so that the host "
+            f"knows how many new tokens a sequence has; give one, or {_USE_REFERENCE}"
+        )
+    if tokens > MAX_TOKENS:
+        return (
+            f"it needs at most {MAX_TOKENS} new tokens of a sequence with a cache, got {tokens}; "
+            f"{_USE_REFERENCE}"
+        )
+    if group > MAX_GROUP:
+        return (
+            f"it needs at most {MAX_GROUP} query heads to a KV head, got {group}; {_USE_REFERENCE}"
+        )
+    if config.num_selected_blocks > MAX_LISTED:
+        return (
+            f"it needs num_selected_blocks of at most {MAX_LISTED} with a cache, got "
+            f"{config.num_selected_blocks}; {_USE_REFERENCE}"
+        )
+    return (
+        _token_limit(config) if config.selection == "token" else _tile_limit(config, given)
+    ) or (_size_limit(cache))
+
+
+def _token_limit(config: NSAConfig) -> str | None:
+    rule = DecodeRule.of(config)
+    if SLOT_GROUP % rule.per_select or rule.carried > rule.per_select:
+        return (
+            f"it needs select_block_size to be 1, 2, 4, 8 or {SLOT_GROUP} strides and "
+            "compress_block_size to be at most a stride longer with a cache, got "
+            f"{rule.per_select} and {rule.carried + 1} strides; {_USE_REFERENCE}"
+        )
+    return None
+
+
+def _tile_limit(config: NSAConfig, given: bool) -> str | None:
+    if given:
+        return f"it needs to select blocks itself with selection='tile'; {_USE_REFERENCE}"
+    if config.num_cmp_selected_blocks is not None:
+        return f"it needs num_cmp_selected_blocks=None with a cache; {_USE_REFERENCE}"
+    if config.q_tile_size < MAX_TOKENS:
+        return (
+            f"it needs q_tile_size of at least {MAX_TOKENS} with a cache, got "
+            f"{config.q_tile_size}; {_USE_REFERENCE}"
+        )
+    return None
+
+
+def _size_limit(cache: Cache) -> str | None:
+    """What the kernels' tiles are too large or too small for."""
+    dims, size = (cache.head_dim, cache.value_head_dim), cache.config.select_block_size
+    if any(dim % 32 or dim > 256 for dim in dims) or not fits_shared_memory(*dims):
+        return (
+            "it needs head dimensions that are multiples of 32 up to 256 with a cache, got "
+            f"{dims}; {_USE_REFERENCE}"
+        )
+    if size not in _SELECT_SIZES:
+        return (
+            f"it needs select_block_size of {_SELECT_SIZES} with a cache, got {size}; "
+            f"{_USE_REFERENCE}"
+        )
+    return None
+
+
+def has_few_tokens(q: Tensor, boundaries: Boundaries | None) -> bool:
+    """Whether a step may have as many new tokens, or the host does not know how many there are."""
+    tokens = _most_tokens(q, boundaries)
+    return tokens is None or tokens <= MAX_TOKENS
+
+
+def _most_tokens(q: Tensor, boundaries: Boundaries | None) -> int | None:
+    """The most new tokens of a sequence, if the host knows."""
+    return q.shape[1] if boundaries is None else boundaries.max_seqlen
+
+
+@torch.compiler.disable(reason="kernels of decoding are not custom ops")
+@torch.no_grad()
+def forward(
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    *,
+    cache: Cache,
+    gate_proj_weight: Tensor | None = None,
+    gates: Tensor | None = None,
+    compress_k_weight: Tensor | None = None,
+    compress_v_weight: Tensor | None = None,
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    block_indices: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+) -> Tensor:
+    """See :func:`nsa.forward`; :func:`unsupported_reason` has no objection."""
+    config, rule = cache.config, DecodeRule.of(cache.config)
+    if q.numel() == 0:
+        return q.new_zeros(*q.shape[:-1], cache.value_head_dim)
+    cu_seqlens = None if boundaries is None else boundaries.cu_seqlens.int()
+    shape = _make_shape(q, cache, boundaries)
+    rows = q.flatten(0, -3)
+    k_rows, v_rows = (_flatten(x) for x in (k, v))
+    compressed = Pool(cache.k_cmp_pages, cache.v_cmp_pages)
+    weights = compress_k_weight, compress_v_weight
+    means = compressed_kv is None and all(weight is None for weight in weights)
+    if means and not cache.separate_kv:
+        schedule = decode_calls.decode_append(
+            k_rows[1], v_rows[1], Pool(cache.k_pages, cache.v_pages), compressed, cache.page_table,
+            cache.lengths, cache.overflowed, cache.max_length, cu_seqlens, shape, rule,
+        )  # fmt: skip
+        cache.note_advance(_counts(q, boundaries))
+    else:
+        schedule = _append(
+            q, (k_rows, v_rows), cache, weights, compressed_kv, boundaries, shape, rule
+        )
+    scale, tile_mode = config.softmax_scale(q.shape[-1]), config.selection == "tile"
+    attended = rows, compressed, cache.page_table, schedule, cu_seqlens, shape
+    parts, records = decode_calls.decode_compressed(
+        *attended, rule, scale, block_indices is None and not tile_mode
+    )
+    lists: Tensor | TileLists
+    if tile_mode:
+        lists = _select_for_tiles(cache, attended, scale)
+    elif records is not None:
+        width = rows.shape[0], shape.kv_heads, config.num_selected_blocks
+        lists = torch.empty(width, dtype=torch.int32, device=q.device)
+        decode_calls.decode_select(
+            parts, records, schedule, cu_seqlens, shape, rule, lists,
+            config.num_initial_blocks, config.num_local_blocks,
+        )  # fmt: skip
+    else:
+        assert block_indices is not None
+        lists = block_indices.flatten(0, -3)
+    splits = _choose_splits(cache, shape, rows.shape[0])
+    rings = None if cache.window_rings is None else Pool(*cache.window_rings)
+    window = min(config.window_size, cache.max_length)
+    others = decode_calls.decode_attend(
+        rows, Pool(cache.k_pages, cache.v_pages), rings, cache.page_table, schedule, cu_seqlens,
+        lists, shape, config.select_block_size, window, scale, splits,
+    )  # fmt: skip
+    out = decode_calls.decode_combine(
+        parts, others, schedule, cu_seqlens, rows,
+        None if gates is None else gates.flatten(0, -3),
+        gate_proj_weight if gates is None else None,
+        shape, splits, cache.lengths, cache.floors if tile_mode else None,
+        lists if isinstance(lists, TileLists) else None,
+    )  # fmt: skip
+    return out.unflatten(0, q.shape[:-2])
+
+
+def _select_for_tiles(cache: Cache, attended: Attended, scale: float) -> TileLists:
+    """Select for the tiles that begin in the step; ``attended`` as for the compressed branch."""
+    config = cache.config
+    cache.use_num_heads(attended[0].shape[1])
+    assert cache.block_lists is not None
+    decode_calls.decode_tile_select(
+        *attended, TileRule(config.compress_block_size, config.select_block_size), scale,
+        config.q_tile_size, cache.block_lists, config.num_selected_blocks,
+        num_selection_blocks(cache.max_length, config),
+        config.num_initial_blocks, config.num_local_blocks,
+    )  # fmt: skip
+    return TileLists(cache.block_lists, config.q_tile_size)
+
+
+def _make_shape(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> DecodeShape:
+    tokens = _most_tokens(q, boundaries)
+    assert tokens is not None
+    group = q.shape[-2] // cache.num_kv_heads
+    shape = DecodeShape(cache.batch_size, tokens, cache.num_kv_heads, group, 1)
+    resident = resident_ctas(cache.head_dim, cache.value_head_dim, shape.row_groups)
+    return shape._replace(ctas=resident * _num_sms(q.device))
+
+
+def _choose_splits(cache: Cache, shape: DecodeShape, tokens: int) -> int:
+    """CTAs of a list in the selected and window branch."""
+    config = cache.config
+    keys = config.num_selected_blocks * config.select_block_size
+    tiles = -(-keys // TILE_KEYS) + -(-min(config.window_size, cache.max_length) // TILE_KEYS)
+    lists, rows = shape.kv_heads, shape.group
+    if config.selection == "tile":
+        lists, rows = lists * rows, 1
+    ctas = resident_ctas(cache.head_dim, cache.value_head_dim, -(-rows // 16))
+    return max(1, min(tiles, ctas * _num_sms(cache.device) // (tokens * lists)))
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        # Emulated kernels.
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _append(
+    q: Tensor,
+    new: tuple[Branches, Branches],
+    cache: Cache,
+    weights: tuple[Tensor | None, Tensor | None],
+    compressed_kv: tuple[Tensor, Tensor] | None,
+    boundaries: Boundaries | None,
+    shape: DecodeShape,
+    rule: DecodeRule,
+) -> Schedule:
+    """What :func:`nsa.fused.decode_calls.decode_append` does, with any compression."""
+    tokens = locate_in_cache(cache, q, boundaries, compressed_kv)
+    if compressed_kv is None:
+        pair = [compress_candidates(cache, tokens, i, new[i][0], weights[i]) for i in range(2)]
+    else:
+        pair = [x.flatten(0, -3)[: tokens.num_candidates] for x in compressed_kv]
+    starts, count = cache.lengths.clone(), tokens.offset.diff()
+    append(cache, tokens, *new, (pair[0], pair[1]))
+    slots = tokens.end // rule.stride
+    tiles = torch.where((count > 0) & (slots > rule.carried), -(-slots // TILE_KEYS), 0)
+    starts_of_tiles = prefix_sum(tiles)
+    total = starts_of_tiles[-1:] * shape.sequence_units
+    share = (-(-total // shape.ctas)).clamp(min=1)
+    return Schedule(starts, tokens.end.int(), torch.cat([share, starts_of_tiles]).int())
+
+
+def _flatten(x: Branches) -> Branches:
+    first, second, third = (part.flatten(0, -3) for part in x)
+    return first, second, third
+
+
+def _counts(q: Tensor, boundaries: Boundaries | None) -> list[int] | None:
+    """New tokens of each sequence, if the host knows."""
+    return [q.shape[1]] * q.shape[0] if boundaries is None else boundaries.lengths

@@ -1,0 +1,433 @@
+"""Decoding's compressed branch: attention split over compressed keys, and records for selection.
+
+A fixed number of CTAs share the tiles of all units equally (see
+:mod:`nsa.fused.decode_inputs`), so one launch serves any lengths. Compressed keys and values are
+read once. For the selection each warp records sums of exponentials of the blocks of 16 slots, with
+the integer reference of the moment; the selection scales them when the sum over all keys is known.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.fused.decode_inputs import (
+    NO_REFERENCE,
+    SLOT_GROUP,
+    TILE_KEYS,
+    DecodeRule,
+    DecodeShape,
+    Parts,
+    Pool,
+    Records,
+    Schedule,
+    most_groups,
+)
+from nsa.fused.hardware import LOG2_E, QUAD, WARP
+from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.decode_tiles import (
+    MMA_ROWS,
+    PDL,
+    PagedTensors,
+    TileAttention,
+    fake_pages,
+    make_attention,
+    page_arguments,
+    wait_for_previous,
+)
+from nsa.fused.kernels.hopper import mlir_namedtuple
+from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat_rows
+
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """Inputs, parts and records."""
+
+    q: cute.Tensor
+    cu_seqlens: cute.Tensor | None
+    starts: cute.Tensor
+    ends: cute.Tensor
+    tiles: cute.Tensor
+    out: cute.Tensor
+    reference: cute.Tensor
+    total: cute.Tensor
+    sums: cute.Tensor | None
+    carried: cute.Tensor | None
+    references: cute.Tensor | None
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """Sizes of the call; ``groups`` of 16 slots have room in the records of a row."""
+
+    batch: Int32
+    tokens: Int32
+    kv_heads: Int32
+    group: Int32
+    unit_tokens: Int32
+    token_blocks: Int32
+    ctas: Int32
+    groups: Int32
+    q_stride: Int64
+
+
+class DecodeCompressed:
+    """Parts of the compressed branch; with ``records`` also those."""
+
+    def __init__(self, attention: TileAttention, rule: DecodeRule, records: bool):
+        self.attention = attention
+        self.rule = rule
+        self.records = records
+        # Blocks of which a thread has all slots, or threads that share a block.
+        self.thread_blocks = max(1, 4 // rule.per_select)
+        self.block_threads = max(1, rule.per_select // 4)
+
+    @cute.jit
+    def __call__(
+        self, tensors: _Tensors, pages: PagedTensors, sizes: _Sizes, scale_log2: Float32, stream
+    ):
+        attention = self.attention
+        layouts, mma = attention.layouts(), attention.make_mma()
+        self.kernel(tensors, pages, sizes, scale_log2, mma, layouts).launch(
+            grid=[sizes.ctas, 1, 1],
+            block=[attention.threads, 1, 1],
+            stream=stream,
+            use_pdl=PDL,
+            min_blocks_per_mp=attention.ctas,
+            preferred_smem_carveout=100,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tensors: _Tensors,
+        pages: PagedTensors,
+        sizes: _Sizes,
+        scale_log2: Float32,
+        mma: cute.TiledMma,
+        layouts: tuple[cute.ComposedLayout, ...],
+    ):
+        wait_for_previous()
+        attention = self.attention
+        bidx, _, _ = cute.arch.block_idx()
+        smem = cutlass.utils.SmemAllocator()
+        memory = attention.allocate(smem, layouts)
+        sequence_units = sizes.kv_heads * sizes.token_blocks
+        share = tensors.tiles[0]
+        first = bidx * share
+        last = cutlass.min(first + share, tensors.tiles[sizes.batch + 1] * sequence_units)
+        while first < last:
+            sequence = self._sequence(tensors.tiles, sizes.batch, sequence_units, first)
+            start = tensors.tiles[sequence + 1]
+            tiles = tensors.tiles[sequence + 2] - start
+            within = first - start * sequence_units
+            unit, tile = within // tiles, within % tiles
+            count = cutlass.min(tiles - tile, last - first)
+            self._attend(
+                tensors, pages, sizes, scale_log2, mma, memory,
+                sequence, unit, tile, count,
+            )  # fmt: skip
+            first += count
+
+    @cute.jit
+    def _sequence(
+        self, mTiles: cute.Tensor, batch: Int32, sequence_units: Int32, tile: Int32
+    ) -> Int32:
+        """The sequence of a tile: the last one whose tiles start there or before."""
+        lane = cute.arch.lane_idx()
+        count = Int32(0)
+        for begin in cutlass.range(0, batch, WARP, unroll=1):
+            index = begin + lane
+            start = mTiles[cutlass.min(index, batch - 1) + 1]
+            before = index < batch and start * sequence_units <= tile
+            count += cute.arch.popc(cute.arch.vote_ballot_sync(before))
+        return count - 1
+
+    @cute.jit
+    def _attend(
+        self,
+        tensors: _Tensors,
+        pages: PagedTensors,
+        sizes: _Sizes,
+        scale_log2: Float32,
+        mma: cute.TiledMma,
+        memory,
+        sequence: Int32,
+        unit: Int32,
+        first_tile: Int32,
+        count: Int32,
+    ):
+        """A part: tiles ``first_tile`` to ``first_tile + count - 1`` of a unit of the sequence."""
+        sQ, sK, sV, sO, sM, sL = memory
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
+        row_group, key_group = warp % self.attention.row_groups, warp // self.attention.row_groups
+        kv_head, token_block = unit // sizes.token_blocks, unit % sizes.token_blocks
+        token0 = token_block * sizes.unit_tokens
+        start, end = tensors.starts[sequence], tensors.ends[sequence]
+        row0, new = sequence * sizes.tokens, sizes.tokens
+        if const_expr(tensors.cu_seqlens is not None):
+            row0 = tensors.cu_seqlens[sequence]
+            new = tensors.cu_seqlens[sequence + 1] - row0
+        rows = sizes.unit_tokens * sizes.group
+        end_slot = end // self.rule.stride
+        load_tile = functools.partial(
+            self._load_tile, pages, sK, sV, sequence, kv_head, end_slot, tidx
+        )
+
+        # All warps are done with what the unit before left in shared memory.
+        cute.arch.barrier()
+        self.attention.load_queries(
+            tensors.q,
+            sQ,
+            functools.partial(self._query_offset, sizes, row0 + token0, kv_head),
+            functools.partial(self._has_query, sizes, rows, new - token0),
+            tidx,
+        )
+        for s in cutlass.range_constexpr(self.attention.stages - 1):
+            if s < count:
+                load_tile(first_tile + s, Int32(s))
+            cute.arch.cp_async_commit_group()
+
+        acc_O = self.attention.make_output(mma, lane)
+        acc_O.fill(0.0)
+        reference = cute.make_rmem_tensor(2, Int32)
+        reference.fill(NO_REFERENCE)
+        total = cute.make_rmem_tensor(2, Float32)
+        total.fill(0.0)
+        # Slots that this thread's rows see.
+        limits = cute.make_rmem_tensor(2, Int32)
+        row = row_group * MMA_ROWS + lane // QUAD
+        for r in cutlass.range_constexpr(2):
+            position = start + token0 + (row + 8 * r) // sizes.group
+            limits[r] = cutlass.min((position + 1) // self.rule.stride, end_slot)
+        weights = self._weights(lane)
+        # The unit among those of all sequences.
+        index = sequence * (sizes.kv_heads * sizes.token_blocks) + unit
+
+        for i in cutlass.range(count, unroll=1):
+            cute.arch.cp_async_wait_group(self.attention.stages - 2)
+            cute.arch.barrier()
+            ahead = i + (self.attention.stages - 1)
+            if ahead < count:
+                load_tile(first_tile + ahead, ahead % self.attention.stages)
+            cute.arch.cp_async_commit_group()
+            stage = i % self.attention.stages
+            accs = self.attention.compute_scores(
+                mma, sQ, sK[None, None, stage], row_group, key_group, lane
+            )
+            low, high, groups = [], [[], []], []
+            for u in cutlass.range_constexpr(self.attention.units):
+                slot_group = (first_tile + i) * (TILE_KEYS // SLOT_GROUP) + (
+                    key_group + u * self.attention.key_groups
+                )
+                groups.append(slot_group)
+                low.append(self.rule.carried - slot_group * SLOT_GROUP)
+                for r in cutlass.range_constexpr(2):
+                    high[r].append(limits[r] - slot_group * SLOT_GROUP)
+            self.attention.softmax(accs, acc_O, reference, total, low, high, lane, scale_log2)
+            self.attention.add_values(mma, acc_O, accs, sV[None, None, stage], key_group, lane)
+            if const_expr(self.records):
+                for u in cutlass.range_constexpr(self.attention.units):
+                    for r in cutlass.range_constexpr(2):
+                        self._record(
+                            tensors, sizes, accs[u], r, reference[r], weights,
+                            Int64(index) * rows + row + 8 * r, row + 8 * r < rows,
+                            groups[u], lane,
+                        )  # fmt: skip
+        cute.arch.cp_async_wait_group(0)
+        self.attention.store_part(
+            acc_O, reference, total, sO, sM, sL,
+            (tensors.out, tensors.reference, tensors.total),
+            Int64(bidx + index), rows, row_group, key_group, tidx,
+        )  # fmt: skip
+
+    def _query_offset(self, sizes, row0, kv_head, row) -> Int64:
+        head = kv_head * sizes.group + row % sizes.group
+        token = row0 + row // sizes.group
+        return Int64(token) * sizes.q_stride + head * self.attention.head_dim
+
+    @cute.jit
+    def _has_query(self, sizes, rows, new, row) -> Boolean:
+        return row < rows and row // sizes.group < new
+
+    @cute.jit
+    def _load_tile(
+        self, pages: PagedTensors, sK: cute.Tensor, sV: cute.Tensor, sequence: Int32,
+        kv_head: Int32, end_slot: Int32, tidx: Int32, tile: Int32, stage: Int32,
+    ):  # fmt: skip
+        place = functools.partial(self._place, pages, sequence, end_slot, tile * TILE_KEYS)
+        self.attention.load_tile(pages, sK, sV, place, kv_head, tidx, stage)
+
+    @cute.jit
+    def _place(
+        self, pages: PagedTensors, sequence: Int32, end_slot: Int32, slot0: Int32, key: Int32
+    ):
+        slot = slot0 + key
+        # Unsigned, because // of signed numbers takes more instructions.
+        seen = Uint32(cutlass.min(slot, end_slot - 1))
+        index = Int32(seen // Uint32(pages.page_rows))
+        row = Int32(seen % Uint32(pages.page_rows))
+        page = pages.table[Int64(sequence) * pages.max_pages + index]
+        return page, row, slot >= self.rule.carried and slot < end_slot
+
+    def _weights(self, lane: Int32):
+        """Of this thread's four slots in each 16: overlap with their own block and with the one
+        before it, in strides."""
+        own, back = cute.make_rmem_tensor(4, Float32), cute.make_rmem_tensor(4, Float32)
+        for q in range(4):
+            place = (lane % QUAD * 4 + q) % self.rule.per_select
+            own[q] = Float32(cutlass.min(place, self.rule.carried) + 1)
+            back[q] = Float32(cutlass.max(self.rule.carried - place, 0))
+        return own, back
+
+    @cute.jit
+    def _record(
+        self, tensors: _Tensors, sizes: _Sizes, acc: cute.Tensor, r: cutlass.Constexpr[int],
+        reference: Int32, weights, row: Int64, real: Boolean, slot_group: Int32, lane: Int32,
+    ):  # fmt: skip
+        """Record the exponentials of a row and 16 slots."""
+        rule = self.rule
+        own_weights, back_weights = weights
+        t = lane % QUAD
+        size = const_expr(4 // self.thread_blocks)
+        own, back = [], []
+        for block in cutlass.range_constexpr(self.thread_blocks):
+            own_sum, back_sum = Float32(0.0), Float32(0.0)
+            for i in cutlass.range_constexpr(size):
+                q = block * size + i
+                power = acc[q % 2 + 2 * r + 4 * (q // 2)]
+                own_sum = own_sum + own_weights[q] * power
+                back_sum = back_sum + back_weights[q] * power
+            stride = 1
+            while const_expr(stride < self.block_threads):
+                own_sum = own_sum + cute.arch.shuffle_sync_bfly(own_sum, offset=stride)
+                back_sum = back_sum + cute.arch.shuffle_sync_bfly(back_sum, offset=stride)
+                stride *= 2
+            own.append(own_sum)
+            back.append(back_sum)
+        carried = back[0]
+        if const_expr(rule.carried > 0 and rule.group_blocks > 1):
+            # What the first slots of the next block add. The last block's come from another group.
+            following = cute.arch.shuffle_sync_down(back[0], offset=self.block_threads)
+            last = t // self.block_threads == QUAD // self.block_threads - 1
+            following = Float32(0.0) if last else following
+            for block in cutlass.range_constexpr(self.thread_blocks):
+                if const_expr(block + 1 < self.thread_blocks):
+                    own[block] = own[block] + back[block + 1]
+                else:
+                    own[block] = own[block] + following
+        if real:
+            blocks = sizes.groups * rule.group_blocks
+            place = row * blocks + slot_group * rule.group_blocks
+            if t % self.block_threads == 0:
+                for block in cutlass.range_constexpr(self.thread_blocks):
+                    own_place = t // self.block_threads * self.thread_blocks + block
+                    tensors.sums[place + own_place] = own[block]
+            if t == 0:
+                tensors.references[row * sizes.groups + slot_group] = reference
+                if const_expr(rule.carried > 0):
+                    tensors.carried[row * sizes.groups + slot_group] = carried
+
+
+@kept
+def compile_decode_compressed(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    row_groups: int,
+    rule: DecodeRule,
+    packed: bool,
+    records: bool,
+) -> Callable:
+    """The compiled kernel of these forms."""
+    attention = make_attention(dtype, head_dim, head_dim_v, row_groups)
+
+    def integers(used: bool = True):
+        return fake_flat(Int32 if used else None, alignment=4)
+
+    def floats(used: bool = True):
+        return fake_flat(Float32 if used else None, alignment=4)
+
+    return compile_kernel(
+        DecodeCompressed(attention, rule, records),
+        _Tensors(
+            fake_flat(CUTE_DTYPES[dtype]),
+            integers(packed),
+            *(integers(), integers(), integers()),
+            *(floats(), integers(), floats()),
+            *(floats(records), floats(records and rule.carried > 0), integers(records)),
+        ),
+        fake_pages(CUTE_DTYPES[dtype]),
+        _Sizes(*(Int32(1) for _ in range(8)), Int64(1)),
+        Float32(1.0),
+    )
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names, and functions that compile what each names; no GPU is needed."""
+    paper = DecodeRule.of(NSAConfig.paper())
+    forms = [
+        (torch.bfloat16, 128, 128, 1, paper, False, True),
+        (torch.bfloat16, 128, 128, 4, paper, True, True),
+        (torch.float16, 64, 64, 8, paper, False, True),
+        (torch.float16, 96, 96, 2, DecodeRule(16, 16, 32), False, True),
+        (torch.bfloat16, 192, 128, 1, DecodeRule(32, 32, 32), False, True),
+        (torch.bfloat16, 256, 256, 2, DecodeRule(16, 8, 64), False, True),
+        (torch.bfloat16, 128, 128, 1, DecodeRule(64, 4, 64), False, True),
+        (torch.bfloat16, 128, 128, 1, paper, False, False),
+    ]
+    for form in forms:
+        name = "-".join(map(str, form)).replace("torch.", "")
+        yield f"decode-compressed-{name}", functools.partial(compile_decode_compressed, *form)
+
+
+def decode_compressed(
+    q: Tensor,
+    pool: Pool,
+    table: Tensor,
+    schedule: Schedule,
+    cu_seqlens: Tensor | None,
+    shape: DecodeShape,
+    rule: DecodeRule,
+    scale: float,
+    records: bool,
+) -> tuple[Parts, Records | None]:
+    """See :func:`nsa.fused.decode_calls.decode_compressed`."""
+    head_dim, head_dim_v = q.shape[-1], pool.v.shape[-1]
+    floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    integers = functools.partial(torch.empty, dtype=torch.int32, device=q.device)
+    slots, rows = shape.part_slots, shape.rows
+    parts = Parts(floats(slots, rows, head_dim_v), integers(slots, rows), floats(slots, rows))
+    groups, made = most_groups(table, pool.k.shape[1]), None
+    if records:
+        made = Records(
+            floats(shape.units, rows, groups * rule.group_blocks),
+            floats(shape.units, rows, groups) if rule.carried else None,
+            integers(shape.units, rows, groups),
+        )
+    flat_q, q_stride = flat_rows(q)
+    results = (*parts, *(made or (None, None, None)))
+    compile_decode_compressed(
+        q.dtype, head_dim, head_dim_v, shape.row_groups, rule, cu_seqlens is not None, records
+    )(
+        _Tensors(
+            flat_q,
+            *(cu_seqlens, *schedule),
+            *(None if x is None else x.view(-1) for x in results),
+        ),
+        page_arguments(pool, table),
+        _Sizes(
+            *(shape.batch, shape.tokens, shape.kv_heads, shape.group),
+            *(shape.unit_tokens, shape.token_blocks, shape.ctas, groups, q_stride),
+        ),
+        scale * LOG2_E,
+    )
+    return parts, made

@@ -1,0 +1,151 @@
+"""Decoding with the fused backend's stages and emulated kernels."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import nsa
+from nsa import packing, validation
+from nsa.cache import calls
+from nsa.fused import decoding
+from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.decoding import assert_decodes, decodable, decodings
+from tests.helpers.host_reads import NoHostReads
+from tests.helpers.profiles import examples
+
+pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts the calls that the decoding kernels answer."""
+    forward, calls = decoding.forward, []
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(decoding, "forward", counted)
+    return calls
+
+
+def test_steps_equal_the_whole(decoded):
+    """Kernels decode what they can, the reference the rest; all in one cache."""
+
+    @settings(max_examples=examples(60), deadline=None)
+    @given(decodings(decodable()))
+    def check(case):
+        assert_decodes(case, "auto")
+
+    check()
+    assert len(decoded) > 20
+
+
+def make_cache(config=None, batch=2, length=0, dtype=torch.float64, **options):
+    """A cache, filled by the reference."""
+    config = config or nsa.NSAConfig.paper(num_selected_blocks=4, window_size=40)
+    cache = nsa.Cache(config, batch, 400, 2, 8, dtype=dtype, **options)
+    if length:
+        q, k, v = make_inputs((batch, length), 4, 2, 8, dtype=dtype)
+        nsa.forward(q, k, v, cache=cache, backend="reference")
+    return cache
+
+
+def forget_lengths(cache):
+    """As on a GPU after a CUDA graph was captured: the host does not know the lengths."""
+    cache._host._known = None
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("extras", ["none", "weights", "compressed_kv", "indices"])
+def test_a_step_reads_nothing_on_the_host(extras, packed, decoded, monkeypatch):
+    cache = make_cache(length=190)
+    # As while a CUDA graph is captured.
+    for module in (validation, packing, calls):
+        monkeypatch.setattr(module, "has_readable_values", lambda _: False)
+    cu_seqlens = make_cu_seqlens([3, 0]) if packed else None
+    leading = (3,) if packed else (2, 3)
+    q, k, v = make_inputs(leading, 4, 2, 8, dtype=torch.float64)
+    arguments = dict(gates=torch.rand(*leading, 4, 3, dtype=torch.float64))
+    if extras == "weights":
+        arguments["compress_k_weight"] = torch.randn(2, 8, 8, dtype=torch.float64)
+    if extras == "compressed_kv":
+        rows = (1,) if packed else (2, 1)
+        arguments["compressed_kv"] = make_inputs(rows, 2, 2, 8, dtype=torch.float64)[:2]
+    if extras == "indices":
+        arguments["block_indices"] = torch.tensor([0, 1, 2, -1]).int().expand(*leading, 2, 4)
+    if packed:
+        arguments |= dict(cu_seqlens=cu_seqlens, max_seqlen=3)
+    forget_lengths(cache)
+    with NoHostReads():
+        out = nsa.forward(q, k, v, cache=cache, backend="fused", **arguments)
+    expected = nsa.forward(q, k, v, cache=make_cache(length=190), backend="reference", **arguments)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    assert cache.lengths.tolist() == ([193, 190] if packed else [193, 193])
+    assert len(decoded) == 1
+
+
+def test_tokens_without_a_place_are_dropped():
+    cache = make_cache(length=396)
+    forget_lengths(cache)
+    q, k, v = make_inputs((2, 8), 4, 2, 8, dtype=torch.float64)
+    out = nsa.forward(q, k, v, cache=cache, backend="fused")
+    assert cache.lengths.tolist() == [400, 400]
+    assert cache.overflowed
+    other = make_cache(length=396)
+    expected = nsa.forward(q[:, :4], k[:, :4], v[:, :4], cache=other, backend="reference")
+    torch.testing.assert_close(out[:, :4], expected, rtol=0, atol=1e-10)
+
+
+def test_no_tokens():
+    cache = make_cache(length=5)
+    q, k, v = make_inputs((0,), 4, 2, 8, dtype=torch.float64)
+    bounds = make_cu_seqlens([0, 0])
+    out = nsa.forward(q, k, v, cu_seqlens=bounds, max_seqlen=0, cache=cache, backend="fused")
+    assert out.shape == (0, 4, 8)
+    assert cache.lengths.tolist() == [5, 5]
+
+
+LIMITS = {
+    "groups": (
+        dict(config=nsa.NSAConfig(num_cmp_selected_blocks=2)),
+        (2, 1),
+        "num_cmp_selected_blocks=None",
+    ),
+    "tile": (dict(config=nsa.NSAConfig(q_tile_size=4)), (2, 1), "q_tile_size of at least 8"),
+    "strides": (
+        dict(config=nsa.NSAConfig.paper(compress_stride=2, compress_block_size=32)),
+        (2, 1),
+        "select_block_size to be 1, 2, 4, 8 or 16 strides",
+    ),
+    "selected": (
+        dict(config=nsa.NSAConfig.paper(num_selected_blocks=65)),
+        (2, 1),
+        "num_selected_blocks of at most 64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_limits(case):
+    options, leading, message = LIMITS[case]
+    q, _, _ = make_inputs(leading, 4, 2, 8, dtype=torch.float64)
+    reason = decoding.unsupported_reason(q, make_cache(**options), None, given=False)
+    assert message in reason
+
+
+def test_limits_of_the_call():
+    q, _, _ = make_inputs((2, 9), 4, 2, 8, dtype=torch.float64)
+    cache = make_cache()
+    assert "at most 8 new tokens" in decoding.unsupported_reason(q, cache, None, given=False)
+    wide, _, _ = make_inputs((2, 1), 66, 2, 8, dtype=torch.float64)
+    assert "at most 32 query heads" in decoding.unsupported_reason(wide, cache, None, given=False)
+    tiles = make_cache(config=nsa.NSAConfig())
+    assert "select blocks itself" in decoding.unsupported_reason(q[:, :1], tiles, None, given=True)
+
+
+def test_selection_with_a_cache_is_the_references():
+    cache = make_cache(length=5)
+    q, k, _ = make_inputs((2, 1), 4, 2, 8, dtype=torch.float64)
+    with pytest.raises(nsa.UnsupportedError, match="select_blocks with a cache"):
+        nsa.select_blocks(q, k, cache=cache, backend="fused")

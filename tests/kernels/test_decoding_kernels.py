@@ -1,0 +1,348 @@
+"""On the GPU: each kernel of decoding by itself, against its emulation in float64."""
+
+import math
+
+import pytest
+import torch
+
+from nsa.fused import decode_calls
+from nsa.fused.decode_inputs import (
+    NO_REFERENCE,
+    DecodeRule,
+    Parts,
+    Pool,
+    Records,
+    TileLists,
+    TileRule,
+)
+from tests.helpers import emulated_decoding as emulated
+from tests.helpers.decode_cases import Form, make_state
+from tests.helpers.gpu_cases import gpu_test
+
+pytestmark = [*gpu_test, pytest.mark.usefixtures("poisoned_memory")]
+
+BF16, FP16 = torch.bfloat16, torch.float16
+PAPER = DecodeRule(32, 16, 64)
+FORMS = [
+    Form(BF16, 128, 128, 16, PAPER),
+    Form(FP16, 64, 64, 3, DecodeRule(16, 16, 32)),
+    Form(BF16, 96, 96, 32, DecodeRule(24, 8, 64)),
+    Form(FP16, 192, 128, 1, DecodeRule(32, 32, 32)),
+    Form(BF16, 256, 256, 4, DecodeRule(8, 4, 64)),
+]
+TILE_FORMS = [
+    Form(BF16, 128, 128, 4, DecodeRule(64, 64, 64)),
+    Form(FP16, 96, 64, 3, DecodeRule(16, 16, 64)),
+]
+# Lengths and new tokens: no key, a first block, whole tiles, and parts of pages.
+CASES = [
+    ([0, 1, 31, 700, 1023], 1),
+    ([0, 40, 1090, 5, 512], [8, 3, 5, 0, 1]),
+]
+PAIRS = [(FORMS[0], CASES[0]), (FORMS[0], CASES[1]), (FORMS[1], CASES[1])]
+PAIRS += [(FORMS[2], CASES[1]), (FORMS[3], CASES[0]), (FORMS[4], CASES[0])]
+SCALE = 0.1
+COUNT = 12
+
+
+def tensors(x, device, dtype=None):
+    """A tuple of tensors on a device; floats in ``dtype``."""
+    if x is None:
+        return None
+    if isinstance(x, torch.Tensor):
+        return x.to(device, dtype if x.is_floating_point() else None)
+    return type(x)(*(tensors(y, device, dtype) for y in x))
+
+
+def wide(state):
+    """The state in float64, for the emulations."""
+    double = [tensors(x, "cpu", torch.float64) for x in (state.pool, state.compressed, state.q)]
+    return state._replace(pool=double[0], compressed=double[1], q=double[2])
+
+
+def rounding(dtype) -> float:
+    """What rounding exponentials to 16 bits does to a mean of values, which are 5 at most."""
+    return 5 * torch.finfo(dtype).eps / 2
+
+
+def append(kernels, state, rule):
+    overflowed = torch.zeros((), dtype=torch.bool, device=state.k.device)
+    schedule = kernels.decode_append(
+        *(state.k, state.v, state.pool, state.compressed, state.table, state.lengths),
+        *(overflowed, state.max_length, state.cu_seqlens, state.shape, rule),
+    )
+    return schedule, bool(overflowed)
+
+
+def compress(kernels, state, schedule, rule):
+    return kernels.decode_compressed(
+        *(state.q, state.compressed, state.table, schedule, state.cu_seqlens, state.shape),
+        *(rule, SCALE, True),
+    )
+
+
+def written_parts(actual, exact, atol):
+    """Compare the parts that the emulation wrote: outputs over totals, and logarithms of totals."""
+    written = exact.total.isfinite()
+    assert written.any()
+    empty = exact.reference == NO_REFERENCE
+    reference = actual.reference.cpu()
+    assert torch.equal(reference[written] == NO_REFERENCE, empty[written])
+    some = written & ~empty
+    total, out = (x.cpu().double()[some] for x in (actual.total, actual.out))
+    assert (total > 0).all()
+    torch.testing.assert_close(
+        total.log2() + reference[some], exact.total[some].log2() + exact.reference[some],
+        rtol=0, atol=1e-4,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        out / total[:, None], exact.out[some] / exact.total[some, None], rtol=0, atol=atol
+    )
+
+
+@pytest.mark.parametrize(("form", "case"), PAIRS, ids=str)
+def test_append(form, case):
+    state = make_state(form, *case)
+    on_gpu = state.to("cuda")
+    # A table that names no page for the end of a sequence, and one that is too short.
+    on_gpu.table[3, -1] = state.table[3, -1] = 10**6
+    schedule, overflowed = append(decode_calls, on_gpu, form.rule)
+    expected, expected_overflow = append(emulated, state, form.rule)
+    assert overflowed == expected_overflow
+    for actual, wanted in zip(
+        (*on_gpu.pool, *on_gpu.compressed), (*state.pool, *state.compressed), strict=True
+    ):
+        torch.testing.assert_close(actual.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(schedule.starts.cpu(), expected.starts)
+    assert torch.equal(schedule.ends.cpu(), expected.ends)
+    assert torch.equal(schedule.tiles[1:].cpu(), expected.tiles[1:])
+    total = int(expected.tiles[-1]) * state.shape.sequence_units
+    assert int(schedule.tiles[0]) == max(1, math.ceil(total / state.shape.ctas))
+
+
+@pytest.mark.parametrize("case", [([120, 3, 65], [8, 8, 2]), ([120, 3], 4)], ids=str)
+def test_append_drops_tokens_without_a_place(case):
+    form = FORMS[0]
+    state = make_state(form, *case)._replace(max_length=124)
+    state.table[1] = -1
+    on_gpu = state.to("cuda")
+    schedule, overflowed = append(decode_calls, on_gpu, form.rule)
+    expected, expected_overflow = append(emulated, state, form.rule)
+    assert overflowed
+    assert expected_overflow
+    assert torch.equal(schedule.ends.cpu(), expected.ends)
+    for actual, wanted in zip(
+        (*on_gpu.pool, *on_gpu.compressed), (*state.pool, *state.compressed), strict=True
+    ):
+        torch.testing.assert_close(actual.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("form", "case"), PAIRS, ids=str)
+def test_compressed(form, case):
+    state = make_state(form, *case)
+    schedule, _ = append(emulated, state, form.rule)
+    exact, exact_records = compress(emulated, wide(state), schedule, form.rule)
+    on_gpu = state.to("cuda")
+    parts, records = compress(decode_calls, on_gpu, tensors(schedule, "cuda"), form.rule)
+    written_parts(parts, exact, rounding(form.dtype))
+    for name in ("sums", "carried"):
+        actual, wanted = (getattr(x, name) for x in (records, exact_records))
+        if wanted is None:
+            assert actual is None
+            continue
+        repeats = wanted.shape[-1] // records.reference.shape[-1]
+        references = [
+            x.reference.cpu().repeat_interleave(repeats, -1) for x in (records, exact_records)
+        ]
+        some = wanted.isfinite() & (references[1] != NO_REFERENCE)
+        assert some.any()
+        factor = 2.0 ** (references[0] - references[1])[some]
+        torch.testing.assert_close(
+            actual.cpu().double()[some] * factor, wanted[some], rtol=1e-4, atol=1e-6
+        )
+        # Groups that a token does not see count nothing.
+        unseen = wanted.isfinite() & (references[1] == NO_REFERENCE)
+        assert (actual.cpu()[unseen] == 0).all()
+
+
+@pytest.mark.parametrize(("form", "case"), [PAIRS[1], PAIRS[3], PAIRS[4]], ids=str)
+def test_select(form, case):
+    state = make_state(form, *case)
+    schedule, _ = append(emulated, state, form.rule)
+    # Repeated keys, so that blocks tie.
+    for x in state.compressed:
+        x[:, 1::2] = torch.where(x[:, ::2].isnan(), x[:, 1::2], x[:, ::2])
+    results = compress(emulated, wide(state), schedule, form.rule)
+    parts, records = (tensors(x, "cpu", torch.float32) for x in results)
+    for count in (3, COUNT, 40):
+        lists = []
+        for kernels, device, dtype in (
+            (emulated, "cpu", torch.float64),
+            (decode_calls, "cuda", torch.float32),
+        ):
+            shape = (state.q.shape[0], state.shape.kv_heads, count)
+            out = torch.full(shape, -7, dtype=torch.int32, device=device)
+            kernels.decode_select(
+                tensors(parts, device, dtype), tensors(records, device, dtype),
+                *(tensors(x, device) for x in (schedule, state.cu_seqlens)),
+                state.shape, form.rule, out, 1, 2,
+            )  # fmt: skip
+            lists.append(out.cpu())
+        assert torch.equal(*lists)
+
+
+ATTENDED = [
+    # Splits, also more than there are tiles; the size of rings with keys of the window's own.
+    (*PAIRS[0], 1, None),
+    (*PAIRS[1], 3, None),
+    (*PAIRS[2], 16, 256),
+    (*PAIRS[3], 3, 256),
+    (*PAIRS[4], 1, None),
+    (*PAIRS[5], 3, None),
+]
+
+
+@pytest.mark.parametrize(("form", "case", "splits", "ring"), ATTENDED, ids=str)
+def test_attend(form, case, splits, ring):
+    state = make_state(form, *case)
+    schedule, _ = append(emulated, state, form.rule)
+    indices = make_lists(state, schedule, form.rule)
+    results = []
+    for kernels, here in ((emulated, wide(state)), (decode_calls, state.to("cuda"))):
+        device, rings = here.q.device, None
+        if ring is not None:
+            shapes = ((5, ring, *x.shape[2:]) for x in state.pool)
+            drawn = [torch.randn(x, generator=torch.Generator().manual_seed(1)) for x in shapes]
+            rings = Pool(*(x.to(form.dtype).to(device, here.pool.k.dtype) for x in drawn))
+        parts = kernels.decode_attend(
+            here.q, here.pool, rings, here.table, tensors(schedule, device), here.cu_seqlens,
+            indices.to(device), here.shape, form.rule.select_size, 200, SCALE, splits,
+        )  # fmt: skip
+        results.append(merged(tensors(parts, "cpu", torch.float64), state.q.shape[0], splits))
+    (exact, exact_total), (actual, total) = results
+    torch.testing.assert_close(total, exact_total, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, exact, rtol=0, atol=rounding(form.dtype))
+
+
+@pytest.mark.parametrize(
+    ("form", "new"), [(TILE_FORMS[0], [8, 3, 5, 0, 1]), (TILE_FORMS[1], 1)], ids=str
+)
+def test_tile_select_and_attend(form, new):
+    """Tiles that begin with the first token of a call, with a later one, or not in it."""
+    rule = TileRule(form.rule.compress_size, form.rule.select_size)
+    state = make_state(form, [0, 254, 1020, 40, 1279], new)
+    for x in state.compressed:
+        x[:, 1::2] = torch.where(x[:, ::2].isnan(), x[:, 1::2], x[:, ::2])
+    schedule, _ = append(emulated, state, form.rule)
+    shape = (5, 2, state.q.shape[1], COUNT)
+    before = torch.arange(COUNT).int().expand(shape).contiguous()
+    limit = 1280 // rule.select_size
+    results, written = [], []
+    for kernels, here in ((emulated, wide(state)), (decode_calls, state.to("cuda"))):
+        device = here.q.device
+        lists = before.to(device, copy=True)
+        common = (here.table, tensors(schedule, device), here.cu_seqlens)
+        kernels.decode_tile_select(
+            here.q, here.compressed, *common, here.shape, rule, SCALE, 256, lists, COUNT, limit,
+            1, 2,
+        )  # fmt: skip
+        written.append(lists.cpu())
+        parts = kernels.decode_attend(
+            here.q, here.pool, None, *common, TileLists(lists, 256), here.shape,
+            rule.select_size, 100, SCALE, 2,
+        )  # fmt: skip
+        results.append(merged(tensors(parts, "cpu", torch.float64), state.q.shape[0], 2))
+    assert torch.equal(*written)
+    assert not torch.equal(written[0], before)
+    (exact, exact_total), (actual, total) = results
+    torch.testing.assert_close(total, exact_total, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, exact, rtol=0, atol=rounding(form.dtype))
+
+
+def merged(parts: Parts, tokens: int, splits: int):
+    """Outputs ``(tokens, H_kv, 2, G, Dv)`` of all parts, and logarithms of their totals."""
+    empty = parts.reference == NO_REFERENCE
+    assert (parts.total[empty] == 0).all()
+    assert parts.total.isfinite().all()
+    logarithm = torch.where(empty, -torch.inf, parts.total.log2() + parts.reference)
+    out = torch.where(empty[..., None], 0, parts.out / parts.total[..., None])
+    assert out.isfinite().all()
+    logarithm, out = (
+        x.unflatten(0, (tokens, -1, splits, 2)).transpose(2, 3) for x in (logarithm, out)
+    )
+    total = (logarithm * math.log(2)).logsumexp(3) / math.log(2)
+    weight = torch.exp2(logarithm - total[:, :, :, None]).nan_to_num(0)
+    return (weight[..., None] * out).sum(3), total
+
+
+def make_lists(state, schedule, rule):
+    """Lists of all lengths: the own block, others, and blocks that begin after the token."""
+    indices = torch.full((state.q.shape[0], state.shape.kv_heads, COUNT), -1, dtype=torch.int32)
+    row = 0
+    bounds = state.cu_seqlens
+    for sequence in range(state.shape.batch):
+        new = state.shape.tokens if bounds is None else int(bounds[sequence + 1] - bounds[sequence])
+        for token in range(new):
+            own = (int(schedule.starts[sequence]) + token) // rule.select_size
+            for kv_head in range(state.shape.kv_heads):
+                count = int(torch.randint(1, min(COUNT, own + 2), ())) if own else 1
+                chosen = torch.randperm(own + 2)[:count].sort().values
+                indices[row, kv_head, : len(chosen)] = chosen
+            row += 1
+    return indices
+
+
+@pytest.mark.parametrize(
+    ("case", "gating"), [(CASES[0], "mean"), (CASES[0], "gates"), (CASES[1], "weight")], ids=str
+)
+def test_combine(case, gating):
+    form, splits = FORMS[0], 3
+    state = make_state(form, *case)
+    schedule, _ = append(emulated, state, form.rule)
+    compressed, _ = compress(emulated, wide(state), schedule, form.rule)
+    others = emulated.decode_attend(
+        *(wide(state).q, wide(state).pool, None, state.table, schedule, state.cu_seqlens),
+        *(make_lists(state, schedule, form.rule), state.shape, 64, 200, SCALE, splits),
+    )
+    heads = state.q.shape[1]
+    gates = torch.rand(state.q.shape[0], heads, 3).to(form.dtype) if gating == "gates" else None
+    weight = torch.randn(heads, 3, 128).to(form.dtype) / 10 if gating == "weight" else None
+    results = []
+    for kernels, device, dtype in (
+        (emulated, "cpu", torch.float64),
+        (decode_calls, "cuda", torch.float32),
+    ):
+        lengths = state.lengths.to(device, copy=True)
+        floats = torch.float64 if device == "cpu" else form.dtype
+        result = kernels.decode_combine(
+            tensors(compressed, device, dtype), tensors(others, device, dtype),
+            tensors(schedule, device), tensors(state.cu_seqlens, device),
+            *(tensors(x, device, floats) for x in (state.q, gates, weight)),
+            state.shape, splits, lengths, None, None,
+        )  # fmt: skip
+        results.append(result.cpu().double())
+        assert torch.equal(lengths.cpu(), schedule.ends)
+    torch.testing.assert_close(results[1], results[0], rtol=2**-8, atol=1e-4)
+
+
+def test_equal_keys_get_equal_records():
+    """Whatever the part, the tile and the warp: equal keys have equal sums, once scaled."""
+    form = FORMS[0]
+    state = make_state(form, [20000, 1000], 1)
+    for x in state.compressed:
+        x.copy_(torch.randn(x.shape[2:]))
+    # Where products with it are positive, one key raises the references of what follows it.
+    state.compressed.k[state.table[0, 10], 3] = 4
+    on_gpu = state.to("cuda")
+    schedule, _ = append(decode_calls, on_gpu, form.rule)
+    _, records = compress(decode_calls, on_gpu, schedule, form.rule)
+    assert isinstance(records, Records)
+    blocks = 20000 // 64
+    sums = records.sums[0, :, :blocks].cpu().double()
+    reference = records.reference[0].cpu().repeat_interleave(4, -1)[:, :blocks]
+    # The key is in block 20. In the last block of a group, what the next block adds is apart.
+    index = torch.arange(blocks)
+    some = (index > 0) & (index != 20) & (index % 4 != 3)
+    scaled = (sums * 2.0 ** (reference - reference.amax(1, keepdim=True)))[:, some]
+    assert (scaled == scaled[:, :1]).all()
+    assert any(len(row.unique()) > 1 for row in reference[:, some])
