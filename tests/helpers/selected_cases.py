@@ -37,7 +37,8 @@ class SelectedProblem(NamedTuple):
 
     def attend(self, **changes) -> tuple[Tensor, Tensor]:
         options = dict(block_size=self.block_size, causal=self.causal, scale=self.scale)
-        options |= self.boundaries() | changes
+        # Not made where they are given: a CUDA graph cannot capture a copy from the host.
+        options |= changes if "cu_seqlens" in changes else self.boundaries() | changes
         return nsa.selected_attention(*self.leaves, self.block_indices, **options)
 
     def to(self, dtype: torch.dtype) -> "SelectedProblem":
