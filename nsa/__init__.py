@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # At first use, because it imports torch.distributed.
-    if name == "distributed":
-        return import_module("nsa.distributed")
+    # At first use, because they import torch.distributed, transformers, or nothing that others need.
+    if name in ("distributed", "integrations", "transformers"):
+        return import_module(f"nsa.{name}")
     raise AttributeError(f"module 'nsa' has no attribute {name!r}")

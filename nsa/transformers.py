@@ -120,6 +120,10 @@ class Sequences:
             )
 
 
+_REFUSED = ("block_indices", "indices", "position_bias", "sinks")
+"""Arguments of some models' attention that would change the result."""
+
+
 def find_sequences(
     batch_size: int,
     q_length: int,
@@ -204,7 +208,7 @@ def attention(
         ("dropout", dropout > 0),
         ("softcap", softcap is not None),
         ("s_aux", s_aux is not None),
-        ("block_indices", kwargs.get("block_indices") is not None),
+        *((name, kwargs.get(name) is not None) for name in _REFUSED),
         ("output_attentions", kwargs.get("output_attentions")),
     ):
         if given:

@@ -517,3 +517,30 @@ def test_gradients_are_not_asked_for_without_grad_mode(name):
     with torch.no_grad():
         out = nsa.forward(q, k, v, cache=cache)
     assert not out.requires_grad
+
+
+@pytest.mark.parametrize("new", [2**31, [20, 2**40], torch.tensor([2**33 + 3, 2**31])])
+def test_truncate_to_more_than_there_is_drops_nothing(new):
+    cache = make_cache_of_20_tokens()
+    cache.truncate(new)
+    assert cache.lengths.tolist() == [20, 20]
+
+
+@pytest.mark.parametrize("new", [[1.5, 2.9], True, None, "ab", (1, 2)])
+def test_truncate_takes_whole_numbers(new):
+    with pytest.raises(TypeError, match="lengths must be an int, a list"):
+        make_cache_of_20_tokens().truncate(new)
+
+
+def make_cache_of_20_tokens() -> nsa.Cache:
+    config = nsa.NSAConfig.paper()
+    cache = nsa.Cache(config, 2, 64, 2, 8, dtype=torch.float64)
+    q, k, v = make_inputs((2, 20), 4, 2, 8, dtype=torch.float64)
+    with torch.no_grad():
+        nsa.forward(q, k, v, cache=cache, backend="reference")
+    return cache
+
+
+def test_heads_that_no_call_can_have():
+    with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads=2, got 3"):
+        nsa.Cache(nsa.NSAConfig(), 1, 64, 2, 8, num_heads=3)

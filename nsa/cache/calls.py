@@ -115,6 +115,11 @@ def check_cached_indices(
         count = torch.tensor(blocks, device="cpu")
         if boundaries is None:
             count = count.view(-1, 1, 1, 1)
+            if not token:
+                # Rows past the tiles of a sequence are not read.
+                row = torch.arange(tiles, device=indices.device)[:, None]
+                of_sequence = torch.tensor(counts, device=indices.device).view(-1, 1, 1, 1)
+                indices = indices.masked_fill(row >= of_sequence, -1)
         else:
             units = [end - start for start, end in spans] if token else counts
             count = count.repeat_interleave(torch.tensor(units, device="cpu"))

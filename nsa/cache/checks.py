@@ -6,6 +6,8 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.validation import DTYPES, UnsupportedError, check_config
 
+_MAX_INT32 = 2**31 - 1
+
 
 def check_decodable(config) -> NSAConfig:
     """The configuration, if sequences can be decoded with it step by step."""
@@ -131,6 +133,10 @@ def check_lengths(lengths, count: int) -> tuple[Tensor, Tensor | None]:
         values = lengths if lengths.device.type == "cpu" else None
     else:
         whole = [lengths] * count if isinstance(lengths, int) else lengths
+        if not isinstance(whole, list) or any(type(x) is not int for x in whole):
+            raise TypeError(f"lengths must be an int, a list of them or a tensor, got {lengths!r}")
+        # A larger one is no limit either, and would not fit.
+        whole = [min(x, _MAX_INT32) for x in whole]
         lengths = values = torch.tensor(whole, dtype=torch.int64, device="cpu")
         check_integers("lengths", lengths, count)
     if values is not None and bool((values < 0).any()):

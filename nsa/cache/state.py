@@ -185,6 +185,11 @@ class Cache:
         self._host = HostCopy(self.lengths, self.floors, known=owns_pages)
         if num_heads is not None:
             checks.check_size("num_heads", num_heads)
+            if num_heads % self.num_kv_heads:
+                raise ValueError(
+                    f"num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, got "
+                    f"{num_heads}"
+                )
             self.use_num_heads(num_heads)
 
     @property
@@ -236,7 +241,8 @@ class Cache:
                 Else it becomes as short as it can, and ``overflowed`` is set.
         """
         lengths, values = checks.check_lengths(lengths, self.batch_size)
-        new = lengths.to(self.device, torch.int32).clamp(min=0)
+        # Clamped first, because int64 wraps in int32.
+        new = lengths.to(self.device).clamp(0, self.max_length).to(torch.int32)
         host = self._host.read()
         if host is not None and values is not None:
             wanted, host = torch.minimum(host[0], values), (_truncated(*host, values), host[1])
@@ -376,6 +382,8 @@ class Cache:
         if host is None or new is None:
             return None
         lengths = host[0] + torch.tensor(new, dtype=torch.int32, device="cpu")
+        if bool((lengths > self.max_length).any()):
+            return None
         return lengths, self.floors_at(host[1], lengths)
 
     def use_num_heads(self, num_heads: int):

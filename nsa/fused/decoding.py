@@ -72,7 +72,7 @@ def unsupported_reason(
         )
     return (
         _token_limit(config) if config.selection == "token" else _tile_limit(config, given)
-    ) or (_size_limit(cache))
+    ) or _size_limit(cache)
 
 
 def _token_limit(config: NSAConfig) -> str | None:
@@ -99,8 +99,26 @@ def _tile_limit(config: NSAConfig, given: bool) -> str | None:
     return None
 
 
+def _layout_limit(cache: Cache) -> str | None:
+    """What the kernels cannot address."""
+    if not cache.page_table.is_contiguous():
+        return (
+            "it needs a contiguous page_table with a cache, got strides "
+            f"{cache.page_table.stride()}; {_USE_REFERENCE}"
+        )
+    for name in ("k_pages", "v_pages", "k_cmp_pages", "v_cmp_pages"):
+        x = getattr(cache, name)
+        if x.stride(3) != 1 or any(stride % 8 for stride in x.stride()[:3]) or x.data_ptr() % 16:
+            return (
+                f"it needs {name} with adjacent channels, other strides that are multiples of 8 "
+                f"and an address that is a multiple of 16 with a cache, got strides {x.stride()}; "
+                f"{_USE_REFERENCE}"
+            )
+    return None
+
+
 def _size_limit(cache: Cache) -> str | None:
-    """What the kernels' tiles are too large or too small for."""
+    """What the kernels' tiles are too large or too small for, or cannot address."""
     dims, size = (cache.head_dim, cache.value_head_dim), cache.config.select_block_size
     if any(dim % 32 or dim > 256 for dim in dims) or not fits_shared_memory(*dims):
         return (
@@ -112,7 +130,7 @@ def _size_limit(cache: Cache) -> str | None:
             f"it needs select_block_size of {_SELECT_SIZES} with a cache, got {size}; "
             f"{_USE_REFERENCE}"
         )
-    return None
+    return _layout_limit(cache)
 
 
 def has_few_tokens(q: Tensor, boundaries: Boundaries | None) -> bool:
@@ -158,7 +176,6 @@ def forward(
             k_rows[1], v_rows[1], Pool(cache.k_pages, cache.v_pages), compressed, cache.page_table,
             cache.lengths, cache.overflowed, cache.max_length, cu_seqlens, shape, rule,
         )  # fmt: skip
-        cache.note_advance(_counts(q, boundaries))
     else:
         schedule = _append(
             q, (k_rows, v_rows), cache, weights, compressed_kv, boundaries, shape, rule
@@ -195,6 +212,9 @@ def forward(
         shape, splits, cache.lengths, cache.floors if tile_mode else None,
         lists if isinstance(lists, TileLists) else None,
     )  # fmt: skip
+    if means and not cache.separate_kv:
+        # The last kernel has written the lengths.
+        cache.note_advance(_counts(q, boundaries))
     return out.unflatten(0, q.shape[:-2])
 
 

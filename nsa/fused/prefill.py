@@ -63,6 +63,17 @@ class Call(NamedTuple):
     boundaries: Boundaries | None
 
 
+def _is_known_to_fit(cache: Cache, tokens: NewTokens) -> bool:
+    """Whether the host knows that every new token has a place; not in a server's pages."""
+    starts = cache.known_lengths()
+    if not cache.owns_pages or starts is None or tokens.counts is None:
+        return False
+    return all(
+        start + count <= cache.max_length
+        for start, count in zip(starts, tokens.counts, strict=True)
+    )
+
+
 @torch.compiler.disable(reason="a cache is read on the host")
 @torch.no_grad()
 def forward(
@@ -83,7 +94,7 @@ def forward(
 ) -> Tensor:
     """See :func:`nsa.forward`; :func:`unsupported_reason` has no objection."""
     tokens = locate_in_cache(cache, q, boundaries, compressed_kv)
-    if cache.known_lengths() is None or tokens.counts is None:
+    if not _is_known_to_fit(cache, tokens):
         check_all_stored(cache, tokens)
     flat_k, flat_v = _flatten(k), _flatten(v)
     given = None

@@ -242,7 +242,7 @@ def test_segments_anywhere_share_keys(mode, causal):
     assert (found[..., expected.shape[-1] :] == -1).all()
 
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    out = attention.selected_attention(*inputs, expected, geometry)
+    out, _ = attention.selected_attention(*inputs, expected, geometry)
     grads = torch.autograd.grad(out, inputs, dout)
     with torch.no_grad():
         batch = [x[None] for x in inputs]

@@ -72,10 +72,10 @@ def test_the_cheapest_schedule_that_fits_is_chosen(case, save):
     for limit in (needed(*schedule) + extra for schedule in schedules for extra in (-1, 0)):
         fitting = [schedule for schedule in schedules if needed(*schedule) <= limit]
         expected = fitting[0] if fitting else (heads, save)
-        assert choose(sizes, save, limit) == expected
-    assert choose(sizes, save, 1 << 60) == (1, False)
+        assert choose(sizes, save, limit) == Schedule(*expected)
+    assert choose(sizes, save, 1 << 60) == Schedule(1, False)
     # Nothing fits: one KV head at a time, and what happens happens.
-    assert choose(sizes, save, -1) == (heads, save)
+    assert choose(sizes, save, -1) == Schedule(heads, save)
 
 
 def test_estimate_by_hand():
@@ -136,6 +136,6 @@ def test_the_goals_fit_one_gpu():
         if save:
             results += 2 * queries + 2 * keys
         limit = int(USABLE * (free - inputs)) - results
-        chunks, recompute = choose(problem(length), save, limit)
+        chunks, recompute, _ = choose(problem(length), save, limit)
         used = workspace_bytes(problem(length), -(-8 // chunks), save=save, recompute=recompute)
         assert inputs + results + used < free

@@ -41,8 +41,6 @@ from nsa.fused.kernels.decode_tiles import (
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat_rows
 
-_BRANCHES = ("selected", "window")
-
 
 @mlir_namedtuple
 class _Tensors(NamedTuple):
