@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # At first use, because they import torch.distributed, transformers, or nothing that others need.
+    # At first use, because they import torch.distributed and transformers.
     if name in ("distributed", "integrations", "transformers"):
         return import_module(f"nsa.{name}")
     raise AttributeError(f"module 'nsa' has no attribute {name!r}")

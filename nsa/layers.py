@@ -163,7 +163,9 @@ class NativeSparseAttention(nn.Module):
         weight = next(self.parameters())
         device = weight.device if device is None else torch.device(device)
         if dtype is None:
-            dtype = autocast_dtype(device) or weight_dtype(self.q_proj) or weight.dtype
+            dtype = weight_dtype(self.q_proj) or weight.dtype
+            if dtype != torch.float64:  # autocast leaves float64
+                dtype = autocast_dtype(device) or dtype
         return Cache(
             self.config,
             batch_size,

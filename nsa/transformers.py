@@ -104,7 +104,7 @@ class Sequences:
             self.packing = Packing(cu_seqlens.to(device=q.device, dtype=torch.int32))
         elif self.padding is not None:
             self.index = self.padding.flatten().nonzero()[:, 0]
-            self.packing = Packing(_boundaries(self.padding.sum(1)))
+            self.packing = Packing(self._bounds_without_padding(position_ids))
         elif position_ids is not None and position_ids.ndim == 2:
             # The first token of a row starts a sequence: its difference is 0.
             starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
@@ -118,6 +118,19 @@ class Sequences:
                 "the mask hides tokens from the next ones, and no position_ids (B, N) say why: nsa "
                 "takes padding masks and packed position_ids"
             )
+
+    def _bounds_without_padding(self, position_ids: Tensor | None) -> Tensor:
+        """Boundaries of the tokens in ``index``: of rows, and where positions do not grow."""
+        assert self.padding is not None
+        assert self.index is not None
+        lengths = self.padding.sum(1)
+        bounds = pad(lengths.cumsum(0), (1, 0))
+        if position_ids is None or position_ids.ndim != 2:
+            return bounds.int()
+        kept = position_ids.expand(self.padding.shape).flatten()[self.index]
+        # Row starts are in both; an empty row's is there twice.
+        starts = (kept.diff() <= 0).nonzero()[:, 0] + 1
+        return torch.cat((bounds, starts)).unique().int() if len(starts) else bounds.int()
 
 
 _REFUSED = ("block_indices", "indices", "position_bias", "sinks")
@@ -245,10 +258,6 @@ def _attend(
     if index is not None:
         out = out.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy(0, index, out)
     return out.view(shape)
-
-
-def _boundaries(lengths: Tensor) -> Tensor:
-    return pad(lengths.cumsum(0), (1, 0)).int()
 
 
 def _window_message(size: int) -> str:

@@ -328,3 +328,23 @@ def test_masks_of_models_with_images_are_refused():
     )
     with pytest.raises(nsa.UnsupportedError, match="no position_ids"):
         found.locate(torch.zeros(2, 9, 4, 16), None, None)
+
+
+@pytest.mark.parametrize("name", ["position_bias", "sinks", "indices"])
+def test_arguments_that_would_change_the_result_are_refused(name):
+    module = make(model_config()).model.layers[0].self_attn
+    q = torch.randn(1, 4, 20, 8)
+    with pytest.raises(nsa.UnsupportedError, match=f"has no {name}"):
+        nsa.transformers.attention(module, q, q, q, None, **{name: torch.zeros(1)})
+
+
+def test_padding_beside_packed_position_ids():
+    """A row with padding must not hide that another row has two sequences."""
+    model, ids = make(model_config()), tokens(2)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    packed = torch.cat([torch.arange(25), torch.arange(LENGTH - 25)])
+    positions = torch.stack([packed, (mask[1].cumsum(0) - 1).clamp(min=0)])
+    out = logits(model, ids, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(out[0, 25:], logits(model, ids[:1, 25:])[0])
+    torch.testing.assert_close(out[1, 9:], logits(model, ids[1:, 9:])[0])

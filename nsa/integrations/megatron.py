@@ -150,8 +150,8 @@ class CoreAttention(GatedAttention):
             )
         if (getattr(params, "local_cp_size", None) or 1) > 1:
             raise UnsupportedError(
-                f"packed_seq_params.local_cp_size must be 1: this adapter has no context parallelism, got "
-                f"{params.local_cp_size}"
+                "packed_seq_params.local_cp_size must be 1: this adapter has no context "
+                f"parallelism, got {params.local_cp_size}"
             )
         names = ("cu_seqlens_q", "cu_seqlens_kv")
         check_same_boundaries(names, params.cu_seqlens_q, params.cu_seqlens_kv)

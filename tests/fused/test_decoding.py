@@ -149,3 +149,21 @@ def test_selection_with_a_cache_is_the_references():
     q, k, _ = make_inputs((2, 1), 4, 2, 8, dtype=torch.float64)
     with pytest.raises(nsa.UnsupportedError, match="select_blocks with a cache"):
         nsa.select_blocks(q, k, cache=cache, backend="fused")
+
+
+def test_pages_that_the_kernels_cannot_address():
+    """The reference and the call that copies from pages take them."""
+    config, table = nsa.NSAConfig.paper(), torch.zeros(2, 8, dtype=torch.int32)[:, :4]
+    pages = dict(k_pages=(9, 64, 2, 64), v_pages=(9, 64, 2, 64))
+    pages |= dict(k_cmp_pages=(9, 4, 2, 64), v_cmp_pages=(9, 4, 2, 64))
+    pools = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in pages.items()}
+    lengths = torch.zeros(2, dtype=torch.int32)
+
+    def limit(table, **changes):
+        given = dict(page_table=table, lengths=lengths) | pools | changes
+        return decoding._layout_limit(nsa.Cache.from_pages(config, **given))
+
+    assert limit(table.contiguous()) is None
+    assert "contiguous page_table" in limit(table)
+    odd = torch.zeros(9, 64, 2, 68, dtype=torch.bfloat16)[..., :64]
+    assert "k_pages with adjacent channels" in limit(table.contiguous(), k_pages=odd)
