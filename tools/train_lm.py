@@ -187,6 +187,11 @@ class Trainer:
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
         self.recent = state["recent"]
 
+    def forget(self):
+        """Start over. A file is replaced when it is written; of a folder, old steps would stay."""
+        if self.sharded:
+            sharded_checkpoint().remove(self.path, self.ranks)
+
     def save(self):
         """Write the checkpoint and the log."""
         state = {
@@ -361,7 +366,9 @@ def train_all(args: argparse.Namespace, ranks: Alone, stop_requested) -> dict[st
     trainers = {}
     for attention in ("nsa", "dense") if args.attention == "both" else (args.attention,):
         trainer = trainers[attention] = Trainer(preset, attention, corpus, args, ranks)
-        if not args.fresh:
+        if args.fresh:
+            trainer.forget()
+        else:
             trainer.resume()
         if trainer.step:
             say(ranks, f"{attention}: continuing {trainer.path} after step {trainer.step}")

@@ -43,8 +43,11 @@ def test_stopped_and_resumed_on_other_ranks_equals_one_process(text, tmp_path, m
     assert train_lm.main([*options, "--output", str(tmp_path / "one")]) == 0
     torch.use_deterministic_algorithms(False)
     options += ["--output", str(tmp_path / "many")]
+    # An earlier run had more steps.
+    for step in (7, 9):
+        (tmp_path / "many" / "nsa" / f"step-{step}").mkdir(parents=True)
     # Only rank 1 gets the signal.
-    stopped = torchrun(2, "signal", *options, "--context-parallel", "2")
+    stopped = torchrun(2, "signal", *options, "--context-parallel", "2", "--fresh")
     assert stopped.returncode != 0
     assert stopped.stdout.count("interrupted; the same command continues") == 1
     assert [path.name for path in (tmp_path / "many" / "nsa").iterdir()] == ["step-3"]

@@ -56,6 +56,13 @@ def load(folder: Path, model: nn.Module, optimizer, settings: dict) -> dict | No
     return progress
 
 
+def remove(folder: Path, ranks: Alone):
+    """Remove the checkpoints of an earlier run, which may have more steps than the new ones."""
+    if ranks.first and folder.exists():
+        shutil.rmtree(folder)
+    ranks.wait()
+
+
 def finished(folder: Path) -> list[Path]:
     """The checkpoints that are whole, oldest first."""
     steps = [path for path in folder.glob("step-*") if path.suffix != ".partial"]
