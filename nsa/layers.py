@@ -32,7 +32,7 @@ from nsa.linears import (
 from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.precision import autocast_dtype
 from nsa.rope import Positions, rotate
-from nsa.validation import UnsupportedError, check_config, check_flag, check_max_workspace_bytes
+from nsa.validation import check_config, check_flag, check_max_workspace_bytes
 
 _GATES = ("hidden", "q")
 _COMPRESSORS = ("mlp", "mean")
@@ -206,10 +206,9 @@ class NativeSparseAttention(nn.Module):
             TypeError, ValueError: an argument is wrong; the message names it.
             UnsupportedError: ``backend="fused"`` cannot do this.
         """
-        cu_seqlens = _read_once(cu_seqlens, max_seqlen)
         if self.context_parallel is not None:
-            _check_no_cache(cache)
-            return self.context_parallel.forward(self, x, cu_seqlens, max_seqlen)
+            return self.context_parallel.forward(self, x, cu_seqlens, max_seqlen, cache)
+        cu_seqlens = _read_once(cu_seqlens, max_seqlen)
         q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
         gates = gate_proj_weight = None
         if self.gate_mlp is not None:
@@ -247,10 +246,9 @@ class NativeSparseAttention(nn.Module):
         Returns:
             int32 indices, in the shapes of :func:`nsa.select_blocks`.
         """
-        cu_seqlens = _read_once(cu_seqlens, max_seqlen)
         if self.context_parallel is not None:
-            _check_no_cache(cache)
-            return self.context_parallel.select_blocks(self, x, cu_seqlens, max_seqlen)
+            return self.context_parallel.select_blocks(self, x, cu_seqlens, max_seqlen, cache)
+        cu_seqlens = _read_once(cu_seqlens, max_seqlen)
         q, k, _, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
         return dispatch.select_blocks(
             q,
@@ -373,14 +371,6 @@ class NativeSparseAttention(nn.Module):
         wanted = weight_dtype(self.q_proj)
         if wanted not in (None, x.dtype):
             raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")
-
-
-def _check_no_cache(cache: Cache | None):
-    if cache is not None:
-        raise UnsupportedError(
-            "a layer under context parallelism cannot use a cache; decode with one that has all of "
-            "each sequence"
-        )
 
 
 def _read_once(

@@ -131,13 +131,3 @@ def test_caches_that_do_not_fit():
             layer(x, cache=make_layer(SMALL["tile"]).make_cache(2, 9))
         with pytest.raises(ValueError, match="max_length of at least 3"):
             layer(x, cache=layer.make_cache(2, 2))
-
-
-def test_no_cache_under_context_parallelism():
-    layer = make_layer(SMALL["token"])
-    cache = layer.make_cache(1, 9)
-    layer.context_parallel = object()
-    x = torch.randn(1, 3, DIM, dtype=F64)
-    for call in (layer, layer.select_blocks):
-        with pytest.raises(nsa.UnsupportedError, match="cannot use a cache"):
-            call(x, cache=cache)

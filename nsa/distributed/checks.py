@@ -12,6 +12,7 @@ from nsa import dispatch, validation
 from nsa.config import NSAConfig
 from nsa.distributed.collectives import agree, process_group
 from nsa.distributed.layout import Layout, Whole, make_layout
+from nsa.distributed.order import check_order
 from nsa.distributed.sharding import describe_bounds, read_lengths
 from nsa.host import is_capturing
 from nsa.packing import Boundaries, check_boundaries
@@ -56,13 +57,15 @@ def check_call(
         Exception: on all ranks if on any.
     """
     part, group = None, process_group(mesh)
-    facts = {name: _describe(name, x) for name, x in arguments.items()}
-    facts |= {"function": function, "order": order, "gradients": torch.is_grad_enabled()}
+    facts = {"function": function, "order": order, "gradients": torch.is_grad_enabled()}
     try:
         if problem is None:
+            # An argument that is not given is one that is None.
+            given = {name: x for name, x in arguments.items() if x is not None}
+            facts |= {name: _describe(name, x) for name, x in given.items()}
             part = _check(group, order, **arguments)
             _check_device(mesh, part.q)
-            facts["chosen backend"] = part.backend.__name__
+            facts |= _describe_part(part)
     # Whatever it is, the other ranks must learn of it.
     except Exception as found:
         problem = found
@@ -91,6 +94,27 @@ def _describe(name: str, x) -> Any:
     return f"{x.dtype} {shape} on {x.device.type}{gradient}"
 
 
+def _describe_part(part: Part) -> dict[str, Any]:
+    """What ranks must agree on in arguments that are good."""
+    facts = {"chosen backend": part.backend.__name__, "computed in": str(part.q.dtype)}
+    if part.v is not None:
+        # Each tensor is gathered once.
+        name = "tensors for k selected, k window, v selected, v window"
+        facts[name] = str(distinct(part.k, part.v)[1])
+    return facts
+
+
+def distinct(
+    k: tuple[Tensor, ...], v: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Each tensor of the selected and window branches once, as flat rows; and for ``(k_slc, k_win,
+    v_slc, v_win)`` which of them it is."""
+    tensors = (*k[1:], *v[1:])
+    once = list({id(x): x for x in tensors}.values())
+    which = tuple(next(i for i, y in enumerate(once) if y is x) for x in tensors)
+    return tuple(flat(x) for x in once), which
+
+
 def _check(
     group: ProcessGroup,
     order: str,
@@ -111,6 +135,7 @@ def _check(
     recompute_window=False,
     backend="auto",
 ) -> Part:
+    check_order(order)
     config = validation.check_config(config)
     k = validation.per_branch("k", k)
     v = None if v is None else validation.per_branch("v", v)
@@ -121,10 +146,7 @@ def _check(
     problem = validation.check_qkv(q, k, v, config, cu_seqlens)
     if v is None:
         problem = dispatch.with_value_dim(problem, compressed_kv)
-    if problem.leading_k != problem.leading:
-        raise ValueError(
-            f"k must have as many tokens as q, {problem.leading[-1]}, got {problem.leading_k[-1]}"
-        )
+    check_equal_tokens(q, k)
     if is_capturing(q):
         raise ValueError(
             "q must not be captured in a CUDA graph: nsa.distributed compares ranks on the host"
@@ -140,6 +162,15 @@ def _check(
         q, k, v, gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv,
         block_indices, config, layout, module,
     )  # fmt: skip
+
+
+def check_equal_tokens(q, k):
+    """Refuse more keys than queries, which :func:`nsa.forward` takes; other checks do the rest."""
+    first = validation.per_branch("k", k)[0]
+    if isinstance(q, Tensor) and isinstance(first, Tensor) and q.ndim == first.ndim >= 3:
+        tokens, keys = q.shape[-3], first.shape[-3]
+        if tokens != keys:
+            raise ValueError(f"k must have as many tokens as q, {tokens}, got {keys}")
 
 
 def flat(x: Tensor) -> Tensor:
@@ -170,13 +201,13 @@ def _whole(group: ProcessGroup, q: Tensor, cu_seqlens, max_seqlen) -> Whole:
         return Whole(batch, own * group.size(), None)
     # It has as many rows as the whole and no bytes.
     rows = q.new_empty(q.shape[0] * group.size(), 0)
-    check_boundaries(cu_seqlens, max_seqlen, rows, rows)
     lengths = read_lengths(cu_seqlens)
     if sum(lengths or ()) != rows.shape[0]:
         raise ValueError(
             f"cu_seqlens must end at the {rows.shape[0]} tokens of all {group.size()} ranks, got "
             f"{sum(lengths or ())}"
         )
+    check_boundaries(cu_seqlens, max_seqlen, rows, rows)
     return Whole(1, rows.shape[0], lengths)
 
 

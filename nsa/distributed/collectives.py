@@ -42,9 +42,11 @@ def process_group(mesh) -> ProcessGroup:
         if mesh.get_coordinate() is None:
             raise ValueError(f"mesh must hold this rank, {distributed.get_rank()}, got {mesh}")
         return mesh.get_group()
-    if not isinstance(mesh, ProcessGroup):
+    # What torch.distributed.new_group returns on ranks that are not in the group.
+    outside = isinstance(mesh, int) and mesh == distributed.GroupMember.NON_GROUP_MEMBER
+    if not outside and not isinstance(mesh, ProcessGroup):
         raise TypeError(f"mesh must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")
-    if distributed.get_rank(mesh) < 0:
+    if outside or distributed.get_rank(mesh) < 0:
         raise ValueError(f"mesh must hold this rank, {distributed.get_rank()}, which is not in it")
     return mesh
 
@@ -152,6 +154,8 @@ def _describe(texts: list) -> str:
     if failed:
         return "another rank cannot make this call: " + "; ".join(failed)
     names = dict.fromkeys(name for _, _, facts in texts for name in facts)
+    if len({facts["function"] for _, _, facts in texts}) > 1:
+        names = {"function": None}  # they have different arguments
     lines = []
     for name in names:
         values = [facts.get(name) for _, _, facts in texts]

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from nsa import dispatch
 from nsa.config import NSAConfig
 from nsa.distributed.attention import Call, Inputs, attend
-from nsa.distributed.checks import Part, check_call, flat
+from nsa.distributed.checks import Part, check_call, check_equal_tokens, distinct, flat
 from nsa.distributed.collectives import process_group
 from nsa.distributed.compression import compress_own, gather_blocks
 from nsa.distributed.order import check_order
@@ -42,10 +42,9 @@ def forward(
     """:func:`nsa.forward` of sequences that the ranks of ``mesh`` hold parts of.
 
     Each rank gives its part of the tokens, as :func:`shard` cuts them, and gets the output of
-    those.
-    Results and gradients are those of :func:`nsa.forward` over the whole. The gradients of ``q``,
-    ``k``, ``v``, ``gates`` and ``compressed_kv`` are complete. Those of the weights are this rank's
-    part; their sum over the ranks is the whole's, as data parallelism expects.
+    those. Results and gradients are those of :func:`nsa.forward` over the whole. The gradients of
+    ``q``, ``k``, ``v``, ``gates`` and ``compressed_kv`` are complete. Those of the weights are this
+    rank's part; their sum over the ranks is the whole's, as data parallelism expects.
 
     Every rank of the mesh must call it, also in backward: a rank whose loss does not need the
     output adds ``0 * out.sum()``. Differentiable once. Under torch.compile it is a graph break.
@@ -83,7 +82,6 @@ def forward(
         UnsupportedError: ``backend="fused"`` cannot do this.
     """
     group = process_group(mesh)
-    check_order(order)
     arguments: dict[str, Any] = dict(
         config=config, gate_proj_weight=gate_proj_weight, gates=gates,
         compress_k_weight=compress_k_weight, compress_v_weight=compress_v_weight,
@@ -92,6 +90,8 @@ def forward(
         recompute_window=recompute_window, backend=backend,
     )  # fmt: skip
     if group.size() == 1:
+        check_order(order)
+        check_equal_tokens(q, k)
         return dispatch.forward(q, k, v, **arguments)
     return attend_part(mesh, order, dict(q=q, k=k, v=v, **arguments))
 
@@ -117,12 +117,13 @@ def select_blocks(
     :func:`nsa.select_blocks`.
     """
     group = process_group(mesh)
-    check_order(order)
     arguments: dict[str, Any] = dict(
         config=config, compress_k_weight=compress_k_weight, compressed_kv=compressed_kv,
         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, backend=backend,
     )  # fmt: skip
     if group.size() == 1:
+        check_order(order)
+        check_equal_tokens(q, k)
         return dispatch.select_blocks(q, k, **arguments)
     return select_part(mesh, order, dict(q=q, k=k, **arguments))
 
@@ -150,7 +151,7 @@ def attend_part(
     group = process_group(mesh)
     assert part.v is not None
     k_cmp, v_cmp = gather_blocks(_own_blocks(part, compress, group), part.layout, group)
-    kv, branches = _distinct(part.k[1], part.k[2], part.v[1], part.v[2])
+    kv, branches = distinct(part.k, part.v)
     gates = None if part.gates is None else flat(part.gates)
     inputs = Inputs(flat(part.q), gates, part.gate_proj_weight, k_cmp, v_cmp, kv)
     names = ("max_workspace_bytes", "recompute_window")
@@ -206,13 +207,6 @@ def _own_blocks(
     weights = (part.compress_k_weight, None if part.v is None else part.compress_v_weight)
     rows = (flat(part.k[0]), flat(values))
     return compress_own(*rows, weights, part.layout, part.backend, group)
-
-
-def _distinct(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Each tensor once as flat rows, and for each argument which of them it is."""
-    once = list({id(x): x for x in tensors}.values())
-    which = tuple(next(i for i, y in enumerate(once) if y is x) for x in tensors)
-    return tuple(flat(x) for x in once), which
 
 
 def _flat_indices(part: Part) -> Tensor | None:

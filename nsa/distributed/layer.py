@@ -14,11 +14,12 @@ from nsa.distributed.collectives import process_group
 from nsa.distributed.compression import block_rows
 from nsa.distributed.interface import attend_part, select_part
 from nsa.distributed.order import check_order
+from nsa.host import has_readable_values
 from nsa.linears import apply_linear, to_one_dtype
 from nsa.packing import Packing
 from nsa.precision import autocast_dtype
 from nsa.rope import apply_rope
-from nsa.validation import check_config
+from nsa.validation import UnsupportedError, check_config
 
 Bounds = Tensor | Packing | None
 Layer = Any
@@ -64,10 +65,10 @@ class LayerPart:
         self.mesh, self.order = mesh, order
 
     def forward(
-        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
+        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None, cache
     ) -> Tensor:
         """See :meth:`nsa.NativeSparseAttention.forward`."""
-        arguments, compress, problem = self._arguments(layer, x, cu_seqlens, max_seqlen)
+        arguments, compress, problem = self._arguments(layer, x, cu_seqlens, max_seqlen, cache)
         if problem is None:
             arguments |= _gates(layer, x, arguments["q"].dtype)
             arguments["max_workspace_bytes"] = layer.max_workspace_bytes
@@ -76,19 +77,22 @@ class LayerPart:
         return apply_linear(layer.o_proj, out.flatten(-2), x.dtype)
 
     def select_blocks(
-        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
+        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None, cache
     ) -> Tensor:
         """See :meth:`nsa.NativeSparseAttention.select_blocks`."""
-        arguments, compress, problem = self._arguments(layer, x, cu_seqlens, max_seqlen)
+        arguments, compress, problem = self._arguments(layer, x, cu_seqlens, max_seqlen, cache)
         return select_part(self.mesh, self.order, arguments, compress, problem)
 
     def _arguments(
-        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
+        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None, cache
     ) -> tuple[dict[str, Any], Callable | None, Exception | None]:
         """Arguments of :func:`nsa.distributed.forward` and the layer's compressor; or what is
         wrong, which the other ranks must learn."""
         try:
+            _check_no_cache(cache)
             layer._check_input(x, cu_seqlens)
+            if isinstance(cu_seqlens, Tensor) and has_readable_values(cu_seqlens):
+                cu_seqlens = Packing(cu_seqlens)  # read once
             arguments, compress = self._project(layer, x, cu_seqlens, max_seqlen)
         except Exception as problem:
             return {}, None, problem
@@ -125,6 +129,14 @@ class LayerPart:
         group = process_group(self.mesh)
         layout = part_layout(group, self.order, config, x, cu_seqlens, max_seqlen)
         return layout.positions.view(x.shape[:-1])
+
+
+def _check_no_cache(cache):
+    if cache is not None:
+        raise UnsupportedError(
+            "a layer under context parallelism cannot use a cache; decode with one that has all of "
+            "each sequence"
+        )
 
 
 def _gates(layer: Layer, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def shard(
             of a sequence) is not a multiple of the number of pieces.
     """
     group = process_group(mesh)
-    pieces = _pieces(x.shape[dim], group, order, cu_seqlens)
+    pieces = _pieces(_tokens(x, dim), group, order, cu_seqlens)
     return x.index_select(dim, pieces.tokens(group.rank()).to(x.device))
 
 
@@ -52,23 +52,18 @@ def unshard(
             in grad mode.
     """
     group = process_group(mesh)
-    problem = None
-    if x.requires_grad and torch.is_grad_enabled():
-        problem = ValueError(
-            "x must not require a gradient, because unshard has none: a sum over ranks would be "
-            "wrong if each computes the same loss, its own part if not; use x.detach()"
-        )
-    length = x.shape[dim] * group.size()
-    facts = {
-        "function": "unshard",
-        "shape of x": tuple(x.shape),
-        "dtype of x": str(x.dtype),
-        "dim": dim,
-        "order": order,
-        "cu_seqlens": describe_bounds(cu_seqlens),
-    }
+    facts, problem = {"function": "unshard", "dim": dim, "order": order}, None
+    try:
+        _tokens(x, dim)
+        check_order(order)
+        _check_no_gradient(x)
+        facts |= {"shape of x": tuple(x.shape), "dtype of x": str(x.dtype)}
+        facts["cu_seqlens"] = describe_bounds(cu_seqlens)
+    # Whatever it is, the other ranks must learn of it.
+    except Exception as found:
+        problem = found
     agree(group, facts, problem)
-    pieces = _pieces(length, group, order, cu_seqlens)
+    pieces = _pieces(x.shape[dim] * group.size(), group, order, cu_seqlens)
     rows = Gathering(x.detach().movedim(dim, 0), group).wait()
     return rows.index_select(0, pieces.place().to(x.device)).movedim(0, dim).contiguous()
 
@@ -96,9 +91,13 @@ def positions(
         TypeError, ValueError: as in :func:`shard`.
     """
     group = process_group(mesh)
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise TypeError(f"length must be an int, got {type(length).__name__}")
+    if length < 0:
+        raise ValueError(f"length must be at least 0, got {length}")
+    tokens = _pieces(length, group, order, cu_seqlens).tokens(group.rank())
     if device is None:
         device = torch.get_default_device() if cu_seqlens is None else _bounds(cu_seqlens).device
-    tokens = _pieces(length, group, order, cu_seqlens).tokens(group.rank())
     if cu_seqlens is not None:
         bounds = _bounds(cu_seqlens).to("cpu", torch.int64)
         tokens = tokens - bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
@@ -129,6 +128,25 @@ def describe_bounds(cu_seqlens) -> str | None:
     except (TypeError, ValueError) as problem:
         return str(problem)
     return f"lengths {list(lengths or ())}"
+
+
+def _tokens(x, dim) -> int:
+    """The size of ``x`` in its sequence dimension."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim must be one of the {x.ndim} dimensions of x, got {dim}")
+    return x.shape[dim]
+
+
+def _check_no_gradient(x: Tensor):
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "x must not require a gradient, because unshard has none: a sum over ranks would be "
+            "wrong if each computes the same loss, its own part if not; use x.detach()"
+        )
 
 
 def _bounds(cu_seqlens: Tensor | Packing) -> Tensor:

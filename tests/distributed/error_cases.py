@@ -1,0 +1,61 @@
+"""What the ranks of :mod:`tests.helpers.world` run to give errors: on rank 1, or on each."""
+
+from collections.abc import Callable
+
+import torch
+from torch import distributed, nn
+from torch.distributed.tensor.parallel import parallelize_module
+
+import nsa
+from tests.helpers import rank_cases
+from tests.helpers.layer_cases import make_mesh
+from tests.helpers.strategies import Problem
+
+
+def error_of(function: Callable, *args, **kwargs) -> str:
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def autocast(group, problem: Problem) -> str:
+    """Ranks under autocast to different dtypes, with arguments of the same two dtypes."""
+    q, k, v = (x.float() for x in problem[:3])
+    problem = Problem(q, k.bfloat16(), v.bfloat16(), problem.config, {})
+    with torch.autocast("cpu", (torch.bfloat16, torch.float16)[group.rank()]):
+        return error_of(rank_cases.forward, group, problem, "head-tail")
+
+
+def order_of_selection(group, problem: Problem) -> str:
+    order = ("head-tail", "zigzag")[group.rank()]
+    arguments = dict(mesh=group, order=order, config=problem.config)
+    return error_of(nsa.distributed.select_blocks, problem.q, problem.k, **arguments)
+
+
+def unshard(group, change: dict) -> str:
+    """The error of ``unshard``, with ``change`` on rank 1."""
+    arguments = dict(x=torch.zeros(1, 12, 2), mesh=group, dim=1)
+    return error_of(nsa.distributed.unshard, **arguments | (change if group.rank() else {}))
+
+
+def layer(group, layer: nn.Module, function: str, change: dict) -> str:
+    """The error of a method of a packed layer, with ``change`` on rank 1."""
+    layer = parallelize_module(layer, make_mesh(group), nsa.distributed.ContextParallel())
+    bounds = torch.tensor([0, 24], dtype=torch.int32)
+    arguments = dict(x=torch.zeros(12, layer.dim), cu_seqlens=bounds)
+    call = getattr(layer, function)
+    return error_of(call, **arguments | (change if group.rank() else {}))
+
+
+def wrong_arguments(group) -> list[str]:
+    """Errors of each rank by itself."""
+    x, outside = torch.zeros(1, 12, 2), distributed.GroupMember.NON_GROUP_MEMBER
+    return [
+        error_of(nsa.distributed.shard, x, group, 9),
+        error_of(nsa.distributed.shard, [1], group, 0),
+        error_of(nsa.distributed.positions, 12.0, group),
+        error_of(nsa.distributed.positions, -12, group),
+        error_of(nsa.distributed.shard, x, outside, 1),
+    ]
