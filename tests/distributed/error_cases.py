@@ -12,6 +12,13 @@ from tests.helpers.layer_cases import make_mesh
 from tests.helpers.strategies import Problem
 
 
+class Nameless:
+    """An argument that cannot be described."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no name")
+
+
 def error_of(function: Callable, *args, **kwargs) -> str:
     try:
         function(*args, **kwargs)

@@ -134,6 +134,12 @@ def test_an_order_of_one_rank_that_is_wrong(world):
     assert_only_rank_1_is_wrong(texts, "ValueError: order must be one of")
 
 
+def test_an_argument_of_one_rank_that_cannot_be_described(world):
+    changes = ({}, dict(max_workspace_bytes=error_cases.Nameless()))
+    texts = errors(world, own_problem(), own_problem(), changes=changes)
+    assert_only_rank_1_is_wrong(texts, "RuntimeError: no name")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
