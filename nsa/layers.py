@@ -19,7 +19,6 @@ from nsa.cache import Cache
 from nsa.cached_layer import arguments_of_new_tokens
 from nsa.compressor import BlockCompressor, gather_blocks
 from nsa.config import NSAConfig
-from nsa.geometry import locate_items, prefix_sum
 from nsa.host import has_readable_values
 from nsa.linears import (
     apply_linear,
@@ -32,6 +31,7 @@ from nsa.linears import (
 from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.precision import autocast_dtype
 from nsa.rope import Positions, rotate
+from nsa.segments import locate_items, prefix_sum
 from nsa.validation import check_config, check_flag, check_max_workspace_bytes
 
 _GATES = ("hidden", "q")
@@ -406,7 +406,7 @@ def _block_places(x: Tensor, boundaries: Boundaries | None, config: NSAConfig) -
 def _kept_items(
     boundaries: Boundaries, key: Hashable, bounds: Tensor, total: int
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Gives :func:`nsa.geometry.locate_items` for ``bounds``, which the caller's Packing keeps."""
+    """Gives :func:`nsa.segments.locate_items` for ``bounds``, which the caller's Packing keeps."""
     return lambda: boundaries.keep(key, lambda: locate_items(bounds.long(), total))
 
 

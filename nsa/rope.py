@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.geometry import locate_items
 from nsa.host import may_keep
+from nsa.segments import locate_items
 
 
 class Positions(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa
-from nsa import geometry, layers, packing, validation
+from nsa import layers, packing, segments, validation
 from nsa.fused import kernel_inputs
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.packed_calls import (
@@ -132,8 +132,8 @@ def test_a_layer_reads_a_tensor_once(reads):
 @pytest.mark.parametrize("mode", CONFIGS)
 def test_layers_with_one_packing_locate_nothing_again(mode, monkeypatch):
     located = []
-    locate = geometry.locate_items
-    for module in (geometry, layers, kernel_inputs):
+    locate = segments.locate_items
+    for module in (segments, layers, kernel_inputs):
         monkeypatch.setattr(module, "locate_items", lambda *a: located.append(a) or locate(*a))
     stack = [nsa.NativeSparseAttention(32, 4, 2, CONFIGS[mode], backend="fused") for _ in "ab"]
     x = torch.randn(TOTAL, 32, requires_grad=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from nsa.blocks import most_completed_blocks, num_compressed_blocks
 from nsa.cache.places import Places, write
 from nsa.cache.state import Cache, Pair
-from nsa.geometry import locate_items, prefix_sum
 from nsa.precision import accumulation_dtype, without_autocast
+from nsa.segments import locate_items, prefix_sum
 
 
 @dataclass(frozen=True, eq=False)

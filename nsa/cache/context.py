@@ -13,8 +13,8 @@ from nsa.blocks import num_compressed_blocks
 from nsa.cache.append import NewTokens, locate_new_tokens
 from nsa.cache.places import Places
 from nsa.cache.state import Cache, Pair
-from nsa.geometry import Segments, prefix_sum
 from nsa.packing import Boundaries
+from nsa.segments import Segments, prefix_sum
 
 
 class Context(NamedTuple):

@@ -10,7 +10,8 @@ from nsa.cache.append import NewTokens
 from nsa.cache.context import segments_of
 from nsa.cache.places import Places, write
 from nsa.cache.state import Cache
-from nsa.geometry import Geometry, Segments
+from nsa.geometry import Geometry
+from nsa.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)

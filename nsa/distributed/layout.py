@@ -16,9 +16,9 @@ from torch.distributed import ProcessGroup
 from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.distributed.order import Pieces, QueryRuns, expand, make_pieces, make_runs
-from nsa.geometry import QuerySegments, Segments, prefix_sum
 from nsa.host import may_keep
 from nsa.packing import Boundaries, Packing
+from nsa.segments import QuerySegments, Segments, prefix_sum
 
 MAX_KEPT = 16
 """Layouts that are kept, each with some 20 bytes for each token of the whole sequence."""

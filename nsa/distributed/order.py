@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.geometry import prefix_sum
+from nsa.segments import prefix_sum
 
 ORDERS = ("contiguous", "head-tail", "head-tail-each")
 

@@ -30,8 +30,8 @@ from nsa.fused.decode_inputs import (
     resident_ctas,
 )
 from nsa.fused.kernel_inputs import MAX_GROUP
-from nsa.geometry import prefix_sum
 from nsa.packing import Boundaries
+from nsa.segments import prefix_sum
 
 Branches = tuple[Tensor, Tensor, Tensor]
 Attended = tuple[Tensor, Pool, Tensor, Schedule, Tensor | None, DecodeShape]

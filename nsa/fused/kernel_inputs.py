@@ -52,14 +52,8 @@ from torch.nn.functional import pad
 from nsa.blocks import covered_tokens, overlap_weights
 from nsa.config import NSAConfig
 from nsa.fused.hardware import QUAD, SHARED_BYTES, WGMMA_ROWS
-from nsa.geometry import (
-    Geometry,
-    QuerySegments,
-    Segments,
-    equal_segments,
-    locate_items,
-    prefix_sum,
-)
+from nsa.geometry import Geometry
+from nsa.segments import QuerySegments, Segments, equal_segments, locate_items, prefix_sum
 
 Pair = tuple[Tensor, Tensor]
 """Tensors of keys and of values, of one shape and dtype; strides may differ."""

@@ -13,7 +13,8 @@ from nsa.blocks import covered_tokens
 from nsa.fused import kernel_calls
 from nsa.fused.compressed_forms import extra_rows, num_folded_rows
 from nsa.fused.kernel_inputs import Placement
-from nsa.geometry import Geometry, Segments, SingleSegment, prefix_sum
+from nsa.geometry import Geometry
+from nsa.segments import Segments, SingleSegment, prefix_sum
 
 
 class AlignedRows:

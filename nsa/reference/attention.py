@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.geometry import Geometry, Segments
+from nsa.geometry import Geometry
 from nsa.precision import accumulation_dtype
 from nsa.reference.chunks import covered_range, fitting_chunks, query_chunks, recomputed
 from nsa.reference.operands import round_gradient, round_operand
 from nsa.reference.products import inner_products, weighted_sum
+from nsa.segments import Segments
 
 
 class KeyBlocks(NamedTuple):

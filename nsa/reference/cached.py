@@ -16,11 +16,12 @@ from nsa.cache.context import (
 from nsa.cache.lists import fit_slots
 from nsa.cache.state import Cache, Pair
 from nsa.config import NSAConfig
-from nsa.geometry import Geometry, QuerySegments, Segments
+from nsa.geometry import Geometry
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
 from nsa.reference.gating import combine_branches
 from nsa.reference.selection import select_blocks
 from nsa.reference.tile_lists import select_lists
+from nsa.segments import QuerySegments, Segments
 
 Branches = tuple[Tensor, Tensor, Tensor]
 

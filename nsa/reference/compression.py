@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from nsa.geometry import Geometry, Segments, prefix_sum
+from nsa.geometry import Geometry
 from nsa.precision import accumulation_dtype
 from nsa.reference.products import weighted_sum
+from nsa.segments import Segments, prefix_sum
 
 
 def compress(x: Tensor, weight: Tensor | None, geometry: Geometry) -> Tensor:

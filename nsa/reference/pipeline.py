@@ -9,7 +9,7 @@ from nsa.blocks import num_query_tiles
 from nsa.cache import Cache
 from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
-from nsa.geometry import Geometry, QuerySegments, Segments
+from nsa.geometry import Geometry
 from nsa.packing import Boundaries
 from nsa.precision import without_autocast
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
@@ -18,6 +18,7 @@ from nsa.reference.compression import compress
 from nsa.reference.gating import combine_branches
 from nsa.reference.selection import select_blocks as _select_blocks
 from nsa.reference.selection import select_groups
+from nsa.segments import QuerySegments, Segments
 
 Branches = tuple[Tensor, Tensor, Tensor]
 

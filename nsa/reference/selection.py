@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import overlap_weights
-from nsa.geometry import UNLIMITED, Geometry, Segments
+from nsa.geometry import UNLIMITED, Geometry
 from nsa.precision import accumulation_dtype
 from nsa.reference.chunks import covered_range, query_chunks
+from nsa.segments import Segments
 
 
 @torch.no_grad()

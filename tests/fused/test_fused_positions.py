@@ -8,8 +8,9 @@ import nsa
 from nsa.fused.attention import selected_attention, selected_attention_backward
 from nsa.fused.plan import Plan, with_scale
 from nsa.fused.selection import select_blocks
-from nsa.geometry import Geometry, QuerySegments, Segments, prefix_sum
+from nsa.geometry import Geometry
 from nsa.reference import attention, selection
+from nsa.segments import QuerySegments, Segments, prefix_sum
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.pieces import CLOSE, assert_pieces_equal_whole, cut_problems
 from tests.helpers.profiles import WITH_FIXTURES, examples

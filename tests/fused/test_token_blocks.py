@@ -10,7 +10,8 @@ from nsa.fused.kernel_inputs import (
     make_token_blocks,
     units_of_wave,
 )
-from nsa.geometry import Geometry, QuerySegments, Segments, SingleSegment
+from nsa.geometry import Geometry
+from nsa.segments import QuerySegments, Segments, SingleSegment
 from nsa.testing import make_cu_seqlens
 from tests.helpers.token_cases import LENGTHS, SEGMENTS, make_geometry
 

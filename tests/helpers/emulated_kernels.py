@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from nsa.geometry import locate_items
 from nsa.precision import accumulation_dtype
+from nsa.segments import locate_items
 from tests.helpers import emulated_fa4
 
 NAMES = (

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nsa.config import NSAConfig
-from nsa.geometry import Geometry, Segments
+from nsa.geometry import Geometry
 from nsa.reference import selection
+from nsa.segments import Segments
 
 
 def assert_same_token_blocks(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import nsa
 from nsa.fused.kernel_inputs import TokenBlocks, make_token_blocks
-from nsa.geometry import Geometry, QuerySegments, Segments, prefix_sum
+from nsa.geometry import Geometry
+from nsa.segments import QuerySegments, Segments, prefix_sum
 from nsa.testing import make_cu_seqlens
 from tests.helpers.gpu_cases import slice_of_heads
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nsa
-from nsa.geometry import Geometry, QuerySegments, Segments
+from nsa.geometry import Geometry
 from nsa.reference import pipeline
 from nsa.reference.selection import select_blocks
+from nsa.segments import QuerySegments, Segments
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.pieces import (
     CLOSE,
