@@ -32,7 +32,7 @@ from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.precision import autocast_dtype
 from nsa.rope import Positions, rotate
 from nsa.segments import locate_items, prefix_sum
-from nsa.validation import check_config, check_flag, check_max_workspace_bytes
+from nsa.validation import check_config, check_flag, check_max_workspace_bytes, check_size
 
 _GATES = ("hidden", "q")
 _COMPRESSORS = ("mlp", "mean")
@@ -418,22 +418,14 @@ def _check_sizes(dim, num_heads, num_kv_heads, head_dim, value_head_dim):
         ("head_dim", head_dim),
         ("value_head_dim", value_head_dim),
     ):
-        _check_size(name, value, optional=name.endswith("head_dim"))
+        if value is not None or not name.endswith("head_dim"):
+            check_size(name, value)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}")
     if head_dim is None and dim % num_heads:
         raise ValueError(
             f"num_heads must divide dim={dim} where head_dim is not given, got {num_heads}"
         )
-
-
-def _check_size(name: str, value, optional: bool):
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _check_choice(name: str, value, choices: tuple[str, ...]):

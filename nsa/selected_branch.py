@@ -117,7 +117,6 @@ def _check_options(block_size, causal, scale, return_lse) -> NSAConfig:
     if block_size not in _CONFIGS:
         raise ValueError(f"block_size must be one of {tuple(_CONFIGS)}, got {block_size}")
     for name, value in (("causal", causal), ("return_lse", return_lse)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
+        validation.check_flag(name, value)
     check_scale(scale)
     return _CONFIGS[block_size]

@@ -199,6 +199,14 @@ def check_max_workspace_bytes(value):
         raise ValueError(f"max_workspace_bytes must be at least 1, got {value}")
 
 
+def check_size(name: str, value):
+    """Check that ``value`` is a positive int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def check_flag(name: str, value) -> bool:
     """Check that ``value`` is a bool, and return it."""
     if not isinstance(value, bool):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.validation import DTYPES, UnsupportedError, check_config
+from nsa.validation import DTYPES, UnsupportedError, check_config, check_size
 
 _MAX_INT32 = 2**31 - 1
 
@@ -28,14 +28,6 @@ def check_decodable(config) -> NSAConfig:
     if reason is not None:
         raise UnsupportedError(f"a cache cannot decode with this configuration: {reason}")
     return config
-
-
-def check_size(name: str, value):
-    """Check that ``value`` is a positive int."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_page_size(page_size, config: NSAConfig):

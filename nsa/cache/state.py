@@ -9,7 +9,7 @@ from nsa.cache.layout import MAX_GUESSES, Layout, choose_page_size, make_layout
 from nsa.cache.places import Places, page_places, ring_places, shared_table
 from nsa.config import NSAConfig
 from nsa.host import is_capturing
-from nsa.validation import UnsupportedError
+from nsa.validation import UnsupportedError, check_size
 
 Pair = tuple[Tensor, Tensor]
 
@@ -88,7 +88,7 @@ class Cache:
             ("head_dim", head_dim),
             ("value_head_dim", value_head_dim),
         ):
-            checks.check_size(name, value)
+            check_size(name, value)
         if page_size is None:
             page_size = choose_page_size(config, max_length)
         checks.check_page_size(page_size, config)
@@ -184,7 +184,7 @@ class Cache:
         self.group_lists: Tensor | None = None
         self._host = HostCopy(self.lengths, self.floors, known=owns_pages)
         if num_heads is not None:
-            checks.check_size("num_heads", num_heads)
+            check_size("num_heads", num_heads)
             if num_heads % self.num_kv_heads:
                 raise ValueError(
                     f"num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, got "
