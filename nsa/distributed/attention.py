@@ -5,6 +5,7 @@ of gathered keys and values is only where it lies in them: backward gathers them
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ from nsa.distributed.layout import Layout
 CHUNK_BYTES = 1 << 28
 """Gathered keys and values of a chunk, unless one KV head has more."""
 
+NO_LIMIT = sys.maxsize
+"""The workspace of a chunk unless the caller limits it. Not the free memory as on one GPU: what
+ranks compute again must not depend on what else lies on their devices."""
+
 
 class Call(NamedTuple):
     """What is not a tensor in a call.
@@ -32,7 +37,8 @@ class Call(NamedTuple):
         backend: the package that attends.
         config: block sizes and rules.
         branches: for ``(k_slc, k_win, v_slc, v_win)``, which of the given keys and values it is.
-        options: ``max_workspace_bytes`` and ``recompute_window`` of :func:`nsa.forward`, if given.
+        max_workspace_bytes: the limit of each chunk's workspace.
+        recompute_window: as in :func:`nsa.forward`.
     """
 
     layout: Layout
@@ -40,7 +46,8 @@ class Call(NamedTuple):
     backend: ModuleType
     config: NSAConfig
     branches: tuple[int, ...]
-    options: dict[str, Any]
+    max_workspace_bytes: int
+    recompute_window: bool
 
 
 class Inputs(NamedTuple):
@@ -164,7 +171,8 @@ def _run(
         compressed_kv=(inputs["k_cmp"], inputs["v_cmp"]),
         block_indices=chunk.of_indices(block_indices, call.config),
         boundaries=call.layout.boundaries,
-        **call.options,
+        max_workspace_bytes=call.max_workspace_bytes,
+        recompute_window=call.recompute_window,
         **extra,
     )
 

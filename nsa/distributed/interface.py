@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from nsa import dispatch
 from nsa.config import NSAConfig
-from nsa.distributed.attention import Call, Inputs, attend
+from nsa.distributed.attention import NO_LIMIT, Call, Inputs, attend
 from nsa.distributed.checks import Part, check_call, check_equal_tokens, distinct, flat
 from nsa.distributed.collectives import process_group
 from nsa.distributed.compression import compress_own, gather_blocks
@@ -71,7 +71,10 @@ def forward(
             on several ranks. The host reads them, those of an :class:`nsa.Packing` once.
         config, gate_proj_weight, compress_k_weight, compress_v_weight, max_seqlen: as in
             :func:`nsa.forward`, and equal on all ranks.
-        max_workspace_bytes, recompute_window, backend: as in :func:`nsa.forward`.
+        max_workspace_bytes: as in :func:`nsa.forward`, but of each few KV heads whose keys are
+            gathered together, and by default without limit: free memory, which may differ from rank
+            to rank, is never asked for.
+        recompute_window, backend: as in :func:`nsa.forward`.
 
     Returns:
         The output of own tokens, in the form of ``q``.
@@ -154,9 +157,10 @@ def attend_part(
     kv, branches = distinct(part.k, part.v)
     gates = None if part.gates is None else flat(part.gates)
     inputs = Inputs(flat(part.q), gates, part.gate_proj_weight, k_cmp, v_cmp, kv)
-    names = ("max_workspace_bytes", "recompute_window")
-    options = {name: arguments[name] for name in names if name in arguments}
-    call = Call(part.layout, group, part.backend, part.config, branches, options)
+    call = Call(
+        part.layout, group, part.backend, part.config, branches,
+        arguments.get("max_workspace_bytes") or NO_LIMIT, arguments.get("recompute_window", False),
+    )  # fmt: skip
     out = attend(call, _flat_indices(part), inputs)
     return out.reshape(*part.q.shape[:-1], out.shape[-1])
 

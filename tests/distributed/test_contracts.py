@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nsa
+from nsa.distributed import attention
 from nsa.distributed.order import ORDERS
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers import rank_cases
@@ -63,6 +64,16 @@ def test_what_is_sent(world):
     ]
     middle = gather + gather + summed + gather + summed + summed
     assert found[0][1:] == begin + gather * 3 + middle + end
+
+
+@pytest.mark.parametrize("given", [None, 1 << 20])
+def test_free_memory_decides_nothing(world, given):
+    """With a limit, a schedule follows from shapes alone (:mod:`tests.fused.test_schedule`)."""
+    extras = {} if given is None else {"max_workspace_bytes": given}
+    problem = make_problem(tile_config(), 512, heads=(4, 2), **extras)
+    dout = torch.ones(problem.q.shape, dtype=torch.float64)
+    for limits in world.run(rank_cases.workspace_limits, problem, "head-tail", dout, ranks=2):
+        assert limits == [given or attention.NO_LIMIT] * 2
 
 
 def test_gathered_keys_are_not_saved(world):

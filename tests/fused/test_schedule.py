@@ -1,12 +1,16 @@
 """Chunks of KV heads and recomputing change no result, and are what was asked for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import nsa
 from nsa.blocks import num_compressed_blocks
 from nsa.fused import entry, ops
-from nsa.fused.schedule import Schedule, run_forward
+from nsa.fused.pipeline import Inputs
+from nsa.fused.schedule import Schedule, make_schedule, run_forward
+from nsa.fused.sizes import Sizes
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.small_configs import tile_config, token_config
 
@@ -197,3 +201,22 @@ def test_max_workspace_bytes_reaches_the_choice(monkeypatch):
     )
     layer(torch.randn(1, 70, 16))
     assert seen == [12345, 99]
+
+
+def test_a_limit_asks_for_no_free_memory(monkeypatch):
+    """So that context parallelism, which always sets one, depends on shapes alone."""
+
+    def asked(*_):
+        raise AssertionError("free memory")
+
+    for name in ("mem_get_info", "memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    q = SimpleNamespace(is_cuda=True, nbytes=1 << 40, device="cuda")
+    sizes = Sizes(1, 1 << 20, 1 << 20, None, False, 1 << 20, 64, 4, 128, 2, TOKEN)
+    inputs = Inputs(q, *(None,) * (len(Inputs._fields) - 1))
+    call = dict(inputs=inputs, sizes=sizes, save=True)
+    assert make_schedule(**call, max_workspace_bytes=1 << 60) == Schedule(1, False)
+    assert make_schedule(**call, max_workspace_bytes=1) == Schedule(4, True)
+    monkeypatch.setattr("nsa.fused.schedule.is_capturing", lambda _: False)
+    with pytest.raises(AssertionError, match="free memory"):
+        make_schedule(**call, max_workspace_bytes=None)

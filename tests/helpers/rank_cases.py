@@ -14,6 +14,7 @@ import nsa
 from nsa.blocks import num_compressed_blocks, num_query_tiles
 from nsa.distributed import attention, collectives, layout
 from nsa.distributed.order import make_pieces
+from nsa.fused import entry
 from nsa.testing import assert_as_accurate
 from tests.helpers.emulation import emulate_kernels
 from tests.helpers.strategies import Problem, leaves
@@ -160,6 +161,20 @@ def traffic(group, problem: Problem, order: str, dout: Tensor, backend: str) -> 
         for name in names:
             stack.enter_context(spy(name, getattr(collectives, name)))
         several_chunks(group, problem, order, dout, backend)
+    return found
+
+
+def workspace_limits(group, problem: Problem, order: str, dout: Tensor) -> list[int | None]:
+    """What limits the workspace of each call of the fused backend, forward and backward."""
+    found = []
+
+    def noted(*arguments, max_workspace_bytes, **options):
+        found.append(max_workspace_bytes)
+        return make_schedule(*arguments, max_workspace_bytes=max_workspace_bytes, **options)
+
+    make_schedule = entry.make_schedule
+    with patch.object(entry, "make_schedule", noted):
+        several_chunks(group, problem, order, dout, "fused")
     return found
 
 
