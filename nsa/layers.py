@@ -333,9 +333,17 @@ class NativeSparseAttention(nn.Module):
         return [rotate(x, positions, theta) for x in tensors]
 
     def _compress(
-        self, k: Tensor, v: Tensor, boundaries: Boundaries | None, fused: bool
+        self,
+        k: Tensor,
+        v: Tensor,
+        boundaries: Boundaries | None,
+        fused: bool,
+        positions: Positions | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Compressed keys, rotated to the centres of their blocks, and compressed values."""
+        """Compressed keys, rotated to the centres of their blocks, and compressed values.
+
+        ``positions`` are those of the centres if the tokens are parts of sequences.
+        """
         assert self.compress_k is not None
         assert self.compress_v is not None
         config = check_config(self.config)
@@ -350,8 +358,9 @@ class NativeSparseAttention(nn.Module):
         if k.ndim == 4:
             counts = (k.shape[0], places.entry_blocks)
             k_cmp, v_cmp = (c.unflatten(0, counts) for c in (k_cmp, v_cmp))
-        centre = (config.compress_block_size - 1) / 2
-        positions = Positions(centre, config.compress_stride, bounds, index)
+        if positions is None:
+            centre = (config.compress_block_size - 1) / 2
+            positions = Positions(centre, config.compress_stride, bounds, index)
         return self._rotate([k_cmp], positions, fused)[0], v_cmp
 
     def _run(self, module: nn.Module, *arguments) -> Tensor:

@@ -21,12 +21,17 @@ class Positions(NamedTuple):
             last end. ``index`` counts the rows of a sequence from 0; without ``bounds``, those of
             an entry of a batch.
         locate: gives the ``index`` of packed rows, if it is kept.
+        origin: int32 ``(S,)``, where the row of ``index`` 0 of each packed sequence would lie, if
+            rows begin within sequences; by default where the rows start. With ``locate``.
+        length: with ``origin``, more than any ``index``.
     """
 
     start: float = 0
     step: int = 1
     bounds: Tensor | None = None
     locate: Callable[[], Tensor] | None = None
+    origin: Tensor | None = None
+    length: int | None = None
 
 
 def rotate(x: Tensor, positions: Positions, theta: float) -> Tensor:
@@ -34,12 +39,13 @@ def rotate(x: Tensor, positions: Positions, theta: float) -> Tensor:
 
     The sines of the last few lengths are kept, so that layers and steps share them.
     """
-    rows, bounds, locate = x.shape[-3], positions.bounds, positions.locate
+    bounds, locate = positions.bounds, positions.locate
+    rows = x.shape[-3] if positions.length is None else positions.length
     dtype = torch.promote_types(x.dtype, torch.float32)
     make = _kept_table if may_keep(x) else _table
     cos, sin = make(rows, positions.start, positions.step, x.shape[-1], theta, dtype, x.device)
     if bounds is not None:
-        index = locate_items(bounds.long(), rows)[1] if locate is None else locate()
+        index = locate_items(bounds.long(), x.shape[-3])[1] if locate is None else locate()
         cos, sin = cos[index], sin[index]
     return _rotated(x, cos, sin)
 

@@ -28,14 +28,17 @@ def test_tables_are_the_formula(dtype, default):
         apply_rope(x, index, THETA),
         apply_rope(x, 15.5 + 16 * index.double(), THETA),
         apply_rope(packed, local, THETA),
+        apply_rope(packed, 1.5 + 2.0 * (local + 7), THETA),
     ]
     bounds = make_cu_seqlens(LENGTHS)
+    origin = bounds[:-1] - 7
 
     def call():
         return [
             rotate(x, Positions(), THETA),
             rotate(x, Positions(15.5, 16), THETA),
             rotate(packed, Positions(bounds=bounds), THETA),
+            rotate(packed, Positions(1.5, 2, bounds, lambda: local + 7, origin, 37), THETA),
         ]
 
     if default is None:

@@ -46,18 +46,22 @@ def check_call(
     order: str,
     arguments: dict[str, Any],
     problem: Exception | None = None,
+    *,
+    learned: bool = False,
 ) -> Part:
     """Check the arguments of :func:`nsa.distributed.forward`, and that ranks give equal ones.
 
     Args:
         function: the name of the public function.
+        learned: whether a learned compressor makes the blocks that are not given.
         problem: what is wrong already.
 
     Raises:
         Exception: on all ranks if on any.
     """
     part, group = None, process_group(mesh)
-    facts = {"function": function, "order": order, "gradients": torch.is_grad_enabled()}
+    facts: dict[str, Any] = {"function": function, "order": order}
+    facts |= {"gradients": torch.is_grad_enabled(), "learned compressor": learned}
     try:
         if problem is None:
             # An argument that is not given is one that is None.

@@ -150,7 +150,7 @@ def attend_part(
         compress: computes blocks that are not given; by default their means.
         problem: what is wrong on this rank already.
     """
-    part = check_call("forward", mesh, order, arguments, problem)
+    part = check_call("forward", mesh, order, arguments, problem, learned=compress is not None)
     group = process_group(mesh)
     assert part.v is not None
     k_cmp, v_cmp = gather_blocks(_own_blocks(part, compress, group), part.layout, group)
@@ -175,7 +175,9 @@ def select_part(
     problem: Exception | None = None,
 ) -> Tensor:
     """:func:`select_blocks` of several ranks. Arguments as in :func:`attend_part`."""
-    part = check_call("select_blocks", mesh, order, arguments, problem)
+    part = check_call(
+        "select_blocks", mesh, order, arguments, problem, learned=compress is not None
+    )
     group = process_group(mesh)
     layout = part.layout
     own, _ = _own_blocks(part, compress, group)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from nsa import dispatch
 from nsa.distributed.checks import Part, flat, part_layout
 from nsa.distributed.collectives import process_group
 from nsa.distributed.compression import block_rows
@@ -18,7 +19,6 @@ from nsa.host import has_readable_values
 from nsa.linears import apply_linear, to_one_dtype
 from nsa.packing import Packing
 from nsa.precision import autocast_dtype
-from nsa.rope import apply_rope
 from nsa.validation import UnsupportedError, check_config
 
 Bounds = Tensor | Packing | None
@@ -68,11 +68,8 @@ class LayerPart:
         self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None, cache
     ) -> Tensor:
         """See :meth:`nsa.NativeSparseAttention.forward`."""
-        arguments, compress, problem = self._arguments(layer, x, cu_seqlens, max_seqlen, cache)
-        if problem is None:
-            arguments |= _gates(layer, x, arguments["q"].dtype)
-            arguments["max_workspace_bytes"] = layer.max_workspace_bytes
-            arguments["recompute_window"] = layer.recompute
+        call = (layer, x, cu_seqlens, max_seqlen, cache)
+        arguments, compress, problem = self._arguments(*call, attends=True)
         out = attend_part(self.mesh, self.order, arguments, compress, problem)
         return apply_linear(layer.o_proj, out.flatten(-2), x.dtype)
 
@@ -80,20 +77,32 @@ class LayerPart:
         self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None, cache
     ) -> Tensor:
         """See :meth:`nsa.NativeSparseAttention.select_blocks`."""
-        arguments, compress, problem = self._arguments(layer, x, cu_seqlens, max_seqlen, cache)
+        call = (layer, x, cu_seqlens, max_seqlen, cache)
+        arguments, compress, problem = self._arguments(*call, attends=False)
         return select_part(self.mesh, self.order, arguments, compress, problem)
 
     def _arguments(
-        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None, cache
+        self,
+        layer: Layer,
+        x: Tensor,
+        cu_seqlens: Bounds,
+        max_seqlen: int | None,
+        cache,
+        *,
+        attends: bool,
     ) -> tuple[dict[str, Any], Callable | None, Exception | None]:
-        """Arguments of :func:`nsa.distributed.forward` and the layer's compressor; or what is
-        wrong, which the other ranks must learn."""
+        """Arguments of :func:`nsa.distributed.forward`, or of its ``select_blocks``, and the
+        layer's compressor; or what is wrong, which the other ranks must learn."""
         try:
             _check_no_cache(cache)
             layer._check_input(x, cu_seqlens)
             if isinstance(cu_seqlens, Tensor) and has_readable_values(cu_seqlens):
                 cu_seqlens = Packing(cu_seqlens)  # read once
             arguments, compress = self._project(layer, x, cu_seqlens, max_seqlen)
+            if attends:
+                arguments |= _gates(layer, x, arguments["q"].dtype)
+                arguments["max_workspace_bytes"] = layer.max_workspace_bytes
+                arguments["recompute_window"] = layer.recompute
         except Exception as problem:
             return {}, None, problem
         boundaries = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
@@ -106,29 +115,35 @@ class LayerPart:
         branches = layer.num_kv_branches
         keys = k.unflatten(-1, (branches, -1, layer.head_dim)).unbind(-3)
         values = v.unflatten(-1, (branches, -1, layer.value_head_dim)).unbind(-3)
+        config = check_config(layer.config)
+        fused = dispatch.uses_fused(layer.backend, q, values[0], config)
         compress = None
         if layer.compress_k is not None:
             # Wrapped linears get the dtype of x.
             dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
-            compress = partial(_compress, layer, flat(keys[0].to(dtype)), flat(values[0].to(dtype)))
-        theta = layer.rope_theta
-        if theta is not None:
-            places = self._positions(layer, x, cu_seqlens, max_seqlen)
-            q = apply_rope(q, places, theta)
-            keys = tuple(apply_rope(key, places, theta) for key in keys)
+            rows = (flat(keys[0].to(dtype)), flat(values[0].to(dtype)))
+            compress = partial(_compress, layer, rows, fused)
+        q, *rotated = self._rotate(layer, [q, *keys], cu_seqlens, max_seqlen, fused)
         if branches == 1:
-            return dict(q=q, k=keys[0], v=values[0]), compress
-        return dict(q=q, k=keys, v=values), compress
+            return dict(q=q, k=rotated[0], v=values[0]), compress
+        return dict(q=q, k=tuple(rotated), v=values), compress
 
     @torch.compiler.disable(reason="nsa.distributed computes positions on the host")
-    def _positions(
-        self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None
-    ) -> Tensor:
-        """The position of each own token in its sequence, ``(B, N / P)`` or ``(N / P,)``."""
-        config = check_config(layer.config)
-        group = process_group(self.mesh)
-        layout = part_layout(group, self.order, config, x, cu_seqlens, max_seqlen)
-        return layout.positions.view(x.shape[:-1])
+    def _rotate(
+        self,
+        layer: Layer,
+        tensors: list[Tensor],
+        cu_seqlens: Bounds,
+        max_seqlen: int | None,
+        fused: bool,
+    ) -> list[Tensor]:
+        """``(B, N / P, H, D)`` or ``(N / P, H, D)``, rotated by the positions of own tokens."""
+        if layer.rope_theta is None:
+            return tensors
+        config, group = check_config(layer.config), process_group(self.mesh)
+        layout = part_layout(group, self.order, config, tensors[0], cu_seqlens, max_seqlen)
+        rotated = layer._rotate([flat(x) for x in tensors], layout.positions, fused)
+        return [y.view(x.shape) for x, y in zip(tensors, rotated, strict=True)]
 
 
 def _check_no_cache(cache):
@@ -148,19 +163,12 @@ def _gates(layer: Layer, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     return {}
 
 
-def _compress(layer: Layer, k: Tensor, v: Tensor, part: Part, group) -> tuple[Tensor, Tensor]:
+def _compress(
+    layer: Layer, rows: tuple[Tensor, Tensor], fused: bool, part: Part, group
+) -> tuple[Tensor, Tensor]:
     """Compressed keys, rotated to the centres of their blocks, and values, of own blocks."""
     layout = part.layout
-    size, stride = layout.config.compress_block_size, layout.config.compress_stride
-    inside = torch.arange(size, device=k.device)
-    index = layout.block_starts[:, None] + inside
-    keys, values = (
-        rows.index_select(0, index.flatten()).unflatten(0, index.shape)
-        for rows in block_rows((k, v), layout, group)
-    )
-    k_cmp, v_cmp = layer._run(layer.compress_k, keys), layer._run(layer.compress_v, values)
-    if layer.rope_theta is not None:
-        # float64, because an integer tensor plus a float has torch's default dtype.
-        centre = layout.block_numbers.double() * stride + (size - 1) / 2
-        k_cmp = apply_rope(k_cmp, centre, layer.rope_theta)
+    tokens = block_rows(rows, layout, group)
+    centres = layout.block_positions
+    k_cmp, v_cmp = layer._compress(*tokens, layout.block_boundaries, fused, centres)
     return k_cmp.to(part.q.dtype), v_cmp.to(part.q.dtype)

@@ -6,6 +6,7 @@ its keys: the gather writes them in that order, which costs no more than sorting
 see later tokens, each sequence of keys comes once and whole.
 """
 
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from nsa.config import NSAConfig
 from nsa.distributed.order import Pieces, QueryRuns, expand, make_pieces, make_runs
 from nsa.host import may_keep
 from nsa.packing import Boundaries, Packing
+from nsa.rope import Positions
 from nsa.segments import QuerySegments, Segments, prefix_sum
 
 MAX_KEPT = 16
@@ -226,23 +228,40 @@ class Layout:
         return self._unless_all(expand(starts, counts), self.rows)
 
     @cached_property
-    def block_starts(self) -> Tensor:
-        """Where each own block starts in :attr:`block_tokens`, int64."""
-        begin, end = self._block_ends(self._own)
-        _, count = self._completed(self._own)
-        segment = prefix_sum(end - begin)[:-1].repeat_interleave(count)
-        number = expand(torch.zeros_like(count), count)
-        return (segment + number * self._stride).to(self.device)
+    def positions(self) -> Positions:
+        """Of own flat tokens in their sequences."""
+        rows = (self._own.position, self._own.tokens)
+        return self._positions(0, 1, rows, lambda: self._token_index, self._longest)
 
     @cached_property
-    def block_numbers(self) -> Tensor:
-        """The number of each own block in its sequence, int64."""
-        return expand(*self._completed(self._own)).to(self.device)
+    def block_positions(self) -> Positions:
+        """Of the centres of own blocks, in the order of own tokens."""
+        size, stride = self.config.compress_block_size, self._stride
+        length = num_compressed_blocks(self._longest, self.config)
+        rows = self._completed(self._own)
+        return self._positions((size - 1) / 2, stride, rows, lambda: self._block_index, length)
+
+    def _positions(
+        self,
+        start: float,
+        step: int,
+        rows: tuple[Tensor, Tensor],
+        locate: Callable[[], Tensor],
+        length: int,
+    ) -> Positions:
+        """Of ``rows`` of each own segment: the index of the first, and how many there are."""
+        first, counts = rows
+        bounds = prefix_sum(counts)
+        bounds, origin = (x.int().to(self.device) for x in (bounds, bounds[:-1] - first))
+        return Positions(start, step, bounds, locate, origin, length)
 
     @cached_property
-    def positions(self) -> Tensor:
-        """The position of each own flat token in its sequence, int64."""
+    def _token_index(self) -> Tensor:
         return expand(self._own.position, self._own.tokens).to(self.device)
+
+    @cached_property
+    def _block_index(self) -> Tensor:
+        return expand(*self._completed(self._own)).to(self.device)
 
     @cached_property
     def block_boundaries(self) -> Boundaries:
@@ -271,6 +290,10 @@ class Layout:
         limit = blocks.repeat_interleave(units).to(block_indices.device)
         limit = limit[:, None, None] if token else limit[:, None]
         return torch.where(block_indices < limit, block_indices, -1)
+
+    @property
+    def _longest(self) -> int:
+        return max(self.whole.sequences, default=0)
 
     @property
     def last_queries(self) -> bool:

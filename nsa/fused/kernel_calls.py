@@ -169,6 +169,7 @@ def rotate(
     x: Tensor,
     other: Tensor | None,
     bounds: Tensor | None,
+    origin: Tensor | None,
     start: float,
     step: int,
     theta: float,
@@ -184,6 +185,8 @@ def rotate(
         other: a second tensor with the same rows and channels, and its own heads; or None.
         bounds: int32 ``(S + 1,)``, where the rows of each packed sequence start, then where the
             last end; ``index`` counts from 0 in each. None: it counts in each entry of a batch.
+        origin: int32 ``(S,)``, where ``index`` 0 of each packed sequence would lie; None where its
+            rows start.
         start: a multiple of 1/2.
         step: positions from row to row.
         theta: base of the wavelengths, at least 1.

@@ -21,30 +21,31 @@ def can_rotate(x: Tensor, theta: float) -> bool:
 
 def rotate(tensors: list[Tensor], positions: Positions, theta: float) -> list[Tensor]:
     """Each as by :func:`nsa.rope.rotate`, two in a launch. Only boundaries are saved."""
-    start, step, bounds, _ = positions
+    bounds, origin = positions.bounds, positions.origin
     call = rotate_op if is_traced(*tensors, bounds) else _Rotation.apply
+    angles = (float(positions.start), positions.step, theta, False)
     rotated: list[Tensor] = []
     for i in range(0, len(tensors), 2):
         x, other = (*tensors[i : i + 2], None)[:2]
-        results = call(x, other, bounds, float(start), step, theta, False)
+        results = call(x, other, bounds, origin, *angles)
         rotated += results[: 1 if other is None else 2]
     return rotated
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, other, bounds, *angles):
-        ctx.save_for_backward(bounds)
+    def forward(ctx, x, other, bounds, origin, *angles):
+        ctx.save_for_backward(bounds, origin)
         ctx.angles = angles
         with torch.cuda.device_of(x):
-            return kernel_calls.rotate(x, other, bounds, *angles)
+            return kernel_calls.rotate(x, other, bounds, origin, *angles)
 
     @staticmethod
     def backward(ctx, *douts):
-        (bounds,) = ctx.saved_tensors
         *angles, inverse = ctx.angles
         # The inverse is the transpose, and differentiable too.
-        return *_Rotation.apply(*douts, bounds, *angles, not inverse), *(None,) * 5
+        dx = _Rotation.apply(*douts, *ctx.saved_tensors, *angles, not inverse)
+        return *dx, *(None,) * (len(ctx.angles) + 2)
 
 
 @torch.library.custom_op("nsa::rotate", mutates_args=())
@@ -52,6 +53,7 @@ def rotate_op(
     x: Tensor,
     other: Tensor | None,
     bounds: Tensor | None,
+    origin: Tensor | None,
     start: float,
     step: int,
     theta: float,
@@ -59,7 +61,7 @@ def rotate_op(
 ) -> tuple[Tensor, Tensor]:
     """The same as one op, which returns an empty tensor for no other."""
     with torch.cuda.device_of(x):
-        out, other_out = kernel_calls.rotate(x, other, bounds, start, step, theta, inverse)
+        out, other_out = kernel_calls.rotate(x, other, bounds, origin, start, step, theta, inverse)
     return out, x.new_empty(0) if other_out is None else other_out
 
 
@@ -73,16 +75,16 @@ def _without_empty(out: Tensor, other: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _setup_rotation(ctx, inputs, output):
-    _, other, bounds, *ctx.angles = inputs
+    _, other, bounds, origin, *ctx.angles = inputs
     ctx.has_other = other is not None
-    ctx.save_for_backward(bounds)
+    ctx.save_for_backward(bounds, origin)
 
 
 def _rotation_backward(ctx, dout, dother):
-    (bounds,) = ctx.saved_tensors
     *angles, inverse = ctx.angles
     other = dother if ctx.has_other else None
-    return *_without_empty(*rotate_op(dout, other, bounds, *angles, not inverse)), *(None,) * 5
+    dx = _without_empty(*rotate_op(dout, other, *ctx.saved_tensors, *angles, not inverse))
+    return *dx, *(None,) * (len(ctx.angles) + 2)
 
 
 rotate_op.register_autograd(_rotation_backward, setup_context=_setup_rotation)

@@ -56,6 +56,26 @@ def layer(group, layer: nn.Module, function: str, change: dict) -> str:
     return error_of(call, **arguments | (change if group.rank() else {}))
 
 
+class Failing(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("this gate fails")
+
+
+def failing_gate(group, layer: nn.Module) -> str:
+    """The error of a layer whose gate MLP raises on rank 1."""
+    layer = parallelize_module(layer, make_mesh(group), nsa.distributed.ContextParallel())
+    if group.rank():
+        layer.gate_mlp = Failing()
+    return error_of(layer, torch.zeros(1, 12, layer.dim))
+
+
+def different_layers(group, layers: list[nn.Module]) -> str:
+    """The error of ranks that have different layers."""
+    style = nsa.distributed.ContextParallel()
+    layer = parallelize_module(layers[group.rank()], make_mesh(group), style)
+    return error_of(layer, torch.zeros(1, 12, layer.dim))
+
+
 def wrong_arguments(group) -> list[str]:
     """Errors of each rank by itself."""
     x, outside = torch.zeros(1, 12, 2), distributed.GroupMember.NON_GROUP_MEMBER

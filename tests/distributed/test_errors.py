@@ -169,6 +169,22 @@ def test_a_layer_of_one_rank_that_is_wrong(world, function, change, message):
     assert_only_rank_1_is_wrong(texts, message)
 
 
+def test_a_gate_that_fails_on_one_rank(world):
+    layer = nsa.NativeSparseAttention(16, 4, 2, SMALL["token"])
+    texts = world.run(error_cases.failing_gate, layer, ranks=2)
+    assert_only_rank_1_is_wrong(texts, "RuntimeError: this gate fails")
+
+
+def test_a_learned_compressor_on_one_rank(world):
+    layers = [
+        nsa.NativeSparseAttention(16, 4, 2, SMALL["token"], compressor=compressor)
+        for compressor in ("mlp", "mean")
+    ]
+    texts = world.run(error_cases.different_layers, layers, ranks=2)
+    assert texts[0] == texts[1]
+    assert texts[0].endswith("differ in learned compressor: rank 0 True, rank 1 False")
+
+
 def test_fused_says_what_it_needs(world):
     part = own_problem(config=dataclasses.replace(SMALL["token"], causal=False))
     problem = part._replace(extras={})

@@ -51,6 +51,23 @@ def test_layer_equals_one_process(world, gate, compressor):
     check(world, model, ranks=3)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("compressor", ["mlp", "mean"])
+def test_fused_layer_equals_one_process(world, compressor, packed):
+    """With rotation and the compressor's rows by the kernels of the layer."""
+    config = nsa.NSAConfig.paper(num_selected_blocks=4)
+    options = dict(head_dim=16, compressor=compressor, separate_kv=packed)
+    model = layer_cases.Model(config, backend="reference", **options)
+    check(world, model, form="fused", lengths=[1, 0, 70, 25] if packed else None)
+
+
+def test_rotary_tables_are_shared_by_layers_and_steps(world):
+    model = layer_cases.Model(SMALL["token"])
+    x = torch.randn(1, TOKENS, 16, dtype=torch.float64)
+    # Of tokens and of blocks.
+    assert world.run(layer_cases.tables, model, x, ranks=2) == [(2, 1)] * 2
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_tile_mode(world, recompute):
     """With what the layer saves for backward, and with less."""

@@ -15,11 +15,18 @@ pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 LENGTHS = [2, 0, 6, 1]
 TOTAL = sum(LENGTHS)
 THETA = 10000.0
+COUNT = torch.tensor(LENGTHS)
+FIRST = torch.tensor([3, 0, 0, 19])
+LOCAL = torch.cat([torch.arange(n) for n in LENGTHS])
 POSITIONS = {
     "batched": Positions(),
     "centres": Positions(15.5, 16),
     "packed": Positions(bounds=make_cu_seqlens(LENGTHS)),
-}
+    "parts of sequences": Positions(
+        15.5, 16, make_cu_seqlens(LENGTHS), lambda: FIRST.repeat_interleave(COUNT) + LOCAL,
+        make_cu_seqlens(LENGTHS)[:-1] - FIRST.int(), 20,
+    ),
+}  # fmt: skip
 
 
 def make_places(packed: bool) -> BlockPlaces:
@@ -56,7 +63,7 @@ def test_gradients_of_the_rotation(form):
 @pytest.mark.parametrize("position", [10**6, 10**6 + 0.5, 2**30])
 def test_angles_far_out_are_exact(position):
     x = torch.randn(3, 1, 64, dtype=torch.float64)
-    found = kernel_calls.rotate(x, None, None, position, 1, THETA, False)[0]
+    found = kernel_calls.rotate(x, None, None, None, position, 1, THETA, False)[0]
     # The old way: float64 angles, which are exact to 1e-7 there.
     wanted = apply_rope(x, position + torch.arange(3).double(), THETA)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-15 * position + 1e-13)
@@ -74,8 +81,10 @@ def test_gradients_of_the_rows(packed):
 def test_custom_ops(packed):
     places, bounds = make_places(packed), make_cu_seqlens(LENGTHS) if packed else None
     x = draw(*((TOTAL,) if packed else (2, TOTAL)), 2, 16)
+    origin = bounds[:-1] - 3 if packed else None
     for other in (None, draw(*x.shape[:-2], 1, 16)):
-        torch.library.opcheck(layer_ops.rotate_op, (x, other, bounds, 1.5, 2, THETA, False))
+        call = (x, other, bounds, origin, 1.5, 2, THETA, False)
+        torch.library.opcheck(layer_ops.rotate_op, call)
     torch.library.opcheck(layer_ops.gather_blocks_op, (x, draw(4, 16), *places))
     rows = torch.randn(places.blocks, 2, 4, 16, dtype=torch.float64)
     torch.library.opcheck(layer_ops.scatter_blocks_op, (rows, x.shape, *places))

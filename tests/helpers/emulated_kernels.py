@@ -65,11 +65,11 @@ def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight, placements=(Non
     return (*dbranches, dlogits, None, dweight)
 
 
-def rotate(x, other, bounds, start, step, theta, inverse):
+def rotate(x, other, bounds, origin, start, step, theta, inverse):
     """Angles of the form in which the kernel has them: 64 bits of a turn, of which 32 are used."""
     if other is not None:
         assert other.shape == (*x.shape[:-2], other.shape[-2], x.shape[-1])
-        angles = (bounds, start, step, theta, inverse)
+        angles = (bounds, origin, start, step, theta, inverse)
         return rotate(x, None, *angles)[0], rotate(other, None, *angles)[0]
     rows, half = x.shape[-3], x.shape[-1] // 2
     assert x.shape[-1] % 16 == 0
@@ -77,7 +77,10 @@ def rotate(x, other, bounds, start, step, theta, inverse):
     index = torch.arange(rows, device=x.device)
     if bounds is not None:
         assert bounds.dtype == torch.int32
-        index = locate_items(bounds.long(), rows)[1]
+        owner, index = locate_items(bounds.long(), rows)
+        if origin is not None:
+            assert origin.dtype == torch.int32
+            index += (bounds[:-1] - origin)[owner]
     twice = round(2 * start) + 2 * step * index
     channel = torch.arange(half, device=x.device, dtype=torch.float64)
     frequency = (2**63 / (2 * torch.pi) * theta ** (-channel / half)).long()

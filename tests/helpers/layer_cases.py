@@ -10,7 +10,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import nsa
+from nsa import rope
+from nsa.distributed import layout
 from nsa.distributed.order import make_pieces
+from tests.helpers.emulation import emulate_kernels
 
 
 class Model(nn.Module):
@@ -44,10 +47,15 @@ def train_step(group, model: Model, x: Tensor, bounds, order: str, form: str) ->
 
     Args:
         form: "plain" gives this rank's part of the gradients; "fsdp" the average of ranks, which
-            fully_shard makes; "compiled" is plain, under torch.compile.
+            fully_shard makes; "compiled" is plain, under torch.compile; "fused" is plain, with
+            emulated kernels.
     """
     mesh, dim = make_mesh(group), x.ndim - 2
     model = copy.deepcopy(model)
+    if form == "fused":
+        emulate_kernels(setattr)
+        for block in model.blocks:
+            block.backend = "fused"
     style = nsa.distributed.ContextParallel(order)
     parallelize_module(model, mesh, {"blocks.*": style})
     if form == "fsdp":
@@ -76,6 +84,15 @@ def tensor_parallel_step(group, model: Model, x: Tensor) -> tuple:
     out.square().mean().backward()
     grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     return out.detach(), x.grad, grads
+
+
+def tables(group, model: Model, x: Tensor) -> tuple[int, int]:
+    """Rotary tables and layouts that are made for two steps of all layers."""
+    for kept in (rope._kept_table, layout._kept_layout):
+        kept.cache_clear()
+    for _ in range(2):
+        train_step(group, model, x, None, "head-tail", "plain")
+    return rope._kept_table.cache_info().misses, layout._kept_layout.cache_info().misses
 
 
 def selected(group, layer: nn.Module, x: Tensor, bounds, order: str) -> Tensor:

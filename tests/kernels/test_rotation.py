@@ -21,6 +21,10 @@ def assert_rotated(found: torch.Tensor, x: torch.Tensor, positions: torch.Tensor
     torch.testing.assert_close(found.double(), wanted, rtol=eps, atol=1e-5)
 
 
+def turn(x, start=0, step=1, *, theta=THETA, inverse=False, bounds=None, origin=None):
+    return kernel_calls.rotate(x, None, bounds, origin, start, step, theta, inverse)[0]
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
 @pytest.mark.parametrize("heads", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -28,20 +32,23 @@ def test_rows_are_turned_by_their_positions(dtype, heads, head_dim):
     x = torch.randn(2, 50, heads, head_dim, device="cuda").to(dtype)
     positions = torch.arange(50, device="cuda")
     for given in (x, slice_of_heads(x)):
-        assert_rotated(kernel_calls.rotate(given, None, None, 0, 1, THETA, False)[0], x, positions)
-        centres = kernel_calls.rotate(given, None, None, 15.5, 16, THETA, False)[0]
+        assert_rotated(turn(given), x, positions)
+        centres = turn(given, 15.5, 16)
         assert_rotated(centres, x, 15.5 + 16 * positions)
-        assert_rotated(kernel_calls.rotate(given, None, None, 0, 1, THETA, True)[0], x, -positions)
+        assert_rotated(turn(given, inverse=True), x, -positions)
     keys = torch.randn(2, 50, 3, head_dim, device="cuda").to(dtype)
-    both = kernel_calls.rotate(x, slice_of_heads(keys), None, 0, 1, THETA, False)
+    both = kernel_calls.rotate(x, slice_of_heads(keys), None, None, 0, 1, THETA, False)
     for found, given in zip(both, (x, keys), strict=True):
         assert_rotated(found, given, positions)
     packed = torch.randn(100, heads, head_dim, device="cuda").to(dtype)
     bounds = make_cu_seqlens(LENGTHS, "cuda")
     positions = torch.cat([torch.arange(n, device="cuda") for n in LENGTHS])
-    assert_rotated(
-        kernel_calls.rotate(packed, None, bounds, 0, 1, THETA, False)[0], packed, positions
-    )
+    assert_rotated(turn(packed, bounds=bounds), packed, positions)
+    # Sequences of which there are rows from further on.
+    first = torch.tensor([7, 3, 100000, 0, 64], dtype=torch.int32, device="cuda")
+    positions = positions + first.long().repeat_interleave(bounds.diff())
+    origin = bounds[:-1] - first
+    assert_rotated(turn(packed, bounds=bounds, origin=origin), packed, positions)
 
 
 @pytest.mark.parametrize("theta", [1.0, 500000.0])
@@ -49,9 +56,7 @@ def test_rows_are_turned_by_their_positions(dtype, heads, head_dim):
 def test_far_positions_are_as_exact(start, theta):
     x = torch.randn(1, 300, 1, 128, device="cuda", dtype=torch.float16)
     positions = start + torch.arange(300, device="cuda").double()
-    assert_rotated(
-        kernel_calls.rotate(x, None, None, start, 1, theta, False)[0], x, positions, theta
-    )
+    assert_rotated(turn(x, start, theta=theta), x, positions, theta)
 
 
 def test_gradient_is_the_inverse():
@@ -63,7 +68,7 @@ def test_gradient_is_the_inverse():
 
 def test_no_rows():
     x = torch.empty(2, 0, 4, 64, device="cuda", dtype=torch.bfloat16)
-    assert kernel_calls.rotate(x, None, None, 0, 1, THETA, False)[0].shape == x.shape
+    assert turn(x).shape == x.shape
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,7 @@ def test_no_rows():
         ({"start": 0.25}, "start must be a multiple of 1/2"),
         ({"theta": 0.5}, "theta at least 1"),
         ({"bounds": torch.zeros(2)}, "bounds is"),
+        ({"origin": torch.zeros(1).int()}, "origin is"),
     ],
 )
 def test_what_the_kernel_cannot_take_is_refused(change, message):
@@ -82,6 +88,7 @@ def test_what_the_kernel_cannot_take_is_refused(change, message):
         x=torch.zeros(3, 1, 16),
         other=None,
         bounds=None,
+        origin=None,
         start=0,
         step=1,
         theta=THETA,

@@ -40,13 +40,14 @@ _BITS = 4  # of the index of a vector of VECTOR channels in half a head, which h
 
 @mlir_namedtuple
 class _Tensors(NamedTuple):
-    """``x`` and the result, the same of another tensor, and boundaries of packed sequences."""
+    """``x`` and the result, the same of another tensor, boundaries and origins of sequences."""
 
     x: cute.Tensor
     out: cute.Tensor
     other: cute.Tensor | None
     other_out: cute.Tensor | None
     bounds: cute.Tensor | None
+    origin: cute.Tensor | None
 
 
 @mlir_namedtuple
@@ -123,7 +124,7 @@ class Rotation:
         parts, other_parts = self._parts(sizes)
         row, part = Int32(item // (parts + other_parts)), Int32(item % (parts + other_parts))
         if row < sizes.rows:
-            common = (tensors.bounds, row, vector, sizes, angles, powers)
+            common = (tensors.bounds, tensors.origin, row, vector, sizes, angles, powers)
             if const_expr(tensors.other is None):
                 self._rotate(0, tensors.x, tensors.out, strides[0], part, *common)
             else:
@@ -142,6 +143,7 @@ class Rotation:
         stride: Int64,
         part: Int32,
         mBounds: cute.Tensor | None,
+        mOrigin: cute.Tensor | None,
         row: Int32,
         vector: Int32,
         sizes: _Sizes,
@@ -156,7 +158,7 @@ class Rotation:
             start = Int64(row) * stride + (first + h * self.head_dim)
             loaded.append([load_vector(mX, start + i * self.half) for i in range(2)])
         # While the loads are under way.
-        twice = self._twice_position(mBounds, row, sizes, angles)
+        twice = self._twice_position(mBounds, mOrigin, row, sizes, angles)
         cos, sin = self._turns(twice, vector, powers, angles.sign)
         for h in cutlass.range_constexpr(heads_at_once):
             a, b = (x.load().to(Float32) for x in loaded[h])
@@ -166,12 +168,17 @@ class Rotation:
 
     @cute.jit
     def _twice_position(
-        self, mBounds: cute.Tensor | None, row: Int32, sizes: _Sizes, angles: _Angles
+        self,
+        mBounds: cute.Tensor | None,
+        mOrigin: cute.Tensor | None,
+        row: Int32,
+        sizes: _Sizes,
+        angles: _Angles,
     ) -> Int64:
         index = row % sizes.length
         if const_expr(mBounds is not None):
             sequence = find_sequence(mBounds, row, sizes.sequences)
-            index = row - mBounds[sequence]
+            index = row - mOrigin[sequence]
         return Int64(angles.start) + Int64(angles.step) * index
 
     @cute.jit
@@ -208,7 +215,7 @@ def compile_rotation(
             fake_flat(element),
             fake_flat(element if pair else None),
             fake_flat(element if pair else None),
-            fake_flat(Int32, alignment=4) if packed else None,
+            *(fake_flat(Int32 if packed else None, alignment=4) for _ in range(2)),
         ),
         (Int64(1),) * 2,
         _Sizes(*(Int32(1) for _ in _Sizes._fields)),
@@ -233,13 +240,14 @@ def rotate(
     x: Tensor,
     other: Tensor | None,
     bounds: Tensor | None,
+    origin: Tensor | None,
     start: float,
     step: int,
     theta: float,
     inverse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`nsa.fused.kernel_calls.rotate`."""
-    _check(x, other, bounds, start, theta)
+    _check(x, other, bounds, origin, start, theta)
     out, other_out = (None if t is None else t.new_empty(t.shape) for t in (x, other))
     if x.numel() == 0:
         return out, other_out
@@ -248,7 +256,8 @@ def rotate(
     heads_at_once = math.gcd(heads, 4), math.gcd(other_heads, 4) if other_heads else 0
     kernel = compile_rotation(x.dtype, head_dim, heads_at_once, bounds is not None)
     (memory, stride), (other_memory, other_stride) = flat_rows(x), flat_rows(other)
-    tensors = _Tensors(memory, flat(out), other_memory, flat(other_out), bounds)
+    origin = bounds if origin is None else origin
+    tensors = _Tensors(memory, flat(out), other_memory, flat(other_out), bounds, origin)
     sequences = 0 if bounds is None else bounds.shape[0] - 1
     sizes = _Sizes(math.prod(leading), heads, other_heads, sequences, leading[-1])
     angles = _Angles(int(2 * start), 2 * step, -1.0 if inverse else 1.0)
@@ -264,7 +273,12 @@ def _powers(theta: float, head_dim: int) -> tuple[float, ...]:
 
 
 def _check(
-    x: Tensor, other: Tensor | None, bounds: Tensor | None, start: float, theta: float
+    x: Tensor,
+    other: Tensor | None,
+    bounds: Tensor | None,
+    origin: Tensor | None,
+    start: float,
+    theta: float,
 ) -> None:
     """Raise on what the kernel cannot take."""
     if x.dtype not in DTYPES or not x.is_cuda:
@@ -284,3 +298,6 @@ def _check(
         )
     if bounds is not None:
         check_tensor("bounds", bounds, bounds.shape, torch.int32, x.device)
+    if origin is not None:
+        sequences = 0 if bounds is None else bounds.shape[0] - 1
+        check_tensor("origin", origin, (sequences,), torch.int32, x.device)
