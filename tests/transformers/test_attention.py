@@ -6,66 +6,25 @@ import pytest
 import torch
 
 import nsa
-from tests.helpers.requirements import import_transformers
-from tests.helpers.small_configs import SMALL
-
-nsa_transformers = import_transformers()
-
-from transformers import (  # noqa: E402
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
+from tests.helpers.tiny_models import (
+    CONFIGS,
+    LENGTH,
+    MODELS,
+    VOCABULARY,
+    logits,
+    make,
+    model_config,
+    nsa_transformers,
+    tokens,
 )
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noqa: E402
 
-nsa_transformers.register()
+# isort: split
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-VOCABULARY, LENGTH = 50, 60
-CONFIGS = {name: SMALL[name] for name in ("token", "tile")}
-MODELS = {
-    "llama": LlamaConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "mistral": MistralConfig,
-}
+from nsa.transformers import sequences
+
 each_mode = pytest.mark.parametrize("name", CONFIGS)
-
-
-def model_config(kind: str = "llama", fields: dict | None = None, **changes):
-    sizes = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    if kind == "mistral":
-        sizes["sliding_window"] = None
-    fields = asdict(CONFIGS["token"]) if fields is None else fields
-    return MODELS[kind](**(sizes | changes), nsa=fields, attn_implementation="nsa")
-
-
-def make(config, factory=AutoModelForCausalLM.from_config):
-    # A larger spread than the default, so that a wrong attention shows in the logits.
-    config.initializer_range = 0.3
-    return factory(config).double().eval()
-
-
-def tokens(batch: int = 2, length: int = LENGTH) -> torch.Tensor:
-    return torch.randint(2, VOCABULARY, (batch, length))
-
-
-def logits(model, ids, **arguments):
-    return model(ids, use_cache=False, **arguments).logits
 
 
 def gradients(out, model):
@@ -149,10 +108,8 @@ def test_boundaries_that_the_caller_knows_are_sequences():
 
 def test_sequences_are_located_once_in_a_call(monkeypatch):
     made = []
-    packing = nsa_transformers.Packing
-    monkeypatch.setattr(
-        nsa_transformers, "Packing", lambda *given: made.append(given) or packing(*given)
-    )
+    packing = sequences.Packing
+    monkeypatch.setattr(sequences, "Packing", lambda *given: made.append(given) or packing(*given))
     model, ids = make(model_config(num_hidden_layers=3)), tokens()
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -314,18 +271,16 @@ def test_masks_of_models_with_images_are_refused():
         return (query >= key) | (key < 5)
 
     with pytest.raises(nsa.UnsupportedError, match="more than causal"):
-        nsa_transformers.find_sequences(2, 9, 9, mask_function=image, allow_is_causal_skip=False)
+        sequences.find_sequences(2, 9, 9, mask_function=image, allow_is_causal_skip=False)
     with pytest.raises(nsa.UnsupportedError, match="more than causal"):
-        nsa_transformers.find_sequences(2, 9, 9, use_vmap=True)
+        sequences.find_sequences(2, 9, 9, use_vmap=True)
     with pytest.raises(nsa.UnsupportedError, match="sliding_window must be None"):
-        nsa_transformers.find_sequences(2, 9, 9, local_size=4)
+        sequences.find_sequences(2, 9, 9, local_size=4)
 
     def halves(entry, head, query, key):
         return (query >= key) & (query // 5 == key // 5)
 
-    found = nsa_transformers.find_sequences(
-        2, 9, 9, mask_function=halves, allow_is_causal_skip=False
-    )
+    found = sequences.find_sequences(2, 9, 9, mask_function=halves, allow_is_causal_skip=False)
     with pytest.raises(nsa.UnsupportedError, match="no position_ids"):
         found.locate(torch.zeros(2, 9, 4, 16), None, None)
 

@@ -1,0 +1,28 @@
+"""Native Sparse Attention in models of the transformers library: ``attn_implementation="nsa"``.
+
+    import nsa.transformers
+
+    nsa.transformers.register()
+    model = LlamaForCausalLM.from_pretrained(path, attn_implementation="nsa")
+
+It is for models whose attention modules call a function that transformers looks up by name, such as
+Llama, Qwen and Mistral. ``model.config.nsa`` has the fields of :class:`nsa.NSAConfig` as a dict,
+which ``save_pretrained`` saves; without it the default configuration holds. Written for
+transformers 5.24, which alone this module imports besides torch and nsa.
+
+There is no KV cache yet: a call with keys of earlier calls raises :class:`nsa.UnsupportedError`.
+"""
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from nsa.transformers.attention import NAME, attention
+from nsa.transformers.gates import with_gates
+from nsa.transformers.sequences import find_sequences
+
+__all__ = ["attention", "register", "with_gates"]
+
+
+def register():
+    """Make ``attn_implementation="nsa"`` known to transformers. More calls change nothing."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, find_sequences)

@@ -1,0 +1,127 @@
+"""The attention function of ``attn_implementation="nsa"``."""
+
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa import dispatch
+from nsa.config import NSAConfig
+from nsa.transformers.sequences import NO_CACHE, Sequences, window_message
+from nsa.validation import UnsupportedError
+
+NAME = "nsa"
+GATES = "nsa_gate_proj_weight"
+
+_REFUSED = ("block_indices", "indices", "position_bias", "sinks")
+"""Arguments of some models' attention that would change the result."""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Sequences | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The attention function of ``attn_implementation="nsa"``, in transformers' form.
+
+    Args:
+        module: the attention module; ``module.config.nsa`` has the configuration.
+        query: ``(B, H, N, D)``.
+        key: ``(B, H_kv, N, D)``.
+        value: ``(B, H_kv, N, Dv)``.
+        attention_mask: what :func:`find_sequences` returned, or None for a batch without padding.
+        dropout, sliding_window, softcap, s_aux: must be 0 or None.
+        scaling: factor on the logits.
+        is_causal: by default that of the module; as the configuration is.
+        position_ids, cu_seq_lens_q: say where packed sequences end.
+
+    Returns:
+        ``(B, N, H, Dv)`` and None, as there are no weights to return. Padding gets 0.
+
+    Raises:
+        TypeError, ValueError: the configuration is wrong; the message names the field.
+        UnsupportedError: something is asked that nsa does not do; the message names it.
+    """
+    config = _nsa_config(module, scaling)
+    if sliding_window is not None:
+        raise UnsupportedError(window_message(sliding_window))
+    for name, given in (
+        ("dropout", dropout > 0),
+        ("softcap", softcap is not None),
+        ("s_aux", s_aux is not None),
+        *((name, kwargs.get(name) is not None) for name in _REFUSED),
+        ("output_attentions", kwargs.get("output_attentions")),
+    ):
+        if given:
+            raise UnsupportedError(f"attn_implementation='nsa' has no {name}: leave it out")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal != config.causal:
+        raise UnsupportedError(f"causal in config.nsa must be that of the model, {causal}")
+    if query.shape[2] != key.shape[2]:
+        raise UnsupportedError(f"{key.shape[2]} keys for {query.shape[2]} queries: {NO_CACHE}")
+    if not isinstance(attention_mask, Sequences | None):
+        raise UnsupportedError(
+            "attention_mask must be a padding mask (B, N): nsa takes no mask of queries and keys"
+        )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    sequences = Sequences() if attention_mask is None else attention_mask
+    sequences.locate(q, position_ids, cu_seq_lens_q)
+    return _attend(q, k, v, config, getattr(module, GATES, None), sequences), None
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, gates: Tensor | None, sequences: Sequences
+) -> Tensor:
+    """:func:`nsa.forward` on the tokens that are no padding, ``(B, N, H, Dv)``."""
+    gates = None if gates is None else gates.to(q.dtype)
+    if sequences.packing is None:
+        return dispatch.forward(q, k, v, config=config, gate_proj_weight=gates)
+    index, shape = sequences.index, (*q.shape[:-1], v.shape[-1])
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    if index is not None:
+        q, k, v = (x[index] for x in (q, k, v))
+    out = dispatch.forward(
+        q, k, v, config=config, gate_proj_weight=gates, cu_seqlens=sequences.packing
+    )
+    if index is not None:
+        out = out.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy(0, index, out)
+    return out.view(shape)
+
+
+def _nsa_config(module: nn.Module, scaling: float | None) -> NSAConfig:
+    fields = getattr(module.config, NAME, None)
+    if fields is None:
+        fields = {}
+    if not isinstance(fields, dict):
+        raise TypeError(
+            f"config.nsa must be a dict of the fields of NSAConfig, got {type(fields).__name__}; "
+            "dataclasses.asdict makes one"
+        )
+    return _kept_config(tuple(sorted(fields.items())), scaling)
+
+
+@torch.compiler.assume_constant_result
+def _kept_config(fields: tuple[tuple[str, Hashable], ...], scaling: float | None) -> NSAConfig:
+    return _make_config(fields, scaling)
+
+
+@lru_cache(maxsize=64)
+def _make_config(fields: tuple[tuple[str, Hashable], ...], scaling: float | None) -> NSAConfig:
+    given: dict[str, Any] = dict(fields)
+    own = given.get("scale")
+    if own is not None and scaling is not None and own != scaling:
+        raise ValueError(f"scale in config.nsa must be that of the model, {scaling}, got {own}")
+    return NSAConfig(**(given | {"scale": scaling if own is None else own}))
