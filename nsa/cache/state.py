@@ -372,6 +372,20 @@ class Cache:
             self.lengths.copy_(ends)
         self._host.record(host)
 
+    def take_lengths(self, other: "Cache", index: Tensor):
+        """Set ``lengths`` and ``floors`` to those of the sequences ``index`` of another cache."""
+        source = index.to(self.device)
+        with torch.no_grad():
+            self.lengths.copy_(other.lengths[source])
+            self.floors.copy_(other.floors[source])
+            self.overflowed.copy_(other.overflowed)
+        host = other._host.read()
+        if host is not None and index.device.type == "cpu":
+            host = host[0][index], host[1][index]
+        else:
+            host = None
+        self._host.record(host)
+
     def note_advance(self, new: list[int] | None):
         """Take note that a kernel did what :meth:`advance` does."""
         self._host.record(self._grown(new))

@@ -10,19 +10,21 @@ Llama, Qwen and Mistral. ``model.config.nsa`` has the fields of :class:`nsa.NSAC
 which ``save_pretrained`` saves; without it the default configuration holds. Written for
 transformers 5.24, which alone this module imports besides torch and nsa.
 
-There is no KV cache yet: a call with keys of earlier calls raises :class:`nsa.UnsupportedError`.
+``generate()`` decodes with a cache that keeps compressed keys, see :class:`CacheLayer`.
 """
 
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, cache_utils
 
-from nsa.transformers.attention import NAME, attention
+from nsa.transformers.attention import attention
+from nsa.transformers.cache_layer import NAME, CacheLayer, layer_types_and_kwargs
 from nsa.transformers.gates import with_gates
 from nsa.transformers.sequences import find_sequences
 
-__all__ = ["attention", "register", "with_gates"]
+__all__ = ["CacheLayer", "attention", "register", "with_gates"]
 
 
 def register():
     """Make ``attn_implementation="nsa"`` known to transformers. More calls change nothing."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, find_sequences)
+    cache_utils.get_layer_types_and_kwargs = layer_types_and_kwargs

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from nsa import dispatch
+from nsa.cache import Cache
 from nsa.config import NSAConfig
-from nsa.transformers.sequences import NO_CACHE, Sequences, window_message
+from nsa.precision import autocast_tensors
+from nsa.transformers.cache_layer import NAME, CacheLayer
+from nsa.transformers.sequences import NO_CACHE, Rows, Sequences, window_message
 from nsa.validation import UnsupportedError
 
-NAME = "nsa"
 GATES = "nsa_gate_proj_weight"
 
 _REFUSED = ("block_indices", "indices", "position_bias", "sinks")
@@ -33,6 +35,7 @@ def attention(
     is_causal: bool | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cache_layer: CacheLayer | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The attention function of ``attn_implementation="nsa"``, in transformers' form.
@@ -47,6 +50,8 @@ def attention(
         scaling: factor on the logits.
         is_causal: by default that of the module; as the configuration is.
         position_ids, cu_seq_lens_q: say where packed sequences end.
+        cache_layer: has the earlier tokens, if there are any; ``key`` and ``value`` are the new
+            ones, which it keeps.
 
     Returns:
         ``(B, N, H, Dv)`` and None, as there are no weights to return. Padding gets 0.
@@ -70,34 +75,67 @@ def attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal != config.causal:
         raise UnsupportedError(f"causal in config.nsa must be that of the model, {causal}")
-    if query.shape[2] != key.shape[2]:
-        raise UnsupportedError(f"{key.shape[2]} keys for {query.shape[2]} queries: {NO_CACHE}")
     if not isinstance(attention_mask, Sequences | None):
         raise UnsupportedError(
             "attention_mask must be a padding mask (B, N): nsa takes no mask of queries and keys"
         )
+    sequences = attention_mask
+    if sequences is None:
+        sequences = Sequences(past=0 if cache_layer is None else cache_layer.length)
+    if cache_layer is None and (sequences.past or query.shape[2] != key.shape[2]):
+        raise UnsupportedError(f"{key.shape[2]} keys for {query.shape[2]} queries: {NO_CACHE}")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    sequences = Sequences() if attention_mask is None else attention_mask
-    sequences.locate(q, position_ids, cu_seq_lens_q)
-    return _attend(q, k, v, config, getattr(module, GATES, None), sequences), None
+    gates = getattr(module, GATES, None)
+    gates = None if gates is None else gates.to(q.dtype)
+    if cache_layer is None:
+        rows = sequences.locate(q, position_ids, cu_seq_lens_q)
+        return _attend(q, k, v, config, gates, rows), None
+    q, k, v, gates = autocast_tensors(q, k, v, gates)
+    positions = position_ids, cu_seq_lens_q
+    return _attend_and_keep(q, k, v, config, gates, sequences, positions, cache_layer), None
+
+
+@torch.compiler.disable(reason="a cache is read on the host")
+def _attend_and_keep(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NSAConfig,
+    gates: Tensor | None,
+    sequences: Sequences,
+    positions: tuple[Tensor | None, Tensor | None],
+    layer: CacheLayer,
+) -> Tensor:
+    """:func:`_attend` with the tokens that ``layer`` has, which keeps the new ones."""
+    lengths = None if layer.cache is None else layer.cache.lengths
+    rows = sequences.locate(q, *positions, lengths)
+    cache = layer.make_room(q, k, v, gates, config, sequences)
+    out = _attend(q, k, v, config, gates, rows, cache)
+    layer.advance(q.shape[1], sequences.num_last)
+    return out
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, gates: Tensor | None, sequences: Sequences
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NSAConfig,
+    gates: Tensor | None,
+    rows: Rows,
+    cache: Cache | None = None,
 ) -> Tensor:
     """:func:`nsa.forward` on the tokens that are no padding, ``(B, N, H, Dv)``."""
-    gates = None if gates is None else gates.to(q.dtype)
-    if sequences.packing is None:
-        return dispatch.forward(q, k, v, config=config, gate_proj_weight=gates)
-    index, shape = sequences.index, (*q.shape[:-1], v.shape[-1])
+    if rows.packing is None:
+        return dispatch.forward(q, k, v, config=config, gate_proj_weight=gates, cache=cache)
+    kept, shape = rows.kept, (*q.shape[:-1], v.shape[-1])
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    if index is not None:
-        q, k, v = (x[index] for x in (q, k, v))
+    if kept is not None:
+        q, k, v = (x[kept] for x in (q, k, v))
     out = dispatch.forward(
-        q, k, v, config=config, gate_proj_weight=gates, cu_seqlens=sequences.packing
+        q, k, v, config=config, gate_proj_weight=gates, cu_seqlens=rows.packing, cache=cache
     )
-    if index is not None:
-        out = out.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy(0, index, out)
+    if kept is not None:
+        out = out.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy(0, kept, out)
     return out.view(shape)
 
 

@@ -181,15 +181,6 @@ def test_generation_without_a_cache():
         assert torch.equal(out[row, start:], alone[0])
 
 
-def test_a_cache_is_refused():
-    model, ids = make(model_config()), tokens()
-    with pytest.raises(nsa.UnsupportedError, match=r"61 keys for 1 queries: .* use_cache=False"):
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
-    first = model(ids[:, :40])
-    with pytest.raises(nsa.UnsupportedError, match="60 keys for 20 queries"):
-        model(ids[:, 40:], cache=first.cache)
-
-
 @torch.no_grad()  # with gradients, a graph break makes PyTorch warn of its own doing
 def test_a_compiled_model_gives_the_same_logits():
     """transformers then cannot tell packed sequences from others, and hands on a mask of both."""
