@@ -10,7 +10,8 @@ Llama, Qwen and Mistral. ``model.config.nsa`` has the fields of :class:`nsa.NSAC
 which ``save_pretrained`` saves; without it the default configuration holds. Written for
 transformers 5.24, which alone this module imports besides torch and nsa.
 
-``generate()`` decodes with a cache that keeps compressed keys, see :class:`CacheLayer`.
+``generate()`` decodes with a cache that keeps compressed keys, see :class:`CacheLayer`. Models that
+choose blocks of keys themselves, such as MiniMax-M3, attend these.
 """
 
 from transformers import AttentionInterface, AttentionMaskInterface, cache_utils

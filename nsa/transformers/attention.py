@@ -12,12 +12,13 @@ from nsa.cache import Cache
 from nsa.config import NSAConfig
 from nsa.precision import autocast_tensors
 from nsa.transformers.cache_layer import NAME, CacheLayer
+from nsa.transformers.chosen_blocks import attend_chosen_blocks, chooses_blocks
 from nsa.transformers.sequences import NO_CACHE, Rows, Sequences, window_message
 from nsa.validation import UnsupportedError
 
 GATES = "nsa_gate_proj_weight"
 
-_REFUSED = ("block_indices", "indices", "position_bias", "sinks")
+_REFUSED = ("indices", "position_bias", "sinks")
 """Arguments of some models' attention that would change the result."""
 
 
@@ -36,6 +37,7 @@ def attention(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cache_layer: CacheLayer | None = None,
+    block_indices: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The attention function of ``attn_implementation="nsa"``, in transformers' form.
@@ -52,6 +54,9 @@ def attention(
         position_ids, cu_seq_lens_q: say where packed sequences end.
         cache_layer: has the earlier tokens, if there are any; ``key`` and ``value`` are the new
             ones, which it keeps.
+        block_indices: the blocks of models that choose them, ``(B, H_kv, N, n)``, see
+            :func:`nsa.selected_attention`; None in their dense layers. ``key`` and ``value`` then
+            are those of all tokens.
 
     Returns:
         ``(B, N, H, Dv)`` and None, as there are no weights to return. Padding gets 0.
@@ -60,7 +65,6 @@ def attention(
         TypeError, ValueError: the configuration is wrong; the message names the field.
         UnsupportedError: something is asked that nsa does not do; the message names it.
     """
-    config = _nsa_config(module, scaling)
     if sliding_window is not None:
         raise UnsupportedError(window_message(sliding_window))
     for name, given in (
@@ -72,9 +76,6 @@ def attention(
     ):
         if given:
             raise UnsupportedError(f"attn_implementation='nsa' has no {name}: leave it out")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if causal != config.causal:
-        raise UnsupportedError(f"causal in config.nsa must be that of the model, {causal}")
     if not isinstance(attention_mask, Sequences | None):
         raise UnsupportedError(
             "attention_mask must be a padding mask (B, N): nsa takes no mask of queries and keys"
@@ -82,6 +83,19 @@ def attention(
     sequences = attention_mask
     if sequences is None:
         sequences = Sequences(past=0 if cache_layer is None else cache_layer.length)
+    if chooses_blocks(module.config):
+        return attend_chosen_blocks(
+            module, query, key, value, sequences, block_indices, scaling
+        ), None
+    if block_indices is not None:
+        raise UnsupportedError(
+            "block_indices are for models whose configuration has index_block_size, as "
+            "minimax_m3_vl: leave them out"
+        )
+    config = _nsa_config(module, scaling)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal != config.causal:
+        raise UnsupportedError(f"causal in config.nsa must be that of the model, {causal}")
     if cache_layer is None and (sequences.past or query.shape[2] != key.shape[2]):
         raise UnsupportedError(f"{key.shape[2]} keys for {query.shape[2]} queries: {NO_CACHE}")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))

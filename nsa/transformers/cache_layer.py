@@ -18,6 +18,7 @@ from nsa.cache.checks import check_decodable
 from nsa.cache.copies import copy_sequences
 from nsa.cache.layout import round_up
 from nsa.config import NSAConfig
+from nsa.transformers.chosen_blocks import chooses_blocks
 from nsa.transformers.sequences import Sequences
 from nsa.validation import UnsupportedError
 
@@ -32,7 +33,7 @@ _layer_types_and_kwargs = cache_utils.get_layer_types_and_kwargs
 def layer_types_and_kwargs(config) -> tuple[list[str], list[dict[str, Any]]]:
     """Types of a model's cache layers, and arguments of their classes."""
     types, arguments = _layer_types_and_kwargs(config)
-    if config._attn_implementation == NAME:
+    if config._attn_implementation == NAME and not chooses_blocks(config):
         for at, name in enumerate(types):
             if name == "full_attention":
                 types[at], arguments[at] = _LAYER_TYPE, {"config": config}

@@ -1,6 +1,7 @@
 """The sequences of a call of a model, which stand where other attention functions get a mask."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,13 @@ class Sequences:
         self.has_packs = False
         self.num_last = 0
         self._rows: dict[torch.device, Rows] = {}
+
+    @cached_property
+    def has_padding_before_tokens(self) -> bool:
+        """Whether a row has a token after padding, for which the host reads."""
+        if self.padding is None:
+            return False
+        return bool((~self.padding[:, :-1] & self.padding[:, 1:]).any())
 
     def locate(
         self,

@@ -236,11 +236,12 @@ def test_models_that_ask_for_more_are_refused():
         ("dropout", 0.1),
         ("softcap", 30.0),
         ("s_aux", torch.zeros(4)),
-        ("block_indices", torch.zeros(2, 2, LENGTH, 1)),
         ("output_attentions", True),
     ):
         with pytest.raises(nsa.UnsupportedError, match=f"has no {name}: leave it out"):
             nsa_transformers.attention(layer, x, x, x, None, **{name: value})
+    with pytest.raises(nsa.UnsupportedError, match="block_indices are for models whose conf"):
+        nsa_transformers.attention(layer, x, x, x, None, block_indices=torch.zeros(2, 2, LENGTH, 1))
     with pytest.raises(nsa.UnsupportedError, match="60 keys for 1 queries"):
         nsa_transformers.attention(layer, x[:, :, -1:], x, x, None)
     with pytest.raises(nsa.UnsupportedError, match="_Bare has no attention modules"):
