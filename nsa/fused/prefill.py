@@ -194,5 +194,5 @@ def _lists(
             boundaries=call.boundaries,
         )
         return block_indices, lists.with_blocks(block_indices).with_later_blocks()
-    lists = lists.with_blocks(block_indices)
+    lists = lists.with_blocks(block_indices).with_later_blocks()
     return lists.in_layout_of(call.q), lists

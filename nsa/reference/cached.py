@@ -63,7 +63,7 @@ def attend_cached(
     if config.selection == "tile":
         lists = select_lists(q, cache, tokens, k_new)
         if block_indices is not None:
-            lists = lists.with_blocks(block_indices)
+            lists = lists.with_blocks(block_indices).with_later_blocks()
         # Smaller tiles, so that each sequence's queries start at one; their lists are given.
         size = math.gcd(config.q_tile_size, *_starts(tokens))
         config = dataclasses.replace(config, q_tile_size=size)

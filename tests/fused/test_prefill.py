@@ -135,6 +135,26 @@ def test_a_tile_keeps_blocks_that_are_forced_at_its_end(length):
     assert_same_contents(*caches)
 
 
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_a_tile_keeps_them_with_blocks_of_the_caller(backend):
+    """What ``select_blocks`` found, given back, changes no later output."""
+    config = tile_config(
+        num_selected_blocks=5, num_initial_blocks=3, num_local_blocks=2, q_tile_size=256
+    )
+    q, k, v = make_inputs((2, 200), 4, 2, 64, dtype=torch.float64)
+    whole = nsa.forward(q, k, v, config=config)
+    cache = nsa.Cache(config, 2, 320, 2, 64, dtype=torch.float64)
+    for start, stop in ((0, 10), (10, 120), (120, 200)):
+        new = [x[:, start:stop] for x in (q, k, v)]
+        blocks = None
+        if stop < 200:
+            blocks = nsa.select_blocks(*new[:2], cache=cache, backend="reference")
+        out = nsa.forward(
+            *new, block_indices=blocks, cache=cache, backend="auto" if start else backend
+        )
+        torch.testing.assert_close(out, whole[:, start:stop], **CLOSE)
+
+
 def test_what_it_cannot_do():
     q, k, v = make_inputs((1, 20), 4, 2, 64, dtype=torch.float64)
     sparse = nsa.Cache(tile_config(num_cmp_selected_blocks=1), 1, 64, 2, 64, dtype=torch.float64)
