@@ -188,7 +188,7 @@ class NSAConfig:
             elif name == "scale":
                 check_scale(value)
             elif not (value is None and name in _OPTIONAL + _FOLLOWERS):
-                _check_int(
+                check_int(
                     name,
                     value,
                     minimum=0 if name in _NON_NEGATIVE else 1,
@@ -232,7 +232,8 @@ class NSAConfig:
             )
 
 
-def _check_int(name: str, value, minimum: int, maximum: int | None):
+def check_int(name: str, value, minimum: int, maximum: int | None = None):
+    """Check that ``value`` is an int in a range."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < minimum:

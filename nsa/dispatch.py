@@ -14,6 +14,7 @@ from nsa import validation
 from nsa.cache import Cache
 from nsa.cache.calls import cache_config, check_cached_call, check_cached_indices
 from nsa.config import NSAConfig
+from nsa.host import has_no_values, in_function_transform
 from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.precision import autocast_tensors
 from nsa.validation import UnsupportedError
@@ -453,9 +454,16 @@ def choose_module(backend: str, q: Tensor, fused_limit: Callable[[], str | None]
 
     Raises:
         ValueError: there is no such backend.
-        UnsupportedError: it is the fused backend, and there is a limit.
+        UnsupportedError: it is the fused backend, and there is a limit; or it is the reference, and
+            there are no values; or a transform of torch.func runs.
     """
-    limit = fused_limit() if _check_backend(backend) != "reference" else None
+    _check_backend(backend)
+    if in_function_transform():
+        raise UnsupportedError(
+            "nsa has no rules for the transforms of torch.func (grad, vmap, jvp, ...); use "
+            "torch.autograd"
+        )
+    limit = fused_limit() if backend != "reference" else None
     name = _choose(backend, limit)
     if name is None:
         raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
@@ -463,6 +471,11 @@ def choose_module(backend: str, q: Tensor, fused_limit: Callable[[], str | None]
         from nsa import fused
 
         return fused
+    if has_no_values(q):
+        raise UnsupportedError(
+            "the reference reads values on the host, which meta and fake tensors do not have; give "
+            "tensors with values"
+        )
     if backend == "auto" and not torch.compiler.is_compiling():
         _log_once(limit, logging.WARNING if q.is_cuda else logging.INFO)
     from nsa import reference

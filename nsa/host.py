@@ -46,6 +46,20 @@ def may_keep(x: Tensor) -> bool:
 
 def has_readable_values(x: Tensor) -> bool:
     """Whether the host can read values of ``x``; on a GPU it waits for them."""
-    if x.is_meta or torch.compiler.is_compiling() or is_capturing(x):
+    if torch.compiler.is_compiling() or is_capturing(x):
         return False
-    return not (is_traced(x) and detect_fake_mode([x]) is not None)
+    return not has_no_values(x)
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Whether this is a meta or a fake tensor; not while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.is_meta or (is_traced(x) and detect_fake_mode([x]) is not None)
+
+
+def in_function_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) runs; not while it is traced."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active()

@@ -5,6 +5,7 @@ projections, the learned compression ``phi`` (Eq. 7 of https://arxiv.org/abs/250
 gate MLP (Eq. 5).
 """
 
+import math
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
@@ -111,7 +112,8 @@ class NativeSparseAttention(nn.Module):
         self.head_dim = head_dim or dim // num_heads
         self.value_head_dim = value_head_dim or self.head_dim
         self.rope_theta = _check_rope(rope_theta, self.head_dim)
-        self.num_kv_branches = 3 if separate_kv else 1
+        self.num_kv_branches = 3 if check_flag("separate_kv", separate_kv) else 1
+        check_flag("bias", bias)
         self.recompute = check_flag("recompute", recompute)
         self.max_workspace_bytes = max_workspace_bytes
         self.backend = backend
@@ -447,8 +449,8 @@ def _check_rope(theta, head_dim: int) -> float | None:
         return None
     if isinstance(theta, bool) or not isinstance(theta, (int, float)):
         raise TypeError(f"rope_theta must be a float or None, got {theta!r}")
-    if not theta > 0:
-        raise ValueError(f"rope_theta must be positive, got {theta}")
+    if not 0 < theta < math.inf:
+        raise ValueError(f"rope_theta must be finite and positive, got {theta}")
     if head_dim % 2:
         raise ValueError(f"head_dim must be even with rope_theta, got {head_dim}")
     return float(theta)

@@ -204,7 +204,7 @@ def check_boundaries(
         packing = cu_seqlens
         cu_seqlens, cu_seqlens_k = packing.cu_seqlens, packing.cu_seqlens_k
     else:
-        _check_tensors(cu_seqlens, cu_seqlens_k)
+        _check_tensors(cu_seqlens, cu_seqlens_k, "; or a Packing")
     _check_bounds(max_seqlen, max_seqlen_k, cu_seqlens_k)
     if packing is None and cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
@@ -300,8 +300,8 @@ def _read_both(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> tuple[list[int], lis
     return lengths, lengths_k
 
 
-def _check_tensors(cu_seqlens, cu_seqlens_k):
-    _check_tensor("cu_seqlens", cu_seqlens, "; or a Packing")
+def _check_tensors(cu_seqlens, cu_seqlens_k, alternative: str = ""):
+    _check_tensor("cu_seqlens", cu_seqlens, alternative)
     if cu_seqlens_k is None:
         return
     _check_tensor("cu_seqlens_k", cu_seqlens_k)

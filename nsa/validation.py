@@ -15,7 +15,7 @@ from nsa.blocks import (
     num_query_tiles,
     num_selection_blocks,
 )
-from nsa.config import NSAConfig
+from nsa.config import NSAConfig, check_int
 from nsa.host import has_readable_values
 from nsa.packing import Boundaries, has_key_boundaries
 
@@ -45,6 +45,12 @@ class Problem(NamedTuple):
 
 # Made once, because checking and encoding it in each call takes time.
 _DEFAULT = NSAConfig()
+
+
+def check_dtype(name: str, dtype):
+    """Check that ``dtype`` is one of those of queries, keys and values."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must be one of {DTYPES}, got {dtype}")
 
 
 def check_config(config) -> NSAConfig:
@@ -79,6 +85,12 @@ def check_tensor(name: str, x, like: Tensor | None, shape: tuple[int, ...]):
 def _check_kind(name: str, x, like: Tensor | None):
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(
+            f"{name} must be a dense tensor, got {kind}; pack sequences of different lengths as "
+            "(T, H, D) with cu_seqlens"
+        )
     if like is None:
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must have a dtype of {DTYPES}, got {x.dtype}")
@@ -195,16 +207,13 @@ def check_max_workspace_bytes(value):
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"max_workspace_bytes must be an int or None, got {value!r}")
-    if value < 1:
-        raise ValueError(f"max_workspace_bytes must be at least 1, got {value}")
+    check_size("max_workspace_bytes", value)
 
 
-def check_size(name: str, value):
-    """Check that ``value`` is a positive int."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+def check_size(name: str, value, maximum: int | None = None) -> int:
+    """Check that ``value`` is a positive int, and return it."""
+    check_int(name, value, 1, maximum)
+    return value
 
 
 def check_flag(name: str, value) -> bool:

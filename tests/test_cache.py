@@ -270,6 +270,15 @@ def test_a_server_tells_of_whole_tiles_only():
         nsa.Cache.from_pages(SMALL["tile"], **pages, page_table=table, lengths=lengths)
 
 
+@pytest.mark.parametrize("length", [-1, 65])
+def test_a_server_tells_of_no_more_tokens_than_pages_hold(length):
+    pages = server_pages(SMALL["token"], 4, 16)
+    table = torch.zeros(1, 4, dtype=torch.int32)
+    lengths = torch.tensor([length], dtype=torch.int32)
+    with pytest.raises(ValueError, match=rf"lengths must lie in \[0, 64\].*got \[{length}\]"):
+        nsa.Cache.from_pages(SMALL["token"], **pages, page_table=table, lengths=lengths)
+
+
 def test_pages_that_the_table_lacks_are_seen():
     config = SMALL["token"]
     pages = server_pages(config, 2, 16)
@@ -417,6 +426,8 @@ BAD_CACHES = {
     "page_size": (dict(page_size=12), ValueError),
     "dtype": (dict(dtype=torch.int32), TypeError),
     "num_heads": (dict(num_heads=0), ValueError),
+    "separate_kv must be a bool": (dict(separate_kv="no"), TypeError),
+    "max_length must be at most 2147483647": (dict(max_length=2**31, device="meta"), ValueError),
 }
 
 

@@ -1,9 +1,11 @@
 """The choice of backend: explicit requests, auto, and what is said about it."""
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nsa
 from nsa import dispatch
@@ -91,6 +93,35 @@ def test_fused_names_the_limit_of_a_group():
     inputs = make_inputs((1, 10), 33, 1, dtype=torch.bfloat16, head_dim=64)
     with pytest.raises(nsa.UnsupportedError, match=r"at most 32 query heads .*'token', got 33"):
         nsa.forward(*inputs, config=nsa.NSAConfig.paper(), backend="fused")
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_the_reference_needs_values(inputs, fake):
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
+        q, k, v = (x + 0 if fake else x.to("meta") for x in inputs)
+        blocks = torch.empty(1, 200, 2, 1, dtype=torch.int32, device=q.device)
+        for call in (
+            lambda: nsa.forward(q, k, v, backend="reference"),
+            lambda: nsa.select_blocks(q, k),
+            lambda: nsa.selected_attention(q, k, v, blocks),
+        ):
+            with pytest.raises(nsa.UnsupportedError, match="which meta and fake tensors do not"):
+                call()
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_transforms_of_functions_are_refused(inputs, backend):
+    def total(q):
+        return nsa.forward(q, *inputs[1:], config=CONFIG, backend=backend).sum()
+
+    q = inputs[0]
+    for transform in (
+        lambda: torch.func.grad(total)(q),
+        lambda: torch.func.vjp(total, q),
+        lambda: torch.func.vmap(total)(q[None]),
+    ):
+        with pytest.raises(nsa.UnsupportedError, match=r"transforms of torch\.func"):
+            transform()
 
 
 def test_auto_logs_a_reason_once(inputs, fresh_log, caplog):

@@ -1,5 +1,7 @@
 """nsa.NativeSparseAttention: shapes, packing, compressor, RoPE, causality, gradients, errors."""
 
+import math
+
 import pytest
 import torch
 
@@ -327,7 +329,10 @@ def test_repr_shows_the_sizes():
         ({"head_dim": 5}, ValueError, "head_dim must be even with rope_theta, got 5"),
         ({"value_head_dim": "8"}, TypeError, "value_head_dim must be an int, got '8'"),
         ({"rope_theta": "10"}, TypeError, "rope_theta must be a float or None, got '10'"),
-        ({"rope_theta": -1.0}, ValueError, "rope_theta must be positive, got -1.0"),
+        ({"separate_kv": "no"}, TypeError, "separate_kv must be a bool, got 'no'"),
+        ({"bias": 1}, TypeError, "bias must be a bool, got 1"),
+        ({"rope_theta": -1.0}, ValueError, "rope_theta must be finite and positive, got -1.0"),
+        ({"rope_theta": math.inf}, ValueError, "rope_theta must be finite and positive, got inf"),
         ({"gate": "x"}, ValueError, r"gate must be one of \('hidden', 'q'\), got 'x'"),
         ({"compressor": 1}, ValueError, r"compressor must be one of .*'mean'\), got 1"),
         ({"backend": "gpu"}, ValueError, r"backend must be one of .*'fused'\), got 'gpu'"),

@@ -248,7 +248,7 @@ def test_a_layer_takes_no_keys_beside_its_tokens():
 
 
 BAD = {
-    "no tensor": ([0, 3], {}, TypeError, "cu_seqlens must be an int32 tensor, got list"),
+    "no tensor": ([0, 3], {}, TypeError, "cu_seqlens must be an int32 tensor, got list$"),
     "dtype": (torch.tensor([0, 3]), {}, TypeError, "must have dtype torch.int32, got torch.int64"),
     "shape": (torch.zeros(2, 2, dtype=torch.int32), {}, ValueError, r"\(S \+ 1,\), got \(2, 2\)"),
     "start": (torch.tensor([1, 3], dtype=torch.int32), {}, ValueError, "start at 0, got 1"),

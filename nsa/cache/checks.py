@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.validation import DTYPES, UnsupportedError, check_config, check_size
+from nsa.validation import UnsupportedError, check_config, check_dtype, check_size
 
-_MAX_INT32 = 2**31 - 1
+MAX_LENGTH = 2**31 - 1
+"""Tokens of a sequence, whose lengths are int32."""
 
 
 def check_decodable(config) -> NSAConfig:
@@ -38,12 +39,6 @@ def check_page_size(page_size, config: NSAConfig):
             f"page_size must be a multiple of select_block_size={config.select_block_size}, got "
             f"{page_size}"
         )
-
-
-def check_dtype(name: str, dtype):
-    """Check that ``dtype`` is one of those of keys and values."""
-    if dtype not in DTYPES:
-        raise TypeError(f"{name} must be one of {DTYPES}, got {dtype}")
 
 
 def check_pages(k_pages, v_pages, k_cmp_pages, v_cmp_pages, config: NSAConfig):
@@ -99,6 +94,15 @@ def check_table(page_table, lengths, device: torch.device):
         )
 
 
+def check_held(lengths: Tensor, max_length: int):
+    """Check that pages can hold the tokens of a server, unless the host would wait for a GPU."""
+    if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > max_length)).any()):
+        raise ValueError(
+            f"lengths must lie in [0, {max_length}], the tokens of max_pages pages, got "
+            f"{lengths.tolist()}"
+        )
+
+
 def check_whole_tiles(lengths: Tensor, config: NSAConfig):
     """Check that no tile of a server's sequences is open; its selection would be unknown."""
     for length in lengths.tolist():
@@ -128,7 +132,7 @@ def check_lengths(lengths, count: int) -> tuple[Tensor, Tensor | None]:
         if not isinstance(whole, list) or any(type(x) is not int for x in whole):
             raise TypeError(f"lengths must be an int, a list of them or a tensor, got {lengths!r}")
         # A larger one is no limit either, and would not fit.
-        whole = [min(x, _MAX_INT32) for x in whole]
+        whole = [min(x, MAX_LENGTH) for x in whole]
         lengths = values = torch.tensor(whole, dtype=torch.int64, device="cpu")
         check_integers("lengths", lengths, count)
     if values is not None and bool((values < 0).any()):

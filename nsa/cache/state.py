@@ -9,7 +9,7 @@ from nsa.cache.layout import MAX_GUESSES, Layout, choose_page_size, make_layout
 from nsa.cache.places import Places, page_places, ring_places, shared_table
 from nsa.config import NSAConfig
 from nsa.host import is_capturing
-from nsa.validation import UnsupportedError, check_size
+from nsa.validation import UnsupportedError, check_dtype, check_flag, check_size
 
 Pair = tuple[Tensor, Tensor]
 
@@ -34,7 +34,7 @@ class Cache:
         config: the configuration of the calls; ``causal=True``,
             ``compressed_visibility="complete"`` and, in tile mode, ``tile_summary="first"``.
         batch_size: sequences ``B``.
-        max_length: tokens that a sequence may have.
+        max_length: tokens that a sequence may have, at most ``2**31 - 1``.
         num_kv_heads: KV heads ``H_kv``.
         head_dim: channels ``D`` of keys.
         value_head_dim: channels ``Dv`` of values, default ``head_dim``.
@@ -83,17 +83,18 @@ class Cache:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         for name, value in (
             ("batch_size", batch_size),
-            ("max_length", max_length),
             ("num_kv_heads", num_kv_heads),
             ("head_dim", head_dim),
             ("value_head_dim", value_head_dim),
         ):
             check_size(name, value)
+        check_size("max_length", max_length, checks.MAX_LENGTH)
+        check_flag("separate_kv", separate_kv)
         if page_size is None:
             page_size = choose_page_size(config, max_length)
         checks.check_page_size(page_size, config)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        checks.check_dtype("dtype", dtype)
+        check_dtype("dtype", dtype)
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             layout = make_layout(config, max_length, page_size)
@@ -142,20 +143,22 @@ class Cache:
                 ``page_size`` is a multiple of ``l'``. They are written in place.
             k_cmp_pages, v_cmp_pages: ``(pages, page_size / d, H_kv, D)`` and so on.
             page_table: int32 ``(B, max_pages)``; aliased, so the server may write to it.
-            lengths: int32 ``(B,)``, tokens that the pages hold; copied.
+            lengths: int32 ``(B,)``, tokens that the pages hold; copied. Tile mode reads
+                them on the host.
             num_heads: as of :class:`nsa.Cache`.
         """
         config = checks.check_decodable(config)
         checks.check_pages(k_pages, v_pages, k_cmp_pages, v_cmp_pages, config)
         checks.check_table(page_table, lengths, k_pages.device)
         page_size, max_pages = k_pages.shape[1], page_table.shape[1]
+        checks.check_held(lengths, max_pages * page_size)
         self = cls.__new__(cls)
         self.k_pages, self.v_pages = k_pages, v_pages
         self.k_cmp_pages, self.v_cmp_pages = k_cmp_pages, v_cmp_pages
         self.page_table = page_table
         self.window_rings = self.open_rings = None
         with torch.inference_mode(False):
-            max_length = max_pages * page_size
+            max_length = min(max_pages * page_size, checks.MAX_LENGTH)
             layout = make_layout(config, max_length, page_size)
             own = lengths.detach().clone()
             self._set_up(config, layout, max_length, own, num_heads, owns_pages=False)

@@ -1,14 +1,17 @@
 """The module that the adapters share: ``nsa.forward`` with a gate projection of its own."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from nsa import dispatch
 from nsa.config import NSAConfig
 from nsa.host import has_readable_values
-from nsa.validation import UnsupportedError, check_config, check_max_workspace_bytes
+from nsa.validation import (
+    UnsupportedError,
+    check_config,
+    check_max_workspace_bytes,
+    check_size,
+)
 
 _GATES = ("q", None)
 
@@ -18,8 +21,8 @@ class GatedAttention(nn.Module):
 
     Args:
         config: block sizes and rules; default ``NSAConfig()``.
-        num_heads: query heads ``H``.
-        head_dim: channels ``D`` of queries and keys.
+        num_heads: query heads ``H``; only ``gate="q"`` needs them.
+        head_dim: channels ``D`` of queries and keys; likewise.
         gate: ``"q"`` has a parameter ``gate_proj_weight (H, 3, D)``, initialised normal with std
             0.02, so that all gates start near 1/2. None makes each gate 1/3, without a parameter.
         max_workspace_bytes, backend: as in :func:`nsa.forward`.
@@ -48,9 +51,9 @@ class GatedAttention(nn.Module):
         self.backend = backend
         self.gate_proj_weight: nn.Parameter | None = None
         if gate == "q":
-            factory: dict[str, Any] = {"device": device, "dtype": dtype}
-            sizes = _check_size("num_heads", num_heads), 3, _check_size("head_dim", head_dim)
-            self.gate_proj_weight = nn.Parameter(torch.empty(*sizes, **factory))
+            sizes = check_size("num_heads", num_heads), 3, check_size("head_dim", head_dim)
+            weight = torch.empty(*sizes, device=device, dtype=dtype)
+            self.gate_proj_weight = nn.Parameter(weight)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -93,11 +96,3 @@ def check_same_boundaries(names: tuple[str, str], queries: Tensor, keys: Tensor 
     raise UnsupportedError(
         f"{names[1]} must be the tensor {names[0]}: queries and keys are those of the same tokens"
     )
-
-
-def _check_size(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int with gate='q', got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value

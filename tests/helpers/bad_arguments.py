@@ -56,6 +56,16 @@ TENSORS = {
         ValueError,
         r"v\[2\] must have shape \(2, 20, 2, 6\), got \(2, 19, 2, 6\)",
     ),
+    "sparse q": (
+        batched(q=zeros(B, N, H, D).to_sparse()),
+        TypeError,
+        "q must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    "nested q": (
+        batched(q=torch.nested.nested_tensor([zeros(N, H, D)] * B, layout=torch.jagged)),
+        TypeError,
+        "q must be a dense tensor, got a nested tensor; pack sequences",
+    ),
     "integer q": (batched(q=zeros(B, N, H, D).int()), TypeError, "q must .*dtype.*got torch.int32"),
     "complex q": (
         batched(q=zeros(B, N, H, D) + 0j),

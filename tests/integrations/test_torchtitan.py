@@ -96,7 +96,7 @@ def test_what_cannot_be_done_is_refused():
         attention(q, k, v, scale=0.3)
     scaled = InnerAttention(replace(CONFIGS["token"], scale=0.3))
     assert scaled(q, k, v, scale=0.3).isfinite().all()
-    with pytest.raises(TypeError, match="num_heads must be an int with gate='q', got None"):
+    with pytest.raises(TypeError, match="num_heads must be an int, got None"):
         InnerAttention(gate="q")
     with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
         InnerAttention(gate="q", num_heads=2, head_dim=0)
