@@ -16,6 +16,7 @@ from nsa.fused.pipeline import Inputs
 from nsa.fused.plan import make_plan, with_scale
 from nsa.fused.schedule import make_schedule, run_forward
 from nsa.fused.sizes import Sizes, make_sizes
+from nsa.fused.strides import are_rows
 from nsa.host import is_traced
 from nsa.packing import Boundaries, Packing
 
@@ -204,7 +205,10 @@ def _widen(x: Given, dim: int) -> Given:
 
 def kernel_rows(x: Given, dim: int) -> Given:
     """Queries, keys or values in the layout of the kernels."""
-    return _batched(_widen(x, dim))
+    # What is traced must have no strides that a guard would hold on to.
+    if x is None or x.shape[-1] != dim or is_traced(x) or not are_rows(x):
+        return _batched(_widen(x, dim))
+    return x if x.ndim == 4 else x[None]
 
 
 def widen_square(x: Tensor | None, dim: int) -> Tensor | None:

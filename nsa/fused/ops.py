@@ -19,6 +19,7 @@ from nsa.fused.pipeline import SAVED_TENSORS, Inputs, Saved
 from nsa.fused.plan import Plan, make_plan, with_scale
 from nsa.fused.schedule import Schedule, fewest_chunks, run_backward, run_forward, split_heads
 from nsa.fused.sizes import Sizes, make_sizes
+from nsa.fused.strides import as_rows
 from nsa.packing import find_packing
 from nsa.validation import UnsupportedError
 
@@ -41,7 +42,7 @@ class AttentionNode(torch.autograd.Function):
         tensors = ctx.saved_tensors
         inputs, block_indices = tensors[:NUM_INPUTS], tensors[NUM_INPUTS]
         saved = Saved.of_chunks(tensors[NUM_INPUTS + 1 :], recompute=ctx.schedule.recompute)
-        arguments = (dout.contiguous(), block_indices, saved, ctx.plan, ctx.schedule)
+        arguments = (as_rows(dout), block_indices, saved, ctx.plan, ctx.schedule)
         if torch.is_grad_enabled():  # create_graph
             return None, None, None, *_Gradients.apply(*arguments, *inputs)
         return None, None, None, *run_backward(arguments[0], Inputs(*inputs), *arguments[1:])
