@@ -254,7 +254,9 @@ def backward(
     )
     del dq_cmp, dq_slc, dq_win
 
-    shared = inputs.k_slc is None
+    shared, given = inputs.k_slc is None, inputs.k_cmp is not None
+    if not (shared and given):
+        dk_win, dv_win = (_with_zeros_before(x, inputs.k) for x in (dk_win, dv_win))
     addends = ((dk_win, dv_win), (dk_slc, dv_slc)) if shared else None
     dk_weight = dv_weight = dk_given = dv_given = None
     if inputs.k_cmp is None:
@@ -286,5 +288,13 @@ def _without_compression(inputs: Inputs, addends: tuple[Pair, Pair] | None) -> P
     """Gradients of ``k`` and ``v`` if the caller gave compressed ones."""
     if addends is None:
         return torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
-    (dk, dv), (dk_other, dv_other) = addends
-    return dk.add_(dk_other), dv.add_(dv_other)
+    window, selected = addends
+    for last, total in zip(window, selected, strict=True):
+        total[:, total.shape[1] - last.shape[1] :].add_(last)
+    return selected
+
+
+def _with_zeros_before(x: Tensor, like: Tensor) -> Tensor:
+    """``x (B, T, H, D)`` after as many tokens of zeros as it has fewer than ``like``."""
+    missing = like.shape[1] - x.shape[1]
+    return torch.nn.functional.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x

@@ -203,9 +203,6 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
         selected_inside = sums_beyond_rows(sizes, config.select_block_size, rows, copied)
 
     window_inside = window_sums_bytes(sizes)
-    if not sizes.whole and not sizes.packed:
-        # After the sums, gradients of the keys that are seen are copied.
-        window_inside = max(0, window_inside - 2 * sizes.key)
 
     def select():
         if sizes.token_mode:

@@ -3,7 +3,6 @@
 Shapes as in :mod:`nsa.fused.attention`.
 """
 
-import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
@@ -21,14 +20,11 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tenso
 def window_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k`` and ``v``."""
-    call = _window_call(plan)
+    """Gradients of ``q``, and of the last tokens of ``k`` and ``v``: those that a query sees."""
     passed = _unseen_keys(q.shape[1], k.shape[1], plan.config, plan.packed)
-    if passed == 0:
-        return dense_backward(dout, q, k, v, out, lse, plan, **call)
-    k, v = k[:, passed:], v[:, passed:]
-    dq, dk, dv = dense_backward(dout, q, k, v, out, lse, plan, **call)
-    return dq, _with_zeros_before(dk, passed), _with_zeros_before(dv, passed)
+    if passed:
+        k, v = k[:, passed:], v[:, passed:]
+    return dense_backward(dout, q, k, v, out, lse, plan, **_window_call(plan))
 
 
 def _window_call(plan: Plan) -> dict:
@@ -55,18 +51,10 @@ def _unseen_keys(queries: int, keys: int, config: NSAConfig, packed: bool) -> in
     return 0 if packed else max(0, keys - queries - _reach(config))
 
 
-def _with_zeros_before(x: Tensor, count: int) -> Tensor:
-    """``x (B, T, H, D)`` after ``count`` tokens of zeros."""
-    return torch.nn.functional.pad(x, (0, 0, 0, 0, count, 0))
-
-
 def window_backward_bytes(sizes: Sizes) -> int:
     """Bytes that the backward allocates: gradients, and FA4's sums."""
     passed = _unseen_keys(sizes.length, sizes.keys, sizes.config, sizes.packed)
     seen = 2 * sizes.key_bytes(sizes.batch * (sizes.keys - passed))
-    # Gradients of the keys that are seen are copied. The sums are freed before.
-    if passed:
-        return sizes.query + seen + max(2 * sizes.key, window_sums_bytes(sizes))
     return sizes.query + seen + window_sums_bytes(sizes)
 
 
