@@ -1,7 +1,8 @@
 """One rank's attention: keys and values gathered a chunk of KV heads at a time, also in backward.
 
-Each chunk is one call of the backend, whose own autograd gives the gradients. What its graph saves
-of gathered keys and values is only where it lies in them: backward gathers them again.
+Each chunk is one call of the backend, or one for each query segment, whose own autograd gives the
+gradients. What its graph saves of gathered keys and values is only where it lies in them: backward
+gathers them again.
 """
 
 import math
@@ -16,9 +17,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.distributed import ProcessGroup
 
 from nsa.config import NSAConfig
+from nsa.distributed.backend_calls import BackendCall
 from nsa.distributed.collectives import Gathering, Summing
-from nsa.distributed.key_rows import return_rows, take_rows
+from nsa.distributed.copies import copy_rows
+from nsa.distributed.key_rows import RowSums, take_rows
 from nsa.distributed.layout import Layout
+from nsa.precision import accumulation_dtype
 
 CHUNK_BYTES = 1 << 28
 """Gathered keys and values of a chunk, unless one KV head has more."""
@@ -99,11 +103,22 @@ class Chunk(NamedTuple):
             return x[self.query]
         return x[:, self.query] if name in ("q", "gates") else x[:, self.kv]
 
-    def of_indices(self, indices: Tensor | None, config: NSAConfig) -> Tensor | None:
+    def of_call(self, name: str, x: Tensor | None, one: BackendCall) -> Tensor | None:
+        """The part of a field that a call of the backend takes."""
+        x = self.of(name, x)
+        if x is None or name == "gate_proj_weight":
+            return x
+        return x[one.rows] if name in ("q", "gates") else x[one.blocks]
+
+    def of_indices(
+        self, indices: Tensor | None, one: BackendCall, config: NSAConfig
+    ) -> Tensor | None:
         """The part of ``block_indices``, ``(T, H_kv, n)`` or ``(H, tiles, n)``."""
         if indices is None:
             return None
-        return indices[:, self.kv] if config.selection == "token" else indices[self.query]
+        if config.selection == "token":
+            return indices[one.rows, self.kv]
+        return indices[self.query, one.tiles]
 
 
 def attend(call: Call, block_indices: Tensor | None, inputs: Inputs) -> Tensor:
@@ -117,8 +132,11 @@ def attend(call: Call, block_indices: Tensor | None, inputs: Inputs) -> Tensor:
         return _AttentionNode.apply(call, block_indices, *flat)
     out = _empty_output(call, inputs)
     for chunk, keys in _Chunks(call, inputs):
-        arguments = {name: chunk.of(name, x) for name, x in _named(inputs)}
-        out[:, chunk.query] = _run(call, chunk, block_indices, arguments, keys)
+        for one in call.layout.calls:
+            given = {name: chunk.of_call(name, x, one) for name, x in _named(inputs)}
+            own = [x[one.keys] for x in keys]
+            result = _run(call, chunk, one, block_indices, given, own)
+            copy_rows(out[one.rows, chunk.query], result)
     return out
 
 
@@ -156,25 +174,48 @@ class _Chunks:
 
 
 def _run(
-    call: Call, chunk: Chunk, block_indices: Tensor | None, inputs: dict[str, Any], keys: Sequence
+    call: Call,
+    chunk: Chunk,
+    one: BackendCall,
+    block_indices: Tensor | None,
+    inputs: dict[str, Any],
+    keys: Sequence,
 ) -> Tensor:
-    """The backend's output for a chunk. ``inputs`` are those of :class:`Inputs` without ``kv``."""
-    k_slc, k_win, v_slc, v_win = (keys[i] for i in call.branches)
-    extra = {} if call.layout.segments is None else {"segments": call.layout.segments}
-    return call.backend.forward(
-        inputs["q"],
+    """The output of a call of the backend.
+
+    Args:
+        inputs: of the call, those of :class:`Inputs` without ``kv``.
+        keys: of the call, for each of ``kv``.
+    """
+    # Branches that share keys get one tensor, by which the backend knows.
+    forms = [_in_form(x, one) for x in keys]
+    k_slc, k_win, v_slc, v_win = (forms[i] for i in call.branches)
+    named = {name: _in_form(x, one) for name, x in inputs.items() if name != "gate_proj_weight"}
+    extra: dict[str, Any] = {}
+    if one.packed:
+        extra["boundaries"] = call.layout.boundaries
+        if call.layout.segments is not None:
+            extra["segments"] = call.layout.segments
+    out = call.backend.forward(
+        named["q"],
         (k_slc, k_slc, k_win),
         (v_slc, v_slc, v_win),
         config=call.config,
-        gates=inputs["gates"],
+        gates=named["gates"],
         gate_proj_weight=inputs["gate_proj_weight"],
-        compressed_kv=(inputs["k_cmp"], inputs["v_cmp"]),
-        block_indices=chunk.of_indices(block_indices, call.config),
-        boundaries=call.layout.boundaries,
+        compressed_kv=(named["k_cmp"], named["v_cmp"]),
+        block_indices=_in_form(chunk.of_indices(block_indices, one, call.config), one),
         max_workspace_bytes=call.max_workspace_bytes,
         recompute_window=call.recompute_window,
         **extra,
     )
+    # squeeze, because the derivative of out[0] first fills a tensor with zeros.
+    return out if one.packed else out.squeeze(0)
+
+
+def _in_form(x: Tensor | None, one: BackendCall) -> Tensor | None:
+    """Flat rows, or indices, as the call has them."""
+    return x if x is None or one.packed else x[None]
 
 
 def _named(inputs: Inputs):
@@ -216,7 +257,7 @@ class _Saved:
 
 
 class _Part(NamedTuple):
-    """The graph of a chunk: its output, and its inputs by name (``kv`` by number)."""
+    """The graph of a call of a chunk: its output, its inputs by name (``kv`` by number)."""
 
     out: GradientEdge
     inputs: dict[str | int, GradientEdge]
@@ -243,11 +284,12 @@ class _AttentionNode(torch.autograd.Function):
         out = _empty_output(call, inputs)
         for chunk, keys in _Chunks(call, inputs):
             saved.gathered = keys
-            with torch.enable_grad(), saved.hooks():
-                part, result = _record(call, chunk, block_indices, inputs, keys, needed)
-            out[:, chunk.query] = result.detach()
-            parts.append(part)
-            del result
+            for one in call.layout.calls:
+                with torch.enable_grad(), saved.hooks():
+                    part, result = _record(call, chunk, one, block_indices, inputs, keys, needed)
+                copy_rows(out[one.rows, chunk.query], result.detach())
+                parts.append(part)
+                del result
             saved.gathered = []
         ctx.save_for_backward(*flat, *saved.tensors)
         ctx.call, ctx.parts, ctx.saved = call, parts, saved
@@ -274,25 +316,36 @@ class _Gradients(torch.autograd.Function):
         inputs = Inputs.of(flat)
         names = _keys(inputs)
         grads = {
-            name: torch.empty_like(x, memory_format=torch.contiguous_format)
+            name: _empty_gradient(name, x)
             for name, x, need in zip(names, flat, needed, strict=True)
             if need
         }
         saved.tensors = list(tensors)
         sums: list[tuple[Tensor, Summing]] = []
-        for part, (chunk, keys) in zip(parts, _Chunks(call, inputs), strict=True):
+        coming = iter(parts)
+        for chunk, keys in _Chunks(call, inputs):
             saved.gathered = keys
-            results = torch.autograd.grad(
-                part.out, tuple(part.inputs.values()), dout[:, chunk.query],
-                retain_graph=True, allow_unused=True,
-            )  # fmt: skip
+            totals = {at: RowSums(call.layout, x) for at, x in enumerate(keys) if at in grads}
+            for one in call.layout.calls:
+                part = next(coming)
+                results = torch.autograd.grad(
+                    part.out, tuple(part.inputs.values()), dout[one.rows, chunk.query],
+                    retain_graph=True, allow_unused=True,
+                )  # fmt: skip
+                for name, result in zip(part.inputs, results, strict=True):
+                    _store(chunk, one, name, result, grads, totals)
+                del results, result
             saved.gathered = []
             _finish(sums)
-            for name, result in zip(part.inputs, results, strict=True):
-                _store(call, chunk, name, grads, result, keys, sums)
+            for at, total in totals.items():
+                summing = Summing(total.result(), call.group)
+                sums.append((grads[at][:, chunk.kv], summing))
         _finish(sums)
         saved.tensors = []
-        return tuple(grads.get(name) for name in names)
+        return tuple(
+            None if name not in grads else grads[name].to(x.dtype)
+            for name, x in zip(names, flat, strict=True)
+        )
 
     @staticmethod
     def backward(_, *__):
@@ -310,37 +363,51 @@ def _keys(inputs: Inputs) -> list[str | int]:
 def _record(
     call: Call,
     chunk: Chunk,
+    one: BackendCall,
     block_indices: Tensor | None,
     inputs: Inputs,
     keys: Sequence[Tensor],
     needed: dict,
 ) -> tuple[_Part, Tensor]:
-    """Run a chunk and keep its graph."""
+    """Run a call of a chunk and keep its graph."""
     given: dict[str | int, Any] = {
-        name: None if x is None else chunk.of(name, x.detach()) for name, x in _named(inputs)
+        name: None if x is None else chunk.of_call(name, x.detach(), one)
+        for name, x in _named(inputs)
     }
-    given |= dict(enumerate(keys))
+    given |= {at: x[one.keys] for at, x in enumerate(keys)}
     wanted = [name for name, need in needed.items() if need]
     anchor = torch.empty(0, device="cpu", requires_grad=True)
     leaves = _Leaves.apply(anchor, *(given[name] for name in wanted))
     given |= dict(zip(wanted, leaves, strict=True))
     edges = {name: get_gradient_edge(given[name]) for name in wanted}
     named = {name: given[name] for name, _ in _named(inputs)}
-    result = _run(call, chunk, block_indices, named, [given[i] for i in range(len(keys))])
+    own = [given[i] for i in range(len(keys))]
+    result = _run(call, chunk, one, block_indices, named, own)
     return _Part(get_gradient_edge(result), edges), result
 
 
-def _store(call: Call, chunk: Chunk, name, grads: dict, result, keys, sums: list):
-    """Write a gradient of a chunk, or begin to sum that of keys or values over ranks."""
-    if isinstance(name, str):
-        target = chunk.of(name, grads[name])
-        assert target is not None
-        target.copy_(torch.zeros_like(target) if result is None else result)
+def _empty_gradient(name: str | int, x: Tensor) -> Tensor:
+    """What the calls write to, or of weights add to."""
+    if name == "gate_proj_weight":
+        return torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _store(chunk: Chunk, one: BackendCall, name, result: Tensor | None, grads: dict, totals: dict):
+    """Write the gradient of an input of a call, or add it to that of other calls."""
+    if not isinstance(name, str):
+        if result is not None:
+            totals[name].add(result, one)
         return
-    if result is None:
-        result = torch.zeros_like(keys[name])
-    addends = return_rows(result, call.layout)
-    sums.append((grads[name][:, chunk.kv], Summing(addends, call.group)))
+    target = chunk.of_call(name, grads[name], one)
+    assert target is not None
+    if name == "gate_proj_weight":
+        if result is not None:
+            target += result
+    elif result is None:
+        target.zero_()
+    else:
+        copy_rows(target, result)
 
 
 def _finish(sums: list[tuple[Tensor, Summing]]):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import DeviceMesh, ProcessGroup
 
+from nsa.distributed.copies import contiguous
 from nsa.precision import accumulation_dtype
 
 # PyTorch 2.13 renamed both and deprecates the old names.
@@ -60,7 +61,7 @@ class Gathering:
     """
 
     def __init__(self, x: Tensor, group: ProcessGroup):
-        x = x.contiguous()
+        x = contiguous(x)
         self._out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
         self._sent = x  # alive until it is sent
         self._work = None

@@ -1,8 +1,11 @@
 """Gathered rows in the order in which queries attend them, and their gradients back."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
+from nsa.distributed.backend_calls import BackendCall
 from nsa.distributed.layout import Layout
 from nsa.precision import accumulation_dtype
 
@@ -17,25 +20,48 @@ def take_rows(received: Tensor, layout: Layout) -> Tensor:
     return torch.cat([received[at : at + count] for at, count in layout.key_runs])
 
 
-def return_rows(grad: Tensor, layout: Layout) -> Tensor:
-    """The gradient of the rows of all ranks, from that of :func:`take_rows`, in the dtype of sums.
+class RowSums:
+    """The gradient of the rows of all ranks, added up in the dtype of sums.
 
-    Rows that are taken more than once get the sum.
+    Args:
+        layout: this rank's part.
+        like: rows of the dtype and shape of those received.
     """
-    dtype = accumulation_dtype(grad.dtype)
-    if layout.keys is None:
-        return grad.to(dtype)
-    shape = (layout.ranks * layout.rows, *grad.shape[1:])
-    if layout.key_runs is None:
-        return grad.new_zeros(shape, dtype=dtype).index_add_(0, layout.keys, grad.to(dtype))
-    total = grad.new_empty(shape, dtype=dtype)
-    begin, written = 0, set()
-    for at, count in layout.key_runs:
-        part, target = grad[begin : begin + count], total[at : at + count]
-        target.add_(part) if at in written else target.copy_(part)
-        written.add(at)
-        begin += count
-    for at, count in layout.all_runs:
-        if at not in written:
-            total[at : at + count].zero_()
-    return total
+
+    def __init__(self, layout: Layout, like: Tensor):
+        self._layout, self._like = layout, like
+        self._written: set[int] = set()
+
+    @cached_property
+    def _total(self) -> Tensor:
+        # Made when first needed, because a single call would not leave it the memory.
+        layout, like = self._layout, self._like
+        shape = (layout.ranks * layout.rows, *like.shape[1:])
+        make = like.new_empty if layout.key_runs is not None else like.new_zeros
+        return make(shape, dtype=accumulation_dtype(like.dtype))
+
+    def add(self, grad: Tensor, call: BackendCall):
+        """Add the gradient of the keys of a call, as :func:`take_rows` orders them."""
+        total = self._total
+        if call.runs is None:
+            keys = self._layout.keys
+            grad = grad.to(total.dtype)
+            if keys is None:
+                total[call.keys].add_(grad)
+            else:
+                total.index_add_(0, keys[call.keys], grad)
+            return
+        begin = 0
+        for at, count in call.runs:
+            part, target = grad[begin : begin + count], total[at : at + count]
+            target.add_(part) if at in self._written else target.copy_(part)
+            self._written.add(at)
+            begin += count
+
+    def result(self) -> Tensor:
+        """The sums, 0 where nothing was added."""
+        if self._layout.key_runs is not None:
+            for at, count in self._layout.all_runs:
+                if at not in self._written:
+                    self._total[at : at + count].zero_()
+        return self._total

@@ -1,9 +1,10 @@
 """What a rank computes, sends and receives: index tensors that follow from lengths alone.
 
 "Flat" rows are those of all entries of the batch one after another. A rank's queries are the last
-ones of as many sequences of keys as it has query segments. Two segments of one sequence each have
-its keys: the gather writes them in that order, which costs no more than sorting them. If queries
-see later tokens, each sequence of keys comes once and whole.
+ones of as many sequences of keys as it has query segments. If these are few and long, each is a
+call of the backend by itself, and segments of one sequence share one copy of its keys. Else one
+packed call has them all, with keys for each. If queries see later tokens, each sequence of keys
+comes once and whole.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from torch.distributed import ProcessGroup
 
 from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
 from nsa.config import NSAConfig
-from nsa.distributed.order import Pieces, QueryRuns, expand, make_pieces, make_runs
+from nsa.distributed.backend_calls import BackendCall, are_few, call_each, one_call
+from nsa.distributed.order import Pieces, QueryRuns, check_tiles, expand, make_pieces, make_runs
 from nsa.host import may_keep
 from nsa.packing import Boundaries, Packing
 from nsa.rope import Positions
@@ -136,14 +138,36 @@ class Layout:
         return QuerySegments(rows, first, sequence)
 
     @cached_property
+    def calls(self) -> list[BackendCall]:
+        """The calls of the backend that attend this rank's queries."""
+        if not self.separate:
+            return [one_call(self.key_runs)]
+        runs = [self._runs_of([x]) for x in self._own_ends]
+        return call_each(self._own, self._taken, runs, self.config)
+
+    @cached_property
+    def separate(self) -> bool:
+        """Whether each query segment is a call of its own."""
+        return self.last_queries and are_few(len(self._own.rank), self.rows)
+
+    @cached_property
     def keys(self) -> Tensor | None:
         """The key rows to attend, of the rows of all ranks one after another; None for all."""
-        if self.last_queries:
-            start = self._start[self._own.sequence]
-            index = self._place[expand(start, self._own.end)]
-        else:
-            index = self._place
+        sequences, ends = self._taken
+        index = self._place[expand(self._start[sequences], ends)]
         return self._unless_all(index, self.ranks * self.rows)
+
+    @cached_property
+    def _taken(self) -> tuple[Tensor, Tensor]:
+        """The sequence of each row of consecutive :attr:`keys`, and how many of it there are."""
+        if not self.last_queries:
+            lengths = self._start.diff()
+            return torch.arange(len(lengths), device="cpu"), lengths
+        sequences, ends = self._own.sequence, self._own.end
+        if self.separate:
+            sequences = sequences.unique()
+            ends = torch.stack([ends[self._own.sequence == x].max() for x in sequences])
+        return sequences, ends
 
     @cached_property
     def all_runs(self) -> list[tuple[int, int]]:
@@ -156,16 +180,23 @@ class Layout:
 
         Each run is a whole query segment of some rank.
         """
+        if not self.last_queries and len(self._runs.rank) <= MAX_RUNS:
+            return self.all_runs
+        return self._runs_of(list(zip(*(x.tolist() for x in self._taken), strict=True)))
+
+    @property
+    def _own_ends(self) -> list[tuple[int, int]]:
+        return list(zip(self._own.sequence.tolist(), self._own.end.tolist(), strict=True))
+
+    def _runs_of(self, ends: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
+        """The runs of the first keys of some sequences, in that order; None if runs are many."""
         if len(self._runs.rank) > MAX_RUNS:
             return None
-        if not self.last_queries:
-            return self.all_runs
-        own = zip(self._own.sequence.tolist(), self._own.end.tolist(), strict=True)
         return [
             (at, count)
-            for own_sequence, end in own
+            for taken, end in ends
             for sequence, position, at, count in self._sorted_runs
-            if sequence == own_sequence and position < end
+            if sequence == taken and position < end
         ]
 
     @cached_property
@@ -336,23 +367,6 @@ class Layout:
         place, own = self.pieces.place(), max(1, self.pieces.own_length)
         entry = torch.arange(self.whole.batch, device="cpu")[:, None]
         return (place // own * self.rows + entry * own + place % own).flatten()
-
-
-def check_tiles(runs: QueryRuns, lengths: Tensor, config: NSAConfig):
-    """Raise if a piece cuts a tile."""
-    if config.selection == "token":
-        return
-    cut = runs.position % config.q_tile_size != 0
-    if cut.any():
-        at = int(cut.nonzero()[0])
-        sequence = int(runs.sequence[at])
-        raise ValueError(
-            "pieces must start at multiples of q_tile_size in their sequence with "
-            f"selection='tile': q_tile_size is {config.q_tile_size}, got a piece of rank "
-            f"{int(runs.rank[at])} at position {int(runs.position[at])} of the "
-            f"{int(lengths[sequence])} tokens of sequence {sequence}; pad sequences at the end, "
-            "use another order or selection='token'"
-        )
 
 
 def make_layout(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsa.config import NSAConfig
 from nsa.segments import prefix_sum
 
 ORDERS = ("contiguous", "head-tail", "head-tail-each")
@@ -141,6 +142,23 @@ def make_runs(pieces: Pieces, bounds: Tensor, batch: int) -> QueryRuns:
     runs = QueryRuns(rank[piece], end - begin, begin - bounds[sequence], sequence)
     runs = QueryRuns(*(x[real] for x in runs))
     return _repeat(runs, pieces.ranks, len(bounds) - 1, batch)
+
+
+def check_tiles(runs: QueryRuns, lengths: Tensor, config: NSAConfig):
+    """Raise if a piece cuts a tile."""
+    if config.selection == "token":
+        return
+    cut = runs.position % config.q_tile_size != 0
+    if cut.any():
+        at = int(cut.nonzero()[0])
+        sequence = int(runs.sequence[at])
+        raise ValueError(
+            "pieces must start at multiples of q_tile_size in their sequence with "
+            f"selection='tile': q_tile_size is {config.q_tile_size}, got a piece of rank "
+            f"{int(runs.rank[at])} at position {int(runs.position[at])} of the "
+            f"{int(lengths[sequence])} tokens of sequence {sequence}; pad sequences at the end, "
+            "use another order or selection='token'"
+        )
 
 
 def _repeat(runs: QueryRuns, ranks: int, sequences: int, batch: int) -> QueryRuns:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import nsa
-from nsa.distributed import attention
+from nsa.distributed import attention, backend_calls
+from nsa.distributed.layout import Layout, Whole
 from nsa.distributed.order import ORDERS
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers import rank_cases
@@ -21,7 +22,17 @@ def make_problem(config, tokens=96, heads=(6, 3), packed=False, **extras) -> Pro
     return Problem(q, k, v, config, extras)
 
 
-@pytest.mark.parametrize("case", ["several_chunks", "many_runs", "after_inference", "checkpointed"])
+CASES = [
+    "several_chunks",
+    "many_runs",
+    "separate_calls",
+    "separate_calls_of_many_runs",
+    "after_inference",
+    "checkpointed",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mode", ["token", "sparse"])
 @pytest.mark.parametrize("separate", [False, True], ids=["one K/V", "three K/V"])
 def test_how_it_is_computed_changes_nothing(world, case, mode, separate):
@@ -32,6 +43,30 @@ def test_how_it_is_computed_changes_nothing(world, case, mode, separate):
         k, v = ((x, x.flip(1), x.roll(5, 1)) for x in (problem.k, problem.v))
         problem = problem._replace(k=k, v=v)
     check_ranks(world, problem, 2, "head-tail", case=getattr(rank_cases, case))
+
+
+def test_segments_of_one_sequence_share_its_keys():
+    config, length = SMALL["token"], 8 * backend_calls.MIN_TOKENS
+    for rank in range(2):
+        part = Layout(Whole(1, length, None), 2, rank, "head-tail", config, torch.device("cpu"))
+        first, last = part.calls
+        ends = [length // 4 * (rank + 1), length // 4 * (4 - rank)]
+        assert [call.keys for call in part.calls] == [slice(0, end) for end in ends]
+        assert [call.rows for call in part.calls] == [
+            slice(0, length // 4),
+            slice(length // 4, length // 2),
+        ]
+        assert first.runs == last.runs[: len(first.runs)]
+        assert sum(count for _, count in part.key_runs) == ends[1]
+    # Short ones, and many, are one packed call, with keys for each.
+    short = Layout(Whole(1, 96, None), 2, 0, "head-tail", config, torch.device("cpu"))
+    assert [call.packed for call in short.calls] == [True]
+    assert sum(count for _, count in short.key_runs) == 24 + 96
+    many = Layout(Whole(5, length, None), 2, 0, "head-tail", config, torch.device("cpu"))
+    assert [call.packed for call in many.calls] == [True]
+    # One segment has nothing to be packed with.
+    one = Layout(Whole(1, 96, None), 2, 1, "contiguous", config, torch.device("cpu"))
+    assert [call.packed for call in one.calls] == [False]
 
 
 def test_the_window_may_be_computed_again(world):

@@ -2,26 +2,30 @@
 
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.helpers import rank_cases
 from tests.helpers.profiles import examples
 from tests.helpers.shared_problems import COMMON, check_ranks, cut_problems
 from tests.helpers.strategies import tile_problems, token_problems
 
+CALLS = st.sampled_from([rank_cases.output_and_gradients, rank_cases.separate_calls])
+"""One call of the backend for all query segments, or one for each."""
+
 
 @settings(max_examples=examples(50), **COMMON)
-@given(case=cut_problems())
-def test_output_and_gradients_equal_one_process(world, case):
-    check_ranks(world, *case)
+@given(case=cut_problems(), calls=CALLS)
+def test_output_and_gradients_equal_one_process(world, case, calls):
+    check_ranks(world, *case, case=calls)
 
 
 STRICT = {"causal": True, "compressed_visibility": "complete"}
 
 
 @settings(max_examples=examples(20), **COMMON)
-@given(case=cut_problems((tile_problems, token_problems), most=300, **STRICT))
-def test_the_fused_backend_equals_one_process(world, case):
-    check_ranks(world, *case, backend="fused")
+@given(case=cut_problems((tile_problems, token_problems), most=300, **STRICT), calls=CALLS)
+def test_the_fused_backend_equals_one_process(world, case, calls):
+    check_ranks(world, *case, backend="fused", case=calls)
 
 
 @settings(max_examples=examples(20), **COMMON)

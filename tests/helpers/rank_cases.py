@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nsa
 from nsa.blocks import num_compressed_blocks, num_query_tiles
-from nsa.distributed import attention, collectives, layout
+from nsa.distributed import attention, backend_calls, collectives, layout
 from nsa.distributed.order import make_pieces
 from nsa.fused import entry
 from nsa.testing import assert_as_accurate
@@ -117,6 +117,20 @@ def many_runs(group, *arguments) -> list:
         results = output_and_gradients(group, *arguments)
     layout._kept_layout.cache_clear()
     return results
+
+
+def separate_calls(group, *arguments) -> list:
+    """:func:`output_and_gradients` with a call of the backend for each query segment."""
+    with patch.multiple(backend_calls, MAX_CALLS=1000, MIN_TOKENS=0):
+        layout._kept_layout.cache_clear()
+        results = several_chunks(group, *arguments)
+    layout._kept_layout.cache_clear()
+    return results
+
+
+def separate_calls_of_many_runs(group, *arguments) -> list:
+    with patch.object(layout, "MAX_RUNS", 0):
+        return separate_calls(group, *arguments)
 
 
 def after_inference(group, problem: Problem, *arguments) -> list:
@@ -265,14 +279,21 @@ def sleep_on_rank_1(group):
         time.sleep(60)
 
 
-def gpu_accuracy(group, problem: Problem, order: str, device: str = "cuda") -> float:
+def gpu_accuracy(
+    group, problem: Problem, order: str, separate: bool, device: str = "cuda"
+) -> float:
     """Check this rank's part of a float64 ``problem``, computed in bfloat16 by the fused backend.
 
     The error against float64 is held to that of the reference in bfloat16 over the whole.
 
+    Args:
+        separate: whether each query segment is a call of its own.
+
     Returns:
         The share of rows whose selection is that of one GPU.
     """
+    layout._kept_layout.cache_clear()
+    backend_calls.MIN_TOKENS = 0 if separate else 1 << 30
     ranks, rank = group.size(), group.rank()
     problem = moved(problem, device, torch.bfloat16)
     dout = torch.randn(problem.q.shape, dtype=torch.bfloat16, device=device)

@@ -12,7 +12,6 @@ from multiprocessing.connection import Connection
 
 RANKS = 3
 SECONDS = 30
-"""A case that takes longer has failed."""
 
 
 class World:
@@ -22,17 +21,20 @@ class World:
         folder: a new folder.
         size: how many processes.
         backend: of :func:`torch.distributed.init_process_group`.
+        seconds: a case that takes longer has failed. Ranks may start half as long after each other.
     """
 
-    def __init__(self, folder: str, size: int = RANKS, backend: str = "gloo"):
-        self._folder, self._started = folder, 0
+    def __init__(
+        self, folder: str, size: int = RANKS, backend: str = "gloo", seconds: float = SECONDS
+    ):
+        self._folder, self._started, self._seconds = folder, 0, seconds
         self._size, self._backend = size, backend
-        self._patience: float = SECONDS
+        self._patience = seconds
         self._processes: list = []
         self._pipes: list[Connection] = []
 
     def run(
-        self, function: Callable, *args, ranks: int | None = None, seconds: float = SECONDS
+        self, function: Callable, *args, ranks: int | None = None, seconds: float | None = None
     ) -> list:
         """``function(group, *args)`` on each rank; the results by rank.
 
@@ -44,7 +46,7 @@ class World:
         name = (function.__module__, function.__qualname__)
         for pipe in self._pipes[:ranks]:
             pipe.send_bytes(pickle.dumps((name, ranks, args)))
-        answers, end = [], time.monotonic() + seconds
+        answers, end = [], time.monotonic() + (seconds or self._seconds)
         for rank, pipe in enumerate(self._pipes[:ranks]):
             answers.append(self._answer(rank, pipe, end))
         problems = [f"rank {i}: {text}" for i, (good, text) in enumerate(answers) if not good]
@@ -52,7 +54,7 @@ class World:
             # A rank that raised may have left others in a collective.
             self._patience = 3
             self.stop()
-            self._patience = SECONDS
+            self._patience = self._seconds
             raise AssertionError("\n".join(problems))
         return [result for _, result in answers]
 
@@ -72,7 +74,7 @@ class World:
         store = os.path.join(self._folder, f"store{self._started}")
         for rank in range(self._size):
             near, far = context.Pipe()
-            arguments = (rank, self._size, self._backend, store, far)
+            arguments = (rank, self._size, self._backend, store, self._seconds, far)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             far.close()
@@ -90,7 +92,7 @@ class World:
         self._processes, self._pipes = [], []
 
 
-def _serve(rank: int, size: int, backend: str, store: str, pipe: Connection):
+def _serve(rank: int, size: int, backend: str, store: str, seconds: float, pipe: Connection):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
     from torch import distributed
@@ -100,7 +102,7 @@ def _serve(rank: int, size: int, backend: str, store: str, pipe: Connection):
         torch.cuda.set_device(rank)
     distributed.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=size,
-        timeout=timedelta(seconds=SECONDS / 2),
+        timeout=timedelta(seconds=seconds / 2),
     )  # fmt: skip
     groups = {2: distributed.new_group([0, 1]), size: distributed.group.WORLD}
     while True:
