@@ -33,7 +33,13 @@ GPU_TOOLS = (
     "cold_start",
 )
 # These take their shapes in another form, or none.
-OTHER_TOOLS = ("bench_selected", "bench_positions", "bench_layer", "bench_distributed")
+OTHER_TOOLS = (
+    "bench_selected",
+    "bench_positions",
+    "bench_layer",
+    "bench_distributed",
+    "model_ranks",
+)
 
 
 @pytest.mark.parametrize("name", GPU_TOOLS)
