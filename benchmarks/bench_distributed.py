@@ -4,9 +4,10 @@
         --heads 64 --kv-heads 4
 
 The first rank computes the whole sequence alone, then all ranks compute it together with
-``nsa.distributed.forward``. Times are medians, peaks the largest of the ranks. "sent" is what a
-rank receives from the others in all-gathers and sends to them in sums. "exposed" is the share of
-the time in which NCCL's kernels run and no other kernel does, from a profile of one more call.
+``nsa.distributed.forward``. Times are medians of calls in a row, peaks the largest of the ranks.
+"sent" is what a rank receives from the others in all-gathers and sends to them in sums. "exposed"
+is the share of the time in which NCCL's kernels run and no other kernel does, from a profile of one
+more call.
 Nothing is reported unless the ranks first agree with one GPU on a short sequence.
 """
 
@@ -21,8 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import nsa
 from measuring import environment, workloads
-from measuring.timing import timed, timed_with_peak
+from measuring.timing import timed_in_a_row, timed_with_peak
 from nsa.distributed import collectives
+
+CHECKED = 16384
+"""Tokens of a rank that are compared with one GPU: enough for a call for each of its pieces."""
 
 
 def main(argv: list[str] | None = None):
@@ -59,7 +63,7 @@ def shared_attention(tensors: workloads.Tensors, options) -> Callable[[], torch.
 
 def check(options, backward: bool):
     """Exit unless this rank's output and gradients are those of one GPU, to rounding."""
-    length = 2048 * distributed.get_world_size()
+    length = CHECKED * distributed.get_world_size()
     whole = workloads.make_tensors((1, length), options, backward=backward)
 
     def part(x: torch.Tensor) -> torch.Tensor:
@@ -113,7 +117,7 @@ def measure_together(options, backward: bool) -> dict:
 def time_and_peak(step: Callable, repeats: int) -> tuple[float, float]:
     step()
     _, peak = timed_with_peak(step)
-    return statistics.median(timed(step) for _ in range(repeats)), peak
+    return statistics.median(timed_in_a_row(step, repeats, settle=1)), peak
 
 
 def bytes_sent(step: Callable) -> int:
