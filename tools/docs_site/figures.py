@@ -86,10 +86,29 @@ def token_mode_speed(path: Path):
     plot_performance.draw(read_rows([ROOT / "benchmarks" / "h200" / "token.csv"]), [], path)
 
 
+def losses_of_ranks(path: Path):
+    """The losses of one training by one process and by two ranks, side by side."""
+    rows = read_rows([ROOT / "benchmarks" / "ranks" / "losses.csv"])
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    for panel, ranks in zip(panels, ("1", "2"), strict=True):
+        own = [row for row in rows if row["ranks"] == ranks]
+        steps = [int(row["step"]) for row in own]
+        for name, color in (("train_loss", "#1f6fb4"), ("heldout_loss", "#d1603d")):
+            label = "held out" if name == "heldout_loss" else "training"
+            panel.plot(steps, [float(row[name]) for row in own], color=color, label=label)
+        title = "one process" if ranks == "1" else "two ranks that share each sequence"
+        panel.set(title=title, xlabel="step")
+        panel.grid(color="#e4e4e4", linewidth=0.6)
+    panels[0].set_ylabel("nats per byte")
+    panels[1].legend(frameon=False)
+    _save(figure, path)
+
+
 FIGURES: dict[str, Callable[[Path], None]] = {
     "three_branches.svg": three_branches,
     "selections.svg": selections,
     "token_mode_speed.svg": token_mode_speed,
+    "losses_of_ranks.svg": losses_of_ranks,
 }
 """Figures by file name."""
 
