@@ -67,8 +67,8 @@ def check_call(
             # An argument that is not given is one that is None.
             given = {name: x for name, x in arguments.items() if x is not None}
             facts |= {name: _describe(name, x) for name, x in given.items()}
+            _check_device(mesh, arguments["q"])
             part = _check(group, order, **arguments)
-            _check_device(mesh, part.q)
             facts |= _describe_part(part)
     # Whatever it is, the other ranks must learn of it.
     except Exception as found:
@@ -78,8 +78,10 @@ def check_call(
     return part
 
 
-def _check_device(mesh: DeviceMesh | ProcessGroup, q: Tensor):
-    if isinstance(mesh, DeviceMesh) and mesh.device_type != q.device.type:
+def _check_device(mesh: DeviceMesh | ProcessGroup, q):
+    if not isinstance(mesh, DeviceMesh) or not isinstance(q, Tensor):
+        return  # others refuse what is no tensor
+    if mesh.device_type != q.device.type:
         raise ValueError(f"q must be on a {mesh.device_type} device as mesh is, got {q.device}")
 
 
