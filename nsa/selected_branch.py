@@ -5,9 +5,11 @@ from functools import partial
 from torch import Tensor
 
 from nsa import validation
+from nsa.cache.paged_keys import PagedKeys, blocks_of_rows, check_paged_qkv, check_used_pages
 from nsa.config import NSAConfig, check_scale
 from nsa.dispatch import choose_module
-from nsa.packing import Packing, check_boundaries
+from nsa.host import has_readable_values
+from nsa.packing import Packing, check_boundaries, has_key_boundaries
 from nsa.precision import autocast_tensors
 
 # What a block size says about the sequences. Made once, because tracing cannot make them.
@@ -30,6 +32,8 @@ def selected_attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
     max_seqlen_k: int | None = None,
+    page_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     return_lse: bool = True,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,6 +48,16 @@ def selected_attention(
     A sequence may have fewer queries than keys. The queries are then its last tokens: query ``i``
     of ``Nq`` stands at position ``t = Nk - Nq + i`` and, if ``causal``, attends listed keys at or
     before ``t``. So what a list names after ``t``, whole blocks included, is left out.
+
+    *From pages.* A server keeps keys and values in pages that sequences may share. With
+    ``page_table`` and ``seqused_k``, ``k`` and ``v`` are its pools, as in FlashAttention and
+    FlashInfer, and hold the keys of the new tokens too. This is for inference: there are no
+    gradients. For up to 8 queries of a sequence the fused backend reads the listed blocks where
+    they lie and nothing on the host, so that a CUDA graph can be replayed as sequences grow; it
+    needs ``page_size`` to be a multiple of ``block_size``, ``G`` up to 32, ``D`` and ``Dv`` in
+    multiples of 32, and strides in multiples of 8. Else, and on the reference, keys and values of
+    all sequences are copied out of their pages first: each is read and written once, and the host
+    reads the lengths.
 
     The fused backend has first derivatives only, adds gradients in any order, and multiplies masked
     values by 0 instead of skipping them; see :func:`nsa.forward`.
@@ -68,6 +82,14 @@ def selected_attention(
             ``cu_seqlens``, which has both. As in :func:`nsa.forward`.
         max_seqlen, max_seqlen_k: upper bounds on the numbers of queries and keys of a sequence, as
             in :func:`nsa.forward`. They only spare the host the read of the boundaries.
+        page_table: int32 ``(B, max_pages)``, any strides: token ``p`` of sequence ``b`` lies in
+            page ``page_table[b, p // page_size]`` at slot ``p % page_size`` of ``k (pages,
+            page_size, H_kv, D)`` and ``v (pages, page_size, H_kv, Dv)``. Pools of another order,
+            such as ``(pages, H_kv, page_size, D)``, come as transposed views. Entries past a
+            sequence's keys may hold any number. ``cu_seqlens_k`` and ``max_seqlen_k`` are None.
+        seqused_k: int32 ``(B,)`` with ``page_table``, the keys of each sequence, those of its
+            queries included. The host waits for both once, except while torch.compile traces or a
+            CUDA graph is captured; then they must be right.
         return_lse: whether to return the log-sum-exp too.
         backend: ``"reference"``, ``"fused"``, or ``"auto"``: fused if it can do this, else
             reference, with the reason logged once.
@@ -85,6 +107,20 @@ def selected_attention(
     """
     config = _check_options(block_size, causal, scale, return_lse)
     q, k, v = autocast_tensors(q, k, v)
+    if page_table is not None or seqused_k is not None:
+        if page_table is None or seqused_k is None:
+            missing = "page_table" if page_table is None else "seqused_k"
+            raise ValueError(f"page_table and seqused_k must be given together, got no {missing}")
+        if max_seqlen_k is not None or has_key_boundaries(cu_seqlens, cu_seqlens_k):
+            raise ValueError(
+                "cu_seqlens_k and max_seqlen_k must be None with page_table, and a Packing be one "
+                "of queries alone: seqused_k says how many keys there are"
+            )
+        pages = PagedKeys(k, v, page_table, seqused_k)
+        return _attend_pages(
+            q, pages, block_indices, block_size, causal, scale,
+            config, (cu_seqlens, max_seqlen), return_lse, backend,
+        )  # fmt: skip
     problem = validation.check_qkv(q, (k, k, k), (v, v, v), config, cu_seqlens, cu_seqlens_k)
     boundaries = check_boundaries(cu_seqlens, max_seqlen, q, k, cu_seqlens_k, max_seqlen_k)
     validation.check_positions(boundaries, problem)
@@ -101,6 +137,44 @@ def selected_attention(
         boundaries=boundaries,
         return_lse=return_lse,
     )
+
+
+def _attend_pages(
+    q: Tensor,
+    pages: PagedKeys,
+    block_indices: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float | None,
+    config: NSAConfig,
+    packing: tuple[Tensor | Packing | None, int | None],
+    return_lse: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`selected_attention` of keys in pages; ``packing`` is ``cu_seqlens, max_seqlen``."""
+    problem = check_paged_qkv(q, pages, config, packing[0])
+    boundaries = check_boundaries(*packing, q, q)
+    check_used_pages(q, pages, boundaries)
+    counts = None
+    if has_readable_values(pages.lengths):
+        counts = blocks_of_rows(q, pages, boundaries, config)
+    validation.check_listed_blocks(block_indices, boundaries, q, problem, counts)
+
+    def fused_limit() -> str | None:
+        from nsa.fused.constraints import unsupported_pages
+
+        return unsupported_pages(q, pages, block_indices, block_size, boundaries)
+
+    out, lse = choose_module(backend, q, fused_limit).selected_from_pages(
+        q,
+        pages,
+        block_indices,
+        block_size=block_size,
+        causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        boundaries=boundaries,
+    )
+    return (out, lse) if return_lse else out
 
 
 def _fused_limit(q: Tensor, v: Tensor, block_indices: Tensor) -> str | None:

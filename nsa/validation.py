@@ -320,10 +320,17 @@ def check_block_indices(indices, boundaries: Boundaries | None, q: Tensor, probl
         check_block_values(indices, *_block_counts(indices, boundaries, problem))
 
 
-def check_listed_blocks(indices, boundaries: Boundaries | None, q: Tensor, problem: Problem):
+def check_listed_blocks(
+    indices,
+    boundaries: Boundaries | None,
+    q: Tensor,
+    problem: Problem,
+    counts: tuple[Tensor, int] | None = None,
+):
     """Check the blocks of the selected branch alone, ``(B, Nq, H_kv, n)`` or ``(T, H_kv, n)``.
 
     They are as :func:`check_block_indices` wants them in token mode, but ``n`` is any from 1 on.
+    ``counts`` are the blocks that each row may name, and the most of all, where keys are in pages.
     """
     check_index_tensor(indices, q)
     leading = (*problem.leading, problem.num_kv_heads)
@@ -334,7 +341,7 @@ def check_listed_blocks(indices, boundaries: Boundaries | None, q: Tensor, probl
             f"{tuple(indices.shape)}"
         )
     if indices.numel() and has_readable_values(indices):
-        check_block_values(indices, *_block_counts(indices, boundaries, problem))
+        check_block_values(indices, *(counts or _block_counts(indices, boundaries, problem)))
 
 
 def check_index_tensor(indices, q: Tensor):

@@ -75,9 +75,9 @@ def check_pages(k_pages, v_pages, k_cmp_pages, v_cmp_pages, config: NSAConfig):
             raise ValueError(f"{name} must have shape {shape}, got {tuple(pools[name].shape)}")
 
 
-def check_table(page_table, lengths, device: torch.device):
+def check_table(page_table, lengths, device: torch.device, name_of_lengths: str = "lengths"):
     """Check the page table and the lengths of a server."""
-    for name, x, rank in (("page_table", page_table, 2), ("lengths", lengths, 1)):
+    for name, x, rank in (("page_table", page_table, 2), (name_of_lengths, lengths, 1)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be an int32 tensor, got {type(x).__name__}")
         if x.dtype != torch.int32:
@@ -86,10 +86,10 @@ def check_table(page_table, lengths, device: torch.device):
             form = "(B, max_pages)" if rank == 2 else "(B,)"
             raise ValueError(f"{name} must have shape {form}, got {tuple(x.shape)}")
         if x.device != device:
-            raise ValueError(f"{name} must be on the device of k_pages, {device}, got {x.device}")
+            raise ValueError(f"{name} must be on the device of the pages, {device}, got {x.device}")
     if lengths.shape[0] != page_table.shape[0]:
         raise ValueError(
-            f"lengths must have one entry for each of the {page_table.shape[0]} rows of "
+            f"{name_of_lengths} must have one entry for each of the {page_table.shape[0]} rows of "
             f"page_table, got {lengths.shape[0]}"
         )
 

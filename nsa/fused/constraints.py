@@ -23,9 +23,12 @@ import torch
 from torch import Tensor
 
 from nsa.cache import Cache
+from nsa.cache.paged_keys import PagedKeys
 from nsa.config import NSAConfig
 from nsa.fused import decoding, fa4, prefill
+from nsa.fused.decode_inputs import MAX_TOKENS
 from nsa.fused.kernel_inputs import MAX_BLOCKS, MAX_GROUP, Rule
+from nsa.host import has_no_values, is_capturing
 from nsa.packing import Boundaries
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -92,6 +95,42 @@ def unsupported_lists(q: Tensor, v: Tensor, block_indices: Tensor) -> str | None
         or _device_limit(q)
         or fa4.version_problem()
     )
+
+
+def unsupported_pages(
+    q: Tensor,
+    pages: PagedKeys,
+    block_indices: Tensor,
+    block_size: int,
+    boundaries: Boundaries | None,
+) -> str | None:
+    """The first limit that attention to lists of blocks in pages exceeds, or None."""
+    limit = unsupported_lists(q, pages.v, block_indices)
+    if limit is None and has_no_values(q):
+        limit = "it needs tensors with values, for the kernel that reads pages is no custom op"
+    if limit is None and is_capturing(q):
+        copied = in_place_limit(q, pages, block_size, boundaries)
+        if copied is not None:
+            limit = (
+                f"in a CUDA graph it reads pages in place, for which it needs {copied}; call it "
+                "outside of the graph, where it copies them"
+            )
+    return limit
+
+
+def in_place_limit(
+    q: Tensor, pages: PagedKeys, block_size: int, boundaries: Boundaries | None
+) -> str | None:
+    """Why the kernel of decoding cannot read the pages, so that they are copied; None if it can."""
+    tokens, group = decoding.most_tokens(q, boundaries), q.shape[-2] // pages.k.shape[2]
+    if tokens is None or tokens > MAX_TOKENS:
+        return f"at most {MAX_TOKENS} queries of a sequence, which the host knows, got {tokens}"
+    if group > MAX_GROUP:
+        return f"at most {MAX_GROUP} query heads to a KV head, got {group}"
+    if pages.k.shape[1] % block_size:
+        return f"page_size to be a multiple of block_size={block_size}, got {pages.k.shape[1]}"
+    dims, pools = (pages.k.shape[-1], pages.v.shape[-1]), {"k": pages.k, "v": pages.v}
+    return decoding.size_limit(dims, block_size) or decoding.layout_limit(pools)
 
 
 def _list_limit(block_indices: Tensor) -> str | None:

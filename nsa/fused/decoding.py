@@ -50,7 +50,7 @@ def unsupported_reason(
     """
     config = cache.config
     group = q.shape[-2] // cache.num_kv_heads
-    tokens = _most_tokens(q, boundaries)
+    tokens = most_tokens(q, boundaries)
     if tokens is None:
         return (
             "it needs max_seqlen or an nsa.Packing with a cache and cu_seqlens, so that the host "
@@ -106,8 +106,13 @@ def _layout_limit(cache: Cache) -> str | None:
             "it needs a contiguous page_table with a cache, got strides "
             f"{cache.page_table.stride()}; {_USE_REFERENCE}"
         )
-    for name in ("k_pages", "v_pages", "k_cmp_pages", "v_cmp_pages"):
-        x = getattr(cache, name)
+    names = ("k_pages", "v_pages", "k_cmp_pages", "v_cmp_pages")
+    return layout_limit({name: getattr(cache, name) for name in names})
+
+
+def layout_limit(pools: dict[str, Tensor]) -> str | None:
+    """Which pool the kernels cannot address, with the remedy; None if they can."""
+    for name, x in pools.items():
         if x.stride(3) != 1 or any(stride % 8 for stride in x.stride()[:3]) or x.data_ptr() % 16:
             return (
                 f"it needs {name} with adjacent channels, other strides that are multiples of 8 "
@@ -119,7 +124,15 @@ def _layout_limit(cache: Cache) -> str | None:
 
 def _size_limit(cache: Cache) -> str | None:
     """What the kernels' tiles are too large or too small for, or cannot address."""
-    dims, size = (cache.head_dim, cache.value_head_dim), cache.config.select_block_size
+    dims = cache.head_dim, cache.value_head_dim
+    return size_limit(dims, cache.config.select_block_size) or _layout_limit(cache)
+
+
+def size_limit(dims: tuple[int, int], size: int) -> str | None:
+    """What the kernels' tiles are too large or too small for, with the remedy.
+
+    ``dims`` are ``D`` and ``Dv``, and ``size`` is the tokens of a selection block.
+    """
     if any(dim % 32 or dim > 256 for dim in dims) or not fits_shared_memory(*dims):
         return (
             "it needs head dimensions that are multiples of 32 up to 256 with a cache, got "
@@ -130,16 +143,16 @@ def _size_limit(cache: Cache) -> str | None:
             f"it needs select_block_size of {_SELECT_SIZES} with a cache, got {size}; "
             f"{_USE_REFERENCE}"
         )
-    return _layout_limit(cache)
+    return None
 
 
 def has_few_tokens(q: Tensor, boundaries: Boundaries | None) -> bool:
     """Whether a step may have as many new tokens, or the host does not know how many there are."""
-    tokens = _most_tokens(q, boundaries)
+    tokens = most_tokens(q, boundaries)
     return tokens is None or tokens <= MAX_TOKENS
 
 
-def _most_tokens(q: Tensor, boundaries: Boundaries | None) -> int | None:
+def most_tokens(q: Tensor, boundaries: Boundaries | None) -> int | None:
     """The most new tokens of a sequence, if the host knows."""
     return q.shape[1] if boundaries is None else boundaries.max_seqlen
 
@@ -198,7 +211,7 @@ def forward(
     else:
         assert block_indices is not None
         lists = block_indices.flatten(0, -3)
-    splits = _choose_splits(cache, shape, rows.shape[0])
+    splits = _choose_splits_of_cache(cache, shape, rows.shape[0])
     rings = None if cache.window_rings is None else Pool(*cache.window_rings)
     window = min(config.window_size, cache.max_length)
     others = decode_calls.decode_attend(
@@ -233,7 +246,7 @@ def _select_for_tiles(cache: Cache, attended: Attended, scale: float) -> TileLis
 
 
 def _make_shape(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> DecodeShape:
-    tokens = _most_tokens(q, boundaries)
+    tokens = most_tokens(q, boundaries)
     assert tokens is not None
     group = q.shape[-2] // cache.num_kv_heads
     shape = DecodeShape(cache.batch_size, tokens, cache.num_kv_heads, group, 1)
@@ -241,7 +254,7 @@ def _make_shape(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> Decod
     return shape._replace(ctas=resident * _num_sms(q.device))
 
 
-def _choose_splits(cache: Cache, shape: DecodeShape, tokens: int) -> int:
+def _choose_splits_of_cache(cache: Cache, shape: DecodeShape, tokens: int) -> int:
     """CTAs of a list in the selected and window branch."""
     config = cache.config
     keys = config.num_selected_blocks * config.select_block_size
@@ -249,8 +262,17 @@ def _choose_splits(cache: Cache, shape: DecodeShape, tokens: int) -> int:
     lists, rows = shape.kv_heads, shape.group
     if config.selection == "tile":
         lists, rows = lists * rows, 1
-    ctas = resident_ctas(cache.head_dim, cache.value_head_dim, -(-rows // 16))
-    return max(1, min(tiles, ctas * _num_sms(cache.device) // (tokens * lists)))
+    return choose_splits(
+        tiles, tokens * lists, rows, (cache.head_dim, cache.value_head_dim), cache.device
+    )
+
+
+def choose_splits(
+    tiles: int, lists: int, rows: int, dims: tuple[int, int], device: torch.device
+) -> int:
+    """CTAs of a list of ``tiles`` tiles of keys, each of which attends ``rows`` query heads."""
+    ctas = resident_ctas(*dims, -(-rows // 16))
+    return max(1, min(tiles, ctas * _num_sms(device) // lists))
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nsa.cache.paged_keys import PagedKeys, attend_copied
 from nsa.config import NSAConfig
 from nsa.geometry import Geometry
 from nsa.packing import Boundaries
@@ -43,3 +44,22 @@ def selected_attention(
         out = out.reshape(*q.shape[:-1], out.shape[-1])
         lse = lse.reshape(q.shape[:-1]).transpose(-1, -2)
         return (out, lse) if return_lse else out
+
+
+@torch.compiler.disable(reason="nsa's reference reads lengths on the host")
+@torch.no_grad()
+def selected_from_pages(
+    q: Tensor,
+    pages: PagedKeys,
+    block_indices: Tensor,
+    *,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    boundaries: Boundaries | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`nsa.selected_attention` with ``page_table``. Arguments are checked."""
+    return attend_copied(
+        selected_attention, q, pages, block_indices, boundaries,
+        block_size=block_size, causal=causal, scale=scale,
+    )  # fmt: skip

@@ -375,6 +375,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     forms = [
         (torch.bfloat16, 128, 128, 1, 64, False, False, False),
         (torch.float16, 64, 64, 2, 32, True, False, True),
+        (torch.bfloat16, 128, 128, 1, 128, True, False, False),
         (torch.bfloat16, 96, 96, 1, 64, False, True, False),
         (torch.bfloat16, 192, 128, 1, 64, False, False, False),
         (torch.bfloat16, 256, 256, 2, 64, False, False, False),
