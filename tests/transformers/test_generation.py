@@ -19,7 +19,7 @@ from tests.helpers.tiny_models import (
 )
 
 # isort: split
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 
 from nsa.transformers import cache_layer
 
@@ -127,6 +127,22 @@ def test_assisted_generation_drops_wrong_guesses(name, monkeypatch):
     expected = generate(model, given, use_cache=False).sequences
     assert torch.equal(generate(model, given, prompt_lookup_num_tokens=4).sequences, expected)
     assert min(cropped) < 0
+
+
+@each_mode
+def test_a_saved_model_goes_on_with_a_conversation(name, tmp_path):
+    """A second turn takes the cache of the first."""
+    make(model_config(fields=asdict(CONFIGS[name]))).save_pretrained(tmp_path)
+    options = dict(attn_implementation="nsa", dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **options).eval()
+    given = prompts(5, 0)
+    first = generate(model, given)
+    turn = torch.cat((first.sequences, tokens(2, 7)), 1)
+    mask = torch.nn.functional.pad(given["attention_mask"], (0, NEW + 7), value=1)
+    given = dict(input_ids=turn, attention_mask=mask)
+    expected = generate(model, given, use_cache=False).sequences
+    assert torch.equal(generate(model, given, cache=first.cache).sequences, expected)
+    assert first.cache.get_seq_length() == PROMPT + 2 * NEW + 7 - 1
 
 
 @each_mode
