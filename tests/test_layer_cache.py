@@ -1,6 +1,7 @@
 """The layer with a cache: prompts, chunks, steps and wrong guesses equal one call."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,6 +76,18 @@ def test_blocks_longer_than_the_sequences_can_be():
     layer = make_layer(config)
     sequences = [torch.randn(20, DIM, dtype=F64)]
     assert_decodes(layer, layer.make_cache(1, 28), sequences, draw_steps(random.Random(1), [20], 8))
+
+
+@torch.no_grad()
+def test_compiled_with_dynamic_shapes():
+    """The sizes of the layer's configuration are then symbols."""
+    layer = make_layer(SMALL["token"])
+    x = torch.randn(2, 40, DIM, dtype=F64)
+    cache = layer.make_cache(2, 40)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", dynamic=True)
+    out = [compiled(x[:, a:b], cache=cache) for a, b in pairwise((0, 20, 21, 29, 40))]
+    torch.testing.assert_close(torch.cat(out, 1), layer(x), **CLOSE)
 
 
 @torch.no_grad()

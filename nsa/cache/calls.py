@@ -22,7 +22,8 @@ def cache_config(cache, config) -> NSAConfig:
     """The configuration of the cache, which is that of the call."""
     if not isinstance(cache, Cache):
         raise TypeError(f"cache must be an nsa.Cache or None, got {type(cache).__name__}")
-    if config is not None and check_config(config) != cache.config:
+    # The encoded forms, because torch.compile cannot compare ints that it traces as symbols.
+    if config is not None and check_config(config).encoded != cache.config.encoded:
         raise ValueError(f"config must be that of the cache, {cache.config}, got {config}")
     return cache.config
 
