@@ -167,7 +167,19 @@ def append(
     v: tuple[Tensor, Tensor, Tensor],
     compressed: Pair,
 ):
-    """Write new tokens and completed blocks into the cache, and advance its lengths.
+    """Write new tokens and completed blocks into the cache, and advance its lengths."""
+    write_new(cache, tokens, k, v, compressed)
+    advance(cache, tokens)
+
+
+def write_new(
+    cache: Cache,
+    tokens: NewTokens,
+    k: tuple[Tensor, Tensor, Tensor],
+    v: tuple[Tensor, Tensor, Tensor],
+    compressed: Pair,
+):
+    """Write new tokens and completed blocks where no earlier token is that a later one needs.
 
     Args:
         k, v: new keys ``(T, H_kv, D)`` and values ``(T, H_kv, Dv)`` of each branch.
@@ -190,6 +202,10 @@ def append(
             at = at._replace(valid=stored & (left <= rings[0].shape[1]))
             write(rings[0], at, k[branch])
             write(rings[1], at, v[branch])
+
+
+def advance(cache: Cache, tokens: NewTokens):
+    """Count the new tokens, which are written."""
     dropped = tokens.end < tokens.start + tokens.offset.diff()
     cache.overflowed |= dropped.any()
     cache.advance(tokens.end, tokens.counts)

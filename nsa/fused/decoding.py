@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsa.blocks import num_selection_blocks
 from nsa.cache import Cache
-from nsa.cache.append import append, compress_candidates
+from nsa.cache.append import NewTokens, advance, compress_candidates, write_new
 from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
 from nsa.fused import decode_calls
@@ -184,15 +184,15 @@ def forward(
     compressed = Pool(cache.k_cmp_pages, cache.v_cmp_pages)
     weights = compress_k_weight, compress_v_weight
     means = compressed_kv is None and all(weight is None for weight in weights)
+    tokens = None
     if means and not cache.separate_kv:
         schedule = decode_calls.decode_append(
             k_rows[1], v_rows[1], Pool(cache.k_pages, cache.v_pages), compressed, cache.page_table,
             cache.lengths, cache.overflowed, cache.max_length, cu_seqlens, shape, rule,
         )  # fmt: skip
     else:
-        schedule = _append(
-            q, (k_rows, v_rows), cache, weights, compressed_kv, boundaries, shape, rule
-        )
+        tokens = locate_in_cache(cache, q, boundaries, compressed_kv)
+        schedule = _write_new(tokens, (k_rows, v_rows), cache, weights, compressed_kv, shape, rule)
     scale, tile_mode = config.softmax_scale(q.shape[-1]), config.selection == "tile"
     attended = rows, compressed, cache.page_table, schedule, cu_seqlens, shape
     parts, records = decode_calls.decode_compressed(
@@ -225,9 +225,11 @@ def forward(
         shape, splits, cache.lengths, cache.floors if tile_mode else None,
         lists if isinstance(lists, TileLists) else None,
     )  # fmt: skip
-    if means and not cache.separate_kv:
-        # The last kernel has written the lengths.
+    # The last kernel has written the lengths, so that an error leaves the cache as it was.
+    if tokens is None:
         cache.note_advance(_counts(q, boundaries))
+    else:
+        advance(cache, tokens)
     return out.unflatten(0, q.shape[:-2])
 
 
@@ -283,24 +285,22 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _append(
-    q: Tensor,
+def _write_new(
+    tokens: NewTokens,
     new: tuple[Branches, Branches],
     cache: Cache,
     weights: tuple[Tensor | None, Tensor | None],
     compressed_kv: tuple[Tensor, Tensor] | None,
-    boundaries: Boundaries | None,
     shape: DecodeShape,
     rule: DecodeRule,
 ) -> Schedule:
     """What :func:`nsa.fused.decode_calls.decode_append` does, with any compression."""
-    tokens = locate_in_cache(cache, q, boundaries, compressed_kv)
     if compressed_kv is None:
         pair = [compress_candidates(cache, tokens, i, new[i][0], weights[i]) for i in range(2)]
     else:
         pair = [x.flatten(0, -3)[: tokens.num_candidates] for x in compressed_kv]
     starts, count = cache.lengths.clone(), tokens.offset.diff()
-    append(cache, tokens, *new, (pair[0], pair[1]))
+    write_new(cache, tokens, *new, (pair[0], pair[1]))
     slots = tokens.end // rule.stride
     tiles = torch.where((count > 0) & (slots > rule.carried), -(-slots // TILE_KEYS), 0)
     starts_of_tiles = prefix_sum(tiles)

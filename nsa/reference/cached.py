@@ -80,10 +80,11 @@ def attend_cached(
         selected,
         window_attention(q, *context.window, _geometry(tokens, context.window_keys, config)),
     )
+    out = combine_branches(branches, q, gates, gate_proj_weight)
     append(cache, tokens, k, v, (k_new, v_new))
     if lists is not None:
         lists.store()
-    return combine_branches(branches, q, gates, gate_proj_weight)
+    return out
 
 
 @torch.no_grad()

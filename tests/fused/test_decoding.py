@@ -167,3 +167,44 @@ def test_pages_that_the_kernels_cannot_address():
     assert "contiguous page_table" in limit(table)
     odd = torch.zeros(9, 64, 2, 68, dtype=torch.bfloat16)[..., :64]
     assert "k_pages with adjacent channels" in limit(table.contiguous(), k_pages=odd)
+
+
+@pytest.mark.parametrize("selection", ["token", "tile"])
+@pytest.mark.parametrize("kind", ["means", "weights", "three"])
+def test_an_error_leaves_the_cache_as_it_was(kind, selection, decoded, monkeypatch):
+    config = nsa.NSAConfig.paper(num_selected_blocks=4, window_size=40)
+    if selection == "tile":
+        config = nsa.NSAConfig(num_selected_blocks=4, window_size=40, q_tile_size=64)
+    q, k, v = make_inputs((2, 200), 4, 2, 8, dtype=torch.float64)
+    extras = {}
+    if kind == "weights":
+        extras = dict(compress_k_weight=torch.randn(2, 8, 8, dtype=torch.float64))
+    if kind == "three":
+        k, v = (k, k.flip(0), k.clone()), (v, v.clone(), v.flip(0))
+    whole = nsa.forward(q, k, v, config=config, backend="reference", **extras)
+    cache = nsa.Cache(
+        config, 2, 400, 2, 8, dtype=torch.float64, separate_kv=kind == "three", num_heads=4
+    )
+
+    def call(start, stop):
+        def cut(x):
+            return tuple(map(cut, x)) if isinstance(x, tuple) else x[:, start:stop]
+
+        return nsa.forward(*map(cut, (q, k, v)), cache=cache, **extras)
+
+    call(0, 188)
+    failing = decoding.decode_calls.decode_compressed
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(decoding.decode_calls, "decode_compressed", fail)
+    before = [x.clone() for x in (cache.lengths, cache.floors)]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call(192, 200)
+    for x, y in zip(before, (cache.lengths, cache.floors), strict=True):
+        assert torch.equal(x, y)
+    monkeypatch.setattr(decoding.decode_calls, "decode_compressed", failing)
+    out = torch.cat([call(188, 191), call(191, 199), call(199, 200)], 1)
+    torch.testing.assert_close(out, whole[:, 188:], rtol=0, atol=1e-10)
+    assert len(decoded) == 4
