@@ -113,9 +113,9 @@ def forward(
             blocks that its new tokens complete, in order; the rest is ignored. ``block_indices``
             are those of the new tokens, in tile mode of the tiles that have some; batched, rows
             that a sequence lacks at its end are ignored. A tile that stays open keeps them, and the
-            blocks that are forced at its end. There are no gradients. If tokens have no
-            place in the cache and the host does not know it, they are dropped, see
-            ``overflowed`` of :class:`nsa.Cache`, and their outputs mean nothing.
+            blocks that are forced at its end. There are no gradients. An error leaves the cache as
+            it was. If tokens have no place in the cache and the host does not know it, they are
+            dropped, see ``overflowed`` of :class:`nsa.Cache`, and their outputs mean nothing.
         max_workspace_bytes: the most device memory to use beside arguments, output and their
             gradients. By default most of what is free when the call is made, or no limit while
             torch.compile traces or a CUDA graph is captured. To stay within it, the fused backend

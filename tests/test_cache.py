@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import nsa
+from nsa.cache import calls
 from nsa.cache.places import write
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.decoding import CLOSE, append_on_device, assert_same_contents, contents
@@ -504,6 +505,24 @@ def test_bad_calls(name):
     with pytest.raises(error, match=words):
         nsa.forward(**(dict(cache=cache) | arguments))
     assert cache.lengths.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_tiles_that_the_checks_did_not_count(tiles, packed, monkeypatch):
+    """As while torch.compile traces, where checks know no lengths."""
+    cache = make_cache(SMALL["tile"])
+    feed(cache, inputs(2, 20), 0, 20)
+    monkeypatch.setattr(calls, "_known_spans", lambda *_: None)
+    tensors, bounds = inputs(2, 20), {}
+    leading, wanted = (2,), 2
+    if packed:
+        tensors = [x.flatten(0, 1) for x in tensors]
+        bounds, leading, wanted = dict(cu_seqlens=make_cu_seqlens([20, 20])), (), 4
+    lists = torch.full((*leading, HEADS, tiles, 3), -1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"must have {wanted} tiles.*got {tiles}"):
+        nsa.forward(*tensors, cache=cache, block_indices=lists, **bounds)
+    assert cache.lengths.tolist() == [20, 20]
 
 
 def test_another_number_of_query_heads():

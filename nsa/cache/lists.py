@@ -46,8 +46,19 @@ class TileLists:
         return torch.where(self.blocks < count, self.blocks, -1)
 
     def with_blocks(self, block_indices: Tensor) -> "TileLists":
-        """With the caller's blocks, ``(H, tiles, n)`` or ``(B, H, tiles, n)``."""
+        """With the caller's blocks, ``(H, tiles, n)`` or ``(B, H, tiles, n)``.
+
+        Raises:
+            ValueError: it is another number of tiles, which only this knows if no one has read the
+                lengths before, such as while torch.compile traces.
+        """
         rows = block_indices.transpose(-3, -2)
+        wanted = self.tiles.total if rows.ndim == 3 else max(self.tiles.counts, default=0)
+        if rows.shape[-3] != wanted:
+            raise ValueError(
+                f"block_indices must have {wanted} tiles, those with new tokens, got "
+                f"{rows.shape[-3]}"
+            )
         if rows.ndim == 4:
             rows = rows[self.tiles.owner, self.tiles.local]
         return replace(self, blocks=fit_slots(rows, self.blocks.shape[-1]))
