@@ -42,6 +42,7 @@ from measuring.tables import Table, quantile_columns, ratio_of_medians, rounded
 from measuring.workloads import Tensors
 from nsa.config import NSAConfig
 from nsa.fused.attention import selected_attention, selected_attention_backward
+from nsa.fused.kernel_calls import row_statistics
 from nsa.fused.plan import make_plan
 
 FIELDS = (
@@ -178,7 +179,8 @@ def our_steps(tensors: Tensors, blocks: Tensor, config) -> tuple:
     out, lse = forward()
 
     def backward():
-        return selected_attention_backward(tensors.dout, q, k, v, out, lse, blocks, plan)
+        of_rows = row_statistics(tensors.dout[0], out[0], lse, None)
+        return selected_attention_backward(tensors.dout, q, k, v, of_rows, blocks, plan)
 
     return forward, backward, lambda: (out, *backward())
 

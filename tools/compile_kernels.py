@@ -73,14 +73,16 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
             importance,
             inverted_index,
             listed_backward,
+            padded_rows,
+            row_statistics,
             selected_backward,
             selected_band,
             selected_forward,
         )
 
         by_dtype += [importance, selected_forward, selected_band]
-        by_dtype += [selected_backward, listed_backward, float_sums]
-        others += [inverted_index, decode_append, decode_compressed, decode_select]
+        by_dtype += [selected_backward, row_statistics, listed_backward, float_sums]
+        others += [padded_rows, inverted_index, decode_append, decode_compressed, decode_select]
         others += [decode_tile_select, decode_attend, decode_combine]
     for kernels in by_dtype:
         for dtype in ("bfloat16", "float16"):

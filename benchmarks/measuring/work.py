@@ -76,7 +76,8 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
         "compress_pair": Work(2 * (key + compressed_key), 0),
         "select_blocks": Work(query + compressed_key + 4 * listed, 2 * dim * scored),
         "combine_branches": Work(5 * query, 0),
-        "combine_branches_backward": Work(8 * query, 0),
+        # dout, the branches' outputs and q.
+        "combine_branches_backward": Work(5 * query, 0),
         "query_gradient": Work(4 * query, 0),
         # Adds to the gradients of the window's and the selected branch's keys.
         "compress_pair_backward": Work(2 * (3 * key + compressed_key), 0),
@@ -95,8 +96,8 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
     for name, (count, keys) in branches.items():
         flops = [attention_flops(heads * count, dim, backward) for backward in (False, True)]
         work[name] = Work(2 * query + 2 * keys, flops[0])
-        # q, out, dout and dq; keys, values and their gradients.
-        work[f"{name}_backward"] = Work(4 * query + 4 * keys, flops[1])
+        # q, dout and dq; keys, values and their gradients.
+        work[f"{name}_backward"] = Work(3 * query + 4 * keys, flops[1])
     return work
 
 

@@ -93,7 +93,11 @@ def forward(
         compress_v_weight=widen_square(compress_v_weight, dim),
     )
     keys = _Keys(num_keys=inputs.k.shape[1], cu_seqlens_k=cu_seqlens_k)
-    sizes = make_sizes(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen_k, config, **keys)
+    sizes = make_sizes(
+        *(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen_k, config),
+        **keys,
+        given_gates=inputs.gates is not None,
+    )
     schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
     schedule = schedule._replace(recompute_window=recompute_window)
     block_indices = _unit_major(block_indices, sizes, save)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nsa.fused.fa4_call import Call
 from nsa.fused.fa4_variants import Mask, Window, dense_mask
-from nsa.fused.kernel_inputs import BlockLists
+from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from nsa.host import may_keep
 
 WRITTEN_FOR = "4.0.0b36"
@@ -71,7 +71,8 @@ def dense_forward(
         key_times: (stride, first) instead of both: a query sees the keys ``j`` with
             ``j * stride + first`` at most its own index. No tile is skipped.
         cu_seqlens_q: int32 ``(S + 1,)``, and ``cu_seqlens_k`` likewise.
-        out, lse: where to write the results, with stride 1 in the last dimension; by default new.
+        out, lse: where to write the results, ``out`` with stride 1 in the last dimension; by
+            default new.
 
     Returns:
         out: ``(B, Sq, H, Dv)`` or ``(Tq, H, Dv)`` in the dtype of ``q``.
@@ -87,8 +88,7 @@ def dense_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    statistics: RowStatistics,
     *,
     scale: float,
     causal: bool,
@@ -102,7 +102,8 @@ def dense_backward(
 
     Args:
         dout: gradient of ``out``, in its shape and dtype.
-        q, k, v, out, lse: arguments and results of :func:`dense_forward`; the rest as there.
+        q, k, v: arguments of :func:`dense_forward`; the rest as there.
+        statistics: float32, in the shape of ``lse``, with any strides.
         dq: where to write the gradient of ``q``, with stride 1 in the last dimension.
 
     Returns:
@@ -110,7 +111,7 @@ def dense_backward(
     """
     mask, window = dense_mask(causal, window_size, key_times)
     bounds = (cu_seqlens_q, cu_seqlens_k)
-    return _backward(dout, Call(q, k, v, scale, mask, window, bounds), out, lse, dq)
+    return _backward(dout, Call(q, k, v, scale, mask, window, bounds), statistics, dq)
 
 
 def sparse_forward(
@@ -147,8 +148,7 @@ def sparse_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    statistics: RowStatistics,
     lists: BlockLists,
     *,
     scale: float,
@@ -159,7 +159,8 @@ def sparse_backward(
 
     Args:
         dout: gradient of ``out``, in its shape and dtype.
-        q, k, v, out, lse: arguments and results of :func:`sparse_forward`.
+        q, k, v: arguments of :func:`sparse_forward`.
+        statistics: float32, in the shape of ``lse``, with any strides.
         lists: the transpose of the forward's: query blocks of each key block and head.
         scale, causal, key_limit: as in forward.
 
@@ -167,7 +168,7 @@ def sparse_backward(
         dq, dk, dv: in the shapes and dtype of ``q``, ``k`` and ``v``.
     """
     call = _sparse_call(q, k, v, lists, scale, causal, key_limit)
-    return _backward(dout, call, out, lse, None)
+    return _backward(dout, call, statistics, None)
 
 
 def _forward(call: Call, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -185,7 +186,7 @@ def _forward(call: Call, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor
 
 
 def _backward(
-    dout: Tensor, call: Call, out: Tensor, lse: Tensor, dq: Tensor | None
+    dout: Tensor, call: Call, statistics: RowStatistics, dq: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _readable(call)
     q, k, v = call[:3]
@@ -196,7 +197,7 @@ def _backward(
         )
     grads = (torch.empty_like(q) if dq is None else dq, torch.empty_like(k), torch.empty_like(v))
     if q.numel() and k.numel():
-        _kernels().launch_backward(_aligned(dout), call, _aligned(out), lse, grads)
+        _kernels().launch_backward(_aligned(dout), call, statistics, grads)
     else:
         for grad in grads:
             grad.zero_()

@@ -1,4 +1,4 @@
-"""A call of FlashAttention-4's kernels: tensors, options, and the float32 buffers of a backward."""
+"""A call of FlashAttention-4's kernels: tensors, options, and the float32 sums of a backward."""
 
 from typing import Any, NamedTuple
 
@@ -66,31 +66,28 @@ def _repeated(x: Tensor) -> tuple[int, ...]:
 
 
 class Sums(NamedTuple):
-    """Float32 buffers of a backward; ``dk`` and ``dv`` only if heads share a KV head."""
+    """Float32 sums of a backward; ``dk`` and ``dv`` only if heads share a KV head."""
 
-    softmax: Tensor
-    lse_log2: Tensor
     dq: Tensor
     dk: Tensor | None = None
     dv: Tensor | None = None
 
     @classmethod
     def new(cls, call: Call, variant: Variant, tile: BackwardTile) -> "Sums":
-        """Buffers with FA4's rows and channels. Only ``dk`` and ``dv`` must start at 0."""
+        """Zeros in FA4's rows and channels."""
         kind: dict[str, Any] = dict(dtype=torch.float32, device=call.q.device)
-        leading, rows = _rounded_rows(call.q, call.bounds[0], tile.queries)
+        leading, rows = rounded_rows(call.q, call.bounds[0], tile.queries)
         channels = _round_up(variant.head_dim, tile.channels)
-        softmax, lse_log2 = torch.empty((2, *leading, rows), **kind).unbind()
-        dq = torch.empty((*leading, rows * channels), **kind)
+        dq = torch.zeros((*leading, rows * channels), **kind)
         if not variant.adds_keys:
-            return cls(softmax, lse_log2, dq)
+            return cls(dq)
         # The kernels use one head dimension for both if heads share a KV head.
-        leading, rows = _rounded_rows(call.k, call.bounds[1], tile.keys)
+        leading, rows = rounded_rows(call.k, call.bounds[1], tile.keys)
         dk_dv = torch.zeros((2, *leading, rows * channels), **kind).unbind()
-        return cls(softmax, lse_log2, dq, *dk_dv)
+        return cls(dq, *dk_dv)
 
 
-def _rounded_rows(x: Tensor, bounds: Tensor | None, tile: int) -> tuple[tuple[int, ...], int]:
+def rounded_rows(x: Tensor, bounds: Tensor | None, tile: int) -> tuple[tuple[int, ...], int]:
     """Leading dimensions, and the rows of a head if each sequence starts at a new tile."""
     length, heads = x.shape[-3:-1]
     if bounds is None:
@@ -108,7 +105,8 @@ def padded_rows(length: int, sequences: int | None, tile: int) -> int:
 def sums_bytes(
     heads: int, kv_heads: int, head_dim: int, queries: int, keys: int, sequences: int | None = None
 ) -> int:
-    """Bytes of :class:`Sums`, at most, for so many queries and keys in one entry of a batch."""
+    """Bytes of :class:`Sums` and of padded statistics, at most, for so many queries and keys in one
+    entry of a batch."""
     numbers = heads * padded_rows(queries, sequences, LARGEST_TILE) * (head_dim + 2)
     if heads > kv_heads:
         numbers += 2 * kv_heads * padded_rows(keys, sequences, LARGEST_TILE) * head_dim

@@ -5,20 +5,31 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nsa.fused import kernel_calls
-from nsa.fused.kernel_inputs import IN_ORDER, Placements
+from nsa.fused.kernel_inputs import (
+    IN_ORDER,
+    Placements,
+    RowStatistics,
+    StatisticsPlacements,
+)
 from nsa.fused.sizes import Sizes
 
 Branches = tuple[Tensor, Tensor, Tensor]
 
 
 class GatingGradients(NamedTuple):
-    """Gradients of the branches, in the layout of the branches, and of the other inputs or None.
+    """What the branches' backwards take, and the gradients of the other inputs or None.
 
-    ``logits (B, T, H, 3)`` are the sigmoids' inputs with ``gate_proj_weight``, in float32 for
-    16-bit inputs. :func:`query_gradient` passes their gradient on to ``q``.
+    Attributes:
+        douts: of each branch the gradient of its output, in its layout, without the gate where that
+            is in ``statistics``.
+        statistics: of each branch, in the layout of its log-sum-exp.
+        logits: ``(B, T, H, 3)``, the sigmoids' inputs with ``gate_proj_weight``, in float32 for
+            16-bit inputs. :func:`query_gradient` passes their gradient on to ``q``.
+        gates, gate_proj_weight: like these.
     """
 
-    branches: Branches
+    douts: Branches
+    statistics: tuple[RowStatistics | None, RowStatistics, RowStatistics]
     logits: Tensor | None
     gates: Tensor | None
     gate_proj_weight: Tensor | None
@@ -52,17 +63,23 @@ def combine_branches(
 def combine_branches_backward(
     dout: Tensor,
     branches: Branches,
+    lses: tuple[Tensor | None, Tensor, Tensor],
     q: Tensor,
     gates: Tensor | None,
     gate_proj_weight: Tensor | None,
+    statistics_placements: StatisticsPlacements,
     placements: Placements = IN_ORDER,
 ) -> GatingGradients:
-    """Gradients of :func:`combine_branches` for ``dout (B, T, H, D)``."""
+    """Gradients of :func:`combine_branches` for ``dout (B, T, H, D)``.
+
+    ``lses`` are the branches' log-sum-exps, that of the compressed branch None if it has no keys;
+    ``statistics_placements`` say where tokens lie in them.
+    """
     weight = None if gates is not None else gate_proj_weight
-    do_cmp, do_slc, do_win, dlogits, dgates, dweight = kernel_calls.gating_backward(
-        dout, *branches, q, gates, weight, placements
+    gradients = kernel_calls.gating_backward(
+        dout, *branches, *lses, q, gates, weight, statistics_placements, placements
     )
-    return GatingGradients((do_cmp, do_slc, do_win), dlogits, dgates, dweight)
+    return GatingGradients(*gradients)
 
 
 def query_gradient(
@@ -86,5 +103,14 @@ def query_gradient(
 
 
 def gate_gradient_bytes(sizes: Sizes) -> int:
-    """Bytes of the gradients of the logits or gates, in float32."""
-    return sizes.tokens * sizes.num_heads * 3 * 4
+    """Bytes of the gradients of the logits or gates, in float32, and of the row statistics."""
+    return sizes.tokens * sizes.num_heads * 3 * 4 + 2 * sizes.lses
+
+
+def output_gradient_bytes(sizes: Sizes) -> list[int]:
+    """Bytes of the branches' output gradients that :func:`combine_branches_backward` writes."""
+    placed = (not sizes.in_order, not sizes.in_order, False)
+    return [
+        output if sizes.given_gates or is_placed else 0
+        for output, is_placed in zip(sizes.outputs(), placed, strict=True)
+    ]

@@ -20,7 +20,9 @@ from nsa.fused.kernel_inputs import (
     BlockLists,
     Pair,
     Placements,
+    RowStatistics,
     Rule,
+    StatisticsPlacements,
     TokenBlocks,
     TokenTiles,
 )
@@ -65,25 +67,46 @@ def gating_backward(
     o_cmp: Tensor,
     o_slc: Tensor,
     o_win: Tensor,
+    lse_cmp: Tensor | None,
+    lse_slc: Tensor,
+    lse_win: Tensor,
     q: Tensor,
     gates: Tensor | None,
     weight: Tensor | None,
+    statistics_placements: StatisticsPlacements,
     placements: Placements = IN_ORDER,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[
+    tuple[Tensor, Tensor, Tensor],
+    tuple[RowStatistics | None, RowStatistics, RowStatistics],
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+]:
     """Gradients of :func:`gating_forward`, in one pass; the same bits each time on a device.
 
-    With ``dgate_i = <dout, o_i>`` and ``dlogit_i = dgate_i * g_i * (1 - g_i)``:
-    ``do_i = g_i * dout`` and ``dweight[h, i] = sum_r dlogit_i * q``, summed in float32.
-    :func:`query_gradient` adds what ``dlogits`` contribute to the gradient of ``q``.
+    With ``dgate_i = <dout, o_i>`` and ``dlogit_i = dgate_i * g_i * (1 - g_i)`` it is
+    ``dweight[h, i] = sum_r dlogit_i * q``, summed in float32. :func:`query_gradient` adds what
+    ``dlogits`` contribute to the gradient of ``q``.
+
+    The branches' gradients are ``g_i * dout``, but they are not written: the gate goes into the
+    log-sum-exp of the :class:`RowStatistics`, and ``delta_i = <dout, o_i>``. Gates that are given
+    may be 0 or less, so they have no logarithm. With them, branch gradients are written, the
+    log-sum-exp has no gate, and ``delta_i`` is the product of the rounded gradient and ``o_i``.
 
     Args:
         dout: ``(..., H, D)``; the rest as in forward.
+        lse_cmp, lse_slc, lse_win: float32, natural log-sum-exps of the branches, contiguous.
+            ``lse_cmp`` is None if that branch needs no statistics.
+        statistics_placements: where each row and head lies in these.
 
     Returns:
-        ``(do_cmp, do_slc, do_win, dlogits, dgates, dweight)``: ``dlogits`` float32 ``(..., H, 3)``,
-        the others in the shape and dtype of what they are the gradient of. ``dlogits`` and
-        ``dweight`` are None without ``weight``, ``dgates`` without ``gates``. A gradient with a
-        placement is 0 where no row lies.
+        douts: of each branch the gradient to pass to its backward: ``dout`` itself, or with
+            ``gates`` or a placement a new tensor in the shape of the branch's output. With a
+            placement it is 0 where no row lies.
+        statistics: of each branch, in the shape of its log-sum-exp. Where no row lies, P is 0.
+        dlogits: float32 ``(..., H, 3)``; None without ``weight``.
+        dgates: ``(..., H, 3)`` in the dtype of ``gates``; None without these.
+        dweight: like ``weight``; None without it.
     """
     return _kernels("gates").gating_backward(**locals())
 
@@ -301,8 +324,7 @@ def listed_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    statistics: RowStatistics,
     lists: BlockLists,
     scale: float,
     key_limit: Tensor | None,
@@ -310,11 +332,11 @@ def listed_backward(
     """Gradients of attention to listed key blocks; the last bits of dk and dv vary.
 
     Args:
-        dout: ``(1, Tq, H, D)``, the gradient of ``out``.
+        dout: ``(1, Tq, H, D)``, the gradient of the output.
         q: ``(1, Tq, H, D)``, bfloat16 or float16. Slices of heads of any input are read in place.
             ``Tq`` is a multiple of ``lists.query_block``.
         k, v: ``(1, Tk, H_kv, D)``, ``Tk`` a multiple of 64.
-        out, lse: results of :func:`nsa.fused.fa4.sparse_forward`, ``lse (1, H, Tq)``.
+        statistics: float32 ``(1, H, Tq)``.
         lists: the forward's lists, with blocks of 64 keys.
         scale: positive.
         key_limit: int32 ``(Tq,)``, at most ``Tk``: a query sees the keys before its limit. None:
@@ -396,26 +418,38 @@ def selected_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    statistics: RowStatistics,
     block_indices: Tensor,
     blocks: TokenBlocks,
     block_size: int,
     scale: float,
     causal: bool,
-    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in the dtype of q; their last bits vary from run to run.
 
     Those of keys that no token sees are 0.
 
     Args:
-        dout: ``(T, H, Dv)``, the gradient of ``out``.
+        dout: ``(T, H, Dv)``, the gradient of the output.
         q, k, v: arguments of the forward, like all others that it shares.
-        out, lse: results of the forward.
-        dlse: float32 ``(T, H)``, the gradient of ``lse``; not used where that is -inf. None for 0.
+        statistics: float32 ``(T, H)``; not used for a token with no block.
     """
     return _kernels("selected_backward").selected_backward(**locals())
+
+
+def row_statistics(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> RowStatistics:
+    """The statistics of attention alone.
+
+    Args:
+        dout: ``(T, H, Dv)``, the gradient of ``out``; bfloat16 or float16.
+        out, lse: results of :func:`selected_forward`.
+        dlse: float32 ``(T, H)``, the gradient of ``lse``; None for 0. ``delta`` is less by it: then
+            ``dS = P * (dP - delta)`` has what comes through the log-sum-exp, whose derivative is P.
+
+    Returns:
+        float32 ``(T, H)`` each.
+    """
+    return _kernels("row_statistics").row_statistics(**locals())
 
 
 def top_blocks(

@@ -9,22 +9,24 @@ replace the functions of that module. For all four:
   none gets output 0 and ``lse`` -inf, and sends no gradient.
 - ``lse`` is float32: the natural logarithm of the sum of ``exp(scale * q . k)`` over visible keys.
 - Inputs may be strided (copied unless the last dimension is contiguous). ``out`` and ``lse`` are
-  contiguous, and a gradient has the layout of its input. All but ``lse`` are in the dtype of ``q``.
-  Gradients with respect to ``k`` and ``v`` are summed over the heads of a group.
+  contiguous, and a gradient has the layout of its input. All but ``lse`` and ``statistics`` are in
+  the dtype of ``q``. Gradients of ``k`` and ``v`` are summed over the heads of a group.
 - Forward gives the same bits each time. Backward adds into float32 in any order.
 - Values that no query may see must still be finite: they are multiplied by 0, not skipped.
-- Backward takes only ``dout`` of ``out``; no gradient flows through ``lse``.
+- Backward takes, of the forward's results, only ``statistics``: :class:`RowStatistics`, two tensors
+  in the shape of ``lse``, with any strides. ``dout`` is the gradient of ``out``, or of what ``out``
+  is multiplied by a gate for; then the gate is in the statistics.
 
 ``dense_forward(q, k, v, *, scale, causal, window_size, key_times, cu_seqlens_q, cu_seqlens_k,
 out, lse) -> (out, lse)`` and
-``dense_backward(dout, q, k, v, out, lse, *, ...the same, dq) -> (dq, dk, dv)``
+``dense_backward(dout, q, k, v, statistics, *, ...the same, dq) -> (dq, dk, dv)``
 
     Batched ``q (B, Sq, H, D)``, ``k (B, Sk, H_kv, D)``, ``v (B, Sk, H_kv, Dv)``,
     ``out (B, Sq, H, Dv)``, ``lse (B, H, Sq)``. Packed, with ``cu_seqlens_*`` int32 ``(S + 1,)``:
     ``q (Tq, H, D)``, ``k (Tk, H_kv, D)``, ``lse (H, Tq)``.
     Sequences may end before the tensors do. Results past the end are not written, and backward
-    does not read ``out`` there. If ``out`` and ``lse``, or ``dq``, are given, results are written
-    to them; they may be strided.
+    does not read ``statistics`` there. If ``out`` and ``lse``, or ``dq``, are given, results are
+    written to them; they may be strided.
 
     Positions are aligned at the end: query ``i`` of ``Sq`` has the position of key
     ``p = i + Sk - Sq``. With ``window_size=(left, right)`` it sees keys ``p - left`` to
@@ -33,7 +35,7 @@ out, lse) -> (out, lse)`` and
     ``j * stride + first <= i``. ``Dv`` may differ from ``D``, in backward only if ``H == H_kv``.
 
 ``sparse_forward(q, k, v, lists, *, scale, causal, key_limit) -> (out, lse)`` and
-``sparse_backward(dout, q, k, v, out, lse, lists, *, scale, causal, key_limit) -> (dq, dk, dv)``
+``sparse_backward(dout, q, k, v, statistics, lists, *, scale, causal, key_limit) -> (dq, dk, dv)``
 
     ``q (1, Tq, H, D)``, ``k (1, Tk, H_kv, D)``, ``v (1, Tk, H_kv, Dv)``, ``lse (1, H, Tq)``.
     A query sees the keys of the blocks listed for its block, if the mask allows it. ``causal`` is
@@ -87,30 +89,55 @@ class BlockLists(NamedTuple):
     key_block: int
 
 
-class Placement(NamedTuple):
-    """Where every token's heads lie in a contiguous buffer of vectors ``(D,)``.
+class RowStatistics(NamedTuple):
+    """What the backward of attention needs of each row and head, beside its inputs.
 
-    Head ``h`` of token ``r`` is vector
-    ``place[r] * unit + h // group * group_stride + h % group`` of the buffer. A token without a
-    place reads as 0 and is not written. No two tokens share a vector.
+    With ``P = exp2(scale * log2(e) * S - lse_log2)`` it is ``dV = P^T dout`` and
+    ``dS = P * (dout V^T - delta)``. Float32, or in tests the dtype of sums.
+
+    For attention alone, ``lse_log2`` is the log-sum-exp times log2(e) and ``delta`` the sum of
+    ``dout * out``. A gate ``g`` of the output goes into the first: it is less by ``log2(g)``, so
+    that P has the factor g, and ``dout`` is the gradient of the gated sum.
 
     Attributes:
-        place: int32 ``(R,)``, contiguous; -1 for none.
-        unit: vectors from one place to the next.
-        group: number of adjacent heads: those of a KV head, or all.
-        group_stride: vectors from the first head of one group to the first of the next.
+        lse_log2: infinity, so that P is 0, for a row that sees no key or whose gate is 0.
+        delta: any finite number where P is 0.
     """
 
-    place: Tensor
+    lse_log2: Tensor
+    delta: Tensor
+
+
+class Placement(NamedTuple):
+    """Where every token's heads lie in a contiguous buffer of vectors ``(D,)``, or of numbers.
+
+    Head ``h`` of token ``r`` is vector
+    ``place[r] * unit + h // group * group_stride + h % group * head_stride`` of the buffer. A token
+    without a place reads as 0 and is not written. No two tokens share a vector.
+
+    Attributes:
+        place: int32 ``(R,)``, contiguous; -1 for none. None if the place of token ``r`` is ``r``.
+        unit: vectors from one place to the next.
+        group: number of heads whose distance is ``head_stride``: those of a KV head, or all.
+        group_stride: vectors from the first head of one group to the first of the next.
+        head_stride: vectors from a head to the next of the group.
+    """
+
+    place: Tensor | None
     unit: int
     group: int
     group_stride: int
+    head_stride: int = 1
 
 
 Placements = tuple[Placement | None, Placement | None]
 """Placements of the compressed and the selected branch; None for token order."""
 
 IN_ORDER: Placements = (None, None)
+
+StatisticsPlacements = tuple[Placement | None, Placement, Placement]
+"""Where the log-sum-exps and statistics of the branches lie: compressed, selected, window. None if
+there are no compressed tokens."""
 
 
 MAX_GROUP = 32

@@ -9,7 +9,7 @@ from nsa.fused.attention.selected import selected_backward_bytes, selected_forwa
 from nsa.fused.attention.window import window_backward_bytes
 from nsa.fused.block_lists import list_bytes
 from nsa.fused.compression import compress_bytes
-from nsa.fused.gating import gate_gradient_bytes
+from nsa.fused.gating import gate_gradient_bytes, output_gradient_bytes
 from nsa.fused.selection import select_bytes
 from nsa.fused.sizes import Sizes
 
@@ -36,11 +36,11 @@ def forward_bytes(sizes: Sizes) -> int:
 def backward_bytes(sizes: Sizes) -> int:
     """Peak of a backward, without the outputs of the branches.
 
-    While a branch runs, memory holds the output gradients of the branches still to come, the
-    branch's own gradients, and those of the branches before it.
+    While a branch runs, memory holds the output gradients, if written, of the branches still to
+    come, the branch's own gradients, and those of the branches before it.
     """
-    dout, grads = sizes.query, sizes.query + 2 * sizes.key
-    window = 3 * dout + window_backward_bytes(sizes)
-    selected = 2 * dout + grads + selected_backward_bytes(sizes)
-    compressed = dout + 2 * grads + compress_bytes(sizes) + compressed_backward_bytes(sizes)
+    douts, grads = output_gradient_bytes(sizes), sizes.query + 2 * sizes.key
+    window = sum(douts) + window_backward_bytes(sizes)
+    selected = sum(douts[:2]) + grads + selected_backward_bytes(sizes)
+    compressed = douts[0] + 2 * grads + compress_bytes(sizes) + compressed_backward_bytes(sizes)
     return gate_gradient_bytes(sizes) + max(window, selected, compressed)

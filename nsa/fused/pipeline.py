@@ -67,8 +67,9 @@ class Inputs(NamedTuple):
 class BranchResults(NamedTuple):
     """The outputs and log-sum-exps of the branches.
 
-    Outputs lie as :meth:`nsa.fused.plan.Plan.query_placements` says. Those of the window are None
-    if backward computes them again, by :func:`attend_window`.
+    Outputs lie as :meth:`nsa.fused.plan.Plan.query_placements` says, log-sum-exps as
+    :meth:`nsa.fused.plan.Plan.statistics_placements`. Those of the window are None if backward
+    computes them again, by :func:`attend_window`.
     """
 
     o_cmp: Tensor
@@ -217,33 +218,38 @@ def backward(
     """
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
-    placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
+    heads = (q.shape[2], inputs.k.shape[2])
+    placements, statistics_placements = (
+        plan.query_placements(*heads),
+        plan.statistics_placements(*heads),
+    )
+    assert branches.lse_win is not None  # as of o_win
+    lse_cmp = None if statistics_placements[0] is None else branches.lse_cmp
     gating = combine_branches_backward(
         dout,
         branches.outputs,
+        (lse_cmp, branches.lse_slc, branches.lse_win),
         q,
         inputs.gates,
         inputs.gate_proj_weight,
+        statistics_placements,
         placements,
     )
-    branch_grads = list(gating.branches)
-    dlogits, dgates, dgate_weight = gating[1:]
+    douts, (statistics_cmp, statistics_slc, statistics_win) = list(gating.douts), gating.statistics
+    dlogits, dgates, dgate_weight = gating[2:]
     del gating
 
     side_stream = SideStream(q)
-    assert branches.o_win is not None
-    assert branches.lse_win is not None
     dq_win, dk_win, dv_win = window_attention_backward(
-        branch_grads.pop(), q, k_win, v_win, branches.o_win, branches.lse_win, plan
+        douts.pop(), q, k_win, v_win, statistics_win, plan
     )
     with side_stream:
         dq_slc, dk_slc, dv_slc = selected_attention_backward(
-            branch_grads.pop(), q, k_slc, v_slc, branches.o_slc, branches.lse_slc, block_indices,
-            plan,
-        )  # fmt: skip
+            douts.pop(), q, k_slc, v_slc, statistics_slc, block_indices, plan
+        )
         k_cmp, v_cmp = inputs.compressed(plan)
         dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
-            branch_grads.pop(), q, k_cmp, v_cmp, branches.o_cmp, branches.lse_cmp, groups, plan
+            douts.pop(), q, k_cmp, v_cmp, statistics_cmp, groups, plan
         )
     dq = query_gradient(
         (dq_cmp, dq_slc, dq_win),

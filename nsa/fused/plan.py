@@ -20,7 +20,9 @@ from nsa.fused.compressed_forms import (
 )
 from nsa.fused.kernel_inputs import (
     IN_ORDER,
+    Placement,
     Placements,
+    StatisticsPlacements,
     TokenBlocks,
     TokenTiles,
     make_token_blocks,
@@ -117,6 +119,27 @@ class Plan:
         if self.compressed_form is CompressedForm.FOLDED_ROWS:
             return self.folded.placement(num_heads, num_kv_heads), selected
         return None, selected
+
+    def statistics_placements(self, num_heads: int, num_kv_heads: int) -> StatisticsPlacements:
+        """Where log-sum-exps and statistics lie in the compressed, selected and window branch.
+
+        Where queries are in order, these are ``(H, B * T)``; in token mode's selected branch
+        ``(B * T, H)``. Elsewhere they are in the rows of their kernel: folded ``(rows, heads)``, or
+        aligned ``(1, H, rows)``. The compressed branch has none without compressed tokens.
+        """
+        tokens = self.batch * self.geometry.queries.rows.total
+        by_head = Placement(None, 1, num_heads, 0, tokens)
+        selected = Placement(None, num_heads, num_heads, 0)
+        if self.config.selection == "tile":
+            selected = self.queries.statistics_placement(num_heads, self.batch)
+        compressed: Placement | None = by_head
+        if self.compressed_form is CompressedForm.NONE:
+            compressed = None
+        elif self.compressed_form is CompressedForm.LISTED:
+            compressed = selected
+        elif self.compressed_form is CompressedForm.FOLDED_ROWS:
+            compressed = self.folded.placement(num_heads, num_kv_heads)
+        return compressed, selected, by_head
 
     def align_queries(self, q: Tensor) -> Tensor:
         """``q (B, T, H, D)`` in aligned rows, ``(1, B * rows, H, D)``; unchanged in token mode."""

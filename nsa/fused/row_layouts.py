@@ -34,6 +34,7 @@ class AlignedRows:
         self.single = items.single
         self.segments = self._align(items, alignment)
         """Where each sequence lies in the row of one entry of the batch."""
+        self._rows_of_batch: dict[int, Tensor | None] = {}
 
     @staticmethod
     def _align(items: Segments, alignment: int) -> Segments:
@@ -84,6 +85,15 @@ class AlignedRows:
     def placement(self, num_heads: int) -> Placement:
         """Where the heads of each item lie in the rows of a batch of one."""
         return Placement(self._row_of_item, num_heads, num_heads, 0)
+
+    def statistics_placement(self, num_heads: int, batch: int) -> Placement:
+        """Where each item lies in ``(1, H, B * rows)``."""
+        if batch not in self._rows_of_batch:
+            rows_are_items = self.single and (batch == 1 or self.rows == self.items.total)
+            self._rows_of_batch[batch] = (
+                None if rows_are_items else over_batch(self._row_of_item, batch, self.rows)
+            )
+        return Placement(self._rows_of_batch[batch], 1, num_heads, 0, batch * self.rows)
 
 
 class FoldedQueries:
@@ -189,9 +199,9 @@ class FoldedQueries:
 
     @cached_property
     def _lse_index(self) -> Tensor:
-        """The ``(d, rows)`` index of each token; any for queries left out: int64 ``(T,)``."""
+        """The ``(rows, d)`` index of each token; any for queries left out: int64 ``(T,)``."""
         row, slot = self._place
-        return slot * self.rows.total + row.clamp(min=0)
+        return row.clamp(min=0) * self.size + slot
 
     def placement(self, num_heads: int, num_kv_heads: int) -> Placement:
         """Where :meth:`fold` puts the heads of each token. Queries left out have no place."""
@@ -203,8 +213,8 @@ class FoldedQueries:
         return Placement(self._places[num_kv_heads], group, group, self.size * group)
 
     def unfold_lse(self, lse: Tensor, num_kv_heads: int) -> Tensor:
-        """``(H_kv * d * G, rows)`` to ``(1, H, T)``; undefined for queries left out."""
-        by_head = lse.unflatten(0, (num_kv_heads, self.size, -1)).transpose(1, 2).flatten(2)
+        """``(rows, H_kv * d * G)`` to ``(1, H, T)``; undefined for queries left out."""
+        by_head = lse.unflatten(1, (num_kv_heads, self.size, -1)).permute(1, 3, 0, 2).flatten(2)
         return by_head.index_select(2, self._lse_index).flatten(0, 1)[None]
 
 

@@ -125,8 +125,9 @@ def _gradients(
     with torch.cuda.device_of(q), without_autocast(q.device):
         blocks = _blocks(q, k, cu_seqlens, cu_seqlens_k, block_size, causal)
         lists = (flat(block_indices), blocks, block_size, scale, causal)
+        statistics = kernel_calls.row_statistics(flat(dout), flat(out), flat(lse), dlse)
         grads = kernel_calls.selected_backward(
-            flat(dout), flat(q), flat(k), flat(v), flat(out), flat(lse), *lists, dlse
+            flat(dout), flat(q), flat(k), flat(v), statistics, *lists
         )
     dq, dk, dv = (grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv

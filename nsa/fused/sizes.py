@@ -17,6 +17,8 @@ from nsa.fused.compressed_forms import (
     results_in_order,
 )
 
+_BRANCHES = ("cmp", "slc", "win")
+
 
 class Sizes(NamedTuple):
     """Sizes of a call, or of a chunk of its KV heads.
@@ -32,6 +34,7 @@ class Sizes(NamedTuple):
         head_dim: the kernels' head dimension.
         itemsize: bytes of an element of ``q``.
         config: block sizes and counts.
+        given_gates: whether the caller gives the gates.
     """
 
     batch: int
@@ -45,6 +48,7 @@ class Sizes(NamedTuple):
     head_dim: int
     itemsize: int
     config: NSAConfig
+    given_gates: bool = False
 
     def of_heads(self, num_kv_heads: int) -> "Sizes":
         """The sizes with ``num_kv_heads`` KV heads and their query heads."""
@@ -129,7 +133,8 @@ class Sizes(NamedTuple):
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the results of :meth:`nsa.fused.pipeline.Saved.tensors` that are not None.
 
-        Packed tile mode keeps outputs in the layout of the kernels, see
+        Log-sum-exps, and in packed tile mode outputs, are in the layout of the kernels, see
+        :meth:`nsa.fused.plan.Plan.statistics_placements` and
         :meth:`nsa.fused.plan.Plan.query_placements`.
         """
         selecting = self.num_kv_heads if self.token_mode else self.num_heads
@@ -155,8 +160,7 @@ class Sizes(NamedTuple):
 
     @property
     def _lse_in_order(self) -> tuple[int, ...]:
-        by_head = (self.num_heads, self.length)
-        return by_head if self.packed else (self.batch, *by_head)
+        return self.num_heads, self.batch * self.length
 
     def _compressed_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the output and log-sum-exp of the compressed branch."""
@@ -170,7 +174,7 @@ class Sizes(NamedTuple):
             rows = num_folded_rows(self.length, self.sequences, self.config, whole=self.whole)
             heads = self.num_heads * self.config.compress_stride
             folded = (1, rows, heads, self.head_dim)
-            return out if self.in_order else folded, (heads, rows)
+            return out if self.in_order else folded, (rows, heads)
         return out, self._lse_in_order
 
     def _selected_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -232,13 +236,21 @@ class Sizes(NamedTuple):
             return False
         return self.packed or self.length % self.config.q_tile_size != 0
 
+    def outputs(self) -> tuple[int, ...]:
+        """Bytes of the outputs of the compressed, selected and window branch."""
+        shapes = self.saved_shapes()
+        return tuple(_numel(shapes[f"o_{branch}"]) * self.itemsize for branch in _BRANCHES)
+
+    @property
+    def lses(self) -> int:
+        """Bytes of the log-sum-exps of the three branches."""
+        shapes = self.saved_shapes()
+        return sum(_numel(shapes[f"lse_{branch}"]) * 4 for branch in _BRANCHES)
+
     @property
     def branch_outputs(self) -> int:
         """Bytes of the outputs and log-sum-exps of the three branches."""
-        shapes = self.saved_shapes()
-        outputs = sum(_numel(shapes[f"o_{branch}"]) for branch in ("cmp", "slc", "win"))
-        lse = sum(_numel(shapes[f"lse_{branch}"]) for branch in ("cmp", "slc", "win"))
-        return outputs * self.itemsize + lse * 4
+        return sum(self.outputs()) + self.lses
 
     @property
     def indices(self) -> int:
@@ -256,11 +268,12 @@ def make_sizes(
     *,
     num_keys: int | None = None,
     cu_seqlens_k: Tensor | None = None,
+    given_gates: bool = False,
 ) -> Sizes:
     """Sizes of a call for ``q (B, Nq, H, D)``, with ``B = 1`` for packed input.
 
     ``num_keys`` and ``cu_seqlens_k`` as in :func:`nsa.fused.plan.make_plan`; ``max_seqlen_k``
-    likewise.
+    likewise. ``given_gates`` matters for memory alone.
     """
     batch, length, num_heads, head_dim = q.shape
     num_keys = length if num_keys is None else num_keys
@@ -276,6 +289,7 @@ def make_sizes(
         head_dim=head_dim,
         itemsize=q.element_size(),
         config=config,
+        given_gates=given_gates,
     )
 
 

@@ -34,6 +34,8 @@ from nsa.fused.compressed_forms import CompressedForm
 from nsa.fused.compression import compress_bytes
 from nsa.fused.fa4_call import Call, Sums, sums_bytes
 from nsa.fused.fa4_variants import Mask, backward_tile
+from nsa.fused.hardware import LOG2_E
+from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.memory import workspace_bytes
 from nsa.fused.pipeline import Inputs
 from nsa.fused.plan import make_plan, with_scale
@@ -184,13 +186,23 @@ def sums_beyond_rows(sizes, block_size: int, keys: int, copied: bool) -> int:
     return max(0, sparse_sums_bytes(sizes, block_size, keys) - unpacked)
 
 
+def statistics_of(lse: torch.Tensor) -> RowStatistics:
+    """Of a gradient of 0."""
+    hidden = lse == -torch.inf
+    return RowStatistics((lse * LOG2_E).masked_fill(hidden, torch.inf), torch.zeros_like(lse))
+
+
 def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
     """Each stage of a forward and a backward, on what the stages before it give."""
     q, k, v = inputs[:3]
     k_cmp, v_cmp = inputs.compressed(plan)
     q_rows = plan.align_queries(q)
     branches, blocks, groups = pipeline.attend(inputs, None, None, plan)
-    douts = {x: torch.randn_like(getattr(branches, f"o_{x}")) for x in ("cmp", "slc", "win")}
+    names = ("cmp", "slc", "win")
+    douts = {x: torch.randn_like(getattr(branches, f"o_{x}")) for x in names}
+    # Of gradients of the outputs of 0.
+    lses = [getattr(branches, f"lse_{x}") for x in names]
+    statistics = dict(zip(names, map(statistics_of, lses), strict=True))
     lse = compressed_lse(branches.lse_cmp, q, k_cmp, plan) if sizes.token_mode else None
     config, token_mode = sizes.config, sizes.token_mode
     compressed_inside = compressed_sums_bytes(sizes)
@@ -210,8 +222,8 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
         return pipeline._select_missing(q_rows, k_cmp, None, None, plan)
 
     def backward(branch, function, *tensors, chosen=()):
-        out = (getattr(branches, f"o_{branch}"), getattr(branches, f"lse_{branch}"))
-        return lambda: function(douts[branch], q, *tensors, *out, *chosen, plan)
+        of_branch = (douts[branch] * 0, q, *tensors, statistics[branch])
+        return lambda: function(*of_branch, *chosen, plan)
 
     # Token mode's selected branch allocates in its launchers, which are emulated.
     token_inside = selected_forward_bytes(sizes) if sizes.token_mode else 0

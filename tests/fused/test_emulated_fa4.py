@@ -45,7 +45,7 @@ def check(forward, backward, tensors, mask):
     torch.testing.assert_close(out, expected_out)
     torch.testing.assert_close(lse, expected_lse)
     dout = torch.randn_like(out)
-    gradients = backward(dout, *plain, out, lse, scale=0.3)
+    gradients = backward(dout, *plain, emulation.row_statistics(dout, out, lse), scale=0.3)
     expected = torch.autograd.grad(expected_out, tensors, dout)
     for actual, exact in zip(gradients, expected, strict=True):
         torch.testing.assert_close(actual, exact)
@@ -108,15 +108,16 @@ def test_packed_is_each_sequence_alone():
     packed = dict(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1])
     out, lse = emulation.dense_forward(q, k, v, **keywords, **packed)
     dout = torch.randn_like(out)
-    gradients = emulation.dense_backward(dout, q, k, v, out, lse, **keywords, **packed)
+    statistics = emulation.row_statistics(dout, out, lse)
+    gradients = emulation.dense_backward(dout, q, k, v, statistics, **keywords, **packed)
     split = [x.split(lengths_q) for x in (q, dout)] + [x.split(lengths_k) for x in (k, v)]
     parts = []
     for q1, dout1, k1, v1 in zip(*split, strict=True):
         alone = [x[None] for x in (q1, k1, v1)]
         results = emulation.dense_forward(*alone, **keywords)
-        parts.append(
-            (*results, *emulation.dense_backward(dout1[None], *alone, *results, **keywords))
-        )
+        statistics = emulation.row_statistics(dout1[None], *results)
+        gradients1 = emulation.dense_backward(dout1[None], *alone, statistics, **keywords)
+        parts.append((*results, *gradients1))
     for i, actual in enumerate((out, lse, *gradients)):
         expected = torch.cat([part[i][0] for part in parts], dim=1 if i == 1 else 0)
         torch.testing.assert_close(actual, expected)
@@ -208,8 +209,12 @@ def test_backward_refuses_other_pairs():
     )
     listed[3, 1, 0] = False
     lists = make_lists(listed, None, 64, 64, transposed=True)
-    with pytest.raises(AssertionError, match="different pairs"):
-        emulation.sparse_backward(out, q, k, v, out, lse, lists, scale=1.0, causal=False)
+    statistics = emulation.row_statistics(out, out, lse)
+    # With a gate of a half, P sums to that.
+    for log2_gate in (0, -1):
+        gated = statistics._replace(lse_log2=statistics.lse_log2 - log2_gate)
+        with pytest.raises(AssertionError, match="different pairs"):
+            emulation.sparse_backward(out, q, k, v, gated, lists, scale=1.0, causal=False)
 
 
 def test_fixture_replaces_the_kernels(fused_on_cpu):

@@ -6,12 +6,14 @@ from hypothesis import given, settings
 
 import nsa
 from nsa.fused.attention import selected_attention, selected_attention_backward
+from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.plan import Plan, with_scale
 from nsa.fused.selection import select_blocks
 from nsa.geometry import Geometry
 from nsa.reference import attention, selection
 from nsa.segments import QuerySegments, Segments, prefix_sum
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers import emulated_fa4
 from tests.helpers.pieces import CLOSE, assert_pieces_equal_whole, cut_problems
 from tests.helpers.profiles import WITH_FIXTURES, examples
 from tests.helpers.small_configs import tile_config, token_config
@@ -251,7 +253,12 @@ def test_segments_anywhere_share_keys(mode, causal):
         place = (lambda x: x) if mode == "token" else plan.queries.unpack
         torch.testing.assert_close(place(results[0])[0], out, **CLOSE)
         own_dout = dout[None] if mode == "token" else plan.queries.pack(dout[None])
-        dq, dk, dv = selected_attention_backward(own_dout, *batch, *results, blocks, plan)
+        by_row = mode == "token"
+        lse = results[1].T[None] if by_row else results[1]
+        statistics = emulated_fa4.row_statistics(own_dout, results[0], lse)
+        if by_row:
+            statistics = RowStatistics(*(x[0].T.contiguous() for x in statistics))
+        dq, dk, dv = selected_attention_backward(own_dout, *batch, statistics, blocks, plan)
     for actual, wanted in zip((place(dq), dk, dv), grads, strict=True):
         torch.testing.assert_close(actual[0], wanted, **CLOSE)
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
-from tests.helpers.gating_cases import FORMS, make_placements, make_problem, place
+from nsa.fused.hardware import LOG2_E
+from tests.helpers.gating_cases import (
+    FORMS,
+    in_order,
+    make_placements,
+    make_problem,
+    make_statistics,
+    place,
+)
 from tests.helpers.gpu_cases import slice_of_heads
 
 
@@ -29,13 +37,27 @@ def test_equals_autograd(form):
     out = slice_of_heads(torch.zeros_like(q))
     assert combine_branches(branches, q, gates, weight, out).data_ptr() == out.data_ptr()
     torch.testing.assert_close(out, expected)
-    actual = combine_branches_backward(slice_of_heads(dout), branches, q, gates, weight)
+    statistics = make_statistics((10, 3, 8), in_order(10, 3))
+    actual = combine_branches_backward(
+        slice_of_heads(dout), branches, statistics.lses, q, gates, weight, statistics.placements
+    )
     dq = query_gradient(branches, actual.logits, weight, out=branches[2])
     assert dq.data_ptr() == branches[2].data_ptr()
     # Of the branches' own gradients of q, which stand in for it here, one was written over.
     plain = sum(x.detach() for x in leaves[:3])
     own = [x for x in (actual.gates, actual.gate_proj_weight) if x is not None]
-    torch.testing.assert_close([*actual.branches, dq - plain, *own], list(grads))
+    torch.testing.assert_close([dq - plain, *own], list(grads[3:]))
+    for i, grad in enumerate(grads[:3]):
+        tensors = (statistics.lses[i], *actual.statistics[i])
+        # The selected branch is by row, the others are by head.
+        rows = [x.view(10, 3) if i == 1 else x.view(3, 10).T for x in tensors]
+        lse, lse_log2, delta = (x.reshape(2, 5, 3) for x in rows)
+        seen = lse > -torch.inf
+        assert torch.equal(lse_log2 < torch.inf, seen)
+        # The probability of a score of 0, with the gate and without.
+        gate = (lse * LOG2_E - lse_log2).exp2()[..., None]
+        torch.testing.assert_close((gate * actual.douts[i])[seen], grad[seen])
+        torch.testing.assert_close(delta, (actual.douts[i] * leaves[i]).sum(-1))
 
 
 @pytest.mark.usefixtures("fused_on_cpu")

@@ -23,6 +23,7 @@ LAUNCHERS = {
     "importance": ("importance_scores",),
     "selected_forward": ("selected_forward",),
     "selected_backward": ("selected_backward",),
+    "row_statistics": ("row_statistics",),
     "top_blocks": ("top_blocks",),
 }
 COMPOSED = ("gather_rows", "float32_products")

@@ -88,11 +88,19 @@ def test_estimate_by_hand():
     # float32 summaries twice and compressed keys; indices and lists.
     forward = branches + 2 * 8 + (2 * 0.5 + 0.5) + 2 * 0.25 + 2 * 0.125
     assert workspace_bytes(sizes, 2, save=False, recompute=False) == forward * mib
-    # In the window branch: gradients of three outputs, and of q, k and v; FA4's accumulators of
-    # them with two numbers a query; dlogits; what was selected.
-    accumulators = 128 + 2 * 2 + 2 * 32
-    backward = 3 * 64 + (64 + 2 * 16) + accumulators + 6 + 0.125
+    # In the compressed branch: gradients of q, k and v of two branches; compressed keys, copies of
+    # them for each query head, gradients of both; the gradient of q; FA4's accumulators of q with
+    # two numbers a query, and of a head's keys; dlogits; statistics; what was selected.
+    accumulators = 128 + 2 * 2 + 2 * 2
+    keys = 2 * 0.25 + 2 * 4 * 0.25 + 4 * 0.25 + 2 * 4 * 0.25
+    backward = 2 * (64 + 2 * 16) + keys + 64 + accumulators + 6 + 2 * 6 + 0.125
     assert workspace_bytes(sizes, 2, save=True, recompute=False) == (branches + backward) * mib
+    # With given gates, in the window branch: gradients of three outputs, and of q, k and v; FA4's
+    # accumulators of them with two numbers a query; the gates' gradients and statistics as above.
+    accumulators = 128 + 2 * 2 + 2 * 32
+    given = 3 * 64 + (64 + 2 * 16) + accumulators + 6 + 2 * 6 + 0.125
+    whole = sizes._replace(given_gates=True)
+    assert workspace_bytes(whole, 2, save=True, recompute=False) == (branches + given) * mib
     # One of the two KV heads holds half of that, but all that was selected.
     one = (branches + backward + 0.125) / 2
     assert workspace_bytes(sizes, 1, save=True, recompute=True) == one * mib

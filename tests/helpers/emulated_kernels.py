@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from nsa.fused.hardware import LOG2_E
+from nsa.fused.kernel_inputs import RowStatistics
 from nsa.precision import accumulation_dtype
 from nsa.segments import locate_items
 from tests.helpers import emulated_fa4
@@ -44,25 +46,50 @@ def gating_forward(
     return _written((g[..., None] * branches).sum(dim=-2).to(o_cmp.dtype), out)
 
 
-def gating_backward(dout, o_cmp, o_slc, o_win, q, gates, weight, placements=(None, None)):
+def gating_backward(
+    dout, o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, q, gates, weight,
+    statistics_placements, placements=(None, None),
+):  # fmt: skip
     dtype = accumulation_dtype(o_cmp.dtype)
-    placed = (o_cmp, o_slc)
-    o_cmp, o_slc = (_read(x, p, o_win) for x, p in zip(placed, placements, strict=True))
+    placed, lses = (o_cmp, o_slc, o_win), (lse_cmp, lse_slc, lse_win)
+    o_cmp, o_slc = (_read(x, p, o_win) for x, p in zip(placed[:2], placements, strict=True))
     branches = torch.stack((o_cmp, o_slc, o_win), dim=-2).to(dtype)
-    g = _gates(o_cmp, q, gates, weight)
-    dbranches = (g[..., None] * dout[..., None, :].to(dtype)).to(o_cmp.dtype)
-    dbranches = [x.contiguous() for x in dbranches.unbind(dim=-2)]
-    for i, (x, placement) in enumerate(zip(placed, placements, strict=True)):
-        dbranches[i] = _write(dbranches[i], placement, x)
+    g, wide = _gates(o_cmp, q, gates, weight), dout[..., None, :].to(dtype)
+    dbranches = wide.expand_as(branches)
+    if gates is not None:
+        dbranches = (g[..., None] * wide).to(dout.dtype).to(dtype)
+    delta = (dbranches * branches).sum(-1)
+    douts, statistics = [], []
+    for i, (x, placement) in enumerate(zip(placed, (*placements, None), strict=True)):
+        written = gates is not None or placement is not None
+        dbranch = dbranches[..., i, :].to(dout.dtype).contiguous()
+        douts.append(_write(dbranch, placement, x) if written else dout)
+    for i, (lse, placement) in enumerate(zip(lses, statistics_placements, strict=True)):
+        assert (lse is None) == (placement is None)
+        if lse is None:
+            statistics.append(None)
+            continue
+        assert lse.dtype == dtype
+        value = _read(lse[..., None], placement, o_win[..., :1])[..., 0]
+        value = (value * LOG2_E).masked_fill(value == -torch.inf, torch.inf)
+        if gates is None:
+            value = value - g[..., i].log2()
+        statistics.append(
+            RowStatistics(
+                _write(value[..., None], placement, lse, torch.inf),
+                _write(delta[..., i, None], placement, lse),
+            )
+        )
+    results = (tuple(douts), tuple(statistics))
     dgates = torch.einsum("...hd,...hid->...hi", dout.to(dtype), branches)
     if gates is not None:
-        return (*dbranches, None, dgates.to(gates.dtype).contiguous(), None)
+        return *results, None, dgates.to(gates.dtype).contiguous(), None
     if weight is None:
-        return (*dbranches, None, None, None)
+        return *results, None, None, None
     dlogits = (dgates * g * (1 - g)).contiguous()
     rows = (x.flatten(0, -3) for x in (dlogits, q.to(dtype)))
     dweight = torch.einsum("rhi,rhd->hid", *rows).to(weight.dtype).contiguous()
-    return (*dbranches, dlogits, None, dweight)
+    return *results, dlogits, None, dweight
 
 
 def rotate(x, other, bounds, origin, start, step, theta, inverse):
@@ -127,14 +154,14 @@ def _tokens_of_blocks(places, device) -> tuple[Tensor, Tensor]:
     return first[:, None] + torch.arange(places.block_size, device=device), real
 
 
-def listed_backward(dout, q, k, v, out, lse, lists, scale, key_limit):
+def listed_backward(dout, q, k, v, statistics, lists, scale, key_limit):
     """The same as ``sparse_backward``, but by query tile and from the forward's lists."""
     assert lists.key_block == 64
     assert q.shape[1] % lists.query_block == 0, (q.shape, lists.query_block)
     assert k.shape[1] % lists.key_block == 0, k.shape
     assert k.shape == v.shape, (k.shape, v.shape)
     grads = emulated_fa4.listed_gradients(
-        dout, q, k, v, out, lse, lists, scale=scale, causal=key_limit is None, key_limit=key_limit
+        dout, q, k, v, statistics, lists, scale=scale, causal=key_limit is None, key_limit=key_limit
     )
     return tuple(x.contiguous() for x in grads)
 
@@ -152,11 +179,15 @@ def query_gradient(
     return _written(dq.to(dq_cmp.dtype), out)
 
 
-def _vectors(placement, heads) -> Tensor:
-    """The vector of each token and head, -1 for none: ``(R, H)``."""
-    place = placement.place.long()[:, None]
-    head = torch.arange(heads, device=place.device)
-    in_place = head // placement.group * placement.group_stride + head % placement.group
+def _vectors(placement, like) -> Tensor:
+    """The vector of each token and head of ``like (..., H, D)``, -1 for none: ``(R, H)``."""
+    place = placement.place
+    if place is None:
+        place = torch.arange(math.prod(like.shape[:-2]), dtype=torch.int32, device=like.device)
+    assert place.dtype == torch.int32
+    place, head = place.long()[:, None], torch.arange(like.shape[-2], device=like.device)
+    group, member = head // placement.group, head % placement.group
+    in_place = group * placement.group_stride + member * placement.head_stride
     return torch.where(place >= 0, place * placement.unit + in_place, -1)
 
 
@@ -165,21 +196,19 @@ def _read(x, placement, like) -> Tensor:
     if placement is None:
         return x
     assert x.is_contiguous()
-    assert placement.place.dtype == torch.int32
-    index = _vectors(placement, like.shape[-2])
+    index = _vectors(placement, like)
     vectors = x.view(-1, x.shape[-1])[index.clamp(min=0)]
     return torch.where(index[..., None] >= 0, vectors, 0).view(like.shape)
 
 
-def _write(rows, placement, like) -> Tensor:
-    """Write ``rows (..., H, D)`` in the form of ``like``, with zeros between."""
+def _write(rows, placement, like, between=0) -> Tensor:
+    """Write ``rows (..., H, D)`` in the form of ``like``, and a number in between."""
     if placement is None:
         return rows
-    rows = rows.flatten(0, -3)
-    index = _vectors(placement, rows.shape[1])
+    rows, index = rows.flatten(0, -3), _vectors(placement, rows)
     used = index >= 0
     assert index[used].unique().numel() == used.sum(), "tokens share a vector"
-    result = torch.zeros(like.shape, dtype=rows.dtype, device=rows.device)
+    result = torch.full(like.shape, between, dtype=rows.dtype, device=rows.device)
     result.view(-1, rows.shape[-1])[index[used]] = rows[used]
     return result
 

@@ -6,11 +6,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from nsa.fused.kernel_inputs import choose_shape
+from nsa.fused.kernel_inputs import RowStatistics, choose_shape
 from nsa.precision import accumulation_dtype
 from tests.helpers import emulated_fa4
 
-NAMES = ("importance_scores", "selected_forward", "selected_backward")
+NAMES = ("importance_scores", "selected_forward", "selected_backward", "row_statistics")
 """The functions of ``nsa.fused.kernel_calls`` that are answered here."""
 
 
@@ -73,14 +73,19 @@ def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, 
     return out.contiguous(), lse.T.contiguous()
 
 
-def selected_backward(
-    dout, q, k, v, out, lse, block_indices, blocks, block_size, scale, causal, dlse=None
-):
+def selected_backward(dout, q, k, v, statistics, block_indices, blocks, block_size, scale, causal):
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
-    assert lse.shape == q.shape[:2]
-    assert dlse is None or (dlse.shape, dlse.dtype) == (lse.shape, lse.dtype)
-    grads = emulated_fa4.attend_backward(dout, q, k, v, out, lse.T, mask, scale, dlse)
+    assert all(x.shape == q.shape[:2] for x in statistics)
+    by_head = RowStatistics(*(x.T for x in statistics))
+    grads = emulated_fa4.attend_backward(dout, q, k, v, by_head, mask, scale)
     return tuple(grad.contiguous() for grad in grads)
+
+
+def row_statistics(dout, out, lse, dlse):
+    assert lse.shape == out.shape[:2]
+    assert dlse is None or (dlse.shape, dlse.dtype) == (lse.shape, lse.dtype)
+    by_head = emulated_fa4.row_statistics(dout, out, lse.T, None if dlse is None else dlse.T)
+    return RowStatistics(*(x.T.contiguous() for x in by_head))
 
 
 def _selected_mask(q, k, block_indices, blocks, block_size, causal) -> Tensor:

@@ -1,10 +1,13 @@
 """Problems for the gated sum, and one call that returns results of kernels or emulations."""
 
+from typing import NamedTuple
+
 import torch
 
 import nsa
-from nsa.fused.kernel_inputs import IN_ORDER
+from nsa.fused.kernel_inputs import IN_ORDER, Placement, StatisticsPlacements
 from nsa.fused.plan import make_plan
+from nsa.precision import accumulation_dtype
 from nsa.testing import make_cu_seqlens
 from tests.helpers.gpu_cases import slice_of_heads
 
@@ -22,14 +25,54 @@ def make_problem(form: str, shape, dtype=torch.float64, device="cpu"):
     return x[:3].unbind(), x[3], gates, weight, x[4]
 
 
-def results(kernels, branches, q, gates, weight, dout, placements=IN_ORDER) -> list[torch.Tensor]:
-    """The output, the gradient of ``q`` (written over one of its terms), the other gradients."""
+class Statistics(NamedTuple):
+    """Log-sum-exps of the branches, and where each row and head lies in them."""
+
+    lses: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
+    placements: StatisticsPlacements
+
+
+def make_statistics(shape, placements: StatisticsPlacements, sizes=(0, 0)) -> Statistics:
+    """For branches of ``shape (R, H, D)``; some rows have no key.
+
+    ``sizes`` are the numbers in a branch whose placement has places.
+    """
+    rows, heads, _ = shape
+    lses = []
+    for placement, size in zip(placements, (*sizes, 0), strict=True):
+        if placement is None:
+            lses.append(None)
+            continue
+        device = "cpu" if placement.place is None else placement.place.device
+        in_rows = max(rows * placement.unit, heads * placement.head_stride)
+        count = in_rows if placement.place is None else size
+        lse = 4 * torch.randn(count, dtype=torch.float64, device=device)
+        lses.append(torch.where(torch.rand_like(lse) < 0.1, -torch.inf, lse).float().double())
+    return Statistics(tuple(lses), placements)
+
+
+def in_order(rows: int, heads: int) -> StatisticsPlacements:
+    """Of a batch, by head, but the selected branch by row."""
+    by_head = Placement(None, 1, heads, 0, rows)
+    return by_head, Placement(None, heads, heads, 0), by_head
+
+
+def results(
+    kernels, branches, q, gates, weight, dout, statistics: Statistics, placements=IN_ORDER
+) -> list[torch.Tensor]:
+    """The output, the gradient of ``q`` (written over one of its terms), what the branches get, the
+    other gradients."""
     out = slice_of_heads(q[None])[0]
     out = kernels.gating_forward(*branches, q, gates, weight, out, placements)
-    tensors = (dout, *branches, q, gates, weight, placements)
-    *grads, dlogits, dgates, dweight = kernels.gating_backward(*tensors)
+    dtype = accumulation_dtype(q.dtype)
+    lses = (None if x is None else x.to(q.device, dtype) for x in statistics.lses)
+    douts, numbers, dlogits, dgates, dweight = kernels.gating_backward(
+        dout, *branches, *lses, q, gates, weight, statistics.placements, placements
+    )
+    numbers = [x for pair in numbers if pair is not None for x in pair]
     dq = kernels.query_gradient(*branches, dlogits, weight, branches[2], placements)
-    return [x for x in (out, dq, *grads, dlogits, dgates, dweight) if x is not None]
+    found = (out, dq, *douts, dlogits, dgates, dweight, *numbers)
+    return [x for x in found if x is not None]
 
 
 def place(x: torch.Tensor, placement, size: int) -> torch.Tensor:

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from nsa.fused import fa4
-from nsa.fused.kernel_inputs import BlockLists
+from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from tests.helpers.poison import poisoned_memory
 from tests.helpers.requirements import import_fused
 
 fa4_sm90 = import_fused("nsa.fused.kernels.fa4_sm90")
+padded_rows = import_fused("nsa.fused.kernels.padded_rows")
 cutlass = import_fused("cutlass")
 cute = import_fused("cutlass.cute")
 
 ROWS, HEADS, KV_HEADS, DIM = 256, 8, 2, 128
 CLASSES = (
     "FlashAttentionForwardSm90",
-    "FlashAttentionBackwardPreprocess",
     "FlashAttentionBackwardSm90",
     "FlashAttentionBackwardPostprocess",
     "CuSeqlensToBlocksKernel",
@@ -50,12 +50,13 @@ def calls(monkeypatch):
 
         stand_in = type(name, (original,), {"__init__": build})
         monkeypatch.setattr(fa4_sm90, name, stand_in)
-    for name, function in vars(fa4_sm90).items():
-        if hasattr(function, "cache_info") and name != "_parameters":
-            monkeypatch.setattr(fa4_sm90, name, inspect.unwrap(function))
-    monkeypatch.setattr(
-        fa4_sm90, "compile_kernel", lambda kernel, *arguments: Kernel(kernel, arguments, calls)
-    )
+    for module in (fa4_sm90, padded_rows):
+        for name, function in vars(module).items():
+            if hasattr(function, "cache_info") and name != "_parameters":
+                monkeypatch.setattr(module, name, inspect.unwrap(function))
+        monkeypatch.setattr(
+            module, "compile_kernel", lambda kernel, *arguments: Kernel(kernel, arguments, calls)
+        )
     return calls
 
 
@@ -63,12 +64,16 @@ def make(*shape, dtype=torch.bfloat16) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+def statistics_like(lse: torch.Tensor) -> RowStatistics:
+    return RowStatistics(*(torch.zeros_like(lse) for _ in range(2)))
+
+
 def window(group=4, value_dim=DIM):
     q, k = make(1, ROWS, HEADS, DIM), make(1, 100, HEADS // group, DIM)
     v = make(1, 100, HEADS // group, value_dim)
     mask = dict(scale=0.1, causal=True, window_size=(63, None))
     out, lse = fa4.dense_forward(q, k, v, **mask)
-    return out, lse, *fa4.dense_backward(out, q, k, v, out, lse, **mask)
+    return out, lse, *fa4.dense_backward(out, q, k, v, statistics_like(lse), **mask)
 
 
 def window_of_every_head():
@@ -83,7 +88,7 @@ def key_times():
     q, k = make(2, ROWS, HEADS, DIM), make(2, 4, KV_HEADS, DIM)
     mask = dict(scale=0.1, causal=False, window_size=(None, None), key_times=(64, 63))
     out, lse = fa4.dense_forward(q, k, k, **mask)
-    return out, lse, *fa4.dense_backward(out, q, k, k, out, lse, **mask)
+    return out, lse, *fa4.dense_backward(out, q, k, k, statistics_like(lse), **mask)
 
 
 def into_slices():
@@ -92,10 +97,10 @@ def into_slices():
         make(ROWS, HEADS, DIM).unflatten(0, (-1, 64)).permute(2, 0, 1, 3) for _ in range(3)
     )
     k = make(HEADS, ROWS // 64, 1, DIM)
-    lse = make(HEADS, 64, ROWS // 64, dtype=torch.float32)
+    lse = make(HEADS, ROWS, dtype=torch.float32).unflatten(1, (-1, 64)).mT
     mask = dict(scale=0.2, causal=True, window_size=(None, None))
     fa4.dense_forward(q, k, k, out=out, lse=lse, **mask)
-    return out, lse, *fa4.dense_backward(out, q, k, k, out, lse, dq=dq, **mask)
+    return out, lse, *fa4.dense_backward(out, q, k, k, statistics_like(lse), dq=dq, **mask)
 
 
 def shared_keys():
@@ -109,7 +114,7 @@ def packed(group=4, sequences=3):
     call = dict(scale=0.1, causal=False, window_size=(None, 1))
     call |= dict(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1])
     out, lse = fa4.dense_forward(q, k, k, **call)
-    return out, lse, *fa4.dense_backward(out, q, k, k, out, lse, **call)
+    return out, lse, *fa4.dense_backward(out, q, k, k, statistics_like(lse), **call)
 
 
 def packed_of_every_head():
@@ -136,7 +141,8 @@ def sparse(query_block=128, key_block=128, dim=DIM, **mask):
         for n in (rows, columns)
     ]
     out, lse = fa4.sparse_forward(q, k, k, lists[0], scale=0.1, **mask)
-    return out, lse, *fa4.sparse_backward(out, q, k, k, out, lse, lists[1], scale=0.1, **mask)
+    statistics = statistics_like(lse)
+    return out, lse, *fa4.sparse_backward(out, q, k, k, statistics, lists[1], scale=0.1, **mask)
 
 
 def sparse_causal():
@@ -203,13 +209,12 @@ def test_kernels_of_a_call_write_and_read_the_same_memory(call, calls):
     assert (forward["mO"], forward["mLSE"]) == (out.data_ptr(), lse.data_ptr())
     if not grads:
         return
-    (before,), (main,) = (place[f"FlashAttentionBackward{x}"] for x in ("Preprocess", "Sm90"))
+    (main,) = place["FlashAttentionBackwardSm90"]
     queries, *keys = place["FlashAttentionBackwardPostprocess"]
-    assert before["mO"] == out.data_ptr()
-    assert before["mLSE"] == lse.data_ptr()
-    assert before["mPdPsum"] == main["mdPsum"]
-    assert before["mLSElog2"] == main["mLSE"]
-    assert before["mdQaccum"] == main["mdQaccum"] == queries["mdQaccum"]
+    for padded in place.get("PadStatistics", ()):
+        assert padded["mPaddedLse"] == main["mLSE"]
+        assert padded["mPaddedDelta"] == main["mdPsum"]
+    assert main["mdQaccum"] == queries["mdQaccum"]
     given = [main["mdK"], main["mdV"]]
     if keys:
         assert [x["mdQaccum"] for x in keys] == given
@@ -226,7 +231,8 @@ def test_many_sequences_have_tables_of_their_tiles(call, calls):
         named = kernel.named(arguments)
         if "mCuBlocks" in named:
             tables[named["mCuBlocks"].data_ptr()] = named["mCuSeqlens"].data_ptr()
-    looked_up = [k.named(x)["mCuTotalMBlocks"] for k, x in calls if "mCuBlocks" not in k.named(x)]
+    named = [k.named(x) for k, x in calls]
+    looked_up = [x["mCuTotalMBlocks"] for x in named if "mCuTotalMBlocks" in x]
     assert {x.data_ptr() for x in looked_up} == set(tables)
     # One of the forward, one of queries and one of keys in backward.
     assert len(tables) == 3
@@ -248,8 +254,7 @@ def test_sums_that_heads_add_to_start_at_zero(calls):
     with poisoned_memory():
         window()
     (main,) = [k.named(x) for k, x in calls if "mdPsum" in k.named(x)]
-    assert not main["mdK"].any()
-    assert not main["mdV"].any()
+    assert not any(main[name].any() for name in ("mdQaccum", "mdK", "mdV"))
 
 
 def test_a_name_that_a_class_lost_is_refused():

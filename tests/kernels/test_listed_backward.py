@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa.fused import kernel_calls
-from nsa.fused.kernel_inputs import BlockLists
+from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from tests.helpers import emulated_fa4
 from tests.helpers.gpu_cases import gpu_test
 
@@ -77,30 +77,32 @@ def test_gradients(form):
         arguments = dict(scale=scale, causal=not limited, key_limit=limit)
         wide = [x.double() for x in (q, k, v)]
         exact_out, exact_lse = emulated_fa4.sparse_forward(*wide, lists, **arguments)
-        exact = emulated_fa4.listed_gradients(
-            dout.double(), *wide, exact_out, exact_lse, lists, **arguments
-        )
-        out, lse = exact_out.to(dtype), exact_lse.float()
-        actual = kernel_calls.listed_backward(dout, q, k, v, out, lse, lists, scale, limit)
+        statistics = emulated_fa4.row_statistics(dout.double(), exact_out, exact_lse)
+        # Gates, of which some are 0.
+        gate = torch.rand_like(exact_lse).mul(1.1).sub(0.1).clamp(min=0)
+        statistics = statistics._replace(lse_log2=statistics.lse_log2 - gate.log2())
+        exact = emulated_fa4.listed_gradients(dout.double(), *wide, statistics, lists, **arguments)
+        rounded = RowStatistics(*(x.float() for x in statistics))
+        actual = kernel_calls.listed_backward(dout, q, k, v, rounded, lists, scale, limit)
         for name, x, y in zip(("dq", "dk", "dv"), actual, exact, strict=True):
             assert x.isfinite().all(), name
             error = (x.double() - y).norm() / y.norm()
-            # P, dS and O are rounded to 16 bits once each.
+            # P and dS are rounded to 16 bits once each.
             assert error < (5e-3 if dtype == torch.bfloat16 else 1e-3), (name, tiles, float(error))
 
 
 def test_other_sizes_are_refused():
     x = torch.randn(1, 64, 1, 64, device="cuda", dtype=torch.bfloat16)
     count, index = (torch.zeros(s, dtype=torch.int32, device="cuda") for s in ((1, 1, 1), (1,) * 4))
-    lse = torch.zeros(1, 1, 64, device="cuda")
+    statistics = RowStatistics(*torch.zeros(2, 1, 1, 64, device="cuda"))
     for changes, message in (
         (dict(key_block=128), "they must be of 64"),
         (dict(query_block=128), "multiple of 128"),
     ):
         lists = BlockLists(count, index, None, None, 64, 64)._replace(**changes)
         with pytest.raises(ValueError, match=message):
-            kernel_calls.listed_backward(x, x, x, x, x, lse, lists, 1.0, None)
+            kernel_calls.listed_backward(x, x, x, x, statistics, lists, 1.0, None)
     wide = torch.randn(1, 64, 1, 256, device="cuda", dtype=torch.bfloat16)
     lists = BlockLists(count, index, None, None, 64, 64)
     with pytest.raises(ValueError, match="same 64, 96 or 128 channels"):
-        kernel_calls.listed_backward(wide, wide, wide, wide, wide, lse, lists, 1.0, None)
+        kernel_calls.listed_backward(wide, wide, wide, wide, statistics, lists, 1.0, None)

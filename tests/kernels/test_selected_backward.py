@@ -1,6 +1,7 @@
 """On the GPU: the gradients of token mode's selected branch against their emulation."""
 
 import pytest
+import torch
 
 from nsa.fused import kernel_calls
 from nsa.testing import assert_as_accurate
@@ -19,9 +20,15 @@ def test_selected_backward(form, segments, forced):
     wide = case.exact()
     out, lse = emulated_token_kernels.selected_forward(*wide[:3], *wide.selected, forced)
 
+    # Gates, of which some are 0.
+    log2_gate = torch.rand_like(lse).mul(1.1).sub(0.1).clamp(min=0).log2()
+
     def gradients(kernels, x, out, lse):
         results = (out.to(x.q), lse.to(x.q.device))
-        return kernels.selected_backward(x.dout, *x[:3], *results, *x.selected)
+        statistics = kernels.row_statistics(x.dout, *results, None)
+        gated = statistics.lse_log2 - log2_gate.to(statistics.lse_log2)
+        statistics = statistics._replace(lse_log2=gated)
+        return kernels.selected_backward(x.dout, *x[:3], statistics, *x.selected)
 
     exact = gradients(emulated_token_kernels, wide, out, lse)
     same_dtype = gradients(emulated_token_kernels, case.to("cpu", form.dtype), out, lse.float())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nsa.blocks import covered_tokens
 from nsa.fused.attention.fa4_calls import (
+    by_entry,
     dense_backward,
     dense_forward,
     row_limit,
@@ -15,10 +16,11 @@ from nsa.fused.attention.fa4_calls import (
     sparse_backward_bytes,
     sparse_forward,
 )
-from nsa.fused.attention.folded import folded_attention, folded_attention_backward, lse_in_order
+from nsa.fused.attention.folded import folded_attention, folded_attention_backward
 from nsa.fused.block_lists import compressed_lists
 from nsa.fused.compressed_forms import CompressedForm, is_folded, num_folded_rows
 from nsa.fused.fa4_call import sums_bytes
+from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.plan import Plan, choose_key_block
 from nsa.fused.sizes import Sizes
 from nsa.precision import accumulation_dtype
@@ -57,9 +59,9 @@ def compressed_lse(lse: Tensor, q: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
     form = plan.compressed_form
     if form is CompressedForm.NONE:
         return lse.new_zeros(q.shape[0], q.shape[2], q.shape[1])
-    if plan.folds:
-        return lse_in_order(lse, q, k_cmp.shape[2], plan)
-    return lse[None] if plan.packed else lse
+    if form is CompressedForm.FOLDED_ROWS:
+        return plan.folded.unfold_lse(lse, k_cmp.shape[2])
+    return by_entry(lse, len(q))
 
 
 def compressed_attention_backward(
@@ -67,14 +69,16 @@ def compressed_attention_backward(
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    statistics: RowStatistics | None,
     groups: Tensor | None,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``. The last two may be in float32."""
+    """Gradients of ``q``, ``k_cmp`` and ``v_cmp``. The last two may be in float32.
+
+    ``statistics`` are None if there is no compressed token.
+    """
     form = plan.compressed_form
-    if form is CompressedForm.NONE:
+    if statistics is None:
         return torch.zeros_like(q), torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
     if form is CompressedForm.LISTED:
         assert groups is not None
@@ -82,12 +86,12 @@ def compressed_attention_backward(
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
         q_rows = plan.align_queries(q)
         mask = _compressed_mask(q_rows, plan)
-        dq, dk, dv = sparse_backward(dout, q_rows, k_rows, v_rows, out, lse, lists, mask, plan)
+        dq, dk, dv = sparse_backward(dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan)
         return dq, plan.compressed.unpack(dk), plan.compressed.unpack(dv)
     if plan.folds:
-        return folded_attention_backward(dout, q, k_cmp, v_cmp, out, lse, plan)
+        return folded_attention_backward(dout, q, k_cmp, v_cmp, statistics, plan)
     call = _compressed_call(plan)
-    dq, dk, dv = dense_backward(dout, q, k_cmp, v_cmp, out, lse, plan, **call)
+    dq, dk, dv = dense_backward(dout, q, k_cmp, v_cmp, statistics, plan, **call)
     if plan.packed:
         # The kernels write nothing past the last sequence's blocks.
         none = ~plan.geometry.compressed.real
@@ -129,7 +133,7 @@ def compressed_backward_bytes(sizes: Sizes) -> int:
         return sparse_backward_bytes(
             sizes, sizes.config.cmp_group_size, _key_rows(sizes), copies=True
         )
-    copies = _copies(sizes, queries=4 if sizes.token_mode else 1)
+    copies = _copies(sizes, queries=3 if sizes.token_mode else 1)
     # Each query head may have its own keys. This adds their gradients, and the sum in float32.
     folded = sizes.form is CompressedForm.FOLDED_ROWS and not sizes.in_order
     query = sizes.query_folded if folded else sizes.query

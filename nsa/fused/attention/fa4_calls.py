@@ -7,27 +7,43 @@ from nsa.blocks import num_query_tiles
 from nsa.fused import fa4, kernel_calls
 from nsa.fused.block_lists import BOUNDED_BYTES, goes_by_query, transpose_lists
 from nsa.fused.fa4_call import sums_bytes
-from nsa.fused.kernel_inputs import BlockLists
+from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from nsa.fused.plan import Plan, choose_key_block
 from nsa.fused.sizes import Sizes
+from nsa.precision import accumulation_dtype
 
 
 def dense_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, **call) -> tuple[Tensor, Tensor]:
-    scale = plan.config.softmax_scale(q.shape[-1])
+    """The output, and the log-sum-exp ``(H, B * T)``."""
+    scale, lse = plan.config.softmax_scale(q.shape[-1]), new_lse(q)
     if not plan.packed:
-        return fa4.dense_forward(q, k, v, scale=scale, **call)
-    out, lse = fa4.dense_forward(q[0], k[0], v[0], scale=scale, **call)
+        out, _ = fa4.dense_forward(q, k, v, scale=scale, lse=by_entry(lse, len(q)), **call)
+        return out, lse
+    out, _ = fa4.dense_forward(q[0], k[0], v[0], scale=scale, lse=lse, **call)
     return out[None], lse
 
 
 def dense_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, **call
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, statistics: RowStatistics, plan: Plan, **call
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k`` and ``v``; statistics are ``(H, B * T)``."""
     scale = plan.config.softmax_scale(q.shape[-1])
     if not plan.packed:
-        return fa4.dense_backward(dout, q, k, v, out, lse, scale=scale, **call)
-    dq, dk, dv = fa4.dense_backward(dout[0], q[0], k[0], v[0], out[0], lse, scale=scale, **call)
+        statistics = RowStatistics(*(by_entry(x, len(q)) for x in statistics))
+        return fa4.dense_backward(dout, q, k, v, statistics, scale=scale, **call)
+    dq, dk, dv = fa4.dense_backward(dout[0], q[0], k[0], v[0], statistics, scale=scale, **call)
     return dq[None], dk[None], dv[None]
+
+
+def new_lse(q: Tensor) -> Tensor:
+    """A log-sum-exp for ``q (B, T, H, D)``, to be written: ``(H, B * T)``."""
+    batch, length, heads, _ = q.shape
+    return q.new_empty(heads, batch * length, dtype=accumulation_dtype(q.dtype))
+
+
+def by_entry(x: Tensor, batch: int) -> Tensor:
+    """``(H, B * T)`` as ``(B, H, T)``."""
+    return x[None] if batch == 1 else x.unflatten(1, (batch, -1)).transpose(0, 1)
 
 
 def sparse_forward(
@@ -43,8 +59,7 @@ def sparse_backward(
     q_rows: Tensor,
     k_rows: Tensor,
     v_rows: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    statistics: RowStatistics,
     lists: BlockLists,
     mask: dict,
     plan: Plan,
@@ -52,14 +67,14 @@ def sparse_backward(
     """Gradients of ``q``, and of ``k`` and ``v`` in aligned rows."""
     scale = plan.config.softmax_scale(q_rows.shape[-1])
     if plan.in_order:
-        dout, out = plan.queries.pack(dout), plan.queries.pack(out)
-    tensors = (dout, q_rows, k_rows, v_rows, out)
+        dout = plan.queries.pack(dout)
+    tensors = (dout, q_rows, k_rows, v_rows, statistics)
     if goes_by_query(lists.key_block, q_rows.shape[-1]):
         limit = mask.get("key_limit")
-        dq, dk, dv = kernel_calls.listed_backward(*tensors, lse, lists, scale, limit)
+        dq, dk, dv = kernel_calls.listed_backward(*tensors, lists, scale, limit)
     else:
         transposed = transpose_lists(lists, k_rows.shape[1])
-        dq, dk, dv = fa4.sparse_backward(*tensors, lse, transposed, scale=scale, **mask)
+        dq, dk, dv = fa4.sparse_backward(*tensors, transposed, scale=scale, **mask)
     return plan.query_rows(dq), dk, dv
 
 
@@ -76,8 +91,8 @@ def sparse_backward_bytes(sizes: Sizes, block_size: int, num_keys: int, *, copie
     There are ``num_keys`` rows of keys. ``copies`` says whether they are copied.
     """
     keys = sizes.key_bytes(num_keys)
-    # Copies of q, keys and values; of out and dout too, unless these are rows already.
-    total = (3 if sizes.in_order else 1) * sizes.query_copy + (2 * keys if copies else 0)
+    # Copies of q, keys and values; of dout too, unless it is in rows already.
+    total = (2 if sizes.in_order else 1) * sizes.query_copy + (2 * keys if copies else 0)
     total += sizes.query_rows + 2 * keys + sizes.indices
     # The sums are freed before gradients leave their rows.
     unpacked = (sizes.query_copy if sizes.in_order else 0) + (2 * keys if copies else 0)

@@ -23,6 +23,8 @@ from torch import Tensor
 from nsa.blocks import covered_tokens
 from nsa.config import NSAConfig
 from nsa.fused import fa4
+from nsa.fused.attention.fa4_calls import by_entry, new_lse
+from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.plan import Plan
 from nsa.fused.streams import SideStream
 from nsa.precision import accumulation_dtype
@@ -52,17 +54,18 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
 
     Returns:
         ``out`` like ``q``, 0 for queries that see no block; unless ``plan.in_order`` it is
-        ``(1, rows, H_kv * d * G, D)`` as in ``FoldedQueries.placement``. And the log-sum-exp for
-        the backward.
+        ``(1, rows, H_kv * d * G, D)`` as in ``FoldedQueries.placement``. And the log-sum-exp, of
+        a batch ``(H, B * T)``, undefined for queries that see no block; else that of folded rows,
+        ``(rows, H_kv * d * G)``.
     """
     if plan.packed:
         return _packed_forward(q, k_cmp, v_cmp, plan)
     scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows.of(q, plan)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     out[:, : rows.lead].zero_()
-    (batch, length, num_heads), num_kv_heads = q.shape[:3], k_cmp.shape[2]
-    # Larger than needed, so that its shape does not depend on which kernels run.
-    lse = q.new_empty(batch, num_heads, length, dtype=accumulation_dtype(q.dtype))
+    (batch, _, num_heads), num_kv_heads = q.shape[:3], k_cmp.shape[2]
+    lse = new_lse(q)
+    lse_rows = by_entry(lse, batch)
     parts = list(rows.parts())
     many_keys = rows.blocks >= MANY_KEYS and rows.full > 0 and len(parts) > 0
     beside = SideStream(q, always=many_keys)
@@ -82,7 +85,7 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
                 causal=True,
                 window_size=(None, None),
                 out=rows.view(out, entry, heads),
-                lse=rows.lse(lse, entry, heads),
+                lse=rows.lse(lse_rows, entry, heads),
             )
     with beside:
         for part in parts:
@@ -94,21 +97,23 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
                 causal=False,
                 window_size=(None, None),
                 out=out[:, part.queries],
-                lse=rows.part_lse(lse, part),
+                lse=lse_rows[..., part.queries],
             )
     return out, lse
 
 
 def folded_attention_backward(
-    dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse: Tensor, plan: Plan
+    dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, statistics: RowStatistics, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k_cmp``, ``v_cmp``. ``dout`` and ``dq`` have the layout of ``out``."""
+    """Gradients of ``q``, ``k_cmp``, ``v_cmp``. ``dout`` and ``dq`` have the layout of ``out``, and
+    statistics that of the log-sum-exp."""
     if plan.packed:
-        return _packed_backward(dout, q, k_cmp, v_cmp, out, lse, plan)
+        return _packed_backward(dout, q, k_cmp, v_cmp, statistics, plan)
     scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows.of(q, plan)
     num_heads, num_kv_heads = q.shape[2], k_cmp.shape[2]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dq[:, : rows.lead].zero_()
+    by_rows = [by_entry(x, len(q)) for x in statistics]
     # The calls below add to these.
     dtype = accumulation_dtype(q.dtype)
     dk_cmp, dv_cmp = k_cmp.new_zeros(2, *k_cmp.shape, dtype=dtype)
@@ -120,8 +125,7 @@ def folded_attention_backward(
                 rows.view(q, entry),
                 rows.per_head(k_cmp, entry, group),
                 rows.per_head(v_cmp, entry, group),
-                rows.view(out, entry),
-                rows.lse(lse, entry),
+                RowStatistics(*(rows.lse(x, entry) for x in by_rows)),
                 scale=scale,
                 causal=True,
                 window_size=(None, None),
@@ -137,8 +141,7 @@ def folded_attention_backward(
             q[:, part.queries],
             k_cmp[:, : part.keys],
             v_cmp[:, : part.keys],
-            out[:, part.queries],
-            rows.part_lse(lse, part),
+            RowStatistics(*(x[..., part.queries] for x in by_rows)),
             scale=scale,
             causal=False,
             window_size=(None, None),
@@ -149,31 +152,11 @@ def folded_attention_backward(
     return dq, dk_cmp, dv_cmp
 
 
-def lse_in_order(lse: Tensor, q: Tensor, num_kv_heads: int, plan: Plan) -> Tensor:
-    """The log-sum-exp of :func:`folded_attention` for ``q (B, T, H, D)``, as ``(B, H, T)``.
-
-    It is undefined for queries that see no block.
-    """
-    if plan.packed:
-        return plan.folded.unfold_lse(lse, num_kv_heads)
-    rows = _Rows.of(q, plan)
-    out = torch.empty_like(lse)
-    if rows.full:
-        rows.full_in_order(out).copy_(rows.full_lse(lse))
-    for part in rows.parts():
-        out[..., part.queries] = rows.part_lse(lse, part)
-    return out
-
-
 class _Part(NamedTuple):
-    """Queries that see the same ``keys`` first blocks.
-
-    Their log-sum-exp is stored after that of ``before`` others.
-    """
+    """Queries that see the same ``keys`` first blocks."""
 
     queries: slice
     keys: int
-    before: int
 
 
 class _Rows:
@@ -224,10 +207,10 @@ class _Rows:
         full = self.full * self.size
         if self.head:
             keys = min(self.row, self.blocks)
-            yield _Part(slice(self.lead, self.start), keys, full + self.tail)
+            yield _Part(slice(self.lead, self.start), keys)
         if self.tail:
             end = self.start + full
-            yield _Part(slice(end, end + self.tail), self.blocks, full)
+            yield _Part(slice(end, end + self.tail), self.blocks)
 
     # Each method is one operation, to save host time.
 
@@ -261,53 +244,37 @@ class _Rows:
         repeated = repeated.clone(memory_format=torch.contiguous_format)
         return repeated.view(num_kv_heads * group, self.keys, 1, head_dim)
 
-    # An entry of ``(B, H, T)`` holds the log-sum-exp of the full rows, then that of the parts.
-
     def lse(self, x: Tensor, entry: int, heads: slice = ALL) -> Tensor:
-        """The full rows in an entry of contiguous ``(B, H, T)``, in FA4's ``(H, d, rows)``."""
+        """The full rows in an entry of ``(B, H, T)``, in FA4's form ``(H, d, rows)``."""
+        batch, head, token = x.stride()
         start, stop, _ = heads.indices(x.shape[1])
-        head = self.size * self.full
-        offset = x.storage_offset() + entry * x.stride(0) + start * head
-        return x.as_strided((stop - start, self.size, self.full), (head, self.full, 1), offset)
-
-    def full_lse(self, x: Tensor) -> Tensor:
-        """The full rows in contiguous ``(B, H, T)`` as ``(B, H, rows, d)``."""
-        batch, heads, length = x.shape
-        shape = (batch, heads, self.full, self.size)
-        strides = (heads * length, self.size * self.full, 1, self.full)
-        return x.as_strided(shape, strides, x.storage_offset())
-
-    def full_in_order(self, x: Tensor) -> Tensor:
-        """The same for ``(B, H, T)`` in token order."""
-        batch, heads, length = x.shape
-        shape = (batch, heads, self.full, self.size)
-        strides = (heads * length, length, self.size, 1)
-        return x.as_strided(shape, strides, x.storage_offset() + self.start)
-
-    def part_lse(self, x: Tensor, part: _Part) -> Tensor:
-        """A part in ``(B, H, T)``, in FA4's form ``(B, H, queries)``."""
-        batch, heads, length = x.shape
-        size = part.queries.stop - part.queries.start
-        offset = x.storage_offset() + heads * part.before
-        return x.as_strided((batch, heads, size), (heads * length, size, 1), offset)
+        return x.as_strided(
+            (stop - start, self.size, self.full),
+            (head, token, self.size * token),
+            x.storage_offset() + entry * batch + start * head + self.start * token,
+        )
 
 
 def _packed_forward(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     scale, num_kv_heads = plan.config.softmax_scale(q.shape[-1]), k_cmp.shape[2]
     folded = plan.folded.fold(q, num_kv_heads)
-    out, lse = fa4.dense_forward(folded[0], k_cmp[0], v_cmp[0], scale=scale, **_packed_call(plan))
+    lse = q.new_empty(folded.shape[1:3], dtype=accumulation_dtype(q.dtype))
+    out, _ = fa4.dense_forward(
+        folded[0], k_cmp[0], v_cmp[0], scale=scale, lse=lse.mT, **_packed_call(plan)
+    )
     return plan.folded_queries(out[None], num_kv_heads), lse
 
 
 def _packed_backward(
-    dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, out: Tensor, lse: Tensor, plan: Plan
+    dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, statistics: RowStatistics, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale, num_kv_heads = plan.config.softmax_scale(q.shape[-1]), k_cmp.shape[2]
     if plan.in_order:
-        dout, out = (plan.folded.fold(x, num_kv_heads) for x in (dout, out))
+        dout = plan.folded.fold(dout, num_kv_heads)
     folded, call = plan.folded.fold(q, num_kv_heads), _packed_call(plan)
+    by_head = RowStatistics(*(x.mT for x in statistics))
     dq, dk, dv = fa4.dense_backward(
-        dout[0], folded[0], k_cmp[0], v_cmp[0], out[0], lse, scale=scale, **call
+        dout[0], folded[0], k_cmp[0], v_cmp[0], by_head, scale=scale, **call
     )
     # The kernels write nothing past the last sequence's blocks.
     none = ~plan.geometry.compressed.real

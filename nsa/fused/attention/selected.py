@@ -14,7 +14,7 @@ from nsa.fused.attention.fa4_calls import (
     sparse_forward,
 )
 from nsa.fused.block_lists import selected_lists
-from nsa.fused.kernel_inputs import WORKSPACE_BYTES, choose_chunk_tokens
+from nsa.fused.kernel_inputs import WORKSPACE_BYTES, RowStatistics, choose_chunk_tokens
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 
@@ -45,19 +45,18 @@ def selected_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    statistics: RowStatistics,
     block_indices: Tensor,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``."""
     if plan.config.selection == "token":
-        return _token_backward(dout, q, k, v, out, lse, block_indices, plan)
+        return _token_backward(dout, q, k, v, statistics, block_indices, plan)
     lists = selected_lists(block_indices, plan)
     k_rows, v_rows = plan.keys.pack(k), plan.keys.pack(v)
     q_rows = plan.align_queries(q)
     mask = _mask(q_rows, plan)
-    dq, dk, dv = sparse_backward(dout, q_rows, k_rows, v_rows, out, lse, lists, mask, plan)
+    dq, dk, dv = sparse_backward(dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan)
     return dq, plan.keys.unpack(dk), plan.keys.unpack(dv)
 
 
@@ -92,8 +91,7 @@ def _token_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    statistics: RowStatistics,
     block_indices: Tensor,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,8 +101,7 @@ def _token_backward(
         _of_batch(q),
         _of_batch(k),
         _of_batch(v),
-        _of_batch(out),
-        lse,
+        statistics,
         _of_batch(block_indices),
         plan.token_blocks,
         config.select_block_size,
@@ -146,6 +143,6 @@ def selected_backward_bytes(sizes: Sizes) -> int:
     if not sizes.token_mode:
         block_size = sizes.config.select_block_size
         return sparse_backward_bytes(sizes, block_size, sizes.key_rows, copies=sizes.key_copy > 0)
-    sums = sizes.tokens * sizes.num_heads * (sizes.head_dim + 2) * 4
+    sums = sizes.tokens * sizes.num_heads * sizes.head_dim * 4
     sums += sizes.batch * sizes.keys * 2 * sizes.num_kv_heads * sizes.head_dim * 4
     return sizes.query + 2 * sizes.key + 3 * sizes.indices + sums

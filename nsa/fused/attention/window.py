@@ -8,6 +8,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.fused.attention.fa4_calls import dense_backward, dense_forward
 from nsa.fused.fa4_call import sums_bytes
+from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 
@@ -18,13 +19,13 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tenso
 
 
 def window_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, statistics: RowStatistics, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, and of the last tokens of ``k`` and ``v``: those that a query sees."""
     passed = _unseen_keys(q.shape[1], k.shape[1], plan.config, plan.packed)
     if passed:
         k, v = k[:, passed:], v[:, passed:]
-    return dense_backward(dout, q, k, v, out, lse, plan, **_window_call(plan))
+    return dense_backward(dout, q, k, v, statistics, plan, **_window_call(plan))
 
 
 def _window_call(plan: Plan) -> dict:

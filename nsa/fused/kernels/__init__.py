@@ -4,10 +4,10 @@ Importing a file imports cutlass; importing this package does not. Callers use
 :mod:`nsa.fused.kernel_calls`, which documents the operations.
 
 Files with an operation: ``rope``, ``block_rows``, ``means``, ``gates``, ``query_gradient``,
-``lists``, ``top_blocks``, ``importance``, ``selected_forward``, ``selected_backward`` and
-``listed_backward``; and of decoding ``decode_append``, ``decode_compressed``, ``decode_select``,
-``decode_tile_select``, ``decode_attend`` and ``decode_combine``, which
-:mod:`nsa.fused.decode_calls` documents. Each has
+``lists``, ``top_blocks``, ``importance``, ``selected_forward``, ``selected_backward``,
+``row_statistics`` and ``listed_backward``; and of decoding ``decode_append``,
+``decode_compressed``, ``decode_select``, ``decode_tile_select``, ``decode_attend`` and
+``decode_combine``, which :mod:`nsa.fused.decode_calls` documents. Each has
 
 - classes of kernels. ``__call__`` runs on the host and launches ``kernel``. Tensors and sizes come
   in named tuples, so that each list of arguments is written once;
@@ -16,8 +16,8 @@ Files with an operation: ``rope``, ``block_rows``, ``means``, ``gates``, ``query
 - the functions that check, allocate and launch.
 
 Parts of other operations, with kernels of their own: ``inverted_index`` (selected forward and
-backward), ``selected_band`` (selected forward) and ``float_sums`` (the backward kernels of
-attention).
+backward), ``selected_band`` (selected forward), ``float_sums`` (the backward kernels of attention)
+and ``padded_rows`` (FlashAttention-4's backward).
 
 Files without kernels: ``vectors`` (16-byte loads and stores, how tensors are passed), ``head_rows``
 (the tiles of ``gates`` and ``query_gradient``), ``sequences`` (the sequence of a row), ``rows``

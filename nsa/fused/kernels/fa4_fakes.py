@@ -7,8 +7,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from nsa.fused.fa4_call import Call, Sums
+from nsa.fused.fa4_call import Call
 from nsa.fused.fa4_variants import Variant
+from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.kernels.vectors import CUTE_DTYPES
 
 _NONE = ((),) * 4
@@ -58,16 +59,21 @@ class Fakes:
         return self.out(repeated)
 
     def lse(self) -> cute.Tensor:
-        return fake(Float32, (*self.leading, self.heads, self.queries), aligned=False)
+        shape = (*self.leading, self.heads, self.queries)
+        strides = tuple(cute.sym_int64() for _ in shape)
+        return cute.runtime.make_fake_tensor(Float32, shape, stride=strides, assumed_align=4)
+
+    def statistics(self) -> RowStatistics:
+        rows = (*self.leading, self.heads, self.rows)
+        return RowStatistics(fake(Float32, rows), fake(Float32, rows))
 
     def lists(self) -> tuple[cute.Tensor, ...]:
         shape = (cute.sym_int(), self.heads, cute.sym_int())
         shapes = (shape, (*shape, cute.sym_int()), shape, (*shape, cute.sym_int()))
         return tuple(fake(Int32, shape, aligned=False) for shape in shapes)
 
-    def sums(self) -> Sums:
-        rows = (*self.leading, self.heads, self.rows)
-        return Sums(*(fake(Float32, shape) for shape in (rows, rows, (*rows[:-1], cute.sym_int()))))
+    def query_sums(self) -> cute.Tensor:
+        return fake(Float32, (*self.leading, self.heads, cute.sym_int()))
 
     def key_sums(self) -> tuple[cute.Tensor, cute.Tensor]:
         return tuple(

@@ -17,13 +17,12 @@ from cutlass import Float32, Int32
 from flash_attn.cute.block_sparsity import BlockSparseTensors
 from flash_attn.cute.cu_blocks_kernel import CuSeqlensToBlocksKernel
 from flash_attn.cute.flash_bwd_postprocess import FlashAttentionBackwardPostprocess
-from flash_attn.cute.flash_bwd_preprocess import FlashAttentionBackwardPreprocess
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.utils import AuxData, scalar_to_ssa
 from torch import Tensor
 
-from nsa.fused.fa4_call import Call, Sums
+from nsa.fused.fa4_call import Call, Sums, rounded_rows
 from nsa.fused.fa4_variants import (
     BackwardTile,
     Mask,
@@ -32,8 +31,10 @@ from nsa.fused.fa4_variants import (
     forward_tile,
     values_from_registers,
 )
+from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.fa4_fakes import Fakes, fake
+from nsa.fused.kernels.padded_rows import pad_statistics
 from nsa.fused.kernels.vectors import CUTE_DTYPES
 
 _ARCH = 90
@@ -50,7 +51,7 @@ def launch_forward(call: Call, out: Tensor, lse: Tensor):
 
 
 def launch_backward(
-    dout: Tensor, call: Call, out: Tensor, lse: Tensor, grads: tuple[Tensor, Tensor, Tensor]
+    dout: Tensor, call: Call, statistics: RowStatistics, grads: tuple[Tensor, Tensor, Tensor]
 ):
     """Write the gradients of ``q``, ``k`` and ``v``."""
     variant, (bounds_q, bounds_k), (dq, dk, dv) = call.variant(dout), call.bounds, grads
@@ -60,15 +61,29 @@ def launch_backward(
     if variant.many:
         starts_q = _tile_starts(kernels.query_tile_starts, bounds_q)
         starts_k = _tile_starts(kernels.key_tile_starts, bounds_k)
-    kernels.preprocess(*_preprocess_arguments(out, dout, lse, sums, bounds_q, starts_q))
+    padded = _padded(statistics, call, kernels.tile.queries)
     written = (sums.dk, sums.dv) if variant.adds_keys else (dk, dv)
-    kernels.main(*_backward_arguments(call, dout, sums, *written, starts_k))
+    kernels.main(*_backward_arguments(call, dout, padded, sums.dq, *written, starts_k))
     convert = kernels.convert_queries
     convert(*_conversion_arguments(sums.dq, dq, call.scale, bounds_q, starts_q))
     if variant.adds_keys:
         convert = kernels.convert_keys
         convert(*_conversion_arguments(sums.dk, dk, call.scale, bounds_k, starts_k))
         convert(*_conversion_arguments(sums.dv, dv, 1.0, bounds_k, starts_k))
+
+
+def _padded(statistics: RowStatistics, call: Call, tile: int) -> RowStatistics:
+    """The statistics in whole tiles, as the kernels load them."""
+    bounds = call.bounds[0]
+    _, rows = rounded_rows(call.q, bounds, tile)
+    if bounds is None and rows == call.q.shape[1] and all(map(_has_aligned_rows, statistics)):
+        return statistics
+    return pad_statistics(statistics, rows, tile, bounds)
+
+
+def _has_aligned_rows(x: Tensor) -> bool:
+    *strides, last = x.stride()
+    return last == 1 and x.data_ptr() % 16 == 0 and not any(stride % 4 for stride in strides)
 
 
 def _tile_starts(kernel: Callable, bounds: Tensor) -> Tensor:
@@ -99,7 +114,6 @@ class BackwardKernels(NamedTuple):
     and the last two where there are many sequences."""
 
     tile: BackwardTile
-    preprocess: Callable
     main: Callable
     convert_queries: Callable
     convert_keys: Callable | None
@@ -116,7 +130,6 @@ def backward_kernels(variant: Variant) -> BackwardKernels:
     keys = (tile.keys, _MMA_THREADS, tile.key_atoms, tile.swap_keys, tile.channels)
     return BackwardKernels(
         tile,
-        compile_preprocess(plain, tile.queries, tile.channels),
         compile_backward(variant),
         compile_conversion(plain, *queries),
         compile_conversion(plain, *keys) if variant.adds_keys else None,
@@ -164,28 +177,17 @@ def _forward_arguments(call: Call, out: Tensor, lse: Tensor, starts: Tensor | No
 
 
 def _backward_arguments(
-    call: Call, dout: Tensor, sums: Sums, dk: Tensor, dv: Tensor, starts: Tensor | None
+    call: Call,
+    dout: Tensor,
+    statistics: RowStatistics,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    starts: Tensor | None,
 ) -> list:
-    rows = dict(mdO=dout, mLSE=sums.lse_log2, mdPsum=sums.softmax)
-    results = dict(mdQaccum=sums.dq, mdK=dk, mdV=dv, mCuTotalMBlocks=starts)
+    rows = dict(mdO=dout, mLSE=statistics.lse_log2, mdPsum=statistics.delta)
+    results = dict(mdQaccum=dq, mdK=dk, mdV=dv, mCuTotalMBlocks=starts)
     return ordered(FlashAttentionBackwardSm90, **_options(call), **rows, **results)
-
-
-def _preprocess_arguments(
-    out: Tensor, dout: Tensor, lse: Tensor, sums: Sums, bounds: Tensor | None, starts
-) -> list:
-    return ordered(
-        FlashAttentionBackwardPreprocess,
-        mO=out,
-        mdO=dout,
-        mPdPsum=sums.softmax,
-        mLSE=lse,
-        mLSElog2=sums.lse_log2,
-        mdQaccum=sums.dq,
-        mCuSeqlensQ=bounds,
-        softmax_scale=1.0,
-        mCuTotalMBlocks=starts,
-    )
 
 
 def _conversion_arguments(
@@ -266,23 +268,8 @@ def compile_backward(variant: Variant) -> Callable:
     )
     fakes = Fakes(variant)
     dk_dv = fakes.key_sums() if variant.adds_keys else fakes.key_gradients()
-    arguments = (fakes.call(), fakes.dout(), fakes.sums(), *dk_dv)
+    arguments = (fakes.call(), fakes.dout(), fakes.statistics(), fakes.query_sums(), *dk_dv)
     return compile_kernel(kernel, *_backward_arguments(*arguments, fakes.starts))
-
-
-@kept
-def compile_preprocess(plain: Variant, rows: int, channels: int) -> Callable:
-    """The compiled kernel that sums ``out * dout``, scales the log-sum-exp and clears dQ."""
-    kernel = FlashAttentionBackwardPreprocess(
-        CUTE_DTYPES[plain.dtype],
-        plain.head_dim,
-        plain.value_dim,
-        rows,
-        hdim_multiple_of=channels,
-    )
-    fakes = Fakes(plain)
-    arguments = (fakes.out(), fakes.out(), fakes.lse(), fakes.sums(), fakes.bounds, fakes.starts)
-    return compile_kernel(kernel, *_preprocess_arguments(*arguments))
 
 
 @kept
@@ -301,7 +288,7 @@ def compile_conversion(
         hdim_multiple_of=channels,
     )
     fakes = Fakes(plain)
-    arguments = (fakes.sums().dq, fakes.out(), Float32(1.0), fakes.bounds, fakes.starts)
+    arguments = (fakes.query_sums(), fakes.out(), Float32(1.0), fakes.bounds, fakes.starts)
     return compile_kernel(kernel, *_conversion_arguments(*arguments))
 
 

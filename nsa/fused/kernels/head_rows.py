@@ -5,12 +5,13 @@ neighbouring threads share a row, VECTOR elements each; a CTA handles ``rows_per
 and ``chunks`` CTAs of a head take the steps in turn.
 
 A tensor may have a ``Placement`` (``kernel_inputs``): its rows then lie where an index says.
-A kernel gets the flat index and a layout ``(unit, group, group_stride)``, see :class:`Places`; both
+A kernel gets the flat index and the numbers of the placement, its layout, see :class:`Places`; both
 are None for rows that follow each other.
 """
 
 import functools
 import math
+import operator
 from typing import NamedTuple
 
 import cutlass
@@ -37,8 +38,8 @@ class Places(NamedTuple):
 
     cmp: cute.Tensor | None
     slc: cute.Tensor | None
-    cmp_layout: tuple[Int32, Int32, Int32] | None
-    slc_layout: tuple[Int32, Int32, Int32] | None
+    cmp_layout: tuple[Int32, Int32, Int32, Int32] | None
+    slc_layout: tuple[Int32, Int32, Int32, Int32] | None
 
 
 @mlir_namedtuple
@@ -108,8 +109,7 @@ class HeadRows:
         """Elements from a row's place to this thread's column of its head."""
         if layout is None:
             return head * self.head_dim + column
-        _, group, group_stride = layout
-        return (head // group * group_stride + head % group) * self.head_dim + column
+        return vector_of(layout, head) * self.head_dim + column
 
     def offset(self, place, layout, row: Int64, stride: Int64, in_place: Int32) -> Int64:
         """Where this thread's vector of a row is; at place 0 where the row has none."""
@@ -129,6 +129,13 @@ class HeadRows:
                 words[i] = words[i] if place >= 0 else Int32(0)
 
     @cute.jit
+    def row_sum(self, value: Float32, active: Boolean) -> Float32:
+        """Sum over the threads of a row, in each of them."""
+        if const_expr(not self.is_even):
+            value = value if active else Float32(0.0)
+        return cute.arch.warp_reduction(value, operator.add, threads_in_group=self.threads_per_row)
+
+    @cute.jit
     def load_weight(self, mWeight: cute.Tensor | None, head: Int32, column: Int32) -> cute.Tensor:
         """The three vectors of ``weight (H, 3, D)`` at this thread's place, in float32; or 0."""
         rW = cute.make_rmem_tensor((VECTOR, 3), Float32)
@@ -138,6 +145,12 @@ class HeadRows:
                 offset = Int64((head * 3 + i) * self.head_dim + column)
                 rW[None, i].store(load_vector(mWeight, offset).load().to(Float32))
         return rW
+
+
+def vector_of(layout, head: Int32) -> Int32:
+    """Vectors from a row's place to those of a head."""
+    _, group, group_stride, head_stride = layout
+    return head // group * group_stride + head % group * head_stride
 
 
 @functools.lru_cache(maxsize=None)
@@ -162,7 +175,11 @@ PLACED = ((False, False), (False, True), (True, True))
 def fake_places(placed: tuple[bool, bool]) -> Places:
     """Stand-ins for the placements, to compile with."""
     indices = (fake_flat(Int32, alignment=4) if is_placed else None for is_placed in placed)
-    return Places(*indices, *((Int32(1),) * 3 if is_placed else None for is_placed in placed))
+    return Places(*indices, *(_fake_layout() if is_placed else None for is_placed in placed))
+
+
+def _fake_layout() -> tuple[Int32, ...]:
+    return (Int32(1),) * (len(Placement._fields) - 1)
 
 
 _NO_PLACES = Places(None, None, None, None)
@@ -193,11 +210,18 @@ def check_branch(name: str, x: Tensor, placement: Placement | None, like: Tensor
     if placement is None:
         check_tensor(name, x, like.shape, like.dtype, like.device)
         return
-    *leading, heads, head_dim = like.shape
-    check_tensor(name, x, (*x.shape[:-1], head_dim), like.dtype, like.device)
-    rows = (math.prod(leading),)
-    check_tensor(f"the place of {name}", placement.place, rows, torch.int32, like.device)
-    if not (x.is_contiguous() and placement.place.is_contiguous()):
+    check_tensor(name, x, (*x.shape[:-1], like.shape[-1]), like.dtype, like.device)
+    check_placement(name, x, placement, like)
+
+
+def check_placement(name: str, x: Tensor, placement: Placement, like: Tensor) -> None:
+    """Raise unless ``x`` is contiguous and its placement is of the rows of ``like (..., H, D)``."""
+    *leading, heads, _ = like.shape
+    place = placement.place
+    if place is not None:
+        rows = (math.prod(leading),)
+        check_tensor(f"the place of {name}", place, rows, torch.int32, like.device)
+    if not (x.is_contiguous() and (place is None or place.is_contiguous())):
         raise ValueError(f"{name} and its place must be contiguous; strides are {x.stride()}")
     if heads % placement.group or not x.numel():
         raise ValueError(

@@ -10,8 +10,6 @@ the lists transposed.
 Each warpgroup has one or two units of 64 rows. For each it computes S, P, dP and dS, adds dS K to
 its dQ, and leaves P and dS in shared memory. With two warpgroups one then computes dV of the block
 from all rows, the other dK.
-
-What a row's dO and O add up to (delta) is computed at the start, while Q and dO are on their way.
 """
 
 import functools
@@ -27,7 +25,7 @@ from cutlass.utils import LayoutEnum, hopper_helpers
 from torch import Tensor
 
 from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP
-from nsa.fused.kernel_inputs import BlockLists
+from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.hopper import (
@@ -46,10 +44,8 @@ from nsa.fused.kernels.rows import TILE_KEYS, TILE_ROWS, load_rows, row_copy, ro
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
-    dot,
     fake_flat,
     flat_rows,
-    load_vector,
 )
 
 
@@ -61,8 +57,8 @@ class _Tensors(NamedTuple):
     k: cute.Tensor
     v: cute.Tensor
     dout: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor
+    lse_log2: cute.Tensor
+    delta: cute.Tensor
     limit: cute.Tensor | None
     partial_count: cute.Tensor
     partial_index: cute.Tensor
@@ -81,7 +77,6 @@ class _Strides(NamedTuple):
     k: Int64
     v: Int64
     dout: Int64
-    out: Int64
 
 
 @mlir_namedtuple
@@ -218,10 +213,9 @@ class ListedBackward:
             load(tensors.dout, sRows[None, None, i], strides.dout, q_column, row)
             load(tensors.q, sRows[None, None, self.stages + i], strides.q, q_column, row)
         cute.arch.cp_async_commit_group()
-        self._row_statistics(
-            *(tensors.dout, tensors.out, tensors.lse, sLse, sDelta, strides.dout, strides.out),
-            *(q_column, Int64(head) * sizes.num_rows, first_row, tidx),
-        )
+        if tidx < self.rows:
+            statistic = Int64(head) * sizes.num_rows + (first_row + tidx)
+            sLse[tidx], sDelta[tidx] = tensors.lse_log2[statistic], tensors.delta[statistic]
 
         thr_s, thr_dq, thr_dkv = (mma.get_slice(0) for mma in (mma_s, mma_dq, mma_dkv))
         partition = partition_fragment_ABC
@@ -372,39 +366,6 @@ class ListedBackward:
         load_rows(mX, sX, stride, lambda i, more: (first + i + more, column), tidx, self.threads)
 
     @cute.jit
-    def _row_statistics(
-        self,
-        mdO: cute.Tensor,
-        mO: cute.Tensor,
-        mLse: cute.Tensor,
-        sLse: cute.Tensor,
-        sDelta: cute.Tensor,
-        do_stride: Int64,
-        o_stride: Int64,
-        column: Int32,
-        lse_start: Int64,
-        first_row: Int32,
-        tidx: Int32,
-    ):
-        """``lse * log2(e)``, inf for a row that saw no key, and delta, the sum of dO * O."""
-        lanes = const_expr(row_lanes(self.head_dim))
-        lane = tidx % lanes
-        for i in cutlass.range_constexpr(self.rows * lanes // self.threads):
-            local = i * (self.threads // lanes) + tidx // lanes
-            row = Int64(first_row + local)
-            delta = Float32(0.0)
-            for k in cutlass.range_constexpr(self.head_dim // (lanes * VECTOR)):
-                at = column + lane * VECTOR + k * lanes * VECTOR
-                rdO = load_vector(mdO, row * do_stride + at)
-                rO = load_vector(mO, row * o_stride + at)
-                delta += dot(rdO.load().to(Float32), rO.load().to(Float32))
-            delta = cute.arch.warp_reduction_sum(delta, threads_in_group=lanes)
-            if lane == 0:
-                lse = mLse[lse_start + row]
-                sLse[local] = Float32.inf if lse == -Float32.inf else lse * LOG2_E
-                sDelta[local] = delta
-
-    @cute.jit
     def _mask(
         self,
         acc_S_mn: cute.Tensor,
@@ -466,14 +427,14 @@ def compile_backward(
     return compile_kernel(
         ListedBackward(cute_dtype, head_dim, group, rows, limited),
         _Tensors(
-            *(fake_flat(cute_dtype) for _ in range(5)),
-            fake_flat(Float32, alignment=4),
+            *(fake_flat(cute_dtype) for _ in range(4)),
+            *(fake_flat(Float32, alignment=4) for _ in range(2)),
             ints(limited),
             *(ints(), ints(), ints(has_full), ints(has_full)),
             fake_flat(cute_dtype),
             *(fake_flat(Float32) for _ in range(2)),
         ),
-        _Strides(*(Int64(1) for _ in range(5))),
+        _Strides(*(Int64(1) for _ in range(4))),
         _Sizes(*(Int32(1) for _ in range(6))),
         Float32(1.0),
     )
@@ -495,8 +456,7 @@ def listed_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    statistics: RowStatistics,
     lists: BlockLists,
     scale: float,
     key_limit: Tensor | None,
@@ -512,15 +472,14 @@ def listed_backward(
         kernel = compile_backward(
             q.dtype, head_dim, heads // kv_heads, rows, key_limit is not None, has_full
         )
-        flattened, strides = zip(*map(flat_rows, (q, k, v, dout, out)), strict=True)
+        flattened, strides = zip(*map(flat_rows, (q, k, v, dout)), strict=True)
+        numbers = [x.contiguous().view(-1) for x in statistics]
         entries = [None if x is None else x.contiguous().view(-1) for x in lists[:4]]
         # Limits are absolute.
         earlier = k.shape[1] - num_rows if key_limit is None else 0
         widths = [0 if x is None else x.shape[-1] for x in (lists.partial_index, lists.full_index)]
         kernel(
-            _Tensors(
-                *(*flattened, lse.contiguous().view(-1), key_limit, *entries, dq.view(-1), *sums)
-            ),
+            _Tensors(*(*flattened, *numbers, key_limit, *entries, dq.view(-1), *sums)),
             _Strides(*strides),
             _Sizes(num_rows, kv_heads, lists.query_block // rows, *widths, earlier),
             scale,

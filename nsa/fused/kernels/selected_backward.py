@@ -14,7 +14,6 @@ a block. Only where that and wide rows meet, two CTAs share a block.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -28,7 +27,7 @@ from cutlass.utils import LayoutEnum, hopper_helpers
 from torch import Tensor
 
 from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARP, WARP_ROWS, WARPGROUP
-from nsa.fused.kernel_inputs import TokenBlocks, choose_chunk_tokens
+from nsa.fused.kernel_inputs import RowStatistics, TokenBlocks, choose_chunk_tokens
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.hopper import (
@@ -54,18 +53,12 @@ from nsa.fused.kernels.rows import (
     load_tokens,
     pair_and_head,
     pair_rows,
-    row_lanes,
 )
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
-    VECTOR,
-    dot,
     fake_flat,
     flat_rows,
-    load_vector,
 )
-
-_THREADS = 256
 
 
 @mlir_namedtuple
@@ -76,7 +69,7 @@ class _Tensors(NamedTuple):
     k: cute.Tensor
     v: cute.Tensor
     dout: cute.Tensor
-    lse: cute.Tensor
+    lse_log2: cute.Tensor
     delta: cute.Tensor
     tokens: cute.Tensor
     items: cute.Tensor
@@ -244,7 +237,8 @@ class SelectedBackward:
             load_pairs = functools.partial(self._load_pairs, sTokens, kv_head, tidx)
             load_statistics = functools.partial(
                 self._load_statistics,
-                *(tensors.lse, tensors.delta, sStatistics, sTokens, sizes.kv_heads, kv_head, tidx),
+                *(tensors.lse_log2, tensors.delta, sStatistics, sTokens),
+                *(sizes.kv_heads, kv_head, tidx),
             )
             load_pairs(tensors.q, sQ, strides.q, Int32(0), Int32(0))
             load_pairs(tensors.dout, sdO, strides.dout, Int32(0), Int32(0))
@@ -425,7 +419,7 @@ class SelectedBackward:
     @cute.jit
     def _load_statistics(
         self,
-        mLse: cute.Tensor,
+        mLseLog2: cute.Tensor,
         mDelta: cute.Tensor,
         sStatistics: cute.Tensor,
         sTokens: cute.Tensor,
@@ -440,7 +434,7 @@ class SelectedBackward:
         pair, head = pair_and_head(tile, row, 0, self.group)
         offset = (Int64(sTokens[pair]) * kv_heads + kv_head) * self.group + head
         atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
-        for i, mX in ((0, mLse), (1, mDelta)):
+        for i, mX in ((0, mLseLog2), (1, mDelta)):
             if tidx // TILE_ROWS == i:
                 source = cute.make_tensor(mX.iterator + offset, cute.make_layout(1))
                 target = sStatistics.iterator + sStatistics.layout((row, i, stage))
@@ -490,73 +484,6 @@ class SelectedBackward:
         return offsets[0], offsets[1]
 
 
-@mlir_namedtuple
-class _RowTensors(NamedTuple):
-    """What the statistics are computed from, then these."""
-
-    dout: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor
-    dlse: cute.Tensor | None
-    lse2: cute.Tensor
-    delta: cute.Tensor
-
-
-class RowStatistics:
-    """Computes ``lse * log2(e)`` and delta, the sum of ``dout * out``, for each row and head.
-
-    With ``dlse``, delta is less by that: then ``dS = P * (dP - delta)`` has what comes through the
-    log-sum-exp, whose derivative is P.
-    """
-
-    def __init__(self, head_dim_v: int):
-        self.head_dim_v = head_dim_v
-        self.lanes = row_lanes(head_dim_v)
-
-    @cute.jit
-    def __call__(
-        self,
-        tensors: _RowTensors,
-        strides: cute.Stride,
-        rows: Int32,
-        heads: Int32,
-        stream,
-    ):
-        grid = [cute.ceil_div(rows, _THREADS // self.lanes), 1, 1]
-        self.kernel(tensors, strides, rows, heads).launch(
-            grid=grid, block=[_THREADS, 1, 1], stream=stream
-        )
-
-    @cute.kernel
-    def kernel(
-        self,
-        tensors: _RowTensors,
-        strides: cute.Stride,
-        rows: Int32,
-        heads: Int32,
-    ):
-        tidx, _, _ = cute.arch.thread_idx()
-        bidx, _, _ = cute.arch.block_idx()
-        row, lane = bidx * (_THREADS // self.lanes) + tidx // self.lanes, tidx % self.lanes
-        # Past the end, the last row again: all threads of a warp take part in the sum.
-        source = cutlass.min(row, rows - 1)
-        token, column = Int64(source // heads), source % heads * self.head_dim_v + lane * VECTOR
-        loaded = []
-        for k in cutlass.range_constexpr(self.head_dim_v // (self.lanes * VECTOR)):
-            at = column + k * self.lanes * VECTOR
-            rdO = load_vector(tensors.dout, token * strides[0] + at)
-            loaded.append((rdO, load_vector(tensors.out, token * strides[1] + at)))
-        delta = Float32(0.0)
-        for rdO, rO in loaded:
-            delta += dot(rdO.load().to(Float32), rO.load().to(Float32))
-        delta = cute.arch.warp_reduction_sum(delta, threads_in_group=self.lanes)
-        if lane == 0 and row < rows:
-            tensors.lse2[row] = tensors.lse[row] * LOG2_E
-            if const_expr(tensors.dlse is not None):
-                delta -= tensors.dlse[row]
-            tensors.delta[row] = delta
-
-
 @kept
 def compile_backward(
     dtype: torch.dtype,
@@ -581,20 +508,6 @@ def compile_backward(
     )
 
 
-@kept
-def compile_statistics(dtype: torch.dtype, head_dim_v: int, with_dlse: bool) -> Callable:
-    dlse = Float32 if with_dlse else None
-    return compile_kernel(
-        RowStatistics(head_dim_v),
-        _RowTensors(
-            *(fake_flat(CUTE_DTYPES[dtype]) for _ in range(2)),
-            *(fake_flat(x, alignment=4) for x in (Float32, dlse, Float32, Float32)),
-        ),
-        (Int64(1),) * 2,
-        *(Int32(1), Int32(1)),
-    )
-
-
 # Head dimension, query heads of a KV head and block size that are compiled as a test.
 _SHAPES = (
     *((64, 1, 64), (96, 3, 32), (128, 16, 64), (256, 6, 64)),
@@ -611,9 +524,6 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 arguments = (dtype, dim, dim, group, size, causal)
                 form = f"{name}-{dim}-{group}-{size}{'' if causal else '-all'}"
                 yield f"selected-backward-{form}", functools.partial(compile_backward, *arguments)
-        for dim, with_dlse in itertools.product((64, 96, 128, 256), (False, True)):
-            statistics = functools.partial(compile_statistics, dtype, dim, with_dlse)
-            yield f"row-statistics-{name}-{dim}{'-dlse' if with_dlse else ''}", statistics
 
 
 def selected_backward(
@@ -621,14 +531,12 @@ def selected_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    statistics: RowStatistics,
     block_indices: Tensor,
     blocks: TokenBlocks,
     block_size: int,
     scale: float,
     causal: bool,
-    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`nsa.fused.kernel_calls.selected_backward`."""
     total, heads, head_dim = q.shape
@@ -645,23 +553,14 @@ def selected_backward(
     shapes = (q.shape, k.shape, v.shape)
     sizes = [math.prod(shape) for shape in shapes]
     sums = torch.zeros(sum(sizes), dtype=torch.float32, device=q.device).split(sizes)
-    statistics = torch.empty(2, total * heads, dtype=torch.float32, device=q.device)
-    lse2, delta = statistics
-
-    rows = [flat_rows(x) for x in (q, k, v, dout, out)]
-    (q, q_stride), (k, k_stride), (v, v_stride), (dout, do_stride), (out, out_stride) = rows
-    if dlse is not None:
-        dlse = dlse.contiguous().view(-1)
-    compile_statistics(q.dtype, head_dim_v, dlse is not None)(
-        _RowTensors(dout, out, lse.view(-1), dlse, lse2, delta),
-        (do_stride, out_stride),
-        *(total * heads, heads),
-    )
+    rows = [flat_rows(x) for x in (q, k, v, dout)]
+    (q, q_stride), (k, k_stride), (v, v_stride), (dout, do_stride) = rows
+    lse_log2, delta = (x.contiguous().view(-1) for x in statistics)
     waves, wave_items, _ = index.items.shape
     unit_pairs = index.chunk_tokens * index.slots
     listed = (index.tokens, index.items.view(-1), index.num_items)
     compile_backward(q.dtype, head_dim, head_dim_v, group, block_size, causal)(
-        _Tensors(q, k, v, dout, lse2, delta, *listed, *sums),
+        _Tensors(q, k, v, dout, lse_log2, delta, *listed, *sums),
         _Strides(q_stride, k_stride, v_stride, do_stride),
         _Sizes(kv_heads, wave_items, unit_pairs, index.chunks, index.chunk_tokens),
         *(waves, scale * LOG2_E),
