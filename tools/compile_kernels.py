@@ -69,6 +69,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
             decode_compressed,
             decode_select,
             decode_tile_select,
+            few_keys,
             float_sums,
             importance,
             inverted_index,
@@ -81,7 +82,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         )
 
         by_dtype += [importance, selected_forward, selected_band]
-        by_dtype += [selected_backward, row_statistics, listed_backward, float_sums]
+        by_dtype += [few_keys, selected_backward, row_statistics, listed_backward, float_sums]
         others += [padded_rows, inverted_index, decode_append, decode_compressed, decode_select]
         others += [decode_tile_select, decode_attend, decode_combine]
     for kernels in by_dtype:

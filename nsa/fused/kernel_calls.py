@@ -18,7 +18,9 @@ from nsa.blocks import BlockPlaces
 from nsa.fused.kernel_inputs import (
     IN_ORDER,
     BlockLists,
+    FewKeys,
     Pair,
+    Placement,
     Placements,
     RowStatistics,
     Rule,
@@ -109,6 +111,35 @@ def gating_backward(
         dweight: like ``weight``; None without it.
     """
     return _kernels("gates").gating_backward(**locals())
+
+
+def few_key_deltas(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    statistics: RowStatistics,
+    few: FewKeys,
+    scale: float,
+    statistics_placement: Placement,
+    placement: Placement | None,
+) -> None:
+    """Write ``delta`` of the queries in ``few`` again, as the sum of P * dP over their keys.
+
+    The product of the output and its gradient has the rounding error of the output, which matters
+    where keys are few.
+
+    Args:
+        dout: ``(..., H, D)``, bfloat16 or float16; with a placement any ``(..., D)``, contiguous.
+        q: ``(..., H, D)``.
+        k, v: ``(..., H_kv, D)``.
+        statistics: float32, contiguous. A row whose P are 0 stays as it is.
+        few: the queries and their keys.
+        scale: multiplies ``q @ k^T``.
+        statistics_placement: where the rows of q lie in the statistics.
+        placement: where they lie in ``dout``; None for order.
+    """
+    _kernels("few_keys").few_key_deltas(**locals())
 
 
 def query_gradient(

@@ -140,6 +140,25 @@ StatisticsPlacements = tuple[Placement | None, Placement, Placement]
 there are no compressed tokens."""
 
 
+MOST_FEW_KEYS = 4
+"""Keys that a query of :class:`FewKeys` sees at most. In simulation, delta from the 16-bit output
+makes gradients err 1.15 times as much as the reference's for 2 keys, and 0.98 for 4."""
+
+
+class FewKeys(NamedTuple):
+    """Queries that see 2 to ``MOST_FEW_KEYS`` neighbouring keys; int32 ``(R,)`` each.
+
+    Attributes:
+        query: row of q, -1 for none.
+        first: row of k of the first key.
+        keys: how many keys, at least 1.
+    """
+
+    query: Tensor
+    first: Tensor
+    keys: Tensor
+
+
 MAX_GROUP = 32
 """The most query heads per KV head, because they share a thread's columns."""
 

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache, partial
 import torch
 from torch import Tensor
 
-from nsa.blocks import num_selection_blocks
+from nsa.blocks import covered_tokens, num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.fused.compressed_forms import (
     CompressedForm,
@@ -20,6 +20,8 @@ from nsa.fused.compressed_forms import (
 )
 from nsa.fused.kernel_inputs import (
     IN_ORDER,
+    MOST_FEW_KEYS,
+    FewKeys,
     Placement,
     Placements,
     StatisticsPlacements,
@@ -28,7 +30,7 @@ from nsa.fused.kernel_inputs import (
     make_token_blocks,
     make_token_tiles,
 )
-from nsa.fused.row_layouts import AlignedRows, FoldedQueries
+from nsa.fused.row_layouts import AlignedRows, FoldedQueries, over_batch
 from nsa.fused.scoring import Scoring
 from nsa.geometry import Geometry
 from nsa.host import may_keep
@@ -140,6 +142,30 @@ class Plan:
         elif self.compressed_form is CompressedForm.FOLDED_ROWS:
             compressed = self.folded.placement(num_heads, num_kv_heads)
         return compressed, selected, by_head
+
+    @cached_property
+    def few_keys(self) -> FewKeys | None:
+        """Queries that see a few compressed keys; None where no query need see few."""
+        if not self.config.causal or self.compressed_form is CompressedForm.NONE:
+            return None
+        queries, compressed = self.geometry.queries, self.geometry.compressed
+        rows, visibility = queries.rows, self.config.compressed_visibility
+        stride = self.config.compress_stride
+        segment = torch.arange(rows.num_sequences, device=rows.device)[:, None]
+        owner = queries.sequence_of(segment)
+        # Positions from which queries see two keys, as long as they may see no more than a few.
+        lead = covered_tokens(self.config, visibility) - 1 + stride
+        position = torch.arange(lead, lead + (MOST_FEW_KEYS - 1) * stride, device=rows.device)
+        local = position - queries.first_of(segment)
+        count = self.geometry.num_visible(position, owner, visibility)
+        real = (local >= 0) & (local < rows.count[segment]) & (count > 1)
+        query = torch.where(real, rows.offset[segment] + local, -1)
+        first = compressed.offset[owner].expand_as(query)
+        return FewKeys(
+            query=over_batch(query.flatten(), self.batch, rows.total),
+            first=over_batch(first.flatten(), self.batch, compressed.total),
+            keys=count.clamp(min=1).expand_as(query).flatten().repeat(self.batch).int(),
+        )
 
     def align_queries(self, q: Tensor) -> Tensor:
         """``q (B, T, H, D)`` in aligned rows, ``(1, B * rows, H, D)``; unchanged in token mode."""

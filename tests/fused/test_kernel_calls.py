@@ -14,6 +14,7 @@ EMULATIONS = {
 }
 LAUNCHERS = {
     "gates": ("gating_forward", "gating_backward"),
+    "few_keys": ("few_key_deltas",),
     "query_gradient": ("query_gradient",),
     "rope": ("rotate",),
     "block_rows": ("gather_blocks", "scatter_blocks"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa.fused.hardware import LOG2_E
-from nsa.fused.kernel_inputs import RowStatistics
+from nsa.fused.kernel_inputs import MOST_FEW_KEYS, RowStatistics
 from nsa.precision import accumulation_dtype
 from nsa.segments import locate_items
 from tests.helpers import emulated_fa4
@@ -18,6 +18,7 @@ from tests.helpers import emulated_fa4
 NAMES = (
     "gating_forward",
     "gating_backward",
+    "few_key_deltas",
     "query_gradient",
     "mean_forward",
     "mean_backward",
@@ -90,6 +91,26 @@ def gating_backward(
     rows = (x.flatten(0, -3) for x in (dlogits, q.to(dtype)))
     dweight = torch.einsum("rhi,rhd->hid", *rows).to(weight.dtype).contiguous()
     return *results, dlogits, None, dweight
+
+
+def few_key_deltas(dout, q, k, v, statistics, few, scale, statistics_placement, placement) -> None:
+    assert all(x.dtype == torch.int32 for x in few)
+    lse_log2, delta = statistics
+    dtype, group = accumulation_dtype(q.dtype), q.shape[-2] // k.shape[-2]
+    dout, q = (x.flatten(0, -3).to(dtype) for x in (_read(dout, placement, q), q))
+    k, v = (x.flatten(0, -3).to(dtype).repeat_interleave(group, 1) for x in (k, v))
+    places = _vectors(statistics_placement, q)
+    for query, first, count in zip(*map(Tensor.tolist, few), strict=True):
+        if query < 0:
+            continue
+        assert 2 <= count <= MOST_FEW_KEYS
+        keys, at = slice(first, first + count), places[query]
+        assert keys.stop <= len(k)
+        scores = torch.einsum("hd,khd->hk", q[query], k[keys]) * scale
+        weights = (scores * LOG2_E - lse_log2.view(-1)[at, None]).exp2()
+        total = weights.sum(-1)
+        product = (weights * torch.einsum("hd,khd->hk", dout[query], v[keys])).sum(-1)
+        delta.view(-1)[at] = torch.where(total > 0, product / total, delta.view(-1)[at])
 
 
 def rotate(x, other, bounds, origin, start, step, theta, inverse):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import covered_tokens
+from nsa.fused import kernel_calls
 from nsa.fused.attention.fa4_calls import (
     by_entry,
     dense_backward,
@@ -75,11 +76,12 @@ def compressed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k_cmp`` and ``v_cmp``. The last two may be in float32.
 
-    ``statistics`` are None if there is no compressed token.
+    ``statistics`` are None if there is no compressed token; a few are overwritten.
     """
     form = plan.compressed_form
     if statistics is None:
         return torch.zeros_like(q), torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
+    _correct_few_keys(dout, q, k_cmp, v_cmp, statistics, plan)
     if form is CompressedForm.LISTED:
         assert groups is not None
         lists = compressed_lists(groups, plan)
@@ -97,6 +99,22 @@ def compressed_attention_backward(
         none = ~plan.geometry.compressed.real
         dk, dv = (x.masked_fill_(none[:, None, None], 0) for x in (dk, dv))
     return dq, dk, dv
+
+
+def _correct_few_keys(
+    dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, statistics: RowStatistics, plan: Plan
+):
+    """Make ``delta`` exact, in place, for queries that see a few compressed tokens."""
+    if plan.few_keys is None:
+        return
+    heads = q.shape[2], k_cmp.shape[2]
+    statistics_placement, *_ = plan.statistics_placements(*heads)
+    placement, _ = plan.query_placements(*heads)
+    assert statistics_placement is not None  # as of all statistics
+    kernel_calls.few_key_deltas(
+        *(dout, q, k_cmp, v_cmp, statistics, plan.few_keys),
+        *(plan.config.softmax_scale(q.shape[-1]), statistics_placement, placement),
+    )
 
 
 def _compressed_call(plan: Plan) -> dict:

@@ -3,11 +3,11 @@
 Importing a file imports cutlass; importing this package does not. Callers use
 :mod:`nsa.fused.kernel_calls`, which documents the operations.
 
-Files with an operation: ``rope``, ``block_rows``, ``means``, ``gates``, ``query_gradient``,
-``lists``, ``top_blocks``, ``importance``, ``selected_forward``, ``selected_backward``,
-``row_statistics`` and ``listed_backward``; and of decoding ``decode_append``,
-``decode_compressed``, ``decode_select``, ``decode_tile_select``, ``decode_attend`` and
-``decode_combine``, which :mod:`nsa.fused.decode_calls` documents. Each has
+Files with an operation: ``rope``, ``block_rows``, ``means``, ``gates``, ``few_keys``,
+``query_gradient``, ``lists``, ``top_blocks``, ``importance``, ``selected_forward``,
+``selected_backward``, ``row_statistics`` and ``listed_backward``; and of decoding
+``decode_append``, ``decode_compressed``, ``decode_select``, ``decode_tile_select``,
+``decode_attend`` and ``decode_combine``, which :mod:`nsa.fused.decode_calls` documents. Each has
 
 - classes of kernels. ``__call__`` runs on the host and launches ``kernel``. Tensors and sizes come
   in named tuples, so that each list of arguments is written once;
@@ -20,7 +20,8 @@ backward), ``selected_band`` (selected forward), ``float_sums`` (the backward ke
 and ``padded_rows`` (FlashAttention-4's backward).
 
 Files without kernels: ``vectors`` (16-byte loads and stores, how tensors are passed), ``head_rows``
-(the tiles of ``gates`` and ``query_gradient``), ``sequences`` (the sequence of a row), ``rows``
+(the tiles of ``gates``, ``few_keys`` and
+``query_gradient``), ``sequences`` (the sequence of a row), ``rows``
 (copies of rows to shared memory), ``forward_tiles`` (what the two forward kernels of token mode
 share), ``best_blocks`` (ranked blocks in a warp's registers), ``decode_best`` (those of a CTA),
 ``decode_tiles`` (attention to tiles of pages), ``hopper`` (what is used of FlashAttention-4 and
