@@ -186,7 +186,7 @@ class NSAConfig:
                 if not isinstance(value, bool):
                     raise TypeError(f"causal must be a bool, got {value!r}")
             elif name == "scale":
-                check_scale(value)
+                check_positive("scale", value)
             elif not (value is None and name in _OPTIONAL + _FOLLOWERS):
                 check_int(
                     name,
@@ -242,15 +242,15 @@ def check_int(name: str, value, minimum: int, maximum: int | None = None):
         raise ValueError(f"{name} must be at most {maximum}, got {value}")
 
 
-def check_scale(value):
-    """Check that a factor on the logits is a positive number, or None for the default."""
+def check_positive(name: str, value):
+    """Check that ``value`` is a finite positive number, or None."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"scale must be a float or None, got {value!r}")
+        raise TypeError(f"{name} must be a float or None, got {value!r}")
     try:
         valid = math.isfinite(value) and value > 0
     except OverflowError:  # an int past the floats
         valid = False
     if not valid:
-        raise ValueError(f"scale must be finite and positive, got {value!r}")
+        raise ValueError(f"{name} must be finite and positive, got {value!r}")

@@ -52,14 +52,14 @@ def has_readable_values(x: Tensor) -> bool:
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Whether this is a meta or a fake tensor; not while torch.compile traces."""
-    if torch.compiler.is_compiling():
+    """Whether this is a meta or a fake tensor, as torch.export has; not in torch.compile."""
+    if torch.compiler.is_dynamo_compiling():
         return False
     return x.is_meta or (is_traced(x) and detect_fake_mode([x]) is not None)
 
 
 def in_function_transform() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp, ...) runs; not while it is traced."""
-    if torch.compiler.is_compiling():
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) runs; not in torch.compile."""
+    if torch.compiler.is_dynamo_compiling():
         return False
     return torch._C._are_functorch_transforms_active()

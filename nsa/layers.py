@@ -5,7 +5,6 @@ projections, the learned compression ``phi`` (Eq. 7 of https://arxiv.org/abs/250
 gate MLP (Eq. 5).
 """
 
-import math
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from nsa.blocks import BlockPlaces, num_compressed_blocks
 from nsa.cache import Cache
 from nsa.cached_layer import arguments_of_new_tokens
 from nsa.compressor import BlockCompressor, gather_blocks
-from nsa.config import NSAConfig
+from nsa.config import NSAConfig, check_positive
 from nsa.host import has_readable_values
 from nsa.linears import (
     apply_linear,
@@ -445,12 +444,9 @@ def _check_choice(name: str, value, choices: tuple[str, ...]):
 
 
 def _check_rope(theta, head_dim: int) -> float | None:
+    check_positive("rope_theta", theta)
     if theta is None:
         return None
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
-        raise TypeError(f"rope_theta must be a float or None, got {theta!r}")
-    if not 0 < theta < math.inf:
-        raise ValueError(f"rope_theta must be finite and positive, got {theta}")
     if head_dim % 2:
         raise ValueError(f"head_dim must be even with rope_theta, got {head_dim}")
     return float(theta)

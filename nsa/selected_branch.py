@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nsa import validation
 from nsa.cache.paged_keys import PagedKeys, blocks_of_rows, check_paged_qkv, check_used_pages
-from nsa.config import NSAConfig, check_scale
+from nsa.config import NSAConfig, check_positive
 from nsa.dispatch import choose_module
 from nsa.host import has_readable_values
 from nsa.packing import Packing, check_boundaries, has_key_boundaries
@@ -192,5 +192,5 @@ def _check_options(block_size, causal, scale, return_lse) -> NSAConfig:
         raise ValueError(f"block_size must be one of {tuple(_CONFIGS)}, got {block_size}")
     for name, value in (("causal", causal), ("return_lse", return_lse)):
         validation.check_flag(name, value)
-    check_scale(scale)
+    check_positive("scale", scale)
     return _CONFIGS[block_size]

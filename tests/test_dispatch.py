@@ -109,6 +109,12 @@ def test_the_reference_needs_values(inputs, fake):
                 call()
 
 
+def test_the_reference_cannot_be_exported():
+    layer = nsa.NativeSparseAttention(32, 4, 2, CONFIG)
+    with pytest.raises(nsa.UnsupportedError, match="which meta and fake tensors do not"):
+        torch.export.export(layer, (torch.randn(1, 200, 32),), strict=False)
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_transforms_of_functions_are_refused(inputs, backend):
     def total(q):

@@ -332,6 +332,7 @@ def test_repr_shows_the_sizes():
         ({"separate_kv": "no"}, TypeError, "separate_kv must be a bool, got 'no'"),
         ({"bias": 1}, TypeError, "bias must be a bool, got 1"),
         ({"rope_theta": -1.0}, ValueError, "rope_theta must be finite and positive, got -1.0"),
+        ({"rope_theta": 10**400}, ValueError, "rope_theta must be finite and positive, got 1000"),
         ({"rope_theta": math.inf}, ValueError, "rope_theta must be finite and positive, got inf"),
         ({"gate": "x"}, ValueError, r"gate must be one of \('hidden', 'q'\), got 'x'"),
         ({"compressor": 1}, ValueError, r"compressor must be one of .*'mean'\), got 1"),
