@@ -263,11 +263,15 @@ class NativeSparseAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        gate = "q" if self.gate_mlp is None else "hidden"
+        compressor = "mean" if self.compress_k is None else "mlp"
         return (
             f"dim={self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, value_head_dim={self.value_head_dim}, "
             f"rope_theta={self.rope_theta}, separate_kv={self.num_kv_branches == 3}, "
-            f"backend={self.backend!r}, config={self.config}"
+            f"gate={gate!r}, compressor={compressor!r}, recompute={self.recompute}, "
+            f"max_workspace_bytes={self.max_workspace_bytes}, backend={self.backend!r}, "
+            f"config={self.config}"
         )
 
     def _project(

@@ -311,6 +311,15 @@ def test_constructor_refuses_integers_as_linear_layers_do(make):
         make(torch.int32)
 
 
+@pytest.mark.parametrize("gate", ["hidden", "q"])
+@pytest.mark.parametrize("compressor", ["mlp", "mean"])
+def test_repr_shows_the_options(gate, compressor):
+    options = dict(gate=gate, compressor=compressor, recompute=True, max_workspace_bytes=7)
+    text = repr(nsa.NativeSparseAttention(DIM, HEADS, KV_HEADS, TOKEN, **options))
+    for name, value in options.items():
+        assert f"{name}={value!r}, " in text
+
+
 def test_repr_shows_the_sizes():
     text = repr(make_layer(separate_kv=True))
     assert "num_kv_heads=2" in text
