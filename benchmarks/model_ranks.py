@@ -7,10 +7,10 @@
 PyTorch's "fake" process group lets this process be any rank of ``--ranks``. It runs that rank's
 code, kernels, copies and collectives, which return at once. So compute and memory are measured.
 Transfers are assumed: a collective takes ``--latency`` and its received bytes over ``--rate``, one
-after another, beside the compute between its issue and the wait for it. The defaults are what NCCL
-reached between two H200 (NVLink, 450 GB/s in each direction by its makers). Not in the model:
-compute that is slower beside NCCL's kernels, ``--contention`` times the transfers (see below), and
-the memory of NCCL's own buffers.
+after another, beside the compute between its issue and the wait for it. Compute is slower beside
+NCCL's kernels: it loses ``--contention`` times the transfers. The defaults are what two H200 showed
+(NVLink, 450 GB/s in each direction by its makers): NCCL's rate, and the contention with which tile
+mode's time there is met to 1 %. Not in the model: the memory of NCCL's own buffers.
 
 Printed for each number of ranks, of the slowest of the first and the last one: milliseconds, of
 which waiting; peak GiB; and the speed-up over one rank, which is measured as it is. With
@@ -33,8 +33,10 @@ def main(argv: list[str] | None = None):
     environment.require_gpu()
     print(torch.cuda.get_device_name(), "commit", environment.commit())
     print(f"{options.selection} mode, {options.length} tokens, {options.heads} heads, "
-          f"{options.kv_heads} KV heads, {options.head_dim} channels; transfers of "
-          f"{options.latency} ms and {options.rate} GB/s")  # fmt: skip
+          f"{options.kv_heads} KV heads, {options.head_dim} channels")  # fmt: skip
+    print(
+        f"transfers of {options.latency} ms, {options.rate} GB/s, {options.contention} contention"
+    )
     for name in options.passes:
         alone = None
         for count in options.ranks:
@@ -111,7 +113,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=250, help="GB/s that a rank receives")
     parser.add_argument("--latency", type=float, default=0.04, help="ms of a collective")
     parser.add_argument(
-        "--contention", type=float, default=0, help="compute lost, as a share of transfers"
+        "--contention", type=float, default=1, help="compute lost, as a share of transfers"
     )
     parser.add_argument("--kernels", type=int, default=0, metavar="K")
     workloads.add_shape_arguments(parser)
