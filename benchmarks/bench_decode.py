@@ -1,6 +1,9 @@
 """Time of a decoding step with a cache, beside dense attention at the speed of a device copy.
 
     python benchmarks/bench_decode.py --csv decode.csv
+    python benchmarks/bench_decode.py --tokens 1 4 --shapes 65536x32:64/4
+    python benchmarks/bench_decode.py --selection tile --shapes 65536x32:32/8
+    python benchmarks/bench_decode.py --prefill --shapes 65536x1:64/4
 
 A step is ``nsa.forward`` of new tokens behind ``keys`` tokens of each sequence, as a CUDA graph
 that is replayed: append, compression, selection and attention. Small caches would stay in L2 from
@@ -21,11 +24,15 @@ The CSV has one row for each shape:
 - copy_gb_per_s: bytes read and written
 - caches: caches in a graph
 - gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit, time
+
+With ``--prefill`` the shapes' keys are those of a prompt, which ``nsa.forward`` appends to an empty
+cache and attends, without gradients. It takes turns with the same call without a cache. Columns are
+then cached_ms, plain_ms (medians) and ratio, beside the shape and the environment.
 """
 
 import argparse
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 
 import torch
 
@@ -37,6 +44,10 @@ FIELDS = (
     "keys", "batch", "tokens", "selection", "heads", "kv_heads", "head_dim", "dtype",
     "p20_us", "p50_us", "p80_us", "dense_us", "floor_us", "ratio", "copy_gb_per_s", "caches",
     *environment.FIELDS,
+)  # fmt: skip
+PREFILL_FIELDS = (
+    "keys", "batch", "selection", "heads", "kv_heads", "head_dim", "dtype", "cached_ms", "plain_ms",
+    "ratio", *environment.FIELDS,
 )  # fmt: skip
 SHAPES = (
     "65536x32:64/4", "131072x16:64/4", "32768x32:64/4", "8192x64:64/4", "65536x32:64/8",
@@ -51,7 +62,13 @@ MOST_CACHES = 64
 def main(argv: list[str] | None = None):
     options = parse_arguments(argv)
     environment.require_gpu()
-    table = Table(options.csv, FIELDS)
+    table = Table(options.csv, PREFILL_FIELDS if options.prefill else FIELDS)
+    if options.prefill:
+        for shape in options.shapes:
+            row = bench_prefill(*shape, options)
+            table.add(row)
+            print(describe_prefill(row), flush=True)
+        return
     rate = copy_rate(options)
     for shape in options.shapes:
         for tokens in options.tokens:
@@ -72,6 +89,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1], help="new tokens of a step")
     parser.add_argument("--selection", choices=("token", "tile"), default="token")
+    parser.add_argument("--prefill", action="store_true", help="time prompts instead of steps")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=100)
@@ -123,6 +141,40 @@ def bench(
     values = (cuts[0], p50, cuts[3], dense_us, floor_us, dense_us / p50, rate / 1e9)
     row = dict(zip(FIELDS, (*shape, *(round(x, 2) for x in values), count), strict=False))
     return row | environment.columns()
+
+
+def bench_prefill(keys: int, batch: int, heads: int, kv_heads: int, options) -> dict:
+    """The row of prompts of a shape."""
+    config = nsa.NSAConfig.paper() if options.selection == "token" else nsa.NSAConfig()
+    kind, dim = dict(dtype=getattr(torch, options.dtype), device="cuda"), options.head_dim
+    cache = nsa.Cache(config, batch, keys, kv_heads, dim, **kind)
+    q = torch.randn(batch, keys, heads, dim, **kind)
+    k, v = (torch.randn(batch, keys, kv_heads, dim, **kind) for _ in range(2))
+    gates = torch.rand(batch, keys, heads, 3, **kind)
+
+    def plain():
+        nsa.forward(q, k, v, config=config, gates=gates, backend="fused")
+
+    def cached():
+        cache.reset()
+        nsa.forward(q, k, v, cache=cache, gates=gates, backend="fused")
+
+    with torch.no_grad():
+        timings = timing.measure(
+            {"plain": plain, "cached": cached}, repeats=options.repeats, seconds=2.0
+        )
+    plain_ms, cached_ms = (median(timings[name].eager) for name in ("plain", "cached"))
+    shape = (keys, batch, options.selection, heads, kv_heads, dim, options.dtype)
+    values = (round(x, 3) for x in (cached_ms, plain_ms, cached_ms / plain_ms))
+    return dict(zip(PREFILL_FIELDS, (*shape, *values), strict=False)) | environment.columns()
+
+
+def describe_prefill(row: dict) -> str:
+    return (
+        f"{row['keys']:>7} x {row['batch']:<3} {row['heads']}/{row['kv_heads']} "
+        f"{row['selection']}: prompt with a cache {row['cached_ms']:.2f} ms, without "
+        f"{row['plain_ms']:.2f}: {row['ratio']:.3f} x"
+    )
 
 
 class Step:
