@@ -65,9 +65,8 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         from nsa.fused.kernels import (
             decode_append,
             decode_attend,
-            decode_combine,
             decode_compressed,
-            decode_select,
+            decode_finish,
             decode_tile_select,
             few_keys,
             float_sums,
@@ -83,8 +82,8 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
         by_dtype += [importance, selected_forward, selected_band]
         by_dtype += [few_keys, selected_backward, row_statistics, listed_backward, float_sums]
-        others += [padded_rows, inverted_index, decode_append, decode_compressed, decode_select]
-        others += [decode_tile_select, decode_attend, decode_combine]
+        others += [padded_rows, inverted_index, decode_append, decode_compressed]
+        others += [decode_tile_select, decode_finish, decode_attend]
     for kernels in by_dtype:
         for dtype in ("bfloat16", "float16"):
             forms = [run for name, run in kernels.compile_cases() if f"-{dtype}" in name]

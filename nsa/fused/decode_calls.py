@@ -1,9 +1,10 @@
 """The kernels of decoding, in the order of a step. :mod:`nsa.fused.kernel_calls` has the others.
 
-A step appends, attends compressed keys, selects, attends selected blocks and the window, and
-combines. Grids and workspace follow from the shapes alone, never from lengths; what depends on
-lengths is found out on the device, so a step can be captured in a CUDA graph and replayed as
-lengths grow. :mod:`nsa.fused.decode_inputs` defines units, parts, slots and records.
+A step appends, attends compressed keys, and finishes: it selects, attends selected blocks and the
+window, and adds the branches up. Grids and workspace follow from the shapes alone, never from
+lengths; what depends on lengths is found out on the device, so a step can be captured in a CUDA
+graph and replayed as lengths grow. :mod:`nsa.fused.decode_inputs` defines units, parts, slots and
+records.
 
 New tokens lie one sequence after another. ``cu_seqlens`` int32 ``(B + 1,)`` says where each
 sequence starts; None if each has ``shape.tokens``. Page tables are int32 ``(B, max_pages)``.
@@ -48,7 +49,7 @@ def decode_append(
     """Write new tokens, and the means of the blocks that they complete, into the pages.
 
     A sequence ends before its first token at or past ``max_length`` or without a page in the table;
-    then ``overflowed`` is set. ``lengths`` is only read; :func:`decode_combine` writes it.
+    then ``overflowed`` is set. ``lengths`` is only read; :func:`decode_finish` writes it.
 
     Args:
         k: ``(T, H_kv, D)``, bfloat16 or float16.
@@ -88,28 +89,6 @@ def decode_compressed(
     return _kernels("decode_compressed").decode_compressed(**locals())
 
 
-def decode_select(
-    parts: Parts,
-    records: Records,
-    schedule: Schedule,
-    cu_seqlens: Tensor | None,
-    shape: DecodeShape,
-    rule: DecodeRule,
-    out: Tensor,
-    num_initial: int,
-    num_local: int,
-) -> None:
-    """Write the best blocks of each token and KV head (Eq. 9 to 11) to ``out``.
-
-    Args:
-        out: int32 ``(T, H_kv, n)``, contiguous, ``n`` from ``num_initial + num_local`` to
-            ``MAX_LISTED``: ascending, -1 at the end if fewer exist.
-        num_initial, num_local: the first and last blocks up to the token's own that are always
-            taken.
-    """
-    _kernels("decode_select").decode_select(**locals())
-
-
 def decode_tile_select(
     q: Tensor,
     pool: Pool,
@@ -146,73 +125,87 @@ def decode_tile_select(
     _kernels("decode_tile_select").decode_tile_select(**locals())
 
 
-def decode_attend(
+def decode_finish(
     q: Tensor,
     pool: Pool,
     rings: Pool | None,
     table: Tensor,
+    parts: Parts,
+    records: Records | None,
     schedule: Schedule,
     cu_seqlens: Tensor | None,
-    block_indices: Tensor | TileLists,
     shape: DecodeShape,
-    select_size: int,
+    rule: DecodeRule,
+    lists: Tensor | TileLists,
+    num_initial: int,
+    num_local: int,
     window: int,
     scale: float,
-    splits: int,
-) -> Parts:
-    """Attention over selected blocks, and over the window, in parts.
+    gates: Tensor | None,
+    weight: Tensor | None,
+    lengths: Tensor,
+    floors: Tensor | None,
+    cluster: int,
+) -> Tensor:
+    """``g0 * o_cmp + g1 * o_slc + g2 * o_win``; sets ``lengths`` to ``ends``.
+
+    With ``records``, first the best blocks of each token and KV head (Eq. 9 to 11) are written to
+    ``lists``, else they are there. In tile mode ``floors`` rise to the first tile of which there is
+    a list.
 
     Args:
         q: ``(T, H, D)``. A slice of heads is read where it is.
         pool: pages of tokens.
         rings: where the window has keys of its own: those of token ``p`` of sequence ``b`` are in
             page ``b`` at row ``p % rows``.
-        block_indices: int32 ``(T, H_kv, n)``, ascending, -1 in empty slots at the end; ``n`` up to
-            ``MAX_LISTED``. Keys after the token are left out. In tile mode the lists of tiles.
-        select_size: tokens of a block, 32 or 64 or 128.
+        parts, records: of :func:`decode_compressed`.
+        lists: int32 ``(T, H_kv, n)``, contiguous, ascending, -1 in empty slots at the end; ``n`` up
+            to ``MAX_LISTED``, and at least ``num_initial + num_local`` with ``records``. Keys after
+            the token are left out. In tile mode the lists of tiles.
+        num_initial, num_local: the first and last blocks up to the token's own that are always
+            taken; used with ``records``.
         window: keys of the window, the token's own included.
-        splits: parts of a list.
-
-    Returns:
-        Parts of ``T * H_kv * splits * 2`` slots: split ``s`` of branch ``i`` (0 selected, 1 window)
-        of a token and KV head is in slot ``((token * H_kv + kv_head) * splits + s) * 2 + i``. The
-        rows are the heads of the group. In tile mode the same for query heads, with one row each.
-        A part without keys has ``NO_REFERENCE`` and a total of 0,
-        and its output is not written.
-    """
-    return _kernels("decode_attend").decode_attend(**locals())
-
-
-def decode_combine(
-    compressed: Parts,
-    others: Parts,
-    schedule: Schedule,
-    cu_seqlens: Tensor | None,
-    q: Tensor,
-    gates: Tensor | None,
-    weight: Tensor | None,
-    shape: DecodeShape,
-    splits: int,
-    lengths: Tensor,
-    floors: Tensor | None,
-    lists: TileLists | None,
-) -> Tensor:
-    """``g0 * o_cmp + g1 * o_slc + g2 * o_win`` of the parts; sets ``lengths`` to ``ends``.
-
-    In tile mode ``floors`` rise to the first tile of which there is a list.
-
-    Args:
-        compressed: of :func:`decode_compressed`.
-        others: of :func:`decode_attend`.
-        q: ``(T, H, D)``; used only with ``weight``.
+        scale: positive.
         gates: ``(T, H, 3)`` or None.
         weight: ``(H, 3, D)`` or None: ``g_i = sigmoid(<q, weight[h, i]>)``. With neither gates nor
             weight each gate is 1/3.
         floors: int32 ``(B,)``, the shortest lengths that :meth:`nsa.Cache.truncate` can go back to;
             used in tile mode.
-        lists: those of :func:`decode_attend` in tile mode, else None.
+        cluster: CTAs of a list: 1, 2, 4 or 8.
 
     Returns:
         ``(T, H, Dv)`` in the dtype of ``q``.
     """
-    return _kernels("decode_combine").decode_combine(**locals())
+    return _kernels("decode_finish").decode_finish(**locals())
+
+
+def decode_attend(
+    q: Tensor,
+    pool: Pool,
+    table: Tensor,
+    schedule: Schedule,
+    cu_seqlens: Tensor | None,
+    block_indices: Tensor,
+    shape: DecodeShape,
+    select_size: int,
+    scale: float,
+    splits: int,
+) -> Parts:
+    """Attention over selected blocks alone, in parts; no step of decoding needs it.
+
+    Args:
+        q: ``(T, H, D)``. A slice of heads is read where it is.
+        pool: pages of tokens.
+        schedule: of which only where sequences start and end.
+        block_indices: int32 ``(T, H_kv, n)``, ascending, -1 in empty slots at the end; ``n`` up to
+            ``MAX_LISTED``. Keys after the token are left out.
+        select_size: tokens of a block, 32 or 64 or 128.
+        scale: positive.
+        splits: parts of a list.
+
+    Returns:
+        Parts of ``T * H_kv * splits`` slots: split ``s`` of a token and KV head is in slot
+        ``(token * H_kv + kv_head) * splits + s``. The rows are the heads of the group. A part
+        without keys has ``NO_REFERENCE`` and a total of 0, and its output is not written.
+    """
+    return _kernels("decode_attend").decode_attend(**locals())

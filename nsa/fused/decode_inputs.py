@@ -32,6 +32,12 @@ MAX_TOKENS = 8
 MAX_LISTED = 64
 """The most blocks that a token selects."""
 
+LEAST_SHARE = 2
+"""The least tiles that a CTA of the compressed branch takes: each part must be added up."""
+
+CLUSTERS = (1, 2, 4, 8)
+"""CTAs that may share a list of the selected branch."""
+
 NO_REFERENCE = -(1 << 30)
 """The reference of a row that has seen no key."""
 
@@ -215,11 +221,11 @@ def resident_ctas(head_dim: int, head_dim_v: int, row_groups: int) -> int:
     return 2 if head_dim + head_dim_v <= 256 and row_groups < 8 else 1
 
 
-def tile_stages(head_dim: int, head_dim_v: int, row_groups: int) -> int:
-    """Tiles that fit shared memory beside the queries, up to 4."""
+def tile_stages(head_dim: int, head_dim_v: int, row_groups: int, beside: int = 0) -> int:
+    """Tiles that fit shared memory beside the queries and as many other bytes, up to 4."""
     room = SHARED_BYTES // resident_ctas(head_dim, head_dim_v, row_groups)
-    queries = 2 * 16 * row_groups * head_dim
-    return min(4, (room - queries - 4096) // (2 * TILE_KEYS * (head_dim + head_dim_v)))
+    others = 2 * 16 * row_groups * head_dim + beside + 4096
+    return min(4, (room - others) // (2 * TILE_KEYS * (head_dim + head_dim_v)))
 
 
 def fits_shared_memory(head_dim: int, head_dim_v: int) -> bool:

@@ -16,6 +16,8 @@ from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
 from nsa.fused import decode_calls
 from nsa.fused.decode_inputs import (
+    CLUSTERS,
+    LEAST_SHARE,
     MAX_LISTED,
     MAX_TOKENS,
     SLOT_GROUP,
@@ -201,29 +203,20 @@ def forward(
     lists: Tensor | TileLists
     if tile_mode:
         lists = _select_for_tiles(cache, attended, scale)
-    elif records is not None:
+    elif block_indices is None:
         width = rows.shape[0], shape.kv_heads, config.num_selected_blocks
         lists = torch.empty(width, dtype=torch.int32, device=q.device)
-        decode_calls.decode_select(
-            parts, records, schedule, cu_seqlens, shape, rule, lists,
-            config.num_initial_blocks, config.num_local_blocks,
-        )  # fmt: skip
     else:
-        assert block_indices is not None
         lists = block_indices.flatten(0, -3)
-    splits = _choose_splits_of_cache(cache, shape, rows.shape[0])
     rings = None if cache.window_rings is None else Pool(*cache.window_rings)
-    window = min(config.window_size, cache.max_length)
-    others = decode_calls.decode_attend(
-        rows, Pool(cache.k_pages, cache.v_pages), rings, cache.page_table, schedule, cu_seqlens,
-        lists, shape, config.select_block_size, window, scale, splits,
-    )  # fmt: skip
-    out = decode_calls.decode_combine(
-        parts, others, schedule, cu_seqlens, rows,
+    out = decode_calls.decode_finish(
+        rows, Pool(cache.k_pages, cache.v_pages), rings, cache.page_table, parts, records, schedule,
+        cu_seqlens, shape, rule, lists, config.num_initial_blocks, config.num_local_blocks,
+        min(config.window_size, cache.max_length), scale,
         None if gates is None else gates.flatten(0, -3),
         gate_proj_weight if gates is None else None,
-        shape, splits, cache.lengths, cache.floors if tile_mode else None,
-        lists if isinstance(lists, TileLists) else None,
+        cache.lengths, cache.floors if tile_mode else None,
+        _choose_cluster(cache, shape, rows.shape[0]),
     )  # fmt: skip
     # The last kernel has written the lengths, so that an error leaves the cache as it was.
     if tokens is None:
@@ -256,25 +249,27 @@ def _make_shape(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> Decod
     return shape._replace(ctas=resident * _num_sms(q.device))
 
 
-def _choose_splits_of_cache(cache: Cache, shape: DecodeShape, tokens: int) -> int:
-    """CTAs of a list in the selected and window branch."""
-    config = cache.config
-    keys = config.num_selected_blocks * config.select_block_size
-    tiles = -(-keys // TILE_KEYS) + -(-min(config.window_size, cache.max_length) // TILE_KEYS)
-    lists, rows = shape.kv_heads, shape.group
-    if config.selection == "tile":
-        lists, rows = lists * rows, 1
-    return choose_splits(
-        tiles, tokens * lists, rows, (cache.head_dim, cache.value_head_dim), cache.device
-    )
-
-
 def choose_splits(
     tiles: int, lists: int, rows: int, dims: tuple[int, int], device: torch.device
 ) -> int:
     """CTAs of a list of ``tiles`` tiles of keys, each of which attends ``rows`` query heads."""
     ctas = resident_ctas(*dims, -(-rows // 16))
     return max(1, min(tiles, ctas * _num_sms(device) // lists))
+
+
+def _choose_cluster(cache: Cache, shape: DecodeShape, tokens: int) -> int:
+    """CTAs of a list in the last kernel: as many as run at a time.
+
+    Larger clusters leave some SMs free: 64 of 4 CTAs do not run at a time on 132 SMs.
+    """
+    lists, rows = tokens * shape.kv_heads, shape.group
+    if cache.config.selection == "tile":
+        lists, rows = lists * rows, 1
+    ctas = resident_ctas(cache.head_dim, cache.value_head_dim, -(-rows // 16))
+    ctas *= _num_sms(cache.device)
+    room = ctas // lists
+    room = room if room < 4 else ctas * 7 // 8 // lists
+    return max(c for c in CLUSTERS if c <= max(1, room))
 
 
 @functools.cache
@@ -305,7 +300,7 @@ def _write_new(
     tiles = torch.where((count > 0) & (slots > rule.carried), -(-slots // TILE_KEYS), 0)
     starts_of_tiles = prefix_sum(tiles)
     total = starts_of_tiles[-1:] * shape.sequence_units
-    share = (-(-total // shape.ctas)).clamp(min=1)
+    share = (-(-total // shape.ctas)).clamp(min=LEAST_SHARE)
     return Schedule(starts, tokens.end.int(), torch.cat([share, starts_of_tiles]).int())
 
 

@@ -87,13 +87,14 @@ def as_dtype(arguments, dtype):
 @pytest.fixture
 def lists(monkeypatch):
     """The block lists that the kernels selected, one a call."""
-    select, found = decode_calls.decode_select, []
+    finish, found = decode_calls.decode_finish, []
 
     def spy(*args):
-        select(*args)
-        found.append(args[6].clone())
+        out = finish(*args)
+        found.append(args[10].clone())
+        return out
 
-    monkeypatch.setattr(decode_calls, "decode_select", spy)
+    monkeypatch.setattr(decode_calls, "decode_finish", spy)
     return found
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from nsa.fused.decode_inputs import (
+    CLUSTERS,
+    LEAST_SHARE,
     MAX_LISTED,
     MAX_TOKENS,
     NO_REFERENCE,
@@ -27,10 +29,9 @@ from nsa.precision import accumulation_dtype
 NAMES = (
     "decode_append",
     "decode_compressed",
-    "decode_select",
     "decode_tile_select",
+    "decode_finish",
     "decode_attend",
-    "decode_combine",
 )
 """The functions of ``nsa.fused.decode_calls`` that are answered here."""
 
@@ -67,7 +68,7 @@ def decode_append(
         for end, (_, _, new) in zip(ends, _sequences(cu_seqlens, shape), strict=True)
     ]
     total = sum(counts)
-    least = max(1, -(-total * shape.sequence_units // shape.ctas))
+    least = max(LEAST_SHARE, -(-total * shape.sequence_units // shape.ctas))
     share = least + int(torch.randint(4, ()))
     tiles = [share, *[sum(counts[:b]) for b in range(shape.batch)], total]
     return Schedule(starts, ends, torch.tensor(tiles, dtype=torch.int32, device=k.device))
@@ -173,9 +174,25 @@ def _weighted(power, weight):
     return sum(weight(i) * x for i, x in enumerate(power.unbind(-1)))
 
 
-def decode_select(
-    parts, records, schedule, cu_seqlens, shape, rule, out, num_initial, num_local
-) -> None:
+def decode_finish(
+    q, pool, rings, table, parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial,
+    num_local, window, scale, gates, weight, lengths, floors, cluster,
+):  # fmt: skip
+    assert cluster in CLUSTERS
+    if records is not None:
+        _select(parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial, num_local)
+    others = _attend(
+        q, pool, rings, table, schedule, cu_seqlens, lists, shape, rule.select_size, window, scale,
+        cluster,
+    )  # fmt: skip
+    tiles = lists if isinstance(lists, TileLists) else None
+    return _combine(
+        parts, others, schedule, cu_seqlens, q, gates, weight, shape, cluster, lengths, floors,
+        tiles,
+    )  # fmt: skip
+
+
+def _select(parts, records, schedule, cu_seqlens, shape, rule, out, num_initial, num_local) -> None:
     count = out.shape[-1]
     assert num_initial + num_local <= count <= MAX_LISTED
     assert out.dtype == torch.int32
@@ -264,6 +281,17 @@ def decode_tile_select(
 
 
 def decode_attend(
+    q, pool, table, schedule, cu_seqlens, block_indices, shape, select_size, scale, splits
+):
+    parts = _attend(
+        q, pool, None, table, schedule, cu_seqlens, block_indices, shape, select_size, 0, scale,
+        splits,
+    )  # fmt: skip
+    # Without those of the window, which has no keys.
+    return Parts(*(x[::2] for x in parts))
+
+
+def _attend(
     q, pool, rings, table, schedule, cu_seqlens, block_indices, shape, select_size, window, scale,
     splits,
 ):  # fmt: skip
@@ -320,7 +348,7 @@ def _attend_in_parts(parts, first, splits, rows, pool, places, kv_head, scale):
             _store_part(parts, slot, g, (keys @ row) * (scale / math.log(2)), values)
 
 
-def decode_combine(
+def _combine(
     compressed,
     others,
     schedule,

@@ -7,6 +7,7 @@ import torch
 
 from nsa.fused import decode_calls
 from nsa.fused.decode_inputs import (
+    LEAST_SHARE,
     NO_REFERENCE,
     DecodeRule,
     Parts,
@@ -117,7 +118,7 @@ def test_append(form, case):
     assert torch.equal(schedule.ends.cpu(), expected.ends)
     assert torch.equal(schedule.tiles[1:].cpu(), expected.tiles[1:])
     total = int(expected.tiles[-1]) * state.shape.sequence_units
-    assert int(schedule.tiles[0]) == max(1, math.ceil(total / state.shape.ctas))
+    assert int(schedule.tiles[0]) == max(LEAST_SHARE, math.ceil(total / state.shape.ctas))
 
 
 @pytest.mark.parametrize("case", [([120, 3, 65], [8, 8, 2]), ([120, 3], 4)], ids=str)
@@ -165,63 +166,148 @@ def test_compressed(form, case):
         assert (actual.cpu()[unseen] == 0).all()
 
 
-@pytest.mark.parametrize(("form", "case"), [PAIRS[1], PAIRS[3], PAIRS[4]], ids=str)
-def test_select(form, case):
+def draw_gates(state, dtype):
+    """One branch of each token and head."""
+    shape = (*state.q.shape[:2], 3)
+    return torch.nn.functional.one_hot(torch.randint(3, shape[:2]), 3).to(dtype)
+
+
+def check_finish(state, schedule, results, rule, lists, floors=None, **options):
+    """The step's end by the kernel is that by the emulation: outputs, lists, lengths and floors.
+
+    ``results`` are parts and records of the compressed branch in float64.
+    """
+    given = dict(
+        rings=None, num_initial=1, num_local=2, window=200, scale=SCALE, gates=None, weight=None,
+        floors=None, cluster=1,
+    ) | options  # fmt: skip
+    found = []
+    for kernels, device in ((emulated, "cpu"), (decode_calls, "cuda")):
+        here, floats = (wide(state), torch.float64) if device == "cpu" else (state.to(device), None)
+        single = [tensors(x, device, torch.float32) for x in results]
+        parts, records = single if floats is None else [tensors(x, device, floats) for x in single]
+        own = {
+            name: x if isinstance(x, int | float) else tensors(x, device, floats)
+            for name, x in given.items()
+        }
+        if floors is not None:
+            own["floors"] = floors.to(device, copy=True)
+        if isinstance(lists, TileLists):
+            made = lists._replace(blocks=lists.blocks.to(device))
+        else:
+            made = lists.to(device, copy=True)
+        lengths = state.lengths.to(device, copy=True)
+        out = kernels.decode_finish(
+            q=here.q, pool=here.pool, table=here.table, parts=parts, records=records,
+            schedule=tensors(schedule, device), cu_seqlens=here.cu_seqlens, shape=here.shape,
+            rule=rule, lists=made, lengths=lengths, **own,
+        )  # fmt: skip
+        blocks = made.blocks if isinstance(made, TileLists) else made
+        written = (lengths, blocks, *([own["floors"]] if floors is not None else []))
+        found.append((out.cpu().double(), [x.cpu() for x in written]))
+    (exact, expected), (actual, written) = found
+    assert torch.equal(expected[0], schedule.ends)
+    for x, y in zip(written, expected, strict=True):
+        assert torch.equal(x, y)
+    # Exponentials, and then the output, are rounded.
+    torch.testing.assert_close(actual, exact, rtol=0, atol=2 * rounding(state.q.dtype))
+
+
+SELECTED = [
+    # CTAs of a list, and blocks.
+    (*PAIRS[1], 4, 3),
+    (*PAIRS[1], 1, 40),
+    (*PAIRS[2], 8, COUNT),
+    (*PAIRS[3], 2, COUNT),
+    (*PAIRS[4], 2, 40),
+    (*PAIRS[5], 1, 3),
+]
+
+
+@pytest.mark.parametrize(("form", "case", "cluster", "count"), SELECTED, ids=str)
+def test_select(form, case, cluster, count):
     state = make_state(form, *case)
     schedule, _ = append(emulated, state, form.rule)
     # Repeated keys, so that blocks tie.
     for x in state.compressed:
         x[:, 1::2] = torch.where(x[:, ::2].isnan(), x[:, 1::2], x[:, ::2])
     results = compress(emulated, wide(state), schedule, form.rule)
-    parts, records = (tensors(x, "cpu", torch.float32) for x in results)
-    for count in (3, COUNT, 40):
-        lists = []
-        for kernels, device, dtype in (
-            (emulated, "cpu", torch.float64),
-            (decode_calls, "cuda", torch.float32),
-        ):
-            shape = (state.q.shape[0], state.shape.kv_heads, count)
-            out = torch.full(shape, -7, dtype=torch.int32, device=device)
-            kernels.decode_select(
-                tensors(parts, device, dtype), tensors(records, device, dtype),
-                *(tensors(x, device) for x in (schedule, state.cu_seqlens)),
-                state.shape, form.rule, out, 1, 2,
-            )  # fmt: skip
-            lists.append(out.cpu())
-        assert torch.equal(*lists)
+    lists = torch.full((state.q.shape[0], state.shape.kv_heads, count), -7, dtype=torch.int32)
+    gates = draw_gates(state, form.dtype)
+    check_finish(state, schedule, results, form.rule, lists, gates=gates, cluster=cluster)
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+def test_select_among_many(cluster):
+    """More blocks than a CTA scores at a time; scores of few values, so that many tie."""
+    form = FORMS[3]
+    state = make_state(form, [18000, 200], 1, kv_heads=1)
+    keys = torch.randn(5, form.head_dim).to(form.dtype)
+    state.compressed.k.copy_(keys[torch.randint(5, state.compressed.k.shape[:3])])
+    schedule, _ = append(emulated, state, form.rule)
+    results = compress(emulated, wide(state), schedule, form.rule)
+    lists = torch.full((2, 1, 16), -7, dtype=torch.int32)
+    check_finish(state, schedule, results, form.rule, lists, cluster=cluster)
 
 
 ATTENDED = [
-    # Splits, also more than there are tiles; the size of rings with keys of the window's own.
+    # CTAs of a list, also more than there are tiles; rings with keys of the window's own.
     (*PAIRS[0], 1, None),
-    (*PAIRS[1], 3, None),
-    (*PAIRS[2], 16, 256),
-    (*PAIRS[3], 3, 256),
+    (*PAIRS[1], 4, None),
+    (*PAIRS[2], 8, 256),
+    (*PAIRS[3], 2, 256),
     (*PAIRS[4], 1, None),
-    (*PAIRS[5], 3, None),
+    (*PAIRS[5], 4, None),
 ]
 
 
-@pytest.mark.parametrize(("form", "case", "splits", "ring"), ATTENDED, ids=str)
-def test_attend(form, case, splits, ring):
+@pytest.mark.parametrize(("form", "case", "cluster", "ring"), ATTENDED, ids=str)
+def test_attend(form, case, cluster, ring):
+    state = make_state(form, *case)
+    schedule, _ = append(emulated, state, form.rule)
+    parts, _ = compress(emulated, wide(state), schedule, form.rule)
+    rings = None
+    if ring is not None:
+        rings = Pool(*(torch.randn(5, ring, *x.shape[2:]).to(form.dtype) for x in state.pool))
+    check_finish(
+        state, schedule, (parts, None), form.rule, make_lists(state, schedule, form.rule),
+        rings=rings, gates=draw_gates(state, form.dtype), cluster=cluster,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "case", "splits"), [(*PAIRS[1], 3), (*PAIRS[2], 16), (*PAIRS[5], 1)], ids=str
+)
+def test_attend_alone(form, case, splits):
+    """The parts of lists without a step, with more splits than there are tiles."""
     state = make_state(form, *case)
     schedule, _ = append(emulated, state, form.rule)
     indices = make_lists(state, schedule, form.rule)
     results = []
     for kernels, here in ((emulated, wide(state)), (decode_calls, state.to("cuda"))):
-        device, rings = here.q.device, None
-        if ring is not None:
-            shapes = ((5, ring, *x.shape[2:]) for x in state.pool)
-            drawn = [torch.randn(x, generator=torch.Generator().manual_seed(1)) for x in shapes]
-            rings = Pool(*(x.to(form.dtype).to(device, here.pool.k.dtype) for x in drawn))
+        device = here.q.device
         parts = kernels.decode_attend(
-            here.q, here.pool, rings, here.table, tensors(schedule, device), here.cu_seqlens,
-            indices.to(device), here.shape, form.rule.select_size, 200, SCALE, splits,
+            here.q, here.pool, here.table, tensors(schedule, device), here.cu_seqlens,
+            indices.to(device), here.shape, form.rule.select_size, SCALE, splits,
         )  # fmt: skip
         results.append(merged(tensors(parts, "cpu", torch.float64), state.q.shape[0], splits))
     (exact, exact_total), (actual, total) = results
     torch.testing.assert_close(total, exact_total, rtol=0, atol=1e-4)
     torch.testing.assert_close(actual, exact, rtol=0, atol=rounding(form.dtype))
+
+
+def merged(parts: Parts, tokens: int, splits: int):
+    """Outputs ``(tokens, H_kv, G, Dv)`` of all parts, and logarithms of their totals."""
+    empty = parts.reference == NO_REFERENCE
+    assert (parts.total[empty] == 0).all()
+    assert parts.total.isfinite().all()
+    logarithm = torch.where(empty, -torch.inf, parts.total.log2() + parts.reference)
+    out = torch.where(empty[..., None], 0, parts.out / parts.total[..., None])
+    assert out.isfinite().all()
+    logarithm, out = (x.unflatten(0, (tokens, -1, splits)) for x in (logarithm, out))
+    total = (logarithm * math.log(2)).logsumexp(2) / math.log(2)
+    weight = torch.exp2(logarithm - total[:, :, None]).nan_to_num(0)
+    return (weight[..., None] * out).sum(2), total
 
 
 @pytest.mark.parametrize(
@@ -237,42 +323,36 @@ def test_tile_select_and_attend(form, new):
     shape = (5, 2, state.q.shape[1], COUNT)
     before = torch.arange(COUNT).int().expand(shape).contiguous()
     limit = 1280 // rule.select_size
-    results, written = [], []
+    written = []
     for kernels, here in ((emulated, wide(state)), (decode_calls, state.to("cuda"))):
         device = here.q.device
         lists = before.to(device, copy=True)
-        common = (here.table, tensors(schedule, device), here.cu_seqlens)
         kernels.decode_tile_select(
-            here.q, here.compressed, *common, here.shape, rule, SCALE, 256, lists, COUNT, limit,
-            1, 2,
+            here.q, here.compressed, here.table, tensors(schedule, device), here.cu_seqlens,
+            here.shape, rule, SCALE, 256, lists, COUNT, limit, 1, 2,
         )  # fmt: skip
         written.append(lists.cpu())
-        parts = kernels.decode_attend(
-            here.q, here.pool, None, *common, TileLists(lists, 256), here.shape,
-            rule.select_size, 100, SCALE, 2,
-        )  # fmt: skip
-        results.append(merged(tensors(parts, "cpu", torch.float64), state.q.shape[0], 2))
     assert torch.equal(*written)
     assert not torch.equal(written[0], before)
-    (exact, exact_total), (actual, total) = results
-    torch.testing.assert_close(total, exact_total, rtol=0, atol=1e-4)
-    torch.testing.assert_close(actual, exact, rtol=0, atol=rounding(form.dtype))
+    parts, _ = compress(emulated, wide(state), schedule, form.rule)
+    check_finish(
+        state, schedule, (parts, None), form.rule, TileLists(written[0], 256),
+        gates=draw_gates(state, form.dtype), floors=torch.tensor([0, 3, 1000, 5, 7]).int(),
+        window=100, cluster=2,
+    )  # fmt: skip
 
 
-def merged(parts: Parts, tokens: int, splits: int):
-    """Outputs ``(tokens, H_kv, 2, G, Dv)`` of all parts, and logarithms of their totals."""
-    empty = parts.reference == NO_REFERENCE
-    assert (parts.total[empty] == 0).all()
-    assert parts.total.isfinite().all()
-    logarithm = torch.where(empty, -torch.inf, parts.total.log2() + parts.reference)
-    out = torch.where(empty[..., None], 0, parts.out / parts.total[..., None])
-    assert out.isfinite().all()
-    logarithm, out = (
-        x.unflatten(0, (tokens, -1, splits, 2)).transpose(2, 3) for x in (logarithm, out)
-    )
-    total = (logarithm * math.log(2)).logsumexp(3) / math.log(2)
-    weight = torch.exp2(logarithm - total[:, :, :, None]).nan_to_num(0)
-    return (weight[..., None] * out).sum(3), total
+@pytest.mark.parametrize(("case", "gating"), [(CASES[0], "mean"), (CASES[1], "weight")], ids=str)
+def test_gates(case, gating):
+    form = FORMS[0]
+    state = make_state(form, *case)
+    schedule, _ = append(emulated, state, form.rule)
+    parts, _ = compress(emulated, wide(state), schedule, form.rule)
+    weight = torch.randn(state.q.shape[1], 3, 128).to(form.dtype) / 10
+    check_finish(
+        state, schedule, (parts, None), form.rule, make_lists(state, schedule, form.rule),
+        weight=weight if gating == "weight" else None, cluster=2,
+    )  # fmt: skip
 
 
 def make_lists(state, schedule, rule):
@@ -290,39 +370,6 @@ def make_lists(state, schedule, rule):
                 indices[row, kv_head, : len(chosen)] = chosen
             row += 1
     return indices
-
-
-@pytest.mark.parametrize(
-    ("case", "gating"), [(CASES[0], "mean"), (CASES[0], "gates"), (CASES[1], "weight")], ids=str
-)
-def test_combine(case, gating):
-    form, splits = FORMS[0], 3
-    state = make_state(form, *case)
-    schedule, _ = append(emulated, state, form.rule)
-    compressed, _ = compress(emulated, wide(state), schedule, form.rule)
-    others = emulated.decode_attend(
-        *(wide(state).q, wide(state).pool, None, state.table, schedule, state.cu_seqlens),
-        *(make_lists(state, schedule, form.rule), state.shape, 64, 200, SCALE, splits),
-    )
-    heads = state.q.shape[1]
-    gates = torch.rand(state.q.shape[0], heads, 3).to(form.dtype) if gating == "gates" else None
-    weight = torch.randn(heads, 3, 128).to(form.dtype) / 10 if gating == "weight" else None
-    results = []
-    for kernels, device, dtype in (
-        (emulated, "cpu", torch.float64),
-        (decode_calls, "cuda", torch.float32),
-    ):
-        lengths = state.lengths.to(device, copy=True)
-        floats = torch.float64 if device == "cpu" else form.dtype
-        result = kernels.decode_combine(
-            tensors(compressed, device, dtype), tensors(others, device, dtype),
-            tensors(schedule, device), tensors(state.cu_seqlens, device),
-            *(tensors(x, device, floats) for x in (state.q, gates, weight)),
-            state.shape, splits, lengths, None, None,
-        )  # fmt: skip
-        results.append(result.cpu().double())
-        assert torch.equal(lengths.cpu(), schedule.ends)
-    torch.testing.assert_close(results[1], results[0], rtol=2**-8, atol=1e-4)
 
 
 def test_equal_keys_get_equal_records():

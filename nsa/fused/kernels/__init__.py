@@ -6,8 +6,8 @@ Importing a file imports cutlass; importing this package does not. Callers use
 Files with an operation: ``rope``, ``block_rows``, ``means``, ``gates``, ``few_keys``,
 ``query_gradient``, ``lists``, ``top_blocks``, ``importance``, ``selected_forward``,
 ``selected_backward``, ``row_statistics`` and ``listed_backward``; and of decoding
-``decode_append``, ``decode_compressed``, ``decode_select``, ``decode_tile_select``,
-``decode_attend`` and ``decode_combine``, which :mod:`nsa.fused.decode_calls` documents. Each has
+``decode_append``, ``decode_compressed``, ``decode_tile_select``, ``decode_finish`` and
+``decode_attend``, which :mod:`nsa.fused.decode_calls` documents. Each has
 
 - classes of kernels. ``__call__`` runs on the host and launches ``kernel``. Tensors and sizes come
   in named tuples, so that each list of arguments is written once;
@@ -24,7 +24,9 @@ Files without kernels: ``vectors`` (16-byte loads and stores, how tensors are pa
 ``query_gradient``), ``sequences`` (the sequence of a row), ``rows``
 (copies of rows to shared memory), ``forward_tiles`` (what the two forward kernels of token mode
 share), ``best_blocks`` (ranked blocks in a warp's registers), ``decode_best`` (those of a CTA),
-``decode_tiles`` (attention to tiles of pages), ``hopper`` (what is used of FlashAttention-4 and
-quack-kernels), ``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel classes, compiled as ours
-are) and ``compiled`` (compiled kernels in memory and on disk).
+``decode_tiles`` (attention to tiles of pages), ``decode_scores`` (blocks scored from records),
+``decode_lists`` (lists of the best blocks), ``decode_places`` (their tiles), ``decode_outputs``
+(outputs added up over a cluster), ``hopper`` (what is used of FlashAttention-4 and quack-kernels),
+``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel classes, compiled as ours are) and
+``compiled`` (compiled kernels in memory and on disk).
 """

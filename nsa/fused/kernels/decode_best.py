@@ -1,113 +1,165 @@
-"""The best blocks of one list, found by a CTA of 512 threads.
+"""The best of many ranked blocks, found by a CTA: each thread brings some ranks at a time.
 
-512 blocks are scored at a time, one a thread. The n-th largest of the half-warps' best scores is a
-bar that n blocks reach at least; those that do, and are better than the n best so far, are few.
-They go to shared memory, from where the first warp merges them into the best.
+As many of the threads' best ranks as blocks are wanted reach a bar; so whatever does not reach it
+is not among the best, and what does is little. It goes to shared memory, where the place of each
+rank is the number of those above it. All ranks are different (:func:`rank_of`), so each has its own
+place, whatever the order in which they came.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from nsa.fused.hardware import WARP
-from nsa.fused.kernels.best_blocks import FORCED, NO_RANK, BestBlocks, rank_of
-from nsa.fused.kernels.hopper import warp_prefix_sum
+from nsa.fused.kernels.best_blocks import FORCED, NO_RANK, rank_of
 
-WARPS = 16
-THREADS = WARPS * WARP
-# Lanes that have one best score: there are as many of them as lanes in a warp.
-_HALF = THREADS // WARP
-# Below what every score gives.
-_NOTHING = -0x80000000
+_SHARE = 4
 
 
-class BestOfCta(BestBlocks):
-    """The ``count`` best, forced blocks included, in the registers of the first warp."""
+class BestOfCta:
+    """The ``count`` best, of up to ``per_thread`` ranks that each thread adds at a time."""
 
-    def allocate(self, smem) -> tuple[cute.Tensor, ...]:
-        return (
-            smem.allocate_tensor(Int32, cute.make_layout(WARP), 16),
-            smem.allocate_tensor(Int32, cute.make_layout(WARPS), 16),
-            smem.allocate_tensor(Int64, cute.make_layout(1), 16),
-            smem.allocate_tensor(Int64, cute.make_layout(THREADS), 16),
-        )
+    def __init__(self, count: int, threads: int, per_thread: int):
+        self.count = count
+        self.threads = threads
+        self.per_thread = per_thread
+        # Threads that have one best rank. There must be more such ranks than blocks are wanted.
+        self.share = _SHARE if count <= threads // _SHARE else 1
+
+    @property
+    def words(self) -> int:
+        """int64 numbers of shared memory that :meth:`views` needs."""
+        groups = self.threads // self.share
+        return groups + self.count * (self.per_thread * self.share + 2) + 2
+
+    def views(self, memory: cute.Pointer) -> tuple[cute.Tensor, ...]:
+        """In ``memory``: bests of threads, the best so far and candidates, the next best, the bar,
+        and how many candidates there are."""
+        groups = self.threads // self.share
+        sLargest = cute.make_tensor(memory, cute.make_layout(groups))
+        memory = memory + groups
+        kept = self.count * (self.per_thread * self.share + 1)
+        sKept = cute.make_tensor(memory, cute.make_layout(kept))
+        sNext = cute.make_tensor(memory + kept, cute.make_layout(self.count))
+        sBar = cute.make_tensor(memory + kept + self.count, cute.make_layout(1))
+        number = cute.recast_ptr(memory + kept + self.count + 1, dtype=Int32)
+        return sLargest, sKept, sNext, sBar, cute.make_tensor(number, cute.make_layout(1))
 
     @cute.jit
-    def find(
-        self, shared, score_of, own: Int32, num_initial: Int32, num_local: Int32, blocks: Int32
-    ) -> cute.Tensor:
-        """The best of the first ``blocks`` blocks and of the forced ones, which end with ``own``.
+    def reset(self, shared, tidx: Int32):
+        """Begin with no rank. The threads meet in :meth:`add` before they read this."""
+        if tidx < self.count:
+            shared[1][tidx] = Int64(NO_RANK)
 
-        ``score_of(block)`` is the score of a block, which is not taken if that is -inf or NaN.
+    @cute.jit
+    def add(self, shared, ranks: cute.Tensor, tidx: Int32):
+        """Take the best of those so far and of all threads' ``ranks``.
+
+        The best so far are the first of ``shared[1]``, best first, after the next barrier.
         """
-        sBest, sCount, sBar, sWaiting = shared
-        tidx, _, _ = cute.arch.thread_idx()
-        warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
-        initial_end = cutlass.min(num_initial, own + 1)
-        local_begin = cutlass.max(own + 1 - num_local, initial_end)
-        num_forced = initial_end + own + 1 - local_begin
-        rBest = cute.make_rmem_tensor(self.registers, Int64)
-        for r in cutlass.range_constexpr(self.registers):
-            slot = r * WARP + lane
-            block = slot if slot < initial_end else local_begin + slot - initial_end
-            rBest[r] = Int64(FORCED) - block if slot < num_forced else Int64(NO_RANK)
-        free_slots = self.count - num_forced
-        bar = Int64(NO_RANK)
-        blocks = blocks if free_slots > 0 else Int32(0)
-        # All have some of few blocks, so that there are enough best scores for the bar.
-        width = cutlass.min(cute.ceil_div(blocks, WARP), _HALF)
-        for begin in cutlass.range(0, blocks, THREADS, unroll=1):
-            block = begin + tidx // _HALF * width + tidx % _HALF
-            score = score_of(cutlass.min(block, blocks - 1))
-            free = block >= initial_end and (block < local_begin or block > own)
-            # A score that is not equal to itself is NaN.
-            free = free and tidx % _HALF < width and block < blocks and score == score
-            rank = rank_of(score, block) if free else Int64(NO_RANK)
-            free = free and rank > bar
-            # Integers in the order of the scores.
-            bits = Int32(rank >> 32) if free else Int32(_NOTHING)
-            best = cute.arch.warp_reduction_max(bits, threads_in_group=_HALF)
-            if tidx % _HALF == 0:
-                sBest[tidx // _HALF] = best
-            cute.arch.barrier()
-            # As many blocks as there are free slots reach this, or it is below all.
-            reached = self._nth_best(sBest[lane], free_slots, lane)
-            wanted = free and bits >= reached
-            ballot = cute.arch.vote_ballot_sync(wanted)
-            if lane == 0:
-                sCount[warp] = cute.arch.popc(ballot)
-            cute.arch.barrier()
-            counts = sCount[lane % WARPS] if lane < WARPS else Int32(0)
-            ends = warp_prefix_sum(counts, lane)
-            start = cute.arch.shuffle_sync(ends - counts, warp)
-            if wanted:
-                before = ballot & ((Int32(1) << lane) - 1)
-                sWaiting[start + cute.arch.popc(before)] = rank
-            cute.arch.barrier()
-            if warp == 0:
-                waiting = cute.arch.shuffle_sync(ends, WARP - 1)
-                for first in cutlass.range(0, waiting, WARP, unroll=1):
-                    place = first + lane
-                    rank = sWaiting[cutlass.min(place, waiting - 1)]
-                    rank = rank if place < waiting else Int64(NO_RANK)
-                    self.merge(rBest, rank, lane)
-                last, _ = self.bar(rBest)
-                if lane == 0:
-                    sBar[0] = last
-            cute.arch.barrier()
-            bar = sBar[0]
-        return rBest
+        sLargest, sKept, sNext, sBar, sNumber = shared
+        lane = tidx % WARP
+        largest = ranks[0]
+        for r in cutlass.range_constexpr(1, self.per_thread):
+            largest = cutlass.max(largest, ranks[r])
+        for stride in cutlass.range_constexpr(1, self.share):
+            if const_expr(stride & (stride - 1) == 0):
+                other = cute.arch.shuffle_sync_bfly(largest, offset=stride)
+                largest = cutlass.max(largest, other)
+        if tidx % self.share == 0:
+            sLargest[tidx // self.share] = largest
+        if tidx < self.count:
+            sNext[tidx] = Int64(NO_RANK)
+        if tidx == 0:
+            sBar[0] = Int64(NO_RANK)
+            sNumber[0] = Int32(0)
+        cute.arch.barrier()
+        # So many threads have a rank that reaches this one, that it is the bar.
+        above = self.number_above(sLargest, self.threads // self.share, largest)
+        if above == self.count - 1 and largest > Int64(NO_RANK):
+            sBar[0] = largest
+        cute.arch.barrier()
+        bar, last = sBar[0], sKept[self.count - 1]
+        ballots, number = [], Int32(0)
+        for r in cutlass.range_constexpr(self.per_thread):
+            wanted = ranks[r] >= bar and ranks[r] > last
+            ballots.append(cute.arch.vote_ballot_sync(wanted))
+            number += cute.arch.popc(ballots[r])
+        place = Int32(0)
+        if lane == 0 and number > 0:
+            place = cute.arch.atomic_add(sNumber.iterator, number)
+        place = cute.arch.shuffle_sync(place, 0) + self.count
+        for r in cutlass.range_constexpr(self.per_thread):
+            before = cute.arch.popc(ballots[r] & ((Int32(1) << lane) - 1))
+            if (ballots[r] >> lane) & 1 == 1:
+                sKept[place + before] = ranks[r]
+            place += cute.arch.popc(ballots[r])
+        cute.arch.barrier()
+        self.sort(sKept, sNext, self.count + sNumber[0], tidx)
+        cute.arch.barrier()
+        if tidx < self.count:
+            sKept[tidx] = sNext[tidx]
 
     @cute.jit
-    def _nth_best(self, bits: Int32, nth: Int32, lane: Int32) -> Int32:
-        """The ``nth`` largest of the lanes' ``bits``; below all if there are fewer lanes."""
-        smaller = Int32(0)
-        for other in cutlass.range_constexpr(WARP):
-            value = cute.arch.shuffle_sync(bits, other)
-            # Equal ones are in the order of lanes.
-            ahead = value > bits or (value == bits and other < lane)
-            smaller += Int32(1) if ahead else Int32(0)
-        found = cute.arch.vote_ballot_sync(smaller == nth - 1)
-        source = cute.arch.popc((found & -found) - 1)
-        value = cute.arch.shuffle_sync(bits, source % WARP)
-        return value if nth <= WARP else Int32(_NOTHING)
+    def sort(self, sRanks: cute.Tensor, sBest: cute.Tensor, number: Int32, tidx: Int32):
+        """Write the ``count`` best of the first ``number`` ranks to ``sBest``, best first.
+
+        Where there are fewer, the rest of ``sBest`` stays as it is.
+        """
+        for i in cutlass.range(tidx, number, self.threads, unroll=1):
+            rank = sRanks[i]
+            above = self.number_above(sRanks, number, rank)
+            if rank > Int64(NO_RANK) and above < self.count:
+                sBest[above] = rank
+
+    @cute.jit
+    def number_above(self, sRanks: cute.Tensor, number: Int32, rank: Int64) -> Int32:
+        above = Int32(0)
+        for i in cutlass.range(number, unroll=8):
+            above += Int32(1) if sRanks[i] > rank else Int32(0)
+        return above
+
+    @cute.jit
+    def place_in_list(
+        self, sBest: cute.Tensor, i: Int32, limit: Int32 | None = None
+    ) -> tuple[Int32, Int32, Int32]:
+        """(Block of the best number ``i``, its place in the order of blocks, blocks in all).
+
+        Only blocks below ``limit`` are listed. Where there is no block number ``i`` to be listed,
+        the block is -1, and the place one behind all blocks, of no other ``i``.
+        """
+        own = _block_of(sBest[cutlass.min(i, self.count - 1)], limit)
+        own = own if i < self.count else Int32(-1)
+        place, listed, before = Int32(0), Int32(0), Int32(0)
+        for j in cutlass.range(self.count, unroll=8):
+            block = _block_of(sBest[j], limit)
+            is_listed = block >= 0
+            listed += Int32(1) if is_listed else Int32(0)
+            before += Int32(1) if is_listed and j < i else Int32(0)
+            place += Int32(1) if is_listed and block < own else Int32(0)
+        return own, place if own >= 0 else listed + i - before, listed
+
+
+@cute.jit
+def block_rank(
+    score: Float32, block: Int32, own: Int32, num_initial: Int32, num_local: Int32, real: Boolean
+) -> Int64:
+    """The rank of a block up to ``own``, with the first and last ones forced.
+
+    It is that of no block where there is none, and where the score is NaN.
+    """
+    forced = block < num_initial or block > own - num_local
+    rank = Int64(FORCED) - block if forced else rank_of(score, block)
+    # A score that is not equal to itself is NaN.
+    real = real and block <= own and (forced or score == score)
+    return rank if real else Int64(NO_RANK)
+
+
+@cute.jit
+def _block_of(rank: Int64, limit: Int32 | None) -> Int32:
+    """The block of a rank, -1 where it is not listed."""
+    block = ~rank.to(Int32)
+    listed = rank > Int64(NO_RANK)
+    if const_expr(limit is not None):
+        listed = listed and block < limit
+    return block if listed else Int32(-1)

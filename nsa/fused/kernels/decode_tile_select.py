@@ -12,13 +12,12 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
 from nsa.fused.decode_inputs import DecodeShape, Pool, Schedule, TileRule
-from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_best import THREADS, BestOfCta
+from nsa.fused.kernels.decode_best import BestOfCta, block_rank
 from nsa.fused.kernels.decode_tiles import (
     PDL,
     PagedTensors,
@@ -35,6 +34,8 @@ from nsa.fused.kernels.vectors import (
     flat_rows,
     load_vector,
 )
+
+_THREADS = 512
 
 
 @mlir_namedtuple
@@ -71,7 +72,7 @@ class DecodeTileSelect:
     def __init__(self, head_dim: int, rule: TileRule, count: int):
         self.head_dim = head_dim
         self.rule = rule
-        self.best = BestOfCta(count)
+        self.best = BestOfCta(count, _THREADS, per_thread=1)
 
     @cute.jit
     def __call__(
@@ -79,7 +80,7 @@ class DecodeTileSelect:
     ):
         self.kernel(tensors, pages, sizes, scale).launch(
             grid=[sizes.batch * sizes.heads, 1, 1],
-            block=[THREADS, 1, 1],
+            block=[_THREADS, 1, 1],
             stream=stream,
             use_pdl=PDL,
         )
@@ -95,7 +96,8 @@ class DecodeTileSelect:
             row0 = tensors.cu_seqlens[sequence]
         start, end = tensors.starts[sequence], tensors.ends[sequence]
         smem = cutlass.utils.SmemAllocator()
-        shared = self.best.allocate(smem)
+        memory = smem.allocate_tensor(Int64, cute.make_layout(self.best.words), 16)
+        shared = self.best.views(memory.iterator)
         sQ = smem.allocate_tensor(Float32, cute.make_layout(self.head_dim), 16)
         tile = cute.ceil_div(start, sizes.tile_size)
         position = tile * sizes.tile_size
@@ -105,21 +107,25 @@ class DecodeTileSelect:
                 sQ[tidx] = tensors.q[row + tidx].to(Float32) * scale
             cute.arch.barrier()
             seen = (position + 1) // self.rule.compress_size
-            score_of = functools.partial(
-                self._score, pages, sQ, sequence, head // sizes.group, seen
-            )
-            rBest = self.best.find(
-                shared,
-                score_of,
-                (position + sizes.tile_size - 1) // self.rule.select_size,
-                sizes.num_initial,
-                sizes.num_local,
-                cute.ceil_div(seen, self.rule.per_select),
-            )
-            if tidx < WARP:
-                slot = sequence * sizes.tile_slots + tile % sizes.tile_slots
-                place = (Int64(slot) * sizes.heads + head) * sizes.width
-                self.best.write(rBest, tensors.lists, place, tidx, sizes.limit, sizes.width)
+            own = (position + sizes.tile_size - 1) // self.rule.select_size
+            self.best.reset(shared, tidx)
+            cute.arch.barrier()
+            for begin in cutlass.range(0, own + 1, _THREADS, unroll=1):
+                block = begin + tidx
+                score = -Float32.inf
+                if block * self.rule.per_select < seen:
+                    score = self._score(pages, sQ, sequence, head // sizes.group, seen, block)
+                ranks = cute.make_rmem_tensor(1, Int64)
+                ranks[0] = block_rank(
+                    score, block, own, sizes.num_initial, sizes.num_local, Boolean(True)
+                )
+                self.best.add(shared, ranks, tidx)
+            cute.arch.barrier()
+            slot = sequence * sizes.tile_slots + tile % sizes.tile_slots
+            place = (Int64(slot) * sizes.heads + head) * sizes.width
+            block, entry, _ = self.best.place_in_list(shared[1], tidx, sizes.limit)
+            if entry < sizes.width:
+                tensors.lists[place + entry] = block
 
     @cute.jit
     def _score(

@@ -73,11 +73,15 @@ class PagedTensors(NamedTuple):
 
 
 class TileAttention:
-    """Up to ``16 * row_groups`` query rows of one KV head; ``row_groups`` is 1, 2, 4 or 8."""
+    """Up to ``16 * row_groups`` query rows of one KV head; ``row_groups`` is 1, 2, 4 or 8.
+
+    Tiles leave ``beside`` bytes of shared memory for the kernel.
+    """
 
     def __init__(
-        self, dtype: type[cutlass.Numeric], head_dim: int, head_dim_v: int, row_groups: int
-    ):
+        self, dtype: type[cutlass.Numeric], head_dim: int, head_dim_v: int, row_groups: int,
+        beside: int,
+    ):  # fmt: skip
         self.dtype = dtype
         self.head_dim = head_dim
         self.head_dim_v = head_dim_v
@@ -91,7 +95,7 @@ class TileAttention:
         self.lanes = 8 if head_dim % 64 == 0 and head_dim_v % 64 == 0 else 4
         self.rows_per_thread = TILE_KEYS * self.lanes // self.threads
         self.ctas = resident_ctas(head_dim, head_dim_v, row_groups)
-        self.stages = tile_stages(head_dim, head_dim_v, row_groups)
+        self.stages = tile_stages(head_dim, head_dim_v, row_groups, beside)
         # The outputs of the warps are added up where the tiles were.
         merged = 4 * self.key_groups * self.rows * head_dim_v if self.key_groups > 1 else 0
         if self.stages < 2 or merged > 2 * self.stages * TILE_KEYS * (head_dim + head_dim_v):
@@ -375,9 +379,9 @@ class TileAttention:
 
 @functools.cache
 def make_attention(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, row_groups: int
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, row_groups: int, beside: int = 0
 ) -> TileAttention:
-    return TileAttention(CUTE_DTYPES[dtype], head_dim, head_dim_v, row_groups)
+    return TileAttention(CUTE_DTYPES[dtype], head_dim, head_dim_v, row_groups, beside)
 
 
 @cute.jit

@@ -1,0 +1,469 @@
+"""The end of a decoding step: selection, selected and window branch, and the gated sum.
+
+A list is of a token and KV head, in tile mode of a token and query head. The CTAs of a cluster
+share it. Each attends its tiles of the window, which needs no list, while the compressed branch
+ends. Then it scores its share of the blocks from that branch's records; from the best of each CTA,
+all find the list. Each attends its tiles of that. At last the branches are added up across the
+cluster (:mod:`nsa.fused.kernels.decode_outputs`).
+
+The first CTA also stores the new lengths: no kernel of the step reads them after the append.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.fused.decode_inputs import (
+    CLUSTERS,
+    MAX_LISTED,
+    NO_REFERENCE,
+    TILE_KEYS,
+    DecodeRule,
+    DecodeShape,
+    Parts,
+    Pool,
+    Records,
+    Schedule,
+    TileLists,
+)
+from nsa.fused.hardware import LOG2_E, WARP
+from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.decode_lists import BlockLists, load_list
+from nsa.fused.kernels.decode_outputs import (
+    ClusterOutputs,
+    load_gates,
+    output_bytes,
+)
+from nsa.fused.kernels.decode_places import ListPlace, ListTiles
+from nsa.fused.kernels.decode_scores import RecordTensors, sum_parts
+from nsa.fused.kernels.decode_tiles import (
+    MMA_ROWS,
+    PDL,
+    PagedTensors,
+    TileAttention,
+    fake_pages,
+    make_attention,
+    page_arguments,
+    unit_parts,
+    wait_for_previous,
+)
+from nsa.fused.kernels.gates import FORMS
+from nsa.fused.kernels.hopper import mlir_namedtuple
+from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat, flat_rows
+
+
+@mlir_namedtuple
+class _Tensors(NamedTuple):
+    """Inputs, parts of the compressed branch, lists, gates, and results."""
+
+    q: cute.Tensor
+    cu_seqlens: cute.Tensor | None
+    starts: cute.Tensor
+    ends: cute.Tensor
+    tiles: cute.Tensor
+    cmp_out: cute.Tensor
+    cmp_reference: cute.Tensor
+    cmp_total: cute.Tensor
+    blocks: cute.Tensor
+    gates: cute.Tensor | None
+    weight: cute.Tensor | None
+    out: cute.Tensor
+    lengths: cute.Tensor
+    floors: cute.Tensor | None
+
+
+@mlir_namedtuple
+class _Sizes(NamedTuple):
+    """Sizes of the call; lists have ``slots`` blocks.
+
+    ``kv_share`` lists of a token share a KV head. ``tile_size`` and ``tile_slots`` are of tile
+    mode. ``groups`` of 16 slots have room in the records of a row.
+    """
+
+    batch: Int32
+    tokens: Int32
+    lists: Int32
+    kv_share: Int32
+    unit_tokens: Int32
+    token_blocks: Int32
+    slots: Int32
+    window: Int32
+    tile_size: Int32
+    tile_slots: Int32
+    groups: Int32
+    num_initial: Int32
+    num_local: Int32
+    q_stride: Int64
+
+
+class DecodeFinish:
+    """Lists serve ``group`` query heads. ``count`` blocks are selected; with 0 there are lists.
+
+    ``form`` of the gates is one of ``FORMS``.
+    """
+
+    def __init__(
+        self, attention: TileAttention, group: int, rule: DecodeRule, count: int, form: str,
+        cluster: int, tile_mode: bool, rings: bool,
+    ):  # fmt: skip
+        self.attention = attention
+        self.group = group
+        self.select_size = rule.select_size
+        self.selects = count > 0
+        self.form = form
+        self.cluster = cluster
+        self.tile_mode = tile_mode
+        self.lists = BlockLists(rule, group, count, cluster, attention.warps)
+        self.tiles = ListTiles(attention, rule.select_size, rings)
+        self.outputs = ClusterOutputs(attention, cluster)
+
+    @cute.jit
+    def __call__(
+        self,
+        tensors: _Tensors,
+        records: RecordTensors | None,
+        pages: PagedTensors,
+        rings: PagedTensors | None,
+        sizes: _Sizes,
+        scale_log2: Float32,
+        stream,
+    ):
+        attention = self.attention
+        layouts, mma = attention.layouts(), attention.make_mma()
+        units = sizes.batch * sizes.tokens * sizes.lists
+        self.kernel(tensors, records, pages, rings, sizes, scale_log2, mma, layouts).launch(
+            grid=[units * self.cluster, 1, 1],
+            block=[attention.threads, 1, 1],
+            cluster=[self.cluster, 1, 1],
+            stream=stream,
+            use_pdl=PDL,
+            min_blocks_per_mp=attention.ctas,
+            preferred_smem_carveout=100,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tensors: _Tensors,
+        records: RecordTensors | None,
+        pages: PagedTensors,
+        rings: PagedTensors | None,
+        sizes: _Sizes,
+        scale_log2: Float32,
+        mma: cute.TiledMma,
+        layouts: tuple[cute.ComposedLayout, ...],
+    ):
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        rank, unit = bidx % self.cluster, bidx // self.cluster
+        index, token = unit % sizes.lists, unit // sizes.lists
+        sequence, token = token // sizes.tokens, token % sizes.tokens
+        row0, new = sequence * sizes.tokens, sizes.tokens
+        if const_expr(tensors.cu_seqlens is not None):
+            row0 = tensors.cu_seqlens[sequence]
+            new = tensors.cu_seqlens[sequence + 1] - row0
+
+        smem = cutlass.utils.SmemAllocator()
+        memory = self.attention.allocate(smem, layouts)
+        window_bytes = const_expr(output_bytes(self.attention.rows, self.attention.head_dim_v))
+        sWindow = smem.allocate(window_bytes, 128)
+        listed = smem.allocate_tensor(Int32, cute.make_layout(MAX_LISTED), 16)
+        # The best of this CTA's share of the blocks, and of all.
+        bests = tuple(
+            smem.allocate_tensor(Int64, cute.make_layout(MAX_LISTED), 16) for _ in range(2)
+        )
+        rows = const_expr(self.attention.rows)
+        compressed = tuple(
+            smem.allocate_tensor(dtype, cute.make_layout(rows), 16) for dtype in (Int32, Float32)
+        )
+        layout = cute.make_layout((2, rows), stride=(rows, 1))
+        sums = tuple(smem.allocate_tensor(dtype, layout, 16) for dtype in (Int32, Float32))
+        sGates = smem.allocate_tensor(Float32, cute.make_layout(3 * rows), 16)
+        if token < new:
+            position = tensors.starts[sequence] + token
+            position = cutlass.min(position, tensors.ends[sequence] - 1)
+            place = ListPlace(sequence, index // sizes.kv_share, position)
+            self._finish(
+                tensors, records, pages, rings, sizes, scale_log2, mma, memory, sWindow, listed,
+                bests, compressed, sums, sGates, place, Int64(row0 + token), token, index, rank,
+            )  # fmt: skip
+        if bidx == 0:
+            wait_for_previous()
+            for b in cutlass.range(tidx, sizes.batch, self.attention.threads, unroll=1):
+                end = tensors.ends[b]
+                tensors.lengths[b] = end
+                if const_expr(self.tile_mode):
+                    # The lists of older tiles are gone.
+                    tile = (end - 1) // sizes.tile_size - (sizes.tile_slots - 1)
+                    floor = tensors.floors[b]
+                    tensors.floors[b] = cutlass.max(floor, tile * sizes.tile_size)
+
+    @cute.jit
+    def _finish(
+        self, tensors: _Tensors, records: RecordTensors | None, pages: PagedTensors,
+        rings: PagedTensors | None, sizes: _Sizes, scale_log2: Float32, mma: cute.TiledMma, memory,
+        sWindow: cute.Pointer, listed: cute.Tensor, bests, compressed, sums, sGates: cute.Tensor,
+        place: ListPlace, row: Int64, token: Int32, index: Int32, rank: Int32,
+    ):  # fmt: skip
+        stages = const_expr(self.attention.stages)
+        sQ, sK, sV, sO, sM, sL = memory
+        tidx, _, _ = cute.arch.thread_idx()
+        warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
+        row_group, key_group = warp % self.attention.row_groups, warp // self.attention.row_groups
+        sequence, kv_head, position = place.sequence, place.kv_head, place.position
+        self.attention.load_queries(
+            tensors.q, sQ, functools.partial(self._query_offset, sizes, row, index),
+            functools.partial(self._has_query, sizes), tidx,
+        )  # fmt: skip
+        heads = sizes.lists * self.group
+        load_gates(
+            self.form, self.attention.head_dim, self.attention.warps, tensors.gates, tensors.weight,
+            tensors.q, row * sizes.q_stride, row * heads, index * self.group, self.group,
+            sGates, tidx,
+        )  # fmt: skip
+        # Parts of the compressed branch, and the rows there.
+        unit = kv_head * sizes.token_blocks + token // sizes.unit_tokens
+        unit_rows = sizes.unit_tokens * self.group * sizes.kv_share
+        sequence_units = sizes.lists // sizes.kv_share * sizes.token_blocks
+        unit_row = token % sizes.unit_tokens * self.group * sizes.kv_share
+        unit_row += index % sizes.kv_share * self.group
+        first_slot, num_parts = unit_parts(tensors.tiles, sequence, unit, sequence_units)
+        parts = tensors.cmp_out, tensors.cmp_reference, tensors.cmp_total
+
+        window = cutlass.min(sizes.window, position + 1)
+        window_start = position + 1 - window
+        tiles = cute.ceil_div(window, TILE_KEYS)
+        first_tile = rank * tiles // self.cluster
+        count = (rank + 1) * tiles // self.cluster - first_tile
+        valid = Int32(0)
+        acc_O = self.attention.make_output(mma, lane)
+        reference = cute.make_rmem_tensor(2, Int32)
+        total = cute.make_rmem_tensor(2, Float32)
+        sOutputs, found = self.outputs.views(sWindow, sO.iterator), self.outputs.make_vectors()
+        # The window, then the list. One copy of this code for both, because much of a short step
+        # is its loading.
+        for turn in cutlass.range(2, unroll=1):
+            if turn == 1:
+                wait_for_previous()
+                sum_parts(
+                    parts, compressed, first_slot, num_parts, unit_rows, Int64(unit_row),
+                    self.group, self.attention.warps, tidx,
+                )  # fmt: skip
+                list_row = row * sizes.lists + index
+                if const_expr(self.selects):
+                    record_row = Int64(sequence * sequence_units + unit) * unit_rows + unit_row
+                    self.lists.select(
+                        records, sizes.groups, (sizes.num_initial, sizes.num_local), sO.iterator,
+                        bests, compressed, position, record_row, rank, tidx,
+                    )  # fmt: skip
+                    valid = self.lists.list_best(tensors.blocks, listed, bests[1], list_row, rank)
+                else:
+                    if const_expr(self.tile_mode):
+                        slot = position // sizes.tile_size % sizes.tile_slots
+                        list_row = Int64(sequence * sizes.tile_slots + slot) * sizes.lists + index
+                    valid = load_list(
+                        tensors.blocks, sizes.slots, self.select_size, listed, position, list_row
+                    )
+                cute.arch.barrier()
+                tiles = cute.ceil_div(valid * self.select_size, TILE_KEYS)
+                # The other way round, so that CTAs with fewer tiles of the window have more.
+                after = self.cluster - 1 - rank
+                first_tile = after * tiles // self.cluster
+                count = (after + 1) * tiles // self.cluster - first_tile
+            acc_O.fill(0.0)
+            reference.fill(NO_REFERENCE)
+            total.fill(0.0)
+            key_position = functools.partial(
+                self.tiles.key_position, listed, turn, window_start, valid
+            )
+            load_tile = functools.partial(
+                self.tiles.load, pages, rings, sK, sV, place, turn, key_position, tidx
+            )
+            for s in cutlass.range(stages - 1, unroll=1):
+                if s < count:
+                    load_tile(first_tile + s, s)
+                cute.arch.cp_async_commit_group()
+            if turn == 1:
+                # While the first tiles are on their way.
+                self.outputs.add_parts(
+                    found, parts, compressed, sGates, first_slot, num_parts, unit_rows,
+                    Int64(unit_row), self.group, rank, tidx,
+                )  # fmt: skip
+            for i in cutlass.range(count, unroll=1):
+                cute.arch.cp_async_wait_group(stages - 2)
+                cute.arch.barrier()
+                ahead = i + (stages - 1)
+                if ahead < count:
+                    load_tile(first_tile + ahead, ahead % stages)
+                cute.arch.cp_async_commit_group()
+                stage = i % stages
+                accs = self.attention.compute_scores(
+                    mma, sQ, sK[None, None, stage], row_group, key_group, lane
+                )
+                low, high = [], []
+                for u in cutlass.range_constexpr(self.attention.units):
+                    key = (first_tile + i) * TILE_KEYS + (
+                        (key_group + u * self.attention.key_groups) * MMA_ROWS
+                    )
+                    low.append(Int32(0))
+                    high.append(position + 1 - key_position(key))
+                self.attention.softmax(
+                    accs, acc_O, reference, total, low, [high, high], lane, scale_log2
+                )
+                self.attention.add_values(mma, acc_O, accs, sV[None, None, stage], key_group, lane)
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.barrier()
+            self.outputs.fold(
+                turn, acc_O, reference, total, sOutputs, sums, (sM, sL), row_group, key_group, tidx
+            )
+
+        if const_expr(self.cluster > 1):
+            # All threads of the cluster then see what each has written to shared memory.
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        layout = cute.make_ordered_layout((self.cluster, 2, self.attention.rows), order=(2, 1, 0))
+        sFactor = cute.make_tensor(cute.recast_ptr(sQ.iterator, dtype=Float32), layout)
+        self.outputs.share_factors(sums, sGates, sFactor, self.group, tidx)
+        cute.arch.barrier()
+        self.outputs.write(
+            found, sOutputs, sFactor, tensors.out, row * heads + index * self.group,
+            self.group, rank, tidx,
+        )  # fmt: skip
+        if const_expr(self.cluster > 1):
+            # No CTA may end while another reads its shared memory.
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+
+    def _query_offset(self, sizes, token_row, index, row) -> Int64:
+        return token_row * sizes.q_stride + (index * self.group + row) * self.attention.head_dim
+
+    def _has_query(self, sizes, row) -> Boolean:
+        return row < self.group
+
+
+@kept
+def compile_decode_finish(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    group: int,
+    rule: DecodeRule,
+    count: int,
+    form: str,
+    cluster: int,
+    packed: bool,
+    tile_mode: bool,
+    rings: bool,
+) -> Callable:
+    """The compiled kernel of these forms."""
+    row_groups = -(-group // MMA_ROWS)
+    beside = output_bytes(MMA_ROWS * row_groups, head_dim_v)
+    attention = make_attention(dtype, head_dim, head_dim_v, row_groups, beside)
+    vector = CUTE_DTYPES[dtype]
+
+    def integers(used: bool = True):
+        return fake_flat(Int32 if used else None, alignment=4)
+
+    def floats(used: bool = True):
+        return fake_flat(Float32 if used else None)
+
+    return compile_kernel(
+        DecodeFinish(attention, group, rule, count, form, cluster, tile_mode, rings),
+        _Tensors(
+            fake_flat(vector),
+            *(integers(packed), integers(), integers(), integers()),
+            *(floats(), integers(), floats(), integers()),
+            fake_flat(vector if form == "gates" else None),
+            fake_flat(vector if form == "weight" else None),
+            *(fake_flat(vector), integers(), integers(tile_mode)),
+        ),
+        RecordTensors(floats(), floats(rule.carried > 0), integers()) if count else None,
+        fake_pages(vector),
+        fake_pages(vector) if rings else None,
+        _Sizes(*(Int32(1) for _ in range(13)), Int64(1)),
+        Float32(1.0),
+    )
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names, and functions that compile what each names; no GPU is needed."""
+    paper, bf16, fp16 = DecodeRule.of(NSAConfig.paper()), torch.bfloat16, torch.float16
+    forms = [(bf16, 128, 128, 16, paper, 16, "gates", c, False, False, False) for c in CLUSTERS]
+    forms += [(bf16, 128, 128, 8, paper, 0, form, 2, True, False, False) for form in FORMS]
+    forms += [
+        (fp16, 64, 64, 32, DecodeRule(16, 16, 32), 64, "mean", 8, True, False, True),
+        (fp16, 96, 96, 3, DecodeRule(32, 32, 32), 1, "weight", 4, False, False, False),
+        (bf16, 192, 128, 1, DecodeRule(64, 4, 64), 40, "weight", 2, False, False, False),
+        (bf16, 256, 256, 20, DecodeRule(16, 8, 64), 16, "weight", 1, False, False, False),
+        (fp16, 32, 32, 6, DecodeRule(32, 32, 32), 16, "weight", 1, False, False, False),
+        (bf16, 128, 128, 1, DecodeRule(64, 64, 64), 0, "mean", 1, False, True, False),
+    ]
+    for form in forms:
+        name = "-".join(map(str, form)).replace("torch.", "")
+        yield f"decode-finish-{name}", functools.partial(compile_decode_finish, *form)
+
+
+def decode_finish(
+    q: Tensor,
+    pool: Pool,
+    rings: Pool | None,
+    table: Tensor,
+    parts: Parts,
+    records: Records | None,
+    schedule: Schedule,
+    cu_seqlens: Tensor | None,
+    shape: DecodeShape,
+    rule: DecodeRule,
+    lists: Tensor | TileLists,
+    num_initial: int,
+    num_local: int,
+    window: int,
+    scale: float,
+    gates: Tensor | None,
+    weight: Tensor | None,
+    lengths: Tensor,
+    floors: Tensor | None,
+    cluster: int,
+) -> Tensor:
+    """See :func:`nsa.fused.decode_calls.decode_finish`."""
+    head_dim, head_dim_v = q.shape[-1], pool.v.shape[-1]
+    out = q.new_empty((*q.shape[:2], head_dim_v))
+    tile_mode, tile_size, tile_slots = isinstance(lists, TileLists), 1, 1
+    kv_share, group, blocks = 1, shape.group, lists
+    if isinstance(lists, TileLists):
+        blocks, tile_size = lists
+        tile_slots = blocks.shape[1]
+        kv_share, group = group, 1
+    form = "gates" if gates is not None else "weight" if weight is not None else "mean"
+    flat_q, q_stride = flat_rows(q)
+    compile_decode_finish(
+        q.dtype, head_dim, head_dim_v, group, rule,
+        0 if records is None else blocks.shape[-1], form, cluster, cu_seqlens is not None,
+        tile_mode, rings is not None,
+    )(
+        _Tensors(
+            *(flat_q, cu_seqlens, *schedule, *(x.view(-1) for x in parts)),
+            blocks.contiguous().view(-1),
+            *(flat(gates), flat(weight), out.view(-1), lengths),
+            floors if tile_mode else None,
+        ),
+        None if records is None
+        else RecordTensors(*(None if x is None else x.view(-1) for x in records)),
+        page_arguments(pool, table),
+        None if rings is None else page_arguments(rings, table),
+        _Sizes(
+            *(shape.batch, shape.tokens, shape.kv_heads * kv_share, kv_share),
+            *(shape.unit_tokens, shape.token_blocks, blocks.shape[-1], window),
+            *(tile_size, tile_slots, records.reference.shape[-1] if records else 1),
+            *(num_initial, num_local, q_stride),
+        ),
+        scale * LOG2_E,
+    )  # fmt: skip
+    return out
