@@ -5,120 +5,19 @@ gradients. What its graph saves of gathered keys and values is only where it lie
 gathers them again.
 """
 
-import math
-import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
-from torch.distributed import ProcessGroup
 
-from nsa.config import NSAConfig
 from nsa.distributed.backend_calls import BackendCall
+from nsa.distributed.call import Call, Chunk, Inputs, chunks
 from nsa.distributed.collectives import Gathering, Summing
 from nsa.distributed.copies import copy_rows
 from nsa.distributed.key_rows import RowSums, take_rows
-from nsa.distributed.layout import Layout
 from nsa.precision import accumulation_dtype
-
-CHUNK_BYTES = 1 << 28
-"""Gathered keys and values of a chunk, unless one KV head has more."""
-
-NO_LIMIT = sys.maxsize
-"""The workspace of a chunk unless the caller limits it. Not the free memory as on one GPU: what
-ranks compute again must not depend on what else lies on their devices."""
-
-
-class Call(NamedTuple):
-    """What is not a tensor in a call.
-
-    Attributes:
-        layout: this rank's part.
-        group: the ranks.
-        backend: the package that attends.
-        config: block sizes and rules.
-        branches: for ``(k_slc, k_win, v_slc, v_win)``, which of the given keys and values it is.
-        max_workspace_bytes: the limit of each chunk's workspace.
-        recompute_window: as in :func:`nsa.forward`.
-    """
-
-    layout: Layout
-    group: ProcessGroup
-    backend: ModuleType
-    config: NSAConfig
-    branches: tuple[int, ...]
-    max_workspace_bytes: int
-    recompute_window: bool
-
-
-class Inputs(NamedTuple):
-    """The differentiable tensors of a call: flat rows of this rank, all compressed blocks.
-
-    Attributes:
-        q: ``(T, H, D)``.
-        gates: ``(T, H, 3)`` or None.
-        gate_proj_weight: ``(H, 3, D)`` or None.
-        k_cmp, v_cmp: of the sequences of keys of the layout, ``(M, H_kv, D)`` and
-            ``(M, H_kv, Dv)``.
-        kv: this rank's keys and values, each once, ``(T, H_kv, ...)``.
-    """
-
-    q: Tensor
-    gates: Tensor | None
-    gate_proj_weight: Tensor | None
-    k_cmp: Tensor
-    v_cmp: Tensor
-    kv: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, flat: Sequence) -> "Inputs":
-        """From all tensors in one row."""
-        q, gates, gate_proj_weight, k_cmp, v_cmp, *kv = flat
-        return cls(q, gates, gate_proj_weight, k_cmp, v_cmp, tuple(kv))
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but :attr:`kv`."""
-        return self[:-1]
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.k_cmp.shape[1]
-
-
-class Chunk(NamedTuple):
-    """Some KV heads and the query heads that attend them."""
-
-    kv: slice
-    query: slice
-
-    def of(self, name: str, x: Tensor | None) -> Tensor | None:
-        """The part of a field of :class:`Inputs`."""
-        if x is None:
-            return None
-        if name == "gate_proj_weight":
-            return x[self.query]
-        return x[:, self.query] if name in ("q", "gates") else x[:, self.kv]
-
-    def of_call(self, name: str, x: Tensor | None, one: BackendCall) -> Tensor | None:
-        """The part of a field that a call of the backend takes."""
-        x = self.of(name, x)
-        if x is None or name == "gate_proj_weight":
-            return x
-        return x[one.rows] if name in ("q", "gates") else x[one.blocks]
-
-    def of_indices(
-        self, indices: Tensor | None, one: BackendCall, config: NSAConfig
-    ) -> Tensor | None:
-        """The part of ``block_indices``, ``(T, H_kv, n)`` or ``(H, tiles, n)``."""
-        if indices is None:
-            return None
-        if config.selection == "token":
-            return indices[one.rows, self.kv]
-        return indices[self.query, one.tiles]
 
 
 def attend(call: Call, block_indices: Tensor | None, inputs: Inputs) -> Tensor:
@@ -138,21 +37,6 @@ def attend(call: Call, block_indices: Tensor | None, inputs: Inputs) -> Tensor:
             result = _run(call, chunk, one, block_indices, given, own)
             copy_rows(out[one.rows, chunk.query], result)
     return out
-
-
-def chunks(call: Call, inputs: Inputs) -> list[Chunk]:
-    """The chunks, equal on all ranks: they follow from shapes and never from free memory."""
-    heads = inputs.num_kv_heads
-    rows = call.layout.ranks * call.layout.rows
-    one = sum(rows * x.shape[-1] * x.element_size() for x in inputs.kv)
-    size = max(1, min(heads, CHUNK_BYTES // max(1, one)))
-    size = math.ceil(heads / math.ceil(heads / size))
-    group = inputs.q.shape[1] // heads
-    starts = range(0, heads, size)
-    return [
-        Chunk(slice(at, min(at + size, heads)), slice(at * group, min(at + size, heads) * group))
-        for at in starts
-    ]
 
 
 class _Chunks:

@@ -9,7 +9,8 @@ from torch.distributed import ProcessGroup
 
 from nsa import dispatch
 from nsa.config import NSAConfig
-from nsa.distributed.attention import NO_LIMIT, Call, Inputs, attend
+from nsa.distributed.attention import attend
+from nsa.distributed.call import NO_LIMIT, Call, Inputs
 from nsa.distributed.checks import Part, check_call, check_equal_tokens, distinct, flat
 from nsa.distributed.collectives import process_group
 from nsa.distributed.compression import compress_own, gather_blocks

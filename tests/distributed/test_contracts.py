@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import nsa
-from nsa.distributed import attention, backend_calls
+from nsa.distributed import backend_calls
+from nsa.distributed.call import NO_LIMIT
 from nsa.distributed.layout import Layout, Whole
 from nsa.distributed.order import ORDERS
 from nsa.testing import make_cu_seqlens, make_inputs
@@ -108,7 +109,7 @@ def test_free_memory_decides_nothing(world, given):
     problem = make_problem(tile_config(), 512, heads=(4, 2), **extras)
     dout = torch.ones(problem.q.shape, dtype=torch.float64)
     for limits in world.run(rank_cases.workspace_limits, problem, "head-tail", dout, ranks=2):
-        assert limits == [given or attention.NO_LIMIT] * 2
+        assert limits == [given or NO_LIMIT] * 2
 
 
 def test_gathered_keys_are_not_saved(world):

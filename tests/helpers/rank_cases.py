@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nsa
 from nsa.blocks import num_compressed_blocks, num_query_tiles
-from nsa.distributed import attention, backend_calls, collectives, layout
+from nsa.distributed import backend_calls, call, collectives, layout
 from nsa.distributed.order import make_pieces
 from nsa.fused import entry
 from nsa.testing import assert_as_accurate
@@ -106,7 +106,7 @@ def selected_blocks(group, problem: Problem, order: str, backend: str) -> Tensor
 
 def several_chunks(group, *arguments) -> list:
     """:func:`output_and_gradients` with a chunk for each KV head."""
-    with patch.object(attention, "CHUNK_BYTES", 1):
+    with patch.object(call, "CHUNK_BYTES", 1):
         return output_and_gradients(group, *arguments)
 
 
