@@ -1,6 +1,7 @@
 """What the ranks of :mod:`tests.helpers.world` run to give errors: on rank 1, or on each."""
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from torch import distributed, nn
@@ -57,8 +58,8 @@ def layer(group, layer: nn.Module, function: str, change: dict) -> str:
 
 
 class Failing(nn.Module):
-    def forward(self, x):
-        raise RuntimeError("this gate fails")
+    def forward(self, *_):
+        raise RuntimeError("this module fails")
 
 
 def failing_gate(group, layer: nn.Module) -> str:
@@ -66,6 +67,16 @@ def failing_gate(group, layer: nn.Module) -> str:
     layer = parallelize_module(layer, make_mesh(group), nsa.distributed.ContextParallel())
     if group.rank():
         layer.gate_mlp = Failing()
+    return error_of(layer, torch.zeros(1, 12, layer.dim))
+
+
+def failing_compressor(group, layer: nn.Module, seconds: float) -> str:
+    """The error of a layer whose compressor raises on rank 1, after the ranks have agreed."""
+    options = dict(timeout=timedelta(seconds=seconds), use_local_synchronization=True)
+    patient = distributed.new_group([0, 1], **options)
+    layer = parallelize_module(layer, make_mesh(patient), nsa.distributed.ContextParallel())
+    if group.rank():
+        layer.compress_k = Failing()
     return error_of(layer, torch.zeros(1, 12, layer.dim))
 
 

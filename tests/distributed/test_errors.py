@@ -172,7 +172,15 @@ def test_a_layer_of_one_rank_that_is_wrong(world, function, change, message):
 def test_a_gate_that_fails_on_one_rank(world):
     layer = nsa.NativeSparseAttention(16, 4, 2, SMALL["token"])
     texts = world.run(error_cases.failing_gate, layer, ranks=2)
-    assert_only_rank_1_is_wrong(texts, "RuntimeError: this gate fails")
+    assert_only_rank_1_is_wrong(texts, "RuntimeError: this module fails")
+
+
+def test_what_fails_on_one_rank_later_ends_the_others_in_time(world):
+    layer = nsa.NativeSparseAttention(16, 4, 2, SMALL["token"])
+    first, second = world.run(error_cases.failing_compressor, layer, 4, ranks=2)
+    assert second == "RuntimeError: this module fails"
+    assert first.startswith("RuntimeError")
+    assert "imed out" in first or "closed" in first
 
 
 def test_a_learned_compressor_on_one_rank(world):
