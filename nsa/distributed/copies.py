@@ -28,4 +28,5 @@ def _is_wide(x: Tensor) -> bool:
     *strides, last = x.stride()
     places = (x.shape[-1], x.storage_offset(), *strides)
     wide = last == 1 and not any(at * x.element_size() % _WIDE.itemsize for at in places)
-    return wide and not x.is_complex()
+    # Memory that PyTorch did not allocate may start anywhere.
+    return wide and x.data_ptr() % _WIDE.itemsize == 0 and not x.is_complex()
