@@ -20,7 +20,7 @@ from nsa.blocks import (
     num_selection_blocks,
 )
 from nsa.config import NSAConfig
-from nsa.segments import QuerySegments, Segments, equal_segments, prefix_sum
+from nsa.segments import CountedSegments, QuerySegments, Segments, equal_segments, prefix_sum
 
 UNLIMITED = 1 << 62
 """Larger than any count. The sum of two does not overflow an int64."""
@@ -98,10 +98,10 @@ class Geometry:
                 tensor for both if each sequence has as many queries as keys.
             num_queries, num_keys: rows of q and of k.
         """
-        keys = Segments(cu_seqlens_k.long(), num_keys)
+        keys = Segments(cu_seqlens_k, num_keys)
         if cu_seqlens is cu_seqlens_k:
             return cls(QuerySegments(keys), keys, config, exact)
-        rows = Segments(cu_seqlens.long(), num_queries)
+        rows = Segments(cu_seqlens, num_queries)
         return cls(QuerySegments(rows, keys.count - rows.count), keys, config, exact)
 
     @property
@@ -114,8 +114,13 @@ class Geometry:
             return equal_segments(
                 items.num_sequences, count(items.length, self.config), self.device
             )
+        if not self.exact:
+            config = self.config  # not self, which would never be freed without gc
+            return CountedSegments(
+                lambda: count(items.count, config), items.num_sequences, bound, self.device
+            )
         offset = prefix_sum(count(items.count, self.config))
-        return Segments(offset, int(offset[-1]) if self.exact else bound)
+        return Segments(offset, int(offset[-1]))
 
     @cached_property
     def compressed(self) -> Segments:

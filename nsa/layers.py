@@ -19,7 +19,7 @@ from nsa.cache import Cache
 from nsa.cached_layer import arguments_of_new_tokens
 from nsa.compressor import BlockCompressor, gather_blocks
 from nsa.config import NSAConfig, check_positive
-from nsa.host import has_readable_values
+from nsa.host import has_readable_values, is_traced
 from nsa.linears import (
     apply_linear,
     make_linear,
@@ -352,7 +352,7 @@ class NativeSparseAttention(nn.Module):
         assert self.compress_k is not None
         assert self.compress_v is not None
         config = check_config(self.config)
-        places = _block_places(k, boundaries, config)
+        places = _block_places(k, boundaries, config, fused)
         bounds, locate, index = places.block_bounds, None, None
         if boundaries is not None and bounds is not None:
             kept = _kept_items(boundaries, ("blocks", config), bounds, places.blocks)
@@ -396,7 +396,9 @@ def _read_once(
     return cu_seqlens
 
 
-def _block_places(x: Tensor, boundaries: Boundaries | None, config: NSAConfig) -> BlockPlaces:
+def _block_places(
+    x: Tensor, boundaries: Boundaries | None, config: NSAConfig, fused: bool
+) -> BlockPlaces:
     """The compressed blocks of ``x (B, N, ...)`` or packed ``(T, ...)``.
 
     For packed sequences of unknown lengths their number is an upper bound.
@@ -410,11 +412,17 @@ def _block_places(x: Tensor, boundaries: Boundaries | None, config: NSAConfig) -
     if boundaries.lengths is not None:
         total = sum(num_compressed_blocks(length, config) for length in boundaries.lengths)
 
-    def count_blocks(cu_seqlens=boundaries.cu_seqlens):
+    cu_seqlens, num_tokens = boundaries.cu_seqlens, x.shape[0]
+
+    def count_blocks() -> Tensor:
+        if fused and not is_traced(cu_seqlens):
+            from nsa.fused import layer_ops
+
+            return layer_ops.block_bounds(cu_seqlens, num_tokens, config)
         return prefix_sum(num_compressed_blocks(cu_seqlens.diff(), config)).int()
 
     bounds = boundaries.keep(("block bounds", config), count_blocks)
-    return BlockPlaces(*sizes, total, x.shape[0], total, boundaries.cu_seqlens, bounds)
+    return BlockPlaces(*sizes, total, num_tokens, total, cu_seqlens, bounds)
 
 
 def _kept_items(

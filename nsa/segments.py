@@ -1,5 +1,6 @@
 """Segments: items of consecutive sequences in one flat row, and queries at positions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,8 +29,8 @@ class Segments:
     """Items (queries, keys, blocks or tiles) of consecutive sequences in one flat row.
 
     Args:
-        offset: the start of each sequence, then the end of the last; int64 ``(S + 1,)``.
-        total: items of the row, at least ``offset[-1]``; those past it belong to no sequence.
+        bounds: the start of each sequence, then the end of the last; int32 or int64 ``(S + 1,)``.
+        total: items of the row, at least ``bounds[-1]``; those past it belong to no sequence.
     """
 
     single = False
@@ -38,14 +39,16 @@ class Segments:
     length: int | None = None
     """Items of each sequence if all have as many and the host knows it."""
 
-    def __init__(self, offset: Tensor, total: int):
-        self.offset = offset
+    def __init__(self, bounds: Tensor, total: int):
         self.total = total
-        self.device = offset.device
+        self.device = bounds.device
+        self.num_sequences = bounds.shape[0] - 1
+        self._bounds = bounds
 
-    @property
-    def num_sequences(self) -> int:
-        return self.offset.shape[0] - 1
+    @cached_property
+    def offset(self) -> Tensor:
+        """The bounds in int64."""
+        return self._bounds.long()
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -90,6 +93,29 @@ class Segments:
         return locate_items(self.offset, self.total)
 
 
+class CountedSegments(Segments):
+    """So many items of each sequence as a function counts when they are needed.
+
+    Args:
+        count: gives the items of each sequence, int64 ``(S,)``.
+        sequences: how many.
+        total: items of the row.
+        device: of the tensors.
+    """
+
+    def __init__(
+        self, count: Callable[[], Tensor], sequences: int, total: int, device: torch.device
+    ):
+        self.total = total
+        self.device = device
+        self.num_sequences = sequences
+        self._count = count
+
+    @cached_property
+    def offset(self) -> Tensor:
+        return prefix_sum(self._count())
+
+
 class EqualSegments(Segments):
     """Sequences of equal length, which the host knows."""
 
@@ -110,8 +136,8 @@ class SingleSegment(Segments):
         self.device = device
 
     @cached_property
-    def offset(self) -> Tensor:  # type: ignore[override]
-        # Nothing assigns it. A list would be copied from the host, so this computes it.
+    def offset(self) -> Tensor:
+        # A list would be copied from the host, so this computes it.
         return torch.arange(2, device=self.device) * self.total
 
     @cached_property

@@ -188,7 +188,7 @@ def test_compressor_starts_at_the_scale_of_its_tokens():
 
 
 def test_a_sequence_shorter_than_a_block_has_none():
-    assert _block_places(torch.zeros(1, 3, 1, 2), None, TOKEN).blocks == 0
+    assert _block_places(torch.zeros(1, 3, 1, 2), None, TOKEN, fused=False).blocks == 0
 
 
 def test_rope_depends_on_the_difference_of_positions():

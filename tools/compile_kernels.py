@@ -57,9 +57,19 @@ def cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
 def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Our own kernels. A case has all forms of one file, for one dtype if the file has dtypes."""
-    from nsa.fused.kernels import block_rows, gates, lists, means, query_gradient, rope, top_blocks
+    from nsa.fused.kernels import (
+        block_rows,
+        gates,
+        lists,
+        means,
+        plan_tables,
+        query_gradient,
+        rope,
+        top_blocks,
+    )
 
-    by_dtype, others = [gates, query_gradient, means, rope, block_rows], [lists, top_blocks]
+    by_dtype = [gates, query_gradient, means, rope, block_rows]
+    others = [lists, top_blocks, plan_tables]
     if arch == "sm_90a":
         # On Hopper's matrix instructions.
         from nsa.fused.kernels import (

@@ -54,6 +54,8 @@ def compress_pair_backward(
     """
     dmeans, dweights = (dk_cmp, dv_cmp), (None, None)
     if any(weight is not None for weight in weights):
+        # Without weights only rows of blocks are read.
+        plan.clear_unused(*dmeans)
         means = _mean(k, _mean_dtype(k, *weights), plan, v)
         parts = map(_transformed_backward, dmeans, means, weights)
         dmeans, dweights = zip(*parts, strict=True)

@@ -74,8 +74,8 @@ def forward(
     dim, scale = kernel_head_dim(q.shape[-1], value_dim), config.softmax_scale(q.shape[-1])
     k_cmp, v_cmp = (None, None)
     if compressed_kv is not None:
-        num_keys, packed = k[0].shape[-3], boundaries is not None
-        k_cmp, v_cmp = (_pad_compressed(x, num_keys, packed, config) for x in compressed_kv)
+        num_keys = k[0].shape[-3]
+        k_cmp, v_cmp = (_pad_compressed(x, num_keys, boundaries, config) for x in compressed_kv)
     (k_first, k_slc, k_win), (v_first, v_slc, v_win) = _drop_repeats(k, v)
     inputs = Inputs(
         q=kernel_rows(q, dim),
@@ -109,7 +109,8 @@ def forward(
         out, _ = ops.attention(*inputs, *options)
     else:
         scaled = with_scale(config, scale)
-        plan = make_plan(inputs.q, cu_seqlens, max_seqlen_k, scaled, packing, **keys)
+        bounds = (cu_seqlens, max_seqlen_k, scaled, packing)
+        plan = make_plan(inputs.q, *bounds, num_kv_heads=inputs.k.shape[2], **keys)
         if save:
             out = ops.AttentionNode.apply(plan, schedule, block_indices, *inputs)
         else:
@@ -137,16 +138,17 @@ def select_blocks(
     dim, scale = kernel_head_dim(q.shape[-1], q.shape[-1]), config.softmax_scale(q.shape[-1])
     compressed, num_keys = compressed_kv is not None, k.shape[-3]
     if compressed_kv is not None:
-        k = _pad_compressed(compressed_kv[0], num_keys, boundaries is not None, config)
+        k = _pad_compressed(compressed_kv[0], num_keys, boundaries, config)
     rows, k = kernel_rows(q, dim), kernel_rows(k, dim)
     weight = None if compressed else widen_square(compress_k_weight, dim)
     if is_traced(rows, k, weight, cu_seqlens, cu_seqlens_k):
-        bounds, form = (cu_seqlens, cu_seqlens_k, max_seqlen_k), (config.encoded, scale)
-        blocks = ops.select_blocks(rows, k, weight, compressed, num_keys, *bounds, *form)
+        options = (cu_seqlens, cu_seqlens_k, max_seqlen_k, config.encoded, scale)
+        blocks = ops.select_blocks(rows, k, weight, compressed, num_keys, *options)
     else:
         keys = _Keys(num_keys=num_keys, cu_seqlens_k=cu_seqlens_k)
         scaled = with_scale(config, scale)
-        plan = make_plan(rows, cu_seqlens, max_seqlen_k, scaled, packing, **keys)
+        bounds = (cu_seqlens, max_seqlen_k, scaled, packing)
+        plan = make_plan(rows, *bounds, num_kv_heads=k.shape[2], **keys)
         blocks = pipeline.select(rows, k, weight, compressed, plan)
     if config.selection == "token":
         return blocks if q.ndim == 4 else blocks[0]
@@ -223,11 +225,16 @@ def widen_square(x: Tensor | None, dim: int) -> Tensor | None:
     return pad(x, (0, missing, 0, missing)).contiguous()
 
 
-def _pad_compressed(x: Tensor, num_keys: int, packed: bool, config: NSAConfig) -> Tensor:
-    """Packed compressed tokens, with extra rows up to the upper bound that the plan uses."""
-    if not packed:
+def _pad_compressed(
+    x: Tensor, num_keys: int, boundaries: Boundaries | None, config: NSAConfig
+) -> Tensor:
+    """Compressed tokens; those of packed sequences of unknown lengths with rows up to their bound.
+
+    Known lengths have as many tokens as rows. The kernels need a row at least.
+    """
+    if boundaries is None or (boundaries.lengths_k is not None and x.shape[0] > 0):
         return x
-    bound = num_compressed_bound(num_keys, packed, config)
+    bound = num_compressed_bound(num_keys, True, config)
     return pad(x, (0, 0, 0, 0, 0, bound - x.shape[0]))
 
 

@@ -28,6 +28,7 @@ from nsa.fused.kernel_inputs import (
     TokenBlocks,
     TokenTiles,
 )
+from nsa.fused.plan_tables import TableRule, Tables
 
 
 @cache
@@ -181,8 +182,8 @@ def mean_forward(
     Args:
         x: ``(..., T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. A slice of heads
             is read where it is; other strides are copied.
-        start: int32 ``(M,)``, the first token of each block among all rows of ``x``, -1 for a
-            block that is 0. Not checked: a block must end within ``x``. Blocks may overlap.
+        start: int32 ``(M,)``, the first token of each block among all rows of ``x``, negative for
+            a block that is 0. Not checked: a block must end within ``x``. Blocks may overlap.
         block_size: tokens in a block.
         out_dtype: one of the dtypes of ``x``.
         other: a second tensor like ``x``, but for its strides.
@@ -217,6 +218,34 @@ def mean_backward(
         ``(..., T', H_kv, D)`` each in ``dtype``: the first pair of ``addends``, or new tensors.
     """
     return _kernels("means").mean_backward(**locals())
+
+
+def sequence_bounds(cu_seqlens: Tensor, cu_seqlens_k: Tensor, rule: TableRule) -> Tensor:
+    """Where the items of each packed sequence start, then where the last end, for several kinds.
+
+    Args:
+        cu_seqlens, cu_seqlens_k: int32 ``(S + 1,)``, boundaries of queries and of keys. Each
+            sequence has at most as many queries as keys. Neither is checked.
+        rule: what items there are.
+
+    Returns:
+        int32 ``(7, S + 1)``: a row for each of :data:`nsa.fused.plan_tables.BOUNDS`.
+    """
+    return _kernels("plan_tables").sequence_bounds(**locals())
+
+
+def plan_tables(
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor, bounds: Tensor, rule: TableRule, means: bool
+) -> Tables:
+    """The tables of :func:`nsa.fused.plan_tables.table_shapes`.
+
+    Args:
+        cu_seqlens, cu_seqlens_k: see :func:`sequence_bounds`.
+        bounds: its result.
+        rule: what the tables depend on.
+        means: whether the tables for means of blocks are wanted, or all others.
+    """
+    return _kernels("plan_tables").plan_tables(**locals())
 
 
 def rotate(
@@ -282,7 +311,7 @@ def scatter_blocks(drows: Tensor, shape: tuple[int, ...], places: BlockPlaces) -
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` of ``x``, 0 for -1. This is a mean over blocks of one token.
+    """Rows ``index`` of ``x``, 0 for a negative one. This is a mean over blocks of one token.
 
     Args:
         x: ``(B, T, H, D)``, D a multiple of 8.

@@ -54,6 +54,7 @@ from torch.nn.functional import pad
 from nsa.blocks import covered_tokens, overlap_weights
 from nsa.config import NSAConfig
 from nsa.fused.hardware import QUAD, SHARED_BYTES, WGMMA_ROWS
+from nsa.fused.plan_tables import TableRule, Tables, expect
 from nsa.geometry import Geometry
 from nsa.segments import QuerySegments, Segments, equal_segments, locate_items, prefix_sum
 
@@ -292,30 +293,42 @@ class TokenTiles(NamedTuple):
     grid: int
 
 
-def make_token_tiles(geometry: Geometry, tile_tokens: int, chunk: int) -> TokenTiles:
-    """Tiles of at most ``tile_tokens`` tokens, for chunks of ``chunk`` tokens. No host sync."""
-    queries, rows = geometry.queries, geometry.queries.rows
-    segments = rows.num_sequences
-    total = rows.total // tile_tokens + segments
+def make_token_tiles(
+    geometry: Geometry, tile_tokens: int, chunk: int, fields: Tensor | None = None
+) -> TokenTiles:
+    """Tiles of at most ``tile_tokens`` tokens, for chunks of ``chunk`` tokens. No host sync.
+
+    ``fields`` are those of the tiles, if they are known.
+    """
+    rows = geometry.queries.rows
+    total = rows.total // tile_tokens + rows.num_sequences
+    if fields is None:
+        fields = _tile_fields(geometry, tile_tokens, total)
+    if 0 < rows.total <= chunk:
+        # The first tile with tokens is number 0, as its first token is.
+        return TokenTiles(fields, fields[0, :1], chunk, total)
+    chunks = torch.arange(0, max(1, rows.total), chunk, dtype=torch.int32, device=fields.device)
+    end = fields[:, 0] + fields[:, 2]
+    first = torch.searchsorted(end, chunks, right=True, out_int32=True)
+    grid = min(total, chunk // tile_tokens + rows.num_sequences + 1)
+    return TokenTiles(fields, first, chunk, grid)
+
+
+def _tile_fields(geometry: Geometry, tile_tokens: int, total: int) -> Tensor:
+    """``TokenTiles.fields``."""
+    queries, rows, compressed = geometry.queries, geometry.queries.rows, geometry.compressed
     segment, index = locate_items(prefix_sum(-(-rows.count // tile_tokens)), total)
     done = index * tile_tokens
-    start = rows.offset[segment] + done
-    count = (rows.count[segment] - done).clamp(0, tile_tokens)
-    owner, compressed = queries.sequence_of(segment), geometry.compressed
-    fields = torch.stack(
-        [
-            start,
-            queries.positions(done, segment),
-            count,
-            compressed.offset[owner],
-            compressed.count[owner],
-            geometry.selection.count[owner],
-        ],
-        dim=1,
-    ).int()
-    chunks = torch.arange(0, max(1, rows.total), chunk, device=start.device)
-    first = torch.searchsorted(start + count, chunks, right=True).int()
-    return TokenTiles(fields, first, chunk, min(total, chunk // tile_tokens + segments + 1))
+    owner = queries.sequence_of(segment)
+    fields = [
+        rows.offset[segment] + done,
+        queries.positions(done, segment),
+        (rows.count[segment] - done).clamp(0, tile_tokens),
+        compressed.offset[owner],
+        compressed.count[owner],
+        geometry.selection.count[owner],
+    ]
+    return torch.stack(fields, dim=1).int()
 
 
 WORKSPACE_BYTES = 9 << 28
@@ -399,6 +412,25 @@ def make_token_blocks(geometry: Geometry, batch: int) -> TokenBlocks:
         run_first=run_first,
         segments=rows.num_sequences,
         earlier=times * keys.total - rows.total,
+    )
+
+
+def blocks_of_tables(tables: Tables, rule: TableRule) -> TokenBlocks:
+    """The blocks of packed sequences from the tables that a kernel made."""
+    first, base = tables.block_first, tables.first_block
+    row, run_base, run_first = first, base, first
+    if not rule.whole:
+        row, run_base, run_first = tables.block_row, tables.run_base, tables.run_first
+    return TokenBlocks(
+        base=expect(base),
+        limit=expect(tables.candidates),
+        first=expect(first),
+        keys=expect(tables.block_keys),
+        row=expect(row),
+        run_base=expect(run_base),
+        run_first=expect(run_first),
+        segments=rule.sequences,
+        earlier=rule.keys - rule.queries,
     )
 
 

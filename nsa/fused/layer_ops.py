@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nsa.blocks import BlockPlaces
+from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
+from nsa.fused.plan_tables import BOUNDS, make_rule
 from nsa.host import is_traced
 from nsa.rope import Positions
 
@@ -88,6 +90,17 @@ def _rotation_backward(ctx, dout, dother):
 
 
 rotate_op.register_autograd(_rotation_backward, setup_context=_setup_rotation)
+
+
+def block_bounds(cu_seqlens: Tensor, num_tokens: int, config: NSAConfig) -> Tensor:
+    """Where the compressed blocks of each sequence start, then where the last end, int32."""
+    sequences = cu_seqlens.shape[0] - 1
+    rule = make_rule(
+        config, num_queries=num_tokens, num_keys=num_tokens, sequences=sequences, whole=True
+    )
+    with torch.cuda.device_of(cu_seqlens):
+        bounds = kernel_calls.sequence_bounds(cu_seqlens, cu_seqlens, rule)
+    return bounds[BOUNDS.index("compressed")]
 
 
 def can_gather(x: Tensor) -> bool:

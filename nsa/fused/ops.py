@@ -108,7 +108,7 @@ class OpOptions(NamedTuple):
     def plan(self, q: Tensor, k: Tensor) -> Plan:
         """The plan for ``q (B, Nq, H, D)`` and ``k (B, Nk, H_kv, D)``."""
         bounds = (self.cu_seqlens, self.cu_seqlens_k, self.max_seqlen_k)
-        return _plan(q, k.shape[1], *bounds, self.scaled_config)
+        return _plan(q, k.shape[1], k.shape[2], *bounds, self.scaled_config)
 
 
 _SCHEMA_TYPES = {
@@ -140,6 +140,7 @@ def _split(arguments: Sequence) -> tuple[Inputs, OpOptions]:
 def _plan(
     q: Tensor,
     num_keys: int,
+    num_kv_heads: int,
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     max_seqlen_k: int | None,
@@ -153,6 +154,7 @@ def _plan(
         config,
         packing,
         num_keys=num_keys,
+        num_kv_heads=num_kv_heads,
         cu_seqlens_k=cu_seqlens_k,
     )
 
@@ -313,7 +315,7 @@ def select_blocks(
 ) -> Tensor:
     """See :func:`nsa.fused.pipeline.select`; the rest as in :class:`OpOptions`."""
     bounds = (cu_seqlens, cu_seqlens_k, max_seqlen_k)
-    plan = _plan(q, num_keys, *bounds, _config(config, scale))
+    plan = _plan(q, num_keys, k.shape[2], *bounds, _config(config, scale))
     return pipeline.select(q, k, compress_k_weight, compressed, plan)
 
 

@@ -271,6 +271,7 @@ def backward(
         )
     else:
         dk, dv = _without_compression(inputs, addends)
+        plan.clear_unused(dk_cmp, dv_cmp)
         # Copies, because both may lie in one tensor, and results of a custom op must not.
         dk_given, dv_given = (x.to(inputs.k_cmp.dtype, copy=True) for x in (dk_cmp, dv_cmp))
     return Inputs(

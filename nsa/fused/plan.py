@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa.blocks import covered_tokens, num_selection_blocks
 from nsa.config import NSAConfig
+from nsa.fused import kernel_calls
 from nsa.fused.compressed_forms import (
     CompressedForm,
     compressed_form,
@@ -27,9 +28,12 @@ from nsa.fused.kernel_inputs import (
     StatisticsPlacements,
     TokenBlocks,
     TokenTiles,
+    blocks_of_tables,
+    choose_shape,
     make_token_blocks,
     make_token_tiles,
 )
+from nsa.fused.plan_tables import BOUNDS, NO_TABLES, TableRule, Tables, expect, make_rule
 from nsa.fused.row_layouts import AlignedRows, FoldedQueries, over_batch
 from nsa.fused.scoring import Scoring
 from nsa.geometry import Geometry
@@ -47,7 +51,7 @@ class Plan:
 
     The boundaries ``cu_seqlens`` of queries and ``cu_seqlens_k`` of keys, and the bound
     ``max_seqlen_k`` on the keys of a sequence, are None for batched input, where each entry is one
-    sequence.
+    sequence. With a ``rule`` kernels make the index tensors, else PyTorch does, from the geometry.
     """
 
     geometry: Geometry
@@ -56,6 +60,7 @@ class Plan:
     cu_seqlens: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     max_seqlen_k: int | None = None
+    rule: TableRule | None = None
     _token_tiles: dict[tuple[int, int], TokenTiles] = field(default_factory=dict)
 
     @cached_property
@@ -72,6 +77,38 @@ class Plan:
         return self.geometry.queries.rows is self.geometry.keys
 
     @cached_property
+    def _bounds(self) -> Tensor:
+        rule, cu_seqlens, cu_seqlens_k = self._given()
+        return kernel_calls.sequence_bounds(cu_seqlens, cu_seqlens_k, rule)
+
+    @cached_property
+    def tables(self) -> Tables:
+        """What a kernel made: all tables but those of means."""
+        return self._make_tables(means=False)
+
+    @cached_property
+    def mean_tables(self) -> Tables:
+        """The tables of means, which are not needed if the caller compresses."""
+        return self._make_tables(means=True)
+
+    def _make_tables(self, means: bool) -> Tables:
+        if self.rule is None:
+            return NO_TABLES
+        rule, cu_seqlens, cu_seqlens_k = self._given()
+        return kernel_calls.plan_tables(cu_seqlens, cu_seqlens_k, self._bounds, rule, means)
+
+    def _given(self) -> tuple[TableRule, Tensor, Tensor]:
+        """The rule and the boundaries that it is for."""
+        rule, cu_seqlens, cu_seqlens_k = self.rule, self.cu_seqlens, self.cu_seqlens_k
+        if rule is None or cu_seqlens is None or cu_seqlens_k is None:
+            raise ValueError(f"tables need a rule and boundaries, got {rule} and {cu_seqlens}")
+        return rule, cu_seqlens, cu_seqlens_k
+
+    def _bounds_of(self, kind: str) -> Tensor | None:
+        """Where items of a kind in ``BOUNDS`` start, if a kernel added them up."""
+        return None if self.rule is None else self._bounds[BOUNDS.index(kind)]
+
+    @cached_property
     def compressed_form(self) -> CompressedForm:
         """How the compressed branch is computed."""
         total = self.geometry.compressed.total
@@ -85,18 +122,20 @@ class Plan:
     @cached_property
     def queries(self) -> AlignedRows:
         """The queries, aligned to tiles."""
-        return AlignedRows(self.geometry.queries.rows, self.config.q_tile_size)
+        tables = (self.tables.row_of_query, self.tables.query_of_row)
+        return AlignedRows(self.geometry.queries.rows, self.config.q_tile_size, tables)
 
     @cached_property
     def keys(self) -> AlignedRows:
         """The keys, aligned to tiles."""
         if self.whole:
             return self.queries
-        return AlignedRows(self.geometry.keys, self.config.q_tile_size)
+        tables = (self.tables.row_of_key, self.tables.key_of_row)
+        return AlignedRows(self.geometry.keys, self.config.q_tile_size, tables)
 
     @cached_property
     def folded(self) -> FoldedQueries:
-        return FoldedQueries(self.geometry)
+        return FoldedQueries(self.geometry, self.tables, self._bounds_of("folded"))
 
     @property
     def in_order(self) -> bool:
@@ -148,6 +187,9 @@ class Plan:
         """Queries that see a few compressed keys; None where no query need see few."""
         if not self.config.causal or self.compressed_form is CompressedForm.NONE:
             return None
+        tables = self.tables
+        if tables.few_query is not None:
+            return FewKeys(tables.few_query, expect(tables.few_first), expect(tables.few_count))
         queries, compressed = self.geometry.queries, self.geometry.compressed
         rows, visibility = queries.rows, self.config.compressed_visibility
         stride = self.config.compress_stride
@@ -182,6 +224,8 @@ class Plan:
     @cached_property
     def block_start(self) -> Tensor:
         """The first token of each compressed block, -1 for blocks of no sequence, int32."""
+        if self.mean_tables.block_start is not None:
+            return self.mean_tables.block_start
         keys, compressed = self.geometry.keys, self.geometry.compressed
         stride = self.config.compress_stride
         if compressed.single:
@@ -193,6 +237,8 @@ class Plan:
     @cached_property
     def blocks_of_token(self) -> Tensor:
         """The compressed blocks that each token is in, -1 for none, int32 ``(Tk, l / d)``."""
+        if self.mean_tables.blocks_of_token is not None:
+            return self.mean_tables.blocks_of_token
         config, keys, compressed = self.config, self.geometry.keys, self.geometry.compressed
         # The last block that starts at or before the token, and the blocks before it.
         overlap = config.compress_block_size // config.compress_stride
@@ -205,7 +251,21 @@ class Plan:
     @cached_property
     def compressed_bounds(self) -> Tensor:
         """Where the compressed tokens of each sequence start, then where the last end: int32."""
-        return self.geometry.compressed.offset.int()
+        bounds = self._bounds_of("compressed")
+        return self.geometry.compressed.offset.int() if bounds is None else bounds
+
+    def clear_unused(self, *gradients: Tensor) -> None:
+        """Write 0 to rows ``(1, M, H_kv, D)`` of no compressed block, which kernels do not write.
+
+        If there are fewer rows than the bound, each has a block.
+        """
+        rows = gradients[0].shape[1]
+        if not self.packed or rows < self.geometry.compressed.total:
+            return
+        index = torch.arange(rows, dtype=torch.int32, device=gradients[0].device)
+        unused = (index >= self.compressed_bounds[-1])[:, None, None]
+        for x in gradients:
+            x.masked_fill_(unused, 0)
 
     @property
     def key_block(self) -> int:
@@ -220,7 +280,8 @@ class Plan:
     @cached_property
     def compressed(self) -> AlignedRows:
         """The compressed tokens, aligned to blocks of the sparse compressed branch."""
-        return AlignedRows(self.geometry.compressed, self.cmp_key_block)
+        tables = (self.tables.row_of_compressed, self.tables.compressed_of_row)
+        return AlignedRows(self.geometry.compressed, self.cmp_key_block, tables)
 
     @property
     def ends_align(self) -> bool:
@@ -239,6 +300,9 @@ class Plan:
         Int32 ``(tiles,)`` each. The second is 0 for tiles of no sequence. The third is None if the
         mask is applied to all blocks.
         """
+        tables = self.tables
+        if tables.key_blocks is not None:
+            return expect(tables.key_block_first), tables.key_blocks, tables.full_key_blocks
         first, count = self._tile_blocks(self.keys, self.key_block)
         if not self.config.causal or self.ends_align:
             return first, count, None
@@ -248,14 +312,26 @@ class Plan:
     def key_limit(self) -> Tensor:
         """For each aligned row of queries, the aligned row of the first key that it does not see.
 
-        Int64 ``(rows,)``, for one entry of the batch, in the selected branch of tile mode.
+        Int32 ``(rows,)``, for one entry of the batch, in the selected branch of tile mode.
         """
+        if self.tables.key_limit is not None:
+            return self.tables.key_limit
         queries, rows = self.geometry.queries, self.queries.segments
         owner = queries.sequence_of(rows.owner)
         count = self.geometry.keys.count[owner]
         if self.config.causal:
             count = count.minimum(self.row_position + 1)
-        return self.keys.segments.offset[owner] + count
+        return (self.keys.segments.offset[owner] + count).int()
+
+    @cached_property
+    def cmp_key_limit(self) -> Tensor:
+        """The same for the aligned rows of compressed tokens, in the sparse compressed branch."""
+        if self.tables.cmp_key_limit is not None:
+            return self.tables.cmp_key_limit
+        geometry = self.geometry
+        owner = geometry.queries.sequence_of(self.queries.segments.owner)
+        seen = geometry.num_visible(self.row_position, owner, self.config.compressed_visibility)
+        return (self.compressed.segments.offset[owner] + seen).int()
 
     @cached_property
     def row_position(self) -> Tensor:
@@ -266,6 +342,10 @@ class Plan:
     @cached_property
     def tile_cmp_key_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same for compressed tokens."""
+        tables = self.tables
+        if tables.full_cmp_blocks is not None:
+            first, count = expect(tables.cmp_block_first), expect(tables.cmp_blocks)
+            return first, count, tables.full_cmp_blocks
         geometry = self.geometry
         seen = geometry.num_visible(
             geometry.tile_first, geometry.tile_owner, self.config.compressed_visibility
@@ -276,6 +356,8 @@ class Plan:
     @cached_property
     def token_blocks(self) -> TokenBlocks:
         """What each token may attend in token mode."""
+        if self.rule is not None and self.tables.block_first is not None:
+            return blocks_of_tables(self.tables, self.rule)
         return make_token_blocks(self.geometry, self.batch)
 
     def token_tiles(self, tile_tokens: int, step_tokens: int) -> TokenTiles:
@@ -285,12 +367,19 @@ class Plan:
         """
         key = (tile_tokens, step_tokens)
         if key not in self._token_tiles:
-            self._token_tiles[key] = make_token_tiles(self.geometry, *key)
+            fields = (
+                None
+                if self.rule is None or self.rule.tile != tile_tokens
+                else self.tables.tile_fields
+            )
+            self._token_tiles[key] = make_token_tiles(self.geometry, *key, fields)
         return self._token_tiles[key]
 
     @cached_property
     def token_candidates(self) -> tuple[Tensor, Tensor]:
         """Each token's own selection block, and how many it may take: int32 ``(T,)`` each."""
+        if self.tables.own_block is not None:
+            return self.tables.own_block, expect(self.tables.candidates)
         queries, config = self.geometry.queries, self.config
         own = queries.position // config.select_block_size
         count = own + 1 if config.causal else self.geometry.selection.count[queries.owner]
@@ -299,12 +388,14 @@ class Plan:
     @cached_property
     def token_first(self) -> Tensor:
         """The column of each token's first score, which is 0: int32 ``(T,)``."""
+        if self.tables.first_column is not None:
+            return self.tables.first_column
         return torch.zeros_like(self.token_candidates[0])
 
     @cached_property
     def scoring(self) -> Scoring:
         """What each tile may see and take when it selects."""
-        return Scoring(self.geometry, self.batch)
+        return Scoring(self.geometry, self.batch, self.tables)
 
     def _tile_blocks(self, keys: AlignedRows, key_block: int) -> tuple[Tensor, Tensor]:
         tiles, owner = self.geometry.tiles, self.geometry.tile_owner
@@ -347,6 +438,7 @@ def make_plan(
     packing: Packing | None = None,
     *,
     num_keys: int | None = None,
+    num_kv_heads: int | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Plan:
     """The plan for ``q (B, Nq, H, D)``, or for packed ``q (1, T, H, D)`` with ``cu_seqlens``.
@@ -360,6 +452,7 @@ def make_plan(
         config: the configuration, with its scale.
         packing: the caller's; its boundaries take the place of the others.
         num_keys: keys of an entry; by default as many as queries.
+        num_kv_heads: KV heads; by default as many as query heads.
         cu_seqlens_k: boundaries of the keys; by default those of the queries.
     """
     num_keys = q.shape[1] if num_keys is None else num_keys
@@ -375,9 +468,12 @@ def make_plan(
         cu_seqlens, cu_seqlens_k = cu_seqlens.clone(), cu_seqlens_k.clone()
     if max_seqlen_k is None:
         max_seqlen_k = int(cu_seqlens_k.diff().max()) if len(cu_seqlens_k) > 1 else 0
-    arguments = (q.shape[1], num_keys, q.shape[-1], min(max_seqlen_k, num_keys), config)
-    make = partial(_packed_plan, cu_seqlens, cu_seqlens_k, *arguments)
-    return make() if packing is None else packing.keep(arguments, make)
+    num_heads, head_dim = q.shape[2:]
+    group = 1 if num_kv_heads is None else num_heads // num_kv_heads
+    tile_tokens = 1 if config.selection == "tile" else choose_shape(head_dim, group).tile_tokens
+    sizes = (q.shape[1], num_keys, head_dim, tile_tokens, min(max_seqlen_k, num_keys))
+    make = partial(_packed_plan, cu_seqlens, cu_seqlens_k, *sizes, config)
+    return make() if packing is None else packing.keep((*sizes, config), make)
 
 
 def _packed_plan(
@@ -386,12 +482,28 @@ def _packed_plan(
     num_queries: int,
     num_keys: int,
     head_dim: int,
+    tile_tokens: int,
     max_seqlen_k: int,
     config: NSAConfig,
 ) -> Plan:
     bounds = (cu_seqlens, cu_seqlens_k)
     geometry = Geometry.packed(*bounds, num_queries, num_keys, config, exact=False)
-    return Plan(geometry, 1, head_dim, *bounds, max_seqlen_k)
+    form = compressed_form(config, packed=True, num_compressed=geometry.compressed.total)
+    has_few = config.causal and form is not CompressedForm.NONE
+    key_block = choose_key_block(config.select_block_size, config, head_dim)
+    cmp_key_block = choose_key_block(config.cmp_group_size, config, head_dim)
+    rule = make_rule(
+        config,
+        num_queries=num_queries,
+        num_keys=num_keys,
+        sequences=cu_seqlens.shape[0] - 1,
+        whole=cu_seqlens is cu_seqlens_k,
+        form=form,
+        token_tile=tile_tokens,
+        key_blocks=(key_block, cmp_key_block),
+        most_few_keys=MOST_FEW_KEYS if has_few else 1,
+    )
+    return Plan(geometry, 1, head_dim, *bounds, max_seqlen_k, rule)
 
 
 def _batched_plan(

@@ -4,7 +4,8 @@ Tensors are ``(B, T, H, D)``. The host reads no lengths, so sizes that depend on
 bounds.
 """
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from nsa.blocks import covered_tokens
 from nsa.fused import kernel_calls
 from nsa.fused.compressed_forms import extra_rows, num_folded_rows
 from nsa.fused.kernel_inputs import Placement
+from nsa.fused.plan_tables import NO_TABLES, Tables
 from nsa.geometry import Geometry
-from nsa.segments import Segments, SingleSegment, prefix_sum
+from nsa.segments import CountedSegments, QuerySegments, Segments, SingleSegment
 
 
 class AlignedRows:
@@ -26,12 +28,19 @@ class AlignedRows:
     Args:
         items: the sequences in each of the ``B`` entries.
         alignment: the multiple, in items.
+        tables: the row of each item and the item of each row, where a kernel made these.
     """
 
-    def __init__(self, items: Segments, alignment: int):
+    def __init__(
+        self,
+        items: Segments,
+        alignment: int,
+        tables: tuple[Tensor | None, Tensor | None] = (None, None),
+    ):
         self.items = items
         self.alignment = alignment
         self.single = items.single
+        self.tables = tables
         self.segments = self._align(items, alignment)
         """Where each sequence lies in the row of one entry of the batch."""
         self._rows_of_batch: dict[int, Tensor | None] = {}
@@ -40,8 +49,13 @@ class AlignedRows:
     def _align(items: Segments, alignment: int) -> Segments:
         if items.single:
             return SingleSegment(-(-items.total // alignment) * alignment, items.device)
-        offset = prefix_sum(-(-items.count // alignment) * alignment)
-        return Segments(offset, (items.total // alignment + items.num_sequences) * alignment)
+        total = (items.total // alignment + items.num_sequences) * alignment
+        return CountedSegments(
+            lambda: -(-items.count // alignment) * alignment,
+            items.num_sequences,
+            total,
+            items.device,
+        )
 
     @property
     def rows(self) -> int:
@@ -51,6 +65,8 @@ class AlignedRows:
     @cached_property
     def _row_of_item(self) -> Tensor:
         """The row that holds each item, -1 for items of no sequence, int32 ``(T,)``."""
+        if self.tables[0] is not None:
+            return self.tables[0]
         items = self.items
         row = self.segments.offset[items.owner] + items.local
         return torch.where(items.real, row, -1).int()
@@ -58,6 +74,8 @@ class AlignedRows:
     @cached_property
     def _item_of_row(self) -> Tensor:
         """The item that each row holds, -1 for padding, int32 ``(rows,)``."""
+        if self.tables[1] is not None:
+            return self.tables[1]
         segments, items = self.segments, self.items
         item = items.offset[segments.owner] + segments.local
         return torch.where(segments.local < items.count[segments.owner], item, -1).int()
@@ -107,10 +125,20 @@ class FoldedQueries:
     sequence are left out.
 
     FA4 aligns rows and blocks at the end, so queries are the last tokens of their sequence.
+
+    Args:
+        geometry: the sequences.
+        tables: those of the plan, where a kernel made them.
+        bounds: where the rows of each sequence start, then where the last end, int32 ``(S + 1,)``,
+            from the same kernel.
     """
 
-    def __init__(self, geometry: Geometry):
+    def __init__(
+        self, geometry: Geometry, tables: Tables = NO_TABLES, bounds: Tensor | None = None
+    ):
         self.geometry = geometry
+        self.tables = tables
+        self._bounds = bounds
         config, queries = geometry.config, geometry.queries
         whole = queries.rows is geometry.keys
         assert queries.sequence is None
@@ -120,24 +148,25 @@ class FoldedQueries:
         self.lead = covered_tokens(config, config.compressed_visibility) - 1
         self.extra = extra_rows(config)
         """Rows of a sequence beyond its blocks."""
-        counts = geometry.compressed.count + self.extra
-        self._before: Tensor | None = None
-        """Rows of each sequence that are left out; None for none."""
+        sequences = queries.rows.num_sequences
+        total = num_folded_rows(queries.rows.total, sequences, config, whole=whole)
+        self._count_left_out: Callable[[], Tensor] | None = None
         if not whole:
-            assert isinstance(queries.first, Tensor)  # as of all packed sequences
-            first_row = (queries.first - self.lead).div(self.size, rounding_mode="floor")
-            self._before = first_row.clamp(min=0)
-            counts = torch.where(queries.rows.count > 0, counts - self._before, 0)
-        total = num_folded_rows(queries.rows.total, len(counts), config, whole=whole)
-        self.rows = Segments(prefix_sum(counts), total)
+            self._count_left_out = partial(_count_left_out, queries, self.lead, self.size)
+        count = partial(
+            _count_rows, geometry.compressed, queries.rows, self.extra, self._count_left_out
+        )
+        self.rows = CountedSegments(count, sequences, total, geometry.device)
         # Keyed by the number of KV heads, which differs between chunks.
         self._fold_indices: dict[int, Tensor] = {}
         self._unfold_indices: dict[int, Tensor] = {}
         self._places: dict[int, Tensor] = {}
 
     @cached_property
-    def _token(self) -> Tensor:
-        """The token of each row and slot, -1 where there is none: ``(rows, d)``."""
+    def query_of_slot(self) -> Tensor:
+        """The token of each row and slot, -1 where there is none: int32 ``(rows * d,)``."""
+        if self.tables.query_of_slot is not None:
+            return self.tables.query_of_slot
         queries, rows = self.geometry.queries.rows, self.rows
         slot = torch.arange(self.size, device=rows.device)
         # Counted from the first query of the sequence.
@@ -148,31 +177,46 @@ class FoldedQueries:
             index = index + passed[rows.owner, None]
             real = real & (index >= 0)
         real = real & (index < queries.count[rows.owner, None])
-        return torch.where(real, queries.offset[rows.owner, None] + index, -1)
+        return torch.where(real, queries.offset[rows.owner, None] + index, -1).flatten().int()
 
     @cached_property
-    def _place(self) -> tuple[Tensor, Tensor]:
-        """The row and slot of each token, row -1 if it has none: ``(T,)`` each."""
+    def place(self) -> Tensor:
+        """``row * d + slot`` of each token, -1 if it has none: int32 ``(T,)``."""
+        if self.tables.place is not None:
+            return self.tables.place
         queries = self.geometry.queries
         position, owner = queries.position - self.lead, queries.rows.owner
-        row = self.rows.offset[owner] + position // self.size
+        place = self.rows.offset[owner] * self.size + position
         if self._before is not None:
-            row = row - self._before[owner]
-        return torch.where((position >= 0) & queries.rows.real, row, -1), position % self.size
+            place = place - self._before[owner] * self.size
+        return torch.where((position >= 0) & queries.rows.real, place, -1).int()
+
+    @cached_property
+    def lse_place(self) -> Tensor:
+        """The :attr:`place` of each token, 0 for queries left out: int32 ``(T,)``."""
+        if self.tables.lse_place is not None:
+            return self.tables.lse_place
+        return self.place.clamp(min=0)
 
     def _fold_index(self, num_kv_heads: int) -> Tensor:
-        """The ``(T, H_kv)`` index in each of ``(rows, H_kv, d)``, -1 for none: int32, flat."""
+        """The ``(T, H_kv)`` index in each of ``(rows, H_kv, d)``, negative for none; flat."""
+        if num_kv_heads == 1:
+            return self.query_of_slot
         if num_kv_heads not in self._fold_indices:
-            head = torch.arange(num_kv_heads, device=self.rows.device)[:, None]
-            token = self._token[:, None]
-            index = torch.where(token >= 0, token * num_kv_heads + head, -1)
-            self._fold_indices[num_kv_heads] = index.flatten().int()
+            token = self.query_of_slot.view(-1, 1, self.size)
+            index = torch.add(_heads(num_kv_heads, token)[:, None], token, alpha=num_kv_heads)
+            self._fold_indices[num_kv_heads] = index.flatten()
         return self._fold_indices[num_kv_heads]
 
     @cached_property
     def bounds(self) -> Tensor:
         """Where the rows of each sequence start, then where the last end, int32 ``(S + 1,)``."""
-        return self.rows.offset.int()
+        return self.rows.offset.int() if self._bounds is None else self._bounds
+
+    @cached_property
+    def _before(self) -> Tensor | None:
+        """Rows of each sequence that are left out; None for none."""
+        return None if self._count_left_out is None else self._count_left_out()
 
     def fold(self, x: Tensor, num_kv_heads: int) -> Tensor:
         """``(B, T, H, D)`` to ``(B, rows, H_kv * d * G, D)``; empty slots are 0."""
@@ -189,44 +233,63 @@ class FoldedQueries:
         return x.view(folded.shape[0], x.shape[1] // num_kv_heads, -1, folded.shape[-1])
 
     def _unfold_index(self, num_kv_heads: int) -> Tensor:
-        """The ``(rows, H_kv, d)`` index of each of ``(T, H_kv)``, -1 for none: int32, flat."""
+        """The ``(rows, H_kv, d)`` index of each of ``(T, H_kv)``, negative for none; flat."""
+        if num_kv_heads == 1:
+            return self.place
         if num_kv_heads not in self._unfold_indices:
-            row, slot = (x[:, None] for x in self._place)
-            head = torch.arange(num_kv_heads, device=row.device)
-            index = (row * num_kv_heads + head) * self.size + slot
-            self._unfold_indices[num_kv_heads] = torch.where(row >= 0, index, -1).flatten().int()
+            first = self._place_of_first_head(num_kv_heads)[:, None]
+            index = torch.add(first, _heads(num_kv_heads, first), alpha=self.size)
+            self._unfold_indices[num_kv_heads] = index.flatten()
         return self._unfold_indices[num_kv_heads]
 
-    @cached_property
-    def _lse_index(self) -> Tensor:
-        """The ``(rows, d)`` index of each token; any for queries left out: int64 ``(T,)``."""
-        row, slot = self._place
-        return row.clamp(min=0) * self.size + slot
+    def _place_of_first_head(self, num_kv_heads: int) -> Tensor:
+        """``row * H_kv * d + slot`` of each token, at most ``-H_kv * d`` for none but one head."""
+        row = self.place // self.size
+        return torch.add(self.place, row, alpha=(num_kv_heads - 1) * self.size)
 
     def placement(self, num_heads: int, num_kv_heads: int) -> Placement:
         """Where :meth:`fold` puts the heads of each token. Queries left out have no place."""
         if num_kv_heads not in self._places:
-            row, slot = self._place
-            place = torch.where(row >= 0, row * (num_kv_heads * self.size) + slot, -1)
-            self._places[num_kv_heads] = place.int()
+            place = self.place
+            if num_kv_heads > 1:
+                place = self._place_of_first_head(num_kv_heads).clamp(min=-1)
+            self._places[num_kv_heads] = place
         group = num_heads // num_kv_heads
         return Placement(self._places[num_kv_heads], group, group, self.size * group)
 
     def unfold_lse(self, lse: Tensor, num_kv_heads: int) -> Tensor:
         """``(rows, H_kv * d * G)`` to ``(1, H, T)``; undefined for queries left out."""
         by_head = lse.unflatten(1, (num_kv_heads, self.size, -1)).permute(1, 3, 0, 2).flatten(2)
-        return by_head.index_select(2, self._lse_index).flatten(0, 1)[None]
+        return by_head.index_select(2, self.lse_place).flatten(0, 1)[None]
+
+
+def _count_left_out(queries: QuerySegments, lead: int, size: int) -> Tensor:
+    """Folded rows of each sequence before its first query."""
+    first_row = (queries.first - lead).div(size, rounding_mode="floor")  # type: ignore[union-attr]
+    return first_row.clamp(min=0)
+
+
+def _count_rows(
+    compressed: Segments, rows: Segments, extra: int, left_out: Callable[[], Tensor] | None
+) -> Tensor:
+    """Folded rows of each sequence, whose queries have ``rows``."""
+    counts = compressed.count + extra
+    return counts if left_out is None else torch.where(rows.count > 0, counts - left_out(), 0)
+
+
+def _heads(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=like.device)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Gather items ``index (R,)`` of every entry of the batch, 0 for -1: ``(B, R, H, D)``."""
+    """Gather items ``index (R,)`` of every entry, 0 for a negative one: ``(B, R, H, D)``."""
     return kernel_calls.gather_rows(x, over_batch(index, *x.shape[:2]))
 
 
 def over_batch(index: Tensor, batch: int, stride: int) -> Tensor:
     """Turn indices into one entry of the batch into int32 indices into all entries.
 
-    ``(R, ...)`` becomes ``(B * R, ...)``; -1 stays -1.
+    ``(R, ...)`` becomes ``(B * R, ...)``; a negative index stays negative.
     """
     if batch == 1:
         return index.int()

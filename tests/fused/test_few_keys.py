@@ -30,6 +30,7 @@ def plan_of(config, *, batch=1, queries=0, keys=0, lengths=None, key_lengths=Non
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("fused_on_cpu")
 @pytest.mark.parametrize("visibility", ["complete", "started"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_they_are_found(shape, visibility):

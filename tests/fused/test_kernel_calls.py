@@ -6,11 +6,18 @@ from types import SimpleNamespace
 import pytest
 
 from nsa.fused import decode_calls, kernel_calls
-from tests.helpers import emulated_decoding, emulated_kernels, emulated_token_kernels
+from tests.helpers import (
+    emulated_decoding,
+    emulated_kernels,
+    emulated_plan,
+    emulated_token_kernels,
+)
 from tests.helpers.requirements import import_fused
 
 EMULATIONS = {
-    name: module for module in (emulated_kernels, emulated_token_kernels) for name in module.NAMES
+    name: module
+    for module in (emulated_kernels, emulated_plan, emulated_token_kernels)
+    for name in module.NAMES
 }
 LAUNCHERS = {
     "gates": ("gating_forward", "gating_backward"),
@@ -19,6 +26,7 @@ LAUNCHERS = {
     "rope": ("rotate",),
     "block_rows": ("gather_blocks", "scatter_blocks"),
     "means": ("mean_forward", "mean_backward"),
+    "plan_tables": ("sequence_bounds", "plan_tables"),
     "lists": ("list_key_blocks", "count_query_tiles", "list_query_tiles"),
     "listed_backward": ("listed_backward",),
     "importance": ("importance_scores",),

@@ -7,8 +7,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import nsa
-from nsa import packing
-from nsa.fused import compressed_forms, entry, fa4, layer_ops, plan
+from nsa import layers, packing
+from nsa.fused import compressed_forms, entry, fa4, kernel_calls, layer_ops, plan
 from nsa.testing import make_cu_seqlens
 from tests.helpers.counted_operations import CountedOperations, count_kernel_calls
 
@@ -22,7 +22,7 @@ modes = pytest.mark.parametrize("mode", PRESETS)
 def _eager_calls_on_a_cpu(fused_on_cpu, monkeypatch):
     """Kernels are emulated, and a dispatch mode that looks is no reason for custom ops."""
     monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
-    for module in (entry, layer_ops):
+    for module in (entry, layer_ops, layers):
         monkeypatch.setattr(module, "is_traced", lambda *_: False)
     for module in (plan, packing, fa4):
         monkeypatch.setattr(module, "may_keep", lambda _: True)
@@ -35,20 +35,29 @@ def make_layer(mode, dtype=torch.bfloat16, **options):
 
 
 # PyTorch operations of a second step with the same shapes, without views and kernels of ours. The
-# layer had 99 forward and 86 backward when its rotary embedding and gathers were such operations.
+# layer had 99 forward and 86 backward when its rotary embedding and gathers were such operations,
+# and 162 forward for new boundaries when those made its plan.
 @modes
-@pytest.mark.parametrize(("form", "most"), [("batched", (28, 55)), ("packing", (36, 57))])
+@pytest.mark.parametrize(
+    ("form", "most"),
+    [("batched", (22, 52)), ("packing", (19, 42)), ("boundaries", (20, 42)), ("bare", (20, 42))],
+)
 def test_operations_of_a_step(mode, form, most, monkeypatch):
     calls = count_kernel_calls(monkeypatch)
     layer = make_layer(mode)
-    extra = ()
-    if form == "packing":
-        extra = (nsa.Packing(make_cu_seqlens(LENGTHS)),)
-    x = torch.randn(*((TOKENS,) if extra else (1, TOKENS)), DIM, dtype=torch.bfloat16)
+    kept = nsa.Packing(make_cu_seqlens(LENGTHS))
+    forms = dict(
+        batched=tuple,
+        packing=lambda: (kept,),
+        boundaries=lambda: (nsa.Packing(make_cu_seqlens(LENGTHS)),),
+        bare=lambda: (make_cu_seqlens(LENGTHS), max(LENGTHS)),
+    )
+    x = torch.randn(*((1, TOKENS) if form == "batched" else (TOKENS,)), DIM, dtype=torch.bfloat16)
     x.requires_grad_()
     for _ in range(2):
         x.grad = None
         layer.zero_grad()
+        extra = forms[form]()
         with CountedOperations(calls) as forward:
             y = layer(x, *extra)
         dout = torch.ones_like(y)
@@ -58,6 +67,34 @@ def test_operations_of_a_step(mode, form, most, monkeypatch):
     assert backward.launches.total() <= most[1], backward.launches
     for counted in (forward, backward):
         assert not {"cos", "sin", "pow", "index_add", "stack"} & set(counted.launches)
+
+
+@modes
+def test_new_boundaries_take_three_launches_for_all_layers(mode, monkeypatch):
+    launches = Counter()
+
+    def counted(name):
+        function = getattr(kernel_calls, name)
+
+        def call(*args, **kwargs):
+            launches[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(kernel_calls, name, call)
+
+    counted("sequence_bounds")
+    counted("plan_tables")
+    stack = [make_layer(mode) for _ in range(2)]
+    x = torch.randn(TOKENS, DIM, dtype=torch.bfloat16, requires_grad=True)
+    kept = nsa.Packing(make_cu_seqlens(LENGTHS))
+    # The layer's own blocks, and the plan.
+    for bounds, wanted in (kept, (2, 1)), (kept, (0, 0)), (nsa.Packing(kept.cu_seqlens), (2, 1)):
+        launches.clear()
+        y = x
+        for layer in stack:
+            y = y + layer(y, bounds)
+        y.sum().backward()
+        assert (launches["sequence_bounds"], launches["plan_tables"]) == wanted
 
 
 def saved_bytes(layer, x) -> Counter:

@@ -6,7 +6,12 @@ from functools import wraps
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa.fused import fa4, kernel_calls
-from tests.helpers import emulated_fa4, emulated_kernels, emulated_token_kernels
+from tests.helpers import (
+    emulated_fa4,
+    emulated_kernels,
+    emulated_plan,
+    emulated_token_kernels,
+)
 
 # They launch nothing on a GPU.
 VIEWS = frozenset((
@@ -54,7 +59,7 @@ def count_kernel_calls(monkeypatch) -> dict:
         return call
 
     names = [(fa4, name) for name in emulated_fa4.NAMES]
-    for module in (emulated_kernels, emulated_token_kernels):
+    for module in (emulated_kernels, emulated_token_kernels, emulated_plan):
         names += [(kernel_calls, name) for name in module.NAMES]
     for module, name in names:
         monkeypatch.setattr(module, name, watched(getattr(module, name)))

@@ -7,6 +7,7 @@ from tests.helpers import (
     emulated_decoding,
     emulated_fa4,
     emulated_kernels,
+    emulated_plan,
     emulated_token_kernels,
 )
 
@@ -15,7 +16,7 @@ def emulate_kernels(replace: Callable):
     """Replace kernel calls and the limits of hardware by ``replace(module, name, value)``."""
     for name in emulated_fa4.NAMES:
         replace(fa4, name, getattr(emulated_fa4, name))
-    for module in (emulated_kernels, emulated_token_kernels):
+    for module in (emulated_kernels, emulated_token_kernels, emulated_plan):
         for name in module.NAMES:
             replace(kernel_calls, name, getattr(module, name))
     for name in emulated_decoding.NAMES:

@@ -14,6 +14,7 @@ from nsa.fused.attention import folded
 from nsa.fused.compression import compress
 from nsa.fused.plan import make_plan
 from nsa.fused.selection import select_groups
+from nsa.packing import check_boundaries
 from nsa.reference import pipeline as reference_pipeline
 from nsa.testing import assert_as_accurate, make_cu_seqlens
 from tests.helpers.poison import poisoned_memory
@@ -256,9 +257,9 @@ def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
     keys = dict(num_keys=num_keys, cu_seqlens_k=arguments.get("cu_seqlens_k"))
     plan = make_plan(rows, cu_seqlens, None, config, **keys)
     if "compressed_kv" in arguments:
-        k_cmp = arguments["compressed_kv"][0]
-        k_cmp = entry._pad_compressed(k_cmp, num_keys, cu_seqlens is not None, config)
-        k_cmp = entry._batched(k_cmp.detach())
+        k_cmp, bounds = arguments["compressed_kv"][0], (cu_seqlens, None)
+        boundaries = check_boundaries(*bounds, q, _first(arguments["k"]), keys["cu_seqlens_k"])
+        k_cmp = entry._batched(entry._pad_compressed(k_cmp, num_keys, boundaries, config).detach())
     else:
         weight = arguments.get("compress_k_weight")
         with torch.no_grad():

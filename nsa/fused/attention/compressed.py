@@ -77,6 +77,7 @@ def compressed_attention_backward(
     """Gradients of ``q``, ``k_cmp`` and ``v_cmp``. The last two may be in float32.
 
     ``statistics`` are None if there is no compressed token; a few are overwritten.
+    Rows of no block are not written, see :meth:`nsa.fused.plan.Plan.clear_unused`.
     """
     form = plan.compressed_form
     if statistics is None:
@@ -89,16 +90,12 @@ def compressed_attention_backward(
         q_rows = plan.align_queries(q)
         mask = _compressed_mask(q_rows, plan)
         dq, dk, dv = sparse_backward(dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan)
-        return dq, plan.compressed.unpack(dk), plan.compressed.unpack(dv)
+        dk, dv = (plan.compressed.unpack(x)[:, : k_cmp.shape[1]] for x in (dk, dv))
+        return dq, dk, dv
     if plan.folds:
         return folded_attention_backward(dout, q, k_cmp, v_cmp, statistics, plan)
     call = _compressed_call(plan)
-    dq, dk, dv = dense_backward(dout, q, k_cmp, v_cmp, statistics, plan, **call)
-    if plan.packed:
-        # The kernels write nothing past the last sequence's blocks.
-        none = ~plan.geometry.compressed.real
-        dk, dv = (x.masked_fill_(none[:, None, None], 0) for x in (dk, dv))
-    return dq, dk, dv
+    return dense_backward(dout, q, k_cmp, v_cmp, statistics, plan, **call)
 
 
 def _correct_few_keys(
@@ -133,11 +130,8 @@ def _compressed_call(plan: Plan) -> dict:
 
 def _compressed_mask(q_rows: Tensor, plan: Plan) -> dict:
     """For each row of queries, the row of the first compressed token that it does not see."""
-    geometry = plan.geometry
-    owner = geometry.queries.sequence_of(plan.queries.segments.owner)
-    seen = geometry.num_visible(plan.row_position, owner, plan.config.compressed_visibility)
-    end = plan.compressed.segments.offset[owner] + seen
-    return dict(causal=False, key_limit=row_limit(end, q_rows, plan.compressed.rows))
+    limit = row_limit(plan.cmp_key_limit, q_rows, plan.compressed.rows)
+    return dict(causal=False, key_limit=limit)
 
 
 def compressed_forward_bytes(sizes: Sizes) -> int:

@@ -81,6 +81,8 @@ def sparse_backward(
 def row_limit(end: Tensor, q_rows: Tensor, keys_per_entry: int) -> Tensor:
     """Limits of keys in all entries, int32 ``(B * rows,)``, from ``end (rows,)`` in one entry."""
     batch = q_rows.shape[1] // len(end)
+    if batch == 1:
+        return end
     offset = torch.arange(batch, device=end.device)[:, None] * keys_per_entry
     return (end + offset).flatten().int()
 

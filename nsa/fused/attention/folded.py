@@ -276,10 +276,7 @@ def _packed_backward(
     dq, dk, dv = fa4.dense_backward(
         dout[0], folded[0], k_cmp[0], v_cmp[0], by_head, scale=scale, **call
     )
-    # The kernels write nothing past the last sequence's blocks.
-    none = ~plan.geometry.compressed.real
-    dk, dv = (x.masked_fill_(none[:, None, None], 0)[None] for x in (dk, dv))
-    return plan.folded_queries(dq[None], num_kv_heads), dk, dv
+    return plan.folded_queries(dq[None], num_kv_heads), dk[None], dv[None]
 
 
 def _packed_call(plan: Plan) -> dict:

@@ -3,8 +3,8 @@
 Importing a file imports cutlass; importing this package does not. Callers use
 :mod:`nsa.fused.kernel_calls`, which documents the operations.
 
-Files with an operation: ``rope``, ``block_rows``, ``means``, ``gates``, ``few_keys``,
-``query_gradient``, ``lists``, ``top_blocks``, ``importance``, ``selected_forward``,
+Files with an operation: ``plan_tables``, ``rope``, ``block_rows``, ``means``, ``gates``,
+``few_keys``, ``query_gradient``, ``lists``, ``top_blocks``, ``importance``, ``selected_forward``,
 ``selected_backward``, ``row_statistics`` and ``listed_backward``; and of decoding
 ``decode_append``, ``decode_compressed``, ``decode_tile_select``, ``decode_finish`` and
 ``decode_attend``, which :mod:`nsa.fused.decode_calls` documents. Each has
