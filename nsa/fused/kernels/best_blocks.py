@@ -8,7 +8,7 @@ import math
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64
 
 from nsa.fused.hardware import WARP
 
@@ -69,25 +69,17 @@ class BestBlocks:
         mOut: cute.Tensor,
         offset: Int64,
         lane: Int32,
-        limit: Int32 | None = None,
-        width: Int32 | None = None,
     ):
-        """The first ``count`` blocks of ``rBest``, by index, -1 where there is none.
-
-        With a ``limit`` only the blocks below it, to ``width`` slots.
-        """
+        """The first ``count`` blocks of ``rBest``, by index, -1 where there is none."""
         blocks = []
         for r in cutlass.range_constexpr(self.registers):
             block = ~rBest[r].to(Int32)
             taken = r * WARP + lane < self.count and rBest[r] > NO_RANK
-            if const_expr(limit is not None):
-                taken = taken and block < limit
             blocks.append(block if taken else Int32(_NO_INDEX))
         blocks = self._sorted(blocks, lane)
-        slots = self.count if const_expr(width is None) else width
         for r in cutlass.range_constexpr(self.registers):
             slot = r * WARP + lane
-            if slot < slots:
+            if slot < self.count:
                 mOut[offset + slot] = blocks[r] if blocks[r] != _NO_INDEX else Int32(-1)
 
     def _sorted(self, x: list[Int32], lane: Int32) -> list[Int32]:
