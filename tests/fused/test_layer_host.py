@@ -40,7 +40,7 @@ def make_layer(mode, dtype=torch.bfloat16, **options):
 @modes
 @pytest.mark.parametrize(
     ("form", "most"),
-    [("batched", (22, 52)), ("packing", (19, 42)), ("boundaries", (20, 42)), ("bare", (20, 42))],
+    [("batched", (22, 52)), ("packing", (19, 42)), ("boundaries", (20, 74)), ("bare", (20, 74))],
 )
 def test_operations_of_a_step(mode, form, most, monkeypatch):
     calls = count_kernel_calls(monkeypatch)
