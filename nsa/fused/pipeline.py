@@ -296,8 +296,9 @@ def _without_compression(inputs: Inputs, addends: tuple[Pair, Pair] | None) -> P
     if addends is None:
         return torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
     window, selected = addends
-    for last, total in zip(window, selected, strict=True):
-        total[:, total.shape[1] - last.shape[1] :].add_(last)
+    pairs = zip(window, selected, strict=True)
+    seen = [total[:, total.shape[1] - last.shape[1] :] for last, total in pairs]
+    torch._foreach_add_(seen, window)  # in one launch
     return selected
 
 

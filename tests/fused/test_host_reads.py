@@ -151,11 +151,11 @@ def test_a_captured_plan_is_not_kept(monkeypatch):
 def test_only_the_default_stream_keeps_what_it_computes(monkeypatch, stream, capturing):
     """torch.compile's graphs run a call on a stream of their own before it is captured."""
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    name = "_cuda_getCurrentRawStream"
+    monkeypatch.setattr(torch._C, name, lambda _: 0, raising=False)
     monkeypatch.setattr(host, "is_capturing", lambda _: False)
     monkeypatch.setattr(host, "is_traced", lambda _: False)
     assert host.may_keep(x)
-    current = SimpleNamespace(cuda_stream=stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    monkeypatch.setattr(torch._C, name, lambda _: stream, raising=False)
     monkeypatch.setattr(host, "is_capturing", lambda _: capturing)
     assert not host.may_keep(x)

@@ -72,7 +72,8 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
     if rows.full:
         group = num_heads // num_kv_heads
         key_bytes = num_heads * rows.keys * (k_cmp.shape[-1] + v_cmp.shape[-1]) * k_cmp.itemsize
-        shared = group > 1 and key_bytes > SHARED_KEY_BYTES
+        # With one KV head a shared copy takes as many calls.
+        shared = group > 1 and (num_kv_heads == 1 or key_bytes > SHARED_KEY_BYTES)
         step = 1 if shared else num_kv_heads
         for entry, first in itertools.product(range(batch), range(0, num_kv_heads, step)):
             heads = slice(first * group, (first + step) * group)
@@ -147,8 +148,9 @@ def folded_attention_backward(
             window_size=(None, None),
             dq=dq[:, part.queries],
         )
-        dk_cmp[:, : part.keys] += dk
-        dv_cmp[:, : part.keys] += dv
+        # Not +=, which would also copy the slice to itself.
+        dk_cmp[:, : part.keys].add_(dk)
+        dv_cmp[:, : part.keys].add_(dv)
     return dq, dk_cmp, dv_cmp
 
 
