@@ -131,6 +131,18 @@ class Placement(NamedTuple):
     head_stride: int = 1
 
 
+def new_statistics(lse: Tensor, placement: Placement, written: int) -> RowStatistics:
+    """Statistics like ``lse``, of which a kernel will write so many by ``placement``.
+
+    Where it may leave some unwritten, as in padding, P is 0.
+    """
+    statistics = RowStatistics(*torch.empty((2, *lse.shape), dtype=lse.dtype, device=lse.device))
+    if placement.place is not None or lse.numel() > written:
+        statistics.lse_log2.fill_(torch.inf)
+        statistics.delta.zero_()
+    return statistics
+
+
 Placements = tuple[Placement | None, Placement | None]
 """Placements of the compressed and the selected branch; None for token order."""
 

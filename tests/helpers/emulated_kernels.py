@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from nsa.fused.hardware import LOG2_E
-from nsa.fused.kernel_inputs import MOST_FEW_KEYS, RowStatistics
+from nsa.fused.kernel_inputs import MOST_FEW_KEYS, new_statistics
 from nsa.precision import accumulation_dtype
 from nsa.segments import locate_items
 from tests.helpers import emulated_fa4
+from tests.helpers.poison import poisoned_memory
 
 NAMES = (
     "gating_forward",
@@ -75,12 +76,11 @@ def gating_backward(
         value = (value * LOG2_E).masked_fill(value == -torch.inf, torch.inf)
         if gates is None:
             value = value - g[..., i].log2()
-        statistics.append(
-            RowStatistics(
-                _write(value[..., None], placement, lse, torch.inf),
-                _write(delta[..., i, None], placement, lse),
-            )
-        )
+        # What the kernel does not write is not emulated: it stays as its launcher makes it.
+        with poisoned_memory():
+            statistics.append(new_statistics(lse, placement, value.numel()))
+        for x, numbers in zip(statistics[-1], (value, delta[..., i]), strict=True):
+            _write_vectors(numbers[..., None].detach(), placement, x)
     results = (tuple(douts), tuple(statistics))
     dgates = torch.einsum("...hd,...hid->...hi", dout.to(dtype), branches)
     if gates is not None:
@@ -222,16 +222,21 @@ def _read(x, placement, like) -> Tensor:
     return torch.where(index[..., None] >= 0, vectors, 0).view(like.shape)
 
 
-def _write(rows, placement, like, between=0) -> Tensor:
-    """Write ``rows (..., H, D)`` in the form of ``like``, and a number in between."""
+def _write(rows, placement, like) -> Tensor:
+    """Write ``rows (..., H, D)`` in the form of ``like``, with zeros between."""
     if placement is None:
         return rows
+    result = torch.zeros(like.shape, dtype=rows.dtype, device=rows.device)
+    _write_vectors(rows, placement, result)
+    return result
+
+
+def _write_vectors(rows, placement, result) -> None:
+    """Write ``rows (..., H, D)`` to the vectors of ``result`` where they lie."""
     rows, index = rows.flatten(0, -3), _vectors(placement, rows)
     used = index >= 0
     assert index[used].unique().numel() == used.sum(), "tokens share a vector"
-    result = torch.full(like.shape, between, dtype=rows.dtype, device=rows.device)
     result.view(-1, rows.shape[-1])[index[used]] = rows[used]
-    return result
 
 
 def _written(result, out) -> Tensor:

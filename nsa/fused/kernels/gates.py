@@ -23,6 +23,7 @@ from nsa.fused.kernel_inputs import (
     Placements,
     RowStatistics,
     StatisticsPlacements,
+    new_statistics,
 )
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.head_rows import (
@@ -562,11 +563,7 @@ def _new_statistics(
         if like.numel():
             check_placement(name, lse, placement, like)
         check_tensor(name, lse, lse.shape, torch.float32, like.device)
-        new = RowStatistics(*torch.empty((2, *lse.shape), dtype=lse.dtype, device=lse.device))
-        if placement.place is not None or lse.numel() > math.prod(like.shape[:-1]):
-            new.lse_log2.fill_(math.inf)
-            new.delta.zero_()
-        statistics.append(new)
+        statistics.append(new_statistics(lse, placement, math.prod(like.shape[:-1])))
     return tuple(statistics)
 
 
