@@ -128,7 +128,7 @@ def forward(
             reference, with the reason logged once.
 
     Returns:
-        ``(B, Nq, H, Dv)`` or ``(T, H, Dv)`` in the dtype of ``q``.
+        ``(B, Nq, H, Dv)`` or ``(T, H, Dv)`` in the dtype of ``q``, contiguous.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what it was and what it

@@ -117,7 +117,7 @@ def forward(
             out, _ = run_forward(inputs, block_indices, plan, schedule, save=False)
     # squeeze, because the derivative of out[0] first fills a tensor with zeros.
     out = out if q.ndim == 4 else out.squeeze(0)
-    return out if dim == value_dim else out[..., :value_dim]
+    return out if dim == value_dim else out[..., :value_dim].contiguous()
 
 
 @torch.no_grad()

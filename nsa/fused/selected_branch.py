@@ -51,7 +51,7 @@ def selected_attention(
         *(block_indices, cu_seqlens, cu_seqlens_k, block_size, causal, scale),
     )
     if dim != value_dim:
-        out = out[..., :value_dim]
+        out = out[..., :value_dim].contiguous()
     return (out, lse.transpose(-1, -2)) if return_lse else out
 
 

@@ -24,7 +24,7 @@ def combine_branches(
             With neither, each gate is 1/3.
 
     Returns:
-        ``(T, H, Dv)`` in the dtype of ``q``.
+        ``(T, H, Dv)`` in the dtype of ``q``, contiguous whatever the layout of the gates.
     """
     dtype = accumulation_dtype(q.dtype)
     if gates is None:
@@ -34,4 +34,4 @@ def combine_branches(
         logits = inner_products(q.to(dtype).transpose(0, 1), gate_proj_weight.to(dtype))
         gates = logits.sigmoid().transpose(0, 1)
     weighted = [gates[..., i, None].to(dtype) * o.to(dtype) for i, o in enumerate(branches)]
-    return cast(Tensor, sum(weighted)).to(q.dtype)
+    return cast(Tensor, sum(weighted)).to(q.dtype).contiguous()

@@ -50,6 +50,25 @@ def test_slices_give_what_copies_give(form, mode, packed):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("fused_on_cpu")
+@pytest.mark.parametrize("gating", ["none", "gates", "gate_proj_weight"])
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("mode", CONFIGS)
+def test_outputs_are_contiguous(mode, backend, gating):
+    """Callers view (..., H, Dv) as (..., H * Dv), also where kernels have more channels."""
+    q, k, v = torch.randn(2, 70, 4, 24), torch.randn(2, 70, 2, 24), torch.randn(2, 70, 2, 16)
+    gates = {}
+    if gating == "gates":
+        gates = dict(gates=torch.rand(2, 4, 3, 70).permute(0, 3, 1, 2))
+    if gating == "gate_proj_weight":
+        gates = dict(gate_proj_weight=torch.randn(4, 3, 24))
+    out = nsa.forward(q, k, v, config=CONFIGS[mode], backend=backend, **gates)
+    assert out.view(2, 70, 64).is_contiguous()
+    blocks = torch.zeros(2, 70, 2, 1, dtype=torch.int32)
+    out, _ = nsa.selected_attention(q, k, v, blocks, backend=backend)
+    assert out.view(2, 70, 64).is_contiguous()
+
+
 class TestOnGpu:
     pytestmark = gpu_test
 
