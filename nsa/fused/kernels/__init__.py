@@ -25,7 +25,8 @@ Files without kernels: ``vectors`` (16-byte loads and stores, how tensors are pa
 (copies of rows to shared memory), ``forward_tiles`` (what the two forward kernels of token mode
 share), ``best_blocks`` (ranked blocks in a warp's registers), ``decode_best`` (those of a CTA),
 ``decode_tiles`` (attention to tiles of pages), ``decode_scores`` (blocks scored from records),
-``decode_outputs`` (outputs added up over a cluster), ``hopper`` (what is used of FlashAttention-4
+``decode_lists`` (lists of the best blocks), ``decode_places`` (their tiles), ``decode_outputs``
+(outputs added up over a cluster), ``hopper`` (what is used of FlashAttention-4
 and quack-kernels), ``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel classes, compiled as
 ours are) and ``compiled`` (compiled kernels in memory and on disk).
 """

@@ -16,12 +16,11 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused.decode_inputs import (
-    CLUSTERS,
     MAX_LISTED,
     NO_REFERENCE,
     TILE_KEYS,
@@ -33,18 +32,17 @@ from nsa.fused.decode_inputs import (
     Schedule,
     TileLists,
 )
-from nsa.fused.hardware import LOG2_E, WARP
-from nsa.fused.kernels.best_blocks import NO_RANK
+from nsa.fused.hardware import LOG2_E, WARP, WARPGROUP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_best import BestOfCta, best_words, block_rank
+from nsa.fused.kernels.decode_lists import BlockLists, load_list, selection_bytes
 from nsa.fused.kernels.decode_outputs import (
     ClusterOutputs,
     load_gates,
-    load_peer,
     meet_cluster,
     output_bytes,
 )
-from nsa.fused.kernels.decode_scores import BlockScores, RecordTensors, sum_parts
+from nsa.fused.kernels.decode_places import ListPlace, ListTiles
+from nsa.fused.kernels.decode_scores import RecordTensors, sum_parts
 from nsa.fused.kernels.decode_tiles import (
     MMA_ROWS,
     PDL,
@@ -59,12 +57,6 @@ from nsa.fused.kernels.decode_tiles import (
 from nsa.fused.kernels.gates import FORMS
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat, flat_rows
-
-# Ranks that a thread brings at a time.
-_RANKS = 4
-# Behind all tokens, with room for keys after it.
-_NO_POSITION = 1 << 30
-_MOST_CTAS = max(CLUSTERS)
 
 
 @mlir_namedtuple
@@ -112,14 +104,6 @@ class _Sizes(NamedTuple):
     q_stride: Int64
 
 
-class _Place(NamedTuple):
-    """The list of a cluster."""
-
-    sequence: Int32
-    kv_head: Int32
-    position: Int32
-
-
 class DecodeFinish:
     """``count`` blocks are selected, if any; else there are lists. ``form`` of gates: ``FORMS``."""
 
@@ -128,17 +112,14 @@ class DecodeFinish:
         tile_mode: bool, rings: bool,
     ):  # fmt: skip
         self.attention = attention
-        self.rule = rule
         self.select_size = rule.select_size
+        self.selects = count > 0
         self.form = form
         self.cluster = cluster
         self.tile_mode = tile_mode
-        self.rings = rings
+        self.lists = BlockLists(rule, count, cluster, attention.threads)
+        self.tiles = ListTiles(attention, rule.select_size, rings)
         self.outputs = ClusterOutputs(attention, cluster)
-        self.selects = count > 0
-        per_thread = min(_RANKS, rule.group_blocks) if count else 1
-        self.best = BestOfCta(count, attention.threads, per_thread)
-        self.scores = BlockScores(rule)
 
     @cute.jit
     def __call__(
@@ -205,7 +186,7 @@ class DecodeFinish:
         if token < new:
             position = tensors.starts[sequence] + token
             position = cutlass.min(position, tensors.ends[sequence] - 1)
-            place = _Place(sequence, index // sizes.kv_share, position)
+            place = ListPlace(sequence, index // sizes.kv_share, position)
             self._finish(
                 tensors, records, pages, rings, sizes, scale_log2, mma, memory, sWindow, listed,
                 bests, compressed, sums, sGates, place, Int64(row0 + token), token, index, rank,
@@ -226,7 +207,7 @@ class DecodeFinish:
         self, tensors: _Tensors, records: RecordTensors | None, pages: PagedTensors,
         rings: PagedTensors | None, sizes: _Sizes, scale_log2: Float32, mma: cute.TiledMma, memory,
         sWindow: cute.Pointer, listed: cute.Tensor, bests, compressed, sums, sGates: cute.Tensor,
-        place: _Place, row: Int64, token: Int32, index: Int32, rank: Int32,
+        place: ListPlace, row: Int64, token: Int32, index: Int32, rank: Int32,
     ):  # fmt: skip
         stages = const_expr(self.attention.stages)
         sQ, sK, sV, sO, sM, sL = memory
@@ -244,7 +225,7 @@ class DecodeFinish:
         window_begin = rank * window_tiles // self.cluster
         window_count = (rank + 1) * window_tiles // self.cluster - window_begin
         load_tile = functools.partial(
-            self._load_tile, pages, rings, sK, sV, listed, place, window_start, window_begin,
+            self.tiles.load, pages, rings, sK, sV, listed, place, window_start, window_begin,
             window_count, tidx,
         )  # fmt: skip
         for s in cutlass.range(stages - 1, unroll=1):
@@ -272,17 +253,20 @@ class DecodeFinish:
         )  # fmt: skip
         if const_expr(self.selects):
             record_row = Int64(sequence * sequence_units + unit) * unit_rows + unit_row
-            self._select(
-                records, sizes, sWindow, bests, compressed, position, record_row, rank, tidx
-            )
+            self.lists.select(
+                records, sizes.groups, sizes.group, (sizes.num_initial, sizes.num_local), sWindow,
+                bests, compressed, position, record_row, rank, tidx,
+            )  # fmt: skip
             list_row = row * sizes.lists + index
-            valid = self._list_best(tensors, listed, bests[1], list_row, rank)
+            valid = self.lists.list_best(tensors.blocks, listed, bests[1], list_row, rank)
         else:
             list_row = row * sizes.lists + index
             if const_expr(self.tile_mode):
                 slot = position // sizes.tile_size % sizes.tile_slots
                 list_row = Int64(sequence * sizes.tile_slots + slot) * sizes.lists + index
-            valid = self._load_list(tensors, sizes, listed, position, list_row)
+            valid = load_list(
+                tensors.blocks, sizes.slots, self.select_size, listed, position, list_row
+            )
         cute.arch.barrier()
 
         tiles = cute.ceil_div(valid * self.select_size, TILE_KEYS)
@@ -319,7 +303,7 @@ class DecodeFinish:
                 low, high = [], []
                 for u in cutlass.range_constexpr(self.attention.units):
                     key = (key_group + u * self.attention.key_groups) * MMA_ROWS
-                    start = self._key_position(
+                    start = self.tiles.key_position(
                         listed, window_start, window_begin, window_count, first_tile, valid, i, key
                     )
                     low.append(Int32(0))
@@ -354,155 +338,16 @@ class DecodeFinish:
         # No CTA may end while another reads its shared memory.
         meet_cluster(self.cluster)
 
-    @cute.jit
-    def _select(
-        self, records: RecordTensors, sizes: _Sizes, memory: cute.Pointer, bests, compressed,
-        position: Int32, record_row: Int64, rank: Int32, tidx: Int32,
-    ):  # fmt: skip
-        """Write the ranks of the best blocks to ``bests[1]``, best first, in all CTAs."""
-        shared = self.best.views(cute.recast_ptr(memory, dtype=Int64))
-        self.best.reset(shared, tidx)
-        # The sums of the parts, too, are there.
-        cute.arch.barrier()
-        own = position // self.rule.select_size
-        groups = own // self.rule.group_blocks + 1
-        share = cute.ceil_div(groups, self.cluster)
-        first = rank * share
-        last = cutlass.min(first + share, groups)
-        for begin in cutlass.range(first, last, self.best.threads, unroll=1):
-            group = begin + tidx
-            scores = self.scores.of_group(
-                records, sizes.groups, record_row, sizes.group, compressed,
-                (position + 1) // self.rule.stride, cutlass.min(group, last - 1),
-            )  # fmt: skip
-            for start in cutlass.range_constexpr(0, self.rule.group_blocks, self.best.per_thread):
-                ranks = cute.make_rmem_tensor(self.best.per_thread, Int64)
-                for r in cutlass.range_constexpr(self.best.per_thread):
-                    block = group * self.rule.group_blocks + start + r
-                    ranks[r] = block_rank(
-                        scores[start + r], block, own, sizes.num_initial, sizes.num_local,
-                        group < last,
-                    )  # fmt: skip
-                self.best.add(shared, ranks, tidx)
-        cute.arch.barrier()
-        sShare, sBest = bests
-        if tidx < self.best.count:
-            kept = shared[1][tidx]
-            sShare[tidx] = kept
-            sBest[tidx] = kept if const_expr(self.cluster == 1) else Int64(NO_RANK)
-        if const_expr(self.cluster > 1):
-            meet_cluster(self.cluster)
-            number = const_expr(self.cluster * self.best.count)
-            pointer = cute.recast_ptr(memory, dtype=Int64) + self.best.words
-            sAll = cute.make_tensor(pointer, cute.make_layout(number))
-            if tidx < self.best.count:
-                for peer in cutlass.range_constexpr(self.cluster):
-                    rank_there = load_peer(sShare, tidx, peer, self.cluster)
-                    sAll[peer * self.best.count + tidx] = rank_there
-            cute.arch.barrier()
-            self.best.sort(sAll, sBest, Int32(number), tidx)
-        cute.arch.barrier()
-
-    @cute.jit
-    def _list_best(
-        self, tensors: _Tensors, listed: cute.Tensor, sBest: cute.Tensor, list_row: Int64,
-        rank: Int32,
-    ) -> Int32:  # fmt: skip
-        """List the best blocks in their order; returns how many there are."""
-        tidx, _, _ = cute.arch.thread_idx()
-        block, entry, valid = self.best.place_in_list(sBest, tidx)
-        if tidx < self.best.count:
-            listed[entry] = block
-            if rank == 0:
-                tensors.blocks[list_row * self.best.count + entry] = block
-        return valid
-
-    @cute.jit
-    def _load_list(
-        self, tensors: _Tensors, sizes: _Sizes, listed: cute.Tensor, position: Int32,
-        list_row: Int64,
-    ) -> Int32:  # fmt: skip
-        """Load the list of a token; returns how many blocks it has."""
-        tidx, _, _ = cute.arch.thread_idx()
-        lane = tidx % WARP
-        valid = Int32(0)
-        for i in cutlass.range_constexpr(MAX_LISTED // WARP):
-            slot = i * WARP + lane
-            block = Int32(-1)
-            if slot < sizes.slots:
-                block = tensors.blocks[list_row * sizes.slots + slot]
-            # A list may name a block that starts past the token. It has no page perhaps.
-            real = block >= 0 and block * self.select_size <= position
-            valid += cute.arch.popc(cute.arch.vote_ballot_sync(real))
-            # All warps find the same; one writes.
-            if tidx < WARP:
-                listed[slot] = block
-        return valid
-
-    @cute.jit
-    def _key_position(
-        self, listed, window_start: Int32, window_begin: Int32, window_count: Int32,
-        first_tile: Int32, valid: Int32, i: Int32, key: Int32,
-    ) -> Int32:  # fmt: skip
-        """The position of a key of this CTA's tile ``i``; none sees it where there is no key."""
-        position = window_start + (window_begin + i) * TILE_KEYS + key
-        if i >= window_count:
-            index = (first_tile + i - window_count) * TILE_KEYS + key
-            entry = index // self.select_size
-            block = listed[cutlass.min(entry, MAX_LISTED - 1)]
-            position = block * self.select_size + index % self.select_size
-            position = position if entry < valid else Int32(_NO_POSITION)
-        return position
-
     def _query_offset(self, sizes, token_row, index, row) -> Int64:
         return token_row * sizes.q_stride + (index * sizes.group + row) * self.attention.head_dim
 
     def _has_query(self, sizes, row) -> Boolean:
         return row < sizes.group
 
-    @cute.jit
-    def _load_tile(
-        self, pages: PagedTensors, rings: PagedTensors | None, sK: cute.Tensor, sV: cute.Tensor,
-        listed: cute.Tensor, place: _Place, window_start: Int32, window_begin: Int32,
-        window_count: Int32, tidx: Int32, first_tile: Int32, valid: Int32, i: Int32,
-    ):  # fmt: skip
-        """Start to copy this CTA's tile ``i``."""
-        stage = i % self.attention.stages
-        key_position = functools.partial(
-            self._key_position, listed, window_start, window_begin, window_count, first_tile,
-            valid, i,
-        )  # fmt: skip
-        if const_expr(self.rings):
-            # The window has keys of its own.
-            if i < window_count:
-                ring_place = functools.partial(self._ring_place, rings, place, key_position)
-                self.attention.load_tile(rings, sK, sV, ring_place, place.kv_head, tidx, stage)
-            else:
-                key_place = functools.partial(self._key_place, pages, place, key_position)
-                self.attention.load_tile(pages, sK, sV, key_place, place.kv_head, tidx, stage)
-        else:
-            key_place = functools.partial(self._key_place, pages, place, key_position)
-            self.attention.load_tile(pages, sK, sV, key_place, place.kv_head, tidx, stage)
-
-    @cute.jit
-    def _ring_place(self, rings: PagedTensors, place: _Place, key_position, key: Int32):
-        position = key_position(key)
-        row = Int32(Uint32(cutlass.min(position, place.position)) % Uint32(rings.page_rows))
-        return place.sequence, row, position <= place.position
-
-    @cute.jit
-    def _key_place(self, pages: PagedTensors, place: _Place, key_position, key: Int32):
-        position = key_position(key)
-        seen = Uint32(cutlass.min(position, place.position))
-        index = Int32(seen // Uint32(pages.page_rows))
-        row = Int32(seen % Uint32(pages.page_rows))
-        page = pages.table[Int64(place.sequence) * pages.max_pages + index]
-        return page, row, position <= place.position
-
 
 def _beside(rows: int, head_dim_v: int) -> int:
     """Bytes of the window's output, which are those of the selection before."""
-    return max(output_bytes(rows, head_dim_v), 8 * best_words(128, _RANKS, _MOST_CTAS))
+    return max(output_bytes(rows, head_dim_v), selection_bytes(WARPGROUP))
 
 
 @kept
