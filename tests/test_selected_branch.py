@@ -295,7 +295,7 @@ def test_opcheck(packed):
             *(x.detach().requires_grad_() for x in problem.leaves),
             problem.block_indices,
             *(bounds.get("cu_seqlens"), bounds.get("cu_seqlens_k")),
-            *(32, True, 0.5),
+            *(32, True, 0.5, True),
         ),
     )
 

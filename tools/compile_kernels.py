@@ -84,6 +84,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
             inverted_index,
             listed_backward,
             padded_rows,
+            query_partials,
             row_statistics,
             selected_backward,
             selected_band,
@@ -91,7 +92,8 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         )
 
         by_dtype += [importance, selected_forward, selected_band]
-        by_dtype += [few_keys, selected_backward, row_statistics, listed_backward, float_sums]
+        by_dtype += [few_keys, selected_backward, query_partials]
+        by_dtype += [row_statistics, listed_backward, float_sums]
         others += [padded_rows, inverted_index, decode_append, decode_compressed]
         others += [decode_tile_select, decode_finish, decode_attend]
     for kernels in by_dtype:
@@ -138,6 +140,12 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"window two-sided {form}", partial(visible, (511, 511), "bfloat16")
     many = partial(compile_dense, 128, 4, True, True, (511, None), "bfloat16", many=True)
     yield "window of many sequences", many
+    for dim, group, packed in ((64, 1, True), (96, 4, True), (128, 4, False), (256, 4, True)):
+        for left in (None, 511):
+            form = f"D={dim} G={group} {'packed' if packed else 'batched'}"
+            name = f"deterministic {'causal' if left is None else 'window'} {form}"
+            variant = partial(compile_dense, dim, group, packed, True, (left, None), "bfloat16")
+            yield name, partial(variant, deterministic=True)
 
 
 def sparse_cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -156,7 +164,9 @@ def sparse_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield name, partial(compile_sparse, 128, 4, query_block, 64, "causal", "bfloat16")
 
 
-def compile_dense(dim, group, packed, causal, window, dtype, *, many=False, key_times=None):
+def compile_dense(
+    dim, group, packed, causal, window, dtype, *, many=False, key_times=None, deterministic=False
+):
     """Forward and backward of ``nsa.fused.fa4``'s dense calls."""
     from nsa.fused.fa4_variants import Variant, dense_mask
     from nsa.fused.kernels import fa4_sm90
@@ -164,7 +174,7 @@ def compile_dense(dim, group, packed, causal, window, dtype, *, many=False, key_
     mask, _ = dense_mask(causal, window, key_times)
     variant = Variant(getattr_torch(dtype), dim, dim, group, mask, packed, many)
     fa4_sm90.forward_kernels(variant)
-    fa4_sm90.backward_kernels(variant)
+    fa4_sm90.backward_kernels(variant._replace(deterministic=deterministic))
 
 
 def compile_shared_keys(dim):

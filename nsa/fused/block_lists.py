@@ -56,6 +56,29 @@ def goes_by_query(key_block: int, head_dim: int) -> bool:
     return key_block == 64 and head_dim <= 128
 
 
+def split_key_blocks(lists: BlockLists) -> BlockLists:
+    """The same lists in key blocks of 64 keys."""
+    parts = lists.key_block // 64
+    if parts == 1:
+        return lists
+    part = torch.arange(parts, dtype=torch.int32, device=lists.partial_index.device)
+    full_count, full_index = lists.full_count, lists.full_index
+    if full_count is not None and full_index is not None:
+        full_count, full_index = full_count * parts, _split(full_index, part)
+    return BlockLists(
+        lists.partial_count * parts,
+        _split(lists.partial_index, part),
+        full_count,
+        full_index,
+        lists.query_block,
+        64,
+    )
+
+
+def _split(index: Tensor, part: Tensor) -> Tensor:
+    return (index[..., None] * len(part) + part).flatten(-2)
+
+
 def transpose_lists(lists: BlockLists, num_keys: int) -> BlockLists:
     """For each key block, the query tiles that attend it, in ascending order.
 

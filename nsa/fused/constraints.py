@@ -13,6 +13,8 @@
   ``num_selected_blocks`` is up to 64, because one thread holds the weights in registers. ``G`` is
   up to 32, the heads whose probabilities one thread adds. ``compress_block_size`` is up to about 60
   strides, because a tile of 64 compressed tokens overlaps only the next tile's selection blocks.
+- Deterministic gradients: in tile mode, ``D`` and ``Dv`` up to 128, because FA4's backward with
+  lists has no fixed order, and our own no room for more.
 - The selected branch by itself: blocks of 32, 64 or 128 keys, up to 64 of them for a query, any
   ``G``. It runs all KV heads at once, so ``block_indices`` have fewer than 2^30 slots.
 """
@@ -57,6 +59,17 @@ def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
         or _tensor_limit(q, v)
         or _device_limit(q)
         or fa4.version_problem()
+    )
+
+
+def deterministic_limit(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
+    """Why gradients of the call cannot have the same bits each time, with the remedy, or None."""
+    dim = max(q.shape[-1], v.shape[-1])
+    if config.selection == "token" or dim <= 128:
+        return None
+    return (
+        "it needs D and Dv of at most 128 for deterministic gradients with selection='tile', got "
+        f"{dim}; pass deterministic=False, or {_USE_REFERENCE}"
     )
 
 

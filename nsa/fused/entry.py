@@ -11,7 +11,7 @@ from nsa.cache import Cache
 from nsa.config import NSAConfig
 from nsa.fused import decoding, ops, pipeline, prefill
 from nsa.fused.compressed_forms import num_compressed_bound
-from nsa.fused.constraints import kernel_head_dim
+from nsa.fused.constraints import deterministic_limit, kernel_head_dim
 from nsa.fused.pipeline import Inputs
 from nsa.fused.plan import make_plan, with_scale
 from nsa.fused.schedule import make_schedule, run_forward
@@ -19,6 +19,7 @@ from nsa.fused.sizes import Sizes, make_sizes
 from nsa.fused.strides import are_rows
 from nsa.host import is_traced
 from nsa.packing import Boundaries, Packing
+from nsa.validation import UnsupportedError
 
 Branches = tuple[Tensor, Tensor, Tensor]
 Given = TypeVar("Given", Tensor, Tensor | None)
@@ -41,6 +42,7 @@ def forward(
     cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
+    deterministic: bool = False,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
     if cache is not None:
@@ -71,6 +73,9 @@ def forward(
     if q.numel() == 0:
         return _empty_output(q, value_dim, given)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    limit = deterministic_limit(q, v[0], config) if save and deterministic else None
+    if limit is not None:
+        raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
     dim, scale = kernel_head_dim(q.shape[-1], value_dim), config.softmax_scale(q.shape[-1])
     k_cmp, v_cmp = (None, None)
     if compressed_kv is not None:
@@ -97,9 +102,9 @@ def forward(
         *(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen_k, config),
         **keys,
         given_gates=inputs.gates is not None,
-    )
+    )._replace(deterministic=deterministic)
     schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
-    schedule = schedule._replace(recompute_window=recompute_window)
+    schedule = schedule._replace(recompute_window=recompute_window, deterministic=deterministic)
     block_indices = _unit_major(block_indices, sizes, save)
     if is_traced(*inputs, block_indices, cu_seqlens, cu_seqlens_k):
         options = ops.OpOptions(

@@ -97,6 +97,7 @@ def dense_backward(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     dq: Tensor | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`dense_forward`; ``Dv == D`` where several heads share a KV head.
 
@@ -105,13 +106,15 @@ def dense_backward(
         q, k, v: arguments of :func:`dense_forward`; the rest as there.
         statistics: float32, in the shape of ``lse``, with any strides.
         dq: where to write the gradient of ``q``, with stride 1 in the last dimension.
+        deterministic: give the same bits each time, in somewhat more time.
 
     Returns:
         dq, dk, dv: in the shapes and dtype of ``q``, ``k`` and ``v``.
     """
     mask, window = dense_mask(causal, window_size, key_times)
     bounds = (cu_seqlens_q, cu_seqlens_k)
-    return _backward(dout, Call(q, k, v, scale, mask, window, bounds), statistics, dq)
+    call = Call(q, k, v, scale, mask, window, bounds, deterministic=deterministic)
+    return _backward(dout, call, statistics, dq)
 
 
 def sparse_forward(

@@ -1,5 +1,6 @@
 """A call of FlashAttention-4's kernels: tensors, options, and the float32 sums of a backward."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ class Call(NamedTuple):
         lists: count and index of partial blocks, then of full ones.
         blocks: (queries, keys) of a block of ``lists``.
         limit: int32, the keys that each query sees; its length is a multiple of the query block.
+        deterministic: the backward gives the same bits each time.
     """
 
     q: Tensor
@@ -38,6 +40,7 @@ class Call(NamedTuple):
     lists: tuple[Tensor, ...] | None = None
     blocks: tuple[int, int] | None = None
     limit: Tensor | None = None
+    deterministic: bool = False
 
     def variant(self, *dout: Tensor) -> Variant:
         """The kernels that the call needs; pass ``dout`` for backward."""
@@ -54,6 +57,7 @@ class Call(NamedTuple):
             many=bounds is not None and bounds.shape[0] > MANY_SEQUENCES + 1,
             blocks=self.blocks,
             repeated=repeated if any(repeated) else (),
+            deterministic=self.deterministic,
         )
 
 
@@ -85,6 +89,35 @@ class Sums(NamedTuple):
         leading, rows = rounded_rows(call.k, call.bounds[1], tile.keys)
         dk_dv = torch.zeros((2, *leading, rows * channels), **kind).unbind()
         return cls(dq, *dk_dv)
+
+
+class Semaphores(NamedTuple):
+    """Of a deterministic backward: int32, how many CTAs have added to each tile of the sums.
+
+    ``(B, heads, tiles, 1)``, with the tiles of all packed sequences in one row, as in
+    :class:`Sums`. They are small beside these, so the memory estimate leaves them out.
+    """
+
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+
+    @classmethod
+    def new(cls, call: Call, variant: Variant, tile: BackwardTile) -> "Semaphores":
+        """Zeros, or None where no CTA waits for another."""
+        if not variant.deterministic:
+            return cls()
+        zeros = partial(_zero_tiles, device=call.q.device)
+        dq = zeros(*rounded_rows(call.q, call.bounds[0], tile.queries), tile.queries)
+        if not variant.adds_keys:
+            return cls(dq)
+        keys = (*rounded_rows(call.k, call.bounds[1], tile.keys), tile.keys)
+        return cls(dq, zeros(*keys), zeros(*keys))
+
+
+def _zero_tiles(leading: tuple[int, ...], rows: int, tile: int, device: torch.device) -> Tensor:
+    shape = (*(1,) * (2 - len(leading)), *leading, rows // tile, 1)
+    return torch.zeros(shape, dtype=torch.int32, device=device)
 
 
 def rounded_rows(x: Tensor, bounds: Tensor | None, tile: int) -> tuple[tuple[int, ...], int]:

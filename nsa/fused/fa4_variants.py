@@ -73,6 +73,7 @@ class Variant(NamedTuple):
         blocks: (queries, keys) of a block of block lists; None without lists.
         repeated: for q, k, v, and in backward dout, the dimensions of stride 0; empty if no tensor
             has any.
+        deterministic: in backward, CTAs add to float32 sums in a fixed order.
     """
 
     dtype: torch.dtype
@@ -84,6 +85,7 @@ class Variant(NamedTuple):
     many: bool = False
     blocks: tuple[int, int] | None = None
     repeated: tuple[tuple[int, ...], ...] = ()
+    deterministic: bool = False
 
     @property
     def pack_heads(self) -> bool:
@@ -93,7 +95,7 @@ class Variant(NamedTuple):
 
     def plain(self) -> "Variant":
         """The fields on which the kernels before and after the main one of a backward depend."""
-        return self._replace(group=1, mask=Mask(), blocks=None, repeated=())
+        return self._replace(group=1, mask=Mask(), blocks=None, repeated=(), deterministic=False)
 
     @property
     def adds_keys(self) -> bool:

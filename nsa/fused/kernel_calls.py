@@ -388,8 +388,9 @@ def listed_backward(
     lists: BlockLists,
     scale: float,
     key_limit: Tensor | None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of attention to listed key blocks; the last bits of dk and dv vary.
+    """Gradients of attention to listed key blocks.
 
     Args:
         dout: ``(1, Tq, H, D)``, the gradient of the output.
@@ -401,6 +402,7 @@ def listed_backward(
         scale: positive.
         key_limit: int32 ``(Tq,)``, at most ``Tk``: a query sees the keys before its limit. None:
             it sees keys up to its own; the last query's is the last key, so ``Tq <= Tk``.
+        deterministic: give the same bits each time. Otherwise the last ones of dk and dv vary.
 
     Returns:
         dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous.
@@ -484,15 +486,15 @@ def selected_backward(
     block_size: int,
     scale: float,
     causal: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in the dtype of q; their last bits vary from run to run.
-
-    Those of keys that no token sees are 0.
+    """Gradients of q, k and v, in the dtype of q. Those of keys that no token sees are 0.
 
     Args:
         dout: ``(T, H, Dv)``, the gradient of the output.
         q, k, v: arguments of the forward, like all others that it shares.
         statistics: float32 ``(T, H)``; not used for a token with no block.
+        deterministic: give the same bits each time. Otherwise the last ones of dk and dv vary.
     """
     return _kernels("selected_backward").selected_backward(**locals())
 

@@ -343,11 +343,6 @@ def _tile_fields(geometry: Geometry, tile_tokens: int, total: int) -> Tensor:
     return torch.stack(fields, dim=1).int()
 
 
-WORKSPACE_BYTES = 9 << 28
-"""The most bytes of partial results in a wave: of two chunks of 4,096 tokens with 64 heads of 128
-channels and 16 blocks. 2 GiB would leave an eighth of them to a second wave."""
-
-
 class TokenBlocks(NamedTuple):
     """The blocks of each segment's sequence, numbered consecutively, and the tokens of q.
 
@@ -483,17 +478,3 @@ def _repeat_queries(
         entry = torch.arange(times, device=rows.device)[:, None]
         sequence = (entry * sequences + sequence).flatten()
     return QuerySegments(rows, first, sequence)
-
-
-def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_bytes: int) -> int:
-    """Tokens of a chunk, a power of two. The queries of a KV head and chunk take about 16 MiB of
-    L2, beside data that streams through. More if a block's keys would serve too few tokens."""
-    fits = (16 << 20) // (group * row_bytes)
-    enough = 16 * blocks // slots
-    return 1 << min(max(fits, enough, 64) - 1, max(total - 1, 63)).bit_length()
-
-
-def units_of_wave(chunk_tokens: int, slots: int, group: int, head_dim_v: int) -> int:
-    """Units in a wave: as many as have partial results that fit the workspace."""
-    pair_bytes = group * (2 * head_dim_v + 4)
-    return max(1, WORKSPACE_BYTES // (chunk_tokens * slots * pair_bytes))

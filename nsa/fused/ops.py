@@ -74,7 +74,7 @@ class OpOptions(NamedTuple):
             caller may change them before the backward.
         config: the caller's configuration, encoded.
         scale: the scale for that configuration.
-        chunks, recompute, recompute_window: the schedule.
+        chunks, recompute, recompute_window, deterministic: the schedule.
         save: whether there will be a backward.
     """
 
@@ -88,6 +88,7 @@ class OpOptions(NamedTuple):
     chunks: int
     recompute: bool
     recompute_window: bool
+    deterministic: bool
     save: bool
 
     @property
@@ -96,7 +97,7 @@ class OpOptions(NamedTuple):
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.chunks, self.recompute, self.recompute_window)
+        return Schedule(self.chunks, self.recompute, self.recompute_window, self.deterministic)
 
     @property
     def returned_bounds(self) -> list[Tensor]:

@@ -207,11 +207,14 @@ def backward(
     groups: Tensor | None,
     plan: Plan,
     dq: Tensor | None = None,
+    *,
+    deterministic: bool = False,
 ) -> Inputs:
     """The gradient of each input, None if there is no such input.
 
     ``branches``, ``block_indices`` and ``groups`` are the results of :func:`attend`. The gradient
-    of ``q`` is written to ``dq``, if given: a contiguous tensor, or a slice of heads of one.
+    of ``q`` is written to ``dq``, if given: a contiguous tensor, or a slice of heads of one. If
+    ``deterministic``, gradients have the same bits each time.
 
     Branches run one after another. Each is freed before the next, except its ``dq``. One pass at
     the end adds these, and another those of ``k`` and ``v`` if branches share them.
@@ -241,15 +244,15 @@ def backward(
 
     side_stream = SideStream(q)
     dq_win, dk_win, dv_win = window_attention_backward(
-        douts.pop(), q, k_win, v_win, statistics_win, plan
+        douts.pop(), q, k_win, v_win, statistics_win, plan, deterministic
     )
     with side_stream:
         dq_slc, dk_slc, dv_slc = selected_attention_backward(
-            douts.pop(), q, k_slc, v_slc, statistics_slc, block_indices, plan
+            douts.pop(), q, k_slc, v_slc, statistics_slc, block_indices, plan, deterministic
         )
         k_cmp, v_cmp = inputs.compressed(plan)
         dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
-            douts.pop(), q, k_cmp, v_cmp, statistics_cmp, groups, plan
+            douts.pop(), q, k_cmp, v_cmp, statistics_cmp, groups, plan, deterministic
         )
     dq = query_gradient(
         (dq_cmp, dq_slc, dq_win),

@@ -30,11 +30,12 @@ USABLE = 0.9
 
 class Schedule(NamedTuple):
     """KV heads run in ``chunks``. With ``recompute``, forward saves no branch for backward; with
-    ``recompute_window``, it saves the others."""
+    ``recompute_window``, it saves the others. ``deterministic`` adds gradients in a fixed order."""
 
     chunks: int
     recompute: bool
     recompute_window: bool = False
+    deterministic: bool = False
 
 
 def make_schedule(
@@ -209,12 +210,14 @@ def run_backward(
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
     with torch.cuda.device_of(q), without_autocast(q.device):
         if len(parts) == 1:
-            return _run_chunk_backward(dout, inputs, block_indices, saved[0], plan)
+            arguments = (dout, inputs, block_indices, saved[0], plan)
+            return _run_chunk_backward(*arguments, deterministic=schedule.deterministic)
         grads = Inputs._make(None if x is None else x.new_empty(x.shape) for x in inputs)
         for heads, part in zip(parts, saved, strict=True):
             blocks, targets = heads.of_indices(block_indices, plan), heads.of(grads)
+            arguments = (heads.of_queries(dout), heads.of(inputs), blocks, part, plan)
             results = _run_chunk_backward(
-                heads.of_queries(dout), heads.of(inputs), blocks, part, plan, targets.q
+                *arguments, targets.q, deterministic=schedule.deterministic
             )
             for target, result in zip(targets[1:], results[1:], strict=True):
                 if target is not None:
@@ -232,6 +235,8 @@ def _run_chunk_backward(
     saved: Saved,
     plan: Plan,
     dq: Tensor | None = None,
+    *,
+    deterministic: bool,
 ) -> Inputs:
     branches, selected, groups = saved
     selected = selected if block_indices is None else block_indices
@@ -242,4 +247,5 @@ def _run_chunk_backward(
         )
     elif branches.o_win is None:
         branches = pipeline.attend_window(inputs, branches, plan)
-    return pipeline.backward(dout, inputs, branches, selected, groups, plan, dq)
+    arguments = (dout, inputs, branches, selected, groups, plan)
+    return pipeline.backward(*arguments, dq, deterministic=deterministic)

@@ -32,6 +32,7 @@ def selected_attention(
     scale: float,
     boundaries: Boundaries | None,
     return_lse: bool,
+    deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`nsa.selected_attention`. Arguments are checked."""
     value_dim = v.shape[-1]
@@ -48,7 +49,7 @@ def selected_attention(
     # Channels of 0 change neither logits nor the real channels.
     out, lse = _attention(
         *(x if x.shape[-1] == dim else pad(x, (0, dim - x.shape[-1])) for x in (q, k, v)),
-        *(block_indices, cu_seqlens, cu_seqlens_k, block_size, causal, scale),
+        *(block_indices, cu_seqlens, cu_seqlens_k, block_size, causal, scale, deterministic),
     )
     if dim != value_dim:
         out = out[..., :value_dim].contiguous()
@@ -78,8 +79,12 @@ def _attention(
     block_size: int,
     causal: bool,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output ``(..., H, Dv)`` and the log-sum-exp ``(..., H)`` of batched or packed queries."""
+    """The output ``(..., H, Dv)`` and the log-sum-exp ``(..., H)`` of batched or packed queries.
+
+    ``deterministic`` is for the backward.
+    """
     if not q.numel():
         return _empty_results(q, v)
     flat = partial(_flatten, batched=q.ndim == 4)
@@ -92,7 +97,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, block_indices, cu_seqlens, cu_seqlens_k, block_size, causal, scale):
+def _(q, k, v, *_):
     return _empty_results(q, v)
 
 
@@ -116,6 +121,7 @@ def _gradients(
     block_size: int,
     causal: bool,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; ``dlse`` is None if the log-sum-exp was not used."""
     if not q.numel():
@@ -127,7 +133,7 @@ def _gradients(
         lists = (flat(block_indices), blocks, block_size, scale, causal)
         statistics = kernel_calls.row_statistics(flat(dout), flat(out), flat(lse), dlse)
         grads = kernel_calls.selected_backward(
-            flat(dout), flat(q), flat(k), flat(v), statistics, *lists
+            flat(dout), flat(q), flat(k), flat(v), statistics, *lists, deterministic
         )
     dq, dk, dv = (grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv
@@ -139,7 +145,7 @@ def _(dout, dlse, out, lse, q, k, v, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.block_size, ctx.causal, ctx.scale = inputs
+    *tensors, ctx.block_size, ctx.causal, ctx.scale, ctx.deterministic = inputs
     ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(False)
 
@@ -147,11 +153,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dout, dlse):
     out, lse, *tensors = ctx.saved_tensors
     if dout is None and dlse is None:
-        return (None,) * 9
+        return (None,) * 10
     if dout is None:
         dout = torch.zeros_like(out)
-    options = (ctx.block_size, ctx.causal, ctx.scale)
-    return *_gradients(dout, dlse, out, lse, *tensors, *options), *(None,) * 6
+    options = (ctx.block_size, ctx.causal, ctx.scale, ctx.deterministic)
+    return *_gradients(dout, dlse, out, lse, *tensors, *options), *(None,) * 7
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

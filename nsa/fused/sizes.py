@@ -35,6 +35,7 @@ class Sizes(NamedTuple):
         itemsize: bytes of an element of ``q``.
         config: block sizes and counts.
         given_gates: whether the caller gives the gates.
+        deterministic: whether gradients are added in a fixed order.
     """
 
     batch: int
@@ -49,6 +50,7 @@ class Sizes(NamedTuple):
     itemsize: int
     config: NSAConfig
     given_gates: bool = False
+    deterministic: bool = False
 
     def of_heads(self, num_kv_heads: int) -> "Sizes":
         """The sizes with ``num_kv_heads`` KV heads and their query heads."""

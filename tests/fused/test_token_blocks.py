@@ -4,10 +4,13 @@ import pytest
 import torch
 
 import nsa
-from nsa.fused.kernel_inputs import (
+from nsa.fused.kernel_inputs import make_token_blocks
+from nsa.fused.waves import (
+    GRADIENT_BYTES,
     WORKSPACE_BYTES,
     choose_chunk_tokens,
-    make_token_blocks,
+    partial_gradient_bytes,
+    units_of_gradient_wave,
     units_of_wave,
 )
 from nsa.geometry import Geometry
@@ -69,6 +72,16 @@ def test_a_wave_fits_the_workspace_but_is_a_unit_at_least(chunk_tokens, units):
     assert units_of_wave(chunk_tokens, 16, 16, 128) == units
     unit_bytes = chunk_tokens * 16 * 16 * (128 * 2 + 4)
     assert units == 1 or units * unit_bytes <= WORKSPACE_BYTES < (units + 1) * unit_bytes
+
+
+@pytest.mark.parametrize(
+    ("chunk_tokens", "tiles", "units"), [(2048, 1, 8), (2048, 2, 4), (1 << 18, 1, 1)]
+)
+def test_a_wave_of_partial_gradients_fits_too(chunk_tokens, tiles, units):
+    unit_bytes = chunk_tokens * partial_gradient_bytes(16, 16, 128, tiles)
+    assert unit_bytes >= chunk_tokens * 16 * 16 * tiles * (128 * 2 + 4 * 2)
+    assert units_of_gradient_wave(unit_bytes) == units
+    assert units == 1 or units * unit_bytes <= GRADIENT_BYTES < (units + 1) * unit_bytes
 
 
 @pytest.mark.parametrize("lengths", [[70, 1, 1, 1, 32, 33], [1] * 40, [300], [31, 65, 64, 33]])

@@ -60,6 +60,7 @@ def dense_backward(
     cu_seqlens_q=None,
     cu_seqlens_k=None,
     dq=None,
+    deterministic=False,
 ):
     _check_tensors(q, k, v)
     _check_backward(dout, q, k, v, statistics)

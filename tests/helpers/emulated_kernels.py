@@ -175,7 +175,7 @@ def _tokens_of_blocks(places, device) -> tuple[Tensor, Tensor]:
     return first[:, None] + torch.arange(places.block_size, device=device), real
 
 
-def listed_backward(dout, q, k, v, statistics, lists, scale, key_limit):
+def listed_backward(dout, q, k, v, statistics, lists, scale, key_limit, deterministic=False):
     """The same as ``sparse_backward``, but by query tile and from the forward's lists."""
     assert lists.key_block == 64
     assert q.shape[1] % lists.query_block == 0, (q.shape, lists.query_block)

@@ -73,7 +73,9 @@ def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, 
     return out.contiguous(), lse.T.contiguous()
 
 
-def selected_backward(dout, q, k, v, statistics, block_indices, blocks, block_size, scale, causal):
+def selected_backward(
+    dout, q, k, v, statistics, block_indices, blocks, block_size, scale, causal, deterministic=False
+):
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
     assert all(x.shape == q.shape[:2] for x in statistics)
     by_head = RowStatistics(*(x.T for x in statistics))

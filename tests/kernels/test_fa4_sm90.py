@@ -68,12 +68,12 @@ def statistics_like(lse: torch.Tensor) -> RowStatistics:
     return RowStatistics(*(torch.zeros_like(lse) for _ in range(2)))
 
 
-def window(group=4, value_dim=DIM):
+def window(group=4, value_dim=DIM, **options):
     q, k = make(1, ROWS, HEADS, DIM), make(1, 100, HEADS // group, DIM)
     v = make(1, 100, HEADS // group, value_dim)
     mask = dict(scale=0.1, causal=True, window_size=(63, None))
     out, lse = fa4.dense_forward(q, k, v, **mask)
-    return out, lse, *fa4.dense_backward(out, q, k, v, statistics_like(lse), **mask)
+    return out, lse, *fa4.dense_backward(out, q, k, v, statistics_like(lse), **mask, **options)
 
 
 def window_of_every_head():
@@ -108,17 +108,29 @@ def shared_keys():
     return fa4.dense_forward(q, k, k, scale=0.2, causal=True, window_size=(None, None))
 
 
-def packed(group=4, sequences=3):
+def packed(group=4, sequences=3, **options):
     q, k = make(ROWS, HEADS, DIM), make(ROWS // 2, HEADS // group, DIM)
     bounds = [make(sequences + 1, dtype=torch.int32) for _ in range(2)]
     call = dict(scale=0.1, causal=False, window_size=(None, 1))
     call |= dict(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1])
     out, lse = fa4.dense_forward(q, k, k, **call)
-    return out, lse, *fa4.dense_backward(out, q, k, k, statistics_like(lse), **call)
+    return out, lse, *fa4.dense_backward(out, q, k, k, statistics_like(lse), **call, **options)
 
 
 def packed_of_every_head():
     return packed(1)
+
+
+def deterministic():
+    return window(deterministic=True)
+
+
+def deterministic_packed():
+    return packed(4, 300, deterministic=True)
+
+
+def deterministic_packed_of_every_head():
+    return packed(1, deterministic=True)
 
 
 def packed_many():
@@ -164,7 +176,10 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("call", CALLS)
+DETERMINISTIC = [deterministic, deterministic_packed, deterministic_packed_of_every_head]
+
+
+@pytest.mark.parametrize("call", CALLS + DETERMINISTIC)
 def test_kernels_get_what_they_are_compiled_for(call, calls):
     call()
     for kernel, arguments in calls:
@@ -255,6 +270,24 @@ def test_sums_that_heads_add_to_start_at_zero(calls):
         window()
     (main,) = [k.named(x) for k, x in calls if "mdPsum" in k.named(x)]
     assert not any(main[name].any() for name in ("mdQaccum", "mdK", "mdV"))
+
+
+@pytest.mark.parametrize("call", DETERMINISTIC)
+def test_semaphores_start_at_zero_one_for_each_tile_of_the_sums(call, calls):
+    with poisoned_memory():
+        call()
+    named = next(k.named(x) for k, x in calls if "mdPsum" in k.named(x))
+    tiles = {"mdQ": named["mdQaccum"]}
+    if call is deterministic_packed_of_every_head:
+        assert named["mdK_semaphore"] is named["mdV_semaphore"] is None
+    else:
+        tiles |= {x: named[x] for x in ("mdK", "mdV")}
+    for name, sums in tiles.items():
+        semaphores = named[f"{name}_semaphore"]
+        assert not semaphores.any()
+        _, heads, count, _ = semaphores.shape
+        assert heads == sums.shape[-2]
+        assert sums.shape[-1] % (count * 64 * DIM) == 0
 
 
 def test_a_name_that_a_class_lost_is_refused():

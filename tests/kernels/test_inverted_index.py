@@ -32,10 +32,10 @@ def listed_pairs(index, case, item_tokens: int) -> dict[tuple, list[int]]:
     # Segments of one sequence have blocks of their own, with the same keys.
     block_of = {(first[i], row[i]): i for i, number in enumerate(keys) if number}
     tokens, unit_pairs = index.tokens.tolist(), index.chunk_tokens * index.slots
-    pairs, taken = defaultdict(list), set()
+    pairs, taken, preceding = defaultdict(list), set(), defaultdict(int)
     for wave, (items, count) in enumerate(zip(index.items.tolist(), index.num_items, strict=True)):
         assert count <= len(items)
-        for position, number, key, num_keys, first_row in items[: int(count)]:
+        for position, number, key, num_keys, first_row, before in items[: int(count)]:
             unit, block = position // unit_pairs, block_of[key, first_row]
             assert unit // index.wave_units == wave
             assert 1 <= number <= item_tokens
@@ -43,7 +43,9 @@ def listed_pairs(index, case, item_tokens: int) -> dict[tuple, list[int]]:
             places = range(position, position + number)
             assert taken.isdisjoint(places), "a pair is in two items"
             taken.update(places)
-            head, chunk = divmod(unit, index.chunks)
+            chunk, head = divmod(unit, KV_HEADS)
+            assert before == preceding[unit, block]
+            preceding[unit, block] += 1
             pairs[head, chunk, block] += [tokens[i] for i in places]
     return pairs
 
@@ -62,7 +64,7 @@ def check_positions(index, case, pairs: dict[tuple, list[int]]):
                     assert position == -1
                     continue
                 assert tokens[position] == token
-                assert position // unit_pairs == head * index.chunks + chunk
+                assert position // unit_pairs == chunk * KV_HEADS + head
                 assert position not in seen
                 seen.add(position)
     assert len(seen) == sum(map(len, pairs.values()))

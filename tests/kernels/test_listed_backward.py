@@ -54,8 +54,9 @@ def random_lists(heads, tiles, num_keys, query_block, limit) -> BlockLists:
     return BlockLists(*lists, query_block, 64)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_gradients(form):
+def test_gradients(form, deterministic):
     head_dim, group, kv_heads, query_block, limited, dtype = form
     heads, scale = group * kv_heads, head_dim**-0.5
     for tiles, extra_keys in itertools.product((1, 3), (0, 128)):
@@ -83,7 +84,8 @@ def test_gradients(form):
         statistics = statistics._replace(lse_log2=statistics.lse_log2 - gate.log2())
         exact = emulated_fa4.listed_gradients(dout.double(), *wide, statistics, lists, **arguments)
         rounded = RowStatistics(*(x.float() for x in statistics))
-        actual = kernel_calls.listed_backward(dout, q, k, v, rounded, lists, scale, limit)
+        options = (lists, scale, limit, deterministic)
+        actual = kernel_calls.listed_backward(dout, q, k, v, rounded, *options)
         for name, x, y in zip(("dq", "dk", "dv"), actual, exact, strict=True):
             assert x.isfinite().all(), name
             error = (x.double() - y).norm() / y.norm()

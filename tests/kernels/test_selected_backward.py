@@ -4,18 +4,30 @@ import pytest
 import torch
 
 from nsa.fused import kernel_calls
+from nsa.fused import waves as wave_sizes
 from nsa.testing import assert_as_accurate
 from tests.helpers import emulated_token_kernels
 from tests.helpers.gpu_cases import gpu_test
-from tests.helpers.token_cases import FORMS, SEGMENTS, form_id, make_selected_case
+from tests.helpers.token_cases import FORMS, SEGMENTS, TokenForm, form_id, make_selected_case
 
 pytestmark = [*gpu_test, pytest.mark.usefixtures("poisoned_memory")]
 
 
+# Two warpgroups share the rows, and two CTAs the keys.
+LONG_BLOCKS = [
+    TokenForm(96, 4, 128, 5, False, torch.float16),
+    TokenForm(256, 3, 128, 9, True, torch.bfloat16),
+]
+
+
 @pytest.mark.parametrize("forced", [False, True], ids=["any blocks", "band"])
+@pytest.mark.parametrize("waves", ["one wave", "a unit a wave"])
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("segments", SEGMENTS)
-@pytest.mark.parametrize("form", FORMS, ids=form_id)
-def test_selected_backward(form, segments, forced):
+@pytest.mark.parametrize("form", FORMS + LONG_BLOCKS, ids=form_id)
+def test_selected_backward(form, segments, deterministic, waves, forced, monkeypatch):
+    if waves == "a unit a wave":
+        monkeypatch.setattr(wave_sizes, "GRADIENT_BYTES", 1)
     case = make_selected_case(form, forced=forced, segments=segments)
     wide = case.exact()
     out, lse = emulated_token_kernels.selected_forward(*wide[:3], *wide.selected, forced)
@@ -28,7 +40,8 @@ def test_selected_backward(form, segments, forced):
         statistics = kernels.row_statistics(x.dout, *results, None)
         gated = statistics.lse_log2 - log2_gate.to(statistics.lse_log2)
         statistics = statistics._replace(lse_log2=gated)
-        return kernels.selected_backward(x.dout, *x[:3], statistics, *x.selected)
+        options = dict(deterministic=deterministic)
+        return kernels.selected_backward(x.dout, *x[:3], statistics, *x.selected, **options)
 
     exact = gradients(emulated_token_kernels, wide, out, lse)
     same_dtype = gradients(emulated_token_kernels, case.to("cpu", form.dtype), out, lse.float())

@@ -4,7 +4,8 @@ emulation."""
 import pytest
 import torch
 
-from nsa.fused import kernel_calls, kernel_inputs
+from nsa.fused import kernel_calls
+from nsa.fused import waves as wave_sizes
 from nsa.testing import assert_as_accurate
 from tests.helpers import emulated_token_kernels
 from tests.helpers.gpu_cases import gpu_test
@@ -19,7 +20,7 @@ pytestmark = [*gpu_test, pytest.mark.usefixtures("poisoned_memory")]
 @pytest.mark.parametrize("form", FORMS, ids=form_id)
 def test_selected_forward(form, segments, waves, forced, monkeypatch):
     if waves == "a unit a wave":
-        monkeypatch.setattr(kernel_inputs, "WORKSPACE_BYTES", 1)
+        monkeypatch.setattr(wave_sizes, "WORKSPACE_BYTES", 1)
     case = make_selected_case(form, forced=forced, segments=segments)
     actual = kernel_calls.selected_forward(*case[:3], *case.selected, forced)
     exact, same_dtype = (

@@ -73,6 +73,7 @@ def compressed_attention_backward(
     statistics: RowStatistics | None,
     groups: Tensor | None,
     plan: Plan,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k_cmp`` and ``v_cmp``. The last two may be in float32.
 
@@ -89,12 +90,14 @@ def compressed_attention_backward(
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
         q_rows = plan.align_queries(q)
         mask = _compressed_mask(q_rows, plan)
-        dq, dk, dv = sparse_backward(dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan)
+        dq, dk, dv = sparse_backward(
+            dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan, deterministic
+        )
         dk, dv = (plan.compressed.unpack(x)[:, : k_cmp.shape[1]] for x in (dk, dv))
         return dq, dk, dv
     if plan.folds:
-        return folded_attention_backward(dout, q, k_cmp, v_cmp, statistics, plan)
-    call = _compressed_call(plan)
+        return folded_attention_backward(dout, q, k_cmp, v_cmp, statistics, plan, deterministic)
+    call = _compressed_call(plan) | dict(deterministic=deterministic)
     return dense_backward(dout, q, k_cmp, v_cmp, statistics, plan, **call)
 
 

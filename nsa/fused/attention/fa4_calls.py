@@ -5,7 +5,12 @@ from torch import Tensor
 
 from nsa.blocks import num_query_tiles
 from nsa.fused import fa4, kernel_calls
-from nsa.fused.block_lists import BOUNDED_BYTES, goes_by_query, transpose_lists
+from nsa.fused.block_lists import (
+    BOUNDED_BYTES,
+    goes_by_query,
+    split_key_blocks,
+    transpose_lists,
+)
 from nsa.fused.fa4_call import sums_bytes
 from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from nsa.fused.plan import Plan, choose_key_block
@@ -63,15 +68,19 @@ def sparse_backward(
     lists: BlockLists,
     mask: dict,
     plan: Plan,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, and of ``k`` and ``v`` in aligned rows."""
     scale = plan.config.softmax_scale(q_rows.shape[-1])
     if plan.in_order:
         dout = plan.queries.pack(dout)
     tensors = (dout, q_rows, k_rows, v_rows, statistics)
+    if deterministic:
+        # FA4's backward has no fixed order for lists.
+        lists = split_key_blocks(lists)
     if goes_by_query(lists.key_block, q_rows.shape[-1]):
         limit = mask.get("key_limit")
-        dq, dk, dv = kernel_calls.listed_backward(*tensors, lists, scale, limit)
+        dq, dk, dv = kernel_calls.listed_backward(*tensors, lists, scale, limit, deterministic)
     else:
         transposed = transpose_lists(lists, k_rows.shape[1])
         dq, dk, dv = fa4.sparse_backward(*tensors, transposed, scale=scale, **mask)
@@ -104,8 +113,12 @@ def sparse_backward_bytes(sizes: Sizes, block_size: int, num_keys: int, *, copie
 def sparse_sums_bytes(sizes: Sizes, block_size: int, num_keys: int) -> int:
     """Bytes of sums in float32, and of the lists by key block that FA4 needs."""
     heads, kv_heads, head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    sums = 2 * num_keys * kv_heads * head_dim * 4
+    if sizes.deterministic:
+        # Sums of popular blocks too, then all in the order of the keys; and the order of entries.
+        return sums * 9 // 4 + 32 * sizes.indices
     if goes_by_query(choose_key_block(block_size, sizes.config, head_dim), head_dim):
-        return 2 * num_keys * kv_heads * head_dim * 4
+        return sums
     sums = sums_bytes(heads, kv_heads, head_dim, sizes.rows, num_keys)
     return sums + _transposed_bytes(sizes, num_keys)
 

@@ -104,12 +104,18 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
 
 
 def folded_attention_backward(
-    dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, statistics: RowStatistics, plan: Plan
+    dout: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    statistics: RowStatistics,
+    plan: Plan,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k_cmp``, ``v_cmp``. ``dout`` and ``dq`` have the layout of ``out``, and
     statistics that of the log-sum-exp."""
     if plan.packed:
-        return _packed_backward(dout, q, k_cmp, v_cmp, statistics, plan)
+        return _packed_backward(dout, q, k_cmp, v_cmp, statistics, plan, deterministic)
     scale, rows = plan.config.softmax_scale(q.shape[-1]), _Rows.of(q, plan)
     num_heads, num_kv_heads = q.shape[2], k_cmp.shape[2]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -131,6 +137,7 @@ def folded_attention_backward(
                 causal=True,
                 window_size=(None, None),
                 dq=rows.view(dq, entry),
+                deterministic=deterministic,
             )
             for total, grad in zip((dk_cmp, dv_cmp), grads, strict=True):
                 grouped = grad.view(num_kv_heads, -1, *grad.shape[1:])  # (H_kv, G, rows, 1, D)
@@ -147,6 +154,7 @@ def folded_attention_backward(
             causal=False,
             window_size=(None, None),
             dq=dq[:, part.queries],
+            deterministic=deterministic,
         )
         # Not +=, which would also copy the slice to itself.
         dk_cmp[:, : part.keys].add_(dk)
@@ -268,12 +276,19 @@ def _packed_forward(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tupl
 
 
 def _packed_backward(
-    dout: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, statistics: RowStatistics, plan: Plan
+    dout: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    statistics: RowStatistics,
+    plan: Plan,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale, num_kv_heads = plan.config.softmax_scale(q.shape[-1]), k_cmp.shape[2]
     if plan.in_order:
         dout = plan.folded.fold(dout, num_kv_heads)
-    folded, call = plan.folded.fold(q, num_kv_heads), _packed_call(plan)
+    folded = plan.folded.fold(q, num_kv_heads)
+    call = _packed_call(plan) | dict(deterministic=deterministic)
     by_head = RowStatistics(*(x.mT for x in statistics))
     dq, dk, dv = fa4.dense_backward(
         dout[0], folded[0], k_cmp[0], v_cmp[0], by_head, scale=scale, **call

@@ -14,9 +14,16 @@ from nsa.fused.attention.fa4_calls import (
     sparse_forward,
 )
 from nsa.fused.block_lists import selected_lists
-from nsa.fused.kernel_inputs import WORKSPACE_BYTES, RowStatistics, choose_chunk_tokens
+from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
+from nsa.fused.waves import (
+    GRADIENT_BYTES,
+    WORKSPACE_BYTES,
+    choose_chunk_tokens,
+    key_tiles,
+    partial_gradient_bytes,
+)
 
 
 def selected_attention(
@@ -48,15 +55,18 @@ def selected_attention_backward(
     statistics: RowStatistics,
     block_indices: Tensor,
     plan: Plan,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``."""
     if plan.config.selection == "token":
-        return _token_backward(dout, q, k, v, statistics, block_indices, plan)
+        return _token_backward(dout, q, k, v, statistics, block_indices, plan, deterministic)
     lists = selected_lists(block_indices, plan)
     k_rows, v_rows = plan.keys.pack(k), plan.keys.pack(v)
     q_rows = plan.align_queries(q)
     mask = _mask(q_rows, plan)
-    dq, dk, dv = sparse_backward(dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan)
+    dq, dk, dv = sparse_backward(
+        dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan, deterministic
+    )
     return dq, plan.keys.unpack(dk), plan.keys.unpack(dv)
 
 
@@ -94,6 +104,7 @@ def _token_backward(
     statistics: RowStatistics,
     block_indices: Tensor,
     plan: Plan,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     config, shape = plan.config, q.shape[:2]
     dq, dk, dv = kernel_calls.selected_backward(
@@ -107,6 +118,7 @@ def _token_backward(
         config.select_block_size,
         config.softmax_scale(q.shape[-1]),
         config.causal,
+        deterministic=deterministic,
     )
     return dq.unflatten(0, shape), dk.view(k.shape), dv.view(v.shape)
 
@@ -129,20 +141,32 @@ def selected_forward_bytes(sizes: Sizes) -> int:
     blocks = num_selection_blocks(sizes.batch * sizes.keys, sizes.config)
     chunk = choose_chunk_tokens(sizes.tokens, sizes.group, blocks, slots, 2 * sizes.head_dim)
     of_token = slots * sizes.group * (sizes.head_dim * sizes.itemsize + 4)
-    # A wave has at least one unit. The last chunk is as long as the others.
-    wave = max(WORKSPACE_BYTES, chunk * of_token)
-    results = min(wave, sizes.num_kv_heads * (sizes.tokens + chunk) * of_token)
-    return 3 * sizes.indices + results
+    return 3 * sizes.indices + _wave_bytes(sizes, chunk, of_token, WORKSPACE_BYTES)
 
 
 def selected_backward_bytes(sizes: Sizes) -> int:
     """Bytes that the backward allocates: gradients, copies, and sums in float32.
 
-    Token mode also allocates the inverted index.
+    Token mode also allocates the inverted index and the partial gradients of a wave.
     """
     if not sizes.token_mode:
         block_size = sizes.config.select_block_size
         return sparse_backward_bytes(sizes, block_size, sizes.key_rows, copies=sizes.key_copy > 0)
-    sums = sizes.tokens * sizes.num_heads * sizes.head_dim * 4
-    sums += sizes.batch * sizes.keys * 2 * sizes.num_kv_heads * sizes.head_dim * 4
-    return sizes.query + 2 * sizes.key + 3 * sizes.indices + sums
+    dim, slots = sizes.head_dim, sizes.config.num_selected_blocks
+    blocks = num_selection_blocks(sizes.batch * sizes.keys, sizes.config)
+    chunk = choose_chunk_tokens(sizes.tokens, sizes.group, blocks, slots, 4 * dim)
+    tiles = key_tiles(dim, dim, sizes.config.select_block_size)
+    of_token = partial_gradient_bytes(slots, sizes.group, dim, tiles)
+    results = _wave_bytes(sizes, chunk, of_token, GRADIENT_BYTES)
+    if sizes.deterministic:
+        # Pairs are sorted first.
+        results = max(results, 14 * sizes.indices)
+    sums = sizes.batch * sizes.keys * 2 * sizes.num_kv_heads * dim * 4
+    return sizes.query + 2 * sizes.key + 3 * sizes.indices + sums + results
+
+
+def _wave_bytes(sizes: Sizes, chunk: int, of_token: int, workspace: int) -> int:
+    """Bytes of partial results in a wave, of so many of a token and KV head."""
+    # A wave has at least one unit. The last chunk is as long as the others.
+    wave = max(workspace, chunk * of_token)
+    return min(wave, sizes.num_kv_heads * (sizes.tokens + chunk) * of_token)

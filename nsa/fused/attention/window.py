@@ -19,13 +19,20 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tenso
 
 
 def window_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, statistics: RowStatistics, plan: Plan
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    statistics: RowStatistics,
+    plan: Plan,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, and of the last tokens of ``k`` and ``v``: those that a query sees."""
     passed = _unseen_keys(q.shape[1], k.shape[1], plan.config, plan.packed)
     if passed:
         k, v = k[:, passed:], v[:, passed:]
-    return dense_backward(dout, q, k, v, statistics, plan, **_window_call(plan))
+    call = _window_call(plan) | dict(deterministic=deterministic)
+    return dense_backward(dout, q, k, v, statistics, plan, **call)
 
 
 def _window_call(plan: Plan) -> dict:

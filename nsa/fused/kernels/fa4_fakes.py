@@ -7,7 +7,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from nsa.fused.fa4_call import Call
+from nsa.fused.fa4_call import Call, Semaphores
 from nsa.fused.fa4_variants import Variant
 from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.kernels.vectors import CUTE_DTYPES
@@ -74,6 +74,13 @@ class Fakes:
 
     def query_sums(self) -> cute.Tensor:
         return fake(Float32, (*self.leading, self.heads, cute.sym_int()))
+
+    def semaphores(self) -> Semaphores:
+        if not self.variant.deterministic:
+            return Semaphores()
+        count = 3 if self.variant.adds_keys else 1
+        shapes = [tuple(cute.sym_int() for _ in range(4)) for _ in range(count)]
+        return Semaphores(*(fake(Int32, shape, aligned=False) for shape in shapes))
 
     def key_sums(self) -> tuple[cute.Tensor, cute.Tensor]:
         return tuple(

@@ -22,7 +22,7 @@ from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.utils import AuxData, scalar_to_ssa
 from torch import Tensor
 
-from nsa.fused.fa4_call import Call, Sums, rounded_rows
+from nsa.fused.fa4_call import Call, Semaphores, Sums, rounded_rows
 from nsa.fused.fa4_variants import (
     BackwardTile,
     Mask,
@@ -57,13 +57,14 @@ def launch_backward(
     variant, (bounds_q, bounds_k), (dq, dk, dv) = call.variant(dout), call.bounds, grads
     kernels = backward_kernels(variant)
     sums = Sums.new(call, variant, kernels.tile)
+    turns = Semaphores.new(call, variant, kernels.tile)
     starts_q = starts_k = None
     if variant.many:
         starts_q = _tile_starts(kernels.query_tile_starts, bounds_q)
         starts_k = _tile_starts(kernels.key_tile_starts, bounds_k)
     padded = _padded(statistics, call, kernels.tile.queries)
     written = (sums.dk, sums.dv) if variant.adds_keys else (dk, dv)
-    kernels.main(*_backward_arguments(call, dout, padded, sums.dq, *written, starts_k))
+    kernels.main(*_backward_arguments(call, dout, padded, sums.dq, turns, *written, starts_k))
     convert = kernels.convert_queries
     convert(*_conversion_arguments(sums.dq, dq, call.scale, bounds_q, starts_q))
     if variant.adds_keys:
@@ -181,12 +182,14 @@ def _backward_arguments(
     dout: Tensor,
     statistics: RowStatistics,
     dq: Tensor,
+    turns: Semaphores,
     dk: Tensor,
     dv: Tensor,
     starts: Tensor | None,
 ) -> list:
     rows = dict(mdO=dout, mLSE=statistics.lse_log2, mdPsum=statistics.delta)
     results = dict(mdQaccum=dq, mdK=dk, mdV=dv, mCuTotalMBlocks=starts)
+    results |= dict(mdQ_semaphore=turns.dq, mdK_semaphore=turns.dk, mdV_semaphore=turns.dv)
     return ordered(FlashAttentionBackwardSm90, **_options(call), **rows, **results)
 
 
@@ -240,14 +243,16 @@ def compile_forward(variant: Variant) -> Callable:
 def compile_backward(variant: Variant) -> Callable:
     """The compiled main kernel of the backward of a variant."""
     tile = backward_tile(variant)
-    kernel = FlashAttentionBackwardSm90(
+    in_one_row = variant.deterministic and variant.packed
+    kernel_class = _SemaphoresInOneRow if in_one_row else FlashAttentionBackwardSm90
+    kernel = kernel_class(
         CUTE_DTYPES[variant.dtype],
         variant.head_dim,
         variant.value_dim,
         variant.group,
         variant.mask.causal,
         is_local=variant.mask.local,
-        deterministic=False,
+        deterministic=variant.deterministic,
         tile_m=tile.queries,
         tile_n=tile.keys,
         Q_stage=tile.stages,
@@ -268,8 +273,52 @@ def compile_backward(variant: Variant) -> Callable:
     )
     fakes = Fakes(variant)
     dk_dv = fakes.key_sums() if variant.adds_keys else fakes.key_gradients()
-    arguments = (fakes.call(), fakes.dout(), fakes.statistics(), fakes.query_sums(), *dk_dv)
+    arguments = (
+        fakes.call(),
+        fakes.dout(),
+        fakes.statistics(),
+        fakes.query_sums(),
+        fakes.semaphores(),
+        *dk_dv,
+    )
     return compile_kernel(kernel, *_backward_arguments(*arguments, fakes.starts))
+
+
+class _SemaphoresInOneRow(FlashAttentionBackwardSm90):
+    """Finds the semaphores of a packed sequence by where the rows of its sums start.
+
+    FA4 gives each sequence as many as the longest needs, which may be too many for memory.
+    """
+
+    def dQaccum_store(self, mdQ, sdQ, block_info, scheduler, seqlen_info, lists, semaphores):
+        turns = _InOneRow(
+            semaphores, lambda sequence: seqlen_info(sequence).padded_offset_q // self.tile_m
+        )
+        super().dQaccum_store(mdQ, sdQ, block_info, scheduler, seqlen_info, lists, turns)
+
+    def epilogue_dKV(self, acc_dV, mdV, sV, acc_dK, mdK, sK, seqlen, *others):
+        *others, dk, dv = others
+        if self.qhead_per_kvhead > 1:
+            first = seqlen.padded_offset_k // self.tile_n
+            dk, dv = (_InOneRow(x, lambda _: first) for x in (dk, dv))
+        super().epilogue_dKV(acc_dV, mdV, sV, acc_dK, mdK, sK, seqlen, *others, dk, dv)
+
+
+class _InOneRow:
+    """Semaphores ``(tiles, 1, heads, 1)``, to be indexed ``(tile, 0, head, sequence)`` as FA4 does.
+
+    ``first_tile`` says where the tiles of a sequence start.
+    """
+
+    def __init__(self, semaphores: cute.Tensor, first_tile: Callable):
+        self.semaphores = semaphores
+        self.first_tile = first_tile
+
+    def __getitem__(self, index: tuple) -> cute.Tensor:
+        tile, part, head, sequence = index
+        tiles = self.semaphores[None, part, head, 0]
+        tiles = cute.domain_offset((self.first_tile(sequence), 0), tiles)
+        return tiles if tile is None else tiles[tile, None]
 
 
 @kept

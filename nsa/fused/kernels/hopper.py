@@ -6,6 +6,7 @@ Most of the functions are for wgmma and for the layouts of its operands and resu
 the hardware are in :mod:`nsa.fused.hardware`.
 """
 
+from flash_attn.cute.barrier import arrive_inc, wait_eq
 from flash_attn.cute.copy_utils import atomic_add_fp32x4
 from flash_attn.cute.utils import cvt_f16, fadd_reduce, fmax, fmax_reduce
 from quack.copy_utils import (
@@ -31,6 +32,7 @@ from quack.sm90_utils import (
 from quack.utils import warp_prefix_sum
 
 __all__ = [
+    "arrive_inc",
     "atomic_add_fp32x4",
     "cvt_f16",
     "fadd_reduce",
@@ -50,5 +52,6 @@ __all__ = [
     "reshape_acc_to_mn",
     "store_v4",
     "transpose_view",
+    "wait_eq",
     "warp_prefix_sum",
 ]

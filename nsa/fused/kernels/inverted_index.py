@@ -4,8 +4,8 @@ A *pair* is a token and one of its selected blocks, for one KV head. Tokens are 
 small enough that the queries of one KV head and chunk stay in L2. The pairs of a KV head and chunk
 lie together in the *list*, sorted by block: pair at ``position`` p is token ``tokens[p]``. A *work
 item* is a run of pairs of one block, at most :func:`item_tokens` of them. (KV head, chunk) are
-numbered ``unit = kv_head * chunks + chunk``; consecutive units form a *wave*, whose partial results
-fit a workspace.
+numbered ``unit = chunk * kv_heads + kv_head``; consecutive units form a *wave*, whose partial
+results fit a workspace.
 """
 
 import functools
@@ -25,9 +25,10 @@ from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
 from nsa.fused.kernels.vectors import fake_flat, is_aligned
 
-ITEM_FIELDS = 5
-"""A work item has five numbers: first position, pairs, first key, keys, and the row of q at the
-first key. A token sees as many keys of the block as its row is past that one, and one more."""
+ITEM_FIELDS = 6
+"""A work item has six numbers: first position, pairs, first key, keys, the row of q at the first
+key, and how many items of the same block precede it in its unit. A token sees as many keys of the
+block as its row is past that row, and one more."""
 
 _THREADS = 256
 _SCAN_THREADS = 1024
@@ -222,6 +223,7 @@ class InvertIndex:
                 tensors.items[field + 2] = first
                 tensors.items[field + 3] = keys
                 tensors.items[field + 4] = first_row
+                tensors.items[field + 5] = item
             start += pairs_total
 
     @cute.kernel
@@ -259,7 +261,7 @@ class InvertIndex:
     @cute.jit
     def _unit(self, row: Int32, sizes: _Sizes) -> tuple[Int32, Int32]:
         token = row // sizes.kv_heads
-        return token, row % sizes.kv_heads * sizes.chunks + token // sizes.chunk_tokens
+        return token, token // sizes.chunk_tokens * sizes.kv_heads + row % sizes.kv_heads
 
 
 @kept
@@ -304,7 +306,7 @@ class InvertedIndex:
             undefined.
         position: int32 ``(T, H_kv, slots)``, where each pair stands in the list, -1 for no pair or
             one of the band.
-        items: int32 ``(waves, wave_items, 5)``, see ``ITEM_FIELDS``.
+        items: int32 ``(waves, wave_items, 6)``, see ``ITEM_FIELDS``.
         num_items: int32 ``(waves,)``, the items of each wave, at most ``wave_items``.
         chunks: chunks of the tokens.
         chunk_tokens: tokens of a chunk.
@@ -361,7 +363,7 @@ def invert_index(
     num_blocks = blocks.first.shape[0]
     sizes = (block_size, causal, chunk_tokens, slots, tokens)
     bounds = item_bounds(total, blocks, *sizes)
-    by_unit = bounds * kv_heads
+    by_unit = [bound for bound in bounds for _ in range(kv_heads)]
     wave_items = max(sum(by_unit[w : w + wave_units]) for w in range(0, units, wave_units))
 
     empty = functools.partial(torch.empty, dtype=torch.int32, device=block_indices.device)

@@ -2,10 +2,10 @@
 
 A CTA has up to 256 query rows of one head: their Q and dO stay in shared memory, their dQ in
 registers, while the K and V of the listed blocks stream past. dK and dV of a block are added in
-float32 to buffers in global memory (as in :mod:`nsa.fused.kernels.selected_backward`, so their last
-bits vary from run to run). A block costs 64 KiB of such additions, whatever the rows; going by key
-block, as FlashAttention-4 does, costs Q, dO and twice a float32 dQ of each tile instead, and needs
-the lists transposed.
+float32 to buffers in global memory. So their last bits vary from run to run, unless CTAs take turns
+(:mod:`nsa.fused.fixed_order`). A block costs 64 KiB of such additions, whatever the rows; going by
+key block, as FlashAttention-4 does, costs Q, dO and twice a float32 dQ of each tile instead, and
+needs the lists transposed.
 
 Each warpgroup has one or two units of 64 rows. For each it computes S, P, dP and dS, adds dS K to
 its dQ, and leaves P and dS in shared memory. With two warpgroups one then computes dV of the block
@@ -24,11 +24,13 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.utils import LayoutEnum, hopper_helpers
 from torch import Tensor
 
+from nsa.fused.fixed_order import heads_together, take_turns
 from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.hopper import (
+    arrive_inc,
     cvt_f16,
     gemm,
     gemm_zero_init,
@@ -39,6 +41,7 @@ from nsa.fused.kernels.hopper import (
     reshape_acc_to_frgA,
     reshape_acc_to_mn,
     transpose_view,
+    wait_eq,
 )
 from nsa.fused.kernels.rows import TILE_KEYS, TILE_ROWS, load_rows, row_copy, row_lanes
 from nsa.fused.kernels.vectors import (
@@ -50,8 +53,19 @@ from nsa.fused.kernels.vectors import (
 
 
 @mlir_namedtuple
+class _Turns(NamedTuple):
+    """Of each entry, which sums it is added to, after how many others; and how many have been."""
+
+    partial_slot: cute.Tensor
+    partial_turn: cute.Tensor
+    full_slot: cute.Tensor | None
+    full_turn: cute.Tensor | None
+    added: cute.Tensor
+
+
+@mlir_namedtuple
 class _Tensors(NamedTuple):
-    """Inputs, the lists, dQ, and the float32 sums that are added to."""
+    """Inputs, the lists, dQ, the float32 sums that are added to, and in what order."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -67,6 +81,7 @@ class _Tensors(NamedTuple):
     dq: cute.Tensor
     dv: cute.Tensor
     dk: cute.Tensor
+    turns: _Turns | None
 
 
 @mlir_namedtuple
@@ -83,11 +98,13 @@ class _Strides(NamedTuple):
 class _Sizes(NamedTuple):
     """``parts`` CTAs share a list; ``width`` and ``full_width`` are the entries of a list.
 
-    There are ``earlier`` more keys than rows.
+    There are ``earlier`` more keys than rows. CTAs that take turns are launched for ``together``
+    heads, tile after tile, before those of the next heads.
     """
 
     num_rows: Int32
     kv_heads: Int32
+    together: Int32
     parts: Int32
     width: Int32
     full_width: Int32
@@ -99,6 +116,9 @@ class ListedBackward:
 
     ``rows`` of a CTA are 64, 128 or 256; with ``limited`` a row sees keys before a limit of its own
     instead of those up to its own key. The last row's key is then the last one.
+
+    With ``ordered``, a CTA waits until it is its turn to add. It waits for CTAs that were launched
+    before it alone. Sums are ``(slots, 64, D)`` then, else ``(keys, H_kv, D)``.
     """
 
     def __init__(
@@ -108,7 +128,9 @@ class ListedBackward:
         group: int,
         rows: int,
         limited: bool,
+        ordered: bool,
     ):
+        self.ordered = ordered
         self.dtype = dtype
         self.head_dim = head_dim
         self.group = group
@@ -151,8 +173,12 @@ class ListedBackward:
         mma_dkv = make_mma(mn_major, mn_major, tiler_mn=(TILE_KEYS, self.head_dim))
         mmas = (mma_s, mma_dq, mma_dkv)
         layouts = (rows_smem, keys_smem, ds_smem)
+        tiles, heads = sizes.num_rows // self.rows, sizes.kv_heads * self.group
+        grid = [tiles, heads, 1]
+        if const_expr(self.ordered):
+            grid = [sizes.together * sizes.parts, tiles // sizes.parts, heads // sizes.together]
         self.kernel(tensors, strides, sizes, scale, mmas, layouts).launch(
-            grid=[sizes.num_rows // self.rows, sizes.kv_heads * self.group, 1],
+            grid=grid,
             block=[self.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -173,7 +199,11 @@ class ListedBackward:
         rows_smem, keys_smem, ds_smem = layouts
         kv_heads = sizes.kv_heads
         tidx, _, _ = cute.arch.thread_idx()
-        bidx, head, _ = cute.arch.block_idx()
+        bidx, head, heads_before = cute.arch.block_idx()
+        if const_expr(self.ordered):
+            part, tile = bidx % sizes.parts, head
+            head = heads_before * sizes.together + bidx // sizes.parts
+            bidx = tile * sizes.parts + part
         first_row = bidx * self.rows
         kv_head = head // self.group
         warp_in_cta = cute.arch.make_warp_uniform(tidx // WARP)
@@ -202,6 +232,12 @@ class ListedBackward:
         )
         load = functools.partial(self._load, tidx)
         k_column = kv_head * self.head_dim
+        slot_of = turn_of = None
+        if const_expr(self.ordered):
+            places = (listed * sizes.width, listed * sizes.full_width, partial)
+            turns = tensors.turns
+            slot_of = functools.partial(self._block, turns.partial_slot, turns.full_slot, *places)
+            turn_of = functools.partial(self._block, turns.partial_turn, turns.full_turn, *places)
         block = Int32(0)
         if entries > 0:
             block = block_of(Int32(0))
@@ -244,8 +280,16 @@ class ListedBackward:
         for entry in cutlass.range(entries, unroll=1):
             cute.arch.cp_async_wait_group(0)
             cute.arch.fence_view_async_shared()
-            # Also, all reads of the last block's P and dS are done.
+            # Also, all reads of the last block's P and dS are done, and its dK and dV are added.
             cute.arch.barrier()
+            sum_row, sum_stride = self._sum_rows(block, kv_head, kv_heads)
+            slot = turn = Int32(0)
+            if const_expr(self.ordered):
+                if entry > 0:
+                    arrive_inc(tensors.turns.added.iterator + slot_of(entry - 1), tidx, 0, 1)
+                slot = slot_of(entry)
+                turn = turn_of(entry) * sizes.parts + part
+                sum_row, sum_stride = Int64(slot) * TILE_KEYS, Int32(1)
             first_key = block * TILE_KEYS
             if entry + 1 < entries:
                 block = block_of(entry + 1)
@@ -279,6 +323,8 @@ class ListedBackward:
                 gemm(mma_dq, acc_dQ[u], rdS, tdQrKt, wg_wait=-1)
             warpgroup.wait_group(0)
             cute.arch.fence_view_async_shared()
+            if const_expr(self.ordered):
+                wait_eq(tensors.turns.added.iterator + slot, tidx, 0, turn)
             cute.arch.barrier()
 
             # The first warpgroup has dV, from P and dO; the second dK, from dS and Q.
@@ -304,8 +350,8 @@ class ListedBackward:
                     cute.arch.cp_async_commit_group()
                 warpgroup.wait_group(0)
                 for r in cutlass.range_constexpr(2):
-                    key = Int64(first_key + (warp * WARP_ROWS + lane // QUAD + 8 * r))
-                    offset = (key * kv_heads + kv_head) * self.head_dim
+                    key = warp * WARP_ROWS + lane // QUAD + 8 * r
+                    offset = (sum_row + Int64(key) * sum_stride) * self.head_dim
                     if which == 0:
                         add_row(acc, r, tensors.dv, offset, lane)
                     else:
@@ -314,6 +360,9 @@ class ListedBackward:
         # All have read Q; its place takes dQ.
         cute.arch.cp_async_wait_group(0)
         cute.arch.barrier()
+        if const_expr(self.ordered):  # noqa: SIM102 (one is decided at compile time)
+            if entries > 0:
+                arrive_inc(tensors.turns.added.iterator + slot_of(entries - 1), tidx, 0, 1)
         store_dq, _, _ = get_smem_store_C(mma_dq, sRows, thread, position_independent=True)
         for u in cutlass.range_constexpr(self.units):
             unit = wg * self.units + u
@@ -332,6 +381,11 @@ class ListedBackward:
             )
 
     @cute.jit
+    def _sum_rows(self, block: Int32, kv_head: Int32, kv_heads: Int32) -> tuple[Int64, Int32]:
+        """The row of sums of a block's first key, and the rows from key to key."""
+        return Int64(block * TILE_KEYS) * kv_heads + kv_head, kv_heads
+
+    @cute.jit
     def _block(
         self,
         mIndex: cute.Tensor,
@@ -341,7 +395,7 @@ class ListedBackward:
         partial: Int32,
         entry: Int32,
     ) -> Int32:
-        """The key block of an entry: those of the full list come after the partial ones."""
+        """What an index has of an entry: those of the full list come after the partial ones."""
         block = Int32(0)
         if const_expr(mFullIndex is None):
             block = mIndex[start + entry]
@@ -417,7 +471,13 @@ class ListedBackward:
 
 @kept
 def compile_backward(
-    dtype: torch.dtype, head_dim: int, group: int, rows: int, limited: bool, has_full: bool
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    rows: int,
+    limited: bool,
+    has_full: bool,
+    ordered: bool,
 ) -> Callable:
     cute_dtype = CUTE_DTYPES[dtype]
 
@@ -425,7 +485,7 @@ def compile_backward(
         return fake_flat(Int32 if wanted else None, alignment=4)
 
     return compile_kernel(
-        ListedBackward(cute_dtype, head_dim, group, rows, limited),
+        ListedBackward(cute_dtype, head_dim, group, rows, limited, ordered),
         _Tensors(
             *(fake_flat(cute_dtype) for _ in range(4)),
             *(fake_flat(Float32, alignment=4) for _ in range(2)),
@@ -433,9 +493,10 @@ def compile_backward(
             *(ints(), ints(), ints(has_full), ints(has_full)),
             fake_flat(cute_dtype),
             *(fake_flat(Float32) for _ in range(2)),
+            _Turns(ints(), ints(), ints(has_full), ints(has_full), ints()) if ordered else None,
         ),
         _Strides(*(Int64(1) for _ in range(4))),
-        _Sizes(*(Int32(1) for _ in range(6))),
+        _Sizes(*(Int32(1) for _ in range(7))),
         Float32(1.0),
     )
 
@@ -447,7 +508,9 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for dim, group, rows in ((64, 1, 256), (96, 3, 128), (128, 4, 64), (128, 4, 256)):
             for limited, has_full in ((False, False), (True, True)):
                 form = f"{name}-{dim}-{group}-{rows}{'-limit' if limited else ''}"
-                arguments = (dtype, dim, group, rows, limited, has_full)
+                form += "-ordered" if (rows == 256) != limited else ""
+                ordered = (rows == 256) != limited
+                arguments = (dtype, dim, group, rows, limited, has_full, ordered)
                 yield f"listed-backward-{form}", functools.partial(compile_backward, *arguments)
 
 
@@ -460,35 +523,61 @@ def listed_backward(
     lists: BlockLists,
     scale: float,
     key_limit: Tensor | None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`nsa.fused.kernel_calls.listed_backward`."""
     (_, num_rows, heads, head_dim), kv_heads = q.shape, k.shape[2]
     _check(q, k, v, lists, key_limit)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    sums = torch.zeros(2, k.numel(), dtype=torch.float32, device=q.device)
-    if dq.numel():
-        rows = next(x for x in (256, 128, 64) if lists.query_block % x == 0)
-        has_full = lists.full_count is not None
-        kernel = compile_backward(
-            q.dtype, head_dim, heads // kv_heads, rows, key_limit is not None, has_full
-        )
-        flattened, strides = zip(*map(flat_rows, (q, k, v, dout)), strict=True)
-        numbers = [x.contiguous().view(-1) for x in statistics]
-        entries = [None if x is None else x.contiguous().view(-1) for x in lists[:4]]
-        # Limits are absolute.
-        earlier = k.shape[1] - num_rows if key_limit is None else 0
-        widths = [0 if x is None else x.shape[-1] for x in (lists.partial_index, lists.full_index)]
-        kernel(
-            _Tensors(*(*flattened, *numbers, key_limit, *entries, dq.view(-1), *sums)),
-            _Strides(*strides),
-            _Sizes(num_rows, kv_heads, lists.query_block // rows, *widths, earlier),
-            scale,
-        )
+    if dq.numel() == 0:
+        return dq, torch.zeros_like(k), torch.zeros_like(v)
+    group, num_blocks = heads // kv_heads, k.shape[1] // TILE_KEYS
+    together, slots, turns = heads, num_blocks * kv_heads, None
+    if deterministic:
+        order = take_turns(lists, num_blocks, kv_heads)
+        together = heads_together(heads, group)
+        slots += order.popular.numel() * group
+        added = torch.zeros(slots, dtype=torch.int32, device=q.device)
+        turns = _Turns(*(None if x is None else x.view(-1) for x in order[:4]), added)
+    sums = torch.zeros(2, slots * TILE_KEYS * head_dim, dtype=torch.float32, device=q.device)
+    rows = next(x for x in (256, 128, 64) if lists.query_block % x == 0)
+    has_full = lists.full_count is not None
+    kernel = compile_backward(
+        q.dtype, head_dim, group, rows, key_limit is not None, has_full, deterministic
+    )
+    flattened, strides = zip(*map(flat_rows, (q, k, v, dout)), strict=True)
+    entries = [None if x is None else x.contiguous().view(-1) for x in lists[:4]]
+    # Limits are absolute.
+    earlier = k.shape[1] - num_rows if key_limit is None else 0
+    widths = [0 if x is None else x.shape[-1] for x in (lists.partial_index, lists.full_index)]
+    numbers = [x.contiguous().view(-1) for x in statistics]
+    kernel(
+        _Tensors(*flattened, *numbers, key_limit, *entries, dq.view(-1), *sums, turns),
+        _Strides(*strides),
+        _Sizes(num_rows, kv_heads, together, lists.query_block // rows, *widths, earlier),
+        scale,
+    )
+    if deterministic:
+        sums = [_in_order(x, order.popular, num_blocks, k) for x in sums]
     dv, dk = (
         convert_sums(x, like.shape, q.dtype, factor)
         for x, like, factor in zip(sums, (v, k), (1.0, scale), strict=True)
     )
     return dq, dk, dv
+
+
+def _in_order(sums: Tensor, popular: Tensor, num_blocks: int, k: Tensor) -> Tensor:
+    """Sums of the slots of :class:`nsa.fused.fixed_order.Turns`, in the order of ``k``."""
+    kv_heads, head_dim = k.shape[2:]
+    of_heads, of_query_heads = sums.view(-1, TILE_KEYS * head_dim).tensor_split(
+        [kv_heads * num_blocks]
+    )
+    of_heads = of_heads.view(kv_heads, num_blocks, -1)
+    if popular.numel():
+        of_query_heads = of_query_heads.view(*popular.shape, -1, of_heads.shape[-1])
+        kv_head = torch.arange(kv_heads, device=sums.device)[:, None]
+        of_heads[kv_head, popular] += of_query_heads.sum(2)
+    return of_heads.view(kv_heads, -1, head_dim).transpose(0, 1).flatten()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_limit: Tensor | None) -> None:

@@ -4,18 +4,22 @@ A CTA takes one work item of the inverted index. A block's K and V stay in share
 in registers, while query rows and output gradients of the item's pairs stream past, 64 at a time
 (row r is query head ``r % G`` of pair ``r // G``, as in the forward). Scores are computed
 transposed, keys by rows, so that P and dS are in registers what dV and dK multiply; dS goes through
-shared memory for dQ alone. dQ, dK and dV are added in float32 to buffers in global memory, 16 bytes
-at a time, so the order of the sums, and the last bits of the result, vary from run to run.
+shared memory for dQ alone. Each pair's dQ goes to a workspace, and a second kernel adds up those of
+a token, see :mod:`nsa.fused.kernels.query_partials`.
+
+dK and dV are added in float32 to buffers in global memory, 16 bytes at a time. So the order of the
+sums, and the last bits of the result, vary from run to run, unless items of a block take turns.
 
 One warpgroup computes a tile of 64 keys. Where dK and dV do not fit its registers there are two:
 both compute P and dS, and each half the columns of dK, dV and dQ. Blocks of 128 keys have two as
-well, with 64 keys each: dQ, of which each has half the columns, is then added once for all keys of
-a block. Only where that and wide rows meet, two CTAs share a block.
+well, with 64 keys each: dQ, of which each has half the columns, is then of all keys of a block.
+Only where that and wide rows meet, two CTAs share a block.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import cutlass
@@ -26,11 +30,13 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import LayoutEnum, hopper_helpers
 from torch import Tensor
 
+from nsa.fused.fixed_order import order_pairs
 from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARP, WARP_ROWS, WARPGROUP
-from nsa.fused.kernel_inputs import RowStatistics, TokenBlocks, choose_chunk_tokens
+from nsa.fused.kernel_inputs import RowStatistics, TokenBlocks
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.hopper import (
+    arrive_inc,
     cvt_f16,
     gemm,
     gemm_zero_init,
@@ -43,8 +49,18 @@ from nsa.fused.kernels.hopper import (
     reshape_acc_to_frgA,
     reshape_acc_to_mn,
     transpose_view,
+    wait_eq,
 )
 from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
+from nsa.fused.kernels.query_partials import (
+    AddSizes,
+    Partials,
+    compile_add,
+    fake_partials,
+    new_partials,
+    scale_partial,
+    store_partial,
+)
 from nsa.fused.kernels.rows import (
     TILE_KEYS,
     TILE_ROWS,
@@ -59,11 +75,18 @@ from nsa.fused.kernels.vectors import (
     fake_flat,
     flat_rows,
 )
+from nsa.fused.waves import (
+    choose_chunk_tokens,
+    has_wide_rows,
+    key_tiles,
+    partial_gradient_bytes,
+    units_of_gradient_wave,
+)
 
 
 @mlir_namedtuple
 class _Tensors(NamedTuple):
-    """Inputs, the inverted index, and the float32 sums that are added to."""
+    """Inputs, the inverted index, partial dQ, float32 sums that are added to, whose turn it is."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -74,9 +97,10 @@ class _Tensors(NamedTuple):
     tokens: cute.Tensor
     items: cute.Tensor
     num_items: cute.Tensor
-    dq: cute.Tensor
+    partials: Partials
     dk: cute.Tensor
     dv: cute.Tensor
+    turns: cute.Tensor | None
 
 
 @mlir_namedtuple
@@ -91,17 +115,24 @@ class _Strides(NamedTuple):
 
 @mlir_namedtuple
 class _Sizes(NamedTuple):
-    """``unit_pairs`` are the places of a unit in the list; see the inverted index for the rest."""
+    """``unit_items`` and ``unit_pairs`` are the places of a unit among the items and in the list,
+    ``wave_pairs`` those of the partial dQ of a tile of keys; see the inverted index for the rest.
+    """
 
     kv_heads: Int32
-    wave_items: Int32
+    first_unit: Int32
+    unit_items: Int32
     unit_pairs: Int32
-    chunks: Int32
     chunk_tokens: Int32
+    wave_pairs: Int32
 
 
 class SelectedBackward:
-    """Adds what each pair contributes to dQ, dK and dV; scores are not scaled in dQ and dK."""
+    """Writes each pair's dQ, adds to dK and dV; scores are not scaled in dQ and dK.
+
+    With ``ordered``, the items of a block add in their order. A CTA then waits for those before it,
+    which were launched before it. No launch may have two units of one KV head.
+    """
 
     def __init__(
         self,
@@ -111,22 +142,26 @@ class SelectedBackward:
         group: int,
         block_size: int,
         causal: bool,
+        ordered: bool,
     ):
         self.dtype = dtype
         self.head_dim = head_dim
         self.head_dim_v = head_dim_v
+        self.ordered = ordered
         self.group = group
         self.block_size = block_size
         self.causal = causal
         # dK and dV take (D + Dv) / 2 registers of a warpgroup's threads.
-        self.column_parts = 1 if head_dim + head_dim_v <= 320 else 2
+        self.column_parts = 2 if has_wide_rows(head_dim, head_dim_v) else 1
         # With more than 128 registers for them, S and dP are not computed at once, nor dQ and dK.
         self.overlap = (head_dim + head_dim_v) // self.column_parts <= 256
         self.key_parts = 2 if block_size > TILE_KEYS and self.column_parts == 1 else 1
         self.keys = self.key_parts * TILE_KEYS
+        self.key_tiles = key_tiles(head_dim, head_dim_v, block_size)
         self.warpgroups = self.column_parts * self.key_parts
         self.threads = WARPGROUP * self.warpgroups
         columns = head_dim // self.warpgroups
+        # Of a product, and of a part of a partial dQ.
         self.dq_columns = 64 if columns % 64 == 0 else columns
         self.dq_parts = columns // self.dq_columns
         row_bytes = 2 * (head_dim + head_dim_v)
@@ -141,7 +176,7 @@ class SelectedBackward:
         tensors: _Tensors,
         strides: _Strides,
         sizes: _Sizes,
-        waves: Int32,
+        units: Int32,
         scale_log2: Float32,
         stream,
     ):
@@ -176,7 +211,7 @@ class SelectedBackward:
         mmas = (mma_s, mma_dk, mma_dv, mma_dq)
         layouts = (q_smem, do_smem, k_smem, v_smem, ds_smem)
         self.kernel(tensors, strides, sizes, scale_log2, mmas, layouts).launch(
-            grid=[sizes.wave_items, waves, -(-self.block_size // self.keys)],
+            grid=[sizes.unit_items, units, self.key_tiles],
             block=[self.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.ctas,
@@ -196,17 +231,19 @@ class SelectedBackward:
         mma_s, mma_dk, mma_dv, mma_dq = mmas
         q_smem, do_smem, k_smem, v_smem, ds_smem = layouts
         tidx, _, _ = cute.arch.thread_idx()
-        bidx, wave, part = cute.arch.block_idx()
-        begin, count, first, keys, first_row = (Int32(0) for _ in range(5))
-        if bidx < tensors.num_items[wave]:
-            field = (Int64(wave) * sizes.wave_items + bidx) * ITEM_FIELDS
+        bidx, unit, part = cute.arch.block_idx()
+        unit += sizes.first_unit
+        begin, count, first, keys, first_row, before = (Int32(0) for _ in range(6))
+        if bidx < tensors.num_items[unit]:
+            field = (Int64(unit) * sizes.unit_items + bidx) * ITEM_FIELDS
             begin, count = tensors.items[field], tensors.items[field + 1]
             first = tensors.items[field + 2] + part * self.keys
             keys = cutlass.min(tensors.items[field + 3] - part * self.keys, self.keys)
             first_row = tensors.items[field + 4] + part * self.keys
+            before = tensors.items[field + 5]
         if keys > 0:
-            unit = begin // sizes.unit_pairs
-            kv_head, chunk_start = unit // sizes.chunks, unit % sizes.chunks * sizes.chunk_tokens
+            kv_head = unit % sizes.kv_heads
+            chunk_start = unit // sizes.kv_heads * sizes.chunk_tokens
             warp_in_cta = cute.arch.make_warp_uniform(tidx // WARP)
             wg, warp = warp_in_cta // 4, warp_in_cta % 4
             lane = tidx % WARP
@@ -293,11 +330,20 @@ class SelectedBackward:
             )
 
             rows = count * self.group
+            first_pair = begin - sizes.first_unit * sizes.unit_pairs + part * sizes.wave_pairs
+            first_partial = first_pair * self.group
             hidden = keys < self.keys
             if const_expr(self.causal):
                 # Tokens of the item do not come before its chunk.
                 hidden = keys < self.keys or first_row + (self.keys - 1) > chunk_start
             tiles = cute.ceil_div(rows, TILE_ROWS)
+            # dQ of a tile is stored after the next one's fence, which would wait for the stores.
+            words = cute.make_rmem_tensor((self.dq_columns // 8, 2, self.dq_parts), Int32)
+            factors = cute.make_rmem_tensor((2, self.dq_parts), Float32)
+            store_dq = functools.partial(
+                self._store_dq,
+                *(words, factors, tensors.partials, first_partial, rows, wg, warp, lane),
+            )
             for tile in cutlass.range(tiles, unroll=1):
                 stage = tile % self.stages
                 if const_expr(self.stages == 1):  # noqa: SIM102 (one is decided at compile time)
@@ -311,6 +357,8 @@ class SelectedBackward:
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.fence_view_async_shared()
                 cute.arch.barrier()
+                if tile > 0:
+                    store_dq(tile - 1)
                 if const_expr(self.stages == 2):
                     if tile + 1 < tiles:
                         load_pairs(tensors.q, sQ, strides.q, tile + 1, 1 - stage)
@@ -358,9 +406,6 @@ class SelectedBackward:
                 tdKrQt_stage = tdKrQt[None, None, None, stage]
                 if const_expr(not self.overlap):
                     gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=0)
-                offsets = self._row_offsets(
-                    sTokens, sizes.kv_heads, kv_head, tile, warp, lane, count
-                )
                 for i in cutlass.range_constexpr(self.dq_parts):
                     acc_dQ = gemm_zero_init(
                         mma_dq, (TILE_ROWS, self.dq_columns), tdQrdS, tdQrKt[i], wg_wait=-1
@@ -369,12 +414,15 @@ class SelectedBackward:
                         gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=1)
                     else:
                         warpgroup.wait_group(0)
-                    column = (wg * self.dq_parts + i) * self.dq_columns
-                    for r in cutlass.range_constexpr(2):
-                        if offsets[r] >= 0:
-                            add_row(acc_dQ, r, tensors.dq, offsets[r] + column, lane)
+                    scale_partial(acc_dQ, words[None, None, i], factors[None, i])
                 warpgroup.wait_group(0)
+            store_dq(tiles - 1)
 
+            if const_expr(self.ordered):
+                item = Int64(unit) * sizes.unit_items + (bidx - before)
+                turn = tensors.turns.iterator + (item * self.key_tiles + part)
+                wait_eq(turn, tidx, 0, before)
+                cute.arch.barrier()
             for acc, mX, width in ((acc_dK, tensors.dk, columns), (acc_dV, tensors.dv, columns_v)):
                 for r in cutlass.range_constexpr(2):
                     key = own + warp * WARP_ROWS + lane // QUAD + 8 * r
@@ -382,6 +430,30 @@ class SelectedBackward:
                         row = Int64(first + key) * sizes.kv_heads + kv_head
                         offset = (row * self.column_parts + column_part) * width
                         add_row(acc, r, mX, offset, lane)
+            if const_expr(self.ordered):
+                # Releases what all threads added.
+                cute.arch.barrier()
+                arrive_inc(turn, tidx, 0, 1)
+
+    @cute.jit
+    def _store_dq(
+        self,
+        words: cute.Tensor,
+        factors: cute.Tensor,
+        partials: Partials,
+        first: Int32,
+        rows: Int32,
+        wg: Int32,
+        warp: Int32,
+        lane: Int32,
+        tile: Int32,
+    ):
+        """Store a warpgroup's columns of a tile's partial dQ."""
+        for i in cutlass.range_constexpr(self.dq_parts):
+            store_partial(
+                *(words[None, None, i], factors[None, i], partials, first + tile * TILE_ROWS),
+                *(rows - tile * TILE_ROWS, wg * self.dq_parts + i, warp, lane, self.head_dim),
+            )
 
     @cute.jit
     def _columns_of(
@@ -463,26 +535,6 @@ class SelectedBackward:
                 visible = tScS[r, c][0] < limit
                 acc_S_mn[r, c] = acc_S_mn[r, c] if visible else -Float32.inf
 
-    @cute.jit
-    def _row_offsets(
-        self,
-        sTokens: cute.Tensor,
-        kv_heads: Int32,
-        kv_head: Int32,
-        tile: Int32,
-        warp: Int32,
-        lane: Int32,
-        count: Int32,
-    ) -> tuple[Int64, Int64]:
-        """Where the thread's two rows of dQ start, -1 for one past the item's pairs."""
-        offsets = []
-        for r in cutlass.range_constexpr(2):
-            row = warp * WARP_ROWS + lane // QUAD + 8 * r
-            pair, head = pair_and_head(tile, row, 0, self.group)
-            offset = (Int64(sTokens[pair]) * kv_heads + kv_head) * self.group + head
-            offsets.append(offset * self.head_dim if pair < count else Int64(-1))
-        return offsets[0], offsets[1]
-
 
 @kept
 def compile_backward(
@@ -492,18 +544,21 @@ def compile_backward(
     group: int,
     block_size: int,
     causal: bool,
+    ordered: bool,
 ) -> Callable:
     cute_dtype = CUTE_DTYPES[dtype]
     return compile_kernel(
-        SelectedBackward(cute_dtype, head_dim, head_dim_v, group, block_size, causal),
+        SelectedBackward(cute_dtype, head_dim, head_dim_v, group, block_size, causal, ordered),
         _Tensors(
             *(fake_flat(cute_dtype) for _ in range(4)),
             *(fake_flat(Float32, alignment=4) for _ in range(2)),
             *(fake_flat(Int32, alignment=4) for _ in range(3)),
-            *(fake_flat(Float32) for _ in range(3)),
+            fake_partials(),
+            *(fake_flat(Float32) for _ in range(2)),
+            fake_flat(Int32 if ordered else None, alignment=4),
         ),
         _Strides(*(Int64(1) for _ in range(4))),
-        _Sizes(*(Int32(1) for _ in range(5))),
+        _Sizes(*(Int32(1) for _ in range(6))),
         *(Int32(1), Float32(1.0)),
     )
 
@@ -521,8 +576,10 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         name = str(dtype).removeprefix("torch.")
         for dim, group, size in _SHAPES:
             for causal in (True, False) if dim == 128 else (True,):
-                arguments = (dtype, dim, dim, group, size, causal)
+                ordered = dim == 256 or not causal
+                arguments = (dtype, dim, dim, group, size, causal, ordered)
                 form = f"{name}-{dim}-{group}-{size}{'' if causal else '-all'}"
+                form += "-ordered" if ordered else ""
                 yield f"selected-backward-{form}", functools.partial(compile_backward, *arguments)
 
 
@@ -537,35 +594,50 @@ def selected_backward(
     block_size: int,
     scale: float,
     causal: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`nsa.fused.kernel_calls.selected_backward`."""
     total, heads, head_dim = q.shape
     kv_heads, head_dim_v = v.shape[1:]
-    group = heads // kv_heads
-    # The q, dout and sums of dq of a chunk stay in L2. Without partial results, one wave is enough.
-    chunk = choose_chunk_tokens(
-        total, group, len(blocks.first), block_indices.shape[2], 6 * head_dim + 2 * head_dim_v
-    )
-    units = kv_heads * -(-total // chunk)
-    index = invert_index(
-        block_indices, blocks, block_size, causal, chunk, units, item_tokens(group)
-    )
-    shapes = (q.shape, k.shape, v.shape)
+    group, slots = heads // kv_heads, block_indices.shape[2]
+    # The q and dout of a chunk stay in L2.
+    chunk = choose_chunk_tokens(total, group, len(blocks.first), slots, 2 * (head_dim + head_dim_v))
+    # Each unit has a list of items of its own.
+    index = invert_index(block_indices, blocks, block_size, causal, chunk, 1, item_tokens(group))
+    tiles = key_tiles(head_dim, head_dim_v, block_size)
+    unit_bytes = chunk * partial_gradient_bytes(slots, group, head_dim, tiles)
+    wave_units = min(index.units, units_of_gradient_wave(unit_bytes))
+    turns = None
+    if deterministic:
+        wave_units = min(wave_units, kv_heads)
+        tokens, position = order_pairs(block_indices, blocks, chunk)
+        index = replace(index, tokens=tokens, position=position)
+        items = index.num_items.numel() * index.items.shape[1]
+        turns = torch.zeros(items * tiles, dtype=torch.int32, device=q.device)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    shapes = (k.shape, v.shape)
     sizes = [math.prod(shape) for shape in shapes]
     sums = torch.zeros(sum(sizes), dtype=torch.float32, device=q.device).split(sizes)
     rows = [flat_rows(x) for x in (q, k, v, dout)]
     (q, q_stride), (k, k_stride), (v, v_stride), (dout, do_stride) = rows
     lse_log2, delta = (x.contiguous().view(-1) for x in statistics)
-    waves, wave_items, _ = index.items.shape
-    unit_pairs = index.chunk_tokens * index.slots
+    form = (q.dtype, head_dim, head_dim_v, group, block_size, causal, deterministic)
+    backward, part = compile_backward(*form), SelectedBackward(*form).dq_columns
+    add = compile_add(q.dtype, head_dim, part, group, slots, tiles)
+    unit_pairs = chunk * slots
+    wave_pairs = wave_units * unit_pairs
+    partials = new_partials(wave_pairs * tiles * group, head_dim, part, q.device)
     listed = (index.tokens, index.items.view(-1), index.num_items)
-    compile_backward(q.dtype, head_dim, head_dim_v, group, block_size, causal)(
-        _Tensors(q, k, v, dout, lse_log2, delta, *listed, *sums),
-        _Strides(q_stride, k_stride, v_stride, do_stride),
-        _Sizes(kv_heads, wave_items, unit_pairs, index.chunks, index.chunk_tokens),
-        *(waves, scale * LOG2_E),
-    )
-    return tuple(
+    tensors = _Tensors(q, k, v, dout, lse_log2, delta, *listed, partials, *sums, turns)
+    strides = _Strides(q_stride, k_stride, v_stride, do_stride)
+    for first in range(0, index.units, wave_units):
+        units = min(wave_units, index.units - first)
+        unit_sizes = _Sizes(kv_heads, first, index.items.shape[1], unit_pairs, chunk, wave_pairs)
+        backward(tensors, strides, unit_sizes, units, scale * LOG2_E)
+        add_sizes = AddSizes(first * unit_pairs, wave_pairs, first, units, chunk, total, kv_heads)
+        add(partials, index.position.view(-1), dq.view(-1), add_sizes, scale)
+    dk, dv = (
         convert_sums(x, shape, q.dtype, factor)
-        for x, shape, factor in zip(sums, shapes, (scale, scale, 1.0), strict=True)
+        for x, shape, factor in zip(sums, shapes, (scale, 1.0), strict=True)
     )
+    return dq, dk, dv

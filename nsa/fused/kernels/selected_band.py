@@ -122,7 +122,6 @@ class WaveSizes(NamedTuple):
     wave_start: Int32
     first_unit: Int32
     units: Int32 | None
-    chunks: Int32
     chunk_tokens: Int32
     num_tokens: Int32
     kv_heads: Int32
@@ -231,8 +230,8 @@ class BandForward:
         tidx = cta_tidx % WARPGROUP
         share, unit, _ = cute.arch.block_idx()
         unit += sizes.first_unit
-        kv_head = unit // sizes.chunks
-        start = unit % sizes.chunks * sizes.chunk_tokens
+        kv_head = unit % kv_heads
+        start = unit // kv_heads * sizes.chunk_tokens
         end = cutlass.min(start + sizes.chunk_tokens, sizes.num_tokens)
         # Runs are numbered as tokens are: from the one of the chunk's first token on. A graph's
         # sequences, which nothing checks, may end before it; it then has none.
@@ -609,7 +608,7 @@ def fake_results(dtype: type[cutlass.Numeric]) -> tuple[Results, WaveSizes]:
         *(fake_flat(dtype), fake_flat(Float32, alignment=4), fake_flat(Int32)),
         *(fake_flat(dtype), fake_flat(Float32, alignment=4)),
     )
-    return results, WaveSizes(*(Int32(1) for _ in range(7)))
+    return results, WaveSizes(*(Int32(1) for _ in range(6)))
 
 
 # Head dimensions of queries and values, and query heads of a KV head, that are compiled as a test.

@@ -29,7 +29,7 @@ from cutlass.utils import LayoutEnum
 from torch import Tensor
 
 from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARPGROUP
-from nsa.fused.kernel_inputs import TokenBlocks, choose_chunk_tokens, units_of_wave
+from nsa.fused.kernel_inputs import TokenBlocks
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
     load_values,
@@ -82,6 +82,10 @@ from nsa.fused.kernels.vectors import (
     load_shared,
     store_vector,
 )
+from nsa.fused.waves import (
+    choose_chunk_tokens,
+    units_of_wave,
+)
 
 _COMBINE_THREADS = 128
 # Partial results that a thread of the combination loads together.
@@ -110,7 +114,7 @@ class _Sizes(NamedTuple):
     wave_items: Int32
     wave_start: Int32
     unit_pairs: Int32
-    chunks: Int32
+    kv_heads: Int32
 
 
 class SelectedForward:
@@ -182,7 +186,7 @@ class SelectedForward:
             field = (Int64(sizes.wave) * sizes.wave_items + bidx) * ITEM_FIELDS
             begin, count = mItems[field], mItems[field + 1]
             first, keys, first_row = mItems[field + 2], mItems[field + 3], mItems[field + 4]
-            kv_head = begin // sizes.unit_pairs // sizes.chunks
+            kv_head = begin // sizes.unit_pairs % sizes.kv_heads
 
             smem = cutlass.utils.SmemAllocator()
             sQ, sK, sV = (
@@ -354,7 +358,8 @@ class CombinePartials:
         thread = bidx % tiles * _COMBINE_THREADS + tidx
         row, column = thread // self.lanes, thread % self.lanes * VECTOR
         local, head = row // self.group, row % self.group
-        kv_head, token = unit // sizes.chunks, unit % sizes.chunks * chunk_tokens + local
+        kv_head = unit % sizes.kv_heads
+        token = unit // sizes.kv_heads * chunk_tokens + local
         # All threads of a warp take the same branches, also those with nothing to do.
         wanted = local < chunk_tokens and token < num_tokens
         if unit < sizes.first_unit + sizes.units:
@@ -529,9 +534,9 @@ def selected_forward(
     for wave in range(waves):
         first_unit = wave * index.wave_units
         wave_start = first_unit * unit_pairs
-        sizes = _Sizes(wave, wave_items, wave_start, unit_pairs, index.chunks)
+        sizes = _Sizes(wave, wave_items, wave_start, unit_pairs, kv_heads)
         forward(tensors, strides, sizes, scale_log2)
         units = min(index.wave_units, index.units - first_unit)
-        chunks = (index.chunks, index.chunk_tokens)
-        combine(results, WaveSizes(wave_start, first_unit, units, *chunks, total, kv_heads))
+        places = (wave_start, first_unit, units, index.chunk_tokens)
+        combine(results, WaveSizes(*places, total, kv_heads))
     return out, lse

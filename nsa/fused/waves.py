@@ -1,0 +1,50 @@
+"""How much of token mode's selected branch is done at a time: chunks of tokens, waves of units.
+
+A unit is a KV head and a chunk of tokens. See :mod:`nsa.fused.kernels.inverted_index`.
+"""
+
+from nsa.fused.hardware import WGMMA_ROWS
+
+WORKSPACE_BYTES = 9 << 28
+"""The most bytes of partial results in a wave: of two chunks of 4,096 tokens with 64 heads of 128
+channels and 16 blocks. 2 GiB would leave an eighth of them to a second wave."""
+
+
+GRADIENT_BYTES = 9 << 27
+"""The most bytes of partial gradients of queries in a wave: of 8 chunks of 2,048 tokens with 16
+heads of 128 channels and 16 blocks."""
+
+
+def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_bytes: int) -> int:
+    """Tokens of a chunk, a power of two. The queries of a KV head and chunk take about 16 MiB of
+    L2, beside data that streams through. More if a block's keys would serve too few tokens."""
+    fits = (16 << 20) // (group * row_bytes)
+    enough = 16 * blocks // slots
+    return 1 << min(max(fits, enough, 64) - 1, max(total - 1, 63)).bit_length()
+
+
+def units_of_wave(chunk_tokens: int, slots: int, group: int, head_dim_v: int) -> int:
+    """Units in a wave: as many as have partial results that fit the workspace."""
+    pair_bytes = group * (2 * head_dim_v + 4)
+    return max(1, WORKSPACE_BYTES // (chunk_tokens * slots * pair_bytes))
+
+
+def has_wide_rows(head_dim: int, head_dim_v: int) -> bool:
+    """Whether dK and dV of 64 keys do not fit the registers of a warpgroup."""
+    return head_dim + head_dim_v > 320
+
+
+def key_tiles(head_dim: int, head_dim_v: int, block_size: int) -> int:
+    """How many CTAs of the backward share a block. Each has partial gradients of the queries."""
+    return 2 if block_size > WGMMA_ROWS and has_wide_rows(head_dim, head_dim_v) else 1
+
+
+def partial_gradient_bytes(slots: int, group: int, head_dim: int, tiles: int) -> int:
+    """Bytes, at most, of the partial gradients of a token's queries of one KV head: 2 a channel,
+    and 4 a part of 32 channels or more."""
+    return slots * tiles * group * (2 * head_dim + head_dim // 8)
+
+
+def units_of_gradient_wave(unit_bytes: int) -> int:
+    """Units in a wave of the backward, of so many bytes of partial gradients each."""
+    return max(1, GRADIENT_BYTES // unit_bytes)
