@@ -43,6 +43,7 @@ def forward(
     cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
+    deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Native Sparse Attention: gated sum of compressed, selected and window attention.
@@ -62,8 +63,9 @@ def forward(
     masked values by 0 instead of skipping them, so a NaN or infinity reaches other tokens of its
     sequence and the end of the packed sequence before it.
 
-    The fused backend adds gradients in any order, so their last bits differ from run to run. It
-    supports first derivatives only; the reference also supports higher ones.
+    Outputs and selected blocks have the same bits each time on a device. Gradients do too if
+    ``deterministic``; otherwise they are added in any order, and their last bits differ from run to
+    run. The fused backend supports first derivatives only; the reference also supports higher ones.
 
     PyTorch's float32 matmul precision, which may be TF32, applies to the reference and to the
     compress weights; 16-bit inputs lose nothing by it. Selection in the fused backend ignores it.
@@ -124,6 +126,10 @@ def forward(
             needs more. It changes the result by rounding only. The reference ignores it.
         recompute_window: keep no result of the window branch for backward, which computes it again.
             It is the branch that is computed fastest. The reference ignores this.
+        deterministic: give the same bits each time on a device, in every gradient too. Backward
+            then takes somewhat longer. None: as ``torch.use_deterministic_algorithms`` says when
+            this is called. The reference on a GPU needs that; in tile mode the fused backend needs
+            ``D`` and ``Dv`` of at most 128 for it.
         backend: ``"reference"``, ``"fused"``, or ``"auto"``: fused if it can do this, else
             reference, with the reason logged once.
 
@@ -153,6 +159,7 @@ def forward(
         cache=cache,
         max_workspace_bytes=max_workspace_bytes,
         recompute_window=recompute_window,
+        deterministic=deterministic,
     )
     given = block_indices is not None
     limit = partial(_limit_of_forward, call, cache, given)
@@ -172,6 +179,7 @@ def forward(
         cache=cache,
         max_workspace_bytes=max_workspace_bytes,
         recompute_window=recompute_window,
+        deterministic=call.deterministic,
     )
 
 
@@ -267,6 +275,7 @@ def explain_backend(
     cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
+    deterministic: bool | None = None,
     backend: str = "auto",
 ) -> str:
     """Which backend :func:`forward` would use for these arguments, and why not the other.
@@ -292,6 +301,7 @@ def explain_backend(
         cache=cache,
         max_workspace_bytes=max_workspace_bytes,
         recompute_window=recompute_window,
+        deterministic=deterministic,
     )
     limit = _limit_of_forward(call, cache, block_indices is not None)
     name = _choose(_check_backend(backend), limit)
@@ -328,6 +338,14 @@ class _Call(NamedTuple):
     compress_v_weight: Tensor | None
     compressed_kv: tuple[Tensor, Tensor] | None
     boundaries: Boundaries | None
+    deterministic: bool
+
+    @property
+    def needs_gradients(self) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        floats = (self.q, *self.k, *self.v, *self[4:8], *(self.compressed_kv or ()))
+        return any(x is not None and x.requires_grad for x in floats)
 
 
 def _check_call(
@@ -349,6 +367,7 @@ def _check_call(
     cache,
     max_workspace_bytes,
     recompute_window,
+    deterministic,
 ) -> _Call:
     """Check the arguments of :func:`forward`, and cast them to one dtype under autocast."""
     config = validation.check_config(config) if cache is None else cache_config(cache, config)
@@ -388,6 +407,7 @@ def _check_call(
         compress_v_weight=compress_v_weight,
         compressed_kv=compressed_kv,
         boundaries=boundaries,
+        deterministic=validation.check_deterministic(deterministic),
     )
 
 
@@ -411,10 +431,13 @@ def _limit_of_forward(call: _Call, cache: Cache | None, given: bool) -> str | No
 
     ``given`` is whether the caller gives ``block_indices``.
     """
-    if cache is None:
-        return _limit_without_cache(call.q, call.v[0], call.config)
-    from nsa.fused.constraints import cache_limit
+    from nsa.fused.constraints import cache_limit, deterministic_limit
 
+    if cache is None:
+        limit = _limit_without_cache(call.q, call.v[0], call.config)
+        if limit is None and call.deterministic and call.needs_gradients:
+            return deterministic_limit(call.q, call.v[0], call.config)
+        return limit
     return cache_limit(call.q, cache, call.boundaries, given)
 
 

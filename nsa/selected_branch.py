@@ -35,6 +35,7 @@ def selected_attention(
     page_table: Tensor | None = None,
     seqused_k: Tensor | None = None,
     return_lse: bool = True,
+    deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each query over the keys of the blocks that the caller lists for it.
@@ -59,8 +60,8 @@ def selected_attention(
     all sequences are copied out of their pages first: each is read and written once, and the host
     reads the lengths.
 
-    The fused backend has first derivatives only, adds gradients in any order, and multiplies masked
-    values by 0 instead of skipping them; see :func:`nsa.forward`.
+    The fused backend has first derivatives only, and multiplies masked values by 0 instead of
+    skipping them; see :func:`nsa.forward`.
 
     Args:
         q: ``(B, Nq, H, D)``, or packed ``(T, H, D)`` with ``cu_seqlens``; float16, bfloat16,
@@ -91,6 +92,7 @@ def selected_attention(
             queries included. The host waits for both once, except while torch.compile traces or a
             CUDA graph is captured; then they must be right.
         return_lse: whether to return the log-sum-exp too.
+        deterministic: give the same bits each time, in gradients too; as in :func:`nsa.forward`.
         backend: ``"reference"``, ``"fused"``, or ``"auto"``: fused if it can do this, else
             reference, with the reason logged once.
 
@@ -106,6 +108,7 @@ def selected_attention(
         UnsupportedError: ``backend="fused"`` cannot do this; the message names the limit.
     """
     config = _check_options(block_size, causal, scale, return_lse)
+    deterministic = validation.check_deterministic(deterministic)
     q, k, v = autocast_tensors(q, k, v)
     if page_table is not None or seqused_k is not None:
         if page_table is None or seqused_k is None:
@@ -136,6 +139,7 @@ def selected_attention(
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         boundaries=boundaries,
         return_lse=return_lse,
+        deterministic=deterministic,
     )
 
 

@@ -223,6 +223,15 @@ def check_flag(name: str, value) -> bool:
     return value
 
 
+def check_deterministic(value) -> bool:
+    """``deterministic`` of a public function: None is what PyTorch is set to."""
+    if value is None:
+        return torch.are_deterministic_algorithms_enabled()
+    if not isinstance(value, bool):
+        raise TypeError(f"deterministic must be a bool or None, got {value!r}")
+    return value
+
+
 WIDE_SELECTION = 1 << 16
 """Slots that a row of selected blocks may have even if all of them stay empty."""
 

@@ -91,6 +91,7 @@ def _run(
         block_indices=_in_form(chunk.of_indices(block_indices, one, call.config), one),
         max_workspace_bytes=call.max_workspace_bytes,
         recompute_window=call.recompute_window,
+        deterministic=call.deterministic,
         **extra,
     )
     # squeeze, because the derivative of out[0] first fills a tensor with zeros.

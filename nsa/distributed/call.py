@@ -31,7 +31,7 @@ class Call(NamedTuple):
         config: block sizes and rules.
         branches: for ``(k_slc, k_win, v_slc, v_win)``, which of the given keys and values it is.
         max_workspace_bytes: the limit of each chunk's workspace.
-        recompute_window: as in :func:`nsa.forward`.
+        recompute_window, deterministic: as in :func:`nsa.forward`.
     """
 
     layout: Layout
@@ -41,6 +41,7 @@ class Call(NamedTuple):
     branches: tuple[int, ...]
     max_workspace_bytes: int
     recompute_window: bool
+    deterministic: bool
 
 
 class Inputs(NamedTuple):

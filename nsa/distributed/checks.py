@@ -139,6 +139,7 @@ def _check(
     max_seqlen=None,
     max_workspace_bytes=None,
     recompute_window=False,
+    deterministic=None,
     backend="auto",
 ) -> Part:
     check_order(order)
@@ -163,6 +164,7 @@ def _check(
     _check_block_indices(block_indices, layout, q, problem)
     validation.check_max_workspace_bytes(max_workspace_bytes)
     validation.check_flag("recompute_window", recompute_window)
+    validation.check_deterministic(deterministic)
     module = _choose_backend(backend, q, k if v is None else v, layout)
     return Part(
         q, k, v, gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv,

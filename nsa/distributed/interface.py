@@ -17,6 +17,7 @@ from nsa.distributed.compression import compress_own, gather_blocks
 from nsa.distributed.order import check_order
 from nsa.distributed.sharding import Mesh
 from nsa.packing import Packing
+from nsa.validation import check_deterministic
 
 
 @torch.compiler.disable(reason="nsa.distributed compares the arguments of ranks on the host")
@@ -38,6 +39,7 @@ def forward(
     max_seqlen: int | None = None,
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
+    deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """:func:`nsa.forward` of sequences that the ranks of ``mesh`` hold parts of.
@@ -76,6 +78,8 @@ def forward(
             gathered together, and by default without limit: free memory, which may differ from rank
             to rank, is never asked for.
         recompute_window, backend: as in :func:`nsa.forward`.
+        deterministic: as in :func:`nsa.forward`. Sums over ranks are as NCCL adds them, in a fixed
+            order on the same ranks.
 
     Returns:
         The output of own tokens, in the form of ``q``.
@@ -91,7 +95,7 @@ def forward(
         compress_k_weight=compress_k_weight, compress_v_weight=compress_v_weight,
         compressed_kv=compressed_kv, block_indices=block_indices, cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen, max_workspace_bytes=max_workspace_bytes,
-        recompute_window=recompute_window, backend=backend,
+        recompute_window=recompute_window, deterministic=deterministic, backend=backend,
     )  # fmt: skip
     if group.size() == 1:
         check_order(order)
@@ -161,6 +165,7 @@ def attend_part(
     call = Call(
         part.layout, group, part.backend, part.config, branches,
         arguments.get("max_workspace_bytes") or NO_LIMIT, arguments.get("recompute_window", False),
+        check_deterministic(arguments.get("deterministic")),
     )  # fmt: skip
     out = attend(call, _flat_indices(part), inputs)
     return out.reshape(*part.q.shape[:-1], out.shape[-1])

@@ -15,6 +15,7 @@ from nsa.precision import without_autocast
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
 from nsa.reference.cached import attend_cached, select_cached
 from nsa.reference.compression import compress
+from nsa.reference.determinism import check_deterministic_device
 from nsa.reference.gating import combine_branches
 from nsa.reference.selection import select_blocks as _select_blocks
 from nsa.reference.selection import select_groups
@@ -41,11 +42,13 @@ def forward(
     segments: QuerySegments | None = None,
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
+    deterministic: bool = False,
 ) -> Tensor:
     """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch.
 
     ``segments`` says where queries stand that are not the last ones of their sequences.
     """
+    check_deterministic_device(deterministic, q)
     with without_autocast(q.device):
         inputs = _flatten(q), _flatten_branches(k), _flatten_branches(v)
         weights: dict[str, Any] = dict(

@@ -9,6 +9,7 @@ from nsa.geometry import Geometry
 from nsa.packing import Boundaries
 from nsa.precision import without_autocast
 from nsa.reference import attention
+from nsa.reference.determinism import check_deterministic_device
 
 
 @torch.compiler.disable(reason="nsa's reference reads lengths on the host")
@@ -23,8 +24,10 @@ def selected_attention(
     scale: float,
     boundaries: Boundaries | None,
     return_lse: bool,
+    deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`nsa.selected_attention`. Arguments are checked."""
+    check_deterministic_device(deterministic, q)
     config = NSAConfig(
         selection="token",
         compress_block_size=block_size,

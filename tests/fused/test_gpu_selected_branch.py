@@ -61,13 +61,15 @@ def form_id(form: Form) -> str:
     return f"D{dims}-G{form.group}-{form.block_size}x{form.slots}"
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=form_id)
-def test_results_and_gradients(form):
+def test_results_and_gradients(form, deterministic):
     problem = gpu_problem(form)
     exact = results(problem.to(torch.float64), SelectedProblem.dense)
     same_dtype = results(problem, lambda x: x.attend(backend="reference"))
     with poisoned_memory():
-        actual = results(problem, lambda x: x.attend(backend="fused"))
+        options = dict(deterministic=deterministic, backend="fused")
+        actual = results(problem, lambda x: x.attend(**options))
     seen = exact[1] > -torch.inf
     assert torch.equal(actual[1] > -torch.inf, seen)
     actual[1], same_dtype[1], exact[1] = (x[1][seen] for x in (actual, same_dtype, exact))

@@ -269,10 +269,16 @@ def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
     return groups if cu_seqlens is None else groups[: plan.geometry.tiles.offsets[-1]]
 
 
-def run(backend: str, arguments: dict, config: nsa.NSAConfig, dout: Tensor) -> dict[str, Tensor]:
+def run(
+    backend: str,
+    arguments: dict,
+    config: nsa.NSAConfig,
+    dout: Tensor,
+    deterministic: bool = False,
+) -> dict[str, Tensor]:
     """Output and every gradient, by name."""
     named = leaves(arguments)
-    out = nsa.forward(**arguments, config=config, backend=backend)
+    out = nsa.forward(**arguments, config=config, deterministic=deterministic, backend=backend)
     grads = torch.autograd.grad(out, list(named.values()), dout.to(out.dtype), allow_unused=True)
     zero = (torch.zeros_like(x) for x in named.values())
     results = {"out": out.detach()}
@@ -319,11 +325,14 @@ def check_nothing_is_left_unwritten(case: Case) -> None:
     arguments = make_tensors(case)
     dout = torch.randn_like(arguments["q"])
     clean = run("fused", arguments, case.config, dout)
-    with poisoned_memory():
-        poisoned = run("fused", arguments, case.config, dout)
-    assert torch.equal(clean["out"], poisoned["out"])
-    for name, x in poisoned.items():
-        assert x.isfinite().all(), name
+    q, v = arguments["q"], _first(arguments["v"])
+    limited = constraints.deterministic_limit(q, v, case.config) is not None
+    for deterministic in (False,) if limited else (False, True):
+        with poisoned_memory():
+            poisoned = run("fused", arguments, case.config, dout, deterministic)
+        assert torch.equal(clean["out"], poisoned["out"])
+        for name, x in poisoned.items():
+            assert x.isfinite().all(), name
 
 
 def assert_equal_but_for_rounding(actual: Tensor, expected: Tensor) -> None:
