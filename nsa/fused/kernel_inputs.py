@@ -163,7 +163,7 @@ class FewKeys(NamedTuple):
 
     Attributes:
         query: row of q, -1 for none.
-        first: row of k of the first key.
+        first: row of k of the first key; 0 for none, because kernels read it all the same.
         keys: how many keys, at least 1.
     """
 

@@ -199,7 +199,8 @@ class Plan:
         count = self.geometry.num_visible(position, owner, visibility)
         real = (local >= 0) & (local < rows.count[segment]) & (count > 1)
         query = torch.where(real, rows.offset[segment] + local, -1)
-        first = compressed.offset[owner].expand_as(query)
+        # A sequence without blocks may start behind the last row of k.
+        first = torch.where(real, compressed.offset[owner], 0)
         return FewKeys(
             query=over_batch(query.flatten(), self.batch, rows.total),
             first=over_batch(first.flatten(), self.batch, compressed.total),

@@ -54,6 +54,17 @@ def test_they_are_found(shape, visibility):
     assert (few.keys >= 1).all()
 
 
+@pytest.mark.usefixtures("fused_on_cpu")
+@pytest.mark.parametrize("lengths", [[128, 0], [0, 64, 0, 0]])
+def test_keys_of_rows_that_are_none_can_be_read(lengths):
+    """The last sequences have no block, and start behind the last row of k."""
+    plan = plan_of(nsa.NSAConfig(scale=1.0), lengths=lengths, key_lengths=lengths)
+    few, rows = plan.few_keys, plan.geometry.compressed.total
+    assert plan.compressed_bounds[len(lengths) - 1] == rows
+    assert (few.query[-3 * 64 :] < 0).all()
+    assert (few.first + few.keys <= rows).all()
+
+
 def test_without_a_causal_mask_there_are_none():
     config = nsa.NSAConfig.paper(causal=False, scale=1.0)
     assert plan_of(config, **SHAPES["batch"]).few_keys is None

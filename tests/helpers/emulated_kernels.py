@@ -101,11 +101,12 @@ def few_key_deltas(dout, q, k, v, statistics, few, scale, statistics_placement, 
     k, v = (x.flatten(0, -3).to(dtype).repeat_interleave(group, 1) for x in (k, v))
     places = _vectors(statistics_placement, q)
     for query, first, count in zip(*map(Tensor.tolist, few), strict=True):
+        # The kernel reads the keys of a row that is none, too.
+        assert 0 <= first < first + count <= len(k)
         if query < 0:
             continue
         assert 2 <= count <= MOST_FEW_KEYS
         keys, at = slice(first, first + count), places[query]
-        assert keys.stop <= len(k)
         scores = torch.einsum("hd,khd->hk", q[query], k[keys]) * scale
         weights = (scores * LOG2_E - lse_log2.view(-1)[at, None]).exp2()
         total = weights.sum(-1)
