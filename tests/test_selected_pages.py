@@ -181,8 +181,10 @@ def bad_calls():
         ),
         "flat pools": case(r"k must have shape \(pages, page_size, H_kv, channels\).*got \(.*64\)",
                            k=pages["k"][0]),
-        "other heads": case("must divide the 6 heads of q", k=pages["k"].expand(-1, -1, 8, -1)
+        "other heads": case("that divides the 6 heads of q", k=pages["k"].expand(-1, -1, 8, -1)
                             if pages["k"].shape[2] == 1 else pages["k"].repeat(1, 1, 2, 1)),
+        "no sequence": case(r"page_table must have .* with sizes of at least 1, got \(0, ",
+                            page_table=table[:0]),
         "v of other pages": case("v must have shape", v=pages["v"][1:]),
         "v of another dtype": case("v must have the dtype of q", TypeError, v=pages["v"].float()),
         "lengths too short": case(

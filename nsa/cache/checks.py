@@ -55,7 +55,8 @@ def check_pages(k_pages, v_pages, k_cmp_pages, v_cmp_pages, config: NSAConfig):
         check_dtype(f"dtype of {name}", pool.dtype)
         if pool.ndim != 4 or 0 in pool.shape:
             raise ValueError(
-                f"{name} must have shape (pages, slots, H_kv, channels), got {tuple(pool.shape)}"
+                f"{name} must have shape (pages, slots, H_kv, channels) with sizes of at least 1, "
+                f"got {tuple(pool.shape)}"
             )
         if (pool.dtype, pool.device) != (k_pages.dtype, k_pages.device):
             raise ValueError(
@@ -84,7 +85,9 @@ def check_table(page_table, lengths, device: torch.device, name_of_lengths: str 
             raise TypeError(f"{name} must have dtype torch.int32, got {x.dtype}")
         if x.ndim != rank or 0 in x.shape:
             form = "(B, max_pages)" if rank == 2 else "(B,)"
-            raise ValueError(f"{name} must have shape {form}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have shape {form} with sizes of at least 1, got {tuple(x.shape)}"
+            )
         if x.device != device:
             raise ValueError(f"{name} must be on the device of the pages, {device}, got {x.device}")
     if lengths.shape[0] != page_table.shape[0]:

@@ -57,8 +57,9 @@ def check_paged_qkv(q, pages: PagedKeys, config: NSAConfig, cu_seqlens) -> Probl
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.ndim != 4 or 0 in x.shape or problem.num_heads % x.shape[2]:
             raise ValueError(
-                f"{name} must have shape (pages, page_size, H_kv, channels) with page_table, and "
-                f"H_kv must divide the {problem.num_heads} heads of q, got {tuple(x.shape)}"
+                f"{name} must have shape (pages, page_size, H_kv, channels) with page_table, with "
+                f"sizes of at least 1 and an H_kv that divides the {problem.num_heads} heads of q, "
+                f"got {tuple(x.shape)}"
             )
         channels = x.shape[3] if dim is None else dim
         check_tensor(name, x, q, (*pages.k.shape[:3], channels))

@@ -103,7 +103,8 @@ class CoreAttention(GatedAttention):
             query: ``(s, b, H, D)``, or packed ``(t, H, D)`` with ``packed_seq_params``.
             key: ``(s, b, H_kv, D)`` or ``(t, H_kv, D)``.
             value: ``(s, b, H_kv, Dv)`` or ``(t, H_kv, Dv)``.
-            attention_mask: not read with a causal mask type; else None.
+            attention_mask: not read with the mask type ``causal`` or ``packed_seq_params``; else
+                None.
             attn_mask_type: Megatron's ``AttnMaskType``; causal or not as ``nsa_config`` is.
             attention_bias: must be None.
             packed_seq_params: Megatron's ``PackedSeqParams`` with ``qkv_format="thd"``. Where

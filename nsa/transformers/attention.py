@@ -1,6 +1,6 @@
 """The attention function of ``attn_implementation="nsa"``."""
 
-from collections.abc import Hashable
+import json
 from functools import lru_cache
 from typing import Any
 
@@ -162,18 +162,25 @@ def _nsa_config(module: nn.Module, scaling: float | None) -> NSAConfig:
             f"config.nsa must be a dict of the fields of NSAConfig, got {type(fields).__name__}; "
             "dataclasses.asdict makes one"
         )
-    return _kept_config(tuple(sorted(fields.items())), scaling)
+    return _kept_config(tuple(fields.items()), scaling)
 
 
 @torch.compiler.assume_constant_result
-def _kept_config(fields: tuple[tuple[str, Hashable], ...], scaling: float | None) -> NSAConfig:
-    return _make_config(fields, scaling)
+def _kept_config(fields: tuple[tuple[str, Any], ...], scaling: float | None) -> NSAConfig:
+    # Text tells 512 from 512.0 and 1 from True, which are equal keys of a cache.
+    return _make_config(json.dumps(dict(fields), default=_refuse), scaling)
 
 
 @lru_cache(maxsize=64)
-def _make_config(fields: tuple[tuple[str, Hashable], ...], scaling: float | None) -> NSAConfig:
-    given: dict[str, Any] = dict(fields)
+def _make_config(encoded: str, scaling: float | None) -> NSAConfig:
+    given: dict[str, Any] = json.loads(encoded)
     own = given.get("scale")
     if own is not None and scaling is not None and own != scaling:
         raise ValueError(f"scale in config.nsa must be that of the model, {scaling}, got {own}")
     return NSAConfig(**(given | {"scale": scaling if own is None else own}))
+
+
+def _refuse(value: object):
+    raise TypeError(
+        f"config.nsa must have values that JSON has, for save_pretrained; got {value!r}"
+    )

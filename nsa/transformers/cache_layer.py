@@ -202,7 +202,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):
             self.cache.reorder(beam_idx.to(self.cache.device))
 
     def batch_repeat_interleave(self, repeats: int):
-        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+        rows = torch.arange(self.batch_size, device="cpu")
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor):
         if self.cache is not None:

@@ -103,7 +103,7 @@ class Sequences:
         batch, length = q.shape[:2]
         bounds = kept = None
         if cu_seqlens is not None:
-            bounds = cu_seqlens.to(device=q.device, dtype=torch.int32)
+            bounds = self._given_bounds(cu_seqlens).to(q.device)
         elif self.padding is not None:
             kept = self.padding.flatten().nonzero()[:, 0]
             bounds = self._bounds_without_padding(self.padding, kept, position_ids)
@@ -125,17 +125,32 @@ class Sequences:
             )
         return Rows(kept, None if bounds is None else Packing(bounds))
 
+    def _given_bounds(self, cu_seqlens: Tensor) -> Tensor:
+        """The caller's boundaries in int32."""
+        if self.padding is not None:
+            raise UnsupportedError(
+                "cu_seq_lens_q cannot be given with padding: leave it or attention_mask out"
+            )
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            kind = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
+            raise TypeError(f"cu_seq_lens_q must be an int32 or int64 tensor, got {kind}")
+        return cu_seqlens.int()
+
     def _bounds_without_padding(
         self, padding: Tensor, kept: Tensor, position_ids: Tensor | None
     ) -> Tensor:
-        """Boundaries of the tokens in ``kept``: of rows, and where positions do not grow."""
+        """Boundaries of the tokens in ``kept``: of rows, and where positions do not grow.
+
+        After padding only position 0 starts a sequence: ``generate()`` counts on from the last
+        padding, which has position 0, after prompts that are padded on the right.
+        """
         bounds = _row_bounds(padding)
         if position_ids is None:
             return bounds
         positions = position_ids.expand(padding.shape).flatten()[kept]
         # Row starts are in both; an empty row's is there twice.
-        starts = (positions.diff() <= 0).nonzero()[:, 0] + 1
-        both = torch.cat((bounds, starts)).unique().int()
+        starts = (positions.diff() <= 0) & ((kept.diff() == 1) | (positions[1:] == 0))
+        both = torch.cat((bounds, starts.nonzero()[:, 0] + 1)).unique().int()
         if len(both) <= len(bounds.unique()):
             return bounds
         self.has_packs = True

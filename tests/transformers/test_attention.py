@@ -106,6 +106,18 @@ def test_boundaries_that_the_caller_knows_are_sequences():
     torch.testing.assert_close(out, logits(model, ids, position_ids=positions))
 
 
+def test_wrong_boundaries_are_refused():
+    model, ids = make(model_config()), tokens(2)
+    bounds = torch.tensor([0, LENGTH, 2 * LENGTH])
+    for wrong, kind in ((bounds.tolist(), "list"), (bounds.float(), r"torch\.float32")):
+        with pytest.raises(TypeError, match=f"cu_seq_lens_q must be an int32 .* got {kind}"):
+            logits(model, ids, cu_seq_lens_q=wrong)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with pytest.raises(nsa.UnsupportedError, match="cannot be given with padding"):
+        logits(model, ids, attention_mask=mask, cu_seq_lens_q=bounds)
+
+
 def test_sequences_are_located_once_in_a_call(monkeypatch):
     made = []
     packing = sequences.Packing
@@ -183,14 +195,16 @@ def test_generation_without_a_cache():
 
 @torch.no_grad()  # with gradients, a graph break makes PyTorch warn of its own doing
 def test_a_compiled_model_gives_the_same_logits():
-    """transformers then cannot tell packed sequences from others, and hands on a mask of both."""
+    """transformers then cannot tell packed sequences from others, and hands on a mask of both.
+
+    For others see the test of a compiled model that decodes.
+    """
     model, ids = make(model_config(num_hidden_layers=1)), tokens()
     compiled = torch.compile(model, backend="eager")
     positions = torch.cat([torch.arange(25), torch.arange(35)])[None]
-    for given in (None, positions):
-        torch.testing.assert_close(
-            logits(compiled, ids, position_ids=given), logits(model, ids, position_ids=given)
-        )
+    torch.testing.assert_close(
+        logits(compiled, ids, position_ids=positions), logits(model, ids, position_ids=positions)
+    )
 
 
 def test_without_an_entry_the_default_configuration_holds():
@@ -207,6 +221,9 @@ def test_without_an_entry_the_default_configuration_holds():
     [
         ({"window": 3}, TypeError, "unexpected keyword argument 'window'"),
         ({"window_size": 0}, ValueError, "window_size must be at least 1, got 0"),
+        ({"window_size": 20.0}, TypeError, r"window_size must be an int, got 20\.0"),
+        ({"window_size": [20]}, TypeError, r"window_size must be an int, got \[20\]"),
+        ({"window_size": torch.tensor(20)}, TypeError, r"values that JSON has.*got tensor\(20\)"),
         ({"scale": 0.3}, ValueError, r"scale in config\.nsa must be that of the model, 0\.25, got"),
         (CONFIGS["token"], TypeError, r"config\.nsa must be a dict .* got NSAConfig"),
         (
@@ -215,10 +232,12 @@ def test_without_an_entry_the_default_configuration_holds():
             r"causal in config\.nsa must be that of the model, True",
         ),
     ],
-    ids=["name", "value", "scale", "kind", "causal"],
+    ids=["name", "value", "float", "list", "tensor", "scale", "kind", "causal"],
 )
 def test_wrong_entries_are_refused(fields, error, message):
     model = make(model_config(fields={}))
+    model.config.nsa = {"window_size": 20}  # equal to some wrong ones
+    model(tokens())
     model.config.nsa = fields
     with pytest.raises(error, match=message):
         model(tokens())

@@ -75,6 +75,13 @@ def test_generation_equals_one_without_a_cache(name, padding, options, small_ste
     assert_same_generation(model, prompts(*padding), **options)
 
 
+@each_mode
+def test_prompts_padded_on_the_right_go_on_after_the_padding(name):
+    """transformers warns, and counts positions from the last padding on."""
+    given = {key: x.flip(1) for key, x in prompts(0, 4).items()}
+    assert_same_generation(make(model_config(fields=asdict(CONFIGS[name]))), given)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_families_generate_alike(kind):
     assert_same_generation(make(model_config(kind)), prompts(5, 0), num_beams=2)
@@ -214,7 +221,8 @@ def test_a_compiled_model_decodes():
 def test_rows_of_a_cache_are_repeated_selected_and_dropped(name):
     model, ids = make(model_config(fields=asdict(CONFIGS[name]))), tokens(2, 40)
     cache = model(ids[:, :30], use_cache=True).cache
-    cache.batch_repeat_interleave(2)
+    with torch.device("meta"):  # a default device of the user's
+        cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([True, False, True, True]))
     rows = torch.tensor([0, 1, 1])
     expected = logits(model, ids[rows])
