@@ -130,7 +130,7 @@ class CoreAttention(GatedAttention):
         return self.attend(query, key, value, cu_seqlens, max_seqlen).flatten(1)
 
     def _check_mask(self, mask_type, mask: Tensor | None, packed: bool):
-        name = mask_type.name
+        name = getattr(mask_type, "name", mask_type)
         wanted = _CAUSAL if self.nsa_config.causal else _NOT_CAUSAL
         if name not in wanted:
             raise UnsupportedError(

@@ -28,7 +28,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Sequences | None,
-    dropout: float = 0.0,
+    dropout: float | None = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -68,7 +68,7 @@ def attention(
     if sliding_window is not None:
         raise UnsupportedError(window_message(sliding_window))
     for name, given in (
-        ("dropout", dropout > 0),
+        ("dropout", dropout),
         ("softcap", softcap is not None),
         ("s_aux", s_aux is not None),
         *((name, kwargs.get(name) is not None) for name in _REFUSED),

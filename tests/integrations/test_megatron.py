@@ -146,6 +146,8 @@ def test_without_causal_order():
     torch.testing.assert_close(out, expected.transpose(0, 1).flatten(2))
     with pytest.raises(nsa.UnsupportedError, match=r"causal=False\), got causal"):
         make(config)(q, k, v, None)
+    with pytest.raises(nsa.UnsupportedError, match=r"causal=False\), got None"):
+        make(config, mask=None)(q, k, v, None)
 
 
 @pytest.mark.parametrize(

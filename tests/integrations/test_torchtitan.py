@@ -94,6 +94,8 @@ def test_what_cannot_be_done_is_refused():
         attention(q, k, v, attention_masks={})
     with pytest.raises(ValueError, match=r"scale must be None or that .* 0\.25, got 0\.3"):
         attention(q, k, v, scale=0.3)
+    with pytest.raises(TypeError, match="scale must be a float or None, got 'a'"):
+        attention(q, k, v, scale="a")
     scaled = InnerAttention(replace(CONFIGS["token"], scale=0.3))
     assert scaled(q, k, v, scale=0.3).isfinite().all()
     with pytest.raises(TypeError, match="num_heads must be an int, got None"):

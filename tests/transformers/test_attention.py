@@ -275,6 +275,12 @@ class _Bare(LlamaForCausalLM):
         self.model.layers = torch.nn.ModuleList()
 
 
+def test_models_without_dropout_may_say_none():
+    layer, x = make(model_config()).model.layers[0].self_attn, torch.randn(2, 4, LENGTH, 16)
+    out, _ = nsa_transformers.attention(layer, x, x[:, :2], x[:, :2], None, dropout=None)
+    assert out.isfinite().all()
+
+
 def test_masks_of_models_with_images_are_refused():
     """Their tokens see later ones; other overlays are refused unread."""
 
