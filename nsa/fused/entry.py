@@ -12,6 +12,7 @@ from nsa.config import NSAConfig
 from nsa.fused import decoding, ops, pipeline, prefill
 from nsa.fused.compressed_forms import num_compressed_bound
 from nsa.fused.constraints import deterministic_limit, kernel_head_dim
+from nsa.fused.kernel_inputs import multiplies_gates
 from nsa.fused.pipeline import Inputs
 from nsa.fused.plan import make_plan, with_scale
 from nsa.fused.schedule import make_schedule, run_forward
@@ -101,7 +102,7 @@ def forward(
     sizes = make_sizes(
         *(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen_k, config),
         **keys,
-        given_gates=inputs.gates is not None,
+        gated_gradients=multiplies_gates(q.dtype, inputs.gates, inputs.gate_proj_weight),
     )._replace(deterministic=deterministic)
     schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
     schedule = schedule._replace(recompute_window=recompute_window, deterministic=deterministic)

@@ -111,6 +111,6 @@ def output_gradient_bytes(sizes: Sizes) -> list[int]:
     """Bytes of the branches' output gradients that :func:`combine_branches_backward` writes."""
     placed = (not sizes.in_order, not sizes.in_order, False)
     return [
-        output if sizes.given_gates or is_placed else 0
+        output if sizes.gated_gradients or is_placed else 0
         for output, is_placed in zip(sizes.outputs(), placed, strict=True)
     ]

@@ -92,8 +92,8 @@ def gating_backward(
     ``dlogits`` contribute to the gradient of ``q``.
 
     The branches' gradients are ``g_i * dout``, but they are not written: the gate goes into the
-    log-sum-exp of the :class:`RowStatistics`, and ``delta_i = <dout, o_i>``. Gates that are given
-    may be 0 or less, so they have no logarithm. With them, branch gradients are written, the
+    log-sum-exp of the :class:`RowStatistics`, and ``delta_i = <dout, o_i>``. Where
+    :func:`nsa.fused.kernel_inputs.multiplies_gates` says so, branch gradients are written, the
     log-sum-exp has no gate, and ``delta_i`` is the product of the rounded gradient and ``o_i``.
 
     Args:
@@ -103,9 +103,9 @@ def gating_backward(
         statistics_placements: where each row and head lies in these.
 
     Returns:
-        douts: of each branch the gradient to pass to its backward: ``dout`` itself, or with
-            ``gates`` or a placement a new tensor in the shape of the branch's output. With a
-            placement it is 0 where no row lies.
+        douts: of each branch the gradient to pass to its backward: ``dout`` itself, or if gates
+            are multiplied or with a placement a new tensor in the shape of the branch's output.
+            With a placement it is 0 where no row lies.
         statistics: of each branch, in the shape of its log-sum-exp. Where no row lies, P is 0.
         dlogits: float32 ``(..., H, 3)``; None without ``weight``.
         dgates: ``(..., H, 3)`` in the dtype of ``gates``; None without these.

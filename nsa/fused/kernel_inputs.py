@@ -131,6 +131,16 @@ class Placement(NamedTuple):
     head_stride: int = 1
 
 
+def multiplies_gates(dtype: torch.dtype, gates: Tensor | None, weight: Tensor | None) -> bool:
+    """Whether each branch gets an output gradient of its own, times its gate.
+
+    Else the gate goes into the log-sum-exp. Gates that are given may be 0 or less, so they have no
+    logarithm. And in float16 probabilities times a small gate are denormal: with a gate of 0.01 and
+    16K keys, gradients of values then err by 2.5 % instead of 0.03 %.
+    """
+    return gates is not None or (weight is not None and dtype == torch.float16)
+
+
 def new_statistics(lse: Tensor, placement: Placement, written: int) -> RowStatistics:
     """Statistics like ``lse``, of which a kernel will write so many by ``placement``.
 

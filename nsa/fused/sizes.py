@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
         head_dim: the kernels' head dimension.
         itemsize: bytes of an element of ``q``.
         config: block sizes and counts.
-        given_gates: whether the caller gives the gates.
+        gated_gradients: see :func:`nsa.fused.kernel_inputs.multiplies_gates`.
         deterministic: whether gradients are added in a fixed order.
     """
 
@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
     head_dim: int
     itemsize: int
     config: NSAConfig
-    given_gates: bool = False
+    gated_gradients: bool = False
     deterministic: bool = False
 
     def of_heads(self, num_kv_heads: int) -> "Sizes":
@@ -270,12 +270,12 @@ def make_sizes(
     *,
     num_keys: int | None = None,
     cu_seqlens_k: Tensor | None = None,
-    given_gates: bool = False,
+    gated_gradients: bool = False,
 ) -> Sizes:
     """Sizes of a call for ``q (B, Nq, H, D)``, with ``B = 1`` for packed input.
 
     ``num_keys`` and ``cu_seqlens_k`` as in :func:`nsa.fused.plan.make_plan`; ``max_seqlen_k``
-    likewise. ``given_gates`` matters for memory alone.
+    likewise. ``gated_gradients`` matters for memory alone.
     """
     batch, length, num_heads, head_dim = q.shape
     num_keys = length if num_keys is None else num_keys
@@ -291,7 +291,7 @@ def make_sizes(
         head_dim=head_dim,
         itemsize=q.element_size(),
         config=config,
-        given_gates=given_gates,
+        gated_gradients=gated_gradients,
     )
 
 

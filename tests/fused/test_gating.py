@@ -25,6 +25,27 @@ def combine_plainly(branches, q, gates, weight):
 
 
 @pytest.mark.usefixtures("fused_on_cpu")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gates_are_multiplied_into_gradients_of_float16(dtype):
+    """P times a small gate would be denormal in float16, and gradients of values inexact."""
+    branches, q, _, weight, dout = make_problem("weight", (2, 5, 3, 8), dtype)
+    statistics = make_statistics((10, 3, 8), in_order(10, 3))
+    lses = tuple(x.float() for x in statistics.lses)
+    actual = combine_branches_backward(dout, branches, lses, q, None, weight, statistics.placements)
+    gates = torch.einsum("bthd,hid->bthi", q.float(), weight.float()).sigmoid()
+    by_head = [torch.where(x == -torch.inf, torch.inf, x * LOG2_E) for x in lses]
+    for i, (lse_log2, delta) in enumerate(actual.statistics):
+        if dtype == torch.bfloat16:
+            assert actual.douts[i] is dout
+            continue
+        assert torch.equal(lse_log2, by_head[i])
+        own = (gates[..., i, None] * dout.float()).half()
+        torch.testing.assert_close(actual.douts[i], own)
+        product = (actual.douts[i].float() * branches[i].float()).sum(-1).view(10, 3)
+        torch.testing.assert_close(delta.view(10, 3) if i == 1 else delta.view(3, 10).T, product)
+
+
+@pytest.mark.usefixtures("fused_on_cpu")
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_autograd(form):
     branches, q, gates, weight, dout = make_problem(form, (2, 5, 3, 8))

@@ -99,7 +99,7 @@ def test_estimate_by_hand():
     # accumulators of them with two numbers a query; the gates' gradients and statistics as above.
     accumulators = 128 + 2 * 2 + 2 * 32
     given = 3 * 64 + (64 + 2 * 16) + accumulators + 6 + 2 * 6 + 0.125
-    whole = sizes._replace(given_gates=True)
+    whole = sizes._replace(gated_gradients=True)
     assert workspace_bytes(whole, 2, save=True, recompute=False) == (branches + given) * mib
     # One of the two KV heads holds half of that, but all that was selected.
     one = (branches + backward + 0.125) / 2
@@ -144,6 +144,6 @@ def test_the_goals_fit_one_gpu():
         if save:
             results += 2 * queries + 2 * keys
         limit = int(USABLE * (free - inputs)) - results
-        chunks, recompute, _ = choose(problem(length), save, limit)
+        chunks, recompute, *_ = choose(problem(length), save, limit)
         used = workspace_bytes(problem(length), -(-8 // chunks), save=save, recompute=recompute)
         assert inputs + results + used < free

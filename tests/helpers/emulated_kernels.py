@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa.fused.hardware import LOG2_E
-from nsa.fused.kernel_inputs import MOST_FEW_KEYS, new_statistics
+from nsa.fused.kernel_inputs import MOST_FEW_KEYS, multiplies_gates, new_statistics
 from nsa.precision import accumulation_dtype
 from nsa.segments import locate_items
 from tests.helpers import emulated_fa4
@@ -58,12 +58,13 @@ def gating_backward(
     branches = torch.stack((o_cmp, o_slc, o_win), dim=-2).to(dtype)
     g, wide = _gates(o_cmp, q, gates, weight), dout[..., None, :].to(dtype)
     dbranches = wide.expand_as(branches)
-    if gates is not None:
+    multiplies = multiplies_gates(q.dtype, gates, weight)
+    if multiplies:
         dbranches = (g[..., None] * wide).to(dout.dtype).to(dtype)
     delta = (dbranches * branches).sum(-1)
     douts, statistics = [], []
     for i, (x, placement) in enumerate(zip(placed, (*placements, None), strict=True)):
-        written = gates is not None or placement is not None
+        written = multiplies or placement is not None
         dbranch = dbranches[..., i, :].to(dout.dtype).contiguous()
         douts.append(_write(dbranch, placement, x) if written else dout)
     for i, (lse, placement) in enumerate(zip(lses, statistics_placements, strict=True)):
@@ -74,7 +75,7 @@ def gating_backward(
         assert lse.dtype == dtype
         value = _read(lse[..., None], placement, o_win[..., :1])[..., 0]
         value = (value * LOG2_E).masked_fill(value == -torch.inf, torch.inf)
-        if gates is None:
+        if not multiplies:
             value = value - g[..., i].log2()
         # What the kernel does not write is not emulated: it stays as its launcher makes it.
         with poisoned_memory():

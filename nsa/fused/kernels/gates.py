@@ -23,6 +23,7 @@ from nsa.fused.kernel_inputs import (
     Placements,
     RowStatistics,
     StatisticsPlacements,
+    multiplies_gates,
     new_statistics,
 )
 from nsa.fused.kernels.compiled import compile_kernel, kept
@@ -82,7 +83,7 @@ class _Gating(HeadRows):
     def _gates(self, given, q, rW: cute.Tensor, active: Boolean):
         """The gates of a row, from what the form needs: gates, or float32 ``q`` and the weight.
 
-        And their logarithms to base 2; 0 for gates that are given.
+        And their logarithms to base 2; 0 for gates that are given, which are multiplied.
         """
         if self.form == "mean":
             return [Float32(1.0 / 3.0)] * 3, [Float32(-math.log2(3.0))] * 3
@@ -203,8 +204,13 @@ class GatingBackward(_Gating):
     chunk.
 
     ``dgates (R, H, 3)`` is the gradient of the gates, with a weight that of the logits under them.
-    ``strides`` are of ``dout``, the branches and ``q``.
+    ``strides`` are of ``dout``, the branches and ``q``. With ``multiplies``, the gates are in the
+    branches' gradients, else in the statistics.
     """
+
+    def __init__(self, head_dim: int, form: str, multiplies: bool):
+        super().__init__(head_dim, form)
+        self.multiplies = multiplies
 
     @cute.kernel
     def kernel(
@@ -272,7 +278,9 @@ class GatingBackward(_Gating):
                         if const_expr(numbers[i] is not None):
                             lse, offset = statistics[i]
                             if offset >= 0:
-                                lse_log2 = lse * LOG2_E - logarithms[u][i]
+                                lse_log2 = lse * LOG2_E
+                                if const_expr(not self.multiplies):
+                                    lse_log2 = lse_log2 - logarithms[u][i]
                                 lse_log2 = Float32.inf if lse == -Float32.inf else lse_log2
                                 mLseLog2[i][offset] = lse_log2
                                 mDelta[i][offset] = deltas[u][i]
@@ -281,7 +289,7 @@ class GatingBackward(_Gating):
                     for i in cutlass.range_constexpr(3):
                         if const_expr(dbranches[i] is not None):
                             value = dout
-                            if const_expr(self.form == "gates"):
+                            if const_expr(self.multiplies):
                                 value = dout * gates[u][i]
                             # New gradients are contiguous, whatever their branches are.
                             offset = row_head * self.head_dim + column
@@ -319,14 +327,17 @@ class GatingBackward(_Gating):
         products = [self.row_sum(dot(dout, branch), active) for branch in branches]
         if self.form == "mean":
             return None, products
+        dgates = products
         if self.form == "weight":
             # The sigmoid's derivative is g_i * (1 - g_i).
-            return [products[i] * gates[i] * (1.0 - gates[i]) for i in range(3)], products
+            dgates = [products[i] * gates[i] * (1.0 - gates[i]) for i in range(3)]
+        if not self.multiplies:
+            return dgates, products
         dtype = fragments[0].element_type
         # Of what the branch's backward gets, so that the terms of its dS cancel as they should.
         rounded = [(dout * gate).to(dtype).to(Float32) for gate in gates]
         pairs = zip(rounded, branches, strict=True)
-        return products, [self.row_sum(dot(x, branch), active) for x, branch in pairs]
+        return dgates, [self.row_sum(dot(x, branch), active) for x, branch in pairs]
 
     @cute.jit
     def _store_partial(
@@ -382,15 +393,17 @@ def compile_backward(
     form: str,
     placed: tuple[bool, bool],
     statistics: tuple[bool | None, bool],
+    multiplies: bool,
 ) -> Callable:
     """The compiled backward kernel; arguments as in :func:`compile_forward`.
 
     ``statistics`` says the same of the statistics; None if the compressed branch has none.
+    ``multiplies`` is what :func:`nsa.fused.kernel_inputs.multiplies_gates` says.
     """
     element = CUTE_DTYPES[dtype]
     inputs = (fake_flat(element) for _ in range(4))
     gate_dtype = {"weight": Float32, "gates": element, "mean": None}[form]
-    written = (form == "gates" or is_placed for is_placed in (*placed, False))
+    written = (multiplies or is_placed for is_placed in (*placed, False))
     compressed = None if statistics[0] is None else Float32
     numbers = (compressed, Float32, Float32)
     where = fake_places((bool(statistics[0]), statistics[1]))
@@ -399,7 +412,7 @@ def compile_backward(
         *(where.cmp, where.slc, None if compressed is None else layout, layout, layout)
     )
     return compile_kernel(
-        GatingBackward(head_dim, form),
+        GatingBackward(head_dim, form, multiplies),
         _BackwardTensors(
             *(*inputs, *_fake_inputs(dtype, form)),
             *(*(fake_flat(x, alignment=4) for x in numbers), where),
@@ -452,7 +465,8 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 def _backward_cases(dtype, head_dim, placed, statistics):
     name = f"{str(dtype).removeprefix('torch.')}-{head_dim}-{sum(placed)}-{statistics}"
     for form in FORMS:
-        arguments = (dtype, head_dim, form, placed, statistics)
+        multiplies = form == "gates" or (form == "weight" and dtype == torch.float16)
+        arguments = (dtype, head_dim, form, placed, statistics, multiplies)
         yield f"gating-backward-{name}-{form}", functools.partial(compile_backward, *arguments)
 
 
@@ -513,8 +527,9 @@ def gating_backward(
     *leading, heads, head_dim = o_win.shape
     new = functools.partial(torch.empty, dtype=o_win.dtype, device=o_win.device)
     statistics = _new_statistics(lses, statistics_placements, o_win)
+    multiplies = multiplies_gates(o_win.dtype, gates, weight)
     written = [
-        None if form != "gates" and placement is None else new(x.shape)
+        None if not multiplies and placement is None else new(x.shape)
         for x, placement in zip(branches, (*placements, None), strict=True)
     ]
     for x, placement in zip(written, placements, strict=False):
@@ -541,7 +556,7 @@ def gating_backward(
     )
     kernel = compile_backward(
         *(o_win.dtype, head_dim, form, are_placed(placements)),
-        _have_places(statistics_placements),
+        *(_have_places(statistics_placements), multiplies),
     )
     sizes = HeadSizes(math.prod(leading), heads, chunks)
     kernel(tensors, place_arguments(placements), strides, sizes)
