@@ -1,5 +1,8 @@
 """Models whose attention modules learn gates from the queries."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -8,6 +11,7 @@ from nsa.transformers.attention import GATES
 from nsa.validation import UnsupportedError
 
 
+@cache
 def with_gates(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A class of models like ``model_class`` whose attention modules learn gates from the queries.
 
@@ -35,10 +39,19 @@ def with_gates(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
             super().initialize_weights()
             _initialise_gates(self)
 
+        def __reduce_ex__(self, protocol):
+            # pickle looks for a class by its name, and would not find this one.
+            _, _, *state = super().__reduce_ex__(protocol)
+            return _without_state, (model_class,), *state
+
     # The name is saved in the configuration, where other code finds the original class.
     Gated.__name__, Gated.__qualname__ = model_class.__name__, f"with_gates({model_class.__name__})"
     Gated.__doc__ = model_class.__doc__
     return Gated
+
+
+def _without_state(model_class: Any) -> PreTrainedModel:
+    return object.__new__(with_gates(model_class))
 
 
 def _is_attention(module: nn.Module) -> bool:

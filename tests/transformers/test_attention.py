@@ -1,5 +1,7 @@
 """``attn_implementation="nsa"``: tiny random models of the transformers library, from configs."""
 
+import pickle
+from copy import deepcopy
 from dataclasses import asdict, replace
 
 import pytest
@@ -178,6 +180,14 @@ def test_gates_are_saved_and_a_model_without_them_loads(tmp_path):
     loaded = gated.from_pretrained(tmp_path / "with", **options)
     assert torch.equal(loaded.model.layers[0].self_attn.nsa_gate_proj_weight, weights[0])
     assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_models_with_gates_are_pickled_and_copied():
+    """Under the name of their class pickle finds another one, or none."""
+    model, ids = make(model_config(), nsa_transformers.with_gates(LlamaForCausalLM)), tokens()
+    for copied in (pickle.loads(pickle.dumps(model)), deepcopy(model)):
+        assert type(copied) is type(model)
+        assert torch.equal(logits(copied, ids), logits(model, ids))
 
 
 def test_generation_without_a_cache():
