@@ -14,7 +14,7 @@ from nsa import validation
 from nsa.cache import Cache
 from nsa.cache.calls import cache_config, check_cached_call, check_cached_indices
 from nsa.config import NSAConfig
-from nsa.host import has_no_values, in_function_transform
+from nsa.host import has_no_values, in_function_transform, needs_gradients
 from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.precision import autocast_tensors
 from nsa.validation import UnsupportedError
@@ -342,10 +342,9 @@ class _Call(NamedTuple):
 
     @property
     def needs_gradients(self) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        floats = (self.q, *self.k, *self.v, *self[4:8], *(self.compressed_kv or ()))
-        return any(x is not None and x.requires_grad for x in floats)
+        weights = (self.gate_proj_weight, self.compress_k_weight, self.compress_v_weight)
+        blocks = self.compressed_kv or ()
+        return needs_gradients(self.q, *self.k, *self.v, self.gates, *weights, *blocks)
 
 
 def _check_call(

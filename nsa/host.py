@@ -1,4 +1,4 @@
-"""When the host may read values or keep tensors: rules for torch.compile and CUDA graph capture."""
+"""What torch.compile, graph capture and autograd see, and when the host may read or keep values."""
 
 import torch
 from torch import Tensor
@@ -49,6 +49,11 @@ def has_readable_values(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or is_capturing(x):
         return False
     return not has_no_values(x)
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from ``tensors``."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def has_no_values(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from nsa.cache.checks import check_table
 from nsa.cache.context import segments_of
 from nsa.cache.places import page_places
 from nsa.config import NSAConfig
-from nsa.host import has_readable_values
+from nsa.host import has_readable_values, needs_gradients
 from nsa.packing import Boundaries
 from nsa.segments import locate_items
 from nsa.validation import Problem, check_qkv, check_tensor
@@ -70,7 +70,7 @@ def check_paged_qkv(q, pages: PagedKeys, config: NSAConfig, cu_seqlens) -> Probl
             f"page_table must have a row for each of the {sequences} sequences of q, got "
             f"{pages.table.shape[0]}"
         )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, pages.k, pages.v)):
+    if needs_gradients(q, pages.k, pages.v):
         raise ValueError(
             "q, k and v must not require gradients with page_table, which has none; use "
             "torch.no_grad()"

@@ -17,6 +17,7 @@ from nsa.distributed.call import Call, Chunk, Inputs, chunks
 from nsa.distributed.collectives import Gathering, Summing
 from nsa.distributed.copies import copy_rows
 from nsa.distributed.key_rows import RowSums, take_rows
+from nsa.host import needs_gradients
 from nsa.precision import accumulation_dtype
 
 
@@ -27,7 +28,7 @@ def attend(call: Call, block_indices: Tensor | None, inputs: Inputs) -> Tensor:
         block_indices: ``(T, H_kv, n)``, or ``(H, tiles, n)`` in tile mode; None to select.
     """
     flat = (*inputs.tensors, *inputs.kv)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat):
+    if needs_gradients(*flat):
         return _AttentionNode.apply(call, block_indices, *flat)
     out = _empty_output(call, inputs)
     for chunk, keys in _Chunks(call, inputs):

@@ -18,7 +18,7 @@ from nsa.fused.plan import make_plan, with_scale
 from nsa.fused.schedule import make_schedule, run_forward
 from nsa.fused.sizes import Sizes, make_sizes
 from nsa.fused.strides import are_rows
-from nsa.host import is_traced
+from nsa.host import is_traced, needs_gradients
 from nsa.packing import Boundaries, Packing
 from nsa.validation import UnsupportedError
 
@@ -73,7 +73,7 @@ def forward(
     value_dim = v[0].shape[-1]
     if q.numel() == 0:
         return _empty_output(q, value_dim, given)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    save = needs_gradients(*given)
     limit = deterministic_limit(q, v[0], config) if save and deterministic else None
     if limit is not None:
         raise UnsupportedError(f"backend='fused' cannot do this: {limit}")

@@ -18,6 +18,7 @@ from nsa.cache.checks import check_decodable
 from nsa.cache.copies import copy_sequences
 from nsa.cache.layout import round_up
 from nsa.config import NSAConfig
+from nsa.host import needs_gradients
 from nsa.transformers.chosen_blocks import chooses_blocks
 from nsa.transformers.sequences import Sequences
 from nsa.validation import UnsupportedError
@@ -224,7 +225,7 @@ def _reason_not_to_keep(
     tensors: tuple[Tensor | None, ...], config: NSAConfig, sequences: Sequences
 ) -> str | None:
     """Why a cache cannot hold these, with the remedy; None if it can."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if needs_gradients(*tensors):
         return "nsa's cache has no gradients; use torch.no_grad(), or pass use_cache=False"
     if sequences.has_packs:
         return (
