@@ -182,35 +182,30 @@ def decode_finish(
 def decode_attend(
     q: Tensor,
     pool: Pool,
-    rings: Pool | None,
     table: Tensor,
     schedule: Schedule,
     cu_seqlens: Tensor | None,
-    block_indices: Tensor | TileLists,
+    block_indices: Tensor,
     shape: DecodeShape,
     select_size: int,
-    window: int,
     scale: float,
     splits: int,
 ) -> Parts:
-    """Attention over selected blocks, and over the window, in parts; no step of decoding needs it.
+    """Attention over selected blocks alone, in parts; no step of decoding needs it.
 
     Args:
         q: ``(T, H, D)``. A slice of heads is read where it is.
         pool: pages of tokens.
-        rings: where the window has keys of its own: those of token ``p`` of sequence ``b`` are in
-            page ``b`` at row ``p % rows``.
+        schedule: of which only where sequences start and end.
         block_indices: int32 ``(T, H_kv, n)``, ascending, -1 in empty slots at the end; ``n`` up to
-            ``MAX_LISTED``. Keys after the token are left out. In tile mode the lists of tiles.
+            ``MAX_LISTED``. Keys after the token are left out.
         select_size: tokens of a block, 32 or 64 or 128.
-        window: keys of the window, the token's own included.
+        scale: positive.
         splits: parts of a list.
 
     Returns:
-        Parts of ``T * H_kv * splits * 2`` slots: split ``s`` of branch ``i`` (0 selected, 1 window)
-        of a token and KV head is in slot ``((token * H_kv + kv_head) * splits + s) * 2 + i``. The
-        rows are the heads of the group. In tile mode the same for query heads, with one row each.
-        A part without keys has ``NO_REFERENCE`` and a total of 0,
-        and its output is not written.
+        Parts of ``T * H_kv * splits`` slots: split ``s`` of a token and KV head is in slot
+        ``(token * H_kv + kv_head) * splits + s``. The rows are the heads of the group. A part
+        without keys has ``NO_REFERENCE`` and a total of 0, and its output is not written.
     """
     return _kernels("decode_attend").decode_attend(**locals())

@@ -53,7 +53,7 @@ def _attend_in_place(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel of decoding, with no window; it reads what is listed, and nothing on the host."""
+    """A kernel as of decoding; it reads what is listed, and nothing on the host."""
     rows, lists = q.flatten(0, -3), block_indices.flatten(0, -3)
     batch, kv_heads, dims = pages.table.shape[0], pages.k.shape[2], (q.shape[-1], pages.v.shape[-1])
     tokens, group = most_tokens(q, boundaries), q.shape[-2] // kv_heads
@@ -70,9 +70,9 @@ def _attend_in_place(
     splits = choose_splits(tiles, rows.shape[0] * kv_heads, group, dims, q.device)
     with torch.cuda.device_of(q):
         parts = decode_calls.decode_attend(
-            rows, Pool(pages.k, pages.v), None, pages.table.contiguous(),
+            rows, Pool(pages.k, pages.v), pages.table.contiguous(),
             Schedule(starts, ends, ends.new_empty(0)), cu_seqlens, lists,
-            DecodeShape(batch, tokens, kv_heads, group, 1), block_size, 0, scale, splits,
+            DecodeShape(batch, tokens, kv_heads, group, 1), block_size, scale, splits,
         )  # fmt: skip
     out, lse = _combine(parts, rows.shape[0], kv_heads, splits)
     return out.to(q.dtype).unflatten(0, q.shape[:-2]), lse.unflatten(0, q.shape[:-2]).transpose(
@@ -82,10 +82,7 @@ def _attend_in_place(
 
 def _combine(parts: Parts, tokens: int, kv_heads: int, splits: int) -> tuple[Tensor, Tensor]:
     """The output ``(T, H, Dv)`` and log-sum-exp ``(T, H)`` of the selected branch's parts."""
-    # Slots are of tokens, KV heads, splits and the two branches.
-    out, reference, total = (
-        x.view(tokens, kv_heads, splits, 2, *x.shape[1:])[:, :, :, 0] for x in parts
-    )
+    out, reference, total = (x.view(tokens, kv_heads, splits, *x.shape[1:]) for x in parts)
     seen = reference != NO_REFERENCE
     largest = reference.amax(2)
     weight = torch.exp2((reference - largest[:, :, None]).to(total.dtype)).where(seen, 0)

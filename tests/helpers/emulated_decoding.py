@@ -181,7 +181,7 @@ def decode_finish(
     assert cluster in CLUSTERS
     if records is not None:
         _select(parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial, num_local)
-    others = decode_attend(
+    others = _attend(
         q, pool, rings, table, schedule, cu_seqlens, lists, shape, rule.select_size, window, scale,
         cluster,
     )  # fmt: skip
@@ -281,6 +281,17 @@ def decode_tile_select(
 
 
 def decode_attend(
+    q, pool, table, schedule, cu_seqlens, block_indices, shape, select_size, scale, splits
+):
+    parts = _attend(
+        q, pool, None, table, schedule, cu_seqlens, block_indices, shape, select_size, 0, scale,
+        splits,
+    )  # fmt: skip
+    # Without those of the window, which has no keys.
+    return Parts(*(x[::2] for x in parts))
+
+
+def _attend(
     q, pool, rings, table, schedule, cu_seqlens, block_indices, shape, select_size, window, scale,
     splits,
 ):  # fmt: skip

@@ -241,7 +241,7 @@ def test_select(form, case, cluster, count):
 def test_select_among_many(cluster):
     """More blocks than a CTA scores at a time; scores of few values, so that many tie."""
     form = FORMS[3]
-    state = make_state(form, [9000, 200], 1, kv_heads=1)
+    state = make_state(form, [18000, 200], 1, kv_heads=1)
     keys = torch.randn(5, form.head_dim).to(form.dtype)
     state.compressed.k.copy_(keys[torch.randint(5, state.compressed.k.shape[:3])])
     schedule, _ = append(emulated, state, form.rule)
@@ -273,6 +273,41 @@ def test_attend(form, case, cluster, ring):
         state, schedule, (parts, None), form.rule, make_lists(state, schedule, form.rule),
         rings=rings, gates=draw_gates(state, form.dtype), cluster=cluster,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "case", "splits"), [(*PAIRS[1], 3), (*PAIRS[2], 16), (*PAIRS[5], 1)], ids=str
+)
+def test_attend_alone(form, case, splits):
+    """The parts of lists without a step, with more splits than there are tiles."""
+    state = make_state(form, *case)
+    schedule, _ = append(emulated, state, form.rule)
+    indices = make_lists(state, schedule, form.rule)
+    results = []
+    for kernels, here in ((emulated, wide(state)), (decode_calls, state.to("cuda"))):
+        device = here.q.device
+        parts = kernels.decode_attend(
+            here.q, here.pool, here.table, tensors(schedule, device), here.cu_seqlens,
+            indices.to(device), here.shape, form.rule.select_size, SCALE, splits,
+        )  # fmt: skip
+        results.append(merged(tensors(parts, "cpu", torch.float64), state.q.shape[0], splits))
+    (exact, exact_total), (actual, total) = results
+    torch.testing.assert_close(total, exact_total, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, exact, rtol=0, atol=rounding(form.dtype))
+
+
+def merged(parts: Parts, tokens: int, splits: int):
+    """Outputs ``(tokens, H_kv, G, Dv)`` of all parts, and logarithms of their totals."""
+    empty = parts.reference == NO_REFERENCE
+    assert (parts.total[empty] == 0).all()
+    assert parts.total.isfinite().all()
+    logarithm = torch.where(empty, -torch.inf, parts.total.log2() + parts.reference)
+    out = torch.where(empty[..., None], 0, parts.out / parts.total[..., None])
+    assert out.isfinite().all()
+    logarithm, out = (x.unflatten(0, (tokens, -1, splits)) for x in (logarithm, out))
+    total = (logarithm * math.log(2)).logsumexp(2) / math.log(2)
+    weight = torch.exp2(logarithm - total[:, :, None]).nan_to_num(0)
+    return (weight[..., None] * out).sum(2), total
 
 
 @pytest.mark.parametrize(
@@ -318,55 +353,6 @@ def test_gates(case, gating):
         state, schedule, (parts, None), form.rule, make_lists(state, schedule, form.rule),
         weight=weight if gating == "weight" else None, cluster=2,
     )  # fmt: skip
-
-
-ATTENDED_ALONE = [
-    # Splits, also more than there are tiles; the size of rings with keys of the window's own.
-    (*PAIRS[0], 1, None),
-    (*PAIRS[1], 3, None),
-    (*PAIRS[2], 16, 256),
-    (*PAIRS[3], 3, 256),
-    (*PAIRS[4], 1, None),
-    (*PAIRS[5], 3, None),
-]
-
-
-@pytest.mark.parametrize(("form", "case", "splits", "ring"), ATTENDED_ALONE, ids=str)
-def test_attend_alone(form, case, splits, ring):
-    state = make_state(form, *case)
-    schedule, _ = append(emulated, state, form.rule)
-    indices = make_lists(state, schedule, form.rule)
-    results = []
-    for kernels, here in ((emulated, wide(state)), (decode_calls, state.to("cuda"))):
-        device, rings = here.q.device, None
-        if ring is not None:
-            shapes = ((5, ring, *x.shape[2:]) for x in state.pool)
-            drawn = [torch.randn(x, generator=torch.Generator().manual_seed(1)) for x in shapes]
-            rings = Pool(*(x.to(form.dtype).to(device, here.pool.k.dtype) for x in drawn))
-        parts = kernels.decode_attend(
-            here.q, here.pool, rings, here.table, tensors(schedule, device), here.cu_seqlens,
-            indices.to(device), here.shape, form.rule.select_size, 200, SCALE, splits,
-        )  # fmt: skip
-        results.append(merged(tensors(parts, "cpu", torch.float64), state.q.shape[0], splits))
-    (exact, exact_total), (actual, total) = results
-    torch.testing.assert_close(total, exact_total, rtol=0, atol=1e-4)
-    torch.testing.assert_close(actual, exact, rtol=0, atol=rounding(form.dtype))
-
-
-def merged(parts: Parts, tokens: int, splits: int):
-    """Outputs ``(tokens, H_kv, 2, G, Dv)`` of all parts, and logarithms of their totals."""
-    empty = parts.reference == NO_REFERENCE
-    assert (parts.total[empty] == 0).all()
-    assert parts.total.isfinite().all()
-    logarithm = torch.where(empty, -torch.inf, parts.total.log2() + parts.reference)
-    out = torch.where(empty[..., None], 0, parts.out / parts.total[..., None])
-    assert out.isfinite().all()
-    logarithm, out = (
-        x.unflatten(0, (tokens, -1, splits, 2)).transpose(2, 3) for x in (logarithm, out)
-    )
-    total = (logarithm * math.log(2)).logsumexp(3) / math.log(2)
-    weight = torch.exp2(logarithm - total[:, :, :, None]).nan_to_num(0)
-    return (weight[..., None] * out).sum(3), total
 
 
 def make_lists(state, schedule, rule):

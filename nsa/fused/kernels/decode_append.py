@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, Uint8, const_expr
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 from torch import Tensor
 
 from nsa.config import NSAConfig
@@ -150,12 +150,14 @@ class DecodeAppend:
     ) -> Int32:
         """New tokens of a sequence before the first one without a place."""
         stored = cutlass.min(new, MAX_TOKENS)
+        limit = cutlass.min(sizes.max_length, pages.max_pages * pages.page_rows)
+        first, row = _index_and_row(pages, start)
         for i in cutlass.range_constexpr(MAX_TOKENS):
-            position = start + i
-            index = cutlass.min(position // pages.page_rows, pages.max_pages - 1)
+            # A page has more rows than there are new tokens.
+            index = first + 1 if row + i >= pages.page_rows else first
+            index = cutlass.min(index, pages.max_pages - 1)
             page = pages.table[Int64(sequence) * pages.max_pages + index]
-            limit = cutlass.min(sizes.max_length, pages.max_pages * pages.page_rows)
-            kept = position < limit and page >= 0 and page < sizes.num_pages
+            kept = start + i < limit and page >= 0 and page < sizes.num_pages
             stored = stored if kept else cutlass.min(stored, i)
         return stored
 
@@ -202,8 +204,8 @@ class DecodeAppend:
         in_page = head * strides[2] + column
         position = start + token
         table = Int64(sequence) * pages.max_pages
-        page = pages.table[table + position // pages.page_rows]
-        row = position % pages.page_rows
+        index, row = _index_and_row(pages, position)
+        page = pages.table[table + index]
         x = load_vector(mNew, new0 + token * new_stride + in_row)
         place = Int64(page) * strides[0] + row * strides[1] + in_page
         store_vector(x.load(), mX, place)
@@ -216,8 +218,8 @@ class DecodeAppend:
             older = cutlass.max(cutlass.min(start - first, rule.compress_size), 0)
             for i in cutlass.range(older, unroll=_LOADS):
                 old = first + i
-                old_page = pages.table[table + old // pages.page_rows]
-                offset = Int64(old_page) * strides[0] + old % pages.page_rows * strides[1]
+                old_index, old_row = _index_and_row(pages, old)
+                offset = Int64(pages.table[table + old_index]) * strides[0] + old_row * strides[1]
                 rSum.store(rSum.load() + load_vector(mX, offset + in_page).load().to(Float32))
             for i in cutlass.range(older, rule.compress_size, unroll=1):
                 offset = new0 + (first + i - start) * new_stride + in_row
@@ -225,6 +227,13 @@ class DecodeAppend:
             place = Int64(page) * cmp_strides[0] + row // rule.stride * cmp_strides[1]
             place += head * cmp_strides[2] + column
             store_vector(rSum.load() / Float32(rule.compress_size), mCompressed, place)
+
+
+def _index_and_row(pages: PagedTensors, position: Int32) -> tuple[Int32, Int32]:
+    """Which page of its sequence a token is in, and where there."""
+    # Unsigned, because // of signed numbers takes more instructions.
+    seen, rows = Uint32(position), Uint32(pages.page_rows)
+    return Int32(seen // rows), Int32(seen % rows)
 
 
 @kept

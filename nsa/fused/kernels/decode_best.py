@@ -10,9 +10,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
-from nsa.fused.decode_inputs import MAX_LISTED
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.best_blocks import FORCED, NO_RANK, rank_of
+
+# Neighbouring threads that have one best rank, where those are enough.
+_SHARE = 4
 
 
 class BestOfCta:
@@ -22,23 +24,27 @@ class BestOfCta:
         self.count = count
         self.threads = threads
         self.per_thread = per_thread
+        # There must be as many best ranks as blocks are wanted.
+        self.share = _SHARE if count <= threads // _SHARE else 1
 
     @property
     def words(self) -> int:
         """int64 numbers of shared memory that :meth:`views` needs."""
-        return self.threads + self.count * (self.per_thread + 2) + 2
+        groups = self.threads // self.share
+        return groups + self.count * (self.per_thread * self.share + 2) + 2
 
     def views(self, memory: cute.Pointer) -> tuple[cute.Tensor, ...]:
-        """(threads' bests, the best so far and candidates, the next best, bar, candidates' number)
-        in ``memory``, of int64."""
-        sThread = cute.make_tensor(memory, cute.make_layout(self.threads))
-        memory = memory + self.threads
-        kept = self.count * (self.per_thread + 1)
+        """In ``memory``: bests of threads, the best so far and candidates, the next best, the bar,
+        and how many candidates there are."""
+        groups = self.threads // self.share
+        sLargest = cute.make_tensor(memory, cute.make_layout(groups))
+        memory = memory + groups
+        kept = self.count * (self.per_thread * self.share + 1)
         sKept = cute.make_tensor(memory, cute.make_layout(kept))
         sNext = cute.make_tensor(memory + kept, cute.make_layout(self.count))
         sBar = cute.make_tensor(memory + kept + self.count, cute.make_layout(1))
         number = cute.recast_ptr(memory + kept + self.count + 1, dtype=Int32)
-        return sThread, sKept, sNext, sBar, cute.make_tensor(number, cute.make_layout(1))
+        return sLargest, sKept, sNext, sBar, cute.make_tensor(number, cute.make_layout(1))
 
     @cute.jit
     def reset(self, shared, tidx: Int32):
@@ -52,12 +58,17 @@ class BestOfCta:
 
         The best so far are the first of ``shared[1]``, best first, after the next barrier.
         """
-        sThread, sKept, sNext, sBar, sNumber = shared
+        sLargest, sKept, sNext, sBar, sNumber = shared
         lane = tidx % WARP
         largest = ranks[0]
         for r in cutlass.range_constexpr(1, self.per_thread):
             largest = cutlass.max(largest, ranks[r])
-        sThread[tidx] = largest
+        for stride in cutlass.range_constexpr(1, self.share):
+            if const_expr(stride & (stride - 1) == 0):
+                other = cute.arch.shuffle_sync_bfly(largest, offset=stride)
+                largest = cutlass.max(largest, other)
+        if tidx % self.share == 0:
+            sLargest[tidx // self.share] = largest
         if tidx < self.count:
             sNext[tidx] = Int64(NO_RANK)
         if tidx == 0:
@@ -65,7 +76,7 @@ class BestOfCta:
             sNumber[0] = Int32(0)
         cute.arch.barrier()
         # So many threads have a rank that reaches this one, that it is the bar.
-        above = self.number_above(sThread, self.threads, largest)
+        above = self.number_above(sLargest, self.threads // self.share, largest)
         if above == self.count - 1 and largest > Int64(NO_RANK):
             sBar[0] = largest
         cute.arch.barrier()
@@ -113,10 +124,10 @@ class BestOfCta:
     def place_in_list(
         self, sBest: cute.Tensor, i: Int32, limit: Int32 | None = None
     ) -> tuple[Int32, Int32, Int32]:
-        """(Block of the best number ``i``, its place in the order of blocks, blocks in all).
+        """(Block of the best number ``i``, its place in the list, blocks in the list).
 
-        Only blocks below ``limit`` are listed. Where there is no block number ``i`` to be listed,
-        the block is -1, and the place one behind all blocks, of no other ``i``.
+        Only blocks below ``limit`` are listed, in their order. Without one the block is -1, and its
+        place is behind them and of no other ``i``.
         """
         own = _block_of(sBest[cutlass.min(i, self.count - 1)], limit)
         own = own if i < self.count else Int32(-1)
@@ -153,8 +164,3 @@ def _block_of(rank: Int64, limit: Int32 | None) -> Int32:
     if const_expr(limit is not None):
         listed = listed and block < limit
     return block if listed else Int32(-1)
-
-
-def best_words(threads: int, per_thread: int, peers: int) -> int:
-    """int64 numbers that the best of a CTA, and the lists of its ``peers``, need at most."""
-    return BestOfCta(MAX_LISTED, threads, per_thread).words + peers * MAX_LISTED

@@ -116,38 +116,64 @@ class DecodeCompressed:
         wait_for_previous()
         attention = self.attention
         bidx, _, _ = cute.arch.block_idx()
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         memory = attention.allocate(smem, layouts)
         sequence_units = sizes.kv_heads * sizes.token_blocks
-        share = tensors.tiles[0]
+        # All loads of the schedule together, of which each trip to memory delays the first tile.
+        share, total = tensors.tiles[0], tensors.tiles[sizes.batch + 1]
+        extents = self._extents(tensors, sizes, cute.arch.lane_idx())
         first = bidx * share
-        last = cutlass.min(first + share, tensors.tiles[sizes.batch + 1] * sequence_units)
+        last = cutlass.min(first + share, total * sequence_units)
         while first < last:
-            sequence = self._sequence(tensors.tiles, sizes.batch, sequence_units, first)
-            start = tensors.tiles[sequence + 1]
-            tiles = tensors.tiles[sequence + 2] - start
-            within = first - start * sequence_units
+            sequence, start, end, tile0, tiles = self._find(
+                tensors, sizes, sequence_units, first, extents
+            )
+            within = first - tile0 * sequence_units
             unit, tile = within // tiles, within % tiles
             count = cutlass.min(tiles - tile, last - first)
             self._attend(
                 tensors, pages, sizes, scale_log2, mma, memory,
-                sequence, unit, tile, count,
+                sequence, start, end, unit, tile, count,
             )  # fmt: skip
             first += count
 
     @cute.jit
-    def _sequence(
-        self, mTiles: cute.Tensor, batch: Int32, sequence_units: Int32, tile: Int32
-    ) -> Int32:
-        """The sequence of a tile: the last one whose tiles start there or before."""
+    def _extents(
+        self, tensors: _Tensors, sizes: _Sizes, sequence: Int32
+    ) -> tuple[Int32, Int32, Int32, Int32]:
+        """Start, end, first tile and the tile after the last one, of a sequence or the last one."""
+        seen = cutlass.min(sequence, sizes.batch - 1)
+        return (
+            tensors.starts[seen],
+            tensors.ends[seen],
+            tensors.tiles[seen + 1],
+            tensors.tiles[seen + 2],
+        )
+
+    @cute.jit
+    def _find(
+        self, tensors: _Tensors, sizes: _Sizes, sequence_units: Int32, tile: Int32, extents
+    ) -> tuple[Int32, Int32, Int32, Int32, Int32]:
+        """(Sequence, start, end, first tile, tiles) of the sequence of a tile.
+
+        ``extents`` are those of the lane's sequence among the first ones.
+        """
         lane = cute.arch.lane_idx()
-        count = Int32(0)
-        for begin in cutlass.range(0, batch, WARP, unroll=1):
-            index = begin + lane
-            start = mTiles[cutlass.min(index, batch - 1) + 1]
-            before = index < batch and start * sequence_units <= tile
-            count += cute.arch.popc(cute.arch.vote_ballot_sync(before))
-        return count - 1
+        sequence, start, end, tile0, tiles = Int32(0), Int32(0), Int32(0), Int32(0), Int32(1)
+        for begin in cutlass.range(0, sizes.batch, WARP, unroll=1):
+            starts, ends, first, after = extents
+            if begin > 0:
+                starts, ends, first, after = self._extents(tensors, sizes, begin + lane)
+            inside = first * sequence_units <= tile and tile < after * sequence_units
+            found = cute.arch.vote_ballot_sync(inside and begin + lane < sizes.batch)
+            if found != 0:
+                source = cute.arch.popc((found & -found) - 1)
+                sequence = begin + source
+                start = cute.arch.shuffle_sync(starts, source)
+                end = cute.arch.shuffle_sync(ends, source)
+                tile0 = cute.arch.shuffle_sync(first, source)
+                tiles = cute.arch.shuffle_sync(after - first, source)
+        return sequence, start, end, tile0, tiles
 
     @cute.jit
     def _attend(
@@ -159,6 +185,8 @@ class DecodeCompressed:
         mma: cute.TiledMma,
         memory,
         sequence: Int32,
+        start: Int32,
+        end: Int32,
         unit: Int32,
         first_tile: Int32,
         count: Int32,
@@ -171,7 +199,6 @@ class DecodeCompressed:
         row_group, key_group = warp % self.attention.row_groups, warp // self.attention.row_groups
         kv_head, token_block = unit // sizes.token_blocks, unit % sizes.token_blocks
         token0 = token_block * sizes.unit_tokens
-        start, end = tensors.starts[sequence], tensors.ends[sequence]
         row0, new = sequence * sizes.tokens, sizes.tokens
         if const_expr(tensors.cu_seqlens is not None):
             row0 = tensors.cu_seqlens[sequence]
@@ -191,9 +218,9 @@ class DecodeCompressed:
             functools.partial(self._has_query, sizes, rows, new - token0),
             tidx,
         )
-        for s in cutlass.range_constexpr(self.attention.stages - 1):
+        for s in cutlass.range(self.attention.stages - 1, unroll=1):
             if s < count:
-                load_tile(first_tile + s, Int32(s))
+                load_tile(first_tile + s, s)
             cute.arch.cp_async_commit_group()
 
         acc_O = self.attention.make_output(mma, lane)

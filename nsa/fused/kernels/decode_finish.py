@@ -1,10 +1,10 @@
 """The end of a decoding step: selection, selected and window branch, and the gated sum.
 
 A list is of a token and KV head, in tile mode of a token and query head. The CTAs of a cluster
-share it. Each starts to load its tiles of the window, which needs no list. Then it scores its share
-of the blocks from the compressed branch's records; from the best of each CTA, all find the list.
-Each attends its tiles of the window and of the list one after another, in one pipeline. At last the
-branches are added up across the cluster (:mod:`nsa.fused.kernels.decode_outputs`).
+share it. Each attends its tiles of the window, which needs no list, while the compressed branch
+ends. Then it scores its share of the blocks from that branch's records; from the best of each CTA,
+all find the list. Each attends its tiles of that. At last the branches are added up across the
+cluster (:mod:`nsa.fused.kernels.decode_outputs`).
 
 The first CTA also stores the new lengths: no kernel of the step reads them after the append.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused.decode_inputs import (
+    CLUSTERS,
     MAX_LISTED,
     NO_REFERENCE,
     TILE_KEYS,
@@ -32,13 +33,12 @@ from nsa.fused.decode_inputs import (
     Schedule,
     TileLists,
 )
-from nsa.fused.hardware import LOG2_E, WARP, WARPGROUP
+from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_lists import BlockLists, load_list, selection_bytes
+from nsa.fused.kernels.decode_lists import BlockLists, load_list
 from nsa.fused.kernels.decode_outputs import (
     ClusterOutputs,
     load_gates,
-    meet_cluster,
     output_bytes,
 )
 from nsa.fused.kernels.decode_places import ListPlace, ListTiles
@@ -81,7 +81,7 @@ class _Tensors(NamedTuple):
 
 @mlir_namedtuple
 class _Sizes(NamedTuple):
-    """Sizes of the call; lists have ``slots`` blocks and serve ``group`` query heads.
+    """Sizes of the call; lists have ``slots`` blocks.
 
     ``kv_share`` lists of a token share a KV head. ``tile_size`` and ``tile_slots`` are of tile
     mode. ``groups`` of 16 slots have room in the records of a row.
@@ -90,7 +90,6 @@ class _Sizes(NamedTuple):
     batch: Int32
     tokens: Int32
     lists: Int32
-    group: Int32
     kv_share: Int32
     unit_tokens: Int32
     token_blocks: Int32
@@ -105,19 +104,23 @@ class _Sizes(NamedTuple):
 
 
 class DecodeFinish:
-    """``count`` blocks are selected, if any; else there are lists. ``form`` of gates: ``FORMS``."""
+    """Lists serve ``group`` query heads. ``count`` blocks are selected; with 0 there are lists.
+
+    ``form`` of the gates is one of ``FORMS``.
+    """
 
     def __init__(
-        self, attention: TileAttention, rule: DecodeRule, count: int, form: str, cluster: int,
-        tile_mode: bool, rings: bool,
+        self, attention: TileAttention, group: int, rule: DecodeRule, count: int, form: str,
+        cluster: int, tile_mode: bool, rings: bool,
     ):  # fmt: skip
         self.attention = attention
+        self.group = group
         self.select_size = rule.select_size
         self.selects = count > 0
         self.form = form
         self.cluster = cluster
         self.tile_mode = tile_mode
-        self.lists = BlockLists(rule, count, cluster, attention.threads)
+        self.lists = BlockLists(rule, group, count, cluster, attention.warps)
         self.tiles = ListTiles(attention, rule.select_size, rings)
         self.outputs = ClusterOutputs(attention, cluster)
 
@@ -167,9 +170,9 @@ class DecodeFinish:
             row0 = tensors.cu_seqlens[sequence]
             new = tensors.cu_seqlens[sequence + 1] - row0
 
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         memory = self.attention.allocate(smem, layouts)
-        window_bytes = const_expr(_beside(self.attention.rows, self.attention.head_dim_v))
+        window_bytes = const_expr(output_bytes(self.attention.rows, self.attention.head_dim_v))
         sWindow = smem.allocate(window_bytes, 128)
         listed = smem.allocate_tensor(Int32, cute.make_layout(MAX_LISTED), 16)
         # The best of this CTA's share of the blocks, and of all.
@@ -219,82 +222,86 @@ class DecodeFinish:
             tensors.q, sQ, functools.partial(self._query_offset, sizes, row, index),
             functools.partial(self._has_query, sizes), tidx,
         )  # fmt: skip
-        window = cutlass.min(sizes.window, position + 1)
-        window_start = position + 1 - window
-        window_tiles = cute.ceil_div(window, TILE_KEYS)
-        window_begin = rank * window_tiles // self.cluster
-        window_count = (rank + 1) * window_tiles // self.cluster - window_begin
-        load_tile = functools.partial(
-            self.tiles.load, pages, rings, sK, sV, listed, place, window_start, window_begin,
-            window_count, tidx,
-        )  # fmt: skip
-        for s in cutlass.range(stages - 1, unroll=1):
-            if s < window_count:
-                load_tile(Int32(0), Int32(0), s)
-            cute.arch.cp_async_commit_group()
-        heads = sizes.lists * sizes.group
+        heads = sizes.lists * self.group
         load_gates(
             self.form, self.attention.head_dim, self.attention.warps, tensors.gates, tensors.weight,
-            tensors.q, row * sizes.q_stride, row * heads, index * sizes.group, sizes.group,
+            tensors.q, row * sizes.q_stride, row * heads, index * self.group, self.group,
             sGates, tidx,
         )  # fmt: skip
         # Parts of the compressed branch, and the rows there.
         unit = kv_head * sizes.token_blocks + token // sizes.unit_tokens
-        unit_rows = sizes.unit_tokens * sizes.group * sizes.kv_share
+        unit_rows = sizes.unit_tokens * self.group * sizes.kv_share
         sequence_units = sizes.lists // sizes.kv_share * sizes.token_blocks
-        unit_row = token % sizes.unit_tokens * sizes.group * sizes.kv_share
-        unit_row += index % sizes.kv_share * sizes.group
+        unit_row = token % sizes.unit_tokens * self.group * sizes.kv_share
+        unit_row += index % sizes.kv_share * self.group
         first_slot, num_parts = unit_parts(tensors.tiles, sequence, unit, sequence_units)
         parts = tensors.cmp_out, tensors.cmp_reference, tensors.cmp_total
-        wait_for_previous()
-        sum_parts(
-            parts, compressed, first_slot, num_parts, unit_rows, Int64(unit_row), sizes.group,
-            self.attention.rows, self.attention.warps, tidx,
-        )  # fmt: skip
-        if const_expr(self.selects):
-            record_row = Int64(sequence * sequence_units + unit) * unit_rows + unit_row
-            self.lists.select(
-                records, sizes.groups, sizes.group, (sizes.num_initial, sizes.num_local), sWindow,
-                bests, compressed, position, record_row, rank, tidx,
-            )  # fmt: skip
-            list_row = row * sizes.lists + index
-            valid = self.lists.list_best(tensors.blocks, listed, bests[1], list_row, rank)
-        else:
-            list_row = row * sizes.lists + index
-            if const_expr(self.tile_mode):
-                slot = position // sizes.tile_size % sizes.tile_slots
-                list_row = Int64(sequence * sizes.tile_slots + slot) * sizes.lists + index
-            valid = load_list(
-                tensors.blocks, sizes.slots, self.select_size, listed, position, list_row
-            )
-        cute.arch.barrier()
 
-        tiles = cute.ceil_div(valid * self.select_size, TILE_KEYS)
-        # The other way round, so that CTAs with fewer tiles of the window have more of these.
-        after = self.cluster - 1 - rank
-        first_tile = after * tiles // self.cluster
-        count = window_count + (after + 1) * tiles // self.cluster - first_tile
-        for s in cutlass.range(stages - 1, unroll=1):
-            if s >= window_count and s < count:
-                load_tile(first_tile, valid, s)
-            cute.arch.cp_async_commit_group()
+        window = cutlass.min(sizes.window, position + 1)
+        window_start = position + 1 - window
+        tiles = cute.ceil_div(window, TILE_KEYS)
+        first_tile = rank * tiles // self.cluster
+        count = (rank + 1) * tiles // self.cluster - first_tile
+        valid = Int32(0)
         acc_O = self.attention.make_output(mma, lane)
         reference = cute.make_rmem_tensor(2, Int32)
         total = cute.make_rmem_tensor(2, Float32)
-        sOutputs = self.outputs.views(sWindow, sO.iterator)
-        # One copy of this code for both branches, because much of a short step is its loading.
+        sOutputs, found = self.outputs.views(sWindow, sO.iterator), self.outputs.make_vectors()
+        # The window, then the list. One copy of this code for both, because much of a short step
+        # is its loading.
         for turn in cutlass.range(2, unroll=1):
+            if turn == 1:
+                wait_for_previous()
+                sum_parts(
+                    parts, compressed, first_slot, num_parts, unit_rows, Int64(unit_row),
+                    self.group, self.attention.warps, tidx,
+                )  # fmt: skip
+                list_row = row * sizes.lists + index
+                if const_expr(self.selects):
+                    record_row = Int64(sequence * sequence_units + unit) * unit_rows + unit_row
+                    self.lists.select(
+                        records, sizes.groups, (sizes.num_initial, sizes.num_local), sO.iterator,
+                        bests, compressed, position, record_row, rank, tidx,
+                    )  # fmt: skip
+                    valid = self.lists.list_best(tensors.blocks, listed, bests[1], list_row, rank)
+                else:
+                    if const_expr(self.tile_mode):
+                        slot = position // sizes.tile_size % sizes.tile_slots
+                        list_row = Int64(sequence * sizes.tile_slots + slot) * sizes.lists + index
+                    valid = load_list(
+                        tensors.blocks, sizes.slots, self.select_size, listed, position, list_row
+                    )
+                cute.arch.barrier()
+                tiles = cute.ceil_div(valid * self.select_size, TILE_KEYS)
+                # The other way round, so that CTAs with fewer tiles of the window have more.
+                after = self.cluster - 1 - rank
+                first_tile = after * tiles // self.cluster
+                count = (after + 1) * tiles // self.cluster - first_tile
             acc_O.fill(0.0)
             reference.fill(NO_REFERENCE)
             total.fill(0.0)
-            begin = Int32(0) if turn == 0 else window_count
-            end = window_count if turn == 0 else count
-            for i in cutlass.range(begin, end, unroll=1):
+            key_position = functools.partial(
+                self.tiles.key_position, listed, turn, window_start, valid
+            )
+            load_tile = functools.partial(
+                self.tiles.load, pages, rings, sK, sV, place, turn, key_position, tidx
+            )
+            for s in cutlass.range(stages - 1, unroll=1):
+                if s < count:
+                    load_tile(first_tile + s, s)
+                cute.arch.cp_async_commit_group()
+            if turn == 1:
+                # While the first tiles are on their way.
+                self.outputs.add_parts(
+                    found, parts, compressed, sGates, first_slot, num_parts, unit_rows,
+                    Int64(unit_row), self.group, rank, tidx,
+                )  # fmt: skip
+            for i in cutlass.range(count, unroll=1):
                 cute.arch.cp_async_wait_group(stages - 2)
                 cute.arch.barrier()
                 ahead = i + (stages - 1)
                 if ahead < count:
-                    load_tile(first_tile, valid, ahead)
+                    load_tile(first_tile + ahead, ahead % stages)
                 cute.arch.cp_async_commit_group()
                 stage = i % stages
                 accs = self.attention.compute_scores(
@@ -302,52 +309,43 @@ class DecodeFinish:
                 )
                 low, high = [], []
                 for u in cutlass.range_constexpr(self.attention.units):
-                    key = (key_group + u * self.attention.key_groups) * MMA_ROWS
-                    start = self.tiles.key_position(
-                        listed, window_start, window_begin, window_count, first_tile, valid, i, key
+                    key = (first_tile + i) * TILE_KEYS + (
+                        (key_group + u * self.attention.key_groups) * MMA_ROWS
                     )
                     low.append(Int32(0))
-                    high.append(position + 1 - start)
+                    high.append(position + 1 - key_position(key))
                 self.attention.softmax(
                     accs, acc_O, reference, total, low, [high, high], lane, scale_log2
                 )
                 self.attention.add_values(mma, acc_O, accs, sV[None, None, stage], key_group, lane)
-            if turn == 1:
-                cute.arch.cp_async_wait_group(0)
-                cute.arch.barrier()
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.barrier()
             self.outputs.fold(
                 turn, acc_O, reference, total, sOutputs, sums, (sM, sL), row_group, key_group, tidx
             )
 
         if const_expr(self.cluster > 1):
+            # All threads of the cluster then see what each has written to shared memory.
             cute.arch.cluster_arrive()
-        found = self.outputs.of_parts(
-            parts, compressed, sGates, first_slot, num_parts, unit_rows, Int64(unit_row),
-            sizes.group, rank, tidx,
-        )  # fmt: skip
-        if const_expr(self.cluster > 1):
             cute.arch.cluster_wait()
         layout = cute.make_ordered_layout((self.cluster, 2, self.attention.rows), order=(2, 1, 0))
         sFactor = cute.make_tensor(cute.recast_ptr(sQ.iterator, dtype=Float32), layout)
-        self.outputs.share_factors(sums, sGates, sFactor, sizes.group, tidx)
+        self.outputs.share_factors(sums, sGates, sFactor, self.group, tidx)
         cute.arch.barrier()
         self.outputs.write(
-            found, sOutputs, sFactor, tensors.out, row * heads + index * sizes.group,
-            sizes.group, rank, tidx,
+            found, sOutputs, sFactor, tensors.out, row * heads + index * self.group,
+            self.group, rank, tidx,
         )  # fmt: skip
-        # No CTA may end while another reads its shared memory.
-        meet_cluster(self.cluster)
+        if const_expr(self.cluster > 1):
+            # No CTA may end while another reads its shared memory.
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
 
     def _query_offset(self, sizes, token_row, index, row) -> Int64:
-        return token_row * sizes.q_stride + (index * sizes.group + row) * self.attention.head_dim
+        return token_row * sizes.q_stride + (index * self.group + row) * self.attention.head_dim
 
     def _has_query(self, sizes, row) -> Boolean:
-        return row < sizes.group
-
-
-def _beside(rows: int, head_dim_v: int) -> int:
-    """Bytes of the window's output, which are those of the selection before."""
-    return max(output_bytes(rows, head_dim_v), selection_bytes(WARPGROUP))
+        return row < self.group
 
 
 @kept
@@ -355,7 +353,7 @@ def compile_decode_finish(
     dtype: torch.dtype,
     head_dim: int,
     head_dim_v: int,
-    row_groups: int,
+    group: int,
     rule: DecodeRule,
     count: int,
     form: str,
@@ -365,7 +363,8 @@ def compile_decode_finish(
     rings: bool,
 ) -> Callable:
     """The compiled kernel of these forms."""
-    beside = _beside(MMA_ROWS * row_groups, head_dim_v)
+    row_groups = -(-group // MMA_ROWS)
+    beside = output_bytes(MMA_ROWS * row_groups, head_dim_v)
     attention = make_attention(dtype, head_dim, head_dim_v, row_groups, beside)
     vector = CUTE_DTYPES[dtype]
 
@@ -376,7 +375,7 @@ def compile_decode_finish(
         return fake_flat(Float32 if used else None)
 
     return compile_kernel(
-        DecodeFinish(attention, rule, count, form, cluster, tile_mode, rings),
+        DecodeFinish(attention, group, rule, count, form, cluster, tile_mode, rings),
         _Tensors(
             fake_flat(vector),
             *(integers(packed), integers(), integers(), integers()),
@@ -388,7 +387,7 @@ def compile_decode_finish(
         RecordTensors(floats(), floats(rule.carried > 0), integers()) if count else None,
         fake_pages(vector),
         fake_pages(vector) if rings else None,
-        _Sizes(*(Int32(1) for _ in range(14)), Int64(1)),
+        _Sizes(*(Int32(1) for _ in range(13)), Int64(1)),
         Float32(1.0),
     )
 
@@ -396,13 +395,14 @@ def compile_decode_finish(
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     paper, bf16, fp16 = DecodeRule.of(NSAConfig.paper()), torch.bfloat16, torch.float16
-    forms = [(bf16, 128, 128, 1, paper, 16, "gates", c, False, False, False) for c in (1, 2, 4, 8)]
-    forms += [(bf16, 128, 128, 1, paper, 0, form, 2, True, False, False) for form in FORMS]
+    forms = [(bf16, 128, 128, 16, paper, 16, "gates", c, False, False, False) for c in CLUSTERS]
+    forms += [(bf16, 128, 128, 8, paper, 0, form, 2, True, False, False) for form in FORMS]
     forms += [
-        (fp16, 64, 64, 2, DecodeRule(16, 16, 32), 64, "mean", 8, True, False, True),
-        (fp16, 96, 96, 1, DecodeRule(32, 32, 32), 1, "weight", 4, False, False, False),
+        (fp16, 64, 64, 32, DecodeRule(16, 16, 32), 64, "mean", 8, True, False, True),
+        (fp16, 96, 96, 3, DecodeRule(32, 32, 32), 1, "weight", 4, False, False, False),
         (bf16, 192, 128, 1, DecodeRule(64, 4, 64), 40, "weight", 2, False, False, False),
-        (bf16, 256, 256, 2, DecodeRule(16, 8, 64), 16, "weight", 1, False, False, False),
+        (bf16, 256, 256, 20, DecodeRule(16, 8, 64), 16, "weight", 1, False, False, False),
+        (fp16, 32, 32, 6, DecodeRule(32, 32, 32), 16, "weight", 1, False, False, False),
         (bf16, 128, 128, 1, DecodeRule(64, 64, 64), 0, "mean", 1, False, True, False),
     ]
     for form in forms:
@@ -444,7 +444,7 @@ def decode_finish(
     form = "gates" if gates is not None else "weight" if weight is not None else "mean"
     flat_q, q_stride = flat_rows(q)
     compile_decode_finish(
-        q.dtype, head_dim, head_dim_v, -(-group // MMA_ROWS), rule,
+        q.dtype, head_dim, head_dim_v, group, rule,
         0 if records is None else blocks.shape[-1], form, cluster, cu_seqlens is not None,
         tile_mode, rings is not None,
     )(
@@ -459,7 +459,7 @@ def decode_finish(
         page_arguments(pool, table),
         None if rings is None else page_arguments(rings, table),
         _Sizes(
-            *(shape.batch, shape.tokens, shape.kv_heads * kv_share, group, kv_share),
+            *(shape.batch, shape.tokens, shape.kv_heads * kv_share, kv_share),
             *(shape.unit_tokens, shape.token_blocks, blocks.shape[-1], window),
             *(tile_size, tile_slots, records.reference.shape[-1] if records else 1),
             *(num_initial, num_local, q_stride),

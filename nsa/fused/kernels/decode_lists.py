@@ -6,45 +6,48 @@ so that all have the same list.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 
-from nsa.fused.decode_inputs import CLUSTERS, MAX_LISTED, DecodeRule
+from nsa.fused.decode_inputs import MAX_LISTED, DecodeRule
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.best_blocks import NO_RANK
-from nsa.fused.kernels.decode_best import BestOfCta, best_words, block_rank
-from nsa.fused.kernels.decode_outputs import load_peer, meet_cluster
+from nsa.fused.kernels.decode_best import BestOfCta, block_rank
+from nsa.fused.kernels.decode_outputs import load_peer
 from nsa.fused.kernels.decode_scores import BlockScores, RecordTensors
 
 # Ranks that a thread brings at a time.
 _RANKS = 4
 
 
-def selection_bytes(threads: int) -> int:
-    """Shared memory that :meth:`BlockLists.select` needs meanwhile, at most."""
-    return 8 * best_words(threads, _RANKS, max(CLUSTERS))
-
-
 class BlockLists:
-    """Lists of ``count`` blocks, by ``cluster`` CTAs of ``threads`` threads."""
+    """Lists of ``count`` blocks for ``group`` query heads, by ``cluster`` CTAs of some warps."""
 
-    def __init__(self, rule: DecodeRule, count: int, cluster: int, threads: int):
+    def __init__(self, rule: DecodeRule, group: int, count: int, cluster: int, warps: int):
         self.rule = rule
         self.cluster = cluster
-        self.best = BestOfCta(count, threads, min(_RANKS, rule.group_blocks))
-        self.scores = BlockScores(rule)
+        self.warps = warps
+        per_thread = min(_RANKS, rule.group_blocks)
+        # Blocks that are scored together.
+        self.pass_blocks = warps * WARP * per_thread
+        self.best = BestOfCta(count, warps * WARP, per_thread)
+        self.scores = BlockScores(rule, group, warps)
 
     @cute.jit
     def select(
-        self, records: RecordTensors, groups: Int32, heads: Int32, forced: tuple[Int32, Int32],
-        memory: cute.Pointer, bests, compressed, position: Int32, record_row: Int64, rank: Int32,
+        self, records: RecordTensors, groups: Int32, forced: tuple[Int32, Int32],
+        ring: cute.Pointer, bests, compressed, position: Int32, record_row: Int64, rank: Int32,
         tidx: Int32,
     ):  # fmt: skip
         """Write the ranks of the best blocks to ``bests[1]``, best first, in all CTAs.
 
         ``groups`` have room in the records of a row; ``forced`` are the numbers of first and last
-        blocks that are taken. ``memory`` is shared, for what this needs meanwhile.
+        blocks that are taken. The ring of tiles, which is empty, has what this needs in shared
+        memory.
         """
-        shared = self.best.views(cute.recast_ptr(memory, dtype=Int64))
+        layout = cute.make_ordered_layout((self.warps, self.pass_blocks), order=(1, 0))
+        sPartial = cute.make_tensor(cute.recast_ptr(ring, dtype=Float32), layout)
+        memory = cute.recast_ptr(ring, dtype=Int64) + self.warps * self.pass_blocks // 2
+        shared = self.best.views(memory)
         self.best.reset(shared, tidx)
         # The sums of the parts, too, are there.
         cute.arch.barrier()
@@ -53,20 +56,37 @@ class BlockLists:
         share = cute.ceil_div(scored, self.cluster)
         first = rank * share
         last = cutlass.min(first + share, scored)
-        for begin in cutlass.range(first, last, self.best.threads, unroll=1):
-            group = begin + tidx
-            scores = self.scores.of_group(
-                records, groups, record_row, heads, compressed,
-                (position + 1) // self.rule.stride, cutlass.min(group, last - 1),
-            )  # fmt: skip
-            for start in cutlass.range_constexpr(0, self.rule.group_blocks, self.best.per_thread):
-                ranks = cute.make_rmem_tensor(self.best.per_thread, Int64)
+        warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
+        pass_groups = const_expr(self.pass_blocks // self.rule.group_blocks)
+        for begin in cutlass.range(first, last, pass_groups, unroll=1):
+            here = cutlass.min(last - begin, pass_groups)
+            for some in cutlass.range(0, here, WARP, unroll=1):
+                group = some + lane
+                scores = self.scores.of_group(
+                    records, groups, record_row, compressed,
+                    (position + 1) // self.rule.stride, cutlass.min(begin + group, last - 1), warp,
+                )  # fmt: skip
+                if group < here:
+                    sRow = cute.local_tile(
+                        sPartial[warp, None], (self.rule.group_blocks,), (group,)
+                    )
+                    cute.autovec_copy(scores, sRow)
+            cute.arch.barrier()
+            scores = cute.make_rmem_tensor(self.best.per_thread, Float32)
+            scores.fill(0.0)
+            for w in cutlass.range_constexpr(self.warps):
+                partial = cute.make_rmem_tensor(self.best.per_thread, Float32)
+                sRow = cute.local_tile(sPartial[w, None], (self.best.per_thread,), (tidx,))
+                cute.autovec_copy(sRow, partial)
                 for r in cutlass.range_constexpr(self.best.per_thread):
-                    block = group * self.rule.group_blocks + start + r
-                    ranks[r] = block_rank(
-                        scores[start + r], block, own, *forced, group < last
-                    )  # fmt: skip
-                self.best.add(shared, ranks, tidx)
+                    scores[r] = scores[r] + partial[r]
+            ranks = cute.make_rmem_tensor(self.best.per_thread, Int64)
+            for r in cutlass.range_constexpr(self.best.per_thread):
+                block = tidx * self.best.per_thread + r
+                real = block < here * self.rule.group_blocks
+                block += begin * self.rule.group_blocks
+                ranks[r] = block_rank(scores[r], block, own, *forced, real)
+            self.best.add(shared, ranks, tidx)
         cute.arch.barrier()
         sShare, sBest = bests
         if tidx < self.best.count:
@@ -74,10 +94,10 @@ class BlockLists:
             sShare[tidx] = kept
             sBest[tidx] = kept if const_expr(self.cluster == 1) else Int64(NO_RANK)
         if const_expr(self.cluster > 1):
-            meet_cluster(self.cluster)
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
             number = const_expr(self.cluster * self.best.count)
-            pointer = cute.recast_ptr(memory, dtype=Int64) + self.best.words
-            sAll = cute.make_tensor(pointer, cute.make_layout(number))
+            sAll = cute.make_tensor(memory + self.best.words, cute.make_layout(number))
             if tidx < self.best.count:
                 for peer in cutlass.range_constexpr(self.cluster):
                     rank_there = load_peer(sShare, tidx, peer, self.cluster)

@@ -102,24 +102,31 @@ class ClusterOutputs:
                         cute.autovec_copy(rPair, sPair)
             cute.arch.barrier()
 
+    def make_vectors(self) -> list[cute.Tensor]:
+        """This thread's vectors of the output, zeros."""
+        vectors = [cute.make_rmem_tensor(_COLUMNS, Float32) for _ in range(self.vectors)]
+        for vector in vectors:
+            vector.fill(0.0)
+        return vectors
+
     @cute.jit
-    def of_parts(
-        self, parts, shared, gates: cute.Tensor, slot: Int32, count: Int32, unit_rows: Int32,
-        first_row: Int64, heads: Int32, rank: Int32, tidx: Int32,
-    ) -> list[cute.Tensor]:  # fmt: skip
-        """This thread's vectors of the compressed branch's output, times its gate.
+    def add_parts(
+        self, found: list[cute.Tensor], parts, shared, gates: cute.Tensor, slot: Int32,
+        count: Int32, unit_rows: Int32, first_row: Int64, heads: cutlass.Constexpr[int],
+        rank: Int32, tidx: Int32,
+    ):  # fmt: skip
+        """Add the compressed branch's output, times its gate, to the vectors ``found``.
 
         ``shared`` is what :func:`nsa.fused.kernels.decode_scores.sum_parts` found.
         """
         mO, mReference, _ = parts
         sReference, sInverse = shared
-        found, places = [], []
+        places, scales = [], []
         for v in cutlass.range_constexpr(self.vectors):
-            vector = cute.make_rmem_tensor(_COLUMNS, Float32)
-            vector.fill(0.0)
-            found.append(vector)
             row, column = self._place(v, rank, tidx)
-            places.append((cutlass.min(row, heads - 1), column))
+            row = cutlass.min(row, heads - 1)
+            places.append((row, column))
+            scales.append((sReference[row], sInverse[row] * gates[row * 3]))
         step = const_expr(max(1, _LOADS // self.vectors))
         for begin in cutlass.range(0, count, step, unroll=1):
             # All loads before the first use, so that they are under way together.
@@ -134,16 +141,12 @@ class ClusterOutputs:
                     loaded.append((mReference[place], values))
             for u in cutlass.range_constexpr(step):
                 for v in cutlass.range_constexpr(self.vectors):
-                    row, _ = places[v]
                     reference, values = loaded[u * self.vectors + v]
-                    factor = power_of_two(reference - sReference[row])
-                    factor = factor * sInverse[row] * gates[row * 3]
-                    # A part without keys has no output.
-                    real = begin + u < count and reference != NO_REFERENCE
+                    largest, share = scales[v]
+                    factor = power_of_two(reference - largest) * share
+                    factor = factor if begin + u < count else Float32(0.0)
                     for c in cutlass.range_constexpr(_COLUMNS):
-                        value = values[c] * factor if real else Float32(0.0)
-                        found[v][c] = found[v][c] + value
-        return found
+                        found[v][c] = found[v][c] + values[c] * factor
 
     @cute.jit
     def share_factors(
@@ -204,16 +207,6 @@ class ClusterOutputs:
         rX = cute.make_rmem_tensor(_COLUMNS, Float32)
         cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(_COLUMNS)), rX)
         return rX
-
-
-@cute.jit
-def meet_cluster(cluster: cutlass.Constexpr[int]):
-    """Wait for all threads of the cluster, which then see what each wrote before."""
-    if const_expr(cluster > 1):
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
-    else:
-        cute.arch.barrier()
 
 
 def load_peer(sX: cute.Tensor, place: Int32, peer: int, cluster: int) -> cute.Numeric:

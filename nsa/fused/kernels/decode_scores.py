@@ -1,8 +1,8 @@
 """Decoding's scores of blocks, from what the compressed branch recorded.
 
-A thread scores the blocks of a group of 16 slots. A block's score adds the heads in order, and each
-head's terms are scaled by powers of two and one common factor, so equal keys score equally wherever
-they lie.
+A warp has some of the heads, and a lane the blocks of a group of 16 slots. A block's score adds a
+warp's heads in order, then the warps, and each head's terms are scaled by powers of two and one
+common factor, so equal keys score equally wherever they lie.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from nsa.fused.hardware import WARP
 from nsa.fused.kernels.decode_tiles import power_of_two
 from nsa.fused.kernels.hopper import mlir_namedtuple
 
-# Heads whose records a thread loads together.
+# The most heads whose records a thread loads together.
 _HEADS = 8
 # Numbers of a 16-byte load.
 _FLOATS = 4
@@ -32,19 +32,23 @@ class RecordTensors(NamedTuple):
 
 
 class BlockScores:
-    """Scores of the blocks of ``rule``."""
+    """Scores of the blocks of ``rule``, over ``heads`` heads, by ``warps`` warps."""
 
-    def __init__(self, rule: DecodeRule):
+    def __init__(self, rule: DecodeRule, heads: int, warps: int):
         self.rule = rule
+        self.heads = heads
+        self.each = -(-heads // warps)
+        self.is_uneven = self.each * warps != heads
 
     @cute.jit
     def of_group(
-        self, records: RecordTensors, groups: Int32, record_row: Int64, heads: Int32,
-        shared, seen: Int32, group: Int32,
+        self, records: RecordTensors, groups: Int32, record_row: Int64, shared, seen: Int32,
+        group: Int32, warp: Int32,
     ) -> cute.Tensor:  # fmt: skip
-        """The scores of the blocks of a group, of which the token sees the slots below ``seen``.
+        """What the heads of a warp add to the scores of the blocks of a group.
 
-        ``shared`` is what :func:`sum_parts` found; ``groups`` have room in the records of a row.
+        The token sees the slots below ``seen``. ``shared`` is what :func:`sum_parts` found;
+        ``groups`` have room in the records of a row.
         """
         rule = self.rule
         sReference, sInverse = shared
@@ -53,21 +57,23 @@ class BlockScores:
         carries = (group + 1) * SLOT_GROUP < seen
         scores = cute.make_rmem_tensor(blocks, Float32)
         scores.fill(0.0)
-        for first in cutlass.range(0, heads, _HEADS, unroll=1):
+        for first in cutlass.range_constexpr(0, self.each, _HEADS):
             # All loads before the first use, so that they are under way together.
             loaded = []
-            for h in cutlass.range_constexpr(_HEADS):
-                row = (record_row + cutlass.min(first + h, heads - 1)) * groups
+            for h in cutlass.range_constexpr(first, min(first + _HEADS, self.each)):
+                head = warp * self.each + h
+                real = head < self.heads
+                head = cutlass.min(head, self.heads - 1)
+                row = (record_row + head) * groups
                 own = self._load_sums(records.sums, row + group)
                 reference = records.reference[row + group]
                 carried, next_reference = None, None
                 if const_expr(rule.carried > 0):
                     carried = records.carried[row + following]
                     next_reference = records.reference[row + following]
-                loaded.append((own, reference, carried, next_reference))
-            for h in cutlass.range_constexpr(_HEADS):
-                own, reference, carried, next_reference = loaded[h]
-                head = cutlass.min(first + h, heads - 1)
+                loaded.append((head, real, own, reference, carried, next_reference))
+            for h in cutlass.range_constexpr(len(loaded)):
+                head, real, own, reference, carried, next_reference = loaded[h]
                 largest, inverse = sReference[head], sInverse[head]
                 factor = power_of_two(reference - largest)
                 for b in cutlass.range_constexpr(blocks):
@@ -76,7 +82,10 @@ class BlockScores:
                         carried = carried * power_of_two(next_reference - largest)
                         value = value + (carried if carries else Float32(0.0))
                     value = value * inverse
-                    scores[b] = scores[b] + (value if first + h < heads else Float32(0.0))
+                    if const_expr(self.is_uneven):
+                        value = value if real else Float32(0.0)
+                    scores[b] = scores[b] + value
+        # Blocks of which the token sees nothing score 0.
         for b in cutlass.range_constexpr(blocks):
             block = group * blocks + b
             scores[b] = scores[b] if block * rule.per_select < seen else Float32(0.0)
@@ -97,8 +106,8 @@ class BlockScores:
 
 @cute.jit
 def sum_parts(
-    parts, shared, slot: Int32, count: Int32, rows: Int32, first_row: Int64, heads: Int32,
-    most_heads: cutlass.Constexpr[int], warps: cutlass.Constexpr[int], tidx: Int32,
+    parts, shared, slot: Int32, count: Int32, rows: Int32, first_row: Int64,
+    heads: cutlass.Constexpr[int], warps: cutlass.Constexpr[int], tidx: Int32,
 ):  # fmt: skip
     """Largest reference of each head, and the inverse of its sum of exponentials, to ``shared``.
 
@@ -107,7 +116,7 @@ def sum_parts(
     _, mReference, mTotal = parts
     sReference, sInverse = shared
     warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
-    number = const_expr(most_heads // warps)
+    number = const_expr(-(-heads // warps))
     largest = cute.make_rmem_tensor(number, Int32)
     largest.fill(NO_REFERENCE)
     total = cute.make_rmem_tensor(number, Float32)

@@ -95,7 +95,7 @@ class DecodeTileSelect:
         if const_expr(tensors.cu_seqlens is not None):
             row0 = tensors.cu_seqlens[sequence]
         start, end = tensors.starts[sequence], tensors.ends[sequence]
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         memory = smem.allocate_tensor(Int64, cute.make_layout(self.best.words), 16)
         shared = self.best.views(memory.iterator)
         sQ = smem.allocate_tensor(Float32, cute.make_layout(self.head_dim), 16)
