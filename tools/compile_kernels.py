@@ -65,10 +65,11 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         plan_tables,
         query_gradient,
         rope,
+        tile_scores,
         top_blocks,
     )
 
-    by_dtype = [gates, query_gradient, means, rope, block_rows]
+    by_dtype = [gates, query_gradient, means, rope, block_rows, tile_scores]
     others = [lists, top_blocks, plan_tables]
     if arch == "sm_90a":
         # On Hopper's matrix instructions.

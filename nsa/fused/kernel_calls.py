@@ -557,6 +557,22 @@ def top_blocks(
     _kernels("top_blocks").top_blocks(**locals())
 
 
+def tile_scores(summary: Tensor, k_cmp: Tensor) -> Tensor:
+    """``scores[b, h, c, j] = summary[b, c, h] . k_cmp[b, j, h // (H / H_kv)]``, exact to float32.
+
+    Equal keys score equally, bit for bit. For few scores: products are of float64.
+
+    Args:
+        summary: ``(B, tiles, H, D)``, float32 or in the dtype of ``k_cmp``; D a multiple of 8.
+            Strided tensors are read in place.
+        k_cmp: ``(B, M, H_kv, D)``, bfloat16 or float16, likewise.
+
+    Returns:
+        float32 ``(B, H, tiles, M)``.
+    """
+    return _kernels("tile_scores").tile_scores(**locals())
+
+
 def float32_products(a: Tensor, b: Tensor) -> Tensor:
     """``a (X, R, K) @ b (X, K, W)`` of bfloat16, summed and returned in float32.
 

@@ -26,7 +26,7 @@ BYTES_PER_SCORE = 8
 """Tile mode holds the float32 scores of a step and of the one before it."""
 
 FEW_SCORES = 1 << 22
-"""Scores up to which a float64 product is as fast as three of bfloat16, in fewer launches."""
+"""Scores up to which float64 products are as fast as three of bfloat16, in fewer launches."""
 
 
 def select_blocks(q_rows: Tensor, k_cmp: Tensor, lse_cmp: Tensor | None, plan: Plan) -> Tensor:
@@ -77,8 +77,27 @@ def _select_tiles(
 ) -> None:
     """Write ``blocks`` and ``groups``, if given, for each tile and query head."""
     summary = _tile_summary(q_rows, plan)  # (B, tiles, H, D)
-    dtype = accumulation_dtype(q_rows.dtype)
-    num_scores = math.prod(summary.shape[:3]) * k_cmp.shape[1]
+    num_tiles, num_keys = summary.shape[1], k_cmp.shape[1]
+    num_scores = math.prod(summary.shape[:3]) * num_keys
+    if num_scores <= min(FEW_SCORES, TILE_SCORES):
+        scores = kernel_calls.tile_scores(summary, k_cmp)
+        _take(scores, slice(0, num_tiles), slice(0, num_keys), blocks, groups, plan)
+    else:
+        _score_in_steps(summary, k_cmp, num_scores, blocks, groups, plan)
+    if blocks is not None and plan.scoring.forced_past_end:
+        blocks.masked_fill_(blocks >= plan.scoring.num_blocks[:, None, None], -1)
+
+
+def _score_in_steps(
+    summary: Tensor,
+    k_cmp: Tensor,
+    num_scores: int,
+    blocks: Tensor | None,
+    groups: Tensor | None,
+    plan: Plan,
+) -> None:
+    """Score some tiles at a time, and write their blocks and groups."""
+    dtype = accumulation_dtype(k_cmp.dtype)
     if k_cmp.dtype == torch.bfloat16 and num_scores > FEW_SCORES:
         summary = _bfloat16_parts(_by_head(summary, dtype))
         keys = k_cmp.transpose(1, 2).repeat(1, 1, 1, 3)
@@ -88,8 +107,6 @@ def _select_tiles(
     for tiles, columns in _steps(summary, keys, plan):
         scores = _scores(_part(summary, tiles), _part(keys, columns), dtype)
         _take(scores, tiles, columns, blocks, groups, plan)
-    if blocks is not None and plan.scoring.forced_past_end:
-        blocks.masked_fill_(blocks >= plan.scoring.num_blocks[:, None, None], -1)
 
 
 def _tile_summary(q_rows: Tensor, plan: Plan) -> Tensor:
@@ -156,7 +173,7 @@ def _scores(summary: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     Scores are exact to float32, because rounding the summary to 16 bits would reorder close
     scores. Tensor cores compute many scores: a float32 summary is the sum of three bfloat16
     numbers, so their products with keys repeated three times, both ``3 * D`` wide, add up to the
-    float32 products. Few scores are float64 products. No float32 product is used: it may be TF32.
+    float32 products. Else they are float64 products. No float32 product is used: it may be TF32.
     """
     shape = (*summary.shape[:3], keys.shape[2])
     keys = keys.flatten(0, 1)  # (B * H_kv, W, D)

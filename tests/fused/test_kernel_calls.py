@@ -33,6 +33,7 @@ LAUNCHERS = {
     "selected_forward": ("selected_forward",),
     "selected_backward": ("selected_backward",),
     "row_statistics": ("row_statistics",),
+    "tile_scores": ("tile_scores",),
     "top_blocks": ("top_blocks",),
 }
 COMPOSED = ("gather_rows", "float32_products")

@@ -32,6 +32,7 @@ NAMES = (
     "listed_backward",
     "top_blocks",
     "float32_products",
+    "tile_scores",
 )
 """The functions of ``nsa.fused.kernel_calls`` that are answered here."""
 
@@ -383,6 +384,17 @@ def top_blocks(
     order = torch.where(order < num_blocks, order, -1)
     order = torch.nn.functional.pad(order, (0, out.shape[-1] - order.shape[-1]), value=-1)
     out[:, tiles] = order.transpose(1, 2).int()
+
+
+def tile_scores(summary, k_cmp) -> Tensor:
+    assert summary.shape[-1] % 8 == 0, "the kernel loads 16 bytes of channels"
+    dtype = accumulation_dtype(k_cmp.dtype)
+    assert summary.dtype in (k_cmp.dtype, dtype)
+    batch, tiles, heads, head_dim = summary.shape
+    num_keys, num_kv_heads = k_cmp.shape[1:3]
+    rows = summary.double().transpose(1, 2).reshape(batch * num_kv_heads, -1, head_dim)
+    keys = k_cmp.double().transpose(1, 2).reshape(batch * num_kv_heads, num_keys, head_dim)
+    return torch.bmm(rows, keys.mT).to(dtype).view(batch, heads, tiles, num_keys)
 
 
 def float32_products(a, b) -> Tensor:

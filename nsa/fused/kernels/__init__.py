@@ -4,9 +4,9 @@ Importing a file imports cutlass; importing this package does not. Callers use
 :mod:`nsa.fused.kernel_calls`, which documents the operations.
 
 Files with an operation: ``plan_tables``, ``rope``, ``block_rows``, ``means``, ``gates``,
-``few_keys``, ``query_gradient``, ``lists``, ``top_blocks``, ``importance``, ``selected_forward``,
-``selected_backward``, ``row_statistics`` and ``listed_backward``; and of decoding
-``decode_append``, ``decode_compressed``, ``decode_tile_select``, ``decode_finish`` and
+``few_keys``, ``query_gradient``, ``lists``, ``tile_scores``, ``top_blocks``, ``importance``,
+``selected_forward``, ``selected_backward``, ``row_statistics`` and ``listed_backward``; and of
+decoding ``decode_append``, ``decode_compressed``, ``decode_tile_select``, ``decode_finish`` and
 ``decode_attend``, which :mod:`nsa.fused.decode_calls` documents. Each has
 
 - classes of kernels. ``__call__`` runs on the host and launches ``kernel``. Tensors and sizes come
@@ -26,7 +26,7 @@ Files without kernels: ``vectors`` (16-byte loads and stores, how tensors are pa
 share), ``best_blocks`` (ranked blocks in a warp's registers), ``decode_best`` (those of a CTA),
 ``decode_tiles`` (attention to tiles of pages), ``decode_scores`` (blocks scored from records),
 ``decode_lists`` (lists of the best blocks), ``decode_places`` (their tiles), ``decode_outputs``
-(outputs added up over a cluster), ``hopper`` (what is used of FlashAttention-4
-and quack-kernels), ``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel classes, compiled as
-ours are) and ``compiled`` (compiled kernels in memory and on disk).
+(outputs added up over a cluster), ``hopper`` (what is used of FlashAttention-4 and quack-kernels),
+``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel classes, compiled as ours are) and
+``compiled`` (compiled kernels in memory and on disk).
 """
