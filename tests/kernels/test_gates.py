@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nsa.fused import kernel_calls
+from nsa.fused.kernel_inputs import multiplies_gates
 from tests.helpers import emulated_kernels
 from tests.helpers.gating_cases import (
     FORMS,
@@ -37,7 +38,7 @@ def test_equal_float64_on_slices_of_heads(form, dim, dtype):
     *branches, q, dout = (slice_of_heads(x)[0] for x in tensors)
     with poisoned_memory():
         actual = results(kernel_calls, branches, q, gates, weight, dout, statistics)
-    if form == "gates":
+    if multiplies_gates(dtype, gates, weight):
         # The kernel rounds branch gradients before it multiplies them.
         exact, tensors = (gates, weight), [x.clone() for x in tensors]
     else:
@@ -54,17 +55,20 @@ def assert_close(actual, expected):
         torch.testing.assert_close(x.double(), y.double(), **tolerance)
 
 
-def test_gates_of_0_give_no_probability():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_of_0_give_no_gradient(dtype):
     """Those that underflow, and those that are given."""
-    branches, q, _, weight, dout = make_problem("weight", (1, 100, 2, 64), torch.float16, "cuda")
+    branches, q, _, weight, dout = make_problem("weight", (1, 100, 2, 64), dtype, "cuda")
     branches, q, dout = [x[0] for x in branches], q[0].abs() + 1, dout[0]
     statistics = make_statistics((100, 2, 64), in_order(100, 2))
     found = results(kernel_calls, branches, q, None, -60 * weight.abs() - 10, dout, statistics)
     assert all(x.isfinite().all() for x in found[:-6])
-    for lse_log2, delta in zip(found[-6::2], found[-5::2], strict=True):
-        assert (lse_log2 == torch.inf).all()
-        assert delta.isfinite().all()
-    gates = torch.zeros(100, 2, 3, dtype=torch.float16, device="cuda")
+    if multiplies_gates(dtype, None, weight):
+        assert not any(x.any() for x in (*found[2:5], *found[-5::2]))
+    else:
+        assert all((x == torch.inf).all() for x in found[-6::2])
+        assert all(x.isfinite().all() for x in found[-5::2])
+    gates = torch.zeros(100, 2, 3, dtype=dtype, device="cuda")
     found = results(kernel_calls, branches, q, gates, None, dout, statistics)
     assert all(x.isfinite().all() for x in found[:-6])
     assert not any(x.any() for x in (found[0], *found[2:5], *found[-5::2]))
