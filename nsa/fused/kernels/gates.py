@@ -352,7 +352,7 @@ class GatingBackward(_Gating):
         """Sum ``rdW`` over the rows that the CTA handles in parallel, in a fixed order."""
         tidx, _, _ = cute.arch.thread_idx()
         size = 3 * self.head_dim
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         layout = cute.make_layout((self.rows_in_parallel, size), stride=(size, 1))
         sdW = smem.allocate_tensor(Float32, layout, byte_alignment=16)
         if active:

@@ -163,7 +163,7 @@ class ImportanceScores:
         if warp == 0:
             cpasync.prefetch_descriptor(tma_atom)
 
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         barriers = smem.allocate_array(Int64, 2 * shape.stages)
         sQ = smem.allocate_tensor(
             self.dtype, q_smem.outer, byte_alignment=1024, swizzle=q_smem.inner

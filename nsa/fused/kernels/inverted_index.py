@@ -174,7 +174,7 @@ class InvertIndex:
         unit, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         warps = _SCAN_THREADS // WARP
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         sTotals = smem.allocate_tensor(Int32, cute.make_layout((2, warps)), byte_alignment=16)
         sSlot = smem.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16)
 

@@ -210,7 +210,7 @@ class ListedBackward:
         wg, warp = warp_in_cta // 4, warp_in_cta % 4
         lane, thread = tidx % WARP, tidx % WARPGROUP
 
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         sRows, sdS, sK, sV = (
             smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
             for x in (rows_smem, ds_smem, keys_smem, keys_smem)

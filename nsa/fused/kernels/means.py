@@ -116,7 +116,7 @@ class MeanForward:
                     rSum.store(rSum.load() + loaded[u].load().to(Float32))
 
         if const_expr(self.splits > 1):
-            smem = cutlass.utils.SmemAllocator()
+            smem = cutlass.memory.SmemAllocator()
             layout = cute.make_layout((_THREADS, VECTOR), stride=(VECTOR, 1))
             sSum = smem.allocate_tensor(Float32, layout, byte_alignment=16)
             cute.autovec_copy(rSum, sSum[tidx, None])

@@ -137,7 +137,7 @@ class SequenceBounds:
         tidx, _, _ = cute.arch.thread_idx()
         warp, lane = tidx // WARP, tidx % WARP
         warps = _THREADS // WARP
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         sTotals = smem.allocate_tensor(Int32, cute.make_layout((_KINDS, warps)), byte_alignment=16)
         done, counts, through = (cute.make_rmem_tensor(_KINDS, Int32) for _ in range(3))
         done.fill(0)

@@ -242,7 +242,7 @@ class AddPartials:
         # compiler delays loads until their results are needed, to save registers.
         shape = (self.loads, _THREADS, (VECTOR, 1))
         layout = cute.make_ordered_layout(shape, order=(2, 1, 0))
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         sPartial = smem.allocate_tensor(Float16, layout, 128)
         sPartial = sPartial[None, tidx, None]
         load_values = functools.partial(

@@ -252,7 +252,7 @@ class SelectedBackward:
             if const_expr(self.key_parts > 1):
                 column_part, own = Int32(0), wg * TILE_KEYS
 
-            smem = cutlass.utils.SmemAllocator()
+            smem = cutlass.memory.SmemAllocator()
             sK, sV, sQ, sdO, sdS = (
                 smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
                 for x in (k_smem, v_smem, q_smem, do_smem, ds_smem)

@@ -258,7 +258,7 @@ class BandForward:
         if keys > 0 and count > 0:
             skipped = begin - first_row
 
-            smem = cutlass.utils.SmemAllocator()
+            smem = cutlass.memory.SmemAllocator()
             sQ, sK, sV = (
                 smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
                 for x in (q_smem, k_smem, v_smem)

@@ -188,7 +188,7 @@ class SelectedForward:
             first, keys, first_row = mItems[field + 2], mItems[field + 3], mItems[field + 4]
             kv_head = begin // sizes.unit_pairs % sizes.kv_heads
 
-            smem = cutlass.utils.SmemAllocator()
+            smem = cutlass.memory.SmemAllocator()
             sQ, sK, sV = (
                 smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
                 for x in (q_smem, k_smem, v_smem)
@@ -373,7 +373,7 @@ class CombinePartials:
             # compiler delays loads until their results are needed, to save registers.
             shape = (self.loads, _COMBINE_THREADS, (VECTOR, 1))
             layout = cute.make_ordered_layout(shape, order=(2, 1, 0))
-            smem = cutlass.utils.SmemAllocator()
+            smem = cutlass.memory.SmemAllocator()
             sPartial = smem.allocate_tensor(results.partial.element_type, layout, 128)
             sPartial = sPartial[None, tidx, None]
             load_partials = functools.partial(

@@ -91,7 +91,7 @@ class TopBlocks:
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         layout = cute.make_layout((_WARPS, 2 * WARP), stride=(2 * WARP, 1))
         sWaiting = smem.allocate_tensor(Int64, layout, byte_alignment=16)[warp, None]
 
