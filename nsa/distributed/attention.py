@@ -19,6 +19,7 @@ from nsa.distributed.copies import copy_rows
 from nsa.distributed.key_rows import RowSums, take_rows
 from nsa.host import needs_gradients
 from nsa.precision import accumulation_dtype
+from nsa.results import Results
 
 
 def attend(call: Call, block_indices: Tensor | None, inputs: Inputs) -> Tensor:
@@ -35,8 +36,9 @@ def attend(call: Call, block_indices: Tensor | None, inputs: Inputs) -> Tensor:
         for one in call.layout.calls:
             given = {name: chunk.of_call(name, x, one) for name, x in _named(inputs)}
             own = [x[one.keys] for x in keys]
-            result = _run(call, chunk, one, block_indices, given, own)
-            copy_rows(out[one.rows, chunk.query], result)
+            results = Results(out=out[one.rows, chunk.query])
+            result = _run(call, chunk, one, block_indices, given, own, results)
+            _put(results.out, result)
     return out
 
 
@@ -65,12 +67,14 @@ def _run(
     block_indices: Tensor | None,
     inputs: dict[str, Any],
     keys: Sequence,
+    results: Results,
 ) -> Tensor:
     """The output of a call of the backend.
 
     Args:
         inputs: of the call, those of :class:`Inputs` without ``kv``.
         keys: of the call, for each of ``kv``.
+        results: where it may be written.
     """
     # Branches that share keys get one tensor, by which the backend knows.
     forms = [_in_form(x, one) for x in keys]
@@ -93,6 +97,7 @@ def _run(
         max_workspace_bytes=call.max_workspace_bytes,
         recompute_window=call.recompute_window,
         deterministic=call.deterministic,
+        results=results,
         **extra,
     )
     # squeeze, because the derivative of out[0] first fills a tensor with zeros.
@@ -102,6 +107,12 @@ def _run(
 def _in_form(x: Tensor | None, one: BackendCall) -> Tensor | None:
     """Flat rows, or indices, as the call has them."""
     return x if x is None or one.packed else x[None]
+
+
+def _put(target: Tensor, result: Tensor):
+    """Copy a result to where it belongs, unless the backend wrote it there."""
+    if result.data_ptr() != target.data_ptr():
+        copy_rows(target, result)
 
 
 def _named(inputs: Inputs):
@@ -143,10 +154,12 @@ class _Saved:
 
 
 class _Part(NamedTuple):
-    """The graph of a call of a chunk: its output, its inputs by name (``kv`` by number)."""
+    """The graph of a call of a chunk: its output, its inputs by name (``kv`` by number), and where
+    it may write gradients."""
 
     out: GradientEdge
     inputs: dict[str | int, GradientEdge]
+    results: Results
 
 
 class _Leaves(torch.autograd.Function):
@@ -171,9 +184,13 @@ class _AttentionNode(torch.autograd.Function):
         for chunk, keys in _Chunks(call, inputs):
             saved.gathered = keys
             for one in call.layout.calls:
+                results = Results(out=out[one.rows, chunk.query])
                 with torch.enable_grad(), saved.hooks():
-                    part, result = _record(call, chunk, one, block_indices, inputs, keys, needed)
-                copy_rows(out[one.rows, chunk.query], result.detach())
+                    part, result = _record(
+                        call, chunk, one, block_indices, inputs, keys, needed, results
+                    )
+                _put(results.out, result.detach())
+                results.out = None
                 parts.append(part)
                 del result
             saved.gathered = []
@@ -214,12 +231,14 @@ class _Gradients(torch.autograd.Function):
             totals = {at: RowSums(call.layout, x) for at, x in enumerate(keys) if at in grads}
             for one in call.layout.calls:
                 part = next(coming)
+                part.results.dq = chunk.of_call("q", grads.get("q"), one)
                 results = torch.autograd.grad(
                     part.out, tuple(part.inputs.values()), dout[one.rows, chunk.query],
                     retain_graph=True, allow_unused=True,
                 )  # fmt: skip
                 for name, result in zip(part.inputs, results, strict=True):
                     _store(chunk, one, name, result, grads, totals)
+                part.results.dq = None
                 del results, result
             saved.gathered = []
             _finish(sums)
@@ -254,6 +273,7 @@ def _record(
     inputs: Inputs,
     keys: Sequence[Tensor],
     needed: dict,
+    results: Results,
 ) -> tuple[_Part, Tensor]:
     """Run a call of a chunk and keep its graph."""
     given: dict[str | int, Any] = {
@@ -268,8 +288,8 @@ def _record(
     edges = {name: get_gradient_edge(given[name]) for name in wanted}
     named = {name: given[name] for name, _ in _named(inputs)}
     own = [given[i] for i in range(len(keys))]
-    result = _run(call, chunk, one, block_indices, named, own)
-    return _Part(get_gradient_edge(result), edges), result
+    result = _run(call, chunk, one, block_indices, named, own, results)
+    return _Part(get_gradient_edge(result), edges, results), result
 
 
 def _empty_gradient(name: str | int, x: Tensor) -> Tensor:
@@ -293,7 +313,7 @@ def _store(chunk: Chunk, one: BackendCall, name, result: Tensor | None, grads: d
     elif result is None:
         target.zero_()
     else:
-        copy_rows(target, result)
+        _put(target, result)
 
 
 def _finish(sums: list[tuple[Tensor, Summing]]):

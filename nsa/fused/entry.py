@@ -20,6 +20,7 @@ from nsa.fused.sizes import Sizes, make_sizes
 from nsa.fused.strides import are_rows
 from nsa.host import is_traced, needs_gradients
 from nsa.packing import Boundaries, Packing
+from nsa.results import Results
 from nsa.validation import UnsupportedError
 
 Branches = tuple[Tensor, Tensor, Tensor]
@@ -44,6 +45,7 @@ def forward(
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
     deterministic: bool = False,
+    results: Results | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
     if cache is not None:
@@ -117,10 +119,13 @@ def forward(
         scaled = with_scale(config, scale)
         bounds = (cu_seqlens, max_seqlen_k, scaled, packing)
         plan = make_plan(inputs.q, *bounds, num_kv_heads=inputs.k.shape[2], **keys)
+        if results is None or not dim == q.shape[-1] == value_dim:
+            results = Results()
         if save:
-            out = ops.AttentionNode.apply(plan, schedule, block_indices, *inputs)
+            out = ops.AttentionNode.apply(plan, schedule, results, block_indices, *inputs)
         else:
-            out, _ = run_forward(inputs, block_indices, plan, schedule, save=False)
+            target = ops.kernel_form(results.out)
+            out, _ = run_forward(inputs, block_indices, plan, schedule, save=False, out=target)
     # squeeze, because the derivative of out[0] first fills a tensor with zeros.
     out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim].contiguous()

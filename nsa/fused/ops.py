@@ -21,6 +21,7 @@ from nsa.fused.schedule import Schedule, fewest_chunks, run_backward, run_forwar
 from nsa.fused.sizes import Sizes, make_sizes
 from nsa.fused.strides import as_rows
 from nsa.packing import find_packing
+from nsa.results import Results
 from nsa.validation import UnsupportedError
 
 NUM_INPUTS = len(Inputs._fields)
@@ -30,11 +31,21 @@ class AttentionNode(torch.autograd.Function):
     """The node that is used while nothing traces."""
 
     @staticmethod
-    def forward(ctx, plan: Plan, schedule: Schedule, block_indices: Tensor | None, *inputs):
-        out, saved = run_forward(Inputs(*inputs), block_indices, plan, schedule, save=True)
+    def forward(
+        ctx,
+        plan: Plan,
+        schedule: Schedule,
+        results: Results,
+        block_indices: Tensor | None,
+        *inputs,
+    ):
+        target = kernel_form(results.out)
+        out, saved = run_forward(
+            Inputs(*inputs), block_indices, plan, schedule, save=True, out=target
+        )
         tensors = (x for part in saved for x in part.tensors())
         ctx.save_for_backward(*inputs, block_indices, *tensors)
-        ctx.plan, ctx.schedule = plan, schedule
+        ctx.plan, ctx.schedule, ctx.results = plan, schedule, results
         return out
 
     @staticmethod
@@ -44,8 +55,18 @@ class AttentionNode(torch.autograd.Function):
         saved = Saved.of_chunks(tensors[NUM_INPUTS + 1 :], recompute=ctx.schedule.recompute)
         arguments = (as_rows(dout), block_indices, saved, ctx.plan, ctx.schedule)
         if torch.is_grad_enabled():  # create_graph
-            return None, None, None, *_Gradients.apply(*arguments, *inputs)
-        return None, None, None, *run_backward(arguments[0], Inputs(*inputs), *arguments[1:])
+            return None, None, None, None, *_Gradients.apply(*arguments, *inputs)
+        dq = kernel_form(ctx.results.dq)
+        grads = run_backward(arguments[0], Inputs(*inputs), *arguments[1:], dq=dq)
+        return None, None, None, None, *grads
+
+
+def kernel_form(x: Tensor | None) -> Tensor | None:
+    """One of :class:`Results` as ``(B, T, H, D)``. Not as a view, whose history would be its
+    base's."""
+    if x is None:
+        return None
+    return (x if x.ndim == 4 else x[None]).detach()
 
 
 class _Gradients(torch.autograd.Function):

@@ -156,23 +156,30 @@ def split_heads(num_heads: int, num_kv_heads: int, chunks: int) -> list[Heads]:
 
 
 def run_forward(
-    inputs: Inputs, block_indices: Tensor | None, plan: Plan, schedule: Schedule, *, save: bool
+    inputs: Inputs,
+    block_indices: Tensor | None,
+    plan: Plan,
+    schedule: Schedule,
+    *,
+    save: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, list[Saved]]:
     """Output ``(B, T, H, Dv)`` and, where ``save``, what each chunk leaves for its backward.
 
     If the schedule recomputes, that is only the selection. ``block_indices`` are the caller's (see
-    :func:`nsa.fused.pipeline.attend`), which are not saved; None to select.
+    :func:`nsa.fused.pipeline.attend`), which are not saved; None to select. The output is ``out``,
+    if given: a contiguous tensor, or a slice of heads of one.
     """
     q = inputs.q
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
-    out, kept = None, []
-    if len(parts) > 1:
+    kept = []
+    if out is None and len(parts) > 1:
         out = q.new_empty(*q.shape[:-1], inputs.v.shape[-1])
     with torch.cuda.device_of(q), without_autocast(q.device):
         for heads in parts:
             # With one chunk, slices would be the whole tensors and cost host time.
-            part, blocks, target = inputs, block_indices, None
-            if out is not None:
+            part, blocks, target = inputs, block_indices, out
+            if out is not None and len(parts) > 1:
                 part, blocks = heads.of(inputs), heads.of_indices(block_indices, plan)
                 target = heads.of_queries(out)
             branches, selected, groups = pipeline.attend(
@@ -201,18 +208,21 @@ def run_backward(
     saved: list[Saved],
     plan: Plan,
     schedule: Schedule,
+    dq: Tensor | None = None,
 ) -> Inputs:
     """The gradient of each input, None if there is no such input.
 
-    ``block_indices`` are the caller's. If None, ``saved`` holds the selected ones.
+    ``block_indices`` are the caller's. If None, ``saved`` holds the selected ones. The gradient of
+    ``q`` is ``dq``, if given: a contiguous tensor, or a slice of heads of one.
     """
     q = inputs.q
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
     with torch.cuda.device_of(q), without_autocast(q.device):
         if len(parts) == 1:
             arguments = (dout, inputs, block_indices, saved[0], plan)
-            return _run_chunk_backward(*arguments, deterministic=schedule.deterministic)
-        grads = Inputs._make(None if x is None else x.new_empty(x.shape) for x in inputs)
+            return _run_chunk_backward(*arguments, dq, deterministic=schedule.deterministic)
+        others = (None if x is None else x.new_empty(x.shape) for x in inputs[1:])
+        grads = Inputs(q.new_empty(q.shape) if dq is None else dq, *others)
         for heads, part in zip(parts, saved, strict=True):
             blocks, targets = heads.of_indices(block_indices, plan), heads.of(grads)
             arguments = (heads.of_queries(dout), heads.of(inputs), blocks, part, plan)

@@ -19,6 +19,7 @@ from nsa.reference.determinism import check_deterministic_device
 from nsa.reference.gating import combine_branches
 from nsa.reference.selection import select_blocks as _select_blocks
 from nsa.reference.selection import select_groups
+from nsa.results import Results
 from nsa.segments import QuerySegments, Segments
 
 Branches = tuple[Tensor, Tensor, Tensor]
@@ -43,6 +44,7 @@ def forward(
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
     deterministic: bool = False,
+    results: Results | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`. Arguments are checked; ``k`` and ``v`` hold a tensor per branch.
 
