@@ -14,6 +14,7 @@ Nothing is reported unless the ranks first agree with one GPU on a short sequenc
 import argparse
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
@@ -132,12 +133,12 @@ def bytes_sent(step: Callable) -> int:
 
         return call
 
-    with (
-        patch.object(collectives, "all_gather", counted(collectives.all_gather, 1)),
-        patch.object(
-            collectives, "reduce_scatter", counted(collectives.reduce_scatter, others + 1)
-        ),
-    ):
+    # Each part of the others' sums goes to its rank; a gathered tensor goes to all.
+    parts = {"all_gather": 1, "reduce_scatter": others + 1, "all_to_all": others + 1}
+    with ExitStack() as stack:
+        for name, count in parts.items():
+            original = getattr(collectives, name)
+            stack.enter_context(patch.object(collectives, name, counted(original, count)))
         step()
     return sum(found)
 

@@ -78,6 +78,7 @@ def one_rank(rank: int, ranks: int) -> Iterator[distributed.ProcessGroup]:
         with (
             patch.object(collectives, "all_gather", _gather),
             patch.object(collectives, "reduce_scatter", _reduce_scatter),
+            patch.object(collectives, "all_to_all", _all_to_all),
         ):
             yield group
     finally:
@@ -158,6 +159,11 @@ def _gather(out: Tensor, x: Tensor, *, group, async_op: bool) -> _Transfer:
 def _reduce_scatter(out: Tensor, x: Tensor, *, group, async_op: bool) -> _Transfer:
     own = x.view(group.size(), *out.shape)[group.rank()]
     return _Transfer(lambda: out.copy_(own), (group.size() - 1) * out.nbytes, x.is_cuda)
+
+
+def _all_to_all(out: Tensor, x: Tensor, *, group, async_op: bool) -> _Transfer:
+    received = (group.size() - 1) * x.nbytes // group.size()
+    return _Transfer(lambda: out.copy_(x), received, x.is_cuda)
 
 
 @lru_cache

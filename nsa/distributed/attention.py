@@ -6,6 +6,7 @@ gathers them again.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from nsa.distributed.backend_calls import BackendCall
 from nsa.distributed.call import Call, Chunk, Inputs, chunks
-from nsa.distributed.collectives import Gathering, Summing
+from nsa.distributed.collectives import Exchanging, Gathering
 from nsa.distributed.copies import copy_rows
 from nsa.distributed.key_rows import RowSums, take_rows
 from nsa.host import needs_gradients
@@ -36,9 +37,9 @@ def attend(call: Call, block_indices: Tensor | None, inputs: Inputs) -> Tensor:
         for one in call.layout.calls:
             given = {name: chunk.of_call(name, x, one) for name, x in _named(inputs)}
             own = [x[one.keys] for x in keys]
-            results = Results(out=out[one.rows, chunk.query])
-            result = _run(call, chunk, one, block_indices, given, own, results)
-            _put(results.out, result)
+            target = out[one.rows, chunk.query]
+            result = _run(call, chunk, one, block_indices, given, own, Results(out=target))
+            _put(target, result)
     return out
 
 
@@ -184,12 +185,13 @@ class _AttentionNode(torch.autograd.Function):
         for chunk, keys in _Chunks(call, inputs):
             saved.gathered = keys
             for one in call.layout.calls:
-                results = Results(out=out[one.rows, chunk.query])
+                target = out[one.rows, chunk.query]
+                results = Results(out=target)
                 with torch.enable_grad(), saved.hooks():
                     part, result = _record(
                         call, chunk, one, block_indices, inputs, keys, needed, results
                     )
-                _put(results.out, result.detach())
+                _put(target, result.detach())
                 results.out = None
                 parts.append(part)
                 del result
@@ -224,27 +226,36 @@ class _Gradients(torch.autograd.Function):
             if need
         }
         saved.tensors = list(tensors)
-        sums: list[tuple[Tensor, Summing]] = []
+        sums: list[tuple[Tensor, Exchanging]] = []
         coming = iter(parts)
         for chunk, keys in _Chunks(call, inputs):
             saved.gathered = keys
-            totals = {at: RowSums(call.layout, x) for at, x in enumerate(keys) if at in grads}
+            key_sums = _key_sums(call, keys, grads)
+            totals = {
+                at: RowSums(call.layout, x, rounded=key_sums is not None)
+                for at, x in enumerate(keys)
+                if at in grads
+            }
             for one in call.layout.calls:
                 part = next(coming)
                 part.results.dq = chunk.of_call("q", grads.get("q"), one)
+                part.results.keys = None if key_sums is None else key_sums.of_call(one.keys)
                 results = torch.autograd.grad(
                     part.out, tuple(part.inputs.values()), dout[one.rows, chunk.query],
                     retain_graph=True, allow_unused=True,
                 )  # fmt: skip
                 for name, result in zip(part.inputs, results, strict=True):
                     _store(chunk, one, name, result, grads, totals)
-                part.results.dq = None
+                part.results.dq = part.results.keys = None
                 del results, result
             saved.gathered = []
+            if key_sums is not None:
+                _add_key_sums(key_sums, call, totals)
+                del key_sums
             _finish(sums)
             for at, total in totals.items():
-                summing = Summing(total.result(), call.group)
-                sums.append((grads[at][:, chunk.kv], summing))
+                exchanging = Exchanging(total.result(), call.group)
+                sums.append((grads[at][:, chunk.kv], exchanging))
         _finish(sums)
         saved.tensors = []
         return tuple(
@@ -316,7 +327,26 @@ def _store(chunk: Chunk, one: BackendCall, name, result: Tensor | None, grads: d
         _put(target, result)
 
 
-def _finish(sums: list[tuple[Tensor, Summing]]):
-    for target, summing in sums:
-        target.copy_(summing.wait())
+def _key_sums(call: Call, keys: Sequence[Tensor], grads: dict):
+    """What the calls of a chunk add to, if the backend can add gradients of keys over calls."""
+    k_slc, k_win, v_slc, v_win = call.branches
+    shared = k_slc == k_win and v_slc == v_win and k_slc != v_slc
+    runs = call.layout.separate and call.layout.key_runs is not None
+    if not (shared and runs and (k_slc in grads or v_slc in grads)):
+        return None
+    options = dict(deterministic=call.deterministic)
+    return call.backend.make_key_sums(keys[k_slc], keys[v_slc], call.config, **options)
+
+
+def _add_key_sums(key_sums, call: Call, totals: dict[int, RowSums]):
+    for at, total in totals.items():
+        which = int(at == call.branches[2])  # 0: keys, 1: values
+        total.add_from(partial(key_sums.round_into, which))
+        for first, grad in key_sums.windows(which):
+            total.add_some(grad, first)
+
+
+def _finish(sums: list[tuple[Tensor, Exchanging]]):
+    for target, exchanging in sums:
+        copy_rows(target, exchanging.wait())
     sums.clear()

@@ -1,5 +1,6 @@
 """Gathered rows in the order in which queries attend them, and their gradients back."""
 
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -26,10 +27,12 @@ class RowSums:
     Args:
         layout: this rank's part.
         like: rows of the dtype and shape of those received.
+        rounded: whether most was added up elsewhere, so that what is added here may be rounded.
     """
 
-    def __init__(self, layout: Layout, like: Tensor):
+    def __init__(self, layout: Layout, like: Tensor, *, rounded: bool):
         self._layout, self._like = layout, like
+        self._dtype = like.dtype if rounded else accumulation_dtype(like.dtype)
         self._written: set[int] = set()
 
     @cached_property
@@ -38,7 +41,34 @@ class RowSums:
         layout, like = self._layout, self._like
         shape = (layout.ranks * layout.rows, *like.shape[1:])
         make = like.new_empty if layout.key_runs is not None else like.new_zeros
-        return make(shape, dtype=accumulation_dtype(like.dtype))
+        return make(shape, dtype=self._dtype)
+
+    def add_from(self, write: Callable[[slice, Tensor], None]):
+        """Add the gradient of all keys, of which ``write(keys, out)`` writes some consecutive."""
+        for begin, at, count in self._places():
+            target = addend = self._total[at : at + count]
+            if at in self._written:
+                addend = torch.empty_like(target)
+            write(slice(begin, begin + count), addend)
+            if addend is not target:
+                target.add_(addend)
+            self._written.add(at)
+
+    def add_some(self, grad: Tensor, first: int):
+        """Add the gradient of consecutive keys from ``first`` on, after :meth:`add_from`."""
+        for begin, at, count in self._places():
+            low, high = max(first - begin, 0), min(first + grad.shape[0] - begin, count)
+            if low < high:
+                self._total[at + low : at + high].add_(grad[begin + low - first :][: high - low])
+
+    def _places(self) -> Iterator[tuple[int, int, int]]:
+        """The first key of each run of keys, where it lies in the rows of all ranks, and its
+        length."""
+        begin = 0
+        assert self._layout.key_runs is not None
+        for at, count in self._layout.key_runs:
+            yield begin, at, count
+            begin += count
 
     def add(self, grad: Tensor, call: BackendCall):
         """Add the gradient of the keys of a call, as :func:`take_rows` orders them."""
@@ -59,9 +89,9 @@ class RowSums:
             begin += count
 
     def result(self) -> Tensor:
-        """The sums, 0 where nothing was added."""
+        """The sums, 0 where nothing was added, in the dtype of the rows."""
         if self._layout.key_runs is not None:
             for at, count in self._layout.all_runs:
                 if at not in self._written:
                     self._total[at : at + count].zero_()
-        return self._total
+        return self._total.to(self._like.dtype)

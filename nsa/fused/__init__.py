@@ -2,12 +2,14 @@
 
 from nsa.fused.compressed_blocks import compress_blocks
 from nsa.fused.entry import forward, select_blocks
+from nsa.fused.key_sums import make_key_sums
 from nsa.fused.paged_selection import selected_from_pages
 from nsa.fused.selected_branch import selected_attention
 
 __all__ = [
     "compress_blocks",
     "forward",
+    "make_key_sums",
     "select_blocks",
     "selected_attention",
     "selected_from_pages",

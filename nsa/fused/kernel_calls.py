@@ -389,6 +389,7 @@ def listed_backward(
     scale: float,
     key_limit: Tensor | None,
     deterministic: bool = False,
+    sums: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention to listed key blocks.
 
@@ -403,9 +404,12 @@ def listed_backward(
         key_limit: int32 ``(Tq,)``, at most ``Tk``: a query sees the keys before its limit. None:
             it sees keys up to its own; the last query's is the last key, so ``Tq <= Tk``.
         deterministic: give the same bits each time. Otherwise the last ones of dk and dv vary.
+        sums: float32, contiguous and of the shape of ``k``, not if ``deterministic``: dk, without
+            the scale, and dv are added, in the layout that :func:`round_sums` reads.
 
     Returns:
-        dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous.
+        dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous; with ``sums`` these
+            instead of dk and dv.
     """
     return _kernels("listed_backward").listed_backward(**locals())
 
@@ -487,6 +491,7 @@ def selected_backward(
     scale: float,
     causal: bool,
     deterministic: bool = False,
+    sums: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in the dtype of q. Those of keys that no token sees are 0.
 
@@ -495,8 +500,21 @@ def selected_backward(
         q, k, v: arguments of the forward, like all others that it shares.
         statistics: float32 ``(T, H)``; not used for a token with no block.
         deterministic: give the same bits each time. Otherwise the last ones of dk and dv vary.
+        sums: as in :func:`listed_backward`, of the shapes of ``k`` and ``v``.
     """
     return _kernels("selected_backward").selected_backward(**locals())
+
+
+def round_sums(sums: Tensor, out: Tensor, factor: float) -> None:
+    """Write ``factor * sums`` in the dtype and order of ``out``.
+
+    Args:
+        sums: float32 ``(T, H, D)``, contiguous, in the layout in which kernels add; ``D`` a
+            multiple of 16.
+        out: ``(T, H, D)``, contiguous, bfloat16 or float16.
+        factor: see above.
+    """
+    return _kernels("float_sums").round_sums(**locals())
 
 
 def row_statistics(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> RowStatistics:

@@ -56,8 +56,8 @@ class AttentionNode(torch.autograd.Function):
         arguments = (as_rows(dout), block_indices, saved, ctx.plan, ctx.schedule)
         if torch.is_grad_enabled():  # create_graph
             return None, None, None, None, *_Gradients.apply(*arguments, *inputs)
-        dq = kernel_form(ctx.results.dq)
-        grads = run_backward(arguments[0], Inputs(*inputs), *arguments[1:], dq=dq)
+        dq, keys = kernel_form(ctx.results.dq), ctx.results.keys
+        grads = run_backward(arguments[0], Inputs(*inputs), *arguments[1:], dq=dq, keys=keys)
         return None, None, None, None, *grads
 
 

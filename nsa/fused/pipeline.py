@@ -21,6 +21,7 @@ from nsa.fused.attention import (
 from nsa.fused.compression import compress, compress_pair, compress_pair_backward
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
 from nsa.fused.kernel_inputs import Pair
+from nsa.fused.key_sums import CallSums
 from nsa.fused.plan import Plan
 from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_groups
 from nsa.fused.streams import SideStream
@@ -207,20 +208,25 @@ def backward(
     groups: Tensor | None,
     plan: Plan,
     dq: Tensor | None = None,
+    keys: CallSums | None = None,
     *,
     deterministic: bool = False,
 ) -> Inputs:
     """The gradient of each input, None if there is no such input.
 
     ``branches``, ``block_indices`` and ``groups`` are the results of :func:`attend`. The gradient
-    of ``q`` is written to ``dq``, if given: a contiguous tensor, or a slice of heads of one. If
-    ``deterministic``, gradients have the same bits each time.
+    of ``q`` is written to ``dq``, if given: a contiguous tensor, or a slice of heads of one. Those
+    of ``k`` and ``v`` are added to ``keys`` instead, if given, all branches share them and their
+    compressed ones are given too. If ``deterministic``, gradients have the same bits each time.
 
     Branches run one after another. Each is freed before the next, except its ``dq``. One pass at
     the end adds these, and another those of ``k`` and ``v`` if branches share them.
     """
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
+    shared, given = inputs.k_slc is None, inputs.k_cmp is not None
+    if not (shared and given and plan.keys_in_place):
+        keys = None
     heads = (q.shape[2], inputs.k.shape[2])
     placements, statistics_placements = (
         plan.query_placements(*heads),
@@ -248,7 +254,8 @@ def backward(
     )
     with side_stream:
         dq_slc, dk_slc, dv_slc = selected_attention_backward(
-            douts.pop(), q, k_slc, v_slc, statistics_slc, block_indices, plan, deterministic
+            *(douts.pop(), q, k_slc, v_slc, statistics_slc, block_indices, plan),
+            *(deterministic, None if keys is None else keys.selected),
         )
         k_cmp, v_cmp = inputs.compressed(plan)
         dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
@@ -263,17 +270,21 @@ def backward(
     )
     del dq_cmp, dq_slc, dq_win
 
-    shared, given = inputs.k_slc is None, inputs.k_cmp is not None
     if not (shared and given):
         dk_win, dv_win = (_with_zeros_before(x, inputs.k) for x in (dk_win, dv_win))
     addends = ((dk_win, dv_win), (dk_slc, dv_slc)) if shared else None
+    dk: Any = None
+    dv: Any = None
     dk_weight = dv_weight = dk_given = dv_given = None
     if inputs.k_cmp is None:
         (dk, dv), (dk_weight, dv_weight) = compress_pair_backward(
             dk_cmp, dv_cmp, inputs.k, inputs.v, inputs.compress_weights, plan, addends
         )
     else:
-        dk, dv = _without_compression(inputs, addends)
+        if keys is None:
+            dk, dv = _without_compression(inputs, addends)
+        else:
+            keys.windows.append((dk_win[0], dv_win[0]))
         plan.clear_unused(dk_cmp, dv_cmp)
         # Copies, because both may lie in one tensor, and results of a custom op must not.
         dk_given, dv_given = (x.to(inputs.k_cmp.dtype, copy=True) for x in (dk_cmp, dv_cmp))

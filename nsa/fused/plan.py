@@ -133,6 +133,16 @@ class Plan:
         tables = (self.tables.row_of_key, self.tables.key_of_row)
         return AlignedRows(self.geometry.keys, self.config.q_tile_size, tables)
 
+    @property
+    def keys_in_place(self) -> bool:
+        """Whether the selected branch has the keys of a single sequence in rows without padding."""
+        keys = self.geometry.keys
+        return (
+            self.batch == 1
+            and keys.single
+            and (self.config.selection == "token" or self.keys.rows == keys.total)
+        )
+
     @cached_property
     def folded(self) -> FoldedQueries:
         return FoldedQueries(self.geometry, self.tables, self._bounds_of("folded"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.fused import pipeline
 from nsa.fused.constraints import MAX_PAIRS
+from nsa.fused.key_sums import CallSums
 from nsa.fused.memory import workspace_bytes
 from nsa.fused.pipeline import Inputs, Saved
 from nsa.fused.plan import Plan
@@ -209,20 +210,22 @@ def run_backward(
     plan: Plan,
     schedule: Schedule,
     dq: Tensor | None = None,
+    keys: CallSums | None = None,
 ) -> Inputs:
     """The gradient of each input, None if there is no such input.
 
     ``block_indices`` are the caller's. If None, ``saved`` holds the selected ones. The gradient of
-    ``q`` is ``dq``, if given: a contiguous tensor, or a slice of heads of one.
+    ``q`` is ``dq``, if given: a contiguous tensor, or a slice of heads of one. Those of ``k`` and
+    ``v`` may be added to ``keys`` instead, and are None then.
     """
     q = inputs.q
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
     with torch.cuda.device_of(q), without_autocast(q.device):
         if len(parts) == 1:
             arguments = (dout, inputs, block_indices, saved[0], plan)
-            return _run_chunk_backward(*arguments, dq, deterministic=schedule.deterministic)
-        others = (None if x is None else x.new_empty(x.shape) for x in inputs[1:])
-        grads = Inputs(q.new_empty(q.shape) if dq is None else dq, *others)
+            return _run_chunk_backward(*arguments, dq, keys, deterministic=schedule.deterministic)
+        others = [None if x is None else x.new_empty(x.shape) for x in inputs[1:]]
+        grads = Inputs._make([q.new_empty(q.shape) if dq is None else dq, *others])
         for heads, part in zip(parts, saved, strict=True):
             blocks, targets = heads.of_indices(block_indices, plan), heads.of(grads)
             arguments = (heads.of_queries(dout), heads.of(inputs), blocks, part, plan)
@@ -245,6 +248,7 @@ def _run_chunk_backward(
     saved: Saved,
     plan: Plan,
     dq: Tensor | None = None,
+    keys: CallSums | None = None,
     *,
     deterministic: bool,
 ) -> Inputs:
@@ -258,4 +262,4 @@ def _run_chunk_backward(
     elif branches.o_win is None:
         branches = pipeline.attend_window(inputs, branches, plan)
     arguments = (dout, inputs, branches, selected, groups, plan)
-    return pipeline.backward(*arguments, dq, deterministic=deterministic)
+    return pipeline.backward(*arguments, dq, keys, deterministic=deterministic)

@@ -25,7 +25,7 @@ TOKEN_SCORES = 1 << 27
 BYTES_PER_SCORE = 8
 """Tile mode holds the float32 scores of a step and of the one before it."""
 
-FEW_SCORES = 1 << 22
+FEW_SCORES = 1 << 20
 """Scores up to which float64 products are as fast as three of bfloat16, in fewer launches."""
 
 

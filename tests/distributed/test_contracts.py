@@ -11,13 +11,13 @@ from nsa.distributed.order import ORDERS
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers import rank_cases
 from tests.helpers.shared_problems import check_ranks
-from tests.helpers.small_configs import SMALL, tile_config
+from tests.helpers.small_configs import SMALL, tile_config, token_config
 from tests.helpers.strategies import Problem
 
 
-def make_problem(config, tokens=96, heads=(6, 3), packed=False, **extras) -> Problem:
+def make_problem(config, tokens=96, heads=(6, 3), packed=False, dim=4, **extras) -> Problem:
     leading = (tokens,) if packed else (1, tokens)
-    q, k, v = make_inputs(leading, *heads, 4, dtype=torch.float64)
+    q, k, v = make_inputs(leading, *heads, dim, dtype=torch.float64)
     if packed:
         extras["cu_seqlens"] = make_cu_seqlens([1, tokens - 1])
     return Problem(q, k, v, config, extras)
@@ -75,6 +75,18 @@ def test_the_window_may_be_computed_again(world):
     check_ranks(world, problem, 2, "head-tail", "fused")
 
 
+@pytest.mark.parametrize("order", ["contiguous", "head-tail"])
+@pytest.mark.parametrize("config", [token_config(), tile_config()], ids=["token", "tile"])
+def test_calls_add_gradients_of_keys_where_kernels_do(world, config, order):
+    problem = make_problem(config, 768, heads=(4, 2), dim=64)
+    case = rank_cases.separate_calls_that_add
+    check_ranks(world, problem, 3, order, "fused", case=case)
+    # Not if branches have keys of their own.
+    k, v = ((x, x.flip(1), x.roll(5, 1)) for x in (problem.k, problem.v))
+    own = problem._replace(k=k, v=v)
+    check_ranks(world, own, 2, order, "fused", case=rank_cases.separate_calls)
+
+
 def test_more_ranks_than_kv_heads(world):
     check_ranks(world, make_problem(SMALL["token"], heads=(2, 1)), 3, "head-tail")
 
@@ -88,7 +100,7 @@ def test_what_is_sent(world):
     assert found[0] == found[1]
     own, dtype = tokens // ranks, "torch.float64"
     gather = [("all_gather", (own, 1, 4), dtype)] * 2
-    summed = [("reduce_scatter", (tokens, 1, 4), dtype)] * 2
+    summed = [("all_to_all", (tokens, 1, 4), dtype)] * 2
     name, shape, _ = found[0][0]
     assert (name, shape) == ("all_gather", (32,))  # the agreement
     # Rank 0 lends the end of piece 0, rank 1 those of pieces 1 and 2: 2 tokens each.

@@ -29,6 +29,7 @@ LAUNCHERS = {
     "plan_tables": ("sequence_bounds", "plan_tables"),
     "lists": ("list_key_blocks", "count_query_tiles", "list_query_tiles"),
     "listed_backward": ("listed_backward",),
+    "float_sums": ("round_sums",),
     "importance": ("importance_scores",),
     "selected_forward": ("selected_forward",),
     "selected_backward": ("selected_backward",),

@@ -30,6 +30,7 @@ NAMES = (
     "count_query_tiles",
     "list_query_tiles",
     "listed_backward",
+    "round_sums",
     "top_blocks",
     "float32_products",
     "tile_scores",
@@ -178,7 +179,9 @@ def _tokens_of_blocks(places, device) -> tuple[Tensor, Tensor]:
     return first[:, None] + torch.arange(places.block_size, device=device), real
 
 
-def listed_backward(dout, q, k, v, statistics, lists, scale, key_limit, deterministic=False):
+def listed_backward(
+    dout, q, k, v, statistics, lists, scale, key_limit, deterministic=False, sums=None
+):
     """The same as ``sparse_backward``, but by query tile and from the forward's lists."""
     assert lists.key_block == 64
     assert q.shape[1] % lists.query_block == 0, (q.shape, lists.query_block)
@@ -187,7 +190,25 @@ def listed_backward(dout, q, k, v, statistics, lists, scale, key_limit, determin
     grads = emulated_fa4.listed_gradients(
         dout, q, k, v, statistics, lists, scale=scale, causal=key_limit is None, key_limit=key_limit
     )
-    return tuple(x.contiguous() for x in grads)
+    return added(*(x.contiguous() for x in grads), sums, scale)
+
+
+def added(dq, dk, dv, sums, scale):
+    """Gradients, of which those of keys and values are added to ``sums`` if given."""
+    if sums is None:
+        return dq, dk, dv
+    for total, grad, factor in zip(sums, (dk, dv), (scale, 1.0), strict=True):
+        assert total.is_contiguous()
+        assert total.dtype == accumulation_dtype(grad.dtype)
+        total.add_(grad.view(total.shape).to(total.dtype) / factor)
+    return dq, *sums
+
+
+def round_sums(sums, out, factor) -> None:
+    assert sums.is_contiguous()
+    assert out.is_contiguous()
+    assert sums.shape == out.shape
+    out.copy_(sums * factor)
 
 
 def query_gradient(

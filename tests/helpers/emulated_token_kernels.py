@@ -9,6 +9,7 @@ from torch import Tensor
 from nsa.fused.kernel_inputs import RowStatistics, choose_shape
 from nsa.precision import accumulation_dtype
 from tests.helpers import emulated_fa4
+from tests.helpers.emulated_kernels import added
 
 NAMES = ("importance_scores", "selected_forward", "selected_backward", "row_statistics")
 """The functions of ``nsa.fused.kernel_calls`` that are answered here."""
@@ -74,13 +75,14 @@ def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, 
 
 
 def selected_backward(
-    dout, q, k, v, statistics, block_indices, blocks, block_size, scale, causal, deterministic=False
-):
+    dout, q, k, v, statistics, block_indices, blocks, block_size, scale, causal,
+    deterministic=False, sums=None,
+):  # fmt: skip
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
     assert all(x.shape == q.shape[:2] for x in statistics)
     by_head = RowStatistics(*(x.T for x in statistics))
     grads = emulated_fa4.attend_backward(dout, q, k, v, by_head, mask, scale)
-    return tuple(grad.contiguous() for grad in grads)
+    return added(*(grad.contiguous() for grad in grads), sums, scale)
 
 
 def row_statistics(dout, out, lse, dlse):

@@ -14,7 +14,7 @@ import nsa
 from nsa.blocks import num_compressed_blocks, num_query_tiles
 from nsa.distributed import backend_calls, call, collectives, layout
 from nsa.distributed.order import make_pieces
-from nsa.fused import entry
+from nsa.fused import entry, key_sums
 from nsa.testing import assert_as_accurate
 from tests.helpers.emulation import emulate_kernels
 from tests.helpers.strategies import Problem, leaves
@@ -133,6 +133,21 @@ def separate_calls_of_many_runs(group, *arguments) -> list:
         return separate_calls(group, *arguments)
 
 
+def separate_calls_that_add(group, *arguments) -> list:
+    """:func:`separate_calls`, whose gradients of keys and values must be added in sums of theirs."""
+    rounded = []
+
+    def noted(self, *arguments):
+        rounded.append(arguments)
+        return original(self, *arguments)
+
+    original = key_sums.KeySums.round_into
+    with patch.object(key_sums.KeySums, "round_into", noted):
+        results = separate_calls(group, *arguments)
+    assert rounded
+    return results
+
+
 def after_inference(group, problem: Problem, *arguments) -> list:
     """:func:`output_and_gradients`, after calls without gradients that make the index tensors."""
     layout._kept_layout.cache_clear()
@@ -170,7 +185,7 @@ def traffic(group, problem: Problem, order: str, dout: Tensor, backend: str) -> 
 
         return patch.object(collectives, name, call)
 
-    names = ("all_gather", "reduce_scatter")
+    names = ("all_gather", "reduce_scatter", "all_to_all")
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(spy(name, getattr(collectives, name)))

@@ -12,7 +12,7 @@ from nsa.fused.block_lists import (
     transpose_lists,
 )
 from nsa.fused.fa4_call import sums_bytes
-from nsa.fused.kernel_inputs import BlockLists, RowStatistics
+from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
 from nsa.fused.plan import Plan, choose_key_block
 from nsa.fused.sizes import Sizes
 from nsa.precision import accumulation_dtype
@@ -69,8 +69,9 @@ def sparse_backward(
     mask: dict,
     plan: Plan,
     deterministic: bool,
+    sums: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, and of ``k`` and ``v`` in aligned rows."""
+    """Gradients of ``q``, and of ``k`` and ``v`` in aligned rows, unless added to ``sums``."""
     scale = plan.config.softmax_scale(q_rows.shape[-1])
     if plan.in_order:
         dout = plan.queries.pack(dout)
@@ -80,7 +81,9 @@ def sparse_backward(
         lists = split_key_blocks(lists)
     if goes_by_query(lists.key_block, q_rows.shape[-1]):
         limit = mask.get("key_limit")
-        dq, dk, dv = kernel_calls.listed_backward(*tensors, lists, scale, limit, deterministic)
+        dq, dk, dv = kernel_calls.listed_backward(
+            *tensors, lists, scale, limit, deterministic, sums
+        )
     else:
         transposed = transpose_lists(lists, k_rows.shape[1])
         dq, dk, dv = fa4.sparse_backward(*tensors, transposed, scale=scale, **mask)

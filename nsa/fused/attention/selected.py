@@ -14,7 +14,7 @@ from nsa.fused.attention.fa4_calls import (
     sparse_forward,
 )
 from nsa.fused.block_lists import selected_lists
-from nsa.fused.kernel_inputs import RowStatistics
+from nsa.fused.kernel_inputs import Pair, RowStatistics
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 from nsa.fused.waves import (
@@ -56,16 +56,20 @@ def selected_attention_backward(
     block_indices: Tensor,
     plan: Plan,
     deterministic: bool = False,
+    sums: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k`` and ``v``."""
+    """Gradients of ``q``, ``k`` and ``v``.
+
+    With ``sums``, as :class:`nsa.fused.key_sums.CallSums` has them, these instead of the last two.
+    """
     if plan.config.selection == "token":
-        return _token_backward(dout, q, k, v, statistics, block_indices, plan, deterministic)
+        return _token_backward(dout, q, k, v, statistics, block_indices, plan, deterministic, sums)
     lists = selected_lists(block_indices, plan)
     k_rows, v_rows = plan.keys.pack(k), plan.keys.pack(v)
     q_rows = plan.align_queries(q)
     mask = _mask(q_rows, plan)
     dq, dk, dv = sparse_backward(
-        dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan, deterministic
+        dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan, deterministic, sums
     )
     return dq, plan.keys.unpack(dk), plan.keys.unpack(dv)
 
@@ -105,6 +109,7 @@ def _token_backward(
     block_indices: Tensor,
     plan: Plan,
     deterministic: bool,
+    sums: Pair | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     config, shape = plan.config, q.shape[:2]
     dq, dk, dv = kernel_calls.selected_backward(
@@ -119,6 +124,7 @@ def _token_backward(
         config.softmax_scale(q.shape[-1]),
         config.causal,
         deterministic=deterministic,
+        sums=sums,
     )
     return dq.unflatten(0, shape), dk.view(k.shape), dv.view(v.shape)
 

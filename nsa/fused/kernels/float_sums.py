@@ -84,6 +84,12 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 def convert_sums(sums: Tensor, shape: tuple[int, ...], dtype: torch.dtype, factor: float) -> Tensor:
     """``factor * sums`` as a new tensor; ``sums`` is flat float32, the rows a multiple of 16."""
     out = torch.empty(shape, dtype=dtype, device=sums.device)
-    if out.numel():
-        compile_convert(dtype)(sums, out.view(-1), out.numel() // _QUAD_COLUMNS, factor)
+    round_sums(sums, out, factor)
     return out
+
+
+def round_sums(sums: Tensor, out: Tensor, factor: float) -> None:
+    """See :func:`nsa.fused.kernel_calls.round_sums`."""
+    if out.numel():
+        convert = compile_convert(out.dtype)
+        convert(sums.view(-1), out.view(-1), out.numel() // _QUAD_COLUMNS, factor)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nsa.fused.fixed_order import heads_together, take_turns
 from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP
-from nsa.fused.kernel_inputs import BlockLists, RowStatistics
+from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.hopper import (
@@ -524,13 +524,14 @@ def listed_backward(
     scale: float,
     key_limit: Tensor | None,
     deterministic: bool = False,
+    sums: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`nsa.fused.kernel_calls.listed_backward`."""
     (_, num_rows, heads, head_dim), kv_heads = q.shape, k.shape[2]
     _check(q, k, v, lists, key_limit)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if dq.numel() == 0:
-        return dq, torch.zeros_like(k), torch.zeros_like(v)
+        return (dq, *sums) if sums else (dq, torch.zeros_like(k), torch.zeros_like(v))
     group, num_blocks = heads // kv_heads, k.shape[1] // TILE_KEYS
     together, slots, turns = heads, num_blocks * kv_heads, None
     if deterministic:
@@ -539,7 +540,8 @@ def listed_backward(
         slots += order.popular.numel() * group
         added = torch.zeros(slots, dtype=torch.int32, device=q.device)
         turns = _Turns(*(None if x is None else x.view(-1) for x in order[:4]), added)
-    sums = torch.zeros(2, slots * TILE_KEYS * head_dim, dtype=torch.float32, device=q.device)
+    size = slots * TILE_KEYS * head_dim
+    totals = sums or torch.zeros(2, size, dtype=torch.float32, device=q.device).unbind()
     rows = next(x for x in (256, 128, 64) if lists.query_block % x == 0)
     has_full = lists.full_count is not None
     kernel = compile_backward(
@@ -551,19 +553,19 @@ def listed_backward(
     earlier = k.shape[1] - num_rows if key_limit is None else 0
     widths = [0 if x is None else x.shape[-1] for x in (lists.partial_index, lists.full_index)]
     numbers = [x.contiguous().view(-1) for x in statistics]
+    dk_sum, dv_sum = (x.view(-1) for x in totals)
     kernel(
-        _Tensors(*flattened, *numbers, key_limit, *entries, dq.view(-1), *sums, turns),
+        _Tensors(*flattened, *numbers, key_limit, *entries, dq.view(-1), dv_sum, dk_sum, turns),
         _Strides(*strides),
         _Sizes(num_rows, kv_heads, together, lists.query_block // rows, *widths, earlier),
         scale,
     )
+    if sums:
+        return dq, *sums
     if deterministic:
-        sums = [_in_order(x, order.popular, num_blocks, k) for x in sums]
-    dv, dk = (
-        convert_sums(x, like.shape, q.dtype, factor)
-        for x, like, factor in zip(sums, (v, k), (1.0, scale), strict=True)
-    )
-    return dq, dk, dv
+        dk_sum, dv_sum = (_in_order(x, order.popular, num_blocks, k) for x in (dk_sum, dv_sum))
+    dk = convert_sums(dk_sum, k.shape, q.dtype, scale)
+    return dq, dk, convert_sums(dv_sum, v.shape, q.dtype, 1.0)
 
 
 def _in_order(sums: Tensor, popular: Tensor, num_blocks: int, k: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from nsa.fused.fixed_order import order_pairs
 from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARP, WARP_ROWS, WARPGROUP
-from nsa.fused.kernel_inputs import RowStatistics, TokenBlocks
+from nsa.fused.kernel_inputs import Pair, RowStatistics, TokenBlocks
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.hopper import (
@@ -595,6 +595,7 @@ def selected_backward(
     scale: float,
     causal: bool,
     deterministic: bool = False,
+    sums: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`nsa.fused.kernel_calls.selected_backward`."""
     total, heads, head_dim = q.shape
@@ -617,7 +618,8 @@ def selected_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shapes = (k.shape, v.shape)
     sizes = [math.prod(shape) for shape in shapes]
-    sums = torch.zeros(sum(sizes), dtype=torch.float32, device=q.device).split(sizes)
+    totals = sums or torch.zeros(sum(sizes), dtype=torch.float32, device=q.device).split(sizes)
+    totals = [x.view(-1) for x in totals]
     rows = [flat_rows(x) for x in (q, k, v, dout)]
     (q, q_stride), (k, k_stride), (v, v_stride), (dout, do_stride) = rows
     lse_log2, delta = (x.contiguous().view(-1) for x in statistics)
@@ -628,7 +630,7 @@ def selected_backward(
     wave_pairs = wave_units * unit_pairs
     partials = new_partials(wave_pairs * tiles * group, head_dim, part, q.device)
     listed = (index.tokens, index.items.view(-1), index.num_items)
-    tensors = _Tensors(q, k, v, dout, lse_log2, delta, *listed, partials, *sums, turns)
+    tensors = _Tensors(q, k, v, dout, lse_log2, delta, *listed, partials, *totals, turns)
     strides = _Strides(q_stride, k_stride, v_stride, do_stride)
     for first in range(0, index.units, wave_units):
         units = min(wave_units, index.units - first)
@@ -636,8 +638,10 @@ def selected_backward(
         backward(tensors, strides, unit_sizes, units, scale * LOG2_E)
         add_sizes = AddSizes(first * unit_pairs, wave_pairs, first, units, chunk, total, kv_heads)
         add(partials, index.position.view(-1), dq.view(-1), add_sizes, scale)
+    if sums:
+        return dq, *sums
     dk, dv = (
         convert_sums(x, shape, q.dtype, factor)
-        for x, shape, factor in zip(sums, shapes, (scale, 1.0), strict=True)
+        for x, shape, factor in zip(totals, shapes, (scale, 1.0), strict=True)
     )
     return dq, dk, dv
