@@ -79,6 +79,7 @@ def one_rank(rank: int, ranks: int) -> Iterator[distributed.ProcessGroup]:
             patch.object(collectives, "all_gather", _gather),
             patch.object(collectives, "reduce_scatter", _reduce_scatter),
             patch.object(collectives, "all_to_all", _all_to_all),
+            patch.object(collectives, "after", _when_waited_for),
         ):
             yield group
     finally:
@@ -164,6 +165,16 @@ def _reduce_scatter(out: Tensor, x: Tensor, *, group, async_op: bool) -> _Transf
 def _all_to_all(out: Tensor, x: Tensor, *, group, async_op: bool) -> _Transfer:
     received = (group.size() - 1) * x.nbytes // group.size()
     return _Transfer(lambda: out.copy_(x), received, x.is_cuda)
+
+
+def _when_waited_for(work, function: Callable[[], None], device: torch.device) -> Callable:
+    """Count what follows a collective as compute, though it would run beside other work."""
+
+    def wait():
+        work.wait()
+        function()
+
+    return wait
 
 
 @lru_cache

@@ -17,7 +17,7 @@ from nsa.distributed.backend_calls import BackendCall
 from nsa.distributed.call import Call, Chunk, Inputs, chunks
 from nsa.distributed.collectives import Exchanging, Gathering
 from nsa.distributed.copies import copy_rows
-from nsa.distributed.key_rows import RowSums, take_rows
+from nsa.distributed.key_rows import RowSums, runs_to_take, take_rows
 from nsa.host import needs_gradients
 from nsa.precision import accumulation_dtype
 from nsa.results import Results
@@ -58,7 +58,8 @@ class _Chunks:
             yield chunk, [take_rows(x, self.call.layout) for x in received]
 
     def _gather(self, chunk: Chunk) -> list[Gathering]:
-        return [Gathering(x[:, chunk.kv], self.call.group) for x in self.inputs.kv]
+        runs = runs_to_take(self.call.layout)
+        return [Gathering(x[:, chunk.kv], self.call.group, runs) for x in self.inputs.kv]
 
 
 def _run(

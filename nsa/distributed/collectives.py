@@ -4,6 +4,7 @@ Every rank calls the same collectives in the same order, so shapes alone decide 
 """
 
 from collections.abc import Callable
+from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -60,21 +61,62 @@ class Gathering:
     Args:
         x: this rank's ``(n, ...)``; as many on every rank.
         group: the ranks.
+        runs: which of the rows to take, of those of all ranks one after another: where each run
+            starts, and its length; all by default.
     """
 
-    def __init__(self, x: Tensor, group: ProcessGroup):
+    def __init__(self, x: Tensor, group: ProcessGroup, runs: list[tuple[int, int]] | None = None):
         x = contiguous(x)
-        self._out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+        self._received = self._out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
         self._sent = x  # alive until it is sent
-        self._work = None
+        self._finish: Callable[[], None] | None = None
+        if runs is not None:
+            self._out = x.new_empty(sum(count for _, count in runs), *x.shape[1:])
         if x.numel():
-            self._work = all_gather(self._out, x, group=group, async_op=True)
+            work = all_gather(self._received, x, group=group, async_op=True)
+            self._finish = work.wait
+            if runs is not None:
+                self._finish = after(work, partial(self._take, runs), x.device)
+
+    def _take(self, runs: list[tuple[int, int]]):
+        # Copies of slices run at the speed of memory, which index_select does not reach.
+        begin = 0
+        for at, count in runs:
+            self._out[begin : begin + count].copy_(self._received[at : at + count])
+            begin += count
 
     def wait(self) -> Tensor:
-        """``(ranks * n, ...)``, rank after rank."""
-        if self._work is not None:
-            self._work.wait()
+        """The rows."""
+        if self._finish is not None:
+            self._finish()
         return self._out
+
+
+def after(work, function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Call ``function`` as soon as a collective is done, beside what is queued meanwhile.
+
+    It allocates nothing. Returns what waits for it.
+    """
+    if device.type != "cuda":
+
+        def wait():
+            work.wait()
+            function()
+
+        return wait
+    stream = _second_stream(device)
+    # What it writes to may have been used by work that is not done.
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work.wait()
+        function()
+    done = stream.record_event()
+    return lambda: torch.cuda.current_stream(device).wait_event(done)
+
+
+@lru_cache(maxsize=None)
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Summing:

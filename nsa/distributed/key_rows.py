@@ -11,14 +11,16 @@ from nsa.distributed.layout import Layout
 from nsa.precision import accumulation_dtype
 
 
-def take_rows(received: Tensor, layout: Layout) -> Tensor:
-    """The rows of :attr:`Layout.keys`, of those of all ranks one after another."""
-    if layout.keys is None:
-        return received
-    if layout.key_runs is None:
-        return received.index_select(0, layout.keys)
-    # Copies of slices run at the speed of memory, which index_select does not reach.
-    return torch.cat([received[at : at + count] for at, count in layout.key_runs])
+def runs_to_take(layout: Layout) -> list[tuple[int, int]] | None:
+    """The rows of :attr:`Layout.keys` as runs; None if they are all or not a few runs."""
+    return None if layout.keys is None else layout.key_runs
+
+
+def take_rows(rows: Tensor, layout: Layout) -> Tensor:
+    """The rows of :attr:`Layout.keys`, of those of all ranks or of :func:`runs_to_take`."""
+    if layout.keys is None or layout.key_runs is not None:
+        return rows
+    return rows.index_select(0, layout.keys)
 
 
 class RowSums:

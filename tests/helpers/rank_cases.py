@@ -134,7 +134,7 @@ def separate_calls_of_many_runs(group, *arguments) -> list:
 
 
 def separate_calls_that_add(group, *arguments) -> list:
-    """:func:`separate_calls`, whose gradients of keys and values must be added in sums of theirs."""
+    """:func:`separate_calls`, whose gradients of keys and values must be added where kernels do."""
     rounded = []
 
     def noted(self, *arguments):
