@@ -100,7 +100,7 @@ def test_every_module_of_the_large_packages_has_a_place_on_the_page():
 
 LAYERS = [
     {"config"},
-    {"precision", "host", "blocks", "segments"},
+    {"precision", "host", "blocks", "segments", "results"},
     {"geometry", "packing", "testing"},
     {"validation", "rope"},
     {"cache"},
