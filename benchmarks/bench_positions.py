@@ -3,16 +3,18 @@
     python benchmarks/bench_positions.py --csv positions.csv
     python benchmarks/bench_positions.py --selection tile --heads 32 --kv-heads 8
 
-There are three cases: a prefill in chunks, whose sum is compared with the whole forward; pieces of
-a longer sequence; and a chunk at the end of a very long one. A forward gets compressed keys and
-values, as prefill with a cache has them. A pass with backward computes its own.
+There are four cases: a prefill in chunks, whose sum is compared with the whole forward; pieces of a
+longer sequence; all its pieces with backward in sums that they share, as ranks run them, whose sum
+is compared with the whole; and a chunk at the end of a very long one. A forward gets compressed
+keys and values, as prefill with a cache has them. A pass with backward computes its own, pieces
+that share sums once.
 
 A query's time has a part that grows with its position, in the compressed branch and the selection,
-and one that does not. ``MODEL`` has the whole sequence's time of each part, which was fitted to two
-lengths and holds within 5 % from 16K to 1M tokens. The share of queries ``start`` to ``end - 1`` of
-``N`` is then ``(a * (end^2 - start^2) / N^2 + b * (end - start) / N) / (a + b)``, for parts ``a``
-and ``b``. Whole and pieces take turns. The host may take longer for a chunk of tile mode than the
-GPU, so the prefill is also timed as CUDA graphs. Nothing is reported unless the fused output and
+and one that does not. The whole sequence's time of each part follows from its time and that of half
+the length. The share of queries ``start`` to ``end - 1`` of ``N`` is then
+``(a * (end^2 - start^2) / N^2 + b * (end - start) / N) / (a + b)``, for parts ``a`` and ``b``.
+Whole, half and pieces take turns. The host may take longer for a chunk of tile mode than the GPU,
+so the prefill is also timed as CUDA graphs. Nothing is reported unless the fused output and
 gradients first pass against the float64 reference.
 
 The CSV has one row for each case, piece and pass, written when measured:
@@ -20,7 +22,8 @@ The CSV has one row for each case, piece and pass, written when measured:
 - case, tokens, start, end, chunks: queries ``start`` to ``end - 1`` of ``tokens``, in so many calls
 - selection, heads, kv_heads, head_dim, dtype, pass
 - piece_p20_ms, piece_p50_ms, piece_p80_ms, piece_repeats, and the same for whole
-- share: the piece's part of the whole's time, by the model
+- half_p50_ms: of a sequence half as long
+- share: the piece's part of the whole's time
 - ratio: median of the piece over its share of the whole's median
 - piece_graph_p50_ms, whole_graph_p50_ms, graph_ratio: as CUDA graphs; empty if not measured
 - bar: what the ratios should be at most
@@ -29,6 +32,7 @@ The CSV has one row for each case, piece and pass, written when measured:
 """
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +44,7 @@ from tqdm import tqdm
 import nsa
 from measuring import environment, timing, workloads
 from measuring.gate import check_accuracy
+from measuring.shared_keys import shared_step
 from measuring.tables import Table, quantile_columns, ratio_of_medians, rounded
 from measuring.workloads import PASSES, Tensors
 from nsa.blocks import num_compressed_blocks
@@ -48,20 +53,10 @@ SIDES = ("piece", "whole")
 FIELDS = (
     "case", "tokens", "start", "end", "chunks", *workloads.SHAPE_FIELDS, "pass",
     *(f"{side}_{quantile}_ms" for side in SIDES for quantile in ("p20", "p50", "p80")),
-    "piece_repeats", "whole_repeats", "share", "ratio",
+    "piece_repeats", "whole_repeats", "half_p50_ms", "share", "ratio",
     "piece_graph_p50_ms", "whole_graph_p50_ms", "graph_ratio", "bar",
     "piece_peak_gib", "whole_peak_gib", "note", *environment.FIELDS,
 )  # fmt: skip
-
-UNIT = {"token": 65536, "tile": 131072}
-MODEL = {
-    ("token", "forward"): (12.03, 15.18),
-    ("token", "forward+backward"): (12.03 + 21.87, 15.18 + 36.33),
-    ("tile", "forward"): (3.39, 10.51),
-    ("tile", "forward+backward"): (3.39 + 9.63, 10.51 + 30.2),
-}
-"""Milliseconds for ``UNIT`` tokens on an H200: the part that grows with the square of the length,
-and the part that grows with the length. Token mode with 64 and 4 heads, tile mode with 32 and 8."""
 
 
 class Case(NamedTuple):
@@ -72,7 +67,7 @@ class Case(NamedTuple):
     start: int
     end: int
     chunk: int
-    bar: float
+    bar: float = 1.0
 
     @property
     def chunks(self) -> int:
@@ -93,7 +88,7 @@ def main(argv: list[str] | None = None):
             tqdm.write(describe(row), file=sys.stdout)
 
 
-CASES = ("prefill", "pieces", "end")
+CASES = ("prefill", "pieces", "shared", "end")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -119,20 +114,19 @@ def make_runs(options) -> list[tuple[str, list[Case], str]]:
     pieces = [
         Case("pieces", options.long, at, at + options.piece, options.piece, 1.03) for at in starts
     ]
+    shared = Case("shared", options.long, 0, options.long, options.piece, 1.03)
     first = options.longest - options.chunk
     end = Case("end", options.longest, first, options.longest, options.chunk, 1.15)
     runs = [("prefill", [prefill], "forward")]
     runs += [("pieces", pieces, name) for name in PASSES]
-    return [*runs, ("end", [end], "forward")]
+    return [*runs, ("shared", [shared], PASSES[1]), ("end", [end], "forward")]
 
 
-def share(case: Case, selection: str, pass_name: str) -> float:
-    """The piece's part of the whole's time."""
-    square, linear = MODEL[selection, pass_name]
-    units = case.tokens / UNIT[selection]
-    square, linear = square * units**2, linear * units
+def share(case: Case, whole: float, half: float) -> float:
+    """The piece's part of the time of the whole, which is known, as that of half its length."""
+    square, linear = 2 * whole - 4 * half, 4 * half - whole
     start, end = case.start / case.tokens, case.end / case.tokens
-    return (square * (end**2 - start**2) + linear * (end - start)) / (square + linear)
+    return (square * (end**2 - start**2) + linear * (end - start)) / whole
 
 
 def bench(cases: list[Case], pass_name: str, config: nsa.NSAConfig, options) -> list[dict]:
@@ -144,18 +138,22 @@ def bench(cases: list[Case], pass_name: str, config: nsa.NSAConfig, options) -> 
         size, stride = config.compress_block_size, config.compress_stride
         windows = (x.detach().unfold(1, size, stride) for x in (tensors.k, tensors.v))
         compressed = tuple(x.mean(dim=-1) for x in windows)
-    whole = Case("", tokens, 0, tokens, tokens, 1.0)
-    steps = {case: make_step(case, tensors, compressed, config) for case in (whole, *cases)}
+    whole = Case("", tokens, 0, tokens, tokens)
+    half = Case("", tokens // 2, 0, tokens // 2, tokens // 2)
+    steps = {case: make_step(case, tensors, compressed, config) for case in (whole, half, *cases)}
     limits = dict(repeats=options.repeats, seconds=options.seconds)
-    graphs = tuple(steps) if cases[0].chunks > 1 else ()
+    graphs = (whole, *cases) if cases[0].name == "prefill" else ()
     timings = timing.measure(steps, **limits, graphs=graphs, once=(whole,))
-    return [make_row(x, pass_name, timings[x], timings[whole], options) for x in cases]
+    sides = (timings[whole], timings[half])
+    return [make_row(x, pass_name, timings[x], *sides, options) for x in cases]
 
 
 def make_step(
     case: Case, tensors: Tensors, compressed: tuple | None, config: nsa.NSAConfig
 ) -> Callable[[], None]:
     """One pass over the queries of a case, chunk by chunk."""
+    if case.name == "shared":
+        return shared_step(tensors, case.chunk, config)
     steps = []
     for start in range(case.start, case.end, case.chunk):
         end = min(start + case.chunk, case.end)
@@ -183,9 +181,14 @@ def _piece_step(
 
 
 def make_row(
-    case: Case, pass_name: str, piece: timing.Timing, whole: timing.Timing, options
+    case: Case,
+    pass_name: str,
+    piece: timing.Timing,
+    whole: timing.Timing,
+    half: timing.Timing,
+    options,
 ) -> dict:
-    """One row of ``FIELDS`` from the measurements of both sides."""
+    """One row of ``FIELDS`` from the measurements of both sides and of half the length."""
     row = dict(case=case.name, tokens=case.tokens, start=case.start, end=case.end)
     row |= dict(chunks=case.chunks, **{"pass": pass_name}) | workloads.shape_columns(options)
     for side, measured in zip(SIDES, (piece, whole), strict=True):
@@ -193,7 +196,10 @@ def make_row(
         row[f"{side}_repeats"] = len(measured.eager)
         row[f"{side}_peak_gib"] = rounded(measured.peak_gib, 3)
         row[f"{side}_graph_p50_ms"] = quantile_columns(side, measured.graph)[f"{side}_p50_ms"]
-    part = share(case, options.selection, pass_name)
+    row["half_p50_ms"] = quantile_columns("half", half.eager)["half_p50_ms"]
+    part = 1.0
+    if (case.start, case.end) != (0, case.tokens):
+        part = share(case, *(statistics.median(x.eager) for x in (whole, half)))
     row["share"] = rounded(part, 5)
     for kind, name in (("eager", "ratio"), ("graph", "graph_ratio")):
         ratio = ratio_of_medians(getattr(piece, kind), getattr(whole, kind))

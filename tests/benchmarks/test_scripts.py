@@ -21,8 +21,10 @@ import nsa
 import plot_performance
 import probe_max_seqlen
 import profile_forward
-from measuring import environment, layers, tables, variants, work, workloads
+from measuring import environment, layers, shared_keys, tables, variants, work, workloads
 from measuring.timing import Timing
+from nsa.testing import make_inputs
+from tests.helpers.small_configs import tile_config, token_config
 
 GPU_TOOLS = (
     "bench_vs_dense",
@@ -66,20 +68,33 @@ def test_without_a_gpu_the_tools_say_so(name):
         importlib.import_module(name).main([])
 
 
-@pytest.mark.parametrize("selection", ["token", "tile"])
-@pytest.mark.parametrize("name", workloads.PASSES)
-def test_shares_of_pieces_add_up(selection, name):
-    options = bench_positions.parse_arguments(["--selection", selection])
-    runs = bench_positions.make_runs(options)
-    (prefill,), pieces, _, (end,) = (cases for _, cases, _ in runs)
-    assert prefill.chunks == 8
-    assert bench_positions.share(prefill, selection, name) == pytest.approx(1)
-    shares = [bench_positions.share(x, selection, name) for x in pieces]
+def test_shares_of_pieces_add_up():
+    runs = bench_positions.make_runs(bench_positions.parse_arguments([]))
+    (prefill,), pieces, _, (shared,), (end,) = (cases for _, cases, _ in runs)
+    assert (prefill.chunks, shared.chunks) == (8, 4)
+    # Half of the time is for keys before the query. Half the length takes a quarter of it, and half
+    # of the rest.
+    times = (8.0, 3.0)
+    assert bench_positions.share(prefill, *times) == pytest.approx(1)
+    shares = [bench_positions.share(x, *times) for x in pieces]
     assert sum(shares) == pytest.approx(1)
     assert shares == sorted(shares)
-    # Most of the time at 1M tokens is for keys before the query, of which the last ones have twice
-    # the average.
-    assert 1 / 128 < bench_positions.share(end, selection, name) < 2 / 128
+    # The last queries have twice the average of the keys before them.
+    assert bench_positions.share(end, *times) == pytest.approx(1.5 / 128, rel=0.01)
+
+
+@pytest.mark.usefixtures("fused_on_cpu")
+@pytest.mark.parametrize("config", [token_config(), tile_config()], ids=["token", "tile"])
+def test_pieces_that_share_keys_have_the_gradients_of_the_whole(config):
+    q, k, v = make_inputs((1, 512), 4, 2, 64, dtype=torch.float64)
+    weight, dout = torch.randn(4, 3, 64, dtype=torch.float64), torch.randn_like(q)
+    leaves = [x.requires_grad_() for x in (q, k, v, weight)]
+    tensors = workloads.Tensors(*leaves, dout, {})
+    out = nsa.forward(q, k, v, config=config, gate_proj_weight=weight, backend="reference")
+    expected = torch.autograd.grad(out, leaves, dout)
+    found = shared_keys.shared_step(tensors, 192, config)()
+    for x, wanted in zip(found, (out, *expected), strict=True):
+        torch.testing.assert_close(x.double().view_as(wanted), wanted, rtol=0, atol=1e-5)
 
 
 def test_wrong_lengths_are_refused(capsys):
