@@ -22,11 +22,8 @@ TILE_SCORES = 1 << 26
 TOKEN_SCORES = 1 << 27
 """Scores that are held at a time in token mode."""
 
-BYTES_PER_SCORE = 8
-"""Tile mode holds the float32 scores of a step and of the one before it."""
-
-FEW_SCORES = 1 << 20
-"""Scores up to which float64 products are as fast as three of bfloat16, in fewer launches."""
+FEW_SCORES = 1 << 18
+"""Scores up to which float64 products are as fast as those of bfloat16, in fewer launches."""
 
 
 def select_blocks(q_rows: Tensor, k_cmp: Tensor, lse_cmp: Tensor | None, plan: Plan) -> Tensor:
@@ -99,8 +96,12 @@ def _score_in_steps(
     """Score some tiles at a time, and write their blocks and groups."""
     dtype = accumulation_dtype(k_cmp.dtype)
     if k_cmp.dtype == torch.bfloat16 and num_scores > FEW_SCORES:
-        summary = _bfloat16_parts(_by_head(summary, dtype))
-        keys = k_cmp.transpose(1, 2).repeat(1, 1, 1, 3)
+        keys = k_cmp.transpose(1, 2)
+        if summary.dtype == k_cmp.dtype:
+            # Queries as they are, whose products with keys are exact.
+            summary = _by_head(summary, summary.dtype)
+        else:
+            summary, keys = _bfloat16_parts(_by_head(summary, dtype)), keys.repeat(1, 1, 1, 3)
     else:
         # Cast directly from the input dtype, which float64 holds exactly.
         summary, keys = _by_head(summary, torch.float64), _by_head(k_cmp, torch.float64)
@@ -171,9 +172,10 @@ def _scores(summary: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """``summary (B, H, C, D) . keys (B, H_kv, W, D)``: ``(B, H, C, W)`` in ``dtype``.
 
     Scores are exact to float32, because rounding the summary to 16 bits would reorder close
-    scores. Tensor cores compute many scores: a float32 summary is the sum of three bfloat16
-    numbers, so their products with keys repeated three times, both ``3 * D`` wide, add up to the
-    float32 products. Else they are float64 products. No float32 product is used: it may be TF32.
+    scores. Tensor cores compute many scores: of queries as they are; a float32 summary is the sum
+    of three bfloat16 numbers, so their products with keys repeated three times, both ``3 * D``
+    wide, add up to the float32 products. Else they are float64 products. No float32 product is
+    used: it may be TF32.
     """
     shape = (*summary.shape[:3], keys.shape[2])
     keys = keys.flatten(0, 1)  # (B * H_kv, W, D)
@@ -293,6 +295,12 @@ def select_bytes(sizes: Sizes) -> int:
         # The second term is the log-sum-exp in token order.
         return scores * 4 + sizes.tokens * sizes.num_heads * 4
     summaries = sizes.batch * sizes.tiles * sizes.num_heads
-    scores = min(TILE_SCORES, summaries * sizes.compressed)
-    in_float32 = (2 * summaries + sizes.compressed * sizes.num_kv_heads) * sizes.head_dim * 4
-    return scores * BYTES_PER_SCORE + in_float32
+    # Of a step and of the one before it.
+    scores = min(2 * TILE_SCORES, summaries * sizes.compressed // sizes.batch)
+    keys = sizes.compressed * sizes.num_kv_heads
+    if sizes.config.tile_summary == "first":
+        # Products take the keys of one entry as they are.
+        copied = (summaries + (keys if sizes.batch > 1 else 0)) * sizes.itemsize
+    else:
+        copied = (2 * summaries + keys) * 4
+    return scores * 4 + copied * sizes.head_dim
