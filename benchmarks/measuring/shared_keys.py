@@ -28,7 +28,8 @@ def shared_step(tensors: Tensors, queries: int, config: nsa.NSAConfig) -> Callab
             k, v, config=config, compress_k_weight=None, compress_v_weight=None, boundaries=whole
         )
         given = [x.detach().requires_grad_() for x in compressed]
-        sums = make_key_sums(k, v, config, deterministic=False)
+        runs = [min(queries, length - start) for start in range(0, length, queries)]
+        sums = make_key_sums(k, v, runs, config, deterministic=False)
         dcompressed = [torch.zeros_like(x, dtype=torch.float32) for x in given]
         out, dq = torch.empty_like(q), torch.empty_like(q)
         dweight = torch.zeros_like(weight, dtype=torch.float32)
@@ -50,7 +51,7 @@ def shared_step(tensors: Tensors, queries: int, config: nsa.NSAConfig) -> Callab
         dk_dv = torch.autograd.grad(compressed, (k, v), rounded)
         for which, total in enumerate(dk_dv):
             part = torch.empty_like(total)
-            sums.round_into(which, slice(None), part)
+            sums.round_into(which, slice(0, length), part)
             total += part
             for first, grad in sums.windows(which):
                 total[first : first + len(grad)] += grad

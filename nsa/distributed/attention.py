@@ -332,11 +332,13 @@ def _key_sums(call: Call, keys: Sequence[Tensor], grads: dict):
     """What the calls of a chunk add to, if the backend can add gradients of keys over calls."""
     k_slc, k_win, v_slc, v_win = call.branches
     shared = k_slc == k_win and v_slc == v_win and k_slc != v_slc
-    runs = call.layout.separate and call.layout.key_runs is not None
-    if not (shared and runs and (k_slc in grads or v_slc in grads)):
+    runs = call.layout.key_runs if call.layout.separate else None
+    if not shared or runs is None or not (k_slc in grads or v_slc in grads):
         return None
-    options = dict(deterministic=call.deterministic)
-    return call.backend.make_key_sums(keys[k_slc], keys[v_slc], call.config, **options)
+    return call.backend.make_key_sums(
+        keys[k_slc], keys[v_slc], [count for _, count in runs], call.config,
+        deterministic=call.deterministic,
+    )  # fmt: skip
 
 
 def _add_key_sums(key_sums, call: Call, totals: dict[int, RowSums]):

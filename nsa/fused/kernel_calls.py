@@ -405,13 +405,25 @@ def listed_backward(
             it sees keys up to its own; the last query's is the last key, so ``Tq <= Tk``.
         deterministic: give the same bits each time. Otherwise the last ones of dk and dv vary.
         sums: float32, contiguous and of the shape of ``k``, not if ``deterministic``: dk, without
-            the scale, and dv are added, in the layout that :func:`round_sums` reads.
+            the scale, and dv are added, in the layout that :func:`round_listed_sums` reads.
 
     Returns:
         dq, dk, dv: like ``q``, ``k`` and ``v``, contiguous; with ``sums`` these
             instead of dk and dv.
     """
     return _kernels("listed_backward").listed_backward(**locals())
+
+
+def round_listed_sums(sums: Tensor, out: Tensor, factor: float) -> None:
+    """Write ``factor * sums`` in the dtype and order of ``out``.
+
+    Args:
+        sums: float32 ``(T, H, D)``, contiguous, as :func:`listed_backward` adds to them: those of
+            some consecutive keys; ``T`` and where they begin are multiples of 64.
+        out: ``(T, H, D)``, contiguous, bfloat16 or float16.
+        factor: see above.
+    """
+    return _kernels("listed_backward").round_listed_sums(**locals())
 
 
 def importance_scores(
@@ -500,20 +512,14 @@ def selected_backward(
         q, k, v: arguments of the forward, like all others that it shares.
         statistics: float32 ``(T, H)``; not used for a token with no block.
         deterministic: give the same bits each time. Otherwise the last ones of dk and dv vary.
-        sums: as in :func:`listed_backward`, of the shapes of ``k`` and ``v``.
+        sums: float32 of the shapes of ``k`` and ``v``, contiguous, not if ``deterministic``: dk,
+            without the scale, and dv are added, in the layout that :func:`round_sums` reads.
     """
     return _kernels("selected_backward").selected_backward(**locals())
 
 
 def round_sums(sums: Tensor, out: Tensor, factor: float) -> None:
-    """Write ``factor * sums`` in the dtype and order of ``out``.
-
-    Args:
-        sums: float32 ``(T, H, D)``, contiguous, in the layout in which kernels add; ``D`` a
-            multiple of 16.
-        out: ``(T, H, D)``, contiguous, bfloat16 or float16.
-        factor: see above.
-    """
+    """As :func:`round_listed_sums`, for sums that :func:`selected_backward` adds to."""
     return _kernels("float_sums").round_sums(**locals())
 
 

@@ -5,6 +5,7 @@ attend are neither cleared nor rounded for each call. The window branch, which s
 leaves its gradients.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ class KeySums:
     def __init__(self, k: Tensor, config: NSAConfig):
         shape, dtype = (2, *k.shape), accumulation_dtype(k.dtype)
         self._sums = torch.zeros(shape, dtype=dtype, device=k.device).unbind()
+        self._by_token = config.selection == "token"
         self._factors = (config.softmax_scale(k.shape[-1]), 1.0)
         self._calls: list[tuple[int, CallSums]] = []
 
@@ -49,8 +51,9 @@ class KeySums:
         return call
 
     def round_into(self, which: int, keys: slice, out: Tensor):
-        """Write sums of some keys (0) or values (1) of the selected branch."""
-        kernel_calls.round_sums(self._sums[which][keys], out, self._factors[which])
+        """Write sums of a run of keys (0) or values (1) of the selected branch."""
+        round_sums = kernel_calls.round_sums if self._by_token else kernel_calls.round_listed_sums
+        round_sums(self._sums[which][keys], out, self._factors[which])
 
     def windows(self, which: int) -> list[tuple[int, Tensor]]:
         """What calls left: gradients of keys (0) or values (1), and where the first one lies."""
@@ -62,16 +65,24 @@ class KeySums:
 
 
 def make_key_sums(
-    k: Tensor, v: Tensor, config: NSAConfig, *, deterministic: bool
+    k: Tensor, v: Tensor, runs: Sequence[int], config: NSAConfig, *, deterministic: bool
 ) -> KeySums | None:
     """Sums for keys and values that calls of :func:`nsa.fused.forward` share, and may add to.
 
-    None if the kernels cannot: they need one head dimension, and add in no fixed order.
+    None if the kernels cannot: they need one head dimension, and add in no fixed order. In tile
+    mode they add to blocks of keys.
+
+    Args:
+        k, v: ``(T, H_kv, D)``.
+        runs: lengths of consecutive runs of keys; a call attends whole runs.
+        config: block sizes.
+        deterministic: whether gradients must have the same bits each time.
     """
     dim = k.shape[-1]
     if deterministic or k.shape != v.shape or kernel_head_dim(dim, dim) != dim:
         return None
-    key_block = choose_key_block(config.select_block_size, config, dim)
-    if config.selection == "tile" and not goes_by_query(key_block, dim):
-        return None
+    if config.selection == "tile":
+        key_block = choose_key_block(config.select_block_size, config, dim)
+        if not goes_by_query(key_block, dim) or any(count % key_block for count in runs):
+            return None
     return KeySums(k, config)

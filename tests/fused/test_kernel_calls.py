@@ -28,7 +28,7 @@ LAUNCHERS = {
     "means": ("mean_forward", "mean_backward"),
     "plan_tables": ("sequence_bounds", "plan_tables"),
     "lists": ("list_key_blocks", "count_query_tiles", "list_query_tiles"),
-    "listed_backward": ("listed_backward",),
+    "listed_backward": ("listed_backward", "round_listed_sums"),
     "float_sums": ("round_sums",),
     "importance": ("importance_scores",),
     "selected_forward": ("selected_forward",),

@@ -31,6 +31,7 @@ NAMES = (
     "list_query_tiles",
     "listed_backward",
     "round_sums",
+    "round_listed_sums",
     "top_blocks",
     "float32_products",
     "tile_scores",
@@ -202,6 +203,11 @@ def added(dq, dk, dv, sums, scale):
         assert total.dtype == accumulation_dtype(grad.dtype)
         total.add_(grad.view(total.shape).to(total.dtype) / factor)
     return dq, *sums
+
+
+def round_listed_sums(sums, out, factor) -> None:
+    assert sums.shape[0] % 64 == 0
+    round_sums(sums, out, factor)
 
 
 def round_sums(sums, out, factor) -> None:

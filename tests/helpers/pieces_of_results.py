@@ -49,7 +49,8 @@ def attend_in_two(
     # Slices of heads, as of a rank that computes some at a time.
     memory = leaves.q.new_full((2, length, heads + 2, dim), torch.nan)
     out, dq = memory[:, :, 1:-1]
-    sums = key_sums.make_key_sums(leaves.k[0], leaves.v[0], config, deterministic=False)
+    keys, runs = (leaves.k[0], leaves.v[0]), (first, length - first)
+    sums = key_sums.make_key_sums(*keys, runs, config, deterministic=False)
     assert sums is not None
     late = [leaves.k.new_zeros(length, kv_heads, dim) for _ in range(2)]
     compressed = [torch.zeros_like(x[0]) for x in leaves[3:]]
@@ -73,7 +74,8 @@ def attend_in_two(
         assert torch.equal(grads[0][0, rows], dq[rows])
     for which, total in enumerate(late):
         rounded = torch.empty_like(total)
-        sums.round_into(which, slice(None), rounded)
+        for rows in (slice(0, first), slice(first, length)):
+            sums.round_into(which, rows, rounded[rows])
         total += rounded
         for start, grad in sums.windows(which):
             total[start : start + len(grad)] += grad

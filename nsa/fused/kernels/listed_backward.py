@@ -28,7 +28,7 @@ from nsa.fused.fixed_order import heads_together, take_turns
 from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.float_sums import add_row, convert_sums
+from nsa.fused.kernels.float_sums import add_row, convert_sums, round_sums
 from nsa.fused.kernels.hopper import (
     arrive_inc,
     cvt_f16,
@@ -566,6 +566,11 @@ def listed_backward(
         dk_sum, dv_sum = (_in_order(x, order.popular, num_blocks, k) for x in (dk_sum, dv_sum))
     dk = convert_sums(dk_sum, k.shape, q.dtype, scale)
     return dq, dk, convert_sums(dv_sum, v.shape, q.dtype, 1.0)
+
+
+def round_listed_sums(sums: Tensor, out: Tensor, factor: float) -> None:
+    """See :func:`nsa.fused.kernel_calls.round_listed_sums`."""
+    round_sums(sums, out, factor)
 
 
 def _in_order(sums: Tensor, popular: Tensor, num_blocks: int, k: Tensor) -> Tensor:
