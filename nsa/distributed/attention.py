@@ -17,7 +17,7 @@ from nsa.distributed.backend_calls import BackendCall
 from nsa.distributed.call import Call, Chunk, Inputs, chunks
 from nsa.distributed.collectives import Exchanging, Gathering
 from nsa.distributed.copies import copy_rows
-from nsa.distributed.key_rows import RowSums, runs_to_take, take_rows
+from nsa.distributed.key_rows import RowSums, in_place, runs_to_take, take_rows
 from nsa.host import needs_gradients
 from nsa.precision import accumulation_dtype
 from nsa.results import Results
@@ -33,18 +33,22 @@ def attend(call: Call, block_indices: Tensor | None, inputs: Inputs) -> Tensor:
     if needs_gradients(*flat):
         return _AttentionNode.apply(call, block_indices, *flat)
     out = _empty_output(call, inputs)
-    for chunk, keys in _Chunks(call, inputs):
+    for chunk, keys, arrive in _Chunks(call, inputs):
         for one in call.layout.calls:
             given = {name: chunk.of_call(name, x, one) for name, x in _named(inputs)}
             own = [x[one.keys] for x in keys]
             target = out[one.rows, chunk.query]
-            result = _run(call, chunk, one, block_indices, given, own, Results(out=target))
+            results = Results(out=target, before_keys=arrive)
+            result = _run(call, chunk, one, block_indices, given, own, results)
             _put(target, result)
     return out
 
 
 class _Chunks:
-    """Each chunk with its gathered keys and values. The next are gathered while one is computed."""
+    """Each chunk, its gathered keys and values, and what is to be called before they are read.
+
+    The next are gathered while one is computed.
+    """
 
     def __init__(self, call: Call, inputs: Inputs):
         self.call, self.inputs = call, inputs
@@ -53,13 +57,21 @@ class _Chunks:
         parts = chunks(self.call, self.inputs)
         coming = self._gather(parts[0])
         for at, chunk in enumerate(parts):
-            received = [gathering.wait() for gathering in coming]
+            arrive = partial(_wait_for_all, coming)
+            received = [gathering.rows for gathering in coming]
             coming = self._gather(parts[at + 1]) if at + 1 < len(parts) else []
-            yield chunk, [take_rows(x, self.call.layout) for x in received]
+            if not in_place(self.call.layout):
+                arrive()
+            yield chunk, [take_rows(x, self.call.layout) for x in received], arrive
 
     def _gather(self, chunk: Chunk) -> list[Gathering]:
         runs = runs_to_take(self.call.layout)
         return [Gathering(x[:, chunk.kv], self.call.group, runs) for x in self.inputs.kv]
+
+
+def _wait_for_all(gatherings: list[Gathering]):
+    for gathering in gatherings:
+        gathering.wait()
 
 
 def _run(
@@ -183,17 +195,17 @@ class _AttentionNode(torch.autograd.Function):
         needed = dict(zip(_keys(inputs), ctx.needs_input_grad[2:], strict=True))
         saved, parts = _Saved(), []
         out = _empty_output(call, inputs)
-        for chunk, keys in _Chunks(call, inputs):
+        for chunk, keys, arrive in _Chunks(call, inputs):
             saved.gathered = keys
             for one in call.layout.calls:
                 target = out[one.rows, chunk.query]
-                results = Results(out=target)
+                results = Results(out=target, before_keys=arrive)
                 with torch.enable_grad(), saved.hooks():
                     part, result = _record(
                         call, chunk, one, block_indices, inputs, keys, needed, results
                     )
                 _put(target, result.detach())
-                results.out = None
+                results.out = results.before_keys = None
                 parts.append(part)
                 del result
             saved.gathered = []
@@ -229,7 +241,8 @@ class _Gradients(torch.autograd.Function):
         saved.tensors = list(tensors)
         sums: list[tuple[Tensor, Exchanging]] = []
         coming = iter(parts)
-        for chunk, keys in _Chunks(call, inputs):
+        for chunk, keys, arrive in _Chunks(call, inputs):
+            arrive()
             saved.gathered = keys
             key_sums = _key_sums(call, keys, grads)
             totals = {

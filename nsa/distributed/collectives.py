@@ -67,9 +67,11 @@ class Gathering:
 
     def __init__(self, x: Tensor, group: ProcessGroup, runs: list[tuple[int, int]] | None = None):
         x = contiguous(x)
-        self._received = self._out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+        self._out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
         self._sent = x  # alive until it is sent
         self._finish: Callable[[], None] | None = None
+        # Autograd, which may record views of the rows before, is not to see that they change.
+        self._received = self._out.data
         if runs is not None:
             self._out = x.new_empty(sum(count for _, count in runs), *x.shape[1:])
         if x.numel():
@@ -80,15 +82,20 @@ class Gathering:
 
     def _take(self, runs: list[tuple[int, int]]):
         # Copies of slices run at the speed of memory, which index_select does not reach.
-        begin = 0
+        begin, out = 0, self._out.data
         for at, count in runs:
-            self._out[begin : begin + count].copy_(self._received[at : at + count])
+            out[begin : begin + count].copy_(self._received[at : at + count])
             begin += count
 
+    @property
+    def rows(self) -> Tensor:
+        """The rows, which are written when :meth:`wait` has been called."""
+        return self._out
+
     def wait(self) -> Tensor:
-        """The rows."""
         if self._finish is not None:
             self._finish()
+            self._finish = None
         return self._out
 
 

@@ -16,9 +16,14 @@ def runs_to_take(layout: Layout) -> list[tuple[int, int]] | None:
     return None if layout.keys is None else layout.key_runs
 
 
+def in_place(layout: Layout) -> bool:
+    """Whether :func:`take_rows` copies nothing."""
+    return layout.keys is None or layout.key_runs is not None
+
+
 def take_rows(rows: Tensor, layout: Layout) -> Tensor:
     """The rows of :attr:`Layout.keys`, of those of all ranks or of :func:`runs_to_take`."""
-    if layout.keys is None or layout.key_runs is not None:
+    if layout.keys is None or in_place(layout):
         return rows
     return rows.index_select(0, layout.keys)
 

@@ -73,13 +73,20 @@ def forward(
         *(compressed_kv or ()),
     )  # fmt: skip
     value_dim = v[0].shape[-1]
+    dim, scale = kernel_head_dim(q.shape[-1], value_dim), config.softmax_scale(q.shape[-1])
+    if results is None:
+        results = Results()
+    in_place = dim == q.shape[-1] == value_dim and all(map(are_rows, (*k, *v)))
+    if compressed_kv is None or not in_place or is_traced(q):
+        # Keys are compressed or copied first.
+        results.may_read_keys()
+        results = Results()
     if q.numel() == 0:
         return _empty_output(q, value_dim, given)
     save = needs_gradients(*given)
     limit = deterministic_limit(q, v[0], config) if save and deterministic else None
     if limit is not None:
         raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
-    dim, scale = kernel_head_dim(q.shape[-1], value_dim), config.softmax_scale(q.shape[-1])
     k_cmp, v_cmp = (None, None)
     if compressed_kv is not None:
         num_keys = k[0].shape[-3]
@@ -119,13 +126,10 @@ def forward(
         scaled = with_scale(config, scale)
         bounds = (cu_seqlens, max_seqlen_k, scaled, packing)
         plan = make_plan(inputs.q, *bounds, num_kv_heads=inputs.k.shape[2], **keys)
-        if results is None or not dim == q.shape[-1] == value_dim:
-            results = Results()
         if save:
             out = ops.AttentionNode.apply(plan, schedule, results, block_indices, *inputs)
         else:
-            target = ops.kernel_form(results.out)
-            out, _ = run_forward(inputs, block_indices, plan, schedule, save=False, out=target)
+            out, _ = run_forward(inputs, block_indices, plan, schedule, results, save=False)
     # squeeze, because the derivative of out[0] first fills a tensor with zeros.
     out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim].contiguous()

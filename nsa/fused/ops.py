@@ -39,10 +39,8 @@ class AttentionNode(torch.autograd.Function):
         block_indices: Tensor | None,
         *inputs,
     ):
-        target = kernel_form(results.out)
-        out, saved = run_forward(
-            Inputs(*inputs), block_indices, plan, schedule, save=True, out=target
-        )
+        arguments = (Inputs(*inputs), block_indices, plan, schedule, results)
+        out, saved = run_forward(*arguments, save=True)
         tensors = (x for part in saved for x in part.tensors())
         ctx.save_for_backward(*inputs, block_indices, *tensors)
         ctx.plan, ctx.schedule, ctx.results = plan, schedule, results
@@ -56,17 +54,8 @@ class AttentionNode(torch.autograd.Function):
         arguments = (as_rows(dout), block_indices, saved, ctx.plan, ctx.schedule)
         if torch.is_grad_enabled():  # create_graph
             return None, None, None, None, *_Gradients.apply(*arguments, *inputs)
-        dq, keys = kernel_form(ctx.results.dq), ctx.results.keys
-        grads = run_backward(arguments[0], Inputs(*inputs), *arguments[1:], dq=dq, keys=keys)
+        grads = run_backward(arguments[0], Inputs(*inputs), *arguments[1:], ctx.results)
         return None, None, None, None, *grads
-
-
-def kernel_form(x: Tensor | None) -> Tensor | None:
-    """One of :class:`Results` as ``(B, T, H, D)``. Not as a view, whose history would be its
-    base's."""
-    if x is None:
-        return None
-    return (x if x.ndim == 4 else x[None]).detach()
 
 
 class _Gradients(torch.autograd.Function):

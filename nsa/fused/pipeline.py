@@ -3,7 +3,7 @@
 Queries are ``(B, T, H, D)``, keys ``(B, Tk, H_kv, D)``, with ``B = 1`` for packed input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,19 +117,26 @@ class Saved(NamedTuple):
 
 
 def attend(
-    inputs: Inputs, block_indices: Tensor | None, groups: Tensor | None, plan: Plan
+    inputs: Inputs,
+    block_indices: Tensor | None,
+    groups: Tensor | None,
+    plan: Plan,
+    before_keys: Callable[[], None] | None = None,
 ) -> tuple[BranchResults, Tensor, Tensor | None]:
     """The three branches, and the ``block_indices`` and ``groups`` that they attended.
 
-    If these are None, they are selected where needed.
+    If these are None, they are selected where needed. ``before_keys`` is called before keys and
+    values are read; compressed ones are given then.
 
     ``block_indices`` are ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode.
     """
     q, token_mode = inputs.q, plan.config.selection == "token"
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
     side_stream = SideStream(q)
-    # The window comes first: it needs no plan tensors, and runs while the host prepares the rest.
-    o_win, lse_win = window_attention(q, k_win, v_win, plan)
+    if before_keys is None:
+        # The window comes first: it needs no plan tensors, and runs while the host prepares the
+        # rest.
+        o_win, lse_win = window_attention(q, k_win, v_win, plan)
     with side_stream:
         k_cmp, v_cmp = inputs.compressed(plan)
         q_rows = plan.align_queries(q)
@@ -139,6 +146,10 @@ def attend(
         if block_indices is None:  # only in token mode
             lse = compressed_lse(lse_cmp, q, k_cmp, plan)
             block_indices = select_blocks(q_rows, k_cmp, lse, plan)
+    if before_keys is not None:
+        # What needs no keys has come first.
+        before_keys()
+        o_win, lse_win = window_attention(q, k_win, v_win, plan)
     o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
     branches = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win)
     return branches, block_indices, groups

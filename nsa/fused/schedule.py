@@ -21,12 +21,17 @@ from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 from nsa.host import is_capturing
 from nsa.precision import without_autocast
+from nsa.results import Results
 
 ALWAYS_FITS = 1 << 30
 """Workspace up to which the free memory is not queried, because that takes some 0.04 ms."""
 
 USABLE = 0.9
 """Fraction of the free memory to use. The rest is lost to fragmentation and rounding."""
+
+
+NO_RESULTS = Results()
+"""Nothing is written anywhere else."""
 
 
 class Schedule(NamedTuple):
@@ -161,17 +166,16 @@ def run_forward(
     block_indices: Tensor | None,
     plan: Plan,
     schedule: Schedule,
+    results: Results = NO_RESULTS,
     *,
     save: bool,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, list[Saved]]:
     """Output ``(B, T, H, Dv)`` and, where ``save``, what each chunk leaves for its backward.
 
     If the schedule recomputes, that is only the selection. ``block_indices`` are the caller's (see
-    :func:`nsa.fused.pipeline.attend`), which are not saved; None to select. The output is ``out``,
-    if given: a contiguous tensor, or a slice of heads of one.
+    :func:`nsa.fused.pipeline.attend`), which are not saved; None to select.
     """
-    q = inputs.q
+    q, out = inputs.q, _kernel_form(results.out)
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
     kept = []
     if out is None and len(parts) > 1:
@@ -184,7 +188,7 @@ def run_forward(
                 part, blocks = heads.of(inputs), heads.of_indices(block_indices, plan)
                 target = heads.of_queries(out)
             branches, selected, groups = pipeline.attend(
-                part, block_indices=blocks, groups=None, plan=plan
+                part, blocks, groups=None, plan=plan, before_keys=results.before_keys
             )
             result = pipeline.combine(part, branches, plan, target)
             if schedule.recompute_window:
@@ -209,36 +213,41 @@ def run_backward(
     saved: list[Saved],
     plan: Plan,
     schedule: Schedule,
-    dq: Tensor | None = None,
-    keys: CallSums | None = None,
+    results: Results = NO_RESULTS,
 ) -> Inputs:
-    """The gradient of each input, None if there is no such input.
+    """The gradient of each input, None if there is no such input, or if it is added to ``results``.
 
-    ``block_indices`` are the caller's. If None, ``saved`` holds the selected ones. The gradient of
-    ``q`` is ``dq``, if given: a contiguous tensor, or a slice of heads of one. Those of ``k`` and
-    ``v`` may be added to ``keys`` instead, and are None then.
+    ``block_indices`` are the caller's. If None, ``saved`` holds the selected ones.
     """
-    q = inputs.q
+    q, dq = inputs.q, _kernel_form(results.dq)
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
     with torch.cuda.device_of(q), without_autocast(q.device):
         if len(parts) == 1:
             arguments = (dout, inputs, block_indices, saved[0], plan)
-            return _run_chunk_backward(*arguments, dq, keys, deterministic=schedule.deterministic)
+            return _run_chunk_backward(
+                *arguments, dq, results.keys, deterministic=schedule.deterministic
+            )
         others = [None if x is None else x.new_empty(x.shape) for x in inputs[1:]]
         grads = Inputs._make([q.new_empty(q.shape) if dq is None else dq, *others])
         for heads, part in zip(parts, saved, strict=True):
             blocks, targets = heads.of_indices(block_indices, plan), heads.of(grads)
             arguments = (heads.of_queries(dout), heads.of(inputs), blocks, part, plan)
-            results = _run_chunk_backward(
-                *arguments, targets.q, deterministic=schedule.deterministic
-            )
-            for target, result in zip(targets[1:], results[1:], strict=True):
+            found = _run_chunk_backward(*arguments, targets.q, deterministic=schedule.deterministic)
+            for target, result in zip(targets[1:], found[1:], strict=True):
                 if target is not None:
                     assert result is not None
                     target.copy_(result)
             # Free these before the next chunk allocates.
-            del results, result
+            del found, result
     return grads
+
+
+def _kernel_form(x: Tensor | None) -> Tensor | None:
+    """One of :class:`Results` as ``(B, T, H, D)``. Not as a view, whose history would be its
+    base's."""
+    if x is None:
+        return None
+    return (x if x.ndim == 4 else x[None]).detach()
 
 
 def _run_chunk_backward(

@@ -51,6 +51,8 @@ def forward(
     ``segments`` says where queries stand that are not the last ones of their sequences.
     """
     check_deterministic_device(deterministic, q)
+    if results is not None:
+        results.may_read_keys()
     with without_autocast(q.device):
         inputs = _flatten(q), _flatten_branches(k), _flatten_branches(v)
         weights: dict[str, Any] = dict(

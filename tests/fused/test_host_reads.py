@@ -36,7 +36,7 @@ def backward_too(monkeypatch):
     """Each call runs forward and backward, within no op, so that dispatch modes see inside."""
     calls = []
 
-    def forward_and_backward(inputs, block_indices, plan, chosen, **_):
+    def forward_and_backward(inputs, block_indices, plan, chosen, _, **__):
         out, saved = run_forward(inputs, block_indices, plan, chosen, save=True)
         dout = torch.ones_like(out)
         grads = run_backward(dout, inputs, block_indices, saved, plan, chosen)
