@@ -41,6 +41,9 @@ def attend(call: Call, block_indices: Tensor | None, inputs: Inputs) -> Tensor:
             results = Results(out=target, before_keys=arrive)
             result = _run(call, chunk, one, block_indices, given, own, results)
             _put(target, result)
+            del own, given
+        # Free these before more is gathered.
+        del keys, arrive, results
     return out
 
 
@@ -209,6 +212,8 @@ class _AttentionNode(torch.autograd.Function):
                 parts.append(part)
                 del result
             saved.gathered = []
+            # Free these before more is gathered.
+            del keys, arrive
         ctx.save_for_backward(*flat, *saved.tensors)
         ctx.call, ctx.parts, ctx.saved = call, parts, saved
         saved.tensors = []
@@ -265,11 +270,14 @@ class _Gradients(torch.autograd.Function):
             saved.gathered = []
             if key_sums is not None:
                 _add_key_sums(key_sums, call, totals)
-                del key_sums
+            del key_sums
             _finish(sums)
-            for at, total in totals.items():
-                exchanging = Exchanging(total.result(), call.group)
-                sums.append((grads[at][:, chunk.kv], exchanging))
+            sums += [
+                (grads[at][:, chunk.kv], Exchanging(total.result(), call.group))
+                for at, total in totals.items()
+            ]
+            # Free these before more is gathered.
+            del keys, arrive, totals
         _finish(sums)
         saved.tensors = []
         return tuple(

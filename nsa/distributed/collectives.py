@@ -68,24 +68,18 @@ class Gathering:
     def __init__(self, x: Tensor, group: ProcessGroup, runs: list[tuple[int, int]] | None = None):
         x = contiguous(x)
         self._out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-        self._sent = x  # alive until it is sent
-        self._finish: Callable[[], None] | None = None
         # Autograd, which may record views of the rows before, is not to see that they change.
-        self._received = self._out.data
+        received = self._out.data
+        self._finish: Callable[[], None] | None = None
+        self._held: tuple[Tensor, ...] = (x, received)  # until they are sent and read
         if runs is not None:
             self._out = x.new_empty(sum(count for _, count in runs), *x.shape[1:])
         if x.numel():
-            work = all_gather(self._received, x, group=group, async_op=True)
+            work = all_gather(received, x, group=group, async_op=True)
             self._finish = work.wait
             if runs is not None:
-                self._finish = after(work, partial(self._take, runs), x.device)
-
-    def _take(self, runs: list[tuple[int, int]]):
-        # Copies of slices run at the speed of memory, which index_select does not reach.
-        begin, out = 0, self._out.data
-        for at, count in runs:
-            out[begin : begin + count].copy_(self._received[at : at + count])
-            begin += count
+                take = partial(_take, received, self._out.data, runs)
+                self._finish = after(work, take, x.device)
 
     @property
     def rows(self) -> Tensor:
@@ -95,8 +89,16 @@ class Gathering:
     def wait(self) -> Tensor:
         if self._finish is not None:
             self._finish()
-            self._finish = None
+            self._finish, self._held = None, ()
         return self._out
+
+
+def _take(rows: Tensor, out: Tensor, runs: list[tuple[int, int]]):
+    # Copies of slices run at the speed of memory, which index_select does not reach.
+    begin = 0
+    for at, count in runs:
+        out[begin : begin + count].copy_(rows[at : at + count])
+        begin += count
 
 
 def after(work, function: Callable[[], None], device: torch.device) -> Callable[[], None]:
