@@ -22,6 +22,7 @@ from nsa.config import NSAConfig, check_positive
 from nsa.host import has_readable_values, is_traced
 from nsa.linears import (
     apply_linear,
+    common_dtype,
     make_linear,
     make_mlp,
     takes_dtype,
@@ -159,12 +160,13 @@ class NativeSparseAttention(nn.Module):
         Args:
             batch_size: sequences.
             max_length: tokens that a sequence may have.
-            dtype, device: by default those of the weights; with autocast on, its dtype.
+            dtype, device: by default those of the projections' weights, as far as these are float
+                weights; with autocast on, its dtype.
         """
-        weight = next(self.parameters())
+        weight = next(self.parameters(), torch.empty(0))
         device = weight.device if device is None else torch.device(device)
         if dtype is None:
-            dtype = weight_dtype(self.q_proj) or weight.dtype
+            dtype = common_dtype(self.q_proj, self.k_proj, self.v_proj)
             if dtype != torch.float64:  # autocast leaves float64
                 dtype = autocast_dtype(device) or dtype
         return Cache(

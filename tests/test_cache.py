@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nsa
 from nsa.cache import calls
@@ -428,7 +429,6 @@ BAD_CACHES = {
     "dtype": (dict(dtype=torch.int32), TypeError),
     "num_heads": (dict(num_heads=0), ValueError),
     "separate_kv must be a bool": (dict(separate_kv="no"), TypeError),
-    "max_length must be at most 2147483647": (dict(max_length=2**31, device="meta"), ValueError),
 }
 
 
@@ -438,6 +438,17 @@ def test_bad_sizes(name):
     good = dict(config=SMALL["token"], batch_size=1, max_length=9, num_kv_heads=1, head_dim=4)
     with pytest.raises(error, match=name):
         nsa.Cache(**(good | changes))
+
+
+SIZES = ("batch_size", "max_length", "num_kv_heads", "head_dim", "value_head_dim", "num_heads")
+
+
+@pytest.mark.parametrize("huge", [2**31, 2**63, 2**100])
+@pytest.mark.parametrize("name", [*SIZES, "page_size"])
+def test_huge_sizes(name, huge):
+    good = dict(batch_size=1, max_length=9, num_kv_heads=1, head_dim=4, device="meta")
+    with pytest.raises(ValueError, match=f"{name} must be at most 2147483647, got {huge}"):
+        nsa.Cache(SMALL["token"], **(good | {name: huge}))
 
 
 @pytest.mark.parametrize(
@@ -574,3 +585,18 @@ def make_cache_of_20_tokens() -> nsa.Cache:
 def test_heads_that_no_call_can_have():
     with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads=2, got 3"):
         nsa.Cache(nsa.NSAConfig(), 1, 64, 2, 8, num_heads=3)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("backend", ["auto", "fused", "reference"])
+@pytest.mark.usefixtures("fused_on_cpu")
+def test_tensors_without_values_are_refused(backend, tokens):
+    def call(**options):
+        cache = nsa.Cache(SMALL["token"], 2, 64, 1, 4, **options)
+        q, k, v = torch.empty(3, 2, tokens, 1, 4, **options)
+        nsa.forward(q, k, v, cache=cache, backend=backend)
+
+    with pytest.raises(nsa.UnsupportedError, match="a call with a cache reads values"):
+        call(device="meta")
+    with FakeTensorMode(), pytest.raises(nsa.UnsupportedError, match="reads values"):
+        call()

@@ -86,9 +86,9 @@ class Cache:
             ("num_kv_heads", num_kv_heads),
             ("head_dim", head_dim),
             ("value_head_dim", value_head_dim),
+            ("max_length", max_length),
         ):
-            check_size(name, value)
-        check_size("max_length", max_length, checks.MAX_LENGTH)
+            check_size(name, value, checks.MAX_LENGTH)
         check_flag("separate_kv", separate_kv)
         if page_size is None:
             page_size = choose_page_size(config, max_length)
@@ -187,7 +187,7 @@ class Cache:
         self.group_lists: Tensor | None = None
         self._host = HostCopy(self.lengths, self.floors, known=owns_pages)
         if num_heads is not None:
-            check_size("num_heads", num_heads)
+            check_size("num_heads", num_heads, checks.MAX_LENGTH)
             if num_heads % self.num_kv_heads:
                 raise ValueError(
                     f"num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, got "
