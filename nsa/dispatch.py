@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa import validation
+from nsa.block_index_checks import check_block_indices
 from nsa.cache import Cache
 from nsa.cache.calls import cache_config, check_cached_call, check_cached_indices
 from nsa.config import NSAConfig
@@ -388,7 +389,7 @@ def _check_call(
     )
     if cache is None:
         validation.check_positions(boundaries, problem)
-        validation.check_block_indices(block_indices, boundaries, q, problem)
+        check_block_indices(block_indices, boundaries, q, problem)
     else:
         named = dict(zip(_FLOATS, (q, k, v, *floats), strict=True))
         check_cached_call(cache, k, v, named, boundaries, problem)

@@ -103,6 +103,7 @@ LAYERS = [
     {"precision", "host", "blocks", "segments"},
     {"geometry", "packing", "testing"},
     {"validation", "rope"},
+    {"block_index_checks"},
     {"cache"},
     {"reference", "fused"},
     {"dispatch"},

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa.block_index_checks import check_block_values, check_index_tensor
 from nsa.blocks import num_selection_blocks
 from nsa.cache.state import Cache
 from nsa.config import NSAConfig
@@ -13,9 +14,7 @@ from nsa.packing import Boundaries
 from nsa.validation import (
     Problem,
     UnsupportedError,
-    check_block_values,
     check_config,
-    check_index_tensor,
 )
 
 
