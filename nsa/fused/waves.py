@@ -11,8 +11,8 @@ channels and 16 blocks. 2 GiB would leave an eighth of them to a second wave."""
 
 
 GRADIENT_BYTES = 9 << 27
-"""The most bytes of partial gradients of queries in a wave: of 8 chunks of 2,048 tokens with 16
-heads of 128 channels and 16 blocks."""
+"""Bytes of partial gradients of queries that a wave may have at any length: those of 8 chunks of
+2,048 tokens with 16 heads of 128 channels and 16 blocks."""
 
 
 def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_bytes: int) -> int:
@@ -45,6 +45,12 @@ def partial_gradient_bytes(slots: int, group: int, head_dim: int, tiles: int) ->
     return slots * tiles * group * (2 * head_dim + head_dim // 8)
 
 
-def units_of_gradient_wave(unit_bytes: int) -> int:
+def gradient_wave_bytes(query_bytes: int) -> int:
+    """The most bytes of partial gradients of a wave. Long queries have twice their own, because
+    some processors are idle at a wave's end. The backward of the compressed branch takes more."""
+    return max(GRADIENT_BYTES, 2 * query_bytes)
+
+
+def units_of_gradient_wave(unit_bytes: int, query_bytes: int) -> int:
     """Units in a wave of the backward, of so many bytes of partial gradients each."""
-    return max(1, GRADIENT_BYTES // unit_bytes)
+    return max(1, gradient_wave_bytes(query_bytes) // unit_bytes)

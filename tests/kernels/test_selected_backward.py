@@ -18,13 +18,19 @@ LONG_BLOCKS = [
     TokenForm(96, 4, 128, 5, False, torch.float16),
     TokenForm(256, 3, 128, 9, True, torch.bfloat16),
 ]
+# TMA copies their rows: two pairs of a tile for each warp, one for two of 8 warps, one for each.
+WIDE_GROUPS = [
+    TokenForm(64, 8, 64, 5, True, torch.bfloat16),
+    TokenForm(128, 32, 128, 4, False, torch.float16),
+    TokenForm(256, 8, 64, 4, True, torch.bfloat16),
+]
 
 
 @pytest.mark.parametrize("forced", [False, True], ids=["any blocks", "band"])
 @pytest.mark.parametrize("waves", ["one wave", "a unit a wave"])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("segments", SEGMENTS)
-@pytest.mark.parametrize("form", FORMS + LONG_BLOCKS, ids=form_id)
+@pytest.mark.parametrize("form", FORMS + LONG_BLOCKS + WIDE_GROUPS, ids=form_id)
 def test_selected_backward(form, segments, deterministic, waves, forced, monkeypatch):
     if waves == "a unit a wave":
         monkeypatch.setattr(wave_sizes, "GRADIENT_BYTES", 1)

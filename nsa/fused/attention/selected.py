@@ -18,9 +18,9 @@ from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 from nsa.fused.waves import (
-    GRADIENT_BYTES,
     WORKSPACE_BYTES,
     choose_chunk_tokens,
+    gradient_wave_bytes,
     key_tiles,
     partial_gradient_bytes,
 )
@@ -157,7 +157,7 @@ def selected_backward_bytes(sizes: Sizes) -> int:
     chunk = choose_chunk_tokens(sizes.tokens, sizes.group, blocks, slots, 4 * dim)
     tiles = key_tiles(dim, dim, sizes.config.select_block_size)
     of_token = partial_gradient_bytes(slots, sizes.group, dim, tiles)
-    results = _wave_bytes(sizes, chunk, of_token, GRADIENT_BYTES)
+    results = _wave_bytes(sizes, chunk, of_token, gradient_wave_bytes(sizes.query))
     if sizes.deterministic:
         # Pairs are sorted first.
         results = max(results, 14 * sizes.indices)
