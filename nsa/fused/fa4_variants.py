@@ -74,6 +74,7 @@ class Variant(NamedTuple):
         repeated: for q, k, v, and in backward dout, the dimensions of stride 0; empty if no tensor
             has any.
         deterministic: in backward, CTAs add to float32 sums in a fixed order.
+        together: in backward, heads that share keys and one CTA; it divides the group.
     """
 
     dtype: torch.dtype
@@ -86,6 +87,7 @@ class Variant(NamedTuple):
     blocks: tuple[int, int] | None = None
     repeated: tuple[tuple[int, ...], ...] = ()
     deterministic: bool = False
+    together: int = 1
 
     @property
     def pack_heads(self) -> bool:
@@ -95,12 +97,14 @@ class Variant(NamedTuple):
 
     def plain(self) -> "Variant":
         """The fields on which the kernels before and after the main one of a backward depend."""
-        return self._replace(group=1, mask=Mask(), blocks=None, repeated=(), deterministic=False)
+        return Variant(
+            *(self.dtype, self.head_dim, self.value_dim, 1), packed=self.packed, many=self.many
+        )
 
     @property
     def adds_keys(self) -> bool:
-        """Whether heads of a group add to the gradients of one KV head, in float32."""
-        return self.group > 1
+        """Whether CTAs of several heads add to the gradients of one KV head, in float32."""
+        return self.group > self.together
 
 
 def forward_tile(variant: Variant) -> tuple[int, int]:
