@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+TALL = 256
+"""Queries of a tall tile, see :func:`tall_tile`."""
+
 Window = tuple[int | None, int | None]
 """Keys visible to the left and to the right of a query beside its own; None is no bound."""
 
@@ -110,8 +113,26 @@ class Variant(NamedTuple):
 def forward_tile(variant: Variant) -> tuple[int, int]:
     """(queries, keys) of a tile of the forward."""
     if variant.blocks is not None:
+        if tall_tile(variant):
+            return TALL, variant.blocks[1]
         return _sparse_forward_tile(variant.head_dim, *variant.blocks)
     return _measured_tile(variant) or _dense_forward_tile(variant)
+
+
+def tall_tile(variant: Variant) -> bool:
+    """Whether each of two warp groups of the forward has 128 queries.
+
+    They read a block of 64 keys from shared memory once for them, and from L2 once for all 256.
+    With a limit of each query, ptxas waits after each matrix instruction.
+    """
+    if variant.blocks is None or variant.mask.limited or not 96 < variant.head_dim <= 128:
+        return False
+    return variant.blocks[0] % TALL == 0 and variant.blocks[1] == 64
+
+
+def forward_stages(variant: Variant) -> int:
+    """Tiles of keys, and of values, that shared memory holds in the forward."""
+    return 4 if tall_tile(variant) else 2
 
 
 def values_from_registers(variant: Variant) -> bool:

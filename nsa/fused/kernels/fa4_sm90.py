@@ -28,13 +28,16 @@ from nsa.fused.fa4_variants import (
     Mask,
     Variant,
     backward_tile,
+    forward_stages,
     forward_tile,
+    tall_tile,
     values_from_registers,
 )
 from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.fa4_fakes import Fakes, fake
 from nsa.fused.kernels.fa4_heads import BackwardThroughHeads
+from nsa.fused.kernels.fa4_tall import TallForward
 from nsa.fused.kernels.padded_rows import pad_statistics
 from nsa.fused.kernels.vectors import CUTE_DTYPES
 
@@ -237,7 +240,8 @@ def _tile_starts_arguments(starts: Tensor, bounds: Tensor) -> list:
 def compile_forward(variant: Variant) -> Callable:
     """The compiled forward of a variant."""
     queries, keys = forward_tile(variant)
-    kernel = FlashAttentionForwardSm90(
+    tall = tall_tile(variant)
+    kernel = (TallForward if tall else FlashAttentionForwardSm90)(
         CUTE_DTYPES[variant.dtype],
         variant.head_dim,
         variant.value_dim,
@@ -247,10 +251,11 @@ def compile_forward(variant: Variant) -> Callable:
         pack_gqa=variant.pack_heads,
         tile_m=queries,
         tile_n=keys,
-        num_stages=2,
+        num_stages=forward_stages(variant),
         num_threads=_THREADS,
         Q_in_regs=False,
-        intra_wg_overlap=True,
+        # A tall tile has no registers left for two products at a time.
+        intra_wg_overlap=not tall,
         mma_pv_is_rs=values_from_registers(variant),
         mask_mod=_mask_function(variant.mask),
         has_aux_tensors=variant.mask.limited,
