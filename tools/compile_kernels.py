@@ -74,6 +74,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     if arch == "sm_90a":
         # On Hopper's matrix instructions.
         from nsa.fused.kernels import (
+            block_sums,
             decode_append,
             decode_attend,
             decode_compressed,
@@ -94,7 +95,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
         by_dtype += [importance, selected_forward, selected_band]
         by_dtype += [few_keys, selected_backward, query_partials]
-        by_dtype += [row_statistics, listed_backward, float_sums]
+        by_dtype += [row_statistics, listed_backward, float_sums, block_sums]
         others += [padded_rows, inverted_index, decode_append, decode_compressed]
         others += [decode_tile_select, decode_finish, decode_attend]
     for kernels in by_dtype:

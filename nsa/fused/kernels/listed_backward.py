@@ -25,10 +25,10 @@ from cutlass.utils import LayoutEnum, hopper_helpers
 from torch import Tensor
 
 from nsa.fused.fixed_order import heads_together, take_turns
-from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP
+from nsa.fused.hardware import LOG2_E, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import BlockLists, RowStatistics
+from nsa.fused.kernels.block_sums import add_block, convert_block_sums
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.hopper import (
     arrive_inc,
     cvt_f16,
@@ -98,14 +98,15 @@ class _Strides(NamedTuple):
 class _Sizes(NamedTuple):
     """``parts`` CTAs share a list; ``width`` and ``full_width`` are the entries of a list.
 
-    There are ``earlier`` more keys than rows. CTAs that take turns are launched for ``together``
-    heads, tile after tile, before those of the next heads.
+    There are ``blocks`` key blocks, and ``earlier`` more keys than rows. CTAs that take turns are
+    launched for ``together`` heads, tile after tile, before those of the next heads.
     """
 
     num_rows: Int32
     kv_heads: Int32
     together: Int32
     parts: Int32
+    blocks: Int32
     width: Int32
     full_width: Int32
     earlier: Int32
@@ -118,7 +119,7 @@ class ListedBackward:
     instead of those up to its own key. The last row's key is then the last one.
 
     With ``ordered``, a CTA waits until it is its turn to add. It waits for CTAs that were launched
-    before it alone. Sums are ``(slots, 64, D)`` then, else ``(keys, H_kv, D)``.
+    before it alone. Sums are of slots then, else of the key blocks of one KV head after another.
     """
 
     def __init__(
@@ -282,14 +283,13 @@ class ListedBackward:
             cute.arch.fence_view_async_shared()
             # Also, all reads of the last block's P and dS are done, and its dK and dV are added.
             cute.arch.barrier()
-            sum_row, sum_stride = self._sum_rows(block, kv_head, kv_heads)
-            slot = turn = Int32(0)
+            slot, turn = kv_head * sizes.blocks + block, Int32(0)
             if const_expr(self.ordered):
                 if entry > 0:
                     arrive_inc(tensors.turns.added.iterator + slot_of(entry - 1), tidx, 0, 1)
                 slot = slot_of(entry)
                 turn = turn_of(entry) * sizes.parts + part
-                sum_row, sum_stride = Int64(slot) * TILE_KEYS, Int32(1)
+            sums = Int64(slot) * (TILE_KEYS * self.head_dim)
             first_key = block * TILE_KEYS
             if entry + 1 < entries:
                 block = block_of(entry + 1)
@@ -349,13 +349,10 @@ class ListedBackward:
                         load(tensors.v, sV, strides.v, k_column, block * TILE_KEYS)
                     cute.arch.cp_async_commit_group()
                 warpgroup.wait_group(0)
-                for r in cutlass.range_constexpr(2):
-                    key = warp * WARP_ROWS + lane // QUAD + 8 * r
-                    offset = (sum_row + Int64(key) * sum_stride) * self.head_dim
-                    if which == 0:
-                        add_row(acc, r, tensors.dv, offset, lane)
-                    else:
-                        add_row(acc, r, tensors.dk, offset, lane)
+                if which == 0:
+                    add_block(acc, tensors.dv, sums, warp, lane)
+                else:
+                    add_block(acc, tensors.dk, sums, warp, lane)
 
         # All have read Q; its place takes dQ.
         cute.arch.cp_async_wait_group(0)
@@ -379,11 +376,6 @@ class ListedBackward:
                 warp,
                 lane,
             )
-
-    @cute.jit
-    def _sum_rows(self, block: Int32, kv_head: Int32, kv_heads: Int32) -> tuple[Int64, Int32]:
-        """The row of sums of a block's first key, and the rows from key to key."""
-        return Int64(block * TILE_KEYS) * kv_heads + kv_head, kv_heads
 
     @cute.jit
     def _block(
@@ -496,7 +488,7 @@ def compile_backward(
             _Turns(ints(), ints(), ints(has_full), ints(has_full), ints()) if ordered else None,
         ),
         _Strides(*(Int64(1) for _ in range(4))),
-        _Sizes(*(Int32(1) for _ in range(7))),
+        _Sizes(*(Int32(1) for _ in range(8))),
         Float32(1.0),
     )
 
@@ -554,30 +546,33 @@ def listed_backward(
     kernel(
         _Tensors(*flattened, *numbers, key_limit, *entries, dq.view(-1), *sums, turns),
         _Strides(*strides),
-        _Sizes(num_rows, kv_heads, together, lists.query_block // rows, *widths, earlier),
+        _Sizes(
+            *(num_rows, kv_heads, together, lists.query_block // rows, num_blocks),
+            *(*widths, earlier),
+        ),
         scale,
     )
     if deterministic:
-        sums = [_in_order(x, order.popular, num_blocks, k) for x in sums]
+        sums = [_of_key_blocks(x, order.popular, num_blocks, k) for x in sums]
     dv, dk = (
-        convert_sums(x, like.shape, q.dtype, factor)
+        convert_block_sums(x, like, factor)
         for x, like, factor in zip(sums, (v, k), (1.0, scale), strict=True)
     )
     return dq, dk, dv
 
 
-def _in_order(sums: Tensor, popular: Tensor, num_blocks: int, k: Tensor) -> Tensor:
-    """Sums of the slots of :class:`nsa.fused.fixed_order.Turns`, in the order of ``k``."""
+def _of_key_blocks(sums: Tensor, popular: Tensor, num_blocks: int, k: Tensor) -> Tensor:
+    """The sums of key blocks, with those of query heads of popular blocks added; see
+    :class:`nsa.fused.fixed_order.Turns`."""
     kv_heads, head_dim = k.shape[2:]
     of_heads, of_query_heads = sums.view(-1, TILE_KEYS * head_dim).tensor_split(
         [kv_heads * num_blocks]
     )
-    of_heads = of_heads.view(kv_heads, num_blocks, -1)
     if popular.numel():
         of_query_heads = of_query_heads.view(*popular.shape, -1, of_heads.shape[-1])
         kv_head = torch.arange(kv_heads, device=sums.device)[:, None]
-        of_heads[kv_head, popular] += of_query_heads.sum(2)
-    return of_heads.view(kv_heads, -1, head_dim).transpose(0, 1).flatten()
+        of_heads.view(kv_heads, num_blocks, -1)[kv_head, popular] += of_query_heads.sum(2)
+    return of_heads.view(-1)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_limit: Tensor | None) -> None:
