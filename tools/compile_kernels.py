@@ -10,6 +10,7 @@ and fit its shared memory.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -170,6 +171,7 @@ def compile_dense(
     dim, group, packed, causal, window, dtype, *, many=False, key_times=None, deterministic=False
 ):
     """Forward and backward of ``nsa.fused.fa4``'s dense calls."""
+    from nsa.fused.fa4_call import MOST_TOGETHER
     from nsa.fused.fa4_variants import Variant, dense_mask
     from nsa.fused.kernels import fa4_sm90
 
@@ -177,6 +179,9 @@ def compile_dense(
     variant = Variant(getattr_torch(dtype), dim, dim, group, mask, packed, many)
     fa4_sm90.forward_kernels(variant)
     fa4_sm90.backward_kernels(variant._replace(deterministic=deterministic))
+    together = math.gcd(group, MOST_TOGETHER)
+    if together > 1 and not deterministic:
+        fa4_sm90.backward_kernels(variant._replace(together=together))
 
 
 def compile_shared_keys(dim):

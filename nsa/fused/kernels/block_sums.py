@@ -52,13 +52,12 @@ class ConvertBlockSums:
         self,
         mSum: cute.Tensor,
         mX: cute.Tensor,
-        blocks: Int32,
+        pieces: Int32,
         kv_heads: Int32,
         factor: Float32,
         stream,
     ):
-        pieces = blocks * kv_heads * (TILE_KEYS // 2 * self.head_dim // VECTOR)
-        self.kernel(mSum, mX, blocks, kv_heads, pieces, factor).launch(
+        self.kernel(mSum, mX, pieces, kv_heads, factor).launch(
             grid=[cute.ceil_div(pieces, _THREADS), 1, 1], block=[_THREADS, 1, 1], stream=stream
         )
 
@@ -67,9 +66,8 @@ class ConvertBlockSums:
         self,
         mSum: cute.Tensor,
         mX: cute.Tensor,
-        blocks: Int32,
-        kv_heads: Int32,
         pieces: Int32,
+        kv_heads: Int32,
         factor: Float32,
     ):
         tidx, _, _ = cute.arch.thread_idx()
@@ -82,8 +80,7 @@ class ConvertBlockSums:
             vector, rest = rest % vectors, rest // vectors
             row += rest % (TILE_KEYS // WARP_ROWS) * WARP_ROWS
             slot = rest // (TILE_KEYS // WARP_ROWS)
-            kv_head = slot // blocks
-            key = Int64(slot - kv_head * blocks) * TILE_KEYS + row
+            key, kv_head = Int64(slot // kv_heads) * TILE_KEYS + row, slot % kv_heads
             for r in cutlass.range_constexpr(2):
                 # Lane t of a quad has columns 2 t and 2 t + 1 of a row, then those of the row 8
                 # after.
@@ -109,14 +106,14 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"block-sums-{name}-{dim}", functools.partial(compile_convert, dtype, dim)
 
 
-def convert_block_sums(sums: Tensor, like: Tensor, factor: float) -> Tensor:
-    """``factor * sums`` as a new tensor like ``like (1, keys, H_kv, D)``.
+def round_block_sums(sums: Tensor, out: Tensor, factor: float) -> None:
+    """Write ``factor * sums`` in the dtype and order of ``out (..., keys, H_kv, D)``, contiguous.
 
-    ``sums`` are flat: those of block ``b`` of a KV head stand at ``kv_head * blocks + b``.
+    ``sums`` are those of the heads of one block of keys after another, float32 and contiguous.
     """
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    _, keys, kv_heads, head_dim = like.shape
     if out.numel():
+        kv_heads, head_dim = out.shape[-2:]
+        # A piece is 8 columns of two rows.
+        pieces = out.numel() // (2 * VECTOR)
         kernel = compile_convert(out.dtype, head_dim)
-        kernel(sums, out.view(-1), keys // TILE_KEYS, kv_heads, factor)
-    return out
+        kernel(sums.view(-1), out.view(-1), pieces, kv_heads, factor)

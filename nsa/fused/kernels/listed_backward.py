@@ -27,7 +27,7 @@ from torch import Tensor
 from nsa.fused.fixed_order import heads_together, take_turns
 from nsa.fused.hardware import LOG2_E, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import BlockLists, RowStatistics
-from nsa.fused.kernels.block_sums import add_block, convert_block_sums
+from nsa.fused.kernels.block_sums import add_block, round_block_sums
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import (
     arrive_inc,
@@ -79,8 +79,8 @@ class _Tensors(NamedTuple):
     full_count: cute.Tensor | None
     full_index: cute.Tensor | None
     dq: cute.Tensor
-    dv: cute.Tensor
     dk: cute.Tensor
+    dv: cute.Tensor
     turns: _Turns | None
 
 
@@ -98,15 +98,14 @@ class _Strides(NamedTuple):
 class _Sizes(NamedTuple):
     """``parts`` CTAs share a list; ``width`` and ``full_width`` are the entries of a list.
 
-    There are ``blocks`` key blocks, and ``earlier`` more keys than rows. CTAs that take turns are
-    launched for ``together`` heads, tile after tile, before those of the next heads.
+    There are ``earlier`` more keys than rows. CTAs that take turns are launched for ``together``
+    heads, tile after tile, before those of the next heads.
     """
 
     num_rows: Int32
     kv_heads: Int32
     together: Int32
     parts: Int32
-    blocks: Int32
     width: Int32
     full_width: Int32
     earlier: Int32
@@ -119,7 +118,7 @@ class ListedBackward:
     instead of those up to its own key. The last row's key is then the last one.
 
     With ``ordered``, a CTA waits until it is its turn to add. It waits for CTAs that were launched
-    before it alone. Sums are of slots then, else of the key blocks of one KV head after another.
+    before it alone. Sums are of slots then, else of the KV heads of one key block after another.
     """
 
     def __init__(
@@ -283,7 +282,7 @@ class ListedBackward:
             cute.arch.fence_view_async_shared()
             # Also, all reads of the last block's P and dS are done, and its dK and dV are added.
             cute.arch.barrier()
-            slot, turn = kv_head * sizes.blocks + block, Int32(0)
+            slot, turn = block * kv_heads + kv_head, Int32(0)
             if const_expr(self.ordered):
                 if entry > 0:
                     arrive_inc(tensors.turns.added.iterator + slot_of(entry - 1), tidx, 0, 1)
@@ -488,7 +487,7 @@ def compile_backward(
             _Turns(ints(), ints(), ints(has_full), ints(has_full), ints()) if ordered else None,
         ),
         _Strides(*(Int64(1) for _ in range(4))),
-        _Sizes(*(Int32(1) for _ in range(8))),
+        _Sizes(*(Int32(1) for _ in range(7))),
         Float32(1.0),
     )
 
@@ -531,7 +530,8 @@ def listed_backward(
         slots += order.popular.numel() * group
         added = torch.zeros(slots, dtype=torch.int32, device=q.device)
         turns = _Turns(*(None if x is None else x.view(-1) for x in order[:4]), added)
-    sums = torch.zeros(2, slots * TILE_KEYS * head_dim, dtype=torch.float32, device=q.device)
+    size = slots * TILE_KEYS * head_dim
+    dk, dv = torch.zeros(2, size, dtype=torch.float32, device=q.device)
     rows = next(x for x in (256, 128, 64) if lists.query_block % x == 0)
     has_full = lists.full_count is not None
     kernel = compile_backward(
@@ -543,36 +543,36 @@ def listed_backward(
     earlier = k.shape[1] - num_rows if key_limit is None else 0
     widths = [0 if x is None else x.shape[-1] for x in (lists.partial_index, lists.full_index)]
     numbers = [x.contiguous().view(-1) for x in statistics]
+    totals = dq.view(-1), dk.view(-1), dv.view(-1)
     kernel(
-        _Tensors(*flattened, *numbers, key_limit, *entries, dq.view(-1), *sums, turns),
+        _Tensors(*flattened, *numbers, key_limit, *entries, *totals, turns),
         _Strides(*strides),
-        _Sizes(
-            *(num_rows, kv_heads, together, lists.query_block // rows, num_blocks),
-            *(*widths, earlier),
-        ),
+        _Sizes(num_rows, kv_heads, together, lists.query_block // rows, *widths, earlier),
         scale,
     )
     if deterministic:
-        sums = [_of_key_blocks(x, order.popular, num_blocks, k) for x in sums]
-    dv, dk = (
-        convert_block_sums(x, like, factor)
-        for x, like, factor in zip(sums, (v, k), (1.0, scale), strict=True)
-    )
-    return dq, dk, dv
+        dk, dv = (_of_key_blocks(x, order.popular, num_blocks, k) for x in (dk, dv))
+    grads = [torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (k, v)]
+    for total, grad, factor in zip((dk, dv), grads, (scale, 1.0), strict=True):
+        round_block_sums(total, grad, factor)
+    return dq, *grads
 
 
 def _of_key_blocks(sums: Tensor, popular: Tensor, num_blocks: int, k: Tensor) -> Tensor:
-    """The sums of key blocks, with those of query heads of popular blocks added; see
-    :class:`nsa.fused.fixed_order.Turns`."""
+    """The sums of key blocks, in their order, from those of slots.
+
+    See :class:`nsa.fused.fixed_order.Turns`.
+    """
     kv_heads, head_dim = k.shape[2:]
     of_heads, of_query_heads = sums.view(-1, TILE_KEYS * head_dim).tensor_split(
         [kv_heads * num_blocks]
     )
+    of_heads = of_heads.view(kv_heads, num_blocks, -1)
     if popular.numel():
         of_query_heads = of_query_heads.view(*popular.shape, -1, of_heads.shape[-1])
         kv_head = torch.arange(kv_heads, device=sums.device)[:, None]
-        of_heads.view(kv_heads, num_blocks, -1)[kv_head, popular] += of_query_heads.sum(2)
-    return of_heads.view(-1)
+        of_heads[kv_head, popular] += of_query_heads.sum(2)
+    return of_heads.transpose(0, 1).flatten()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_limit: Tensor | None) -> None:
