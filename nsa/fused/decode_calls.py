@@ -146,6 +146,7 @@ def decode_finish(
     lengths: Tensor,
     floors: Tensor | None,
     cluster: int,
+    of_tokens: bool,
 ) -> Tensor:
     """``g0 * o_cmp + g1 * o_slc + g2 * o_win``; sets ``lengths`` to ``ends``.
 
@@ -172,6 +173,8 @@ def decode_finish(
         floors: int32 ``(B,)``, the shortest lengths that :meth:`nsa.Cache.truncate` can go back to;
             used in tile mode.
         cluster: CTAs of a list: 1, 2, 4 or 8.
+        of_tokens: whether a cluster has a list of as many tokens instead, whose window its CTAs
+            share; it must then be :func:`nsa.fused.decode_inputs.window_tokens`.
 
     Returns:
         ``(T, H, Dv)`` in the dtype of ``q``.

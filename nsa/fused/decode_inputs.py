@@ -195,14 +195,16 @@ class Parts(NamedTuple):
 
 
 class Records(NamedTuple):
-    """What selection needs of the compressed branch. Groups have 16 slots.
+    """What selection needs of the compressed branch.
+
+    An entry is of one group of 16 slots, or of as many as :func:`record_groups` says.
 
     Args:
         sums: float32 ``(units, rows, blocks)``: of each selection block, the exponentials of the
             slots of the block times their overlap with it, and what slots of the next block in the
-            same group add.
-        carried: float32 ``(units, rows, groups)``: what the group adds to the block before it.
-        reference: int32 ``(units, rows, groups)``: as in :class:`Parts`.
+            same entry add.
+        carried: float32 ``(units, rows, entries)``: what its slots add to the block before them.
+        reference: int32 ``(units, rows, entries)``: as in :class:`Parts`.
     """
 
     sums: Tensor
@@ -214,6 +216,16 @@ def most_groups(table: Tensor, slots_per_page: int) -> int:
     """Groups of slots of a sequence, in whole tiles."""
     slots = table.shape[1] * slots_per_page
     return -(-slots // TILE_KEYS) * (TILE_KEYS // SLOT_GROUP)
+
+
+def record_groups(row_groups: int) -> int:
+    """Groups of slots that are recorded together: those of a tile, where a warp has all of them."""
+    return TILE_KEYS // SLOT_GROUP if row_groups >= 4 else 1
+
+
+def window_tokens(group: int) -> int:
+    """Tokens that can share their window: those whose ``group`` heads fill 64 query rows."""
+    return max(1, TILE_KEYS // SLOT_GROUP // -(-group // 16))
 
 
 def resident_ctas(head_dim: int, head_dim_v: int, row_groups: int) -> int:

@@ -30,6 +30,7 @@ from nsa.fused.decode_inputs import (
     TileRule,
     fits_shared_memory,
     resident_ctas,
+    window_tokens,
 )
 from nsa.fused.kernel_inputs import MAX_GROUP
 from nsa.packing import Boundaries
@@ -216,7 +217,7 @@ def forward(
         None if gates is None else gates.flatten(0, -3),
         gate_proj_weight if gates is None else None,
         cache.lengths, cache.floors if tile_mode else None,
-        _choose_cluster(cache, shape, rows.shape[0]),
+        *_choose_cluster(cache, shape, rows.shape[0]),
     )  # fmt: skip
     # The last kernel has written the lengths, so that an error leaves the cache as it was.
     if tokens is None:
@@ -257,10 +258,12 @@ def choose_splits(
     return max(1, min(tiles, ctas * _num_sms(device) // lists))
 
 
-def _choose_cluster(cache: Cache, shape: DecodeShape, tokens: int) -> int:
-    """CTAs of a list in the last kernel: as many as run at a time.
+def _choose_cluster(cache: Cache, shape: DecodeShape, tokens: int) -> tuple[int, bool]:
+    """CTAs of a cluster in the last kernel, and whether they have a token each.
 
-    Larger clusters leave some SMs free: 64 of 4 CTAs do not run at a time on 132 SMs.
+    A list has as many CTAs as run at a time. Larger clusters leave some SMs free: 64 of 4 CTAs do
+    not run at a time on 132 SMs. Where a list has one, tokens that are as many as a cluster's but
+    one, or more, share their window.
     """
     lists, rows = tokens * shape.kv_heads, shape.group
     if cache.config.selection == "tile":
@@ -269,7 +272,10 @@ def _choose_cluster(cache: Cache, shape: DecodeShape, tokens: int) -> int:
     ctas *= _num_sms(cache.device)
     room = ctas // lists
     room = room if room < 4 else ctas * 7 // 8 // lists
-    return max(c for c in CLUSTERS if c <= max(1, room))
+    cluster, sharing = max(c for c in CLUSTERS if c <= max(1, room)), window_tokens(rows)
+    if cluster == 1 and cache.config.selection == "token" and 1 < sharing <= shape.tokens + 1:
+        return sharing, True
+    return cluster, False
 
 
 @functools.cache

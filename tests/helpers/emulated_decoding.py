@@ -23,6 +23,8 @@ from nsa.fused.decode_inputs import (
     Schedule,
     TileLists,
     most_groups,
+    record_groups,
+    window_tokens,
 )
 from nsa.precision import accumulation_dtype
 
@@ -87,10 +89,11 @@ def decode_compressed(q, pool, table, schedule, cu_seqlens, shape, rule, scale, 
     groups = most_groups(table, pool.k.shape[1])
     made = None
     if records:
+        entries = shape.units, rows, groups // record_groups(shape.row_groups)
         made = Records(
             _nans((shape.units, rows, groups * rule.group_blocks), dtype, q.device),
-            _nans((shape.units, rows, groups), dtype, q.device) if rule.carried else None,
-            _poisoned_integers((shape.units, rows, groups), q.device),
+            _nans(entries, dtype, q.device) if rule.carried else None,
+            _poisoned_integers(entries, q.device),
         )
     share = int(schedule.tiles[0])
     for sequence, row0, new in _sequences(cu_seqlens, shape):
@@ -123,7 +126,7 @@ def decode_compressed(q, pool, table, schedule, cu_seqlens, shape, rule, scale, 
                         first * shape.sequence_units + local * tiles, share,
                     )  # fmt: skip
                     if made is not None:
-                        _store_records(made, y, rule, unit, row)
+                        _store_records(made, y, rule, unit, row, record_groups(shape.row_groups))
     return parts, made
 
 
@@ -152,8 +155,8 @@ def _store_part(parts, slot, row, y, values):
     parts.out[slot, row] = power @ values
 
 
-def _store_records(records, y, rule, unit, row):
-    groups = y.unflatten(0, (-1, SLOT_GROUP))
+def _store_records(records, y, rule, unit, row, together):
+    groups = y.unflatten(0, (-1, SLOT_GROUP * together))
     reference = torch.stack([_some_reference(group) for group in groups])
     # Products with powers of two are exact, so equal exponents give equal sums.
     whole = groups.round()
@@ -176,9 +179,12 @@ def _weighted(power, weight):
 
 def decode_finish(
     q, pool, rings, table, parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial,
-    num_local, window, scale, gates, weight, lengths, floors, cluster,
+    num_local, window, scale, gates, weight, lengths, floors, cluster, of_tokens,
 ):  # fmt: skip
     assert cluster in CLUSTERS
+    if of_tokens:
+        assert cluster == window_tokens(shape.group)
+        assert not isinstance(lists, TileLists)
     if records is not None:
         _select(parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial, num_local)
     others = _attend(
@@ -218,10 +224,12 @@ def _block_scores(parts, records, schedule, shape, rule, sequence, token, kv_hea
     unit = sequence * shape.sequence_units + local
     slots = range(*_unit_parts(schedule, shape, sequence, local))
     block = torch.arange(own + 1)
-    group = block // rule.group_blocks
+    together = record_groups(shape.row_groups)
+    entry_blocks = rule.group_blocks * together
+    entry = block // entry_blocks
     scored = block * rule.per_select < seen
-    last = block % rule.group_blocks == rule.group_blocks - 1
-    carries = scored & last & ((group + 1) * SLOT_GROUP < seen)
+    last = block % entry_blocks == entry_blocks - 1
+    carries = scored & last & ((entry + 1) * together * SLOT_GROUP < seen)
     scores = parts.total.new_zeros(own + 1)
     for g in range(shape.group if slots else 0):
         row = token % shape.unit_tokens * shape.group + g
@@ -230,8 +238,8 @@ def _block_scores(parts, records, schedule, shape, rule, sequence, token, kv_hea
         total = (total * _power(reference - reference.max(), total.dtype)).sum()
         value = torch.zeros_like(scores)
         for chosen, recorded, at, place in (
-            (scored, records.sums, block, group),
-            (carries, records.carried, group + 1, group + 1),
+            (scored, records.sums, block, entry),
+            (carries, records.carried, entry + 1, entry + 1),
         ):
             if recorded is not None and chosen.any():
                 factor = records.reference[unit, row, place[chosen]] - reference.max()

@@ -26,7 +26,7 @@ from nsa.fused.decode_inputs import (
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_lists import load_list
-from nsa.fused.kernels.decode_places import ListPlace, ListTiles
+from nsa.fused.kernels.decode_places import KeyRange, ListTiles
 from nsa.fused.kernels.decode_tiles import (
     MMA_ROWS,
     PDL,
@@ -81,9 +81,9 @@ class DecodeAttend:
         self, tensors: _Tensors, pages: PagedTensors, sizes: _Sizes, scale_log2: Float32, stream
     ):
         attention = self.attention
-        layouts, mma = attention.layouts(), attention.make_mma()
+        layouts, mmas = attention.layouts(), attention.make_mmas()
         units = sizes.batch * sizes.tokens * sizes.kv_heads
-        self.kernel(tensors, pages, sizes, scale_log2, mma, layouts).launch(
+        self.kernel(tensors, pages, sizes, scale_log2, mmas, layouts).launch(
             grid=[units * sizes.splits, 1, 1],
             block=[attention.threads, 1, 1],
             stream=stream,
@@ -99,7 +99,7 @@ class DecodeAttend:
         pages: PagedTensors,
         sizes: _Sizes,
         scale_log2: Float32,
-        mma: cute.TiledMma,
+        mmas: tuple[cute.TiledMma, ...],
         layouts: tuple[cute.ComposedLayout, ...],
     ):
         wait_for_previous()
@@ -135,8 +135,8 @@ class DecodeAttend:
             share = cute.ceil_div(tiles, sizes.splits)
             first = cutlass.min(split * share, tiles)
             self._attend(
-                tensors, pages, sizes, scale_log2, mma, memory, listed,
-                ListPlace(sequence, kv_head, position), valid, first,
+                tensors, pages, sizes, scale_log2, mmas, memory, listed,
+                KeyRange(sequence, kv_head, Int32(0), position), valid, first,
                 cutlass.min(first + share, tiles) - first, list_row * sizes.splits + split,
             )  # fmt: skip
 
@@ -147,10 +147,10 @@ class DecodeAttend:
         pages: PagedTensors,
         sizes: _Sizes,
         scale_log2: Float32,
-        mma: cute.TiledMma,
+        mmas: tuple[cute.TiledMma, ...],
         memory,
         listed: cute.Tensor,
-        place: ListPlace,
+        keys: KeyRange,
         valid: Int32,
         first_tile: Int32,
         count: Int32,
@@ -167,40 +167,28 @@ class DecodeAttend:
                 self.tiles.key_position, listed, Int32(1), Int32(0), valid
             )
             load_tile = functools.partial(
-                self.tiles.load, pages, None, sK, sV, place, Int32(1), key_position, tidx
+                self.tiles.load, pages, None, sK, sV, keys, Int32(1), key_position, tidx, first_tile
             )
-            for s in cutlass.range(self.attention.stages - 1, unroll=1):
-                if s < count:
-                    load_tile(first_tile + s, s)
-                cute.arch.cp_async_commit_group()
-            acc_O = self.attention.make_output(mma, lane)
+            # The queries alone, which registers get.
+            cute.arch.cp_async_commit_group()
+            self.attention.start_tiles(load_tile, count)
+            cute.arch.cp_async_wait_group(self.attention.stages - 1)
+            cute.arch.barrier()
+            queries = self.attention.make_rows(sQ, mmas[0], lane)
+            self.attention.read_rows(queries, sQ, mmas[0], row_group, lane)
+            acc_O = self.attention.make_output(mmas, lane)
             acc_O.fill(0.0)
             reference = cute.make_rmem_tensor(2, Int32)
             reference.fill(NO_REFERENCE)
             total = cute.make_rmem_tensor(2, Float32)
             total.fill(0.0)
             for i in cutlass.range(count, unroll=1):
-                cute.arch.cp_async_wait_group(self.attention.stages - 2)
-                cute.arch.barrier()
-                ahead = i + (self.attention.stages - 1)
-                if ahead < count:
-                    load_tile(first_tile + ahead, ahead % self.attention.stages)
-                cute.arch.cp_async_commit_group()
-                stage = i % self.attention.stages
-                accs = self.attention.compute_scores(
-                    mma, sQ, sK[None, None, stage], row_group, key_group, lane
-                )
-                low, high = [], []
-                for u in cutlass.range_constexpr(self.attention.units):
-                    key = (first_tile + i) * TILE_KEYS + (
-                        (key_group + u * self.attention.key_groups) * MMA_ROWS
-                    )
-                    low.append(Int32(0))
-                    high.append(place.position + 1 - key_position(key))
-                self.attention.softmax(
-                    accs, acc_O, reference, total, low, [high, high], lane, scale_log2
-                )
-                self.attention.add_values(mma, acc_O, accs, sV[None, None, stage], key_group, lane)
+                stage = self.attention.next_tile(load_tile, i, count)
+                self.attention.attend_tile(
+                    mmas, queries, sK[None, None, stage], sV[None, None, stage], acc_O, reference,
+                    total, key_position, (first_tile + i) * TILE_KEYS, Int32(0), keys.last,
+                    key_group, warp, lane, scale_log2,
+                )  # fmt: skip
             cute.arch.cp_async_wait_group(0)
             self.attention.store_part(
                 acc_O, reference, total, sO, sM, sL,

@@ -2,7 +2,7 @@
 
 A fixed number of CTAs share the tiles of all units equally (see
 :mod:`nsa.fused.decode_inputs`), so one launch serves any lengths. Compressed keys and values are
-read once. For the selection each warp records sums of exponentials of the blocks of 16 slots, with
+read once. For the selection each warp records sums of exponentials of the blocks of its slots, with
 the integer reference of the moment; the selection scales them when the sum over all keys is known.
 """
 
@@ -14,6 +14,7 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
+from cutlass.cute.nvgpu import warpgroup
 from torch import Tensor
 
 from nsa.config import NSAConfig
@@ -28,6 +29,7 @@ from nsa.fused.decode_inputs import (
     Records,
     Schedule,
     most_groups,
+    record_groups,
 )
 from nsa.fused.hardware import LOG2_E, QUAD, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
@@ -78,12 +80,18 @@ class _Sizes(NamedTuple):
 
 
 class DecodeCompressed:
-    """Parts of the compressed branch; with ``records`` also those."""
+    """Parts of the compressed branch; with ``records`` also those.
 
-    def __init__(self, attention: TileAttention, rule: DecodeRule, records: bool):
+    ``whole`` says that a tile lies in one page.
+    """
+
+    def __init__(self, attention: TileAttention, rule: DecodeRule, records: bool, whole: bool):
         self.attention = attention
         self.rule = rule
         self.records = records
+        self.whole = whole
+        # A warp that has all slots of a tile records them together.
+        self.record_groups = record_groups(attention.row_groups)
         # Blocks of which a thread has all slots, or threads that share a block.
         self.thread_blocks = max(1, 4 // rule.per_select)
         self.block_threads = max(1, rule.per_select // 4)
@@ -93,8 +101,8 @@ class DecodeCompressed:
         self, tensors: _Tensors, pages: PagedTensors, sizes: _Sizes, scale_log2: Float32, stream
     ):
         attention = self.attention
-        layouts, mma = attention.layouts(), attention.make_mma()
-        self.kernel(tensors, pages, sizes, scale_log2, mma, layouts).launch(
+        layouts, mmas = attention.layouts(), attention.make_mmas()
+        self.kernel(tensors, pages, sizes, scale_log2, mmas, layouts).launch(
             grid=[sizes.ctas, 1, 1],
             block=[attention.threads, 1, 1],
             stream=stream,
@@ -110,7 +118,7 @@ class DecodeCompressed:
         pages: PagedTensors,
         sizes: _Sizes,
         scale_log2: Float32,
-        mma: cute.TiledMma,
+        mmas: tuple[cute.TiledMma, ...],
         layouts: tuple[cute.ComposedLayout, ...],
     ):
         wait_for_previous()
@@ -132,7 +140,7 @@ class DecodeCompressed:
             unit, tile = within // tiles, within % tiles
             count = cutlass.min(tiles - tile, last - first)
             self._attend(
-                tensors, pages, sizes, scale_log2, mma, memory,
+                tensors, pages, sizes, scale_log2, mmas, memory,
                 sequence, start, end, unit, tile, count,
             )  # fmt: skip
             first += count
@@ -182,7 +190,7 @@ class DecodeCompressed:
         pages: PagedTensors,
         sizes: _Sizes,
         scale_log2: Float32,
-        mma: cute.TiledMma,
+        mmas: tuple[cute.TiledMma, ...],
         memory,
         sequence: Int32,
         start: Int32,
@@ -206,7 +214,7 @@ class DecodeCompressed:
         rows = sizes.unit_tokens * sizes.group
         end_slot = end // self.rule.stride
         load_tile = functools.partial(
-            self._load_tile, pages, sK, sV, sequence, kv_head, end_slot, tidx
+            self._load_tile, pages, sK, sV, sequence, kv_head, end_slot, first_tile, tidx
         )
 
         # All warps are done with what the unit before left in shared memory.
@@ -218,12 +226,17 @@ class DecodeCompressed:
             functools.partial(self._has_query, sizes, rows, new - token0),
             tidx,
         )
-        for s in cutlass.range(self.attention.stages - 1, unroll=1):
-            if s < count:
-                load_tile(first_tile + s, s)
-            cute.arch.cp_async_commit_group()
+        # The queries alone, which registers get.
+        cute.arch.cp_async_commit_group()
+        self.attention.start_tiles(load_tile, count)
+        queries = sQ
+        if const_expr(self.attention.warpgroups == 0):
+            cute.arch.cp_async_wait_group(self.attention.stages - 1)
+            cute.arch.barrier()
+            queries = self.attention.make_rows(sQ, mmas[0], lane)
+            self.attention.read_rows(queries, sQ, mmas[0], row_group, lane)
 
-        acc_O = self.attention.make_output(mma, lane)
+        acc_O = self.attention.make_output(mmas, lane)
         acc_O.fill(0.0)
         reference = cute.make_rmem_tensor(2, Int32)
         reference.fill(NO_REFERENCE)
@@ -235,40 +248,34 @@ class DecodeCompressed:
         for r in cutlass.range_constexpr(2):
             position = start + token0 + (row + 8 * r) // sizes.group
             limits[r] = cutlass.min((position + 1) // self.rule.stride, end_slot)
-        weights = self._weights(lane)
-        # The unit among those of all sequences.
+        # The unit among those of all sequences, and where the records of this thread's rows are.
         index = sequence * (sizes.kv_heads * sizes.token_blocks) + unit
+        record_row = Int64(index) * rows + row
 
         for i in cutlass.range(count, unroll=1):
-            cute.arch.cp_async_wait_group(self.attention.stages - 2)
-            cute.arch.barrier()
-            ahead = i + (self.attention.stages - 1)
-            if ahead < count:
-                load_tile(first_tile + ahead, ahead % self.attention.stages)
-            cute.arch.cp_async_commit_group()
-            stage = i % self.attention.stages
+            stage = self.attention.next_tile(load_tile, i, count)
             accs = self.attention.compute_scores(
-                mma, sQ, sK[None, None, stage], row_group, key_group, lane
+                mmas, queries, sK[None, None, stage], key_group, warp, lane
             )
-            low, high, groups = [], [[], []], []
+            first_group = (first_tile + i) * (TILE_KEYS // SLOT_GROUP) + key_group
+            low, high = [], [[], []]
             for u in cutlass.range_constexpr(self.attention.units):
-                slot_group = (first_tile + i) * (TILE_KEYS // SLOT_GROUP) + (
-                    key_group + u * self.attention.key_groups
-                )
-                groups.append(slot_group)
-                low.append(self.rule.carried - slot_group * SLOT_GROUP)
+                slot = (first_group + u * self.attention.key_groups) * SLOT_GROUP
+                low.append(self.rule.carried - slot)
                 for r in cutlass.range_constexpr(2):
-                    high[r].append(limits[r] - slot_group * SLOT_GROUP)
+                    high[r].append(limits[r] - slot)
             self.attention.softmax(accs, acc_O, reference, total, low, high, lane, scale_log2)
-            self.attention.add_values(mma, acc_O, accs, sV[None, None, stage], key_group, lane)
+            self.attention.add_values(
+                mmas, acc_O, accs, sV[None, None, stage], key_group, warp, lane
+            )
             if const_expr(self.records):
-                for u in cutlass.range_constexpr(self.attention.units):
-                    for r in cutlass.range_constexpr(2):
-                        self._record(
-                            tensors, sizes, accs[u], r, reference[r], weights,
-                            Int64(index) * rows + row + 8 * r, row + 8 * r < rows,
-                            groups[u], lane,
-                        )  # fmt: skip
+                for r in cutlass.range_constexpr(2):
+                    self._record(
+                        tensors, sizes, accs, r, reference[r], record_row + 8 * r,
+                        row + 8 * r < rows, first_group, lane,
+                    )  # fmt: skip
+            if const_expr(self.attention.warpgroups > 0):
+                warpgroup.wait_group(0)
         cute.arch.cp_async_wait_group(0)
         self.attention.store_part(
             acc_O, reference, total, sO, sM, sL,
@@ -288,10 +295,12 @@ class DecodeCompressed:
     @cute.jit
     def _load_tile(
         self, pages: PagedTensors, sK: cute.Tensor, sV: cute.Tensor, sequence: Int32,
-        kv_head: Int32, end_slot: Int32, tidx: Int32, tile: Int32, stage: Int32,
+        kv_head: Int32, end_slot: Int32, first_tile: Int32, tidx: Int32, i: Int32, stage: Int32,
     ):  # fmt: skip
-        place = functools.partial(self._place, pages, sequence, end_slot, tile * TILE_KEYS)
-        self.attention.load_tile(pages, sK, sV, place, kv_head, tidx, stage)
+        place = functools.partial(
+            self._place, pages, sequence, end_slot, (first_tile + i) * TILE_KEYS
+        )
+        self.attention.load_tile(pages, sK, sV, place, kv_head, self.whole, True, tidx, stage)
 
     @cute.jit
     def _place(
@@ -299,31 +308,64 @@ class DecodeCompressed:
     ):
         slot = slot0 + key
         # Unsigned, because // of signed numbers takes more instructions.
-        seen = Uint32(cutlass.min(slot, end_slot - 1))
+        seen = Uint32(slot0 if const_expr(self.whole) else cutlass.min(slot, end_slot - 1))
         index = Int32(seen // Uint32(pages.page_rows))
         row = Int32(seen % Uint32(pages.page_rows))
+        if const_expr(self.whole):
+            row = row + key
         page = pages.table[Int64(sequence) * pages.max_pages + index]
         return page, row, slot >= self.rule.carried and slot < end_slot
 
-    def _weights(self, lane: Int32):
-        """Of this thread's four slots in each 16: overlap with their own block and with the one
-        before it, in strides."""
-        own, back = cute.make_rmem_tensor(4, Float32), cute.make_rmem_tensor(4, Float32)
-        for q in range(4):
-            place = (lane % QUAD * 4 + q) % self.rule.per_select
-            own[q] = Float32(cutlass.min(place, self.rule.carried) + 1)
-            back[q] = Float32(cutlass.max(self.rule.carried - place, 0))
-        return own, back
-
     @cute.jit
     def _record(
-        self, tensors: _Tensors, sizes: _Sizes, acc: cute.Tensor, r: cutlass.Constexpr[int],
-        reference: Int32, weights, row: Int64, real: Boolean, slot_group: Int32, lane: Int32,
+        self, tensors: _Tensors, sizes: _Sizes, accs, r: cutlass.Constexpr[int],
+        reference: Int32, row: Int64, real: Boolean, first_group: Int32, lane: Int32,
     ):  # fmt: skip
-        """Record the exponentials of a row and 16 slots."""
-        rule = self.rule
-        own_weights, back_weights = weights
-        t = lane % QUAD
+        """Record the exponentials of a row and the warp's slots of a tile.
+
+        The first of the warp's groups of 16 slots is ``first_group``. Its others are the next ones
+        where they are recorded together, else ``key_groups`` apart.
+        """
+        rule, together = self.rule, const_expr(self.record_groups > 1)
+        t, threads = lane % QUAD, const_expr(self.block_threads)
+        own, back = [], []
+        for u in cutlass.range_constexpr(self.attention.units):
+            own_sums, back_sums = self._weigh(accs[u], r, t)
+            own.append(own_sums)
+            back.append(back_sums)
+        for u in cutlass.range_constexpr(self.attention.units):
+            # What the first slots of the next block add: of this thread, of the next, or of the
+            # next group.
+            for block in cutlass.range_constexpr(self.thread_blocks - 1):
+                own[u][block] = own[u][block] + back[u][block + 1]
+            if const_expr(rule.carried > 0):
+                after = Float32(0.0)
+                if const_expr(together and u + 1 < self.attention.units):
+                    after = back[u + 1][0]
+                given = after if t < threads else back[u][0]
+                source = (lane & ~(QUAD - 1)) | ((t + threads) % QUAD)
+                own[u][-1] = own[u][-1] + cute.arch.shuffle_sync(given, source)
+        if real:
+            place = row * (sizes.groups * rule.group_blocks) + t // threads * self.thread_blocks
+            for u in cutlass.range_constexpr(self.attention.units):
+                group = first_group + u * self.attention.key_groups
+                if const_expr(threads == 1) or t % threads == 0:
+                    for block in cutlass.range_constexpr(self.thread_blocks):
+                        tensors.sums[place + group * rule.group_blocks + block] = own[u][block]
+                if const_expr(u == 0 or not together):
+                    entry = row * (sizes.groups // self.record_groups)
+                    entry += group // self.record_groups
+                    if t == 0:
+                        tensors.references[entry] = reference
+                        if const_expr(rule.carried > 0):
+                            tensors.carried[entry] = back[u][0]
+
+    @cute.jit
+    def _weigh(self, acc: cute.Tensor, r: cutlass.Constexpr[int], t: Int32):
+        """Sums of 16 exponentials of a row, for each block of which the thread has slots.
+
+        First each times its overlap with its own block, then with the one before it, in strides.
+        """
         size = const_expr(4 // self.thread_blocks)
         own, back = [], []
         for block in cutlass.range_constexpr(self.thread_blocks):
@@ -331,8 +373,16 @@ class DecodeCompressed:
             for i in cutlass.range_constexpr(size):
                 q = block * size + i
                 power = acc[q % 2 + 2 * r + 4 * (q // 2)]
-                own_sum = own_sum + own_weights[q] * power
-                back_sum = back_sum + back_weights[q] * power
+                if const_expr(self.block_threads == 1):
+                    own_sum = own_sum + float(min(i, self.rule.carried) + 1) * power
+                    if const_expr(i < self.rule.carried):
+                        back_sum = back_sum + float(self.rule.carried - i) * power
+                else:
+                    place = t % self.block_threads * 4 + i
+                    weight = Float32(cutlass.min(place, self.rule.carried) + 1)
+                    own_sum = own_sum + weight * power
+                    weight = Float32(cutlass.max(self.rule.carried - place, 0))
+                    back_sum = back_sum + weight * power
             stride = 1
             while const_expr(stride < self.block_threads):
                 own_sum = own_sum + cute.arch.shuffle_sync_bfly(own_sum, offset=stride)
@@ -340,28 +390,7 @@ class DecodeCompressed:
                 stride *= 2
             own.append(own_sum)
             back.append(back_sum)
-        carried = back[0]
-        if const_expr(rule.carried > 0 and rule.group_blocks > 1):
-            # What the first slots of the next block add. The last block's come from another group.
-            following = cute.arch.shuffle_sync_down(back[0], offset=self.block_threads)
-            last = t // self.block_threads == QUAD // self.block_threads - 1
-            following = Float32(0.0) if last else following
-            for block in cutlass.range_constexpr(self.thread_blocks):
-                if const_expr(block + 1 < self.thread_blocks):
-                    own[block] = own[block] + back[block + 1]
-                else:
-                    own[block] = own[block] + following
-        if real:
-            blocks = sizes.groups * rule.group_blocks
-            place = row * blocks + slot_group * rule.group_blocks
-            if t % self.block_threads == 0:
-                for block in cutlass.range_constexpr(self.thread_blocks):
-                    own_place = t // self.block_threads * self.thread_blocks + block
-                    tensors.sums[place + own_place] = own[block]
-            if t == 0:
-                tensors.references[row * sizes.groups + slot_group] = reference
-                if const_expr(rule.carried > 0):
-                    tensors.carried[row * sizes.groups + slot_group] = carried
+        return own, back
 
 
 @kept
@@ -373,6 +402,7 @@ def compile_decode_compressed(
     rule: DecodeRule,
     packed: bool,
     records: bool,
+    whole: bool,
 ) -> Callable:
     """The compiled kernel of these forms."""
     attention = make_attention(dtype, head_dim, head_dim_v, row_groups)
@@ -384,12 +414,12 @@ def compile_decode_compressed(
         return fake_flat(Float32 if used else None, alignment=4)
 
     return compile_kernel(
-        DecodeCompressed(attention, rule, records),
+        DecodeCompressed(attention, rule, records, whole),
         _Tensors(
             fake_flat(CUTE_DTYPES[dtype]),
             integers(packed),
             *(integers(), integers(), integers()),
-            *(floats(), integers(), floats()),
+            *(fake_flat(Float32), integers(), floats()),
             *(floats(records), floats(records and rule.carried > 0), integers(records)),
         ),
         fake_pages(CUTE_DTYPES[dtype]),
@@ -402,14 +432,16 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     paper = DecodeRule.of(NSAConfig.paper())
     forms = [
-        (torch.bfloat16, 128, 128, 1, paper, False, True),
-        (torch.bfloat16, 128, 128, 4, paper, True, True),
-        (torch.float16, 64, 64, 8, paper, False, True),
-        (torch.float16, 96, 96, 2, DecodeRule(16, 16, 32), False, True),
-        (torch.bfloat16, 192, 128, 1, DecodeRule(32, 32, 32), False, True),
-        (torch.bfloat16, 256, 256, 2, DecodeRule(16, 8, 64), False, True),
-        (torch.bfloat16, 128, 128, 1, DecodeRule(64, 4, 64), False, True),
-        (torch.bfloat16, 128, 128, 1, paper, False, False),
+        (torch.bfloat16, 128, 128, 1, paper, False, True, True),
+        (torch.bfloat16, 128, 128, 4, paper, True, True, True),
+        (torch.float16, 64, 64, 8, paper, False, True, False),
+        (torch.float16, 96, 96, 2, DecodeRule(16, 16, 32), False, True, True),
+        (torch.float16, 96, 96, 4, DecodeRule(16, 16, 32), False, True, True),
+        (torch.bfloat16, 192, 128, 1, DecodeRule(32, 32, 32), False, True, False),
+        (torch.bfloat16, 256, 256, 2, DecodeRule(16, 8, 64), False, True, True),
+        (torch.bfloat16, 256, 256, 8, DecodeRule(64, 4, 64), False, True, True),
+        (torch.bfloat16, 128, 128, 1, DecodeRule(64, 4, 64), False, True, True),
+        (torch.bfloat16, 128, 128, 1, paper, False, False, True),
     ]
     for form in forms:
         name = "-".join(map(str, form)).replace("torch.", "")
@@ -433,17 +465,25 @@ def decode_compressed(
     integers = functools.partial(torch.empty, dtype=torch.int32, device=q.device)
     slots, rows = shape.part_slots, shape.rows
     parts = Parts(floats(slots, rows, head_dim_v), integers(slots, rows), floats(slots, rows))
-    groups, made = most_groups(table, pool.k.shape[1]), None
+    groups, together = most_groups(table, pool.k.shape[1]), record_groups(shape.row_groups)
+    made = None
     if records:
         made = Records(
             floats(shape.units, rows, groups * rule.group_blocks),
-            floats(shape.units, rows, groups) if rule.carried else None,
-            integers(shape.units, rows, groups),
+            floats(shape.units, rows, groups // together) if rule.carried else None,
+            integers(shape.units, rows, groups // together),
         )
     flat_q, q_stride = flat_rows(q)
     results = (*parts, *(made or (None, None, None)))
     compile_decode_compressed(
-        q.dtype, head_dim, head_dim_v, shape.row_groups, rule, cu_seqlens is not None, records
+        q.dtype,
+        head_dim,
+        head_dim_v,
+        shape.row_groups,
+        rule,
+        cu_seqlens is not None,
+        records,
+        pool.k.shape[1] % TILE_KEYS == 0,
     )(
         _Tensors(
             flat_q,

@@ -17,12 +17,20 @@ from nsa.fused.kernels.decode_scores import BlockScores, RecordTensors
 
 # Ranks that a thread brings at a time.
 _RANKS = 4
+# Records of heads that a thread loads together.
+_LOADS = 16
 
 
 class BlockLists:
-    """Lists of ``count`` blocks for ``group`` query heads, by ``cluster`` CTAs of some warps."""
+    """Lists of ``count`` blocks for ``group`` query heads, by ``cluster`` CTAs of some warps.
 
-    def __init__(self, rule: DecodeRule, group: int, count: int, cluster: int, warps: int):
+    ``record_groups`` groups of slots were recorded together.
+    """
+
+    def __init__(
+        self, rule: DecodeRule, group: int, count: int, cluster: int, warps: int,
+        record_groups: int,
+    ):  # fmt: skip
         self.rule = rule
         self.cluster = cluster
         self.warps = warps
@@ -30,7 +38,11 @@ class BlockLists:
         # Blocks that are scored together.
         self.pass_blocks = warps * WARP * per_thread
         self.best = BestOfCta(count, warps * WARP, per_thread)
-        self.scores = BlockScores(rule, group, warps)
+        self.scores = BlockScores(rule, group, warps, record_groups)
+        # Groups that a thread scores together: each trip to memory delays what follows, but the
+        # code takes time to load where a CTA has few groups.
+        most = max(1, self.pass_blocks // rule.group_blocks // WARP)
+        self.together = min(most, max(1, _LOADS // self.scores.each), max(1, 8 // cluster))
 
     @cute.jit
     def select(
@@ -52,6 +64,7 @@ class BlockLists:
         # The sums of the parts, too, are there.
         cute.arch.barrier()
         own = position // self.rule.select_size
+        seen = (position + 1) // self.rule.stride
         scored = own // self.rule.group_blocks + 1
         share = cute.ceil_div(scored, self.cluster)
         first = rank * share
@@ -60,17 +73,21 @@ class BlockLists:
         pass_groups = const_expr(self.pass_blocks // self.rule.group_blocks)
         for begin in cutlass.range(first, last, pass_groups, unroll=1):
             here = cutlass.min(last - begin, pass_groups)
-            for some in cutlass.range(0, here, WARP, unroll=1):
-                group = some + lane
-                scores = self.scores.of_group(
-                    records, groups, record_row, compressed,
-                    (position + 1) // self.rule.stride, cutlass.min(begin + group, last - 1), warp,
-                )  # fmt: skip
-                if group < here:
-                    sRow = cute.local_tile(
-                        sPartial[warp, None], (self.rule.group_blocks,), (group,)
-                    )
-                    cute.autovec_copy(scores, sRow)
+            for some in cutlass.range(0, here, WARP * self.together, unroll=1):
+                loaded, places = [], []
+                for i in cutlass.range_constexpr(self.together):
+                    place = some + (i * WARP + lane)
+                    places.append(place)
+                    group = cutlass.min(begin + place, last - 1)
+                    loaded.append(self.scores.load(records, groups, record_row, group, warp))
+                for i in cutlass.range_constexpr(self.together):
+                    group = cutlass.min(begin + places[i], last - 1)
+                    scores = self.scores.add_up(loaded[i], compressed, seen, group, warp)
+                    if places[i] < here:
+                        sRow = cute.local_tile(
+                            sPartial[warp, None], (self.rule.group_blocks,), (places[i],)
+                        )
+                        cute.autovec_copy(scores, sRow)
             cute.arch.barrier()
             scores = cute.make_rmem_tensor(self.best.per_thread, Float32)
             scores.fill(0.0)

@@ -3,6 +3,9 @@
 Selected and window branch are attended by the CTAs of a cluster, each of which holds its share of
 the output in shared memory. Each then takes some of the output's elements, adds up those of all
 CTAs and of the compressed branch's parts, with the gates, in a fixed order.
+
+Where each CTA of a cluster has a token, they share the window alone: each has some of its keys, for
+the rows of all tokens, and adds up its own token's.
 """
 
 import cutlass
@@ -27,17 +30,23 @@ def output_bytes(rows: int, head_dim_v: int) -> int:
 
 
 class ClusterOutputs:
-    """Outputs ``(rows, Dv)`` of two branches, 0 window and 1 selected, of ``cluster`` CTAs."""
+    """Outputs ``(rows, Dv)`` of two branches, 0 window and 1 selected, of ``cluster`` CTAs.
 
-    def __init__(self, attention: TileAttention, cluster: int):
+    With ``of_tokens`` each CTA has a token.
+    """
+
+    def __init__(self, attention: TileAttention, cluster: int, of_tokens: bool):
         self.attention = attention
-        self.cluster = cluster
+        self.window_cluster = cluster
+        # What is left for the end: CTAs of a list, and branches that they share.
+        self.cluster = 1 if of_tokens else cluster
+        self.branches = (1,) if of_tokens else (0, 1)
         self.rows = attention.rows
         self.head_dim_v = attention.head_dim_v
         self.pitch = self.head_dim_v + _PADDING
         # Vectors of columns of a thread, over the CTAs of a cluster.
         vectors = self.rows * self.head_dim_v // _COLUMNS
-        self.vectors = -(-vectors // (cluster * attention.threads))
+        self.vectors = -(-vectors // (self.cluster * attention.threads))
 
     def views(self, window: cute.Pointer, selected: cute.Pointer) -> tuple[cute.Tensor, ...]:
         """The branches' outputs in shared memory."""
@@ -60,9 +69,8 @@ class ClusterOutputs:
         groups = const_expr(self.attention.key_groups)
         lane = tidx % WARP
         row = row_group * MMA_ROWS + lane // QUAD
+        _sum_quads(total)
         for r in cutlass.range_constexpr(2):
-            for offset in cutlass.range_constexpr(2):
-                total[r] += cute.arch.shuffle_sync_bfly(total[r], offset=1 << offset)
             if lane % QUAD == 0:
                 sM[key_group, row + 8 * r] = reference[r]
                 sL[key_group, row + 8 * r] = total[r]
@@ -110,6 +118,54 @@ class ClusterOutputs:
         return vectors
 
     @cute.jit
+    def add_window(
+        self, found: list[cute.Tensor], acc_O: cute.Tensor, reference: cute.Tensor,
+        total: cute.Tensor, memory: cute.Pointer, gates: cute.Tensor, heads: cutlass.Constexpr[int],
+        rank: Int32, tidx: Int32,
+    ):  # fmt: skip
+        """Where CTAs have tokens: add the window's output of this token, times its gate.
+
+        Warp ``w`` has rows ``16 w`` and so on of all tokens' rows, for the CTA's keys. ``memory``
+        of the tiles is free, here and in all CTAs, before and after.
+        """
+        cluster = const_expr(self.window_cluster)
+        rows = const_expr(self.rows * cluster)
+        memory = cute.recast_ptr(memory, dtype=Float32)
+        layout = cute.make_layout((rows, self.head_dim_v), stride=(self.pitch, 1))
+        sWindow = cute.make_tensor(memory, layout)
+        memory = memory + rows * self.pitch
+        sTotal = cute.make_tensor(memory, cute.make_layout(rows))
+        memory = cute.recast_ptr(memory + rows, dtype=Int32)
+        sReference = cute.make_tensor(memory, cute.make_layout(rows))
+        lane = tidx % WARP
+        _sum_quads(total)
+        for r in cutlass.range_constexpr(2):
+            row = tidx // WARP * MMA_ROWS + lane // QUAD + 8 * r
+            if lane % QUAD == 0:
+                sReference[row] = reference[r]
+                sTotal[row] = total[r]
+            for i in cutlass.range_constexpr(self.head_dim_v // 8):
+                rPair = cute.make_rmem_tensor(2, Float32)
+                for c in cutlass.range_constexpr(2):
+                    rPair[c] = acc_O[c + 2 * r + 4 * i]
+                place = row * self.pitch + (8 * i + lane % QUAD * 2)
+                pointer = sWindow.iterator + cute.assume(place, divby=2)
+                cute.autovec_copy(rPair, cute.make_tensor(pointer, cute.make_layout(2)))
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        for v in cutlass.range_constexpr(self.vectors):
+            row, column = self._place(v, Int32(0), tidx)
+            row = cutlass.min(row, heads - 1)
+            place = rank * self.rows + row
+            factors = _cluster_factors(sReference, sTotal, place, cluster, gates[row * 3 + 2])
+            for peer in cutlass.range_constexpr(cluster):
+                vector = self._remote_vector(sWindow, place, column, peer, cluster)
+                for c in cutlass.range_constexpr(_COLUMNS):
+                    found[v][c] = found[v][c] + vector[c] * factors[peer]
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+
+    @cute.jit
     def add_parts(
         self, found: list[cute.Tensor], parts, shared, gates: cute.Tensor, slot: Int32,
         count: Int32, unit_rows: Int32, first_row: Int64, heads: cutlass.Constexpr[int],
@@ -154,23 +210,13 @@ class ClusterOutputs:
     ):
         """What the output of each CTA of the cluster is multiplied with: ``(cluster, 2, rows)``."""
         sReference, sTotal = sums
-        if tidx < 2 * self.rows:
-            branch, row = tidx // self.rows, tidx % self.rows
+        if tidx < len(self.branches) * self.rows:
+            branch, row = self.branches[0] + tidx // self.rows, tidx % self.rows
             place = branch * self.rows + row
-            largest, references, totals = Int32(NO_REFERENCE), [], []
-            for peer in cutlass.range_constexpr(self.cluster):
-                references.append(load_peer(sReference, place, peer, self.cluster))
-                totals.append(load_peer(sTotal, place, peer, self.cluster))
-                largest = cutlass.max(largest, references[peer])
-            whole = Float32(0.0)
-            for peer in cutlass.range_constexpr(self.cluster):
-                whole += totals[peer] * power_of_two(references[peer] - largest)
-            # A branch without keys adds nothing.
             gate = gates[cutlass.min(row, heads - 1) * 3 + 2 - branch]
-            share = gate / whole if largest != NO_REFERENCE else Float32(0.0)
+            factors = _cluster_factors(sReference, sTotal, place, self.cluster, gate)
             for peer in cutlass.range_constexpr(self.cluster):
-                factor = share * power_of_two(references[peer] - largest)
-                sFactor[peer, branch, row] = factor
+                sFactor[peer, branch, row] = factors[peer]
 
     @cute.jit
     def write(
@@ -183,8 +229,10 @@ class ClusterOutputs:
             if row < heads:
                 values = found[v]
                 for peer in cutlass.range_constexpr(self.cluster):
-                    for branch in cutlass.range_constexpr(2):
-                        vector = self._remote_vector(outputs[branch], row, column, peer)
+                    for branch in cutlass.range_constexpr(self.branches[0], 2):
+                        vector = self._remote_vector(
+                            outputs[branch], row, column, peer, self.cluster
+                        )
                         factor = sFactor[peer, branch, row]
                         for c in cutlass.range_constexpr(_COLUMNS):
                             values[c] = values[c] + vector[c] * factor
@@ -201,12 +249,41 @@ class ClusterOutputs:
         each = self.head_dim_v // _COLUMNS
         return index // each, index % each * _COLUMNS
 
-    def _remote_vector(self, sO: cute.Tensor, row: Int32, column: Int32, peer: int):
+    def _remote_vector(
+        self, sO: cute.Tensor, row: Int32, column: Int32, peer: int, cluster: int
+    ) -> cute.Tensor:
         offset = cute.assume(row * self.pitch + column, divby=_COLUMNS)
-        pointer = _of_peer(sO.iterator, peer, self.cluster) + offset
+        pointer = _of_peer(sO.iterator, peer, cluster) + offset
         rX = cute.make_rmem_tensor(_COLUMNS, Float32)
         cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(_COLUMNS)), rX)
         return rX
+
+
+@cute.jit
+def _cluster_factors(
+    sReference: cute.Tensor, sTotal: cute.Tensor, place: Int32, cluster: cutlass.Constexpr[int],
+    gate: Float32,
+) -> list[Float32]:  # fmt: skip
+    """What the row ``place`` of each CTA's output is multiplied with, given its references and
+    sums."""
+    largest, references, totals = Int32(NO_REFERENCE), [], []
+    for peer in cutlass.range_constexpr(cluster):
+        references.append(load_peer(sReference, place, peer, cluster))
+        totals.append(load_peer(sTotal, place, peer, cluster))
+        largest = cutlass.max(largest, references[peer])
+    whole = Float32(0.0)
+    for peer in cutlass.range_constexpr(cluster):
+        whole += totals[peer] * power_of_two(references[peer] - largest)
+    # A branch without keys adds nothing.
+    share = gate / whole if largest != NO_REFERENCE else Float32(0.0)
+    return [share * power_of_two(reference - largest) for reference in references]
+
+
+@cute.jit
+def _sum_quads(total: cute.Tensor):
+    for r in cutlass.range_constexpr(2):
+        for offset in cutlass.range_constexpr(2):
+            total[r] += cute.arch.shuffle_sync_bfly(total[r], offset=1 << offset)
 
 
 def load_peer(sX: cute.Tensor, place: Int32, peer: int, cluster: int) -> cute.Numeric:
