@@ -233,13 +233,14 @@ def resident_ctas(head_dim: int, head_dim_v: int, row_groups: int) -> int:
     return 2 if head_dim + head_dim_v <= 256 and row_groups < 8 else 1
 
 
-def tile_stages(head_dim: int, head_dim_v: int, row_groups: int, beside: int = 0) -> int:
+def tile_stages(head_dim: int, head_dim_v: int, row_groups: int, beside: int) -> int:
     """Tiles that fit shared memory beside the queries and as many other bytes, up to 4."""
     room = SHARED_BYTES // resident_ctas(head_dim, head_dim_v, row_groups)
-    others = 2 * 16 * row_groups * head_dim + beside + 4096
+    # Queries; a reference and a sum of each row, for each of the warps that share the keys.
+    others = 2 * 16 * row_groups * head_dim + 8 * max(64, 16 * row_groups) + beside
     return min(4, (room - others) // (2 * TILE_KEYS * (head_dim + head_dim_v)))
 
 
 def fits_shared_memory(head_dim: int, head_dim_v: int) -> bool:
     """Whether the attention kernels have the two tiles that they need, for any rows."""
-    return all(tile_stages(head_dim, head_dim_v, 1 << i) >= 2 for i in range(4))
+    return all(tile_stages(head_dim, head_dim_v, 1 << i, 4096) >= 2 for i in range(4))

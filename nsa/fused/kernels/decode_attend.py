@@ -216,7 +216,7 @@ def compile_decode_attend(
     packed: bool,
 ) -> Callable:
     """The compiled kernel of these forms."""
-    attention = make_attention(dtype, head_dim, head_dim_v, row_groups)
+    attention = make_attention(dtype, head_dim, head_dim_v, row_groups, 4 * MAX_LISTED)
 
     def integers(used: bool = True):
         return fake_flat(Int32 if used else None, alignment=4)

@@ -429,7 +429,8 @@ def compile_decode_finish(
     """The compiled kernel of these forms."""
     row_groups = -(-group // MMA_ROWS)
     beside = 0 if of_tokens else output_bytes(MMA_ROWS * row_groups, head_dim_v)
-    attention = make_attention(dtype, head_dim, head_dim_v, row_groups, beside)
+    # Lists, sums and gates take less than 4096 bytes.
+    attention = make_attention(dtype, head_dim, head_dim_v, row_groups, beside + 4096)
     vector = CUTE_DTYPES[dtype]
 
     def integers(used: bool = True):
