@@ -73,6 +73,8 @@ def decode_compressed(
     rule: DecodeRule,
     scale: float,
     records: bool,
+    lengths: Tensor | None,
+    limit: int,
 ) -> tuple[Parts, Records | None]:
     """Attention over compressed keys, in parts; with ``records`` also what selection needs.
 
@@ -80,6 +82,9 @@ def decode_compressed(
         q: ``(T, H, D)``. A slice of heads is read where it is.
         pool: pages of compressed blocks.
         scale: positive.
+        lengths: int32 ``(B,)``, if the kernel before this one is :func:`decode_append`, which reads
+            them: this one then need not wait for it. ``schedule`` must be the one that it makes.
+        limit: tokens for which a sequence has a place at most.
 
     Returns:
         Parts of ``shape.part_slots`` slots and ``shape.rows`` rows; parts that no CTA has, and rows

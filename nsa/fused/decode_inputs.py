@@ -172,7 +172,8 @@ class Schedule(NamedTuple):
             token ``i`` is at position ``starts + i``; it has no place in the cache, and its output
             no meaning, if that is not below ``ends``.
         tiles: int32 ``(B + 2,)``: tiles in a CTA's share, then the first tile of each sequence's
-            units, counted for one unit a sequence, and the number of all.
+            units, counted for one unit a sequence, and the number of all. They are the tiles of the
+            sequences if all new tokens have a place, so that they follow from the lengths.
     """
 
     starts: Tensor

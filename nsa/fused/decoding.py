@@ -199,8 +199,9 @@ def forward(
     scale, tile_mode = config.softmax_scale(q.shape[-1]), config.selection == "tile"
     attended = rows, compressed, cache.page_table, schedule, cu_seqlens, shape
     parts, records = decode_calls.decode_compressed(
-        *attended, rule, scale, block_indices is None and not tile_mode
-    )
+        *attended, rule, scale, block_indices is None and not tile_mode,
+        cache.lengths if tokens is None else None, cache.max_length,
+    )  # fmt: skip
     lists: Tensor | TileLists
     if tile_mode:
         lists = _select_for_tiles(cache, attended, scale)
@@ -302,7 +303,7 @@ def _write_new(
         pair = [x.flatten(0, -3)[: tokens.num_candidates] for x in compressed_kv]
     starts, count = cache.lengths.clone(), tokens.offset.diff()
     write_new(cache, tokens, *new, (pair[0], pair[1]))
-    slots = tokens.end // rule.stride
+    slots = (starts + count).clamp(max=cache.max_length) // rule.stride
     tiles = torch.where((count > 0) & (slots > rule.carried), -(-slots // TILE_KEYS), 0)
     starts_of_tiles = prefix_sum(tiles)
     total = starts_of_tiles[-1:] * shape.sequence_units

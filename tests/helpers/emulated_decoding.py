@@ -65,9 +65,10 @@ def decode_append(
                 x = torch.stack([source[place] for place in places])
                 mean = sum(x.to(accumulation_dtype(x.dtype)).unbind()) / rule.compress_size
                 store[_place(table, store, sequence, end // rule.stride - 1)] = mean.to(x.dtype)
+    limit = min(max_length, table.shape[1] * pool.k.shape[1])
     counts = [
-        tiles_of(int(end), rule) if new else 0
-        for end, (_, _, new) in zip(ends, _sequences(cu_seqlens, shape), strict=True)
+        tiles_of(min(int(start) + new, limit), rule) if new else 0
+        for start, (_, _, new) in zip(starts, _sequences(cu_seqlens, shape), strict=True)
     ]
     total = sum(counts)
     least = max(LEAST_SHARE, -(-total * shape.sequence_units // shape.ctas))
@@ -82,7 +83,11 @@ def tiles_of(end: int, rule) -> int:
     return -(-slots // TILE_KEYS) if slots > rule.carried else 0
 
 
-def decode_compressed(q, pool, table, schedule, cu_seqlens, shape, rule, scale, records):
+def decode_compressed(
+    q, pool, table, schedule, cu_seqlens, shape, rule, scale, records, lengths, limit
+):
+    assert lengths is None or torch.equal(lengths, schedule.starts)
+    assert int(schedule.ends.max()) <= limit
     dtype = accumulation_dtype(q.dtype)
     slots, rows, dim_v = shape.part_slots, shape.rows, pool.v.shape[-1]
     parts = _empty_parts(slots, rows, dim_v, dtype, q.device)
@@ -100,7 +105,7 @@ def decode_compressed(q, pool, table, schedule, cu_seqlens, shape, rule, scale, 
         start, end = int(schedule.starts[sequence]), int(schedule.ends[sequence])
         first = int(schedule.tiles[sequence + 1])
         tiles = int(schedule.tiles[sequence + 2]) - first
-        assert tiles == (tiles_of(end, rule) if new else 0)
+        assert tiles == (tiles_of(min(start + new, limit), rule) if new else 0)
         for local in range(shape.sequence_units if tiles else 0):
             kv_head, token_block = divmod(local, shape.token_blocks)
             token0 = token_block * shape.unit_tokens

@@ -80,10 +80,10 @@ def append(kernels, state, rule):
     return schedule, bool(overflowed)
 
 
-def compress(kernels, state, schedule, rule):
+def compress(kernels, state, schedule, rule, after_append=False):
     return kernels.decode_compressed(
         *(state.q, state.compressed, state.table, schedule, state.cu_seqlens, state.shape),
-        *(rule, SCALE, True),
+        *(rule, SCALE, True, state.lengths if after_append else None, state.max_length),
     )
 
 
@@ -143,18 +143,24 @@ def test_append_drops_tokens_without_a_place(case):
         torch.testing.assert_close(actual.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("after_append", [False, True], ids=["given", "after append"])
 @pytest.mark.parametrize(
     ("form", "case", "page_blocks"),
     [*((*pair, 2) for pair in PAIRS + WIDE), (*PAIRS[0], 16), (*WIDE[0], 16)],
     ids=str,
 )
-def test_compressed(form, case, page_blocks):
-    """In pages of parts of a tile, and in those of a tile."""
+def test_compressed(form, case, page_blocks, after_append):
+    """In pages of parts of a tile, and in those of a tile; with a schedule, or its own."""
     state = make_state(form, *case, page_blocks=page_blocks)
-    schedule, _ = append(emulated, state, form.rule)
-    exact, exact_records = compress(emulated, wide(state), schedule, form.rule)
     on_gpu = state.to("cuda")
-    parts, records = compress(decode_calls, on_gpu, tensors(schedule, "cuda"), form.rule)
+    schedule, _ = append(emulated, state, form.rule)
+    if after_append:
+        made, _ = append(decode_calls, on_gpu, form.rule)
+        schedule = tensors(made, "cpu")
+    else:
+        on_gpu, made = state.to("cuda"), tensors(schedule, "cuda")
+    parts, records = compress(decode_calls, on_gpu, made, form.rule, after_append)
+    exact, exact_records = compress(emulated, wide(state), schedule, form.rule)
     written_parts(parts, exact, rounding(form.dtype))
     for name in ("sums", "carried"):
         actual, wanted = (getattr(x, name) for x in (records, exact_records))

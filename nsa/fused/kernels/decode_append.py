@@ -18,9 +18,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused.decode_inputs import (
-    LEAST_SHARE,
     MAX_TOKENS,
-    TILE_KEYS,
     DecodeRule,
     DecodeShape,
     Pool,
@@ -32,7 +30,9 @@ from nsa.fused.kernels.decode_tiles import (
     PDL,
     PagedTensors,
     fake_pages,
+    num_tiles,
     page_arguments,
+    tile_share,
     wait_for_previous,
 )
 from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
@@ -172,9 +172,9 @@ class DecodeAppend:
             _, new = self._new_tokens(tensors, sizes, seen)
             start = tensors.lengths[seen]
             stored = self._stored(pages, sizes, seen, start, new)
-            slots = (start + stored) // self.rule.stride
-            tiles = cute.ceil_div(slots, TILE_KEYS)
-            tiles = tiles if real and new > 0 and slots > self.rule.carried else Int32(0)
+            limit = cutlass.min(sizes.max_length, pages.max_pages * pages.page_rows)
+            tiles = num_tiles(self.rule, start, new, limit)
+            tiles = tiles if real else Int32(0)
             sum_to = warp_prefix_sum(tiles, lane)
             if real:
                 tensors.starts[sequence] = start
@@ -184,8 +184,7 @@ class DecodeAppend:
                     tensors.overflowed[0] = Uint8(1)
             before += cute.arch.shuffle_sync(sum_to, WARP - 1)
         if lane == 0:
-            share = cute.ceil_div(before * sizes.sequence_units, sizes.ctas)
-            tensors.tiles[0] = cutlass.max(share, LEAST_SHARE)
+            tensors.tiles[0] = tile_share(before * sizes.sequence_units, sizes.ctas)
             tensors.tiles[sizes.batch + 1] = before
 
     @cute.jit

@@ -40,10 +40,12 @@ from nsa.fused.kernels.decode_tiles import (
     TileAttention,
     fake_pages,
     make_attention,
+    num_tiles,
     page_arguments,
+    tile_share,
     wait_for_previous,
 )
-from nsa.fused.kernels.hopper import mlir_namedtuple
+from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat_rows
 
 
@@ -53,6 +55,7 @@ class _Tensors(NamedTuple):
 
     q: cute.Tensor
     cu_seqlens: cute.Tensor | None
+    lengths: cute.Tensor | None
     starts: cute.Tensor
     ends: cute.Tensor
     tiles: cute.Tensor
@@ -66,7 +69,10 @@ class _Tensors(NamedTuple):
 
 @mlir_namedtuple
 class _Sizes(NamedTuple):
-    """Sizes of the call; ``groups`` of 16 slots have room in the records of a row."""
+    """Sizes of the call; sequences have up to ``limit`` tokens.
+
+    ``groups`` of 16 slots have room in the records of a row.
+    """
 
     batch: Int32
     tokens: Int32
@@ -75,6 +81,7 @@ class _Sizes(NamedTuple):
     unit_tokens: Int32
     token_blocks: Int32
     ctas: Int32
+    limit: Int32
     groups: Int32
     q_stride: Int64
 
@@ -121,19 +128,16 @@ class DecodeCompressed:
         mmas: tuple[cute.TiledMma, ...],
         layouts: tuple[cute.ComposedLayout, ...],
     ):
-        wait_for_previous()
         attention = self.attention
         bidx, _, _ = cute.arch.block_idx()
         smem = cutlass.memory.SmemAllocator()
         memory = attention.allocate(smem, layouts)
         sequence_units = sizes.kv_heads * sizes.token_blocks
-        # All loads of the schedule together, of which each trip to memory delays the first tile.
-        share, total = tensors.tiles[0], tensors.tiles[sizes.batch + 1]
-        extents = self._extents(tensors, sizes, cute.arch.lane_idx())
+        share, total, extents = self._schedule(tensors, sizes, sequence_units)
         first = bidx * share
         last = cutlass.min(first + share, total * sequence_units)
         while first < last:
-            sequence, start, end, tile0, tiles = self._find(
+            sequence, start, tile0, tiles = self._find(
                 tensors, sizes, sequence_units, first, extents
             )
             within = first - tile0 * sequence_units
@@ -141,47 +145,78 @@ class DecodeCompressed:
             count = cutlass.min(tiles - tile, last - first)
             self._attend(
                 tensors, pages, sizes, scale_log2, mmas, memory,
-                sequence, start, end, unit, tile, count,
+                sequence, start, unit, tile, count,
             )  # fmt: skip
             first += count
+        if const_expr(tensors.lengths is not None):
+            # The next kernel may start when all CTAs have waited, or ended.
+            wait_for_previous()
+
+    @cute.jit
+    def _schedule(
+        self, tensors: _Tensors, sizes: _Sizes, sequence_units: Int32
+    ) -> tuple[Int32, Int32, tuple[Int32, Int32, Int32]]:
+        """Tiles of a CTA, tiles of all sequences, and the extents of the lane's sequence.
+
+        Where the append is the kernel before, a warp that has a lane for each sequence computes
+        them from the lengths, without waiting for it.
+        """
+        lane = cute.arch.lane_idx()
+        is_early = Boolean(False)
+        if const_expr(tensors.lengths is not None):
+            is_early = sizes.batch <= WARP
+        share, total, extents = Int32(0), Int32(0), (Int32(0), Int32(0), Int32(0))
+        if is_early:
+            seen = cutlass.min(lane, sizes.batch - 1)
+            start, new = Int32(0), sizes.tokens
+            if const_expr(tensors.lengths is not None):
+                start = tensors.lengths[seen]
+            if const_expr(tensors.cu_seqlens is not None):
+                new = tensors.cu_seqlens[seen + 1] - tensors.cu_seqlens[seen]
+            tiles = num_tiles(self.rule, start, new, sizes.limit)
+            tiles = tiles if lane < sizes.batch else Int32(0)
+            after = warp_prefix_sum(tiles, lane)
+            total = cute.arch.shuffle_sync(after, WARP - 1)
+            share = tile_share(total * sequence_units, sizes.ctas)
+            extents = start, after - tiles, after
+        else:
+            wait_for_previous()
+            # All loads together, of which each trip to memory delays the first tile.
+            share, total = tensors.tiles[0], tensors.tiles[sizes.batch + 1]
+            extents = self._extents(tensors, sizes, lane)
+        return share, total, extents
 
     @cute.jit
     def _extents(
         self, tensors: _Tensors, sizes: _Sizes, sequence: Int32
-    ) -> tuple[Int32, Int32, Int32, Int32]:
-        """Start, end, first tile and the tile after the last one, of a sequence or the last one."""
+    ) -> tuple[Int32, Int32, Int32]:
+        """Start, first tile and the tile after the last one, of a sequence or the last one."""
         seen = cutlass.min(sequence, sizes.batch - 1)
-        return (
-            tensors.starts[seen],
-            tensors.ends[seen],
-            tensors.tiles[seen + 1],
-            tensors.tiles[seen + 2],
-        )
+        return tensors.starts[seen], tensors.tiles[seen + 1], tensors.tiles[seen + 2]
 
     @cute.jit
     def _find(
         self, tensors: _Tensors, sizes: _Sizes, sequence_units: Int32, tile: Int32, extents
-    ) -> tuple[Int32, Int32, Int32, Int32, Int32]:
-        """(Sequence, start, end, first tile, tiles) of the sequence of a tile.
+    ) -> tuple[Int32, Int32, Int32, Int32]:
+        """(Sequence, start, first tile, tiles) of the sequence of a tile.
 
         ``extents`` are those of the lane's sequence among the first ones.
         """
         lane = cute.arch.lane_idx()
-        sequence, start, end, tile0, tiles = Int32(0), Int32(0), Int32(0), Int32(0), Int32(1)
+        sequence, start, tile0, tiles = Int32(0), Int32(0), Int32(0), Int32(1)
         for begin in cutlass.range(0, sizes.batch, WARP, unroll=1):
-            starts, ends, first, after = extents
+            starts, first, after = extents
             if begin > 0:
-                starts, ends, first, after = self._extents(tensors, sizes, begin + lane)
+                starts, first, after = self._extents(tensors, sizes, begin + lane)
             inside = first * sequence_units <= tile and tile < after * sequence_units
             found = cute.arch.vote_ballot_sync(inside and begin + lane < sizes.batch)
             if found != 0:
                 source = cute.arch.popc((found & -found) - 1)
                 sequence = begin + source
                 start = cute.arch.shuffle_sync(starts, source)
-                end = cute.arch.shuffle_sync(ends, source)
                 tile0 = cute.arch.shuffle_sync(first, source)
                 tiles = cute.arch.shuffle_sync(after - first, source)
-        return sequence, start, end, tile0, tiles
+        return sequence, start, tile0, tiles
 
     @cute.jit
     def _attend(
@@ -194,7 +229,6 @@ class DecodeCompressed:
         memory,
         sequence: Int32,
         start: Int32,
-        end: Int32,
         unit: Int32,
         first_tile: Int32,
         count: Int32,
@@ -212,7 +246,13 @@ class DecodeCompressed:
             row0 = tensors.cu_seqlens[sequence]
             new = tensors.cu_seqlens[sequence + 1] - row0
         rows = sizes.unit_tokens * sizes.group
-        end_slot = end // self.rule.stride
+        # Slots that were there before the step, and all of them where the tiles have new ones.
+        end_slot = start // self.rule.stride
+        full_slot = cutlass.min(start + new, sizes.limit) // self.rule.stride
+        if full_slot > end_slot and (first_tile + count) * TILE_KEYS > end_slot:
+            if const_expr(tensors.lengths is not None):
+                wait_for_previous()
+            end_slot = tensors.ends[sequence] // self.rule.stride
         load_tile = functools.partial(
             self._load_tile, pages, sK, sV, sequence, kv_head, end_slot, first_tile, tidx
         )
@@ -229,6 +269,9 @@ class DecodeCompressed:
         # The queries alone, which registers get.
         cute.arch.cp_async_commit_group()
         self.attention.start_tiles(load_tile, count)
+        if const_expr(tensors.lengths is not None):
+            # Before anything is written.
+            wait_for_previous()
         queries = sQ
         if const_expr(self.attention.warpgroups == 0):
             cute.arch.cp_async_wait_group(self.attention.stages - 1)
@@ -403,6 +446,7 @@ def compile_decode_compressed(
     packed: bool,
     records: bool,
     whole: bool,
+    after_append: bool,
 ) -> Callable:
     """The compiled kernel of these forms."""
     attention = make_attention(dtype, head_dim, head_dim_v, row_groups)
@@ -418,12 +462,12 @@ def compile_decode_compressed(
         _Tensors(
             fake_flat(CUTE_DTYPES[dtype]),
             integers(packed),
-            *(integers(), integers(), integers()),
+            *(integers(after_append), integers(), integers(), integers()),
             *(fake_flat(Float32), integers(), floats()),
             *(floats(records), floats(records and rule.carried > 0), integers(records)),
         ),
         fake_pages(CUTE_DTYPES[dtype]),
-        _Sizes(*(Int32(1) for _ in range(8)), Int64(1)),
+        _Sizes(*(Int32(1) for _ in range(9)), Int64(1)),
         Float32(1.0),
     )
 
@@ -432,16 +476,16 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     paper = DecodeRule.of(NSAConfig.paper())
     forms = [
-        (torch.bfloat16, 128, 128, 1, paper, False, True, True),
-        (torch.bfloat16, 128, 128, 4, paper, True, True, True),
-        (torch.float16, 64, 64, 8, paper, False, True, False),
-        (torch.float16, 96, 96, 2, DecodeRule(16, 16, 32), False, True, True),
-        (torch.float16, 96, 96, 4, DecodeRule(16, 16, 32), False, True, True),
-        (torch.bfloat16, 192, 128, 1, DecodeRule(32, 32, 32), False, True, False),
-        (torch.bfloat16, 256, 256, 2, DecodeRule(16, 8, 64), False, True, True),
-        (torch.bfloat16, 256, 256, 8, DecodeRule(64, 4, 64), False, True, True),
-        (torch.bfloat16, 128, 128, 1, DecodeRule(64, 4, 64), False, True, True),
-        (torch.bfloat16, 128, 128, 1, paper, False, False, True),
+        (torch.bfloat16, 128, 128, 1, paper, False, True, True, True),
+        (torch.bfloat16, 128, 128, 4, paper, True, True, True, False),
+        (torch.float16, 64, 64, 8, paper, False, True, False, True),
+        (torch.float16, 96, 96, 2, DecodeRule(16, 16, 32), False, True, True, True),
+        (torch.float16, 96, 96, 4, DecodeRule(16, 16, 32), False, True, True, False),
+        (torch.bfloat16, 192, 128, 1, DecodeRule(32, 32, 32), False, True, False, True),
+        (torch.bfloat16, 256, 256, 2, DecodeRule(16, 8, 64), False, True, True, True),
+        (torch.bfloat16, 256, 256, 8, DecodeRule(64, 4, 64), False, True, True, False),
+        (torch.bfloat16, 128, 128, 1, DecodeRule(64, 4, 64), False, True, True, True),
+        (torch.bfloat16, 128, 128, 1, paper, False, False, True, True),
     ]
     for form in forms:
         name = "-".join(map(str, form)).replace("torch.", "")
@@ -458,6 +502,8 @@ def decode_compressed(
     rule: DecodeRule,
     scale: float,
     records: bool,
+    lengths: Tensor | None,
+    limit: int,
 ) -> tuple[Parts, Records | None]:
     """See :func:`nsa.fused.decode_calls.decode_compressed`."""
     head_dim, head_dim_v = q.shape[-1], pool.v.shape[-1]
@@ -484,16 +530,17 @@ def decode_compressed(
         cu_seqlens is not None,
         records,
         pool.k.shape[1] % TILE_KEYS == 0,
+        lengths is not None,
     )(
         _Tensors(
             flat_q,
-            *(cu_seqlens, *schedule),
+            *(cu_seqlens, lengths, *schedule),
             *(None if x is None else x.view(-1) for x in results),
         ),
         page_arguments(pool, table),
         _Sizes(
             *(shape.batch, shape.tokens, shape.kv_heads, shape.group),
-            *(shape.unit_tokens, shape.token_blocks, shape.ctas, groups, q_stride),
+            *(shape.unit_tokens, shape.token_blocks, shape.ctas, limit, groups, q_stride),
         ),
         scale * LOG2_E,
     )

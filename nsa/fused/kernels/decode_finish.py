@@ -186,9 +186,10 @@ class DecodeFinish:
             window_bytes = output_bytes(self.attention.rows, self.attention.head_dim_v)
             window = smem.allocate(window_bytes, 128)
         listed = smem.allocate_tensor(Int32, cute.make_layout(MAX_LISTED), 16)
-        # The best of this CTA's share of the blocks, and of all.
+        # The best of each CTA's share of the blocks, and of all.
         bests = tuple(
-            smem.allocate_tensor(Int64, cute.make_layout(MAX_LISTED), 16) for _ in range(2)
+            smem.allocate_tensor(Int64, cute.make_layout(number), 16)
+            for number in (max(1, self.lists.shared_ranks), MAX_LISTED)
         )
         rows = const_expr(self.attention.rows)
         compressed = tuple(
@@ -298,21 +299,22 @@ class DecodeFinish:
         for turn in cutlass.range(turns, unroll=1):
             if turn == 1:
                 wait_for_previous()
-                sum_parts(
-                    parts, compressed, first_slot, num_parts, unit_rows, Int64(unit_row),
-                    self.group, self.attention.warps, tidx,
+                sum_up = functools.partial(
+                    sum_parts, parts, compressed, first_slot, num_parts, unit_rows,
+                    Int64(unit_row), self.group, self.attention.warps, tidx,
                 )  # fmt: skip
                 list_row = row * sizes.lists + index
                 if const_expr(self.selects):
                     record_row = Int64(sequence * sequence_units + unit) * unit_rows + unit_row
                     self.lists.select(
                         records, sizes.groups, (sizes.num_initial, sizes.num_local), sO.iterator,
-                        bests, compressed, position, record_row, rank % self.splits, tidx,
+                        *bests, compressed, sum_up, position, record_row, rank % self.splits, tidx,
                     )  # fmt: skip
                     valid = self.lists.list_best(
                         tensors.blocks, listed, bests[1], list_row, rank % self.splits
                     )
                 else:
+                    sum_up()
                     if const_expr(self.tile_mode):
                         slot = position // sizes.tile_size % sizes.tile_slots
                         list_row = Int64(sequence * sizes.tile_slots + slot) * sizes.lists + index
@@ -384,11 +386,9 @@ class DecodeFinish:
         layout = cute.make_ordered_layout((self.splits, 2, self.attention.rows), order=(2, 1, 0))
         sFactor = cute.make_tensor(cute.recast_ptr(sQ.iterator, dtype=Float32), layout)
         if is_real:
-            self.outputs.share_factors(sums, sGates, sFactor, self.group, tidx)
-            cute.arch.barrier()
             self.outputs.write(
-                found, sOutputs, sFactor, tensors.out, row * heads + index * self.group,
-                self.group, rank % self.splits, tidx,
+                found, sOutputs, sums, sGates, sFactor, tensors.out,
+                row * heads + index * self.group, self.group, rank % self.splits, tidx,
             )  # fmt: skip
         if const_expr(self.splits > 1):
             # No CTA may end while another reads its shared memory.
@@ -429,8 +429,9 @@ def compile_decode_finish(
     """The compiled kernel of these forms."""
     row_groups = -(-group // MMA_ROWS)
     beside = 0 if of_tokens else output_bytes(MMA_ROWS * row_groups, head_dim_v)
-    # Lists, sums and gates take less than 4096 bytes.
-    attention = make_attention(dtype, head_dim, head_dim_v, row_groups, beside + 4096)
+    # Lists, sums and gates take less than 3072 bytes.
+    beside += 3072 + (0 if of_tokens else 8 * cluster * count)
+    attention = make_attention(dtype, head_dim, head_dim_v, row_groups, beside)
     vector = CUTE_DTYPES[dtype]
 
     def integers(used: bool = True):

@@ -220,22 +220,30 @@ class ClusterOutputs:
 
     @cute.jit
     def write(
-        self, found: list[cute.Tensor], outputs, sFactor: cute.Tensor, mOut: cute.Tensor,
-        out_row: Int64, heads: Int32, rank: Int32, tidx: Int32,
+        self, found: list[cute.Tensor], outputs, sums, gates: cute.Tensor, sFactor: cute.Tensor,
+        mOut: cute.Tensor, out_row: Int64, heads: cutlass.Constexpr[int], rank: Int32, tidx: Int32,
     ):  # fmt: skip
         """Add the outputs of all CTAs to the vectors ``found``, and store them."""
+        # All loads before the first use, so that they are under way together.
+        places, loaded, each = [], [], const_expr(self.cluster * len(self.branches))
         for v in cutlass.range_constexpr(self.vectors):
             row, column = self._place(v, rank, tidx)
+            places.append((row, column))
+            row = cutlass.min(row, heads - 1)
+            for i in cutlass.range_constexpr(each):
+                peer, branch = i // len(self.branches), self.branches[i % len(self.branches)]
+                loaded.append(self._remote_vector(outputs[branch], row, column, peer, self.cluster))
+        self.share_factors(sums, gates, sFactor, heads, tidx)
+        cute.arch.barrier()
+        for v in cutlass.range_constexpr(self.vectors):
+            row, column = places[v]
+            values = found[v]
+            for i in cutlass.range_constexpr(each):
+                peer, branch = i // len(self.branches), self.branches[i % len(self.branches)]
+                factor = sFactor[peer, branch, cutlass.min(row, heads - 1)]
+                for c in cutlass.range_constexpr(_COLUMNS):
+                    values[c] = values[c] + loaded[v * each + i][c] * factor
             if row < heads:
-                values = found[v]
-                for peer in cutlass.range_constexpr(self.cluster):
-                    for branch in cutlass.range_constexpr(self.branches[0], 2):
-                        vector = self._remote_vector(
-                            outputs[branch], row, column, peer, self.cluster
-                        )
-                        factor = sFactor[peer, branch, row]
-                        for c in cutlass.range_constexpr(_COLUMNS):
-                            values[c] = values[c] + vector[c] * factor
                 rounded = cute.make_rmem_tensor(_COLUMNS, mOut.element_type)
                 rounded.store(values.load().to(mOut.element_type))
                 place = (out_row + row) * self.head_dim_v + column
@@ -284,6 +292,15 @@ def _sum_quads(total: cute.Tensor):
     for r in cutlass.range_constexpr(2):
         for offset in cutlass.range_constexpr(2):
             total[r] += cute.arch.shuffle_sync_bfly(total[r], offset=1 << offset)
+
+
+@cute.jit
+def store_peer(sX: cute.Tensor, place: Int32, peer: Int32, value: cute.Numeric):
+    """Set element ``place`` of what CTA ``peer`` of the cluster has where this one has ``sX``."""
+    pointer = cute.arch.map_dsmem_ptr(sX.iterator, peer) + place
+    rX = cute.make_rmem_tensor(1, sX.element_type)
+    rX[0] = value
+    cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(1)))
 
 
 def load_peer(sX: cute.Tensor, place: Int32, peer: int, cluster: int) -> cute.Numeric:

@@ -28,8 +28,10 @@ from cutlass.utils import LayoutEnum
 from torch import Tensor
 
 from nsa.fused.decode_inputs import (
+    LEAST_SHARE,
     NO_REFERENCE,
     TILE_KEYS,
+    DecodeRule,
     Pool,
     resident_ctas,
     tile_stages,
@@ -560,6 +562,19 @@ def power_of_two(exponent: Int32) -> Float32:
     bits = (exponent + 127) << 23
     bits = bits if exponent > -127 else Int32(0)
     return bits.bitcast(Float32)
+
+
+@cute.jit
+def num_tiles(rule: DecodeRule, start: Int32, new: Int32, limit: Int32) -> Int32:
+    """Tiles of a sequence of up to ``limit`` tokens, if all its new tokens have a place."""
+    slots = cutlass.min(start + new, limit) // rule.stride
+    tiles = cute.ceil_div(slots, TILE_KEYS)
+    return tiles if new > 0 and slots > rule.carried else Int32(0)
+
+
+def tile_share(tiles: Int32, ctas: Int32) -> Int32:
+    """Tiles of a CTA, of those of all units."""
+    return cutlass.max(cute.ceil_div(tiles, ctas), LEAST_SHARE)
 
 
 @cute.jit
