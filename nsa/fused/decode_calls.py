@@ -179,7 +179,7 @@ def decode_finish(
             used in tile mode.
         cluster: CTAs of a list: 1, 2, 4 or 8.
         of_tokens: whether a cluster has a list of as many tokens instead, whose window its CTAs
-            share; it must then be :func:`nsa.fused.decode_inputs.window_tokens`.
+            share; :func:`nsa.fused.decode_inputs.most_sharing` at most, and not in tile mode.
 
     Returns:
         ``(T, H, Dv)`` in the dtype of ``q``.

@@ -224,9 +224,9 @@ def record_groups(row_groups: int) -> int:
     return TILE_KEYS // SLOT_GROUP if row_groups >= 4 else 1
 
 
-def window_tokens(group: int) -> int:
+def most_sharing(group: int) -> int:
     """Tokens that can share their window: those whose ``group`` heads fill 64 query rows."""
-    return max(1, TILE_KEYS // SLOT_GROUP // -(-group // 16))
+    return 4 >> ((-(-group // 16)) - 1).bit_length()
 
 
 def resident_ctas(head_dim: int, head_dim_v: int, row_groups: int) -> int:

@@ -30,7 +30,6 @@ from nsa.fused.decode_inputs import (
     TileRule,
     fits_shared_memory,
     resident_ctas,
-    window_tokens,
 )
 from nsa.fused.kernel_inputs import MAX_GROUP
 from nsa.packing import Boundaries
@@ -263,8 +262,7 @@ def _choose_cluster(cache: Cache, shape: DecodeShape, tokens: int) -> tuple[int,
     """CTAs of a cluster in the last kernel, and whether they have a token each.
 
     A list has as many CTAs as run at a time. Larger clusters leave some SMs free: 64 of 4 CTAs do
-    not run at a time on 132 SMs. Where a list has one, tokens that are as many as a cluster's but
-    one, or more, share their window.
+    not run at a time on 132 SMs. Where a list has one, two tokens share their window.
     """
     lists, rows = tokens * shape.kv_heads, shape.group
     if cache.config.selection == "tile":
@@ -273,9 +271,9 @@ def _choose_cluster(cache: Cache, shape: DecodeShape, tokens: int) -> tuple[int,
     ctas *= _num_sms(cache.device)
     room = ctas // lists
     room = room if room < 4 else ctas * 7 // 8 // lists
-    cluster, sharing = max(c for c in CLUSTERS if c <= max(1, room)), window_tokens(rows)
-    if cluster == 1 and cache.config.selection == "token" and 1 < sharing <= shape.tokens + 1:
-        return sharing, True
+    cluster = max(c for c in CLUSTERS if c <= max(1, room))
+    if cluster == 1 and cache.config.selection == "token" and shape.tokens > 1:
+        return 2, True
     return cluster, False
 
 

@@ -23,8 +23,8 @@ from nsa.fused.decode_inputs import (
     Schedule,
     TileLists,
     most_groups,
+    most_sharing,
     record_groups,
-    window_tokens,
 )
 from nsa.precision import accumulation_dtype
 
@@ -188,7 +188,7 @@ def decode_finish(
 ):  # fmt: skip
     assert cluster in CLUSTERS
     if of_tokens:
-        assert cluster == window_tokens(shape.group)
+        assert 1 < cluster <= most_sharing(shape.group)
         assert not isinstance(lists, TileLists)
     if records is not None:
         _select(parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial, num_local)

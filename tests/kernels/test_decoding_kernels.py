@@ -233,7 +233,7 @@ SELECTED = [
     # CTAs of a list, or of as many tokens, and blocks.
     (*PAIRS[1], 4, False, 3),
     (*PAIRS[1], 1, False, 40),
-    (*PAIRS[1], 4, True, COUNT),
+    (*PAIRS[1], 2, True, COUNT),
     (*PAIRS[2], 8, False, COUNT),
     (*PAIRS[2], 4, True, COUNT),
     (*PAIRS[3], 2, False, COUNT),
@@ -242,8 +242,8 @@ SELECTED = [
     (*PAIRS[5], 1, False, 3),
     (*PAIRS[5], 4, True, 3),
     (*WIDE[0], 1, False, COUNT),
-    (*WIDE[0], 4, True, COUNT),
-    (*WIDE[1], 4, True, COUNT),
+    (*WIDE[0], 2, True, COUNT),
+    (*WIDE[1], 2, True, COUNT),
 ]
 
 
@@ -281,7 +281,7 @@ ATTENDED = [
     # own.
     (*PAIRS[0], 1, False, None),
     (*PAIRS[1], 4, False, None),
-    (*PAIRS[1], 4, True, 256),
+    (*PAIRS[1], 2, True, 256),
     (*PAIRS[2], 8, False, 256),
     (*PAIRS[3], 2, False, 256),
     (*PAIRS[4], 1, False, None),

@@ -213,16 +213,26 @@ class DecodeAppend:
             first = position + 1 - rule.compress_size
             rSum = cute.make_rmem_tensor(VECTOR, Float32)
             rSum.fill(0.0)
-            # The older tokens, then the new ones: in the order of positions.
-            older = cutlass.max(cutlass.min(start - first, rule.compress_size), 0)
-            for i in cutlass.range(older, unroll=_LOADS):
-                old = first + i
-                old_index, old_row = _index_and_row(pages, old)
-                offset = Int64(pages.table[table + old_index]) * strides[0] + old_row * strides[1]
-                rSum.store(rSum.load() + load_vector(mX, offset + in_page).load().to(Float32))
-            for i in cutlass.range(older, rule.compress_size, unroll=1):
-                offset = new0 + (first + i - start) * new_stride + in_row
-                rSum.store(rSum.load() + load_vector(mNew, offset).load().to(Float32))
+            for begin in cutlass.range(0, rule.compress_size, _LOADS, unroll=1):
+                loaded = []
+                for i in cutlass.range_constexpr(_LOADS):
+                    # Older tokens are in pages, new ones not yet. Each load is of some token.
+                    token_position = cutlass.min(first + begin + i, position)
+                    old = cutlass.max(cutlass.min(token_position, start - 1), 0)
+                    old_index, old_row = _index_and_row(pages, old)
+                    old_page = Int64(pages.table[table + old_index])
+                    offset = old_page * strides[0] + old_row * strides[1]
+                    x = load_vector(mX, offset + in_page)
+                    newer = cutlass.max(token_position - start, 0)
+                    y = load_vector(mNew, new0 + newer * new_stride + in_row)
+                    loaded.append((token_position < start, x, y))
+                for i in cutlass.range_constexpr(_LOADS):
+                    is_old, x, y = loaded[i]
+                    if begin + i < rule.compress_size:
+                        if is_old:
+                            rSum.store(rSum.load() + x.load().to(Float32))
+                        else:
+                            rSum.store(rSum.load() + y.load().to(Float32))
             place = Int64(page) * cmp_strides[0] + row // rule.stride * cmp_strides[1]
             place += head * cmp_strides[2] + column
             store_vector(rSum.load() / Float32(rule.compress_size), mCompressed, place)

@@ -26,7 +26,7 @@ from nsa.fused.decode_inputs import (
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_lists import load_list
-from nsa.fused.kernels.decode_places import KeyRange, ListTiles
+from nsa.fused.kernels.decode_places import MOST_TILES, KeyRange, ListTiles
 from nsa.fused.kernels.decode_tiles import (
     MMA_ROWS,
     PDL,
@@ -116,6 +116,9 @@ class DecodeAttend:
         smem = cutlass.memory.SmemAllocator()
         memory = self.attention.allocate(smem, layouts)
         listed = smem.allocate_tensor(Int32, cute.make_layout(MAX_LISTED), 16)
+        sTiles = tuple(
+            smem.allocate_tensor(Int32, cute.make_layout(MOST_TILES), 16) for _ in range(2)
+        )
         if token < new:
             position = tensors.starts[sequence] + token
             position = cutlass.min(position, tensors.ends[sequence] - 1)
@@ -135,7 +138,7 @@ class DecodeAttend:
             share = cute.ceil_div(tiles, sizes.splits)
             first = cutlass.min(split * share, tiles)
             self._attend(
-                tensors, pages, sizes, scale_log2, mmas, memory, listed,
+                tensors, pages, sizes, scale_log2, mmas, memory, listed, sTiles,
                 KeyRange(sequence, kv_head, Int32(0), position), valid, first,
                 cutlass.min(first + share, tiles) - first, list_row * sizes.splits + split,
             )  # fmt: skip
@@ -150,6 +153,7 @@ class DecodeAttend:
         mmas: tuple[cute.TiledMma, ...],
         memory,
         listed: cute.Tensor,
+        sTiles,
         keys: KeyRange,
         valid: Int32,
         first_tile: Int32,
@@ -157,7 +161,7 @@ class DecodeAttend:
         slot: Int64,
     ):
         """A part: ``count`` tiles. A part without tiles has the reference of none."""
-        sQ, sK, sV, sO, sM, sL = memory
+        sQ, sK, sV, ring, *warp_sums = memory
         tidx, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         row_group = warp % self.attention.row_groups
@@ -166,9 +170,13 @@ class DecodeAttend:
             key_position = functools.partial(
                 self.tiles.key_position, listed, Int32(1), Int32(0), valid
             )
-            load_tile = functools.partial(
-                self.tiles.load, pages, None, sK, sV, keys, Int32(1), key_position, tidx, first_tile
+            self.tiles.find(
+                pages, None, sTiles, keys, Int32(1), key_position, tidx, first_tile, count
             )
+            load_tile = functools.partial(
+                self.tiles.load, pages, None, sK, sV, sTiles, keys, Int32(1), key_position, tidx,
+                first_tile,
+            )  # fmt: skip
             # The queries alone, which registers get.
             cute.arch.cp_async_commit_group()
             self.attention.start_tiles(load_tile, count)
@@ -183,7 +191,8 @@ class DecodeAttend:
             total = cute.make_rmem_tensor(2, Float32)
             total.fill(0.0)
             for i in cutlass.range(count, unroll=1):
-                stage = self.attention.next_tile(load_tile, i, count)
+                self.attention.wait_for_tile()
+                stage = self.attention.load_ahead(load_tile, i, count)
                 self.attention.attend_tile(
                     mmas, queries, sK[None, None, stage], sV[None, None, stage], acc_O, reference,
                     total, key_position, (first_tile + i) * TILE_KEYS, Int32(0), keys.last,
@@ -191,9 +200,9 @@ class DecodeAttend:
                 )  # fmt: skip
             cute.arch.cp_async_wait_group(0)
             self.attention.store_part(
-                acc_O, reference, total, sO, sM, sL,
+                acc_O, reference, total, ring, warp_sums,
                 (tensors.out, tensors.reference, tensors.total),
-                slot, sizes.group, row_group, key_group, tidx,
+                slot, sizes.group, tidx,
             )  # fmt: skip
         elif tidx < sizes.group:
             tensors.reference[slot * sizes.group + tidx] = Int32(NO_REFERENCE)
@@ -216,7 +225,9 @@ def compile_decode_attend(
     packed: bool,
 ) -> Callable:
     """The compiled kernel of these forms."""
-    attention = make_attention(dtype, head_dim, head_dim_v, row_groups, 4 * MAX_LISTED)
+    attention = make_attention(
+        dtype, head_dim, head_dim_v, row_groups, 4 * (MAX_LISTED + 2 * MOST_TILES)
+    )
 
     def integers(used: bool = True):
         return fake_flat(Int32 if used else None, alignment=4)
@@ -226,7 +237,7 @@ def compile_decode_attend(
         _Tensors(
             fake_flat(CUTE_DTYPES[dtype]),
             *(integers(packed), integers(), integers(), integers()),
-            *(fake_flat(Float32, alignment=4), integers(), fake_flat(Float32, alignment=4)),
+            *(fake_flat(Float32), integers(), fake_flat(Float32, alignment=4)),
         ),
         fake_pages(CUTE_DTYPES[dtype]),
         _Sizes(*(Int32(1) for _ in range(6)), Int64(1)),

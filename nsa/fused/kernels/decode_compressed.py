@@ -234,7 +234,7 @@ class DecodeCompressed:
         count: Int32,
     ):
         """A part: tiles ``first_tile`` to ``first_tile + count - 1`` of a unit of the sequence."""
-        sQ, sK, sV, sO, sM, sL = memory
+        sQ, sK, sV, ring, *warp_sums = memory
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
@@ -253,9 +253,16 @@ class DecodeCompressed:
             if const_expr(tensors.lengths is not None):
                 wait_for_previous()
             end_slot = tensors.ends[sequence] // self.rule.stride
+        # Where the next two tiles are.
+        ahead = [cute.make_rmem_tensor(2, Int32) for _ in range(2)]
+        find = functools.partial(self._find_tile, pages, sequence, first_tile, count)
+        if const_expr(self.whole):
+            for i in cutlass.range_constexpr(2):
+                ahead[0][i], ahead[1][i] = find(Int32(i))
         load_tile = functools.partial(
-            self._load_tile, pages, sK, sV, sequence, kv_head, end_slot, first_tile, tidx
-        )
+            self._load_tile, pages, sK, sV, sequence, kv_head, end_slot, first_tile, find, ahead,
+            tidx,
+        )  # fmt: skip
 
         # All warps are done with what the unit before left in shared memory.
         cute.arch.barrier()
@@ -296,10 +303,17 @@ class DecodeCompressed:
         record_row = Int64(index) * rows + row
 
         for i in cutlass.range(count, unroll=1):
-            stage = self.attention.next_tile(load_tile, i, count)
+            self.attention.wait_for_tile()
+            stage = i % self.attention.stages
+            if const_expr(self.attention.warpgroups == 0):
+                self.attention.load_ahead(load_tile, i, count)
             accs = self.attention.compute_scores(
                 mmas, queries, sK[None, None, stage], key_group, warp, lane
             )
+            if const_expr(self.attention.warpgroups > 0):
+                # While wgmma computes.
+                self.attention.load_ahead(load_tile, i, count)
+                warpgroup.wait_group(0)
             first_group = (first_tile + i) * (TILE_KEYS // SLOT_GROUP) + key_group
             low, high = [], [[], []]
             for u in cutlass.range_constexpr(self.attention.units):
@@ -321,9 +335,9 @@ class DecodeCompressed:
                 warpgroup.wait_group(0)
         cute.arch.cp_async_wait_group(0)
         self.attention.store_part(
-            acc_O, reference, total, sO, sM, sL,
+            acc_O, reference, total, ring, warp_sums,
             (tensors.out, tensors.reference, tensors.total),
-            Int64(bidx + index), rows, row_group, key_group, tidx,
+            Int64(bidx + index), rows, tidx,
         )  # fmt: skip
 
     def _query_offset(self, sizes, row0, kv_head, row) -> Int64:
@@ -336,28 +350,51 @@ class DecodeCompressed:
         return row < rows and row // sizes.group < new
 
     @cute.jit
+    def _find_tile(
+        self, pages: PagedTensors, sequence: Int32, first_tile: Int32, count: Int32, i: Int32
+    ) -> tuple[Int32, Int32]:
+        """Page and first row of tile ``first_tile + i``, or of the last one."""
+        slot = (first_tile + cutlass.min(i, count - 1)) * TILE_KEYS
+        return self._page_and_row(pages, sequence, slot)
+
+    @cute.jit
     def _load_tile(
         self, pages: PagedTensors, sK: cute.Tensor, sV: cute.Tensor, sequence: Int32,
-        kv_head: Int32, end_slot: Int32, first_tile: Int32, tidx: Int32, i: Int32, stage: Int32,
+        kv_head: Int32, end_slot: Int32, first_tile: Int32, find, ahead, tidx: Int32, i: Int32,
+        stage: Int32,
     ):  # fmt: skip
-        place = functools.partial(
-            self._place, pages, sequence, end_slot, (first_tile + i) * TILE_KEYS
-        )
+        slot = (first_tile + i) * TILE_KEYS
+        place = functools.partial(self._place, pages, sequence, end_slot, slot)
+        if const_expr(self.whole):
+            place = functools.partial(self._place_after, end_slot, slot, ahead[0][0], ahead[1][0])
         self.attention.load_tile(pages, sK, sV, place, kv_head, self.whole, True, tidx, stage)
+        if const_expr(self.whole):
+            # So early that no load waits for the page table.
+            for x in cutlass.range_constexpr(2):
+                ahead[x][0] = ahead[x][1]
+            ahead[0][1], ahead[1][1] = find(i + 2)
+
+    def _place_after(self, end_slot: Int32, slot0: Int32, page: Int32, row: Int32, key: Int32):
+        """The place of a key of a tile whose first is at ``slot0``, in a row of a page."""
+        slot = slot0 + key
+        return page, row + key, (slot >= self.rule.carried) & (slot < end_slot)
 
     @cute.jit
     def _place(
         self, pages: PagedTensors, sequence: Int32, end_slot: Int32, slot0: Int32, key: Int32
     ):
         slot = slot0 + key
-        # Unsigned, because // of signed numbers takes more instructions.
-        seen = Uint32(slot0 if const_expr(self.whole) else cutlass.min(slot, end_slot - 1))
-        index = Int32(seen // Uint32(pages.page_rows))
-        row = Int32(seen % Uint32(pages.page_rows))
-        if const_expr(self.whole):
-            row = row + key
-        page = pages.table[Int64(sequence) * pages.max_pages + index]
+        page, row = self._page_and_row(pages, sequence, cutlass.min(slot, end_slot - 1))
         return page, row, slot >= self.rule.carried and slot < end_slot
+
+    @cute.jit
+    def _page_and_row(
+        self, pages: PagedTensors, sequence: Int32, slot: Int32
+    ) -> tuple[Int32, Int32]:
+        # Unsigned, because // of signed numbers takes more instructions.
+        index = Int32(Uint32(slot) // Uint32(pages.page_rows))
+        row = Int32(Uint32(slot) % Uint32(pages.page_rows))
+        return pages.table[Int64(sequence) * pages.max_pages + index], row
 
     @cute.jit
     def _record(

@@ -40,12 +40,8 @@ from nsa.fused.decode_inputs import (
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_lists import BlockLists, load_list
-from nsa.fused.kernels.decode_outputs import (
-    ClusterOutputs,
-    load_gates,
-    output_bytes,
-)
-from nsa.fused.kernels.decode_places import KeyRange, ListTiles
+from nsa.fused.kernels.decode_outputs import ClusterOutputs, load_gates
+from nsa.fused.kernels.decode_places import MOST_TILES, KeyRange, ListTiles
 from nsa.fused.kernels.decode_scores import RecordTensors, sum_parts
 from nsa.fused.kernels.decode_tiles import (
     MMA_ROWS,
@@ -180,11 +176,6 @@ class DecodeFinish:
 
         smem = cutlass.memory.SmemAllocator()
         memory = self.attention.allocate(smem, layouts)
-        # The window's output; where tokens share it, it does not stay here.
-        window = memory[3].iterator
-        if const_expr(not self.of_tokens):
-            window_bytes = output_bytes(self.attention.rows, self.attention.head_dim_v)
-            window = smem.allocate(window_bytes, 128)
         listed = smem.allocate_tensor(Int32, cute.make_layout(MAX_LISTED), 16)
         # The best of each CTA's share of the blocks, and of all.
         bests = tuple(
@@ -195,13 +186,16 @@ class DecodeFinish:
         compressed = tuple(
             smem.allocate_tensor(dtype, cute.make_layout(rows), 16) for dtype in (Int32, Float32)
         )
-        layout = cute.make_layout((2, rows), stride=(rows, 1))
+        layout = cute.make_layout(MMA_ROWS * self.attention.warps)
         sums = tuple(smem.allocate_tensor(dtype, layout, 16) for dtype in (Int32, Float32))
         sGates = smem.allocate_tensor(Float32, cute.make_layout(3 * rows), 16)
+        sTiles = tuple(
+            smem.allocate_tensor(Int32, cute.make_layout(MOST_TILES), 16) for _ in range(2)
+        )
         if first_token < new:
             self._finish(
-                tensors, records, pages, rings, sizes, scale_log2, mmas, memory, window, listed,
-                bests, compressed, sums, sGates, sequence, row0, new, first_token, index, rank,
+                tensors, records, pages, rings, sizes, scale_log2, mmas, memory, listed, bests,
+                compressed, sums, sGates, sTiles, sequence, row0, new, first_token, index, rank,
             )  # fmt: skip
         if bidx == 0:
             wait_for_previous()
@@ -218,12 +212,12 @@ class DecodeFinish:
     def _finish(
         self, tensors: _Tensors, records: RecordTensors | None, pages: PagedTensors,
         rings: PagedTensors | None, sizes: _Sizes, scale_log2: Float32,
-        mmas: tuple[cute.TiledMma, ...], memory, window: cute.Pointer, listed: cute.Tensor, bests,
-        compressed, sums, sGates: cute.Tensor, sequence: Int32, row0: Int32, new: Int32,
+        mmas: tuple[cute.TiledMma, ...], memory, listed: cute.Tensor, bests, compressed,
+        sums, sGates: cute.Tensor, sTiles, sequence: Int32, row0: Int32, new: Int32,
         first_token: Int32, index: Int32, rank: Int32,
     ):  # fmt: skip
         stages = const_expr(self.attention.stages)
-        sQ, sK, sV, sO, sM, sL = memory
+        sQ, sK, sV, ring, *warp_sums = memory
         tidx, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         row_group, key_group = warp % self.attention.row_groups, warp // self.attention.row_groups
@@ -233,7 +227,9 @@ class DecodeFinish:
         last_token = cutlass.min(first_token + self.cluster_tokens, new) - 1
         token, window_token, window_group = first_token, first_token, row_group
         if const_expr(self.of_tokens):
-            token, window_token, window_group = first_token + rank, first_token + key_group, warp
+            window_group = warp % (self.cluster * self.attention.row_groups)
+            token = first_token + rank
+            window_token = first_token + window_group // self.attention.row_groups
         is_real = token < new
         token = cutlass.min(token, last_token)
         row = Int64(row0 + token)
@@ -281,16 +277,19 @@ class DecodeFinish:
         tiles = last_key // TILE_KEYS + 1 - window_tile
         first_tile = rank * tiles // self.cluster
         count = (rank + 1) * tiles // self.cluster - first_tile
-        # Times that a warp takes keys of a tile, and the first ones.
+        # Times that a warp takes keys of a tile, and the first ones. Then those that are next to
+        # the ones that all warps with these rows have.
         passes, first_group = Int32(1), key_group
+        step = const_expr(self.attention.key_groups // self.cluster_tokens)
         if const_expr(self.of_tokens):
-            passes, first_group = Int32(self.attention.key_groups), Int32(0)
+            passes = Int32(self.cluster)
+            first_group = warp // (self.cluster * self.attention.row_groups)
         valid = Int32(0)
         queries = self.attention.make_rows(sQ, mmas[0], lane)
         acc_O = self.attention.make_output(mmas, lane)
         reference = cute.make_rmem_tensor(2, Int32)
         total = cute.make_rmem_tensor(2, Float32)
-        sOutputs, found = self.outputs.views(window, sO.iterator), self.outputs.make_vectors()
+        found = self.outputs.make_vectors()
         turns = Int32(2)
         if const_expr(self.of_tokens):
             turns = Int32(2) if is_real else Int32(1)
@@ -307,7 +306,7 @@ class DecodeFinish:
                 if const_expr(self.selects):
                     record_row = Int64(sequence * sequence_units + unit) * unit_rows + unit_row
                     self.lists.select(
-                        records, sizes.groups, (sizes.num_initial, sizes.num_local), sO.iterator,
+                        records, sizes.groups, (sizes.num_initial, sizes.num_local), ring,
                         *bests, compressed, sum_up, position, record_row, rank % self.splits, tidx,
                     )  # fmt: skip
                     valid = self.lists.list_best(
@@ -335,9 +334,10 @@ class DecodeFinish:
             key_position = functools.partial(
                 self.tiles.key_position, listed, turn, window_tile, valid
             )
+            keys = KeyRange(sequence, kv_head, first_key, last_key)
+            self.tiles.find(pages, rings, sTiles, keys, turn, key_position, tidx, first_tile, count)
             load_tile = functools.partial(
-                self.tiles.load, pages, rings, sK, sV,
-                KeyRange(sequence, kv_head, first_key, last_key), turn, key_position, tidx,
+                self.tiles.load, pages, rings, sK, sV, sTiles, keys, turn, key_position, tidx,
                 first_tile,
             )  # fmt: skip
             self.attention.start_tiles(load_tile, count)
@@ -354,46 +354,32 @@ class DecodeFinish:
                     Int64(unit_row), self.group, rank % self.splits, tidx,
                 )  # fmt: skip
             for i in cutlass.range(count, unroll=1):
-                stage = self.attention.next_tile(load_tile, i, count)
+                self.attention.wait_for_tile()
+                stage = self.attention.load_ahead(load_tile, i, count)
                 for j in cutlass.range(passes, unroll=1):
                     self.attention.attend_tile(
                         mmas, queries, sK[None, None, stage], sV[None, None, stage], acc_O,
                         reference, total, key_position, (first_tile + i) * TILE_KEYS, first_seen,
-                        last_seen, first_group + j, warp, lane, scale_log2,
+                        last_seen, first_group + j * step, warp, lane, scale_log2,
                     )  # fmt: skip
             cute.arch.cp_async_wait_group(0)
-            cute.arch.barrier()
+            add_up = functools.partial(
+                self.outputs.add_up, found, acc_O, reference, total, ring, warp_sums, sums,
+                sGates, 2 - turn, self.group,
+            )  # fmt: skip
             if const_expr(self.of_tokens):
                 if turn == 0:
-                    self.outputs.add_window(
-                        found, acc_O, reference, total, sO.iterator, sGates, self.group, rank, tidx
-                    )
+                    add_up(self.cluster, rank, tidx)
                 else:
-                    self.outputs.fold(
-                        Int32(1), acc_O, reference, total, sOutputs, sums, (sM, sL), row_group,
-                        key_group, tidx,
-                    )  # fmt: skip
+                    add_up(1, Int32(0), tidx)
             else:
-                self.outputs.fold(
-                    turn, acc_O, reference, total, sOutputs, sums, (sM, sL), row_group, key_group,
-                    tidx,
-                )  # fmt: skip
+                add_up(1, rank, tidx)
 
-        if const_expr(self.splits > 1):
-            # All threads of the cluster then see what each has written to shared memory.
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        layout = cute.make_ordered_layout((self.splits, 2, self.attention.rows), order=(2, 1, 0))
-        sFactor = cute.make_tensor(cute.recast_ptr(sQ.iterator, dtype=Float32), layout)
         if is_real:
-            self.outputs.write(
-                found, sOutputs, sums, sGates, sFactor, tensors.out,
-                row * heads + index * self.group, self.group, rank % self.splits, tidx,
+            self.outputs.store(
+                found, tensors.out, row * heads + index * self.group, self.group,
+                rank % self.splits, tidx,
             )  # fmt: skip
-        if const_expr(self.splits > 1):
-            # No CTA may end while another reads its shared memory.
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
 
     def _query_offset(self, sizes, token_row, index, row) -> Int64:
         return token_row * sizes.q_stride + (index * self.group + row) * self.attention.head_dim
@@ -428,9 +414,8 @@ def compile_decode_finish(
 ) -> Callable:
     """The compiled kernel of these forms."""
     row_groups = -(-group // MMA_ROWS)
-    beside = 0 if of_tokens else output_bytes(MMA_ROWS * row_groups, head_dim_v)
-    # Lists, sums and gates take less than 3072 bytes.
-    beside += 3072 + (0 if of_tokens else 8 * cluster * count)
+    # Lists, tiles, sums and gates take less than 4608 bytes.
+    beside = 4608 + (0 if of_tokens else 8 * cluster * count)
     attention = make_attention(dtype, head_dim, head_dim_v, row_groups, beside)
     vector = CUTE_DTYPES[dtype]
 
@@ -470,7 +455,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         (bf16, 128, 128, 8, paper, 0, form, 2, False, True, False, False, 1) for form in FORMS
     ]
     forms += [
-        (bf16, 128, 128, 16, paper, 16, "gates", 4, True, False, False, False, 4),
+        (bf16, 128, 128, 16, paper, 16, "gates", 2, True, False, False, False, 4),
         (fp16, 64, 64, 32, DecodeRule(16, 16, 32), 64, "mean", 8, False, True, False, True, 4),
         (fp16, 64, 64, 32, DecodeRule(16, 16, 32), 64, "mean", 2, True, True, False, True, 4),
         (fp16, 96, 96, 3, DecodeRule(32, 32, 32), 1, "weight", 4, False, False, False, False, 1),

@@ -10,6 +10,9 @@ from cutlass import Int32, Int64, Uint32, const_expr
 from nsa.fused.decode_inputs import MAX_LISTED, TILE_KEYS
 from nsa.fused.kernels.decode_tiles import PagedTensors, TileAttention
 
+MOST_TILES = MAX_LISTED * 128 // TILE_KEYS
+"""Tiles whose places a CTA finds together: those of the longest list of blocks of 128."""
+
 # Behind all tokens, with room for keys after it.
 _NO_POSITION = 1 << 30
 
@@ -33,6 +36,8 @@ class ListTiles:
         self.attention = attention
         self.select_size = select_size
         self.rings = rings
+        # Else a tile has keys of several blocks.
+        self.whole = select_size >= TILE_KEYS
 
     @cute.jit
     def key_position(
@@ -49,15 +54,34 @@ class ListTiles:
         return position
 
     @cute.jit
+    def find(
+        self, pages: PagedTensors, rings: PagedTensors | None, sTiles, keys: KeyRange, turn: Int32,
+        key_position, tidx: Int32, first_tile: Int32, count: Int32,
+    ):  # fmt: skip
+        """Find where the first keys of ``count`` tiles are, all of them together.
+
+        So that no load waits for the page table. ``sTiles`` are pages and rows of tiles.
+        """
+        if const_expr(self.whole):
+            for i in cutlass.range(
+                tidx, cutlass.min(count, MOST_TILES), self.attention.threads, unroll=1
+            ):
+                page, row = self._first_key(pages, rings, keys, turn, key_position, first_tile + i)
+                sTiles[0][i] = page
+                sTiles[1][i] = row
+            cute.arch.barrier()
+
+    @cute.jit
     def load(
         self, pages: PagedTensors, rings: PagedTensors | None, sK: cute.Tensor, sV: cute.Tensor,
-        keys: KeyRange, turn: Int32, key_position, tidx: Int32, first_tile: Int32, i: Int32,
-        stage: Int32,
+        sTiles, keys: KeyRange, turn: Int32, key_position, tidx: Int32, first_tile: Int32,
+        i: Int32, stage: Int32,
     ):  # fmt: skip
         """Start to copy tile ``first_tile + i``."""
         load = functools.partial(
-            self._load, sK, sV, keys, key_position, tidx, (first_tile + i) * TILE_KEYS, stage
-        )
+            self._load, pages, rings, sK, sV, sTiles, keys, turn, key_position, tidx, first_tile,
+            i, stage,
+        )  # fmt: skip
         if const_expr(self.rings):
             # The window has keys of its own: pages for each sequence, of which no table is needed.
             if turn == 0:
@@ -69,20 +93,40 @@ class ListTiles:
 
     @cute.jit
     def _load(
-        self, sK: cute.Tensor, sV: cute.Tensor, keys: KeyRange, key_position, tidx: Int32,
-        first_key: Int32, stage: Int32, pages: PagedTensors, ring: cutlass.Constexpr[bool],
+        self, pages: PagedTensors, rings: PagedTensors | None, sK: cute.Tensor, sV: cute.Tensor,
+        sTiles, keys: KeyRange, turn: Int32, key_position, tidx: Int32, first_tile: Int32,
+        i: Int32, stage: Int32, source: PagedTensors, ring: cutlass.Constexpr[bool],
     ):  # fmt: skip
-        # A tile of smaller blocks has keys of several.
-        whole = const_expr(self.select_size >= TILE_KEYS)
-        place = functools.partial(self._place_of, pages, keys, key_position, ring, first_key)
-        if const_expr(whole):
-            first = key_position(first_key)
-            # The last tile may have no key of the list.
-            seen = Uint32(cutlass.min(first, keys.last))
-            page = self._page(pages, keys, ring, Int32(seen // Uint32(pages.page_rows)))
-            row = Int32(seen % Uint32(pages.page_rows))
-            place = functools.partial(self._place_after, keys, first, page, row)
-        self.attention.load_tile(pages, sK, sV, place, keys.kv_head, whole, False, tidx, stage)
+        first_key = (first_tile + i) * TILE_KEYS
+        place = functools.partial(self._place_of, source, keys, key_position, ring, first_key)
+        if const_expr(self.whole):
+            seen = cutlass.min(i, MOST_TILES - 1)
+            page, row = sTiles[0][seen], sTiles[1][seen]
+            if i >= MOST_TILES:
+                page, row = self._first_key(pages, rings, keys, turn, key_position, first_tile + i)
+            place = functools.partial(self._place_after, keys, key_position(first_key), page, row)
+        self.attention.load_tile(
+            source, sK, sV, place, keys.kv_head, self.whole, False, tidx, stage
+        )
+
+    @cute.jit
+    def _first_key(
+        self, pages: PagedTensors, rings: PagedTensors | None, keys: KeyRange, turn: Int32,
+        key_position, tile: Int32,
+    ) -> tuple[Int32, Int32]:  # fmt: skip
+        """Page and row of a tile's first key. The last tile may have no key of the list."""
+        seen = Uint32(cutlass.min(key_position(tile * TILE_KEYS), keys.last))
+        rows = pages.page_rows
+        if const_expr(self.rings):
+            rows = rings.page_rows if turn == 0 else rows
+        index, row = Int32(seen // Uint32(rows)), Int32(seen % Uint32(rows))
+        page = keys.sequence
+        if const_expr(self.rings):
+            if turn == 1:
+                page = self._page(pages, keys, False, index)
+        else:
+            page = self._page(pages, keys, False, index)
+        return page, row
 
     def _place_after(self, keys: KeyRange, first: Int32, page: Int32, row: Int32, key: Int32):
         """The place of a key of a tile whose first is at ``first``, in a row of a page."""

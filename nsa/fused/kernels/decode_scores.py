@@ -95,16 +95,18 @@ class BlockScores:
             real = head < self.heads
             head = cutlass.min(head, self.heads - 1)
             largest, inverse = sReference[head], sInverse[head]
+            if const_expr(self.is_uneven):
+                inverse = inverse if real else Float32(0.0)
             factor = power_of_two(reference - largest)
             for b in cutlass.range_constexpr(blocks):
-                value = own[b] * factor
+                # Products with powers of two are exact, so that it is all the same which comes
+                # first.
                 if const_expr(rule.carried > 0 and b == blocks - 1):
                     after = carried * power_of_two(next_reference - largest)
-                    value = value + (after if carries else Float32(0.0))
-                value = value * inverse
-                if const_expr(self.is_uneven):
-                    value = value if real else Float32(0.0)
-                scores[b] = scores[b] + value
+                    value = cute.math.fma(own[b], factor, after if carries else Float32(0.0))
+                    scores[b] = cute.math.fma(value, inverse, scores[b])
+                else:
+                    scores[b] = cute.math.fma(own[b], factor * inverse, scores[b])
         # Blocks of which the token sees nothing score 0.
         for b in cutlass.range_constexpr(blocks):
             block = group * blocks + b

@@ -61,6 +61,8 @@ PDL = True
 # bits are above these.
 _ROUNDER = 12582912.0
 _ROUNDER_BITS = 0x4B400000
+# Columns of an output that a thread takes together: 16 bytes of float32.
+COLUMNS = 4
 # Exponentials that are smaller than by this power of two are as if by this one.
 _LEAST_EXPONENT = -125
 # Keys and values that are read once leave L2 first.
@@ -111,9 +113,11 @@ class TileAttention:
         self.rows_per_thread = TILE_KEYS * self.lanes // self.threads
         self.ctas = resident_ctas(head_dim, head_dim_v, row_groups)
         self.stages = tile_stages(head_dim, head_dim_v, row_groups, beside)
-        # The outputs of the warps are added up where the tiles were.
-        merged = 4 * self.key_groups * self.rows * head_dim_v if self.key_groups > 1 else 0
-        if self.stages < 2 or merged > 2 * self.stages * TILE_KEYS * (head_dim + head_dim_v):
+        # The outputs of the warps are added up where the tiles were, in rows that are so much apart
+        # that those of a quarter warp are in different banks, if there is room.
+        room = 2 * self.stages * TILE_KEYS * (head_dim + head_dim_v) // (4 * MMA_ROWS * self.warps)
+        self.pitch = head_dim_v + (8 if head_dim_v + 8 <= room else 0)
+        if self.stages < 2 or self.pitch > room:
             raise ValueError(f"tiles of D={head_dim}, Dv={head_dim_v} do not fit shared memory")
 
     def layouts(self) -> tuple[cute.ComposedLayout, ...]:
@@ -137,7 +141,7 @@ class TileAttention:
         return mma, mma
 
     def allocate(self, smem, layouts) -> tuple[cute.Tensor, ...]:
-        """(sQ, sK, sV, merged outputs, references, sums) in shared memory."""
+        """(sQ, sK, sV, where the tiles are, references, sums of warps' rows) in shared memory."""
         q_smem, k_smem, v_smem = layouts
         sQ = smem.allocate_tensor(self.dtype, q_smem.outer, 1024, swizzle=q_smem.inner)
         # One piece of memory: keys, values, and later the outputs.
@@ -148,14 +152,10 @@ class TileAttention:
         sV = cute.make_tensor(
             cute.recast_ptr(memory + k_bytes, v_smem.inner, dtype=self.dtype), v_smem.outer
         )
-        shape = (self.key_groups, self.rows, self.head_dim_v)
-        sO = cute.make_tensor(
-            cute.recast_ptr(memory, dtype=Float32), cute.make_ordered_layout(shape, order=(2, 1, 0))
-        )
-        layout = cute.make_ordered_layout((self.key_groups, self.rows), order=(1, 0))
+        layout = cute.make_layout(MMA_ROWS * self.warps)
         sM = smem.allocate_tensor(Int32, layout, 16)
         sL = smem.allocate_tensor(Float32, layout, 16)
-        return sQ, sK, sV, sO, sM, sL
+        return sQ, sK, sV, memory, sM, sL
 
     @cute.jit
     def load_queries(self, mQ: cute.Tensor, sQ: cute.Tensor, offset, valid, tidx: Int32):
@@ -261,7 +261,8 @@ class TileAttention:
     ):  # fmt: skip
         """Products of the warp's rows with its keys of ``sK (64, D)``: 8 numbers for each 16 keys.
 
-        ``queries`` are those of :meth:`read_rows`, with wgmma all rows in shared memory.
+        ``queries`` are those of :meth:`read_rows`, with wgmma all rows in shared memory. With wgmma
+        this only starts it.
         """
         mma, _ = mmas
         accs = []
@@ -270,7 +271,7 @@ class TileAttention:
                 mma.get_slice(warp_index * WARP // WARPGROUP * WARPGROUP),
                 (self.rows, TILE_KEYS, self.head_dim), queries, sK,
             )  # fmt: skip
-            gemm(mma, acc, rQ, rK, zero_init=True, wg_wait=0)
+            gemm(mma, acc, rQ, rK, zero_init=True, wg_wait=-1)
             for u in cutlass.range_constexpr(self.units):
                 accs.append(cute.make_tensor(acc.iterator + 8 * u, cute.make_layout(8)))
         else:
@@ -334,20 +335,27 @@ class TileAttention:
 
     @cute.jit
     def start_tiles(self, load_tile, count: Int32):
-        """Start to copy the first tiles of ``count``; ``load_tile(i, stage)`` starts one."""
+        """Start to copy the first tiles of ``count``; ``load_tile(i, stage)`` starts one.
+
+        It is called for one tile after another.
+        """
         for i in cutlass.range(self.stages - 1, unroll=1):
             if i < count:
                 load_tile(i, i)
             cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def next_tile(self, load_tile, i: Int32, count: Int32) -> Int32:
-        """Wait for tile ``i`` and start to copy one behind it; returns the stage of the tile."""
+    def wait_for_tile(self):
+        """Wait for the next tile, and until all warps are done with the one before it."""
         cute.arch.cp_async_wait_group(self.stages - 2)
         if const_expr(self.warpgroups > 0):
             # Wgmma reads what threads have copied.
             cute.arch.fence_view_async_shared()
         cute.arch.barrier()
+
+    @cute.jit
+    def load_ahead(self, load_tile, i: Int32, count: Int32) -> Int32:
+        """Start to copy a tile behind tile ``i``, which all wait for; returns the stage of ``i``."""
         ahead = i + (self.stages - 1)
         if ahead < count:
             load_tile(ahead, ahead % self.stages)
@@ -446,10 +454,61 @@ class TileAttention:
         self.add_values(mmas, acc_O, accs, sV, key_group, warp_index, lane)
 
     @cute.jit
+    def share_outputs(
+        self, acc_O: cute.Tensor, reference: cute.Tensor, total: cute.Tensor, ring: cute.Pointer,
+        warp_sums, row_groups: cutlass.Constexpr[int], tidx: Int32,
+    ):  # fmt: skip
+        """Write the warps' outputs to shared memory, relative to the largest reference of a row.
+
+        Warp ``w`` has row group ``w % row_groups``. Returns outputs ``(copies, rows, Dv)``, which
+        are there after a barrier, and references and sums ``(copies, rows)`` of the warps. No
+        thread reads tiles any more once all threads are here.
+        """
+        copies, rows = const_expr(self.warps // row_groups), const_expr(MMA_ROWS * row_groups)
+        layout = cute.make_layout((copies, rows), stride=(rows, 1))
+        sM, sL = (cute.make_tensor(x.iterator, layout) for x in warp_sums)
+        strides = rows * self.pitch, self.pitch, 1
+        layout = cute.make_layout((copies, rows, self.head_dim_v), stride=strides)
+        sO = cute.make_tensor(cute.recast_ptr(ring, dtype=Float32), layout)
+        warp_index, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
+        copy = warp_index // row_groups
+        row = warp_index % row_groups * MMA_ROWS + lane // QUAD
+        for r in cutlass.range_constexpr(2):
+            for offset in cutlass.range_constexpr(2):
+                total[r] += cute.arch.shuffle_sync_bfly(total[r], offset=1 << offset)
+            if lane % QUAD == 0:
+                sM[copy, row + 8 * r] = reference[r]
+                sL[copy, row + 8 * r] = total[r]
+        cute.arch.barrier()
+        for r in cutlass.range_constexpr(2):
+            largest = sM[0, row + 8 * r]
+            for c in cutlass.range_constexpr(1, copies):
+                largest = cutlass.max(largest, sM[c, row + 8 * r])
+            factor = power_of_two(reference[r] - largest)
+            for i in cutlass.range_constexpr(self.head_dim_v // 8):
+                rPair = cute.make_rmem_tensor(2, Float32)
+                for c in cutlass.range_constexpr(2):
+                    rPair[c] = acc_O[c + 2 * r + 4 * i] * factor
+                place = (copy * rows + row + 8 * r) * self.pitch + (8 * i + lane % QUAD * 2)
+                pointer = sO.iterator + cute.assume(place, divby=2)
+                cute.autovec_copy(rPair, cute.make_tensor(pointer, cute.make_layout(2)))
+        return sO, sM, sL
+
+    @cute.jit
+    def sum_warps(self, sM: cute.Tensor, sL: cute.Tensor, row: Int32) -> tuple[Int32, Float32]:
+        """The largest reference of a row, of the warps that have it, and their sums together."""
+        copies = const_expr(cute.size(sM, mode=[0]))
+        largest, whole = sM[0, row], Float32(0.0)
+        for c in cutlass.range_constexpr(1, copies):
+            largest = cutlass.max(largest, sM[c, row])
+        for c in cutlass.range_constexpr(copies):
+            whole += sL[c, row] * power_of_two(sM[c, row] - largest)
+        return largest, whole
+
+    @cute.jit
     def store_part(
-        self, acc_O: cute.Tensor, reference: cute.Tensor, total: cute.Tensor, sO: cute.Tensor,
-        sM: cute.Tensor, sL: cute.Tensor, out, slot: Int64, rows: Int32, row_group: Int32,
-        key_group: Int32, tidx: Int32,
+        self, acc_O: cute.Tensor, reference: cute.Tensor, total: cute.Tensor, ring: cute.Pointer,
+        warp_sums, out, slot: Int64, rows: Int32, tidx: Int32,
     ):  # fmt: skip
         """Add up what the warps have and store the part. All threads have read the tiles before.
 
@@ -457,58 +516,39 @@ class TileAttention:
         ``(slots, rows)``.
         """
         mO, mM, mL = out
-        lane = tidx % WARP
-        dim = const_expr(self.head_dim_v)
-        row = row_group * MMA_ROWS + lane // QUAD
-        for r in cutlass.range_constexpr(2):
-            for offset in cutlass.range_constexpr(2):
-                total[r] += cute.arch.shuffle_sync_bfly(total[r], offset=1 << offset)
-        if const_expr(self.key_groups == 1):
-            for r in cutlass.range_constexpr(2):
-                if row + 8 * r < rows:
-                    place = slot * rows + row + 8 * r
-                    if lane % QUAD == 0:
-                        mM[place] = reference[r]
-                        mL[place] = total[r]
-                    for i in cutlass.range_constexpr(dim // 8):
-                        rPair = cute.make_rmem_tensor(2, Float32)
-                        for c in cutlass.range_constexpr(2):
-                            rPair[c] = acc_O[c + 2 * r + 4 * i]
-                        column = place * dim + (8 * i + lane % QUAD * 2)
-                        pointer = mO.iterator + cute.assume(column, divby=2)
-                        cute.autovec_copy(rPair, cute.make_tensor(pointer, cute.make_layout(2)))
-        else:
-            cute.arch.barrier()
-            if lane % QUAD == 0:
-                for r in cutlass.range_constexpr(2):
-                    sM[key_group, row + 8 * r] = reference[r]
-                    sL[key_group, row + 8 * r] = total[r]
-            cute.arch.barrier()
-            for r in cutlass.range_constexpr(2):
-                largest = sM[0, row + 8 * r]
-                for g in cutlass.range_constexpr(1, self.key_groups):
-                    largest = cutlass.max(largest, sM[g, row + 8 * r])
-                factor = power_of_two(reference[r] - largest)
-                for i in cutlass.range_constexpr(dim // 8):
-                    for c in cutlass.range_constexpr(2):
-                        column = 8 * i + lane % QUAD * 2 + c
-                        sO[key_group, row + 8 * r, column] = acc_O[c + 2 * r + 4 * i] * factor
-            cute.arch.barrier()
-            for index in cutlass.range(tidx, rows * dim, self.threads, unroll=1):
-                value = Float32(0.0)
-                for g in cutlass.range_constexpr(self.key_groups):
-                    value += sO[g, index // dim, index % dim]
-                mO[slot * rows * dim + index] = value
-            for i in cutlass.range(tidx, rows, self.threads, unroll=1):
-                largest = sM[0, i]
-                for g in cutlass.range_constexpr(1, self.key_groups):
-                    largest = cutlass.max(largest, sM[g, i])
-                value = Float32(0.0)
-                for g in cutlass.range_constexpr(self.key_groups):
-                    value += sL[g, i] * power_of_two(sM[g, i] - largest)
-                mM[slot * rows + i] = largest
-                mL[slot * rows + i] = value
-            cute.arch.barrier()
+        dim, each = const_expr(self.head_dim_v), const_expr(self.head_dim_v // COLUMNS)
+        sO, sM, sL = self.share_outputs(
+            acc_O, reference, total, ring, warp_sums, self.row_groups, tidx
+        )
+        cute.arch.barrier()
+        for v in cutlass.range_constexpr(cute.ceil_div(self.rows * each, self.threads)):
+            index = v * self.threads + tidx
+            row, column = index // each, index % each * COLUMNS
+            if row < rows:
+                whole = self.sum_copies(sO.iterator, row, column, self.row_groups)
+                pointer = mO.iterator + cute.assume((slot * rows + row) * dim + column, divby=4)
+                cute.autovec_copy(whole, cute.make_tensor(pointer, cute.make_layout(COLUMNS)))
+        if tidx < rows:
+            largest, whole_sum = self.sum_warps(sM, sL, tidx)
+            mM[slot * rows + tidx] = largest
+            mL[slot * rows + tidx] = whole_sum
+
+    @cute.jit
+    def sum_copies(
+        self, sO: cute.Pointer, row: Int32, column: Int32, row_groups: cutlass.Constexpr[int]
+    ) -> cute.Tensor:
+        """A vector of the output of all warps, from shared memory of this CTA or another one."""
+        copies, rows = const_expr(self.warps // row_groups), const_expr(MMA_ROWS * row_groups)
+        vectors = []
+        for c in cutlass.range_constexpr(copies):
+            offset = cute.assume((c * rows + row) * self.pitch + column, divby=COLUMNS)
+            rX = cute.make_rmem_tensor(COLUMNS, Float32)
+            cute.autovec_copy(cute.make_tensor(sO + offset, cute.make_layout(COLUMNS)), rX)
+            vectors.append(rX)
+        for c in cutlass.range_constexpr(1, copies):
+            for i in cutlass.range_constexpr(COLUMNS):
+                vectors[0][i] = vectors[0][i] + vectors[c][i]
+        return vectors[0]
 
 
 @functools.cache
