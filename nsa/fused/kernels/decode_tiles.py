@@ -355,7 +355,7 @@ class TileAttention:
 
     @cute.jit
     def load_ahead(self, load_tile, i: Int32, count: Int32) -> Int32:
-        """Start to copy a tile behind tile ``i``, which all wait for; returns the stage of ``i``."""
+        """Start to copy a tile behind tile ``i``, which all have; returns the stage of ``i``."""
         ahead = i + (self.stages - 1)
         if ahead < count:
             load_tile(ahead, ahead % self.stages)
