@@ -26,15 +26,8 @@ from nsa.fused.decode_inputs import (
 )
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_tiles import (
-    PDL,
-    PagedTensors,
-    fake_pages,
-    num_tiles,
-    page_arguments,
-    tile_share,
-    wait_for_previous,
-)
+from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
+from nsa.fused.kernels.decode_schedule import PDL, num_tiles, tile_share, wait_for_previous
 from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,

@@ -26,17 +26,11 @@ from nsa.fused.decode_inputs import (
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_lists import load_list
+from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
+from nsa.fused.kernels.decode_parts import WarpOutputs
 from nsa.fused.kernels.decode_places import MOST_TILES, KeyRange, ListTiles
-from nsa.fused.kernels.decode_tiles import (
-    MMA_ROWS,
-    PDL,
-    PagedTensors,
-    TileAttention,
-    fake_pages,
-    make_attention,
-    page_arguments,
-    wait_for_previous,
-)
+from nsa.fused.kernels.decode_schedule import PDL, wait_for_previous
+from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat_rows
 
@@ -73,6 +67,7 @@ class DecodeAttend:
 
     def __init__(self, attention: TileAttention, select_size: int):
         self.attention = attention
+        self.outputs = WarpOutputs(attention)
         self.select_size = select_size
         self.tiles = ListTiles(attention, select_size, rings=False)
 
@@ -199,7 +194,7 @@ class DecodeAttend:
                     key_group, warp, lane, scale_log2,
                 )  # fmt: skip
             cute.arch.cp_async_wait_group(0)
-            self.attention.store_part(
+            self.outputs.store_part(
                 acc_O, reference, total, ring, warp_sums,
                 (tensors.out, tensors.reference, tensors.total),
                 slot, sizes.group, tidx,

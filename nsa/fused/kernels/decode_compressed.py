@@ -33,19 +33,13 @@ from nsa.fused.decode_inputs import (
 )
 from nsa.fused.hardware import LOG2_E, QUAD, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_tiles import (
-    MMA_ROWS,
-    PDL,
-    PagedTensors,
-    TileAttention,
-    fake_pages,
-    make_attention,
-    num_tiles,
-    page_arguments,
-    tile_share,
-    wait_for_previous,
-)
-from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
+from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
+from nsa.fused.kernels.decode_parts import WarpOutputs
+from nsa.fused.kernels.decode_records import Recorder
+from nsa.fused.kernels.decode_schedule import PDL, TileSchedule, wait_for_previous
+from nsa.fused.kernels.decode_softmax import softmax
+from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
+from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat_rows
 
 
@@ -94,14 +88,12 @@ class DecodeCompressed:
 
     def __init__(self, attention: TileAttention, rule: DecodeRule, records: bool, whole: bool):
         self.attention = attention
+        self.outputs = WarpOutputs(attention)
         self.rule = rule
         self.records = records
+        self.schedule = TileSchedule(rule)
+        self.recorder = Recorder(attention, rule)
         self.whole = whole
-        # A warp that has all slots of a tile records them together.
-        self.record_groups = record_groups(attention.row_groups)
-        # Blocks of which a thread has all slots, or threads that share a block.
-        self.thread_blocks = max(1, 4 // rule.per_select)
-        self.block_threads = max(1, rule.per_select // 4)
 
     @cute.jit
     def __call__(
@@ -133,11 +125,11 @@ class DecodeCompressed:
         smem = cutlass.memory.SmemAllocator()
         memory = attention.allocate(smem, layouts)
         sequence_units = sizes.kv_heads * sizes.token_blocks
-        share, total, extents = self._schedule(tensors, sizes, sequence_units)
+        share, total, extents = self.schedule.find_all(tensors, sizes, sequence_units)
         first = bidx * share
         last = cutlass.min(first + share, total * sequence_units)
         while first < last:
-            sequence, start, tile0, tiles = self._find(
+            sequence, start, tile0, tiles = self.schedule.find(
                 tensors, sizes, sequence_units, first, extents
             )
             within = first - tile0 * sequence_units
@@ -151,72 +143,6 @@ class DecodeCompressed:
         if const_expr(tensors.lengths is not None):
             # The next kernel may start when all CTAs have waited, or ended.
             wait_for_previous()
-
-    @cute.jit
-    def _schedule(
-        self, tensors: _Tensors, sizes: _Sizes, sequence_units: Int32
-    ) -> tuple[Int32, Int32, tuple[Int32, Int32, Int32]]:
-        """Tiles of a CTA, tiles of all sequences, and the extents of the lane's sequence.
-
-        Where the append is the kernel before, a warp that has a lane for each sequence computes
-        them from the lengths, without waiting for it.
-        """
-        lane = cute.arch.lane_idx()
-        is_early = Boolean(False)
-        if const_expr(tensors.lengths is not None):
-            is_early = sizes.batch <= WARP
-        share, total, extents = Int32(0), Int32(0), (Int32(0), Int32(0), Int32(0))
-        if is_early:
-            seen = cutlass.min(lane, sizes.batch - 1)
-            start, new = Int32(0), sizes.tokens
-            if const_expr(tensors.lengths is not None):
-                start = tensors.lengths[seen]
-            if const_expr(tensors.cu_seqlens is not None):
-                new = tensors.cu_seqlens[seen + 1] - tensors.cu_seqlens[seen]
-            tiles = num_tiles(self.rule, start, new, sizes.limit)
-            tiles = tiles if lane < sizes.batch else Int32(0)
-            after = warp_prefix_sum(tiles, lane)
-            total = cute.arch.shuffle_sync(after, WARP - 1)
-            share = tile_share(total * sequence_units, sizes.ctas)
-            extents = start, after - tiles, after
-        else:
-            wait_for_previous()
-            # All loads together, of which each trip to memory delays the first tile.
-            share, total = tensors.tiles[0], tensors.tiles[sizes.batch + 1]
-            extents = self._extents(tensors, sizes, lane)
-        return share, total, extents
-
-    @cute.jit
-    def _extents(
-        self, tensors: _Tensors, sizes: _Sizes, sequence: Int32
-    ) -> tuple[Int32, Int32, Int32]:
-        """Start, first tile and the tile after the last one, of a sequence or the last one."""
-        seen = cutlass.min(sequence, sizes.batch - 1)
-        return tensors.starts[seen], tensors.tiles[seen + 1], tensors.tiles[seen + 2]
-
-    @cute.jit
-    def _find(
-        self, tensors: _Tensors, sizes: _Sizes, sequence_units: Int32, tile: Int32, extents
-    ) -> tuple[Int32, Int32, Int32, Int32]:
-        """(Sequence, start, first tile, tiles) of the sequence of a tile.
-
-        ``extents`` are those of the lane's sequence among the first ones.
-        """
-        lane = cute.arch.lane_idx()
-        sequence, start, tile0, tiles = Int32(0), Int32(0), Int32(0), Int32(1)
-        for begin in cutlass.range(0, sizes.batch, WARP, unroll=1):
-            starts, first, after = extents
-            if begin > 0:
-                starts, first, after = self._extents(tensors, sizes, begin + lane)
-            inside = first * sequence_units <= tile and tile < after * sequence_units
-            found = cute.arch.vote_ballot_sync(inside and begin + lane < sizes.batch)
-            if found != 0:
-                source = cute.arch.popc((found & -found) - 1)
-                sequence = begin + source
-                start = cute.arch.shuffle_sync(starts, source)
-                tile0 = cute.arch.shuffle_sync(first, source)
-                tiles = cute.arch.shuffle_sync(after - first, source)
-        return sequence, start, tile0, tiles
 
     @cute.jit
     def _attend(
@@ -321,20 +247,20 @@ class DecodeCompressed:
                 low.append(self.rule.carried - slot)
                 for r in cutlass.range_constexpr(2):
                     high[r].append(limits[r] - slot)
-            self.attention.softmax(accs, acc_O, reference, total, low, high, lane, scale_log2)
+            softmax(accs, acc_O, reference, total, low, high, lane, scale_log2)
             self.attention.add_values(
                 mmas, acc_O, accs, sV[None, None, stage], key_group, warp, lane
             )
             if const_expr(self.records):
                 for r in cutlass.range_constexpr(2):
-                    self._record(
-                        tensors, sizes, accs, r, reference[r], record_row + 8 * r,
+                    self.recorder.record(
+                        tensors, sizes.groups, accs, r, reference[r], record_row + 8 * r,
                         row + 8 * r < rows, first_group, lane,
                     )  # fmt: skip
             if const_expr(self.attention.warpgroups > 0):
                 warpgroup.wait_group(0)
         cute.arch.cp_async_wait_group(0)
-        self.attention.store_part(
+        self.outputs.store_part(
             acc_O, reference, total, ring, warp_sums,
             (tensors.out, tensors.reference, tensors.total),
             Int64(bidx + index), rows, tidx,
@@ -395,82 +321,6 @@ class DecodeCompressed:
         index = Int32(Uint32(slot) // Uint32(pages.page_rows))
         row = Int32(Uint32(slot) % Uint32(pages.page_rows))
         return pages.table[Int64(sequence) * pages.max_pages + index], row
-
-    @cute.jit
-    def _record(
-        self, tensors: _Tensors, sizes: _Sizes, accs, r: cutlass.Constexpr[int],
-        reference: Int32, row: Int64, real: Boolean, first_group: Int32, lane: Int32,
-    ):  # fmt: skip
-        """Record the exponentials of a row and the warp's slots of a tile.
-
-        The first of the warp's groups of 16 slots is ``first_group``. Its others are the next ones
-        where they are recorded together, else ``key_groups`` apart.
-        """
-        rule, together = self.rule, const_expr(self.record_groups > 1)
-        t, threads = lane % QUAD, const_expr(self.block_threads)
-        own, back = [], []
-        for u in cutlass.range_constexpr(self.attention.units):
-            own_sums, back_sums = self._weigh(accs[u], r, t)
-            own.append(own_sums)
-            back.append(back_sums)
-        for u in cutlass.range_constexpr(self.attention.units):
-            # What the first slots of the next block add: of this thread, of the next, or of the
-            # next group.
-            for block in cutlass.range_constexpr(self.thread_blocks - 1):
-                own[u][block] = own[u][block] + back[u][block + 1]
-            if const_expr(rule.carried > 0):
-                after = Float32(0.0)
-                if const_expr(together and u + 1 < self.attention.units):
-                    after = back[u + 1][0]
-                given = after if t < threads else back[u][0]
-                source = (lane & ~(QUAD - 1)) | ((t + threads) % QUAD)
-                own[u][-1] = own[u][-1] + cute.arch.shuffle_sync(given, source)
-        if real:
-            place = row * (sizes.groups * rule.group_blocks) + t // threads * self.thread_blocks
-            for u in cutlass.range_constexpr(self.attention.units):
-                group = first_group + u * self.attention.key_groups
-                if const_expr(threads == 1) or t % threads == 0:
-                    for block in cutlass.range_constexpr(self.thread_blocks):
-                        tensors.sums[place + group * rule.group_blocks + block] = own[u][block]
-                if const_expr(u == 0 or not together):
-                    entry = row * (sizes.groups // self.record_groups)
-                    entry += group // self.record_groups
-                    if t == 0:
-                        tensors.references[entry] = reference
-                        if const_expr(rule.carried > 0):
-                            tensors.carried[entry] = back[u][0]
-
-    @cute.jit
-    def _weigh(self, acc: cute.Tensor, r: cutlass.Constexpr[int], t: Int32):
-        """Sums of 16 exponentials of a row, for each block of which the thread has slots.
-
-        First each times its overlap with its own block, then with the one before it, in strides.
-        """
-        size = const_expr(4 // self.thread_blocks)
-        own, back = [], []
-        for block in cutlass.range_constexpr(self.thread_blocks):
-            own_sum, back_sum = Float32(0.0), Float32(0.0)
-            for i in cutlass.range_constexpr(size):
-                q = block * size + i
-                power = acc[q % 2 + 2 * r + 4 * (q // 2)]
-                if const_expr(self.block_threads == 1):
-                    own_sum = own_sum + float(min(i, self.rule.carried) + 1) * power
-                    if const_expr(i < self.rule.carried):
-                        back_sum = back_sum + float(self.rule.carried - i) * power
-                else:
-                    place = t % self.block_threads * 4 + i
-                    weight = Float32(cutlass.min(place, self.rule.carried) + 1)
-                    own_sum = own_sum + weight * power
-                    weight = Float32(cutlass.max(self.rule.carried - place, 0))
-                    back_sum = back_sum + weight * power
-            stride = 1
-            while const_expr(stride < self.block_threads):
-                own_sum = own_sum + cute.arch.shuffle_sync_bfly(own_sum, offset=stride)
-                back_sum = back_sum + cute.arch.shuffle_sync_bfly(back_sum, offset=stride)
-                stride *= 2
-            own.append(own_sum)
-            back.append(back_sum)
-        return own, back
 
 
 @kept

@@ -41,19 +41,11 @@ from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_lists import BlockLists, load_list
 from nsa.fused.kernels.decode_outputs import ClusterOutputs, load_gates
+from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
 from nsa.fused.kernels.decode_places import MOST_TILES, KeyRange, ListTiles
+from nsa.fused.kernels.decode_schedule import PDL, unit_parts, wait_for_previous
 from nsa.fused.kernels.decode_scores import RecordTensors, sum_parts
-from nsa.fused.kernels.decode_tiles import (
-    MMA_ROWS,
-    PDL,
-    PagedTensors,
-    TileAttention,
-    fake_pages,
-    make_attention,
-    page_arguments,
-    unit_parts,
-    wait_for_previous,
-)
+from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
 from nsa.fused.kernels.gates import FORMS
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat, flat_rows

@@ -14,24 +14,24 @@ from cutlass import Float32, Int32, Int64, const_expr
 
 from nsa.fused.decode_inputs import NO_REFERENCE
 from nsa.fused.hardware import LOG2_E, WARP
-from nsa.fused.kernels.decode_tiles import COLUMNS, MMA_ROWS, TileAttention, power_of_two
+from nsa.fused.kernels.decode_parts import COLUMNS, WarpOutputs
+from nsa.fused.kernels.decode_softmax import power_of_two
+from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention
 
 # Loads of parts that a thread has under way.
 _LOADS = 16
 
 
-class ClusterOutputs:
+class ClusterOutputs(WarpOutputs):
     """Outputs ``(rows, Dv)`` of a list, of ``cluster`` CTAs; or of as many tokens, a CTA each."""
 
     def __init__(self, attention: TileAttention, cluster: int, of_tokens: bool):
-        self.attention = attention
+        super().__init__(attention)
         self.cluster = cluster
         self.of_tokens = of_tokens
-        self.rows = attention.rows
-        self.head_dim_v = attention.head_dim_v
         # Vectors of columns of a thread: of the cluster's threads, or of those of a token's CTA.
         vectors = self.rows * self.head_dim_v // COLUMNS
-        self.vectors = -(-vectors // (attention.threads * (1 if of_tokens else cluster)))
+        self.vectors = -(-vectors // (self.threads * (1 if of_tokens else cluster)))
 
     @cute.jit
     def add_up(
@@ -48,11 +48,9 @@ class ClusterOutputs:
         row_groups = const_expr(tokens * self.attention.row_groups)
         rows = const_expr(MMA_ROWS * row_groups)
         sReference, sTotal = sums
-        sO, sM, sL = self.attention.share_outputs(
-            acc_O, reference, total, ring, warp_sums, row_groups, tidx
-        )
+        sO, sM, sL = self.share_outputs(acc_O, reference, total, ring, warp_sums, row_groups, tidx)
         if tidx < rows:
-            largest, whole = self.attention.sum_warps(sM, sL, tidx)
+            largest, whole = self.sum_warps(sM, sL, tidx)
             sReference[tidx] = largest
             sTotal[tidx] = whole
         # All threads with this list or window then see what each has written to shared memory.
@@ -67,7 +65,7 @@ class ClusterOutputs:
             factors = self._factors(sReference, sTotal, row, peers, share)
             for peer in cutlass.range_constexpr(peers):
                 pointer = _of_peer(sO.iterator, peer, peers)
-                vector = self.attention.sum_copies(pointer, row, column, row_groups)
+                vector = self.sum_copies(pointer, row, column, row_groups)
                 for c in cutlass.range_constexpr(COLUMNS):
                     found[v][c] = found[v][c] + vector[c] * factors[peer]
         # No CTA reads what another has in shared memory any more.
@@ -164,9 +162,9 @@ class ClusterOutputs:
 
     def _place(self, v: int, rank: Int32, tidx: Int32) -> tuple[Int32, Int32]:
         """Row and first column of a thread's vector ``v``."""
-        index = v * self.attention.threads + tidx
+        index = v * self.threads + tidx
         if not self.of_tokens:
-            index = (v * self.cluster + rank) * self.attention.threads + tidx
+            index = (v * self.cluster + rank) * self.threads + tidx
         each = self.head_dim_v // COLUMNS
         return index // each, index % each * COLUMNS
 

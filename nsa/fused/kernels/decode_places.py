@@ -8,7 +8,8 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, const_expr
 
 from nsa.fused.decode_inputs import MAX_LISTED, TILE_KEYS
-from nsa.fused.kernels.decode_tiles import PagedTensors, TileAttention
+from nsa.fused.kernels.decode_pages import PagedTensors
+from nsa.fused.kernels.decode_tiles import TileAttention
 
 MOST_TILES = MAX_LISTED * 128 // TILE_KEYS
 """Tiles whose places a CTA finds together: those of the longest list of blocks of 128."""

@@ -13,7 +13,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 
 from nsa.fused.decode_inputs import NO_REFERENCE, SLOT_GROUP, DecodeRule
 from nsa.fused.hardware import WARP
-from nsa.fused.kernels.decode_tiles import power_of_two
+from nsa.fused.kernels.decode_softmax import power_of_two
 from nsa.fused.kernels.hopper import mlir_namedtuple
 
 # Numbers of a 16-byte load.
