@@ -168,6 +168,10 @@ class DecodeFinish:
 
         smem = cutlass.memory.SmemAllocator()
         memory = self.attention.allocate(smem, layouts)
+        # The output of the window, where CTAs of a list exchange it with that of the list.
+        window = memory[3]
+        if const_expr(self.splits > 1):
+            window = smem.allocate(4 * self.attention.rows * self.attention.pitch, 128)
         listed = smem.allocate_tensor(Int32, cute.make_layout(MAX_LISTED), 16)
         # The best of each CTA's share of the blocks, and of all.
         bests = tuple(
@@ -186,7 +190,8 @@ class DecodeFinish:
         )
         if first_token < new:
             self._finish(
-                tensors, records, pages, rings, sizes, scale_log2, mmas, memory, listed, bests,
+                tensors, records, pages, rings, sizes, scale_log2, mmas, memory, window, listed,
+                bests,
                 compressed, sums, sGates, sTiles, sequence, row0, new, first_token, index, rank,
             )  # fmt: skip
         if bidx == 0:
@@ -204,8 +209,8 @@ class DecodeFinish:
     def _finish(
         self, tensors: _Tensors, records: RecordTensors | None, pages: PagedTensors,
         rings: PagedTensors | None, sizes: _Sizes, scale_log2: Float32,
-        mmas: tuple[cute.TiledMma, ...], memory, listed: cute.Tensor, bests, compressed,
-        sums, sGates: cute.Tensor, sTiles, sequence: Int32, row0: Int32, new: Int32,
+        mmas: tuple[cute.TiledMma, ...], memory, window: cute.Pointer, listed: cute.Tensor, bests,
+        compressed, sums, sGates: cute.Tensor, sTiles, sequence: Int32, row0: Int32, new: Int32,
         first_token: Int32, index: Int32, rank: Int32,
     ):  # fmt: skip
         stages = const_expr(self.attention.stages)
@@ -365,7 +370,14 @@ class DecodeFinish:
                 else:
                     add_up(1, Int32(0), tidx)
             else:
-                add_up(1, rank, tidx)
+                if const_expr(self.splits > 1):
+                    self.outputs.collect(
+                        turn, acc_O, reference, total, ring, window, warp_sums, sums, tidx
+                    )
+                else:
+                    add_up(1, rank, tidx)
+        if const_expr(self.splits > 1):
+            self.outputs.add_branches(found, ring, window, sums, sGates, self.group, rank, tidx)
 
         if is_real:
             self.outputs.store(
@@ -406,8 +418,10 @@ def compile_decode_finish(
 ) -> Callable:
     """The compiled kernel of these forms."""
     row_groups = -(-group // MMA_ROWS)
-    # Lists, tiles, sums and gates take less than 4608 bytes.
-    beside = 4608 + (0 if of_tokens else 8 * cluster * count)
+    # Lists, tiles, sums and gates; what the CTAs of a list exchange.
+    beside = 2304 + 20 * MMA_ROWS * row_groups
+    if cluster > 1 and not of_tokens:
+        beside += 4 * MMA_ROWS * row_groups * (head_dim_v + 8) + 8 * cluster * count
     attention = make_attention(dtype, head_dim, head_dim_v, row_groups, beside)
     vector = CUTE_DTYPES[dtype]
 

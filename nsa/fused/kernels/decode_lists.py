@@ -59,6 +59,9 @@ class BlockLists:
         The ring of tiles, which is empty, has what this needs in shared memory; ``sAll`` has the
         best of each CTA.
         """
+        if const_expr(self.cluster > 1):
+            # All CTAs have started, before one writes to another's memory.
+            cute.arch.cluster_arrive_relaxed()
         layout = cute.make_ordered_layout((self.warps, self.pass_blocks), order=(1, 0))
         sPartial = cute.make_tensor(cute.recast_ptr(ring, dtype=Float32), layout)
         memory = cute.recast_ptr(ring, dtype=Int64) + self.warps * self.pass_blocks // 2
@@ -117,6 +120,7 @@ class BlockLists:
                 sBest[tidx] = shared[1][tidx]
         else:
             number = const_expr(self.cluster * count)
+            cute.arch.cluster_wait()
             for i in cutlass.range(tidx, number, self.warps * WARP, unroll=1):
                 store_peer(sAll, rank * count + i % count, i // count, shared[1][i % count])
             if tidx < count:

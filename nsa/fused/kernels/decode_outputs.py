@@ -1,8 +1,8 @@
 """The outputs of a list's branches: of the warps of a CTA, of the CTAs of a cluster, and of parts.
 
-Selected and window branch are attended by the CTAs of a cluster. Each writes what its warps have
-found to its shared memory. Each then takes some of the output's elements, and adds up those of all
-warps and CTAs and of the compressed branch's parts, with the gates, in a fixed order.
+Selected and window branch are attended by the CTAs of a cluster. Each adds up what its warps have
+found in its shared memory. Each then takes some of the output's elements, and adds up those of all
+CTAs and of the compressed branch's parts, with the gates, in a fixed order.
 
 Where each CTA of a cluster has a token, they share the window alone: each has some of its keys, for
 the rows of all tokens, and adds up its own token's.
@@ -41,51 +41,128 @@ class ClusterOutputs(WarpOutputs):
     ):  # fmt: skip
         """Add a branch's output, times the gate number ``gate``, to the vectors ``found``.
 
-        Warp ``w`` has row group ``w % n`` of the ``n`` of all rows, those of ``tokens`` tokens.
-        ``warp_sums`` and ``sums`` have room for references and sums of the warps' rows. The ring of
-        tiles is free, here and in all CTAs, before and after.
+        The CTA alone has it, or those of ``tokens`` tokens have it together. Warp ``w`` has row
+        group ``w % n`` of the ``n`` of all rows. ``warp_sums`` and ``sums`` have room for
+        references and sums of the warps' rows. The ring of tiles is free, here and in all CTAs,
+        before and after.
         """
         row_groups = const_expr(tokens * self.attention.row_groups)
-        rows = const_expr(MMA_ROWS * row_groups)
-        sReference, sTotal = sums
-        sO, sM, sL = self.share_outputs(acc_O, reference, total, ring, warp_sums, row_groups, tidx)
-        if tidx < rows:
-            largest, whole = self.sum_warps(sM, sL, tidx)
-            sReference[tidx] = largest
-            sTotal[tidx] = whole
-        # All threads with this list or window then see what each has written to shared memory.
-        peers = const_expr(1 if self.of_tokens and tokens == 1 else self.cluster)
-        self._meet(peers)
+        sO = self._share(acc_O, reference, total, ring, warp_sums, sums, Int32(0), row_groups, tidx)
+        if const_expr(tokens > 1):
+            self._combine(sO, sO, row_groups, tidx)
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
         for v in cutlass.range_constexpr(self.vectors):
             row, column = self._place(v, rank, tidx)
             row = cutlass.min(row, heads - 1)
             share = gates[row * 3 + gate]
             if const_expr(tokens > 1):
                 row += rank * self.rows
-            factors = self._factors(sReference, sTotal, row, peers, share)
-            for peer in cutlass.range_constexpr(peers):
-                pointer = _of_peer(sO.iterator, peer, peers)
-                vector = self.sum_copies(pointer, row, column, row_groups)
-                for c in cutlass.range_constexpr(COLUMNS):
-                    found[v][c] = found[v][c] + vector[c] * factors[peer]
+            factors = self._factors(sums, row, tokens, share)
+            for peer in cutlass.range_constexpr(tokens):
+                if const_expr(tokens > 1):
+                    vector = self._load(_of_peer(sO, peer, tokens), row, column)
+                else:
+                    vector = self.sum_copies(sO, row, column, row_groups)
+                self._add(found[v], vector, factors[peer])
         # No CTA reads what another has in shared memory any more.
-        self._meet(peers)
-
-    @cute.jit
-    def _meet(self, peers: cutlass.Constexpr[int]):
-        """Wait for all threads of so many CTAs."""
-        if const_expr(peers > 1):
+        if const_expr(tokens > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         else:
             cute.arch.barrier()
 
     @cute.jit
+    def collect(
+        self, branch: Int32, acc_O: cute.Tensor, reference: cute.Tensor, total: cute.Tensor,
+        ring: cute.Pointer, window: cute.Pointer, warp_sums, sums, tidx: Int32,
+    ):  # fmt: skip
+        """Add up the CTA's output of a branch, 0 window and 1 selected, for :meth:`add_branches`.
+
+        That of the window goes to ``window``, the other one to the ring of tiles.
+        """
+        row_groups = const_expr(self.attention.row_groups)
+        first = branch * self.rows
+        sO = self._share(acc_O, reference, total, ring, warp_sums, sums, first, row_groups, tidx)
+        target = cute.recast_ptr(window, dtype=Float32)
+        apart = (sO.toint() - target.toint()) // 4
+        target = target + cute.assume(branch * apart, divby=COLUMNS)
+        self._combine(sO, target, row_groups, tidx)
+        cute.arch.barrier()
+
+    @cute.jit
+    def add_branches(
+        self, found: list[cute.Tensor], ring: cute.Pointer, window: cute.Pointer, sums,
+        gates: cute.Tensor, heads: cutlass.Constexpr[int], rank: Int32, tidx: Int32,
+    ):  # fmt: skip
+        """Add both branches of all CTAs, times their gates, to the vectors ``found``."""
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        for v in cutlass.range_constexpr(self.vectors):
+            row, column = self._place(v, rank, tidx)
+            if row < heads:
+                # All loads before the first use, so that they are under way together.
+                loaded, factors = [], []
+                for branch in cutlass.range_constexpr(2):
+                    memory = cute.recast_ptr(ring if branch == 1 else window, dtype=Float32)
+                    for peer in cutlass.range_constexpr(self.cluster):
+                        pointer = _of_peer(memory, peer, self.cluster)
+                        loaded.append(self._load(pointer, row, column))
+                for branch in cutlass.range_constexpr(2):
+                    gate = gates[row * 3 + 2 - branch]
+                    place = branch * self.rows + row
+                    factors += self._factors(sums, place, self.cluster, gate)
+                for i in cutlass.range_constexpr(2 * self.cluster):
+                    self._add(found[v], loaded[i], factors[i])
+        # No CTA may end while another reads its shared memory.
+        cute.arch.cluster_arrive_relaxed()
+        cute.arch.cluster_wait()
+
+    @cute.jit
+    def _share(
+        self, acc_O: cute.Tensor, reference: cute.Tensor, total: cute.Tensor, ring: cute.Pointer,
+        warp_sums, sums, first: Int32, row_groups: cutlass.Constexpr[int], tidx: Int32,
+    ) -> cute.Pointer:  # fmt: skip
+        """Write the warps' outputs to the ring, and their sums to ``sums`` from ``first``."""
+        sReference, sTotal = sums
+        sO, sM, sL = self.share_outputs(acc_O, reference, total, ring, warp_sums, row_groups, tidx)
+        if tidx < MMA_ROWS * row_groups:
+            largest, whole = self.sum_warps(sM, sL, tidx)
+            sReference[first + tidx] = largest
+            sTotal[first + tidx] = whole
+        cute.arch.barrier()
+        return sO.iterator
+
+    @cute.jit
+    def _combine(
+        self, sO: cute.Pointer, target: cute.Pointer, row_groups: cutlass.Constexpr[int],
+        tidx: Int32,
+    ):  # fmt: skip
+        """Add up the warps' outputs, to ``target``, which may be those of the first warps."""
+        each = const_expr(self.head_dim_v // COLUMNS)
+        number = const_expr(MMA_ROWS * row_groups * each)
+        for v in cutlass.range_constexpr(cute.ceil_div(number, self.threads)):
+            index = v * self.threads + tidx
+            if index < number:
+                row, column = index // each, index % each * COLUMNS
+                vector = self.sum_copies(sO, row, column, row_groups)
+                pointer = target + cute.assume(row * self.pitch + column, divby=COLUMNS)
+                cute.autovec_copy(vector, cute.make_tensor(pointer, cute.make_layout(COLUMNS)))
+
+    def _load(self, pointer: cute.Pointer, row: Int32, column: Int32) -> cute.Tensor:
+        return _load_floats(pointer, row * self.pitch + column)
+
+    @cute.jit
+    def _add(self, found: cute.Tensor, vector: cute.Tensor, factor: Float32):
+        for c in cutlass.range_constexpr(COLUMNS):
+            found[c] = found[c] + vector[c] * factor
+
+    @cute.jit
     def _factors(
-        self, sReference: cute.Tensor, sTotal: cute.Tensor, row: Int32,
-        peers: cutlass.Constexpr[int], gate: Float32,
-    ) -> list[Float32]:  # fmt: skip
+        self, sums, row: Int32, peers: cutlass.Constexpr[int], gate: Float32
+    ) -> list[Float32]:
         """What a row of the output of each CTA is multiplied with."""
+        sReference, sTotal = sums
         largest, references, totals = Int32(NO_REFERENCE), [], []
         for peer in cutlass.range_constexpr(peers):
             references.append(load_peer(sReference, row, peer, peers))
