@@ -18,7 +18,7 @@ from nsa.fused.memory import workspace_bytes
 from nsa.fused.pipeline import Inputs, Saved
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
-from nsa.host import is_capturing
+from nsa.host import is_capturing, refuse_recording
 from nsa.precision import without_autocast
 
 ALWAYS_FITS = 1 << 30
@@ -63,6 +63,7 @@ def make_schedule(
     workspace = _whole_bytes(sizes, save)
     if workspace <= ALWAYS_FITS:
         return whole
+    refuse_recording("the schedule depends on the free memory")
     # The results are the output; with a backward, also its gradient and those of the inputs.
     results = q.nbytes
     if save:
