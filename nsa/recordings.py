@@ -14,6 +14,7 @@ memory. What PyTorch allocates is allocated in each call, and freed after its la
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import itemgetter
 from threading import Lock
@@ -58,8 +59,9 @@ def run(
     if not _may_record(given, parameters):
         return function(*tensors)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    modes = (differentiable, torch.is_inference_mode_enabled())
-    form = (key, given[0].device, modes, *map(_form, given))
+    device = given[0].device
+    modes = (differentiable, torch.is_inference_mode_enabled(), autocast_dtype(device))
+    form = (key, device, modes, *map(_form, given))
     with _lock:
         recording = _recordings.setdefault(form, _NEW)
         if recording is _NEW:
@@ -100,7 +102,6 @@ def _may_record(given: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
         and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and autocast_dtype(device) is None
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.is_anomaly_enabled()
         and all(
@@ -149,7 +150,7 @@ class Recording(NamedTuple):
     def forward(self, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The output, and what the backward needs."""
         memories: Memories = [*given, *(None,) * (self.memories - len(given))]
-        with torch.cuda.device_of(given[0]):
+        with torch.cuda.device_of(given[0]), without_autocast(given[0].device):
             _run(self.steps, memories)
         return self.output(memories), [memories[number] for number in self.saved]
 
@@ -227,14 +228,15 @@ def _record(
         if wanted:
             with _Rehearsal():
                 out = function(*leaves)
-                torch.autograd.grad(out, wanted, torch.zeros_like(out), allow_unused=True)
+                with without_autocast(out.device):
+                    torch.autograd.grad(out, wanted, torch.zeros_like(out), allow_unused=True)
         recorder = _Recorder(given)
-        with torch.set_grad_enabled(differentiable), recorder:
+        with torch.set_grad_enabled(differentiable), _uncached_autocast(given[0].device), recorder:
             out = function(*leaves)
         recorder.end_forward(out)
         if wanted:
             dout = recorder.new_output_gradient(out)
-            with recorder:
+            with without_autocast(out.device), recorder:
                 found = iter(torch.autograd.grad(out, wanted, dout, allow_unused=True))
             grads = [next(found) if x.requires_grad else None for x in given]
         return recorder.finish(grads)
@@ -244,6 +246,14 @@ def _record(
     finally:
         for x in given:
             vars(x.untyped_storage()).pop(_MARK, None)
+
+
+def _uncached_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast as it is, but weights are cast in the call, not kept by PyTorch from one before."""
+    dtype = autocast_dtype(device)
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 def _own_leaf(x: Tensor, tensors: Sequence[Tensor], differentiable: bool) -> Tensor:

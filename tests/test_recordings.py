@@ -126,6 +126,29 @@ def test_layers_of_one_form_share_a_recording(emulated):
 
 
 @modes
+def test_autocast(mode, emulated):
+    layer = make_layer(mode, dtype=torch.float32)
+    parameters = list(layer.parameters())
+    for _ in range(4):
+        x = new_input().float()
+        results = []
+        for call in (layer, layer._forward):
+            hidden = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                # Not the leaf, of which autocast would keep a cast.
+                y = call(hidden * 1)
+            assert y.dtype == torch.bfloat16
+            results.append(
+                [y, *torch.autograd.grad(y.float().square().sum(), [hidden, *parameters])]
+            )
+        assert all(map(torch.equal, *results))
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(0.01)
+    assert recorded()
+
+
+@modes
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode, grad_mode, emulated):
     layer = make_layer(mode)
@@ -218,7 +241,6 @@ class Mode(torch.utils._python_dispatch.TorchDispatchMode):
 CONTEXTS = {
     "dispatch mode": Mode,
     "function mode": torch.overrides.BaseTorchFunctionMode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "saved tensors": lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
     "anomalies": torch.autograd.detect_anomaly,
 }
