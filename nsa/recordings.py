@@ -9,10 +9,13 @@ the index tensors of a plan, which the recording holds.
 A recording knows tensors by their memory. The memory of each tensor that is given, and of each that
 an operation allocates, has a number; all others are constants. An argument of a step is a view of a
 memory. What PyTorch allocates is allocated in each call, and freed after its last use.
+
+Constants are the index tensors that plans keep. Only the fused backend has them, and it
+does not write to them. A recording keeps them alive, as its plan does.
 """
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -27,8 +30,16 @@ from torch._ops import OpOverload
 from nsa.host import NotRecordable, RecordingMode, may_keep
 from nsa.precision import autocast_dtype, without_autocast
 
+ENABLED = True
+"""Whether calls are recorded. ``nsa.recordings.ENABLED = False`` turns it off, also for calls that
+are recorded already."""
+
 MAX_RECORDINGS = 64
 """Recordings to keep, and forms that were seen once."""
+
+MAX_ELEMENTS = 1 << 25
+"""Elements of the first tensor up to which calls are recorded. The host is faster than the GPU in
+larger ones, and recording takes the memory and time of a forward and backward more."""
 
 Memories = list[Any]
 """By number, a tensor that has the memory; None before it is allocated and after its last use."""
@@ -97,7 +108,9 @@ def _may_record(given: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
     """Whether nobody looks at single operations, or changes what they do."""
     device = given[0].device
     return (
-        may_keep(given[0])
+        ENABLED
+        and given[0].numel() <= MAX_ELEMENTS
+        and may_keep(given[0])
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()
@@ -117,12 +130,15 @@ def _form(x: Tensor) -> tuple:
 
 
 class _Step(NamedTuple):
-    """A call of ``function``. ``made`` is the memory of its result, or of each of its results, None
-    for what is not new; ``done`` are memories that no later step uses."""
+    """A call of ``function``, whose arguments are getters, or places while it is recorded.
+
+    ``made`` is the memory of its result, or of each of its results, None for what is not new.
+    ``done`` are memories that no later step uses.
+    """
 
     function: Callable
-    arguments: tuple[Getter, ...]
-    keywords: dict[str, Getter]
+    arguments: tuple
+    keywords: dict[str, Any]
     made: int | tuple[int | None, ...] | None
     done: tuple[int, ...]
 
@@ -306,7 +322,11 @@ class _Recorder(RecordingMode):
                 raise NotRecordable("parameters share memory")
             self._add(x, given=True)
         self._num_given = len(given)
+        self._views: Counter[_View] = Counter()
+        # Steps that allocate, and whether they fill with zeros.
+        self._allocations: dict[int, bool] = {}
         self._dout: int | None = None
+        self._device = given[0].device
 
     def __torch_dispatch__(self, func: OpOverload, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -315,7 +335,10 @@ class _Recorder(RecordingMode):
         result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         if name in _ALLOCATIONS:
-            self.note(_allocation(name, result), (), {}, result)
+            if "zeros" in name and not result.is_contiguous():
+                raise NotRecordable("zeros have an order of their own")
+            self._allocations[len(self._steps)] = "zeros" in name
+            self.note(func, (), {}, result)
         elif func._schema.is_mutable or _makes_new(args, kwargs, result):
             self.note(_DIRECT.get(func, func), args, kwargs, result)
         return result
@@ -323,8 +346,8 @@ class _Recorder(RecordingMode):
     def note(self, function: Callable, args: Sequence, kwargs: dict, result: Any) -> None:
         """Note a call that gave ``result``: a tensor, several, or None."""
         uses: set[int] = set()
-        arguments = tuple(self._getter(x, uses) for x in args)
-        keywords = {name: self._getter(x, uses) for name, x in kwargs.items()}
+        arguments = tuple(self._place(x, uses) for x in args)
+        keywords = {name: self._place(x, uses) for name, x in kwargs.items()}
         made: Any = self._number_of_new(result)
         if isinstance(result, (tuple, list)):
             made = tuple(map(self._number_of_new, result))
@@ -340,11 +363,7 @@ class _Recorder(RecordingMode):
         base = self._bases[number]
         if not (base.contiguous and out.is_contiguous() and shape.numel() == base.shape.numel()):
             raise NotRecordable("the output is a part of a tensor")
-        self._output, self._split = number, len(self._steps)
-        self._get_output: Getter = itemgetter(number)
-        if shape != base.shape:
-            view = torch.ops.aten._unsafe_view.default
-            self._get_output = lambda memories: view(memories[number], shape)
+        self._output, self._shape, self._split = number, shape, len(self._steps)
 
     def new_output_gradient(self, out: Tensor) -> Tensor:
         """A gradient of the output to record the backward with."""
@@ -355,8 +374,8 @@ class _Recorder(RecordingMode):
     def finish(self, grads: Sequence[Tensor | None]) -> Recording:
         """The recording; ``grads`` are the gradients of what was given."""
         at_end: set[int] = set()
-        gradients = tuple(None if x is None else self._getter(x, at_end) for x in grads)
-        if any(x is not None and self._number_of(x) is None for x in grads):
+        places = [None if x is None else self._place(x, at_end) for x in grads]
+        if not all(x is None or isinstance(x, _View) for x in places):
             raise NotRecordable("a gradient is a constant")
         first: dict[int, int] = {}
         last: dict[int, int] = {}
@@ -372,16 +391,50 @@ class _Recorder(RecordingMode):
         steps = []
         for at, (step, uses) in enumerate(zip(self._steps, self._uses, strict=True)):
             done = tuple(n for n in uses if last[n] == at and n != self._output)
-            steps.append(step._replace(done=done))
+            function = step.function
+            if at in self._allocations:
+                function = self._allocation(step.made, zeros=self._allocations[at])
+            steps.append(step._replace(function=function, done=done))
+        steps = [
+            step._replace(
+                arguments=tuple(map(self._getter, step.arguments)),
+                keywords={name: self._getter(x) for name, x in step.keywords.items()},
+            )
+            for step in steps
+        ]
         return Recording(
             memories=len(self._bases),
             steps=tuple(steps[: self._split]),
-            output=self._get_output,
+            output=self._output_getter(),
             saved=saved,
             dout=self._dout,
             backward_steps=tuple(steps[self._split :]),
-            gradients=gradients,
+            gradients=tuple(None if x is None else self._getter(x) for x in places),
         )
+
+    def _allocation(self, number: Any, *, zeros: bool) -> Callable[[], Tensor]:
+        """Allocates a memory in the shape that most steps take, of those that have all of it."""
+        base = self._bases[number]
+        if base.contiguous:
+            times = {base.shape: 0}
+            for view in (view for view in self._views if view.memory == number):
+                is_all = view.shape.numel() == base.shape.numel()
+                if is_all and _contiguous_strides(view.shape) == view.strides:
+                    times[view.shape] = self._views[view]
+            shape = max(times, key=times.__getitem__)
+            base = base._replace(shape=shape, strides=_contiguous_strides(shape))
+            self._bases[number] = base
+        kind: dict[str, Any] = dict(dtype=base.dtype, device=self._device)
+        if zeros:
+            return partial(torch.zeros, base.shape, **kind)
+        return partial(torch.empty_strided, base.shape, base.strides, **kind)
+
+    def _output_getter(self) -> Getter:
+        number, shape = self._output, self._shape
+        if shape == self._bases[number].shape:
+            return itemgetter(number)
+        view = torch.ops.aten._unsafe_view.default
+        return lambda memories: view(memories[number], shape)
 
     def _add(self, x: Tensor, *, given: bool = False) -> int:
         """The number of the memory of ``x``, which has none yet."""
@@ -410,25 +463,33 @@ class _Recorder(RecordingMode):
             return None
         return self._add(x)
 
-    def _getter(self, x: Any, uses: set[int]) -> Getter:
-        """Gives an argument like ``x``; adds the memories that it is in to ``uses``."""
+    def _place(self, x: Any, uses: set[int]) -> Any:
+        """``x`` with a :class:`_View` for each tensor; adds the memories to ``uses``."""
         if isinstance(x, Tensor):
             number = self._number_of(x)
             if number is None:
-                return _constant(x)
+                return x
+            base = self._bases[number]
+            if x.dtype != base.dtype:
+                raise NotRecordable(f"memory of {base.dtype} is read as {x.dtype}")
             uses.add(number)
-            return self._view(x, number)
+            view = _View(number, x.shape, x.stride(), int(x.storage_offset()) - base.offset)
+            self._views[view] += 1
+            return view
         if isinstance(x, (tuple, list)) and next(tensors_in(x), None) is not None:
-            parts = tuple(self._getter(part, uses) for part in x)
             make = getattr(type(x), "_make", type(x))
-            return lambda memories: make([get(memories) for get in parts])
-        return _constant(x)
+            return _Parts(make, tuple(self._place(part, uses) for part in x))
+        return x
 
-    def _view(self, x: Tensor, number: int) -> Getter:
-        base, shape, strides = self._bases[number], x.shape, x.stride()
-        if x.dtype != base.dtype:
-            raise NotRecordable(f"memory of {base.dtype} is read as {x.dtype}")
-        offset = x.storage_offset() - base.offset
+    def _getter(self, place: Any) -> Getter:
+        """Gives the argument that :meth:`_place` was made from."""
+        if isinstance(place, _Parts):
+            make, parts = place.make, tuple(map(self._getter, place.parts))
+            return lambda memories: make([get(memories) for get in parts])
+        if not isinstance(place, _View):
+            return lambda _: place
+        number, shape, strides, offset = place
+        base = self._bases[number]
         if (shape, strides, offset) == (base.shape, base.strides, 0):
             return itemgetter(number)
         if not base.given:
@@ -439,6 +500,22 @@ class _Recorder(RecordingMode):
             return torch.as_strided(given, shape, strides, given.storage_offset() + offset)
 
         return of_given
+
+
+class _View(NamedTuple):
+    """A tensor, as what it is of a memory."""
+
+    memory: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+
+
+class _Parts(NamedTuple):
+    """A tuple or list of some kind, with tensors in it."""
+
+    make: Callable
+    parts: tuple
 
 
 _NOT_RECORDABLE = {
@@ -468,13 +545,8 @@ _DIRECT: dict[OpOverload, Callable] = {
 """Functions that do the same as operations, and take less time to call."""
 
 
-def _allocation(name: str, x: Tensor) -> Callable[[], Tensor]:
-    """A function without arguments that allocates a tensor like ``x``."""
-    if "zeros" not in name:
-        return partial(torch.empty_strided, x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    if not x.is_contiguous():
-        raise NotRecordable("zeros have an order of their own")
-    return partial(torch.zeros, x.shape, dtype=x.dtype, device=x.device)
+def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
 
 
 def _makes_new(args: tuple, kwargs: dict, result: Any) -> bool:
@@ -484,10 +556,6 @@ def _makes_new(args: tuple, kwargs: dict, result: Any) -> bool:
     if known and not results:
         raise NotRecordable("the host reads values")
     return any(x.untyped_storage()._cdata not in known for x in results)
-
-
-def _constant(x: Any) -> Getter:
-    return lambda _: x
 
 
 def tensors_in(x: Any) -> Iterator[Tensor]:
