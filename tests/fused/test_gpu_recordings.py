@@ -68,7 +68,7 @@ def assert_same(got, wanted):
     """The same output. Gradients are added in any order, so their last bits differ."""
     assert torch.equal(got[0], wanted[0])
     for x, y in zip(got[1:], wanted[1:], strict=True):
-        assert (x.float() - y.float()).norm() <= 4e-3 * y.float().norm() + 1e-6
+        assert (x.float() - y.float()).norm() <= 1e-2 * y.float().norm() + 1e-6
 
 
 @pytest.mark.parametrize("form", LAYERS)
