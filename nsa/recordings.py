@@ -236,11 +236,12 @@ def _record(
     differentiable: bool,
 ) -> Any:
     """The recording of a call, or ``_REFUSED``."""
-    leaves = [_own_leaf(x, tensors, differentiable) for x in tensors]
-    given = (*leaves, *parameters)
-    wanted = [x for x in given if x.requires_grad] if differentiable else []
+    given: tuple[Tensor, ...] = ()
     grads: list[Tensor | None] = []
     try:
+        leaves = [_own_leaf(x, tensors, differentiable) for x in tensors]
+        given = (*leaves, *parameters)
+        wanted = [x for x in given if x.requires_grad] if differentiable else []
         if wanted:
             with _Rehearsal():
                 out = function(*leaves)
@@ -276,6 +277,8 @@ def _own_leaf(x: Tensor, tensors: Sequence[Tensor], differentiable: bool) -> Ten
     """``x`` as a leaf, in memory of its own."""
     places = [other.untyped_storage()._cdata for other in tensors]
     if places.count(x.untyped_storage()._cdata) > 1:
+        if any(not stride and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise NotRecordable("tensors share memory and overlap themselves")
         copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         return copy.copy_(x.detach()).requires_grad_(differentiable and x.requires_grad)
     return x.detach().requires_grad_(differentiable and x.requires_grad)

@@ -190,6 +190,14 @@ def test_forward_of_slices(mode, emulated):
     assert len(recorded()) == 1
 
 
+def test_expanded_keys_and_values_run(emulated):
+    q, x = torch.randn(2, 64, HEADS, 64), torch.randn(1, 64, 1, 64)
+    for _ in range(3):
+        k = x.expand(2, -1, -1, -1)
+        got = nsa.forward(q, k, k.view_as(k), backend="fused")
+        torch.testing.assert_close(got, nsa.forward(q, k, k, backend="reference"))
+
+
 def test_wrong_arguments_are_found_after_a_recording(emulated):
     q, k = torch.randn(1, 64, HEADS, 64), torch.randn(1, 64, 1, 64)
     for _ in range(3):
