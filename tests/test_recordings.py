@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import nsa
@@ -278,6 +279,66 @@ def test_checkpoint(emulated):
             for call in (lambda x: checkpoint(layer, x, use_reentrant=False), layer._forward)
         )
         assert all(map(torch.equal, got, wanted))
+
+
+def sharded(layer, mesh):
+    return fully_shard(layer, mesh=mesh)
+
+
+def in_units(layer, mesh):
+    for name in ("q_proj", "compress_k"):
+        fully_shard(getattr(layer, name), mesh=mesh)
+    return fully_shard(layer, mesh=mesh)
+
+
+def distributed_data_parallel(layer, _):
+    return nn.parallel.DistributedDataParallel(layer)
+
+
+# PyTorch's own, of FSDP2 and DDP on a CPU.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("wrap", [sharded, in_units, distributed_data_parallel])
+def test_wrapped_layers_train_alike(wrap, emulated, mesh, monkeypatch):
+    xs, losses = [new_input() for _ in range(5)], []
+    for enabled in (True, False):
+        monkeypatch.setattr(recordings, "ENABLED", enabled)
+        model = wrap(make_layer(), mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses.append([])
+        for x in xs:
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_transforms_of_functions_raise_as_before(emulated):
+    q, k = torch.randn(1, 64, HEADS, 64), torch.randn(1, 64, 1, 64)
+    for _ in range(3):
+        nsa.forward(q, k, k.clone(), backend="fused")
+    with pytest.raises(nsa.UnsupportedError, match=r"torch\.func"):
+        torch.func.grad(lambda q: nsa.forward(q, k, k.clone(), backend="fused").sum())(q)
+
+
+def test_large_calls_and_a_switch(monkeypatch):
+    seen = []
+
+    def function(x):
+        seen.append(1)
+        return x * 2
+
+    monkeypatch.setattr(recordings, "MAX_ELEMENTS", 3)
+    for _ in range(3):
+        recordings.run("key", function, (torch.ones(4),))
+    assert len(seen) == 3
+    for _ in range(3):
+        recordings.run("key", function, (torch.ones(3),))
+    assert len(seen) == 5
+    monkeypatch.setattr(recordings, "ENABLED", False)
+    recordings.run("key", function, (torch.ones(3),))
+    assert len(seen) == 6
 
 
 def test_second_derivative_raises(emulated):
