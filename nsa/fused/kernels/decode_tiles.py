@@ -16,7 +16,7 @@ import cutlass.cute as cute
 import torch
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warp
-from cutlass.utils import LayoutEnum
+from cutlass.tensor_utils import LayoutEnum
 
 from nsa.fused.decode_inputs import TILE_KEYS, resident_ctas, tile_stages
 from nsa.fused.hardware import WARP, WARPGROUP, WGMMA_ROWS

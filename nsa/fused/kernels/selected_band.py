@@ -26,7 +26,7 @@ import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
-from cutlass.utils import LayoutEnum
+from cutlass.tensor_utils import LayoutEnum
 
 from nsa.fused.hardware import QUAD, SHARED_BYTES, WARP, WARPGROUP
 from nsa.fused.kernels.compiled import compile_kernel, kept

@@ -25,7 +25,7 @@ import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
-from cutlass.utils import LayoutEnum
+from cutlass.tensor_utils import LayoutEnum
 from torch import Tensor
 
 from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARPGROUP
