@@ -257,8 +257,9 @@ def _record(
                 found = iter(torch.autograd.grad(out, wanted, dout, allow_unused=True))
             grads = [next(found) if x.requires_grad else None for x in given]
         return recorder.finish(grads)
-    except (NotRecordable, torch.OutOfMemoryError) as error:
-        _logger.debug("calls of a form are not recorded: %s", error)
+    except Exception as error:
+        # Step by step the call may run, and else it raises what it should.
+        _logger.debug("calls of a form are not recorded: %r", error)
         return _REFUSED
     finally:
         for x in given:
@@ -360,6 +361,8 @@ class _Recorder(RecordingMode):
 
     def end_forward(self, out: Tensor) -> None:
         """Note the output. It is given as no view, because callers may change it in place."""
+        if not isinstance(out, Tensor):
+            raise NotRecordable(f"the output is {type(out).__name__}")
         number, shape = self._number_of(out), out.shape
         if number is None or self._bases[number].given:
             raise NotRecordable("the output is not new")
