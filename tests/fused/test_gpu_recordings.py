@@ -8,8 +8,9 @@ import torch
 import nsa
 from nsa import recordings
 from nsa.recordings import Recording
+from tests.helpers.gpu_cases import gpu_test
 
-pytestmark = pytest.mark.gpu
+pytestmark = gpu_test
 
 CONFIGS = {
     "paper": nsa.NSAConfig.paper(),
