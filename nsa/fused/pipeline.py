@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa.fused.attention import (
+    closing_attention,
     compressed_attention,
     compressed_attention_backward,
     compressed_lse,
@@ -115,6 +116,27 @@ class Saved(NamedTuple):
         return *(self.branches or _NO_BRANCHES), self.block_indices, self.groups
 
 
+class _Others(NamedTuple):
+    """What the selected branch needs, and the results of the others.
+
+    The ``compressed`` keys and values are freed with it, which the estimate of memory counts on.
+    """
+
+    compressed: Pair
+    q_rows: Tensor
+    block_indices: Tensor
+    groups: Tensor | None
+    o_cmp: Tensor
+    lse_cmp: Tensor
+    o_win: Tensor
+    lse_win: Tensor
+
+    def with_selected(self, o_slc: Tensor, lse_slc: Tensor) -> BranchResults:
+        """The results of all branches."""
+        others = (self.o_win, self.lse_win)
+        return BranchResults(self.o_cmp, self.lse_cmp, o_slc, lse_slc, *others)
+
+
 def attend(
     inputs: Inputs, block_indices: Tensor | None, groups: Tensor | None, plan: Plan
 ) -> tuple[BranchResults, Tensor, Tensor | None]:
@@ -124,8 +146,45 @@ def attend(
 
     ``block_indices`` are ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode.
     """
+    others = _attend_others(inputs, block_indices, groups, plan)
+    (k_slc, v_slc), _ = inputs.keys_and_values()
+    results = selected_attention(others.q_rows, k_slc, v_slc, others.block_indices, plan)
+    return others.with_selected(*results), others.block_indices, others.groups
+
+
+def attend_and_combine(
+    inputs: Inputs, block_indices: Tensor | None, plan: Plan, out: Tensor | None, *, keep: bool
+) -> tuple[Tensor, BranchResults | None, Tensor, Tensor | None]:
+    """The output of :func:`combine`, and what :func:`attend` returns; no branches if not ``keep``.
+
+    Where the last kernel of token mode has the output of the selected branch at hand, it does both.
+    """
+    if not plan.has_band:
+        results, block_indices, groups = attend(inputs, block_indices, None, plan)
+        out = combine(inputs, results, plan, out)
+        return out, results if keep else None, block_indices, groups
+    others = _attend_others(inputs, block_indices, None, plan)
+    out, o_slc, lse_slc = closing_attention(
+        others.q_rows,
+        *inputs.keys_and_values()[0],
+        others.block_indices,
+        (others.o_cmp, others.o_win),
+        inputs.gates,
+        inputs.gate_proj_weight,
+        out,
+        plan,
+        keep=keep,
+    )
+    branches = None if o_slc is None else others.with_selected(o_slc, lse_slc)
+    return out, branches, others.block_indices, others.groups
+
+
+def _attend_others(
+    inputs: Inputs, block_indices: Tensor | None, groups: Tensor | None, plan: Plan
+) -> _Others:
+    """All of :func:`attend` but the selected branch."""
     q, token_mode = inputs.q, plan.config.selection == "token"
-    (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
+    _, (k_win, v_win) = inputs.keys_and_values()
     side_stream = SideStream(q)
     # The window comes first: it needs no plan tensors, and runs while the host prepares the rest.
     o_win, lse_win = window_attention(q, k_win, v_win, plan)
@@ -138,9 +197,8 @@ def attend(
         if block_indices is None:  # only in token mode
             lse = compressed_lse(lse_cmp, q, k_cmp, plan)
             block_indices = select_blocks(q_rows, k_cmp, lse, plan)
-    o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
-    branches = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win)
-    return branches, block_indices, groups
+    results = (o_cmp, lse_cmp, o_win, lse_win)
+    return _Others((k_cmp, v_cmp), q_rows, block_indices, groups, *results)
 
 
 def attend_window(inputs: Inputs, branches: BranchResults, plan: Plan) -> BranchResults:

@@ -138,6 +138,12 @@ class Plan:
         return FoldedQueries(self.geometry, self.tables, self._bounds_of("folded"))
 
     @property
+    def has_band(self) -> bool:
+        """Whether selection is by token and forces blocks, which neighbouring tokens share."""
+        forced = self.config.num_initial_blocks + self.config.num_local_blocks
+        return self.config.selection == "token" and forced > 0
+
+    @property
     def in_order(self) -> bool:
         """Whether outputs and gradients of queries are ``(B, T, H, D)`` in every branch.
 

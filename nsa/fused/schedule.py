@@ -176,20 +176,13 @@ def run_forward(
             if out is not None:
                 part, blocks = heads.of(inputs), heads.of_indices(block_indices, plan)
                 target = heads.of_queries(out)
-            branches, selected, groups = pipeline.attend(
-                part, block_indices=blocks, groups=None, plan=plan
+            result, branches, selected, groups = pipeline.attend_and_combine(
+                part, blocks, plan, target, keep=save and not schedule.recompute
             )
-            result = pipeline.combine(part, branches, plan, target)
-            if schedule.recompute_window:
+            if branches is not None and schedule.recompute_window:
                 branches = branches._replace(o_win=None, lse_win=None)
             if save:
-                kept.append(
-                    Saved(
-                        branches=None if schedule.recompute else branches,
-                        block_indices=selected if blocks is None else None,
-                        groups=groups,
-                    )
-                )
+                kept.append(Saved(branches, selected if blocks is None else None, groups))
             # Free these before the next chunk allocates.
             del branches, selected, groups
     return result if out is None else out, kept

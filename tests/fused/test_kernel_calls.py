@@ -30,7 +30,7 @@ LAUNCHERS = {
     "lists": ("list_key_blocks", "count_query_tiles", "list_query_tiles"),
     "listed_backward": ("listed_backward",),
     "importance": ("importance_scores",),
-    "selected_forward": ("selected_forward",),
+    "selected_forward": ("selected_forward", "closing_forward"),
     "selected_backward": ("selected_backward",),
     "row_statistics": ("row_statistics",),
     "tile_scores": ("tile_scores",),

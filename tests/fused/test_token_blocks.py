@@ -11,6 +11,7 @@ from nsa.fused.waves import (
     choose_chunk_tokens,
     gradient_wave_bytes,
     partial_gradient_bytes,
+    partial_words,
     units_of_gradient_wave,
     units_of_wave,
 )
@@ -70,8 +71,9 @@ def test_a_chunk_is_what_l2_holds_but_enough_for_a_block(total, group, blocks, t
 
 @pytest.mark.parametrize(("chunk_tokens", "units"), [(4096, 8), (1024, 35), (1 << 16, 1)])
 def test_a_wave_fits_the_workspace_but_is_a_unit_at_least(chunk_tokens, units):
-    assert units_of_wave(chunk_tokens, 16, 16, 128) == units
-    unit_bytes = chunk_tokens * 16 * 16 * (128 * 2 + 4)
+    words = partial_words(128, is_packed=True)
+    assert units_of_wave(chunk_tokens, 16, 16, words) == units
+    unit_bytes = chunk_tokens * 16 * 16 * (128 * 3 // 2 + 4)
     assert units == 1 or units * unit_bytes <= WORKSPACE_BYTES < (units + 1) * unit_bytes
 
 

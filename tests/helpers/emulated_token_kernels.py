@@ -8,9 +8,12 @@ from torch import Tensor
 
 from nsa.fused.kernel_inputs import RowStatistics, choose_shape
 from nsa.precision import accumulation_dtype
-from tests.helpers import emulated_fa4
+from tests.helpers import emulated_fa4, emulated_kernels
 
-NAMES = ("importance_scores", "selected_forward", "selected_backward", "row_statistics")
+NAMES = (
+    "importance_scores", "selected_forward", "closing_forward", "selected_backward",
+    "row_statistics",
+)  # fmt: skip
 """The functions of ``nsa.fused.kernel_calls`` that are answered here."""
 
 
@@ -71,6 +74,27 @@ def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, 
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
     out, lse = emulated_fa4.attend(q, k, v, mask, scale)
     return out.contiguous(), lse.T.contiguous()
+
+
+def closing_forward(
+    q,
+    k,
+    v,
+    block_indices,
+    blocks,
+    block_size,
+    scale,
+    causal,
+    o_cmp,
+    o_win,
+    gates,
+    weight,
+    out,
+    keep,
+):
+    o_slc, lse = selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, True)
+    out = emulated_kernels.gating_forward(o_cmp, o_slc, o_win, q, gates, weight, out)
+    return out, o_slc if keep else None, lse
 
 
 def selected_backward(
