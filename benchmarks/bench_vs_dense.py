@@ -9,7 +9,9 @@ reported unless the fused output and gradients first pass against the float64 re
 launches calls ahead of the GPU. At short lengths it cannot keep ahead, and times are the host's. Up
 to ``--graphs`` tokens each call is also timed as a CUDA graph, which removes the host's time. Up to
 ``--compiled`` tokens ours is also timed under ``torch.compile(mode="reduce-overhead")``, which
-makes such graphs of user code and copies inputs into them. A dense call over two seconds runs once.
+makes such graphs of user code and copies inputs into them. Up to ``--deterministic`` tokens ours
+with its backward is also timed with ``deterministic=True``. A dense call over two seconds runs
+once.
 
 The CSV has one row for each length, pass and setting of ``--cmp-groups``, written when measured:
 
@@ -20,6 +22,7 @@ The CSV has one row for each length, pass and setting of ``--cmp-groups``, writt
 - speedup: dense median over nsa's
 - dense_graph_..._ms, nsa_graph_..._ms, graph_speedup: as CUDA graphs; empty if not measured
 - nsa_compiled_..._ms, compiled_speedup: compiled, and the dense eager median over its median
+- nsa_deterministic_..._ms, deterministic_ratio: the same bits each time, and its median over nsa's
 - dense_peak_gib, nsa_peak_gib: peak allocated memory without a graph, inputs included
 - note: what could not be measured, and why
 - gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit, time
@@ -40,11 +43,12 @@ from measuring.tables import Table, crossover, quantile_columns, ratio_of_median
 from measuring.timing import Timing
 from measuring.workloads import PASSES, describe_groups
 
-SIDES = ("dense", "nsa", "dense_graph", "nsa_graph", "nsa_compiled")
+SIDES = ("dense", "nsa", "dense_graph", "nsa_graph", "nsa_compiled", "nsa_deterministic")
 FIELDS = (
     "tokens", *workloads.SHAPE_FIELDS, "cmp_groups", "pass",
     *(f"{side}_{quantile}_ms" for side in SIDES for quantile in ("p20", "p50", "p80")),
     "dense_repeats", "nsa_repeats", "speedup", "graph_speedup", "compiled_speedup",
+    "deterministic_ratio",
     "dense_peak_gib", "nsa_peak_gib", "note", *environment.FIELDS,
 )  # fmt: skip
 # Operations per second that the time estimate assumes.
@@ -88,6 +92,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compiled", type=int, default=8192, metavar="TOKENS", help="torch.compile up to this"
     )
+    parser.add_argument(
+        "--deterministic", type=int, default=131072, metavar="TOKENS", help="the same bits up to"
+    )
     parser.add_argument("--repeats", type=int, default=10, help="at most; fewer where one is long")
     parser.add_argument("--seconds", type=float, default=3, help="for each call and its repeats")
     parser.add_argument("--csv", type=Path, help="write the rows here")
@@ -108,6 +115,10 @@ def bench(length: int, name: str, configs: dict, options) -> list[dict]:
     steps["dense"] = workloads.make_step(workloads.dense_attention(tensors), tensors)
     measure = partial(timing.measure, repeats=options.repeats, seconds=options.seconds)
     graphs = tuple(steps) if length <= options.graphs else ()
+    if name != "forward" and length <= options.deterministic:
+        for g, config in configs.items():
+            same_bits = workloads.nsa_attention(tensors, config, deterministic=True)
+            steps["deterministic", g] = workloads.make_step(same_bits, tensors)
     timings, compiled = measure(steps, graphs=graphs, once=("dense",)), {}
     if length <= options.compiled:
         # This comes last, because afterwards PyTorch captures no backward of the same tensors.
@@ -115,7 +126,10 @@ def bench(length: int, name: str, configs: dict, options) -> list[dict]:
             {g: workloads.make_compiled_step(x, tensors) for g, x in attentions.items()}
         )
     return [
-        make_row(length, name, g, timings["dense"], timings[g], compiled.get(g, Timing()), options)
+        make_row(
+            *(length, name, g, timings["dense"], timings[g]),
+            *(compiled.get(g, Timing()), timings.get(("deterministic", g), Timing()), options),
+        )
         for g in configs
     ]
 
@@ -127,9 +141,11 @@ def make_row(
     dense: Timing,
     ours: Timing,
     compiled: Timing,
+    deterministic: Timing,
     options,
 ) -> dict:
-    """One row of ``FIELDS`` from the measurements of both sides, and of ours compiled."""
+    """One row of ``FIELDS`` from the measurements of both sides, and of ours compiled, and with the
+    same bits each time."""
     row = dict(tokens=length, cmp_groups=describe_groups(groups), **{"pass": name})
     row |= workloads.shape_columns(options)
     for side, measured in (("dense", dense), ("nsa", ours)):
@@ -138,10 +154,13 @@ def make_row(
         row[f"{side}_repeats"] = len(measured.eager)
         row[f"{side}_peak_gib"] = rounded(measured.peak_gib, 3)
     row |= quantile_columns("nsa_compiled", compiled.eager)
+    row |= quantile_columns("nsa_deterministic", deterministic.eager)
     row["speedup"] = rounded(ratio_of_medians(dense.eager, ours.eager), 3)
     row["graph_speedup"] = rounded(ratio_of_medians(dense.graph, ours.graph), 3)
     row["compiled_speedup"] = rounded(ratio_of_medians(dense.eager, compiled.eager), 3)
+    row["deterministic_ratio"] = rounded(ratio_of_medians(deterministic.eager, ours.eager), 3)
     notes = (("dense", dense.note), ("nsa", ours.note), ("compiled", compiled.note))
+    notes += (("deterministic", deterministic.note),)
     row["note"] = "; ".join(f"{side}: {note}" for side, note in notes if note)
     return row | environment.columns()
 
@@ -162,6 +181,7 @@ def estimate_seconds(options, configs: dict) -> float:
                 if once and seconds > timing.LONG_SECONDS:
                     repeats = 0
                 kinds = 1 + (length <= options.graphs) + (not once and length <= options.compiled)
+                kinds += not once and seconds > forward and length <= options.deterministic
                 total += seconds * (1 + kinds * repeats)
     return total
 
@@ -183,6 +203,8 @@ def describe(row: dict) -> str:
         )
     if row["compiled_speedup"]:
         line += f"   compiled {row['nsa_compiled_p50_ms']} ms {row['compiled_speedup']}x"
+    if row["deterministic_ratio"]:
+        line += f"   deterministic {row['deterministic_ratio']} of the time"
     return line + (f"   ({row['note']})" if row["note"] else "")
 
 

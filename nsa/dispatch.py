@@ -5,16 +5,17 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nsa import validation
+from nsa import recordings, validation
+from nsa.block_index_checks import check_block_indices
 from nsa.cache import Cache
 from nsa.cache.calls import cache_config, check_cached_call, check_cached_indices
 from nsa.config import NSAConfig
-from nsa.host import has_no_values, in_function_transform, needs_gradients
+from nsa.host import has_no_values, in_function_transform, needs_gradients, refuse_recording
 from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.precision import autocast_tensors
 from nsa.validation import UnsupportedError
@@ -141,25 +142,104 @@ def forward(
             must be.
         UnsupportedError: ``backend="fused"`` cannot do this; the message names the limit.
     """
-    call = _check_call(
-        q,
-        k,
-        v,
+    options: dict[str, Any] = dict(
         config=config,
+        max_workspace_bytes=max_workspace_bytes,
+        recompute_window=recompute_window,
+        deterministic=deterministic,
+        backend=backend,
+    )
+    floats: dict[str, Any] = dict(
+        q=q,
+        k=k,
+        v=v,
         gate_proj_weight=gate_proj_weight,
         gates=gates,
         compress_k_weight=compress_k_weight,
         compress_v_weight=compress_v_weight,
         compressed_kv=compressed_kv,
+    )
+    others: dict[str, Any] = dict(
         block_indices=block_indices,
         cu_seqlens=cu_seqlens,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         cache=cache,
+    )
+    if all(x is None for x in others.values()) and _may_record(options):
+        flat = _flatten(floats)
+        if flat is not None:
+            names, tensors = flat
+            function = partial(_forward_of_flat, names, options)
+            return recordings.run((names, *options.values()), function, tensors)
+    return _forward(**floats, **others, **options)
+
+
+def _may_record(options: dict[str, Any]) -> bool:
+    """Whether calls with these options can be recorded, see :mod:`nsa.recordings`."""
+    kinds = {"config": NSAConfig, "max_workspace_bytes": int, "backend": str}
+    return (
+        not torch.compiler.is_compiling()
+        and options["backend"] != "reference"
+        # Equal keys must be valid alike, and 1 is no flag.
+        and all(x is None or type(x) is kinds.get(name, bool) for name, x in options.items())
+    )
+
+
+def _flatten(floats: dict[str, Any]) -> tuple[tuple[str, ...], list[Tensor]] | None:
+    """The tensors that are given, and a name for each. None if something else is.
+
+    A tuple has its name as often as it has tensors, but once if all are the same.
+    """
+    names, tensors = [], []
+    for name, value in floats.items():
+        if value is None:
+            continue
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        if name in "kv" and all(x is parts[0] for x in parts):
+            parts = parts[:1]
+        for x in parts:
+            if not isinstance(x, Tensor):
+                return None
+            names.append(name)
+            tensors.append(x)
+    return tuple(names), tensors
+
+
+def _forward_of_flat(names: tuple[str, ...], options: dict[str, Any], *tensors: Tensor) -> Tensor:
+    """:func:`forward` of what :func:`_flatten` gives."""
+    floats: dict[str, Any] = {}
+    for name, x in zip(names, tensors, strict=True):
+        floats[name] = (*floats.get(name, ()), x)
+    for name, parts in floats.items():
+        if len(parts) == 1:
+            floats[name] = parts[0]
+    return _forward(**floats, **options)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor | tuple[Tensor, Tensor, Tensor],
+    v: Tensor | tuple[Tensor, Tensor, Tensor],
+    *,
+    block_indices: Tensor | None = None,
+    cache: Cache | None = None,
+    max_workspace_bytes: int | None,
+    recompute_window: bool,
+    backend: str,
+    **arguments,
+) -> Tensor:
+    """:func:`forward`, step by step."""
+    call = _check_call(
+        q,
+        k,
+        v,
+        block_indices=block_indices,
+        cache=cache,
         max_workspace_bytes=max_workspace_bytes,
         recompute_window=recompute_window,
-        deterministic=deterministic,
+        **arguments,
     )
     given = block_indices is not None
     limit = partial(_limit_of_forward, call, cache, given)
@@ -353,16 +433,16 @@ def _check_call(
     v,
     *,
     config,
-    gate_proj_weight,
-    gates,
-    compress_k_weight,
-    compress_v_weight,
-    compressed_kv,
-    block_indices,
-    cu_seqlens,
-    cu_seqlens_k,
-    max_seqlen,
-    max_seqlen_k,
+    gate_proj_weight=None,
+    gates=None,
+    compress_k_weight=None,
+    compress_v_weight=None,
+    compressed_kv=None,
+    block_indices=None,
+    cu_seqlens=None,
+    cu_seqlens_k=None,
+    max_seqlen=None,
+    max_seqlen_k=None,
     cache,
     max_workspace_bytes,
     recompute_window,
@@ -388,7 +468,7 @@ def _check_call(
     )
     if cache is None:
         validation.check_positions(boundaries, problem)
-        validation.check_block_indices(block_indices, boundaries, q, problem)
+        check_block_indices(block_indices, boundaries, q, problem)
     else:
         named = dict(zip(_FLOATS, (q, k, v, *floats), strict=True))
         check_cached_call(cache, k, v, named, boundaries, problem)
@@ -493,6 +573,7 @@ def choose_module(backend: str, q: Tensor, fused_limit: Callable[[], str | None]
         from nsa import fused
 
         return fused
+    refuse_recording("the reference reads values")
     if has_no_values(q):
         raise UnsupportedError(
             "the reference reads values on the host, which meta and fake tensors do not have; give "

@@ -1,10 +1,40 @@
 """What torch.compile, graph capture and autograd see, and when the host may read or keep values."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+class RecordingMode(TorchDispatchMode):
+    """A mode that records the operations of an eager call, see :mod:`nsa.recordings`."""
+
+    @staticmethod
+    def current() -> "RecordingMode | None":
+        """The mode on this thread, if no other mode is."""
+        if torch._C._len_torch_dispatch_stack() != 1:
+            return None
+        mode = torch._C._get_dispatch_stack_at(0)
+        return mode if isinstance(mode, RecordingMode) else None
+
+    def note(self, function: Callable, args: Sequence, kwargs: dict, result: Any) -> None:
+        """Note a call of ``function`` that gave ``result``: a tensor, several, or None."""
+        raise NotImplementedError
+
+
+class NotRecordable(Exception):
+    """A call does what may differ in a later call with tensors of the same form."""
+
+
+def refuse_recording(reason: str) -> None:
+    """Keep the call from being recorded, if it is."""
+    if RecordingMode.current() is not None:
+        raise NotRecordable(reason)
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
@@ -15,7 +45,7 @@ def is_traced(*tensors: Tensor | None) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_dispatch_stack() > 0 and RecordingMode.current() is None)
         or not _PLAIN_TYPES.issuperset(map(type, tensors))
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nsa import dispatch
+from nsa import dispatch, recordings
 from nsa.blocks import BlockPlaces, num_compressed_blocks
 from nsa.cache import Cache
 from nsa.cached_layer import arguments_of_new_tokens
@@ -21,7 +21,9 @@ from nsa.compressor import BlockCompressor, gather_blocks
 from nsa.config import NSAConfig, check_positive
 from nsa.host import has_readable_values, is_traced
 from nsa.linears import (
+    MLP,
     apply_linear,
+    common_dtype,
     make_linear,
     make_mlp,
     takes_dtype,
@@ -29,11 +31,13 @@ from nsa.linears import (
     weight_dtype,
 )
 from nsa.packing import Boundaries, Packing, check_boundaries
+from nsa.plain_modules import plain_parameters
 from nsa.precision import autocast_dtype
 from nsa.rope import Positions, rotate
 from nsa.segments import locate_items, prefix_sum
 from nsa.validation import check_config, check_flag, check_max_workspace_bytes, check_size
 
+_PLAIN_TYPES = (nn.Linear, nn.SiLU, MLP, BlockCompressor)
 _GATES = ("hidden", "q")
 _COMPRESSORS = ("mlp", "mean")
 
@@ -159,12 +163,13 @@ class NativeSparseAttention(nn.Module):
         Args:
             batch_size: sequences.
             max_length: tokens that a sequence may have.
-            dtype, device: by default those of the weights; with autocast on, its dtype.
+            dtype, device: by default those of the projections' weights, as far as these are float
+                weights; with autocast on, its dtype.
         """
-        weight = next(self.parameters())
+        weight = next(self.parameters(), torch.empty(0))
         device = weight.device if device is None else torch.device(device)
         if dtype is None:
-            dtype = weight_dtype(self.q_proj) or weight.dtype
+            dtype = common_dtype(self.q_proj, self.k_proj, self.v_proj)
             if dtype != torch.float64:  # autocast leaves float64
                 dtype = autocast_dtype(device) or dtype
         return Cache(
@@ -209,6 +214,41 @@ class NativeSparseAttention(nn.Module):
         """
         if self.context_parallel is not None:
             return self.context_parallel.forward(self, x, cu_seqlens, max_seqlen, cache)
+        if cu_seqlens is None and max_seqlen is None and cache is None:
+            parameters = self._parameters_to_record(x)
+            if parameters is not None:
+                return recordings.run(self._form(), self._forward, (x,), parameters)
+        return self._forward(x, cu_seqlens, max_seqlen, cache)
+
+    def _parameters_to_record(self, x) -> list[Tensor] | None:
+        """All parameters; None if calls cannot be recorded, see :mod:`nsa.recordings`."""
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or self.recompute:
+            return None
+        if type(self) is not NativeSparseAttention or self.backend == "reference":
+            return None
+        parameters = plain_parameters(self._modules, _PLAIN_TYPES)
+        if parameters is None or self.gate_proj_weight is None:
+            return parameters
+        return [*parameters, self.gate_proj_weight]
+
+    def _form(self) -> tuple:
+        """What :meth:`_forward` depends on beside tensors."""
+        return (
+            NativeSparseAttention,
+            check_config(self.config),
+            *(self.dim, self.num_heads, self.num_kv_heads, self.head_dim, self.value_head_dim),
+            *(self.num_kv_branches, self.rope_theta, self.max_workspace_bytes, self.backend),
+            *(self.gate_mlp is None, self.gate_proj_weight is None, self.compress_k is None),
+        )
+
+    def _forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | Packing | None = None,
+        max_seqlen: int | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """:meth:`forward`, step by step."""
         cu_seqlens = _read_once(cu_seqlens, max_seqlen)
         q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
         gates = gate_proj_weight = None

@@ -5,12 +5,14 @@ may have no ``weight``, or a weight whose dtype does not tell which input it tak
 """
 
 import weakref
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nsa.precision import autocast_dtype
+from nsa.validation import DTYPES
 
 
 def make_linear(
@@ -93,6 +95,17 @@ def weight_dtype(linear: nn.Module) -> torch.dtype | None:
     if linear._forward_pre_hooks or not linear.weight.is_floating_point():
         return None
     return linear.weight.dtype
+
+
+def common_dtype(*linears: nn.Module) -> torch.dtype:
+    """The dtype of :func:`to_one_dtype` for what the layers return, as far as their weights tell.
+
+    The first weight of a wrapped layer tells. Where no weight is in a dtype that nsa computes in,
+    as in quantised layers, it is torch's default dtype.
+    """
+    first = (next((x.dtype for x in m.parameters() if x.dtype in DTYPES), None) for m in linears)
+    known = [dtype for dtype in first if dtype is not None]
+    return reduce(torch.promote_types, known) if known else torch.get_default_dtype()
 
 
 def to_one_dtype(*tensors: Tensor) -> list[Tensor]:

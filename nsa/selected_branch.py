@@ -5,6 +5,7 @@ from functools import partial
 from torch import Tensor
 
 from nsa import validation
+from nsa.block_index_checks import check_listed_blocks
 from nsa.cache.paged_keys import PagedKeys, blocks_of_rows, check_paged_qkv, check_used_pages
 from nsa.config import NSAConfig, check_positive
 from nsa.dispatch import choose_module
@@ -127,7 +128,7 @@ def selected_attention(
     problem = validation.check_qkv(q, (k, k, k), (v, v, v), config, cu_seqlens, cu_seqlens_k)
     boundaries = check_boundaries(cu_seqlens, max_seqlen, q, k, cu_seqlens_k, max_seqlen_k)
     validation.check_positions(boundaries, problem)
-    validation.check_listed_blocks(block_indices, boundaries, q, problem)
+    check_listed_blocks(block_indices, boundaries, q, problem)
     fused_limit = partial(_fused_limit, q, v, block_indices)
     return choose_module(backend, q, fused_limit).selected_attention(
         q,
@@ -162,7 +163,7 @@ def _attend_pages(
     counts = None
     if has_readable_values(pages.lengths):
         counts = blocks_of_rows(q, pages, boundaries, config)
-    validation.check_listed_blocks(block_indices, boundaries, q, problem, counts)
+    check_listed_blocks(block_indices, boundaries, q, problem, counts)
 
     def fused_limit() -> str | None:
         from nsa.fused.constraints import unsupported_pages

@@ -200,6 +200,26 @@ def test_any_combination_of_replaced_linears():
         assert_equivalent(layer, 0.1)
 
 
+def assert_steps_equal_one_call(layer, dtype, tolerance):
+    """With the cache that the layer makes by itself."""
+    x = torch.randn(2, 40, DIM)
+    cache = layer.make_cache(2, 40)
+    assert cache.dtype == dtype
+    with torch.no_grad():
+        steps = [layer(part, cache=cache) for part in x.split([17, 1, 22], 1)]
+        wanted = layer(x)
+    torch.testing.assert_close(torch.cat(steps, 1), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("names", [["q_proj"], ["v_proj"], LINEARS], ids=["q", "v", "all"])
+def test_cache_of_replaced_linears(names, kind):
+    narrow = kind == "bfloat16" and names is LINEARS
+    dtype = torch.bfloat16 if narrow else torch.float32
+    tolerance = 0.1 if kind == "bfloat16" else 1e-4
+    assert_steps_equal_one_call(replace(make_layer(), names, KINDS[kind]), dtype, tolerance)
+
+
 def test_low_rank_linears_after_projections_in_bfloat16():
     layer = replace(make_layer(), LINEARS[:3], Bfloat16Unit)
     assert_equivalent(replace(layer, LINEARS[3:], LowRank), 0.1)
@@ -229,6 +249,17 @@ def test_fsdp_units_in_mixed_precision(mesh, version, names):
     assert all(parameter.grad is not None for parameter in layer.parameters())
     packed = layer(x.flatten(0, 1), make_cu_seqlens([40, 40]))
     torch.testing.assert_close(packed, found.flatten(0, 1), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("compressor", ["mlp", "mean"])
+def test_quantize_dynamic_with_a_cache(compressor):
+    """With the mean compressor no parameter is left."""
+    with warnings.catch_warnings(action="ignore"):  # deprecations
+        layer = torch.ao.quantization.quantize_dynamic(
+            make_layer(compressor=compressor), {nn.Linear}
+        )
+    # It quantises activations of each call by their own range.
+    assert_steps_equal_one_call(layer, torch.float32, 0.2)
 
 
 def test_quantize_dynamic():

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa
 from nsa import layers, packing, segments, validation
+from nsa.block_index_checks import check_block_indices
 from nsa.fused import kernel_inputs
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.packed_calls import (
@@ -370,7 +371,7 @@ def test_block_indices_are_waited_for_once():
     boundaries = packing.check_boundaries(call["cu_seqlens"], None, q, q)
     problem = validation.check_qkv(q, (k,) * 3, (k,) * 3, call["config"], call["cu_seqlens"])
     with Waits():
-        validation.check_block_indices(blocks, boundaries, q, problem)
+        check_block_indices(blocks, boundaries, q, problem)
     assert sum(waits) == 1
 
 

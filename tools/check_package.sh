@@ -11,6 +11,8 @@ directory=$2
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+# With the checkout in it, pip would take nsa for installed.
+unset PYTHONPATH
 rm -rf "$directory"
 "$python" -m build --outdir "$directory" . >"$work/log" || { cat "$work/log"; exit 1; }
 wheel=$(realpath "$directory"/nsa-*.whl)

@@ -10,6 +10,7 @@ and fit its shared memory.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -74,6 +75,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     if arch == "sm_90a":
         # On Hopper's matrix instructions.
         from nsa.fused.kernels import (
+            block_sums,
             decode_append,
             decode_attend,
             decode_compressed,
@@ -94,7 +96,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
 
         by_dtype += [importance, selected_forward, selected_band]
         by_dtype += [few_keys, selected_backward, query_partials]
-        by_dtype += [row_statistics, listed_backward, float_sums]
+        by_dtype += [row_statistics, listed_backward, float_sums, block_sums]
         others += [padded_rows, inverted_index, decode_append, decode_compressed]
         others += [decode_tile_select, decode_finish, decode_attend]
     for kernels in by_dtype:
@@ -169,6 +171,7 @@ def compile_dense(
     dim, group, packed, causal, window, dtype, *, many=False, key_times=None, deterministic=False
 ):
     """Forward and backward of ``nsa.fused.fa4``'s dense calls."""
+    from nsa.fused.fa4_call import MOST_TOGETHER
     from nsa.fused.fa4_variants import Variant, dense_mask
     from nsa.fused.kernels import fa4_sm90
 
@@ -176,6 +179,9 @@ def compile_dense(
     variant = Variant(getattr_torch(dtype), dim, dim, group, mask, packed, many)
     fa4_sm90.forward_kernels(variant)
     fa4_sm90.backward_kernels(variant._replace(deterministic=deterministic))
+    together = math.gcd(group, MOST_TOGETHER)
+    if together > 1 and not deterministic:
+        fa4_sm90.backward_kernels(variant._replace(together=together))
 
 
 def compile_shared_keys(dim):

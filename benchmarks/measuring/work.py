@@ -98,6 +98,11 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
         work[name] = Work(2 * query + 2 * keys, flops[0])
         # q, dout and dq; keys, values and their gradients.
         work[f"{name}_backward"] = Work(3 * query + 4 * keys, flops[1])
+    if token and config.num_initial_blocks + config.num_local_blocks > 0:
+        # One stage for both, which reads the two other outputs besides.
+        del work["combine_branches"]
+        selected = work.pop("selected_attention")
+        work["closing_attention"] = selected._replace(bytes=selected.bytes + 2 * query)
     return work
 
 

@@ -5,16 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa.block_index_checks import check_block_values, check_index_tensor
 from nsa.blocks import num_selection_blocks
 from nsa.cache.state import Cache
 from nsa.config import NSAConfig
-from nsa.host import has_readable_values
+from nsa.host import has_no_values, has_readable_values
 from nsa.packing import Boundaries
 from nsa.validation import (
     Problem,
-    check_block_values,
+    UnsupportedError,
     check_config,
-    check_index_tensor,
 )
 
 
@@ -79,6 +79,11 @@ def check_cached_call(
             raise ValueError(
                 f"{name} must be one tensor for a cache with separate_kv=False, got three"
             )
+    if has_no_values(q):
+        raise UnsupportedError(
+            "a call with a cache reads values, which meta and fake tensors do not have; give "
+            "tensors with values"
+        )
     _check_room(cache, boundaries, problem)
 
 

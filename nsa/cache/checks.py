@@ -7,7 +7,7 @@ from nsa.config import NSAConfig
 from nsa.validation import UnsupportedError, check_config, check_dtype, check_size
 
 MAX_LENGTH = 2**31 - 1
-"""Tokens of a sequence, whose lengths are int32."""
+"""Tokens of a sequence, whose lengths are int32. Other sizes are limited likewise."""
 
 
 def check_decodable(config) -> NSAConfig:
@@ -33,7 +33,7 @@ def check_decodable(config) -> NSAConfig:
 
 def check_page_size(page_size, config: NSAConfig):
     """Check that pages hold whole selection blocks, and so whole strides."""
-    check_size("page_size", page_size)
+    check_size("page_size", page_size, MAX_LENGTH)
     if page_size % config.select_block_size:
         raise ValueError(
             f"page_size must be a multiple of select_block_size={config.select_block_size}, got "

@@ -65,21 +65,3 @@ def write(store: Tensor, places: Places, values: Tensor):
     outer = torch.where(some, places.outer[item], 0)
     inner = torch.where(some, places.inner[item], 0)
     store[outer, inner] = torch.where(some, values[item], store[0, 0])
-
-
-def shared_table(former: Tensor, full: Tensor, num_pages: int) -> Tensor:
-    """A page table that keeps some pages and has pages of its own for the rest.
-
-    There are enough pages: a pool has as many as the table has entries.
-
-    Args:
-        former: int64 ``(B, max_pages)``, the pages that each sequence may keep.
-        full: int64 ``(B,)``; a sequence keeps its first ``full`` pages.
-        num_pages: pages of the pool, ``B * max_pages``.
-    """
-    kept = torch.arange(former.shape[1], device=former.device) < full[:, None]
-    used = torch.zeros(num_pages, dtype=torch.int32, device=former.device)
-    used.scatter_reduce_(0, former.flatten(), kept.flatten().int(), reduce="amax")
-    free = used.argsort(stable=True)  # pages that no sequence keeps come first
-    rank = (~kept).flatten().cumsum(0) - 1
-    return torch.where(kept, former, free[rank.clamp(min=0)].view_as(former))

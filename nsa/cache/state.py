@@ -6,7 +6,8 @@ from torch import Tensor
 from nsa.cache import checks
 from nsa.cache.host_copy import HostCopy
 from nsa.cache.layout import MAX_GUESSES, Layout, choose_page_size, make_layout
-from nsa.cache.places import Places, page_places, ring_places, shared_table
+from nsa.cache.places import Places, page_places, ring_places
+from nsa.cache.reordering import reorder
 from nsa.config import NSAConfig
 from nsa.host import is_capturing
 from nsa.validation import UnsupportedError, check_dtype, check_flag, check_size
@@ -86,9 +87,9 @@ class Cache:
             ("num_kv_heads", num_kv_heads),
             ("head_dim", head_dim),
             ("value_head_dim", value_head_dim),
+            ("max_length", max_length),
         ):
-            check_size(name, value)
-        check_size("max_length", max_length, checks.MAX_LENGTH)
+            check_size(name, value, checks.MAX_LENGTH)
         check_flag("separate_kv", separate_kv)
         if page_size is None:
             page_size = choose_page_size(config, max_length)
@@ -187,7 +188,7 @@ class Cache:
         self.group_lists: Tensor | None = None
         self._host = HostCopy(self.lengths, self.floors, known=owns_pages)
         if num_heads is not None:
-            check_size("num_heads", num_heads)
+            check_size("num_heads", num_heads, checks.MAX_LENGTH)
             if num_heads % self.num_kv_heads:
                 raise ValueError(
                     f"num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, got "
@@ -279,24 +280,7 @@ class Cache:
                 "pages, and make a cache of them with Cache.from_pages"
             )
         index = checks.check_index(index, self.batch_size, self.device)
-        with torch.no_grad():
-            self._share_pages(index)
-            stores = (*(self.window_rings or ()), *(self.open_rings or ()))
-            lists = (x for x in (self.block_lists, self.group_lists) if x is not None)
-            for x in (*stores, *lists):
-                x.copy_(x[index])
-            host = self._host.read()
-            if host is not None and index.device.type == "cpu":
-                host = self._reordered(*host, index)
-            elif host is not None and all(bool((x == x[0]).all()) for x in host):
-                # Sequences of one length, such as beams, have it in any order.
-                host = self._reordered(*host, torch.arange(self.batch_size, device="cpu"))
-            else:
-                host = None
-            lengths, floors = self._reordered(self.lengths, self.floors, index)
-            self.lengths.copy_(lengths)
-            self.floors.copy_(floors)
-        self._host.record(host)
+        self._host.record(reorder(self, index, self._host.read()))
 
     def reset(self):
         """Empty every sequence, and clear ``overflowed``."""
@@ -429,24 +413,6 @@ class Cache:
         tensors += [self.page_table, self.lengths, self.floors, self.overflowed]
         tensors += [*(self.window_rings or ()), *(self.open_rings or ())]
         return tensors + [x for x in (self.block_lists, self.group_lists) if x is not None]
-
-    def _share_pages(self, index: Tensor):
-        """Share full pages, and give each sequence pages of its own from its open page on."""
-        former = self.page_table[index].long()
-        full = self.lengths[index].long() // self.layout.page_size
-        table = shared_table(former, full, self.k_pages.shape[0])
-        self.page_table.copy_(table)
-        at = full.clamp(max=self.layout.max_pages - 1)[:, None]
-        source, target = former.gather(1, at)[:, 0], table.gather(1, at)[:, 0]
-        for pool in (self.k_pages, self.v_pages, self.k_cmp_pages, self.v_cmp_pages):
-            # Read all before the first write. A sequence of full pages copies one onto itself.
-            pool[target] = pool[source]
-
-    def _reordered(self, lengths: Tensor, floors: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Lengths and floors after :meth:`reorder`, which shares full pages for good."""
-        lengths = lengths[index]
-        full = lengths // self.layout.page_size * self.layout.page_size
-        return lengths, torch.maximum(floors[index], full)
 
 
 def _truncated(lengths: Tensor, floors: Tensor, new: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from nsa import dispatch, validation
+from nsa.block_index_checks import check_block_indices
 from nsa.config import NSAConfig
 from nsa.distributed.collectives import agree, process_group
 from nsa.distributed.layout import Layout, Whole, make_layout
@@ -244,7 +245,7 @@ def _check_block_indices(indices, layout: Layout, q: Tensor, problem: validation
         problem = problem._replace(leading_k=(problem.leading[0], layout.whole.length))
     else:
         boundaries = layout.boundaries._replace(lengths_k=layout.sequence_lengths)
-    validation.check_block_indices(indices, boundaries, q, problem)
+    check_block_indices(indices, boundaries, q, problem)
 
 
 def _choose_backend(backend: str, q: Tensor, v: tuple[Tensor, ...], layout: Layout) -> ModuleType:

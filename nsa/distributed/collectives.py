@@ -137,7 +137,6 @@ class Summing:
     """
 
     def __init__(self, x: Tensor, group: ProcessGroup):
-        self._dtype = x.dtype
         self._sent = x.to(accumulation_dtype(x.dtype)).contiguous()
         self._out = self._sent.new_empty(x.shape[0] // group.size(), *x.shape[1:])
         self._work = None

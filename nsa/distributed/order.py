@@ -141,7 +141,7 @@ def make_runs(pieces: Pieces, bounds: Tensor, batch: int) -> QueryRuns:
     real = end > begin  # a piece may have empty sequences inside
     runs = QueryRuns(rank[piece], end - begin, begin - bounds[sequence], sequence)
     runs = QueryRuns(*(x[real] for x in runs))
-    return _repeat(runs, pieces.ranks, len(bounds) - 1, batch)
+    return _repeat(runs, len(bounds) - 1, batch)
 
 
 def check_tiles(runs: QueryRuns, lengths: Tensor, config: NSAConfig):
@@ -161,7 +161,7 @@ def check_tiles(runs: QueryRuns, lengths: Tensor, config: NSAConfig):
         )
 
 
-def _repeat(runs: QueryRuns, ranks: int, sequences: int, batch: int) -> QueryRuns:
+def _repeat(runs: QueryRuns, sequences: int, batch: int) -> QueryRuns:
     """The runs of each entry of a batch, all entries of a rank before the next rank."""
     if batch == 1:
         return runs

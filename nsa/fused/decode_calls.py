@@ -73,6 +73,8 @@ def decode_compressed(
     rule: DecodeRule,
     scale: float,
     records: bool,
+    lengths: Tensor | None,
+    limit: int,
 ) -> tuple[Parts, Records | None]:
     """Attention over compressed keys, in parts; with ``records`` also what selection needs.
 
@@ -80,6 +82,9 @@ def decode_compressed(
         q: ``(T, H, D)``. A slice of heads is read where it is.
         pool: pages of compressed blocks.
         scale: positive.
+        lengths: int32 ``(B,)``, if the kernel before this one is :func:`decode_append`, which reads
+            them: this one then need not wait for it. ``schedule`` must be the one that it makes.
+        limit: tokens for which a sequence has a place at most.
 
     Returns:
         Parts of ``shape.part_slots`` slots and ``shape.rows`` rows; parts that no CTA has, and rows
@@ -146,6 +151,7 @@ def decode_finish(
     lengths: Tensor,
     floors: Tensor | None,
     cluster: int,
+    of_tokens: bool,
 ) -> Tensor:
     """``g0 * o_cmp + g1 * o_slc + g2 * o_win``; sets ``lengths`` to ``ends``.
 
@@ -172,6 +178,8 @@ def decode_finish(
         floors: int32 ``(B,)``, the shortest lengths that :meth:`nsa.Cache.truncate` can go back to;
             used in tile mode.
         cluster: CTAs of a list: 1, 2, 4 or 8.
+        of_tokens: whether a cluster has a list of as many tokens instead, whose window its CTAs
+            share; :func:`nsa.fused.decode_inputs.most_sharing` at most, and not in tile mode.
 
     Returns:
         ``(T, H, Dv)`` in the dtype of ``q``.

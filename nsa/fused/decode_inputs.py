@@ -172,7 +172,8 @@ class Schedule(NamedTuple):
             token ``i`` is at position ``starts + i``; it has no place in the cache, and its output
             no meaning, if that is not below ``ends``.
         tiles: int32 ``(B + 2,)``: tiles in a CTA's share, then the first tile of each sequence's
-            units, counted for one unit a sequence, and the number of all.
+            units, counted for one unit a sequence, and the number of all. They are the tiles of the
+            sequences if all new tokens have a place, so that they follow from the lengths.
     """
 
     starts: Tensor
@@ -195,14 +196,16 @@ class Parts(NamedTuple):
 
 
 class Records(NamedTuple):
-    """What selection needs of the compressed branch. Groups have 16 slots.
+    """What selection needs of the compressed branch.
+
+    An entry is of one group of 16 slots, or of as many as :func:`record_groups` says.
 
     Args:
         sums: float32 ``(units, rows, blocks)``: of each selection block, the exponentials of the
             slots of the block times their overlap with it, and what slots of the next block in the
-            same group add.
-        carried: float32 ``(units, rows, groups)``: what the group adds to the block before it.
-        reference: int32 ``(units, rows, groups)``: as in :class:`Parts`.
+            same entry add.
+        carried: float32 ``(units, rows, entries)``: what its slots add to the block before them.
+        reference: int32 ``(units, rows, entries)``: as in :class:`Parts`.
     """
 
     sums: Tensor
@@ -216,18 +219,29 @@ def most_groups(table: Tensor, slots_per_page: int) -> int:
     return -(-slots // TILE_KEYS) * (TILE_KEYS // SLOT_GROUP)
 
 
+def record_groups(row_groups: int) -> int:
+    """Groups of slots that are recorded together: those of a tile, where a warp has all of them."""
+    return TILE_KEYS // SLOT_GROUP if row_groups >= 4 else 1
+
+
+def most_sharing(group: int) -> int:
+    """Tokens that can share their window: those whose ``group`` heads fill 64 query rows."""
+    return 4 >> ((-(-group // 16)) - 1).bit_length()
+
+
 def resident_ctas(head_dim: int, head_dim_v: int, row_groups: int) -> int:
     """CTAs of the attention kernels that an SM runs at a time: two hide each other's latencies."""
     return 2 if head_dim + head_dim_v <= 256 and row_groups < 8 else 1
 
 
-def tile_stages(head_dim: int, head_dim_v: int, row_groups: int, beside: int = 0) -> int:
+def tile_stages(head_dim: int, head_dim_v: int, row_groups: int, beside: int) -> int:
     """Tiles that fit shared memory beside the queries and as many other bytes, up to 4."""
     room = SHARED_BYTES // resident_ctas(head_dim, head_dim_v, row_groups)
-    others = 2 * 16 * row_groups * head_dim + beside + 4096
+    # Queries; a reference and a sum of each row, for each of the warps that share the keys.
+    others = 2 * 16 * row_groups * head_dim + 8 * max(64, 16 * row_groups) + beside
     return min(4, (room - others) // (2 * TILE_KEYS * (head_dim + head_dim_v)))
 
 
 def fits_shared_memory(head_dim: int, head_dim_v: int) -> bool:
     """Whether the attention kernels have the two tiles that they need, for any rows."""
-    return all(tile_stages(head_dim, head_dim_v, 1 << i) >= 2 for i in range(4))
+    return all(tile_stages(head_dim, head_dim_v, 1 << i, 4096) >= 2 for i in range(4))

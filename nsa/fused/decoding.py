@@ -198,8 +198,9 @@ def forward(
     scale, tile_mode = config.softmax_scale(q.shape[-1]), config.selection == "tile"
     attended = rows, compressed, cache.page_table, schedule, cu_seqlens, shape
     parts, records = decode_calls.decode_compressed(
-        *attended, rule, scale, block_indices is None and not tile_mode
-    )
+        *attended, rule, scale, block_indices is None and not tile_mode,
+        cache.lengths if tokens is None else None, cache.max_length,
+    )  # fmt: skip
     lists: Tensor | TileLists
     if tile_mode:
         lists = _select_for_tiles(cache, attended, scale)
@@ -216,7 +217,7 @@ def forward(
         None if gates is None else gates.flatten(0, -3),
         gate_proj_weight if gates is None else None,
         cache.lengths, cache.floors if tile_mode else None,
-        _choose_cluster(cache, shape, rows.shape[0]),
+        *_choose_cluster(cache, shape, rows.shape[0]),
     )  # fmt: skip
     # The last kernel has written the lengths, so that an error leaves the cache as it was.
     if tokens is None:
@@ -257,10 +258,11 @@ def choose_splits(
     return max(1, min(tiles, ctas * _num_sms(device) // lists))
 
 
-def _choose_cluster(cache: Cache, shape: DecodeShape, tokens: int) -> int:
-    """CTAs of a list in the last kernel: as many as run at a time.
+def _choose_cluster(cache: Cache, shape: DecodeShape, tokens: int) -> tuple[int, bool]:
+    """CTAs of a cluster in the last kernel, and whether they have a token each.
 
-    Larger clusters leave some SMs free: 64 of 4 CTAs do not run at a time on 132 SMs.
+    A list has as many CTAs as run at a time. Larger clusters leave some SMs free: 64 of 4 CTAs do
+    not run at a time on 132 SMs. Where a list has one, two tokens share their window.
     """
     lists, rows = tokens * shape.kv_heads, shape.group
     if cache.config.selection == "tile":
@@ -269,7 +271,10 @@ def _choose_cluster(cache: Cache, shape: DecodeShape, tokens: int) -> int:
     ctas *= _num_sms(cache.device)
     room = ctas // lists
     room = room if room < 4 else ctas * 7 // 8 // lists
-    return max(c for c in CLUSTERS if c <= max(1, room))
+    cluster = max(c for c in CLUSTERS if c <= max(1, room))
+    if cluster == 1 and cache.config.selection == "token" and shape.tokens > 1:
+        return 2, True
+    return cluster, False
 
 
 @functools.cache
@@ -296,7 +301,7 @@ def _write_new(
         pair = [x.flatten(0, -3)[: tokens.num_candidates] for x in compressed_kv]
     starts, count = cache.lengths.clone(), tokens.offset.diff()
     write_new(cache, tokens, *new, (pair[0], pair[1]))
-    slots = tokens.end // rule.stride
+    slots = (starts + count).clamp(max=cache.max_length) // rule.stride
     tiles = torch.where((count > 0) & (slots > rule.carried), -(-slots // TILE_KEYS), 0)
     starts_of_tiles = prefix_sum(tiles)
     total = starts_of_tiles[-1:] * shape.sequence_units

@@ -1,5 +1,6 @@
 """A call of FlashAttention-4's kernels: tensors, options, and the float32 sums of a backward."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,15 @@ LARGEST_TILE = 128
 
 MANY_SEQUENCES = 256
 """Above this number, kernels look up the first tile of each sequence in a table, as FA4 does."""
+
+MOST_TOGETHER = 8
+"""Heads that a CTA of the backward passes through, at most: a power of 2.
+
+With more, a causal call would have too few CTAs of too different lengths.
+"""
+
+FEWEST_CTAS = 256
+"""CTAs of the backward that must be left for heads to share one: some two for each processor."""
 
 
 class Call(NamedTuple):
@@ -47,7 +57,7 @@ class Call(NamedTuple):
         (heads, head_dim), (kv_heads, value_dim) = self.q.shape[-2:], self.v.shape[-2:]
         bounds = self.bounds[0]
         repeated = tuple(map(_repeated, (self.q, self.k, self.v, *dout)))
-        return Variant(
+        variant = Variant(
             dtype=self.q.dtype,
             head_dim=head_dim,
             value_dim=value_dim,
@@ -59,6 +69,32 @@ class Call(NamedTuple):
             repeated=repeated if any(repeated) else (),
             deterministic=self.deterministic,
         )
+        return variant._replace(together=self._heads_together(variant, *dout)) if dout else variant
+
+    def _heads_together(self, variant: Variant, dout: Tensor) -> int:
+        """The heads of a CTA of the backward."""
+        heads, head_dim = self.q.shape[-2:]
+        together = math.gcd(variant.group, MOST_TOGETHER)
+        tiles = math.prod(self.k.shape[:-2]) // LARGEST_TILE
+        alone = variant.deterministic or variant.blocks is not None or variant.repeated
+        if alone or together == 1 or tiles * (heads // together) < FEWEST_CTAS:
+            return 1
+        # The heads lie whole rows apart, and their sums and padded statistics are indexed by int32.
+        apart = all(x.stride(-2) % head_dim == 0 for x in (self.q, dout))
+        rows = padded_rows(math.prod(self.q.shape[:-2]), _sequences(self.bounds[0]), LARGEST_TILE)
+        return together if apart and rows * head_dim * together < 1 << 31 else 1
+
+
+def side_by_side(x: Tensor, heads: int, size: int) -> Tensor:
+    """A view of ``x (..., H, S)`` as ``(..., H // heads, extent)``: heads after one another.
+
+    Each begins a multiple of ``size`` after the one before it; ``extent`` ends ``size`` after the
+    last begins.
+    """
+    *leading, count, _ = x.shape
+    *strides, apart, _ = x.stride()
+    shape = (*leading, count // heads, (heads - 1) * apart + size)
+    return x.as_strided(shape, (*strides, heads * apart, 1))
 
 
 def _repeated(x: Tensor) -> tuple[int, ...]:
@@ -81,7 +117,7 @@ class Sums(NamedTuple):
         """Zeros in FA4's rows and channels."""
         kind: dict[str, Any] = dict(dtype=torch.float32, device=call.q.device)
         leading, rows = rounded_rows(call.q, call.bounds[0], tile.queries)
-        channels = _round_up(variant.head_dim, tile.channels)
+        channels = rounded_up(variant.head_dim, tile.channels)
         dq = torch.zeros((*leading, rows * channels), **kind)
         if not variant.adds_keys:
             return cls(dq)
@@ -123,15 +159,18 @@ def _zero_tiles(leading: tuple[int, ...], rows: int, tile: int, device: torch.de
 def rounded_rows(x: Tensor, bounds: Tensor | None, tile: int) -> tuple[tuple[int, ...], int]:
     """Leading dimensions, and the rows of a head if each sequence starts at a new tile."""
     length, heads = x.shape[-3:-1]
-    if bounds is None:
-        return (x.shape[0], heads), padded_rows(length, None, tile)
-    return (heads,), padded_rows(length, bounds.shape[0] - 1, tile)
+    leading = (x.shape[0], heads) if bounds is None else (heads,)
+    return leading, padded_rows(length, _sequences(bounds), tile)
+
+
+def _sequences(bounds: Tensor | None) -> int | None:
+    return None if bounds is None else bounds.shape[0] - 1
 
 
 def padded_rows(length: int, sequences: int | None, tile: int) -> int:
     """Rows of the buffers. Each of several packed ``sequences`` has a tile more."""
     if sequences is None:
-        return _round_up(length, tile)
+        return rounded_up(length, tile)
     return (length + (sequences + 1) * tile - 1) // tile * tile
 
 
@@ -146,5 +185,5 @@ def sums_bytes(
     return 4 * numbers
 
 
-def _round_up(size: int, multiple: int) -> int:
+def rounded_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple

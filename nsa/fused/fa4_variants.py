@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+TALL = 256
+"""Queries of a tall tile, see :func:`tall_tile`."""
+
 Window = tuple[int | None, int | None]
 """Keys visible to the left and to the right of a query beside its own; None is no bound."""
 
@@ -74,6 +77,7 @@ class Variant(NamedTuple):
         repeated: for q, k, v, and in backward dout, the dimensions of stride 0; empty if no tensor
             has any.
         deterministic: in backward, CTAs add to float32 sums in a fixed order.
+        together: in backward, heads that share keys and one CTA; it divides the group.
     """
 
     dtype: torch.dtype
@@ -86,6 +90,7 @@ class Variant(NamedTuple):
     blocks: tuple[int, int] | None = None
     repeated: tuple[tuple[int, ...], ...] = ()
     deterministic: bool = False
+    together: int = 1
 
     @property
     def pack_heads(self) -> bool:
@@ -95,19 +100,39 @@ class Variant(NamedTuple):
 
     def plain(self) -> "Variant":
         """The fields on which the kernels before and after the main one of a backward depend."""
-        return self._replace(group=1, mask=Mask(), blocks=None, repeated=(), deterministic=False)
+        return Variant(
+            *(self.dtype, self.head_dim, self.value_dim, 1), packed=self.packed, many=self.many
+        )
 
     @property
     def adds_keys(self) -> bool:
-        """Whether heads of a group add to the gradients of one KV head, in float32."""
-        return self.group > 1
+        """Whether CTAs of several heads add to the gradients of one KV head, in float32."""
+        return self.group > self.together
 
 
 def forward_tile(variant: Variant) -> tuple[int, int]:
     """(queries, keys) of a tile of the forward."""
     if variant.blocks is not None:
+        if tall_tile(variant):
+            return TALL, variant.blocks[1]
         return _sparse_forward_tile(variant.head_dim, *variant.blocks)
     return _measured_tile(variant) or _dense_forward_tile(variant)
+
+
+def tall_tile(variant: Variant) -> bool:
+    """Whether each of two warp groups of the forward has 128 queries.
+
+    They read a block of 64 keys from shared memory once for them, and from L2 once for all 256.
+    With a limit of each query, ptxas waits after each matrix instruction.
+    """
+    if variant.blocks is None or variant.mask.limited or not 96 < variant.head_dim <= 128:
+        return False
+    return variant.blocks[0] % TALL == 0 and variant.blocks[1] == 64
+
+
+def forward_stages(variant: Variant) -> int:
+    """Tiles of keys, and of values, that shared memory holds in the forward."""
+    return 4 if tall_tile(variant) else 2
 
 
 def values_from_registers(variant: Variant) -> bool:

@@ -491,6 +491,41 @@ def selected_forward(
     return _kernels("selected_forward").selected_forward(**locals())
 
 
+def closing_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    blocks: TokenBlocks,
+    block_size: int,
+    scale: float,
+    causal: bool,
+    o_cmp: Tensor,
+    o_win: Tensor,
+    gates: Tensor | None,
+    weight: Tensor | None,
+    out: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """:func:`selected_forward` with ``band``, and :func:`gating_forward` with its output.
+
+    Both are one kernel where shared memory has room for it. Then the output is not rounded before
+    it is added.
+
+    Args:
+        q, k, v, block_indices, blocks, block_size, scale, causal: of :func:`selected_forward`. The
+            dimension of v is that of q.
+        o_cmp, o_win: ``(T, H, D)``.
+        gates, weight, out: of :func:`gating_forward`.
+        keep: whether the selected branch's output is wanted too.
+
+    Returns:
+        The sum ``(T, H, D)``, ``out`` where it is given; the selected branch's output, or None; and
+        its log-sum-exp.
+    """
+    return _kernels("selected_forward").closing_forward(**locals())
+
+
 def selected_backward(
     dout: Tensor,
     q: Tensor,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa.fused.attention import (
+    closing_attention,
     compressed_attention,
     compressed_attention_backward,
     compressed_lse,
@@ -116,6 +117,27 @@ class Saved(NamedTuple):
         return *(self.branches or _NO_BRANCHES), self.block_indices, self.groups
 
 
+class _Others(NamedTuple):
+    """What the selected branch needs, and the results of the others.
+
+    The ``compressed`` keys and values are freed with it, which the estimate of memory counts on.
+    """
+
+    compressed: Pair
+    q_rows: Tensor
+    block_indices: Tensor
+    groups: Tensor | None
+    o_cmp: Tensor
+    lse_cmp: Tensor
+    o_win: Tensor
+    lse_win: Tensor
+
+    def with_selected(self, o_slc: Tensor, lse_slc: Tensor) -> BranchResults:
+        """The results of all branches."""
+        others = (self.o_win, self.lse_win)
+        return BranchResults(self.o_cmp, self.lse_cmp, o_slc, lse_slc, *others)
+
+
 def attend(
     inputs: Inputs,
     block_indices: Tensor | None,
@@ -130,8 +152,55 @@ def attend(
 
     ``block_indices`` are ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode.
     """
+    others = _attend_others(inputs, block_indices, groups, plan, before_keys)
+    (k_slc, v_slc), _ = inputs.keys_and_values()
+    results = selected_attention(others.q_rows, k_slc, v_slc, others.block_indices, plan)
+    return others.with_selected(*results), others.block_indices, others.groups
+
+
+def attend_and_combine(
+    inputs: Inputs,
+    block_indices: Tensor | None,
+    plan: Plan,
+    out: Tensor | None,
+    before_keys: Callable[[], None] | None,
+    *,
+    keep: bool,
+) -> tuple[Tensor, BranchResults | None, Tensor, Tensor | None]:
+    """The output of :func:`combine`, and what :func:`attend` returns; no branches if not ``keep``.
+
+    Where the last kernel of token mode has the output of the selected branch at hand, it does both.
+    """
+    if not plan.has_band:
+        results, block_indices, groups = attend(inputs, block_indices, None, plan, before_keys)
+        out = combine(inputs, results, plan, out)
+        return out, results if keep else None, block_indices, groups
+    others = _attend_others(inputs, block_indices, None, plan, before_keys)
+    out, o_slc, lse_slc = closing_attention(
+        others.q_rows,
+        *inputs.keys_and_values()[0],
+        others.block_indices,
+        (others.o_cmp, others.o_win),
+        inputs.gates,
+        inputs.gate_proj_weight,
+        out,
+        plan,
+        keep=keep,
+    )
+    branches = None if o_slc is None else others.with_selected(o_slc, lse_slc)
+    return out, branches, others.block_indices, others.groups
+
+
+def _attend_others(
+    inputs: Inputs,
+    block_indices: Tensor | None,
+    groups: Tensor | None,
+    plan: Plan,
+    before_keys: Callable[[], None] | None,
+) -> _Others:
+    """All of :func:`attend` but the selected branch."""
     q, token_mode = inputs.q, plan.config.selection == "token"
-    (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
+    _, (k_win, v_win) = inputs.keys_and_values()
     side_stream = SideStream(q)
     if before_keys is None:
         # The window comes first: it needs no plan tensors, and runs while the host prepares the
@@ -150,9 +219,8 @@ def attend(
         # What needs no keys has come first.
         before_keys()
         o_win, lse_win = window_attention(q, k_win, v_win, plan)
-    o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
-    branches = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win)
-    return branches, block_indices, groups
+    results = (o_cmp, lse_cmp, o_win, lse_win)
+    return _Others((k_cmp, v_cmp), q_rows, block_indices, groups, *results)
 
 
 def attend_window(inputs: Inputs, branches: BranchResults, plan: Plan) -> BranchResults:

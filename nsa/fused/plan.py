@@ -148,6 +148,12 @@ class Plan:
         return FoldedQueries(self.geometry, self.tables, self._bounds_of("folded"))
 
     @property
+    def has_band(self) -> bool:
+        """Whether selection is by token and forces blocks, which neighbouring tokens share."""
+        forced = self.config.num_initial_blocks + self.config.num_local_blocks
+        return self.config.selection == "token" and forced > 0
+
+    @property
     def in_order(self) -> bool:
         """Whether outputs and gradients of queries are ``(B, T, H, D)`` in every branch.
 
@@ -197,6 +203,9 @@ class Plan:
         """Queries that see a few compressed keys; None where no query need see few."""
         if not self.config.causal or self.compressed_form is CompressedForm.NONE:
             return None
+        tables = self.tables
+        if tables.few_query is not None:
+            return FewKeys(tables.few_query, expect(tables.few_first), expect(tables.few_count))
         queries, compressed = self.geometry.queries, self.geometry.compressed
         rows, visibility = queries.rows, self.config.compressed_visibility
         stride = self.config.compress_stride
@@ -497,6 +506,7 @@ def _packed_plan(
     bounds = (cu_seqlens, cu_seqlens_k)
     geometry = Geometry.packed(*bounds, num_queries, num_keys, config, exact=False)
     form = compressed_form(config, packed=True, num_compressed=geometry.compressed.total)
+    has_few = config.causal and form is not CompressedForm.NONE
     key_block = choose_key_block(config.select_block_size, config, head_dim)
     cmp_key_block = choose_key_block(config.cmp_group_size, config, head_dim)
     rule = make_rule(
@@ -508,6 +518,7 @@ def _packed_plan(
         form=form,
         token_tile=tile_tokens,
         key_blocks=(key_block, cmp_key_block),
+        most_few_keys=MOST_FEW_KEYS if has_few else 1,
     )
     return Plan(geometry, 1, head_dim, *bounds, max_seqlen_k, rule)
 

@@ -37,6 +37,8 @@ class TableRule(NamedTuple):
         cmp_key_block: compressed tokens of a key block in the sparse compressed branch.
         extra_rows: folded rows of a sequence beyond its blocks.
         folded_rows: upper bound on the folded rows of all sequences.
+        few: queries of a sequence that see 2 to a few compressed keys, at most; 0 if they are not
+            wanted.
         token, causal, by_first, folded, listed: bool: token mode; the mask; whether a tile's first
             query stands for it; which form the compressed branch has.
         whole: bool: whether each sequence has as many queries as keys.
@@ -55,6 +57,7 @@ class TableRule(NamedTuple):
     cmp_key_block: int
     extra_rows: int
     folded_rows: int
+    few: int
     token: bool
     causal: bool
     by_first: bool
@@ -78,6 +81,7 @@ def make_rule(
     form: CompressedForm = CompressedForm.NONE,
     token_tile: int = 1,
     key_blocks: tuple[int, int] = (1, 1),
+    most_few_keys: int = 1,
 ) -> TableRule:
     """The rule for packed sequences.
 
@@ -89,6 +93,7 @@ def make_rule(
         form: of the compressed branch.
         token_tile: tokens of a tile whose scores are computed together, in token mode.
         key_blocks: keys of a key block in the selected and in the sparse compressed branch.
+        most_few_keys: compressed keys that are few; 1 if queries of few keys are not wanted.
     """
     token = config.selection == "token"
     return TableRule(
@@ -105,6 +110,7 @@ def make_rule(
         cmp_key_block=key_blocks[1],
         extra_rows=extra_rows(config),
         folded_rows=num_folded_rows(num_queries, sequences, config, whole=whole),
+        few=(most_few_keys - 1) * config.compress_stride,
         token=token,
         causal=config.causal,
         by_first=config.tile_summary == "first",
@@ -129,7 +135,9 @@ class Tables(NamedTuple):
         run_first: for each run.
         tile_fields: ``(tiles, 6)``, see :class:`nsa.fused.kernel_inputs.TokenTiles`.
         place: ``(T,)``, ``row * d + slot`` of each token in folded rows.
+        lse_place: ``(T,)``, the same, but 0 for a token that has no place.
         query_of_slot: ``(rows * d,)``, the token of each.
+        few_query, few_first, few_count: see :class:`nsa.fused.kernel_inputs.FewKeys`.
         row_of_query, query_of_row: ``(T,)`` and ``(rows,)``, aligned rows of queries.
         row_of_key, key_of_row: ``(Tk,)`` and ``(rows,)``, aligned rows of keys.
         row_of_compressed, compressed_of_row: the same of compressed tokens.
@@ -156,7 +164,11 @@ class Tables(NamedTuple):
     run_first: Tensor | None = None
     tile_fields: Tensor | None = None
     place: Tensor | None = None
+    lse_place: Tensor | None = None
     query_of_slot: Tensor | None = None
+    few_query: Tensor | None = None
+    few_first: Tensor | None = None
+    few_count: Tensor | None = None
     row_of_query: Tensor | None = None
     query_of_row: Tensor | None = None
     row_of_key: Tensor | None = None
@@ -204,6 +216,7 @@ class Items(NamedTuple):
     key_rows: int
     cmp_rows: int
     slots: int
+    few: int
 
 
 def count_items(rule: TableRule) -> Items:
@@ -222,6 +235,7 @@ def count_items(rule: TableRule) -> Items:
         key_rows=(rule.keys // rule.tile + sequences) * rule.tile,
         cmp_rows=(compressed // rule.cmp_key_block + sequences) * rule.cmp_key_block,
         slots=rule.folded_rows * rule.stride,
+        few=rule.few * sequences,
     )
 
 
@@ -263,6 +277,10 @@ def table_shapes(rule: TableRule, means: bool) -> dict[str, tuple[int, ...]]:
         counts |= dict.fromkeys(of_tile, items.tiles)
     if rule.folded:
         counts |= dict(place=items.queries, query_of_slot=items.slots)
+        if rule.token:
+            counts["lse_place"] = items.queries
+    if rule.few:
+        counts |= dict.fromkeys(("few_query", "few_first", "few_count"), items.few)
     shapes: dict[str, tuple[int, ...]] = {name: (count,) for name, count in counts.items()}
     if rule.token:
         shapes["tile_fields"] = (items.tiles, 6)

@@ -194,6 +194,8 @@ class FoldedQueries:
     @cached_property
     def lse_place(self) -> Tensor:
         """The :attr:`place` of each token, 0 for queries left out: int32 ``(T,)``."""
+        if self.tables.lse_place is not None:
+            return self.tables.lse_place
         return self.place.clamp(min=0)
 
     def _fold_index(self, num_kv_heads: int) -> Tensor:

@@ -19,7 +19,7 @@ from nsa.fused.memory import workspace_bytes
 from nsa.fused.pipeline import Inputs, Saved
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
-from nsa.host import is_capturing
+from nsa.host import is_capturing, refuse_recording
 from nsa.precision import without_autocast
 from nsa.results import Results
 
@@ -69,6 +69,7 @@ def make_schedule(
     workspace = _whole_bytes(sizes, save)
     if workspace <= ALWAYS_FITS:
         return whole
+    refuse_recording("the schedule depends on the free memory")
     # The results are the output; with a backward, also its gradient and those of the inputs.
     results = q.nbytes
     if save:
@@ -187,20 +188,14 @@ def run_forward(
             if out is not None and len(parts) > 1:
                 part, blocks = heads.of(inputs), heads.of_indices(block_indices, plan)
                 target = heads.of_queries(out)
-            branches, selected, groups = pipeline.attend(
-                part, blocks, groups=None, plan=plan, before_keys=results.before_keys
+            result, branches, selected, groups = pipeline.attend_and_combine(
+                *(part, blocks, plan, target, results.before_keys),
+                keep=save and not schedule.recompute,
             )
-            result = pipeline.combine(part, branches, plan, target)
-            if schedule.recompute_window:
+            if branches is not None and schedule.recompute_window:
                 branches = branches._replace(o_win=None, lse_win=None)
             if save:
-                kept.append(
-                    Saved(
-                        branches=None if schedule.recompute else branches,
-                        block_indices=selected if blocks is None else None,
-                        groups=groups,
-                    )
-                )
+                kept.append(Saved(branches, selected if blocks is None else None, groups))
             # Free these before the next chunk allocates.
             del branches, selected, groups
     return result if out is None else out, kept

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nsa.host import is_capturing
+from nsa.host import is_capturing, refuse_recording
 
 SHORT = 1 << 27
 """The most elements of the queries for which a second stream is used: 32K tokens, H=32, D=128."""
@@ -35,6 +35,8 @@ class SideStream:
 
     def __init__(self, q: Tensor, *, always: bool = False):
         self._inside = None
+        if always:
+            refuse_recording("the second stream is no step")
         if (always and q.is_cuda) or (is_capturing(q) and q.numel() <= SHORT):
             self._outside = torch.cuda.current_stream(q.device)
             self._stream = _side_stream(q.device)

@@ -5,14 +5,14 @@ A unit is a KV head and a chunk of tokens. See :mod:`nsa.fused.kernels.inverted_
 
 from nsa.fused.hardware import WGMMA_ROWS
 
-WORKSPACE_BYTES = 9 << 28
+WORKSPACE_BYTES = 27 << 26
 """The most bytes of partial results in a wave: of two chunks of 4,096 tokens with 64 heads of 128
-channels and 16 blocks. 2 GiB would leave an eighth of them to a second wave."""
+channels and 16 blocks in bfloat16. 1.5 GiB would leave an eighth of them to a second wave."""
 
 
 GRADIENT_BYTES = 9 << 27
-"""The most bytes of partial gradients of queries in a wave: of 8 chunks of 2,048 tokens with 16
-heads of 128 channels and 16 blocks."""
+"""Bytes of partial gradients of queries that a wave may have at any length: those of 8 chunks of
+2,048 tokens with 16 heads of 128 channels and 16 blocks."""
 
 
 def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_bytes: int) -> int:
@@ -23,9 +23,15 @@ def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_byt
     return 1 << min(max(fits, enough, 64) - 1, max(total - 1, 63)).bit_length()
 
 
-def units_of_wave(chunk_tokens: int, slots: int, group: int, head_dim_v: int) -> int:
+def partial_words(head_dim_v: int, is_packed: bool) -> int:
+    """Words of 4 bytes of a row of partial results: of 3/4 of the bytes if it ``is_packed``. See
+    :mod:`nsa.fused.kernels.partial_rows`."""
+    return head_dim_v * (3 if is_packed else 4) // 8
+
+
+def units_of_wave(chunk_tokens: int, slots: int, group: int, row_words: int) -> int:
     """Units in a wave: as many as have partial results that fit the workspace."""
-    pair_bytes = group * (2 * head_dim_v + 4)
+    pair_bytes = group * 4 * (row_words + 1)
     return max(1, WORKSPACE_BYTES // (chunk_tokens * slots * pair_bytes))
 
 
@@ -45,6 +51,12 @@ def partial_gradient_bytes(slots: int, group: int, head_dim: int, tiles: int) ->
     return slots * tiles * group * (2 * head_dim + head_dim // 8)
 
 
-def units_of_gradient_wave(unit_bytes: int) -> int:
+def gradient_wave_bytes(query_bytes: int) -> int:
+    """The most bytes of partial gradients of a wave. Long queries have twice their own, because
+    some processors are idle at a wave's end. The backward of the compressed branch takes more."""
+    return max(GRADIENT_BYTES, 2 * query_bytes)
+
+
+def units_of_gradient_wave(unit_bytes: int, query_bytes: int) -> int:
     """Units in a wave of the backward, of so many bytes of partial gradients each."""
-    return max(1, GRADIENT_BYTES // unit_bytes)
+    return max(1, gradient_wave_bytes(query_bytes) // unit_bytes)

@@ -16,8 +16,8 @@ choose blocks of keys themselves, such as MiniMax-M3, attend these.
 
 from transformers import AttentionInterface, AttentionMaskInterface, cache_utils
 
-from nsa.transformers.attention import attention
 from nsa.transformers.cache_layer import NAME, CacheLayer, layer_types_and_kwargs
+from nsa.transformers.function import attention
 from nsa.transformers.gates import with_gates
 from nsa.transformers.sequences import find_sequences
 

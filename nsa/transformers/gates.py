@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from nsa.transformers.attention import GATES
+from nsa.transformers.function import GATES
 from nsa.validation import UnsupportedError
 
 

@@ -202,10 +202,16 @@ def find_sequences(
     """The :class:`Sequences` of a call, for the arguments that transformers makes masks of.
 
     Raises:
+        ValueError: the mask has another shape than the tokens.
         UnsupportedError: the mask is more than causal, padding and packed sequences.
     """
     past = kv_length - q_length
-    if kv_offset or past < 0 or (past and int(q_offset) != past):
+    if past < 0:
+        raise ValueError(
+            f"attention_mask must cover the {q_length} tokens of each sequence, got one for "
+            f"{kv_length}"
+        )
+    if kv_offset or (past and int(q_offset) != past):
         raise UnsupportedError(f"{kv_length} keys for {q_length} queries: {NO_CACHE}")
     if local_size is not None:
         raise UnsupportedError(window_message(local_size))

@@ -273,7 +273,7 @@ def dense_rows() -> list[dict]:
         for name in workloads.PASSES:
             for groups in (None, 16):
                 sides = Timing([dense], graph and [dense], 1.0), Timing([ours] * 3, graph, 2.0)
-                sides += (Timing([0.5 * dense] if graph else []),)
+                sides += (Timing([0.5 * dense] if graph else []), Timing([1.1 * ours]))
                 rows.append(bench_vs_dense.make_row(tokens, name, groups, *sides, options))
     return rows
 
@@ -304,12 +304,14 @@ def test_rows_and_what_the_terminal_says_of_them():
     assert rows[0]["compiled_speedup"] == "2.000"
     assert rows[-1]["graph_speedup"] is None
     assert rows[-1]["compiled_speedup"] is None
-    assert all(x in bench_vs_dense.describe(rows[0]) for x in ("0.250x", "0.500x", "2.000x"))
+    assert rows[0]["deterministic_ratio"] == "1.100"
+    shown = ("0.250x", "0.500x", "2.000x", "deterministic 1.100")
+    assert all(x in bench_vs_dense.describe(rows[0]) for x in shown)
     lines = bench_vs_dense.crossovers(rows)
     # 0.25 at 8K and 16 at 128K: a third of the way between them.
     assert "forward, groups 16, eager: faster than dense from 20643 tokens on" in lines
     assert "forward, groups 16, CUDA graphs: no crossover among the lengths measured" in lines
-    sides = Timing([1.0]), Timing(note="out of memory"), Timing(note="not captured")
+    sides = Timing([1.0]), Timing(note="out of memory"), Timing(note="not captured"), Timing()
     options = bench_vs_dense.parse_arguments([])
     row = bench_vs_dense.make_row(8192, "forward", None, *sides, options)
     assert row["note"] == "nsa: out of memory; compiled: not captured"

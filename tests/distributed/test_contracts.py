@@ -165,3 +165,14 @@ def test_differentiable_once(world):
     for text in world.run(rank_cases.second_derivative, problem, ranks=2):
         assert "can be differentiated once, not twice" in text
     assert all(world.run(rank_cases.twice_backward, problem, ranks=2))
+
+
+def test_the_device_of_positions(mesh):
+    bounds = make_cu_seqlens([3, 0, 5])
+    with torch.device("meta"):
+        found = nsa.distributed.positions(8, mesh, cu_seqlens=bounds)
+        assert nsa.distributed.positions(8, mesh).device.type == "meta"
+        assert nsa.distributed.positions(8, mesh, device="cpu").tolist() == list(range(8))
+    # By default where the boundaries are.
+    assert found.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert nsa.distributed.positions(8, mesh, cu_seqlens=bounds, device="meta").is_meta

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa.fused import fa4
-from nsa.fused.fa4_call import Call, Sums
+from nsa.fused.fa4_call import Call, Sums, side_by_side
 from nsa.fused.fa4_variants import (
     Mask,
     Variant,
@@ -164,6 +164,32 @@ def test_variants_go_by_what_is_repeated():
     assert call_of(q[:1], k[:1].as_strided((1, 5, 2, 128), (0, 256, 128, 1))).variant() == (
         call_of(q[:1], q[:1]).variant()
     )
+
+
+def test_heads_side_by_side():
+    x = torch.arange(2 * 5 * 12 * 8).view(2, 5, 12, 8)[:, :, 2:10]
+    beside = side_by_side(x, 4, 8)
+    assert beside.shape == (2, 5, 2, 32)
+    assert torch.equal(beside.reshape(2, 5, 8, 8), x)
+    # As folding has it: tokens that see the same keys are heads, and lie further apart.
+    folded = x.permute(2, 0, 1, 3)
+    beside = side_by_side(folded, 5, 8)
+    for token in range(5):
+        assert torch.equal(beside[..., 0, 96 * token :][..., :8], folded[..., token, :])
+
+
+def test_heads_share_a_cta_where_enough_are_left():
+    q, k = (torch.empty(1, 4096, heads, 128, device="meta") for heads in (64, 4))
+    call = call_of(q, k)
+    assert call.variant().together == 1
+    assert call.variant(q).together == 8
+    assert not call.variant(q).plain().adds_keys
+    assert call_of(q[:, :2048], k[:, :2048]).variant(q).together == 1
+    assert call_of(q[:, :, :24], k).variant(q[:, :, :24]).together == 2
+    assert call._replace(deterministic=True).variant(q).together == 1
+    assert call._replace(blocks=(64, 128)).variant(q).together == 1
+    wide = torch.empty(1, 4096, 64, 136, device="meta")[..., :128]
+    assert call.variant(wide).together == 1
 
 
 def make_statistics(*shape) -> RowStatistics:

@@ -136,6 +136,13 @@ def test_accuracy(form, steps, lists):
     check_steps(make_cache(LENGTHS, 64, form), form, steps, lists)
 
 
+def test_accuracy_of_many_sequences(lists):
+    """More lists than CTAs run at a time, so that tokens share their window."""
+    form = FORMS[0]
+    lengths = [17 * i % 1000 for i in range(40)]
+    check_steps(make_cache(lengths, 64, form), form, [((40, 4), None)], lists)
+
+
 def test_accuracy_in_tile_mode():
     """Tiles begin in some sequences, at some of the tokens."""
     form = TILE_FORM

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nsa
-from nsa import host, layers, packing, validation
+from nsa import block_index_checks, host, layers, packing
 from nsa.fused import entry, schedule
 from nsa.fused import plan as plans
 from nsa.fused.schedule import run_backward, run_forward
@@ -25,7 +25,7 @@ def capturing(monkeypatch):
     for module in (schedule, packing):
         monkeypatch.setattr(module, "is_capturing", lambda _: True)
     monkeypatch.setattr(plans, "may_keep", lambda _: False)
-    for module in (validation, packing, layers):
+    for module in (block_index_checks, packing, layers):
         monkeypatch.setattr(module, "has_readable_values", lambda _: False)
     # A dispatch mode, which the tests look with, is no reason for custom ops.
     monkeypatch.setattr(entry, "is_traced", lambda *_: False)

@@ -31,7 +31,7 @@ LAUNCHERS = {
     "listed_backward": ("listed_backward", "round_listed_sums"),
     "float_sums": ("round_sums",),
     "importance": ("importance_scores",),
-    "selected_forward": ("selected_forward",),
+    "selected_forward": ("selected_forward", "closing_forward"),
     "selected_backward": ("selected_backward",),
     "row_statistics": ("row_statistics",),
     "tile_scores": ("tile_scores",),

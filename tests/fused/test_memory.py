@@ -114,9 +114,9 @@ def test_token_estimate_by_hand():
     sizes = problem(1 << 16, num_heads=64, num_kv_heads=4, config=config)
     mib = 1 << 20
     branches = 3 * 1024 + 3 * 16
-    # A GiB of queries has 16 GiB of results of pairs, of which there are 2.25 at a time; the index
+    # A GiB of queries has 12 GiB of results of pairs, of which there are 1.7 at a time; the index
     # has three numbers a pair, beside what was selected.
-    forward = branches + 16 + 2304 + 3 * 16
+    forward = branches + 16 + 1728 + 3 * 16
     keys = 2 * num_compressed_blocks(1 << 16, config) * 4 * 128 * 2
     assert workspace_bytes(sizes, 4, save=False, recompute=False) == forward * mib + keys
 

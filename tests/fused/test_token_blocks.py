@@ -9,7 +9,9 @@ from nsa.fused.waves import (
     GRADIENT_BYTES,
     WORKSPACE_BYTES,
     choose_chunk_tokens,
+    gradient_wave_bytes,
     partial_gradient_bytes,
+    partial_words,
     units_of_gradient_wave,
     units_of_wave,
 )
@@ -69,19 +71,24 @@ def test_a_chunk_is_what_l2_holds_but_enough_for_a_block(total, group, blocks, t
 
 @pytest.mark.parametrize(("chunk_tokens", "units"), [(4096, 8), (1024, 35), (1 << 16, 1)])
 def test_a_wave_fits_the_workspace_but_is_a_unit_at_least(chunk_tokens, units):
-    assert units_of_wave(chunk_tokens, 16, 16, 128) == units
-    unit_bytes = chunk_tokens * 16 * 16 * (128 * 2 + 4)
+    words = partial_words(128, is_packed=True)
+    assert units_of_wave(chunk_tokens, 16, 16, words) == units
+    unit_bytes = chunk_tokens * 16 * 16 * (128 * 3 // 2 + 4)
     assert units == 1 or units * unit_bytes <= WORKSPACE_BYTES < (units + 1) * unit_bytes
 
 
+@pytest.mark.parametrize("query_bytes", [GRADIENT_BYTES // 2, 3 * GRADIENT_BYTES])
 @pytest.mark.parametrize(
-    ("chunk_tokens", "tiles", "units"), [(2048, 1, 8), (2048, 2, 4), (1 << 18, 1, 1)]
+    ("chunk_tokens", "tiles", "units"), [(2048, 1, 8), (2048, 2, 4), (1 << 20, 1, 1)]
 )
-def test_a_wave_of_partial_gradients_fits_too(chunk_tokens, tiles, units):
+def test_a_wave_of_partial_gradients_fits_too(chunk_tokens, tiles, units, query_bytes):
     unit_bytes = chunk_tokens * partial_gradient_bytes(16, 16, 128, tiles)
     assert unit_bytes >= chunk_tokens * 16 * 16 * tiles * (128 * 2 + 4 * 2)
-    assert units_of_gradient_wave(unit_bytes) == units
-    assert units == 1 or units * unit_bytes <= GRADIENT_BYTES < (units + 1) * unit_bytes
+    room, actual = gradient_wave_bytes(query_bytes), units_of_gradient_wave(unit_bytes, query_bytes)
+    assert room == max(GRADIENT_BYTES, 2 * query_bytes)
+    assert actual == 1 or actual * unit_bytes <= room < (actual + 1) * unit_bytes
+    if room == GRADIENT_BYTES:
+        assert actual == units
 
 
 @pytest.mark.parametrize("lengths", [[70, 1, 1, 1, 32, 33], [1] * 40, [300], [31, 65, 64, 33]])

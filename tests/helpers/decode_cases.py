@@ -44,14 +44,16 @@ class State(NamedTuple):
 
 
 def make_state(
-    form: Form, lengths: list[int], new: list[int] | int, kv_heads: int = 2, ctas: int = 20
-) -> State:
+    form: Form, lengths: list[int], new: list[int] | int, kv_heads: int = 2, ctas: int = 20,
+    page_blocks: int = 2,
+) -> State:  # fmt: skip
     """A state on the CPU. A list of new tokens gives packed tokens.
 
+    A page has ``page_blocks`` selection blocks.
     Rows that hold no token, and compressed rows that hold no block, are NaN.
     """
     rule, batch = form.rule, len(lengths)
-    page_size = 2 * rule.select_size
+    page_size = page_blocks * rule.select_size
     counts = [new] * batch if isinstance(new, int) else new
     ends = [a + b for a, b in zip(lengths, counts, strict=True)]
     max_pages = max(ends) // page_size + 2

@@ -23,6 +23,8 @@ from nsa.fused.decode_inputs import (
     Schedule,
     TileLists,
     most_groups,
+    most_sharing,
+    record_groups,
 )
 from nsa.precision import accumulation_dtype
 
@@ -63,9 +65,10 @@ def decode_append(
                 x = torch.stack([source[place] for place in places])
                 mean = sum(x.to(accumulation_dtype(x.dtype)).unbind()) / rule.compress_size
                 store[_place(table, store, sequence, end // rule.stride - 1)] = mean.to(x.dtype)
+    limit = min(max_length, table.shape[1] * pool.k.shape[1])
     counts = [
-        tiles_of(int(end), rule) if new else 0
-        for end, (_, _, new) in zip(ends, _sequences(cu_seqlens, shape), strict=True)
+        tiles_of(min(int(start) + new, limit), rule) if new else 0
+        for start, (_, _, new) in zip(starts, _sequences(cu_seqlens, shape), strict=True)
     ]
     total = sum(counts)
     least = max(LEAST_SHARE, -(-total * shape.sequence_units // shape.ctas))
@@ -80,24 +83,29 @@ def tiles_of(end: int, rule) -> int:
     return -(-slots // TILE_KEYS) if slots > rule.carried else 0
 
 
-def decode_compressed(q, pool, table, schedule, cu_seqlens, shape, rule, scale, records):
+def decode_compressed(
+    q, pool, table, schedule, cu_seqlens, shape, rule, scale, records, lengths, limit
+):
+    assert lengths is None or torch.equal(lengths, schedule.starts)
+    assert int(schedule.ends.max()) <= limit
     dtype = accumulation_dtype(q.dtype)
     slots, rows, dim_v = shape.part_slots, shape.rows, pool.v.shape[-1]
     parts = _empty_parts(slots, rows, dim_v, dtype, q.device)
     groups = most_groups(table, pool.k.shape[1])
     made = None
     if records:
+        entries = shape.units, rows, groups // record_groups(shape.row_groups)
         made = Records(
             _nans((shape.units, rows, groups * rule.group_blocks), dtype, q.device),
-            _nans((shape.units, rows, groups), dtype, q.device) if rule.carried else None,
-            _poisoned_integers((shape.units, rows, groups), q.device),
+            _nans(entries, dtype, q.device) if rule.carried else None,
+            _poisoned_integers(entries, q.device),
         )
     share = int(schedule.tiles[0])
     for sequence, row0, new in _sequences(cu_seqlens, shape):
         start, end = int(schedule.starts[sequence]), int(schedule.ends[sequence])
         first = int(schedule.tiles[sequence + 1])
         tiles = int(schedule.tiles[sequence + 2]) - first
-        assert tiles == (tiles_of(end, rule) if new else 0)
+        assert tiles == (tiles_of(min(start + new, limit), rule) if new else 0)
         for local in range(shape.sequence_units if tiles else 0):
             kv_head, token_block = divmod(local, shape.token_blocks)
             token0 = token_block * shape.unit_tokens
@@ -123,7 +131,7 @@ def decode_compressed(q, pool, table, schedule, cu_seqlens, shape, rule, scale, 
                         first * shape.sequence_units + local * tiles, share,
                     )  # fmt: skip
                     if made is not None:
-                        _store_records(made, y, rule, unit, row)
+                        _store_records(made, y, rule, unit, row, record_groups(shape.row_groups))
     return parts, made
 
 
@@ -152,8 +160,8 @@ def _store_part(parts, slot, row, y, values):
     parts.out[slot, row] = power @ values
 
 
-def _store_records(records, y, rule, unit, row):
-    groups = y.unflatten(0, (-1, SLOT_GROUP))
+def _store_records(records, y, rule, unit, row, together):
+    groups = y.unflatten(0, (-1, SLOT_GROUP * together))
     reference = torch.stack([_some_reference(group) for group in groups])
     # Products with powers of two are exact, so equal exponents give equal sums.
     whole = groups.round()
@@ -176,9 +184,12 @@ def _weighted(power, weight):
 
 def decode_finish(
     q, pool, rings, table, parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial,
-    num_local, window, scale, gates, weight, lengths, floors, cluster,
+    num_local, window, scale, gates, weight, lengths, floors, cluster, of_tokens,
 ):  # fmt: skip
     assert cluster in CLUSTERS
+    if of_tokens:
+        assert 1 < cluster <= most_sharing(shape.group)
+        assert not isinstance(lists, TileLists)
     if records is not None:
         _select(parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial, num_local)
     others = _attend(
@@ -218,10 +229,12 @@ def _block_scores(parts, records, schedule, shape, rule, sequence, token, kv_hea
     unit = sequence * shape.sequence_units + local
     slots = range(*_unit_parts(schedule, shape, sequence, local))
     block = torch.arange(own + 1)
-    group = block // rule.group_blocks
+    together = record_groups(shape.row_groups)
+    entry_blocks = rule.group_blocks * together
+    entry = block // entry_blocks
     scored = block * rule.per_select < seen
-    last = block % rule.group_blocks == rule.group_blocks - 1
-    carries = scored & last & ((group + 1) * SLOT_GROUP < seen)
+    last = block % entry_blocks == entry_blocks - 1
+    carries = scored & last & ((entry + 1) * together * SLOT_GROUP < seen)
     scores = parts.total.new_zeros(own + 1)
     for g in range(shape.group if slots else 0):
         row = token % shape.unit_tokens * shape.group + g
@@ -230,8 +243,8 @@ def _block_scores(parts, records, schedule, shape, rule, sequence, token, kv_hea
         total = (total * _power(reference - reference.max(), total.dtype)).sum()
         value = torch.zeros_like(scores)
         for chosen, recorded, at, place in (
-            (scored, records.sums, block, group),
-            (carries, records.carried, group + 1, group + 1),
+            (scored, records.sums, block, entry),
+            (carries, records.carried, entry + 1, entry + 1),
         ):
             if recorded is not None and chosen.any():
                 factor = records.reference[unit, row, place[chosen]] - reference.max()

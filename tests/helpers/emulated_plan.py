@@ -96,9 +96,12 @@ def _tables(plan, rule) -> dict[str, Tensor]:
         )
     else:
         found |= _tile_tables(plan, rule)
+    if rule.few:
+        few = plan.few_keys
+        found |= dict(few_query=few.query, few_first=few.first, few_count=few.keys)
     if rule.folded:
         folded = FoldedQueries(geometry)
-        names = ("place", "query_of_slot")
+        names = ("place", "lse_place", "query_of_slot")
         found |= {name: getattr(folded, name) for name in names}
     return found
 

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from nsa.fused.kernel_inputs import RowStatistics, choose_shape
 from nsa.precision import accumulation_dtype
-from tests.helpers import emulated_fa4
-from tests.helpers.emulated_kernels import added
+from tests.helpers import emulated_fa4, emulated_kernels
 
-NAMES = ("importance_scores", "selected_forward", "selected_backward", "row_statistics")
+NAMES = (
+    "importance_scores", "selected_forward", "closing_forward", "selected_backward",
+    "row_statistics",
+)  # fmt: skip
 """The functions of ``nsa.fused.kernel_calls`` that are answered here."""
 
 
@@ -74,6 +76,27 @@ def selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, 
     return out.contiguous(), lse.T.contiguous()
 
 
+def closing_forward(
+    q,
+    k,
+    v,
+    block_indices,
+    blocks,
+    block_size,
+    scale,
+    causal,
+    o_cmp,
+    o_win,
+    gates,
+    weight,
+    out,
+    keep,
+):
+    o_slc, lse = selected_forward(q, k, v, block_indices, blocks, block_size, scale, causal, True)
+    out = emulated_kernels.gating_forward(o_cmp, o_slc, o_win, q, gates, weight, out)
+    return out, o_slc if keep else None, lse
+
+
 def selected_backward(
     dout, q, k, v, statistics, block_indices, blocks, block_size, scale, causal,
     deterministic=False, sums=None,
@@ -82,7 +105,7 @@ def selected_backward(
     assert all(x.shape == q.shape[:2] for x in statistics)
     by_head = RowStatistics(*(x.T for x in statistics))
     grads = emulated_fa4.attend_backward(dout, q, k, v, by_head, mask, scale)
-    return added(*(grad.contiguous() for grad in grads), sums, scale)
+    return emulated_kernels.added(*(grad.contiguous() for grad in grads), sums, scale)
 
 
 def row_statistics(dout, out, lse, dlse):

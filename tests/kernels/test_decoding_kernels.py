@@ -42,6 +42,11 @@ CASES = [
 ]
 PAIRS = [(FORMS[0], CASES[0]), (FORMS[0], CASES[1]), (FORMS[1], CASES[1])]
 PAIRS += [(FORMS[2], CASES[1]), (FORMS[3], CASES[0]), (FORMS[4], CASES[0])]
+# 64 query rows of a KV head.
+WIDE = [
+    (FORMS[0], ([0, 40, 1090, 5, 1200], [4, 3, 2, 0, 1])),
+    (Form(FP16, 192, 128, 16, DecodeRule(64, 4, 64)), ([300, 40], 3)),
+]
 SCALE = 0.1
 COUNT = 12
 
@@ -75,10 +80,10 @@ def append(kernels, state, rule):
     return schedule, bool(overflowed)
 
 
-def compress(kernels, state, schedule, rule):
+def compress(kernels, state, schedule, rule, after_append=False):
     return kernels.decode_compressed(
         *(state.q, state.compressed, state.table, schedule, state.cu_seqlens, state.shape),
-        *(rule, SCALE, True),
+        *(rule, SCALE, True, state.lengths if after_append else None, state.max_length),
     )
 
 
@@ -138,13 +143,24 @@ def test_append_drops_tokens_without_a_place(case):
         torch.testing.assert_close(actual.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("form", "case"), PAIRS, ids=str)
-def test_compressed(form, case):
-    state = make_state(form, *case)
-    schedule, _ = append(emulated, state, form.rule)
-    exact, exact_records = compress(emulated, wide(state), schedule, form.rule)
+@pytest.mark.parametrize("after_append", [False, True], ids=["given", "after append"])
+@pytest.mark.parametrize(
+    ("form", "case", "page_blocks"),
+    [*((*pair, 2) for pair in PAIRS + WIDE), (*PAIRS[0], 16), (*WIDE[0], 16)],
+    ids=str,
+)
+def test_compressed(form, case, page_blocks, after_append):
+    """In pages of parts of a tile, and in those of a tile; with a schedule, or its own."""
+    state = make_state(form, *case, page_blocks=page_blocks)
     on_gpu = state.to("cuda")
-    parts, records = compress(decode_calls, on_gpu, tensors(schedule, "cuda"), form.rule)
+    schedule, _ = append(emulated, state, form.rule)
+    if after_append:
+        made, _ = append(decode_calls, on_gpu, form.rule)
+        schedule = tensors(made, "cpu")
+    else:
+        on_gpu, made = state.to("cuda"), tensors(schedule, "cuda")
+    parts, records = compress(decode_calls, on_gpu, made, form.rule, after_append)
+    exact, exact_records = compress(emulated, wide(state), schedule, form.rule)
     written_parts(parts, exact, rounding(form.dtype))
     for name in ("sums", "carried"):
         actual, wanted = (getattr(x, name) for x in (records, exact_records))
@@ -179,7 +195,7 @@ def check_finish(state, schedule, results, rule, lists, floors=None, **options):
     """
     given = dict(
         rings=None, num_initial=1, num_local=2, window=200, scale=SCALE, gates=None, weight=None,
-        floors=None, cluster=1,
+        floors=None, cluster=1, of_tokens=False,
     ) | options  # fmt: skip
     found = []
     for kernels, device in ((emulated, "cpu"), (decode_calls, "cuda")):
@@ -214,18 +230,25 @@ def check_finish(state, schedule, results, rule, lists, floors=None, **options):
 
 
 SELECTED = [
-    # CTAs of a list, and blocks.
-    (*PAIRS[1], 4, 3),
-    (*PAIRS[1], 1, 40),
-    (*PAIRS[2], 8, COUNT),
-    (*PAIRS[3], 2, COUNT),
-    (*PAIRS[4], 2, 40),
-    (*PAIRS[5], 1, 3),
+    # CTAs of a list, or of as many tokens, and blocks.
+    (*PAIRS[1], 4, False, 3),
+    (*PAIRS[1], 1, False, 40),
+    (*PAIRS[1], 2, True, COUNT),
+    (*PAIRS[2], 8, False, COUNT),
+    (*PAIRS[2], 4, True, COUNT),
+    (*PAIRS[3], 2, False, COUNT),
+    (*PAIRS[3], 2, True, COUNT),
+    (*PAIRS[4], 2, False, 40),
+    (*PAIRS[5], 1, False, 3),
+    (*PAIRS[5], 4, True, 3),
+    (*WIDE[0], 1, False, COUNT),
+    (*WIDE[0], 2, True, COUNT),
+    (*WIDE[1], 2, True, COUNT),
 ]
 
 
-@pytest.mark.parametrize(("form", "case", "cluster", "count"), SELECTED, ids=str)
-def test_select(form, case, cluster, count):
+@pytest.mark.parametrize(("form", "case", "cluster", "of_tokens", "count"), SELECTED, ids=str)
+def test_select(form, case, cluster, of_tokens, count):
     state = make_state(form, *case)
     schedule, _ = append(emulated, state, form.rule)
     # Repeated keys, so that blocks tie.
@@ -234,7 +257,10 @@ def test_select(form, case, cluster, count):
     results = compress(emulated, wide(state), schedule, form.rule)
     lists = torch.full((state.q.shape[0], state.shape.kv_heads, count), -7, dtype=torch.int32)
     gates = draw_gates(state, form.dtype)
-    check_finish(state, schedule, results, form.rule, lists, gates=gates, cluster=cluster)
+    check_finish(
+        state, schedule, results, form.rule, lists, gates=gates, cluster=cluster,
+        of_tokens=of_tokens,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
@@ -251,18 +277,20 @@ def test_select_among_many(cluster):
 
 
 ATTENDED = [
-    # CTAs of a list, also more than there are tiles; rings with keys of the window's own.
-    (*PAIRS[0], 1, None),
-    (*PAIRS[1], 4, None),
-    (*PAIRS[2], 8, 256),
-    (*PAIRS[3], 2, 256),
-    (*PAIRS[4], 1, None),
-    (*PAIRS[5], 4, None),
+    # CTAs of a list, also more than there are tiles, or of tokens; rings with keys of the window's
+    # own.
+    (*PAIRS[0], 1, False, None),
+    (*PAIRS[1], 4, False, None),
+    (*PAIRS[1], 2, True, 256),
+    (*PAIRS[2], 8, False, 256),
+    (*PAIRS[3], 2, False, 256),
+    (*PAIRS[4], 1, False, None),
+    (*PAIRS[5], 4, False, None),
 ]
 
 
-@pytest.mark.parametrize(("form", "case", "cluster", "ring"), ATTENDED, ids=str)
-def test_attend(form, case, cluster, ring):
+@pytest.mark.parametrize(("form", "case", "cluster", "of_tokens", "ring"), ATTENDED, ids=str)
+def test_attend(form, case, cluster, of_tokens, ring):
     state = make_state(form, *case)
     schedule, _ = append(emulated, state, form.rule)
     parts, _ = compress(emulated, wide(state), schedule, form.rule)
@@ -271,7 +299,7 @@ def test_attend(form, case, cluster, ring):
         rings = Pool(*(torch.randn(5, ring, *x.shape[2:]).to(form.dtype) for x in state.pool))
     check_finish(
         state, schedule, (parts, None), form.rule, make_lists(state, schedule, form.rule),
-        rings=rings, gates=draw_gates(state, form.dtype), cluster=cluster,
+        rings=rings, gates=draw_gates(state, form.dtype), cluster=cluster, of_tokens=of_tokens,
     )  # fmt: skip
 
 

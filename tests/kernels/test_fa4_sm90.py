@@ -1,27 +1,33 @@
 """FA4's classes as they are, and stand-ins for compiled kernels: what these are called with."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nsa.fused import fa4
+from nsa.fused import fa4, fa4_call
+from nsa.fused.fa4_variants import Mask, forward_tile
 from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from tests.helpers.poison import poisoned_memory
 from tests.helpers.requirements import import_fused
 
+fa4_heads = import_fused("nsa.fused.kernels.fa4_heads")
 fa4_sm90 = import_fused("nsa.fused.kernels.fa4_sm90")
 padded_rows = import_fused("nsa.fused.kernels.padded_rows")
 cutlass = import_fused("cutlass")
 cute = import_fused("cutlass.cute")
 
 ROWS, HEADS, KV_HEADS, DIM = 256, 8, 2, 128
-CLASSES = (
-    "FlashAttentionForwardSm90",
-    "FlashAttentionBackwardSm90",
-    "FlashAttentionBackwardPostprocess",
-    "CuSeqlensToBlocksKernel",
-)
+# What the tests below call each class.
+CLASSES = {
+    "FlashAttentionForwardSm90": "Forward",
+    "TallForward": "Forward",
+    "FlashAttentionBackwardSm90": "Backward",
+    "BackwardThroughHeads": "Backward",
+    "FlashAttentionBackwardPostprocess": "Postprocess",
+    "CuSeqlensToBlocksKernel": "TileStarts",
+}
 
 
 class Kernel:
@@ -38,17 +44,25 @@ class Kernel:
         return dict(zip(names, arguments, strict=True))
 
 
+@pytest.fixture(params=[False, True], ids=["heads alone", "heads together"])
+def together(request, monkeypatch):
+    """Whether a CTA of the backward may pass through several heads, of few keys too."""
+    if request.param:
+        monkeypatch.setattr(fa4_call, "FEWEST_CTAS", 0)
+    return request.param
+
+
 @pytest.fixture
-def calls(monkeypatch):
+def calls(monkeypatch, together):
     """(kernel, arguments) of each call; the classes are built as far as to take their options."""
     calls = []
-    for name in CLASSES:
+    for name, called in CLASSES.items():
         original = getattr(fa4_sm90, name)
 
         def build(self, *args, original=original, **options):
             inspect.signature(original).bind(*args, **options)
 
-        stand_in = type(name, (original,), {"__init__": build})
+        stand_in = type(called, (original,), {"__init__": build})
         monkeypatch.setattr(fa4_sm90, name, stand_in)
     for module in (fa4_sm90, padded_rows):
         for name, function in vars(module).items():
@@ -220,12 +234,12 @@ def test_kernels_of_a_call_write_and_read_the_same_memory(call, calls):
         place.setdefault(type(kernel.kernel).__name__, []).append(
             {k: x.data_ptr() for k, x in named.items() if torch.is_tensor(x)}
         )
-    (forward,) = place["FlashAttentionForwardSm90"]
+    (forward,) = place["Forward"]
     assert (forward["mO"], forward["mLSE"]) == (out.data_ptr(), lse.data_ptr())
     if not grads:
         return
-    (main,) = place["FlashAttentionBackwardSm90"]
-    queries, *keys = place["FlashAttentionBackwardPostprocess"]
+    (main,) = place["Backward"]
+    queries, *keys = place["Postprocess"]
     for padded in place.get("PadStatistics", ()):
         assert padded["mPaddedLse"] == main["mLSE"]
         assert padded["mPaddedDelta"] == main["mdPsum"]
@@ -265,11 +279,24 @@ def test_poison_reaches_every_output(call, calls):
         assert x.isnan().all()
 
 
-def test_sums_that_heads_add_to_start_at_zero(calls):
+def test_sums_that_heads_add_to_start_at_zero(calls, together):
     with poisoned_memory():
         window()
     (main,) = [k.named(x) for k, x in calls if "mdPsum" in k.named(x)]
-    assert not any(main[name].any() for name in ("mdQaccum", "mdK", "mdV"))
+    assert not main["mdQaccum"].any()
+    # One CTA has all heads of a KV head, or else each adds to float32 sums.
+    assert main["mdK"].dtype is (torch.bfloat16 if together else torch.float32)
+    assert together or not any(main[name].any() for name in ("mdK", "mdV"))
+
+
+def test_heads_lie_side_by_side_for_a_cta_that_passes_through_them(calls, together):
+    into_slices()
+    (main,) = [k.named(x) for k, x in calls if "mdPsum" in k.named(x)]
+    heads = 8 if together else 64
+    assert {main[name].shape[-2] for name in ("mQ", "mdO")} == {heads}
+    assert {main[name].shape[1] for name in ("mLSE", "mdPsum", "mdQaccum")} == {heads}
+    extent = 7 * HEADS * DIM + DIM if together else DIM
+    assert main["mQ"].shape[-1] == extent
 
 
 @pytest.mark.parametrize("call", DETERMINISTIC)
@@ -288,6 +315,33 @@ def test_semaphores_start_at_zero_one_for_each_tile_of_the_sums(call, calls):
         _, heads, count, _ = semaphores.shape
         assert heads == sums.shape[-2]
         assert sums.shape[-1] % (count * 64 * DIM) == 0
+
+
+def test_listed_tiles_are_tall_where_both_halves_have_one_list(calls):
+    q, k = make(1, ROWS, HEADS, DIM), make(1, ROWS, KV_HEADS, DIM)
+    for query_block, queries in ((256, 256), (128, 128)):
+        tiles = ROWS // query_block
+        lists = [make(1, HEADS, tiles, *size, dtype=torch.int32) for size in ((), (2,))]
+        lists = BlockLists(*lists, None, None, query_block, 64)
+        fa4.sparse_forward(q, k, k, lists, scale=0.1, causal=True)
+        variant = fa4_call.Call(
+            *(q, k, k, 0.1, Mask(causal=True)), blocks=(query_block, 64)
+        ).variant()
+        assert forward_tile(variant) == (queries, 64)
+    assert len({type(kernel.kernel) for kernel, _ in calls}) == 2
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_each_tile_of_each_head_is_met_once(by_head):
+    block_info = SimpleNamespace(get_m_block_min_max=lambda seqlen, n_block: (3, 8))
+    tiles = fa4_heads._Tiles(block_info, 4, by_head)
+    first, count = tiles.get_m_block_min_max(None, 0)
+    met = [tiles.at(None, 0, index) for index in range(first, count)]
+    assert sorted(met) == [(tile, head) for tile in range(3, 8) for head in range(4)]
+    if by_head:
+        assert met[:5] == [(tile, 0) for tile in range(3, 8)]
+    else:
+        assert met[:4] == [(7, head) for head in range(4)]
 
 
 def test_a_name_that_a_class_lost_is_refused():

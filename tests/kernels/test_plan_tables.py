@@ -6,6 +6,7 @@ import torch
 import nsa
 from nsa.fused import kernel_calls
 from nsa.fused.compressed_forms import CompressedForm
+from nsa.fused.kernel_inputs import MOST_FEW_KEYS
 from nsa.fused.plan_tables import make_rule
 from nsa.testing import make_cu_seqlens
 from tests.helpers import emulated_plan
@@ -56,6 +57,7 @@ def test_bounds_and_tables(config, lengths, whole):
         form=_form(config),
         token_tile=24,
         key_blocks=(64, 64),
+        most_few_keys=MOST_FEW_KEYS if config.causal else 1,
     )
     bounds = kernel_calls.sequence_bounds(cu_seqlens, cu_seqlens_k, rule)
     cpu = (cu_seqlens.cpu(), cu_seqlens_k.cpu())

@@ -3,12 +3,22 @@
 import pytest
 import torch
 
+import nsa
 from nsa.fused import kernel_calls
 from nsa.fused import waves as wave_sizes
+from nsa.fused.kernel_inputs import RowStatistics
+from nsa.fused.plan import make_plan
 from nsa.testing import assert_as_accurate
 from tests.helpers import emulated_token_kernels
 from tests.helpers.gpu_cases import gpu_test
-from tests.helpers.token_cases import FORMS, SEGMENTS, TokenForm, form_id, make_selected_case
+from tests.helpers.token_cases import (
+    FORMS,
+    KV_HEADS,
+    SEGMENTS,
+    TokenForm,
+    form_id,
+    make_selected_case,
+)
 
 pytestmark = [*gpu_test, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -18,13 +28,19 @@ LONG_BLOCKS = [
     TokenForm(96, 4, 128, 5, False, torch.float16),
     TokenForm(256, 3, 128, 9, True, torch.bfloat16),
 ]
+# TMA copies their rows: two pairs of a tile for each warp, one for two of 8 warps, one for each.
+WIDE_GROUPS = [
+    TokenForm(64, 8, 64, 5, True, torch.bfloat16),
+    TokenForm(128, 32, 128, 4, False, torch.float16),
+    TokenForm(256, 8, 64, 4, True, torch.bfloat16),
+]
 
 
 @pytest.mark.parametrize("forced", [False, True], ids=["any blocks", "band"])
 @pytest.mark.parametrize("waves", ["one wave", "a unit a wave"])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("segments", SEGMENTS)
-@pytest.mark.parametrize("form", FORMS + LONG_BLOCKS, ids=form_id)
+@pytest.mark.parametrize("form", FORMS + LONG_BLOCKS + WIDE_GROUPS, ids=form_id)
 def test_selected_backward(form, segments, deterministic, waves, forced, monkeypatch):
     if waves == "a unit a wave":
         monkeypatch.setattr(wave_sizes, "GRADIENT_BYTES", 1)
@@ -49,3 +65,33 @@ def test_selected_backward(form, segments, deterministic, waves, forced, monkeyp
     for name, *grads in zip(("dq", "dk", "dv"), actual, same_dtype, exact, strict=True):
         # The kernel adds into float32 what it rounded to 16 bits.
         assert_as_accurate(name, grads[0].cpu(), *grads[1:], atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [6, 16])
+def test_many_short_items_have_the_same_bits_each_time(group, monkeypatch):
+    """Each CTA has a tile or two, so that little hides a copy that is not waited for."""
+    from nsa.fused.kernels import selected_backward  # which needs a GPU's packages
+
+    monkeypatch.setattr(selected_backward, "choose_chunk_tokens", lambda *_: 128)
+    total, blocks, heads = 8192, 128, KV_HEADS * group
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def draw(num_heads):
+        shape = (total, num_heads, 128)
+        return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+    dout, q, k, v = draw(heads), draw(heads), draw(KV_HEADS), draw(KV_HEADS)
+    order = torch.rand(total, KV_HEADS, blocks, generator=generator, device="cuda")
+    token_blocks = make_plan(q[None], None, None, nsa.NSAConfig.paper()).token_blocks
+    statistics = RowStatistics(torch.full((total, heads), 8.0, device="cuda"), q[..., 0].float())
+    chosen = (order.topk(16).indices.int(), token_blocks, 64, 128**-0.5, True)
+
+    def gradients(deterministic):
+        arguments = (dout, q, k, v, statistics, *chosen)
+        return kernel_calls.selected_backward(*arguments, deterministic=deterministic)
+
+    expected = gradients(deterministic=True)
+    assert all(x.isfinite().all() for x in expected)
+    for _ in range(20):
+        assert all(map(torch.equal, gradients(deterministic=True), expected))
+        assert torch.equal(gradients(deterministic=False)[0], expected[0])

@@ -1,5 +1,7 @@
 """The site of the docs: what its pages include, link to, show and run. ``make docs`` builds it."""
 
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -32,6 +34,17 @@ def test_the_page_of_the_api_has_every_public_name():
             # extra_repr is documented by torch.
             if not member.startswith("_") and member != "extra_repr" and callable(value):
                 assert value.__doc__, f"{name}.{member}"
+
+
+def test_the_page_of_transformers_has_every_public_name():
+    pytest.importorskip("transformers", reason="needs the extra `transformers`")
+    package = importlib.import_module("nsa.transformers")
+    page = (DOCS / "transformers.md").read_text("utf-8")
+    names = re.findall(r"^::: nsa\.transformers\.(\w+)$", page, re.MULTILINE)
+    assert sorted(names) == sorted(package.__all__)
+    # A module of the same name would be shown in place of a function.
+    modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    assert not modules & set(names)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -285,6 +285,13 @@ class _Bare(LlamaForCausalLM):
         self.model.layers = torch.nn.ModuleList()
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_mask_for_fewer_tokens_is_named(use_cache):
+    model, ids = make(model_config()), tokens()
+    with pytest.raises(ValueError, match="attention_mask must"), torch.no_grad():
+        model(ids, attention_mask=torch.ones_like(ids)[:, :30], use_cache=use_cache)
+
+
 def test_models_without_dropout_may_say_none():
     layer, x = make(model_config()).model.layers[0].self_attn, torch.randn(2, 4, LENGTH, 16)
     out, _ = nsa_transformers.attention(layer, x, x[:, :2], x[:, :2], None, dropout=None)

@@ -13,10 +13,15 @@ from nsa.fused.attention.compressed import (
     compressed_attention_backward,
     compressed_lse,
 )
-from nsa.fused.attention.selected import selected_attention, selected_attention_backward
+from nsa.fused.attention.selected import (
+    closing_attention,
+    selected_attention,
+    selected_attention_backward,
+)
 from nsa.fused.attention.window import window_attention, window_attention_backward
 
 __all__ = [
+    "closing_attention",
     "compressed_attention",
     "compressed_attention_backward",
     "compressed_lse",

@@ -14,13 +14,13 @@ from nsa.fused.attention.fa4_calls import (
     sparse_forward,
 )
 from nsa.fused.block_lists import selected_lists
-from nsa.fused.kernel_inputs import Pair, RowStatistics
+from nsa.fused.kernel_inputs import Pair, RowStatistics, TokenBlocks
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 from nsa.fused.waves import (
-    GRADIENT_BYTES,
     WORKSPACE_BYTES,
     choose_chunk_tokens,
+    gradient_wave_bytes,
     key_tiles,
     partial_gradient_bytes,
 )
@@ -85,8 +85,56 @@ def _mask(q_rows: Tensor, plan: Plan) -> dict:
 def _token_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor]:
+    lists = _lists(q, k, v, block_indices, plan)
+    out, lse = kernel_calls.selected_forward(*lists, plan.has_band)
+    return out.view(*q.shape[:2], *out.shape[1:]), lse
+
+
+def closing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    others: tuple[Tensor, Tensor],
+    gates: Tensor | None,
+    gate_proj_weight: Tensor | None,
+    out: Tensor | None,
+    plan: Plan,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The selected branch of token mode, and the gated sum of all branches, in one.
+
+    Args:
+        q, k, v, block_indices, plan: of :func:`selected_attention`.
+        others: outputs of the compressed and of the window branch.
+        gates, gate_proj_weight, out: of :func:`nsa.fused.gating.combine_branches`.
+        keep: whether the output of the selected branch is wanted too.
+
+    Returns:
+        The sum, the output of the selected branch or None, and its log-sum-exp.
+    """
+    weight = None if gates is not None else gate_proj_weight
+    total, o_slc, lse = kernel_calls.closing_forward(
+        *_lists(q, k, v, block_indices, plan),
+        _of_batch(others[0]),
+        _of_batch(others[1]),
+        None if gates is None else _of_batch(gates),
+        weight,
+        None if out is None else _of_batch(out),
+        keep,
+    )
+    shape = (*q.shape[:2], *total.shape[1:])
+    total = total.view(shape) if out is None else out
+    return total, None if o_slc is None else o_slc.view(shape), lse
+
+
+def _lists(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor, Tensor, TokenBlocks, int, float, bool]:
+    """The first arguments of token mode's kernels for the selected branch."""
     config = plan.config
-    out, lse = kernel_calls.selected_forward(
+    return (
         _of_batch(q),
         _of_batch(k),
         _of_batch(v),
@@ -95,9 +143,7 @@ def _token_forward(
         config.select_block_size,
         config.softmax_scale(q.shape[-1]),
         config.causal,
-        config.num_initial_blocks + config.num_local_blocks > 0,
     )
-    return out.view(*q.shape[:2], *out.shape[1:]), lse
 
 
 def _token_backward(
@@ -163,7 +209,7 @@ def selected_backward_bytes(sizes: Sizes) -> int:
     chunk = choose_chunk_tokens(sizes.tokens, sizes.group, blocks, slots, 4 * dim)
     tiles = key_tiles(dim, dim, sizes.config.select_block_size)
     of_token = partial_gradient_bytes(slots, sizes.group, dim, tiles)
-    results = _wave_bytes(sizes, chunk, of_token, GRADIENT_BYTES)
+    results = _wave_bytes(sizes, chunk, of_token, gradient_wave_bytes(sizes.query))
     if sizes.deterministic:
         # Pairs are sorted first.
         results = max(results, 14 * sizes.indices)

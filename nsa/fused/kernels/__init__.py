@@ -23,10 +23,14 @@ Files without kernels: ``vectors`` (16-byte loads and stores, how tensors are pa
 (the tiles of ``gates``, ``few_keys`` and
 ``query_gradient``), ``sequences`` (the sequence of a row), ``rows``
 (copies of rows to shared memory), ``forward_tiles`` (what the two forward kernels of token mode
-share), ``best_blocks`` (ranked blocks in a warp's registers), ``decode_best`` (those of a CTA),
-``decode_tiles`` (attention to tiles of pages), ``decode_scores`` (blocks scored from records),
-``decode_lists`` (lists of the best blocks), ``decode_places`` (their tiles), ``decode_outputs``
-(outputs added up over a cluster), ``hopper`` (what is used of FlashAttention-4 and quack-kernels),
+share), ``partial_rows`` (partial outputs between these), ``row_gates`` (the gated sum in the
+second), ``best_blocks`` (ranked blocks in a warp's registers), ``decode_best`` (those of a CTA),
+``decode_pages`` (keys and values in pages), ``decode_tiles`` (attention to tiles of them),
+``decode_softmax`` (its softmax), ``decode_schedule`` (the split of compressed keys, and when
+kernels start), ``decode_records`` (what is recorded of blocks), ``decode_scores`` (blocks scored
+from records), ``decode_lists`` (lists of the best blocks), ``decode_places`` (their tiles),
+``decode_parts`` (outputs of warps added up), ``decode_outputs`` (those of a cluster), ``hopper``
+(what is used of FlashAttention-4 and quack-kernels),
 ``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel classes, compiled as ours are) and
 ``compiled`` (compiled kernels in memory and on disk).
 """

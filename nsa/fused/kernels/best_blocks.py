@@ -35,10 +35,7 @@ class BestBlocks:
 
     def merge(self, rBest: cute.Tensor, waiting: Int64, lane: Int32) -> None:
         """The best of ``rBest`` and a rank in each lane, in the order of ``rBest``."""
-        for size in _powers(2, WARP):
-            for stride in reversed(_powers(1, size // 2)):
-                larger = ((lane // size) ^ (lane // stride)) & 1 == 0
-                waiting = _exchange(waiting, stride, larger)
+        waiting = sorted_lanes(waiting, lane)
         # One of two sorted sequences is reversed. The larger of the two at each place are then the
         # best, in bitonic order, which the exchanges below sort. All but the last register have
         # nothing to be compared with.
@@ -104,6 +101,15 @@ class BestBlocks:
 def _powers(first: int, last: int) -> list[int]:
     """Powers of two from ``first`` to ``last``."""
     return [1 << e for e in range(first.bit_length() - 1, last.bit_length())]
+
+
+def sorted_lanes(x, lane: Int32):
+    """The lanes' ``x``, none of them NaN, descending over lanes."""
+    for size in _powers(2, WARP):
+        for stride in reversed(_powers(1, size // 2)):
+            larger = ((lane // size) ^ (lane // stride)) & 1 == 0
+            x = _exchange(x, stride, larger)
+    return x
 
 
 @cute.jit

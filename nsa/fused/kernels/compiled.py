@@ -20,6 +20,8 @@ import flash_attn.cute
 from quack.cache import jit_cache
 from quack.cute_dsl_utils import get_compile_target_capacity
 
+from nsa import recordings
+
 # Whose sources a kernel is made of, beside quack's, which the cache knows.
 _SOURCES = (Path(__file__).parents[2], Path(flash_attn.cute.__file__).parent)
 
@@ -46,8 +48,10 @@ def kept(function: Callable) -> Callable:
     @functools.wraps(function)
     def compiled(*arguments):
         if not _keeps_kernels():
-            return function(*arguments)
-        return on_disk(_fingerprint(), get_compile_target_capacity(), *arguments)
+            kernel = function(*arguments)
+        else:
+            kernel = on_disk(_fingerprint(), get_compile_target_capacity(), *arguments)
+        return functools.partial(recordings.launch, kernel)
 
     return compiled
 

@@ -18,9 +18,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused.decode_inputs import (
-    LEAST_SHARE,
     MAX_TOKENS,
-    TILE_KEYS,
     DecodeRule,
     DecodeShape,
     Pool,
@@ -28,13 +26,8 @@ from nsa.fused.decode_inputs import (
 )
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_tiles import (
-    PDL,
-    PagedTensors,
-    fake_pages,
-    page_arguments,
-    wait_for_previous,
-)
+from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
+from nsa.fused.kernels.decode_schedule import PDL, num_tiles, tile_share, wait_for_previous
 from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
@@ -172,9 +165,9 @@ class DecodeAppend:
             _, new = self._new_tokens(tensors, sizes, seen)
             start = tensors.lengths[seen]
             stored = self._stored(pages, sizes, seen, start, new)
-            slots = (start + stored) // self.rule.stride
-            tiles = cute.ceil_div(slots, TILE_KEYS)
-            tiles = tiles if real and new > 0 and slots > self.rule.carried else Int32(0)
+            limit = cutlass.min(sizes.max_length, pages.max_pages * pages.page_rows)
+            tiles = num_tiles(self.rule, start, new, limit)
+            tiles = tiles if real else Int32(0)
             sum_to = warp_prefix_sum(tiles, lane)
             if real:
                 tensors.starts[sequence] = start
@@ -184,8 +177,7 @@ class DecodeAppend:
                     tensors.overflowed[0] = Uint8(1)
             before += cute.arch.shuffle_sync(sum_to, WARP - 1)
         if lane == 0:
-            share = cute.ceil_div(before * sizes.sequence_units, sizes.ctas)
-            tensors.tiles[0] = cutlass.max(share, LEAST_SHARE)
+            tensors.tiles[0] = tile_share(before * sizes.sequence_units, sizes.ctas)
             tensors.tiles[sizes.batch + 1] = before
 
     @cute.jit
@@ -214,16 +206,26 @@ class DecodeAppend:
             first = position + 1 - rule.compress_size
             rSum = cute.make_rmem_tensor(VECTOR, Float32)
             rSum.fill(0.0)
-            # The older tokens, then the new ones: in the order of positions.
-            older = cutlass.max(cutlass.min(start - first, rule.compress_size), 0)
-            for i in cutlass.range(older, unroll=_LOADS):
-                old = first + i
-                old_index, old_row = _index_and_row(pages, old)
-                offset = Int64(pages.table[table + old_index]) * strides[0] + old_row * strides[1]
-                rSum.store(rSum.load() + load_vector(mX, offset + in_page).load().to(Float32))
-            for i in cutlass.range(older, rule.compress_size, unroll=1):
-                offset = new0 + (first + i - start) * new_stride + in_row
-                rSum.store(rSum.load() + load_vector(mNew, offset).load().to(Float32))
+            for begin in cutlass.range(0, rule.compress_size, _LOADS, unroll=1):
+                loaded = []
+                for i in cutlass.range_constexpr(_LOADS):
+                    # Older tokens are in pages, new ones not yet. Each load is of some token.
+                    token_position = cutlass.min(first + begin + i, position)
+                    old = cutlass.max(cutlass.min(token_position, start - 1), 0)
+                    old_index, old_row = _index_and_row(pages, old)
+                    old_page = Int64(pages.table[table + old_index])
+                    offset = old_page * strides[0] + old_row * strides[1]
+                    x = load_vector(mX, offset + in_page)
+                    newer = cutlass.max(token_position - start, 0)
+                    y = load_vector(mNew, new0 + newer * new_stride + in_row)
+                    loaded.append((token_position < start, x, y))
+                for i in cutlass.range_constexpr(_LOADS):
+                    is_old, x, y = loaded[i]
+                    if begin + i < rule.compress_size:
+                        if is_old:
+                            rSum.store(rSum.load() + x.load().to(Float32))
+                        else:
+                            rSum.store(rSum.load() + y.load().to(Float32))
             place = Int64(page) * cmp_strides[0] + row // rule.stride * cmp_strides[1]
             place += head * cmp_strides[2] + column
             store_vector(rSum.load() / Float32(rule.compress_size), mCompressed, place)

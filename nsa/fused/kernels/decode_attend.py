@@ -26,17 +26,11 @@ from nsa.fused.decode_inputs import (
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_lists import load_list
-from nsa.fused.kernels.decode_places import ListPlace, ListTiles
-from nsa.fused.kernels.decode_tiles import (
-    MMA_ROWS,
-    PDL,
-    PagedTensors,
-    TileAttention,
-    fake_pages,
-    make_attention,
-    page_arguments,
-    wait_for_previous,
-)
+from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
+from nsa.fused.kernels.decode_parts import WarpOutputs
+from nsa.fused.kernels.decode_places import MOST_TILES, KeyRange, ListTiles
+from nsa.fused.kernels.decode_schedule import PDL, wait_for_previous
+from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat_rows
 
@@ -73,6 +67,7 @@ class DecodeAttend:
 
     def __init__(self, attention: TileAttention, select_size: int):
         self.attention = attention
+        self.outputs = WarpOutputs(attention)
         self.select_size = select_size
         self.tiles = ListTiles(attention, select_size, rings=False)
 
@@ -81,9 +76,9 @@ class DecodeAttend:
         self, tensors: _Tensors, pages: PagedTensors, sizes: _Sizes, scale_log2: Float32, stream
     ):
         attention = self.attention
-        layouts, mma = attention.layouts(), attention.make_mma()
+        layouts, mmas = attention.layouts(), attention.make_mmas()
         units = sizes.batch * sizes.tokens * sizes.kv_heads
-        self.kernel(tensors, pages, sizes, scale_log2, mma, layouts).launch(
+        self.kernel(tensors, pages, sizes, scale_log2, mmas, layouts).launch(
             grid=[units * sizes.splits, 1, 1],
             block=[attention.threads, 1, 1],
             stream=stream,
@@ -99,7 +94,7 @@ class DecodeAttend:
         pages: PagedTensors,
         sizes: _Sizes,
         scale_log2: Float32,
-        mma: cute.TiledMma,
+        mmas: tuple[cute.TiledMma, ...],
         layouts: tuple[cute.ComposedLayout, ...],
     ):
         wait_for_previous()
@@ -116,6 +111,9 @@ class DecodeAttend:
         smem = cutlass.memory.SmemAllocator()
         memory = self.attention.allocate(smem, layouts)
         listed = smem.allocate_tensor(Int32, cute.make_layout(MAX_LISTED), 16)
+        sTiles = tuple(
+            smem.allocate_tensor(Int32, cute.make_layout(MOST_TILES), 16) for _ in range(2)
+        )
         if token < new:
             position = tensors.starts[sequence] + token
             position = cutlass.min(position, tensors.ends[sequence] - 1)
@@ -135,8 +133,8 @@ class DecodeAttend:
             share = cute.ceil_div(tiles, sizes.splits)
             first = cutlass.min(split * share, tiles)
             self._attend(
-                tensors, pages, sizes, scale_log2, mma, memory, listed,
-                ListPlace(sequence, kv_head, position), valid, first,
+                tensors, pages, sizes, scale_log2, mmas, memory, listed, sTiles,
+                KeyRange(sequence, kv_head, Int32(0), position), valid, first,
                 cutlass.min(first + share, tiles) - first, list_row * sizes.splits + split,
             )  # fmt: skip
 
@@ -147,17 +145,18 @@ class DecodeAttend:
         pages: PagedTensors,
         sizes: _Sizes,
         scale_log2: Float32,
-        mma: cute.TiledMma,
+        mmas: tuple[cute.TiledMma, ...],
         memory,
         listed: cute.Tensor,
-        place: ListPlace,
+        sTiles,
+        keys: KeyRange,
         valid: Int32,
         first_tile: Int32,
         count: Int32,
         slot: Int64,
     ):
         """A part: ``count`` tiles. A part without tiles has the reference of none."""
-        sQ, sK, sV, sO, sM, sL = memory
+        sQ, sK, sV, ring, *warp_sums = memory
         tidx, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         row_group = warp % self.attention.row_groups
@@ -166,46 +165,39 @@ class DecodeAttend:
             key_position = functools.partial(
                 self.tiles.key_position, listed, Int32(1), Int32(0), valid
             )
-            load_tile = functools.partial(
-                self.tiles.load, pages, None, sK, sV, place, Int32(1), key_position, tidx
+            self.tiles.find(
+                pages, None, sTiles, keys, Int32(1), key_position, tidx, first_tile, count
             )
-            for s in cutlass.range(self.attention.stages - 1, unroll=1):
-                if s < count:
-                    load_tile(first_tile + s, s)
-                cute.arch.cp_async_commit_group()
-            acc_O = self.attention.make_output(mma, lane)
+            load_tile = functools.partial(
+                self.tiles.load, pages, None, sK, sV, sTiles, keys, Int32(1), key_position, tidx,
+                first_tile,
+            )  # fmt: skip
+            # The queries alone, which registers get.
+            cute.arch.cp_async_commit_group()
+            self.attention.start_tiles(load_tile, count)
+            cute.arch.cp_async_wait_group(self.attention.stages - 1)
+            cute.arch.barrier()
+            queries = self.attention.make_rows(sQ, mmas[0], lane)
+            self.attention.read_rows(queries, sQ, mmas[0], row_group, lane)
+            acc_O = self.attention.make_output(mmas, lane)
             acc_O.fill(0.0)
             reference = cute.make_rmem_tensor(2, Int32)
             reference.fill(NO_REFERENCE)
             total = cute.make_rmem_tensor(2, Float32)
             total.fill(0.0)
             for i in cutlass.range(count, unroll=1):
-                cute.arch.cp_async_wait_group(self.attention.stages - 2)
-                cute.arch.barrier()
-                ahead = i + (self.attention.stages - 1)
-                if ahead < count:
-                    load_tile(first_tile + ahead, ahead % self.attention.stages)
-                cute.arch.cp_async_commit_group()
-                stage = i % self.attention.stages
-                accs = self.attention.compute_scores(
-                    mma, sQ, sK[None, None, stage], row_group, key_group, lane
-                )
-                low, high = [], []
-                for u in cutlass.range_constexpr(self.attention.units):
-                    key = (first_tile + i) * TILE_KEYS + (
-                        (key_group + u * self.attention.key_groups) * MMA_ROWS
-                    )
-                    low.append(Int32(0))
-                    high.append(place.position + 1 - key_position(key))
-                self.attention.softmax(
-                    accs, acc_O, reference, total, low, [high, high], lane, scale_log2
-                )
-                self.attention.add_values(mma, acc_O, accs, sV[None, None, stage], key_group, lane)
+                self.attention.wait_for_tile()
+                stage = self.attention.load_ahead(load_tile, i, count)
+                self.attention.attend_tile(
+                    mmas, queries, sK[None, None, stage], sV[None, None, stage], acc_O, reference,
+                    total, key_position, (first_tile + i) * TILE_KEYS, Int32(0), keys.last,
+                    key_group, warp, lane, scale_log2,
+                )  # fmt: skip
             cute.arch.cp_async_wait_group(0)
-            self.attention.store_part(
-                acc_O, reference, total, sO, sM, sL,
+            self.outputs.store_part(
+                acc_O, reference, total, ring, warp_sums,
                 (tensors.out, tensors.reference, tensors.total),
-                slot, sizes.group, row_group, key_group, tidx,
+                slot, sizes.group, tidx,
             )  # fmt: skip
         elif tidx < sizes.group:
             tensors.reference[slot * sizes.group + tidx] = Int32(NO_REFERENCE)
@@ -228,7 +220,9 @@ def compile_decode_attend(
     packed: bool,
 ) -> Callable:
     """The compiled kernel of these forms."""
-    attention = make_attention(dtype, head_dim, head_dim_v, row_groups)
+    attention = make_attention(
+        dtype, head_dim, head_dim_v, row_groups, 4 * (MAX_LISTED + 2 * MOST_TILES)
+    )
 
     def integers(used: bool = True):
         return fake_flat(Int32 if used else None, alignment=4)
@@ -238,7 +232,7 @@ def compile_decode_attend(
         _Tensors(
             fake_flat(CUTE_DTYPES[dtype]),
             *(integers(packed), integers(), integers(), integers()),
-            *(fake_flat(Float32, alignment=4), integers(), fake_flat(Float32, alignment=4)),
+            *(fake_flat(Float32), integers(), fake_flat(Float32, alignment=4)),
         ),
         fake_pages(CUTE_DTYPES[dtype]),
         _Sizes(*(Int32(1) for _ in range(6)), Int64(1)),

@@ -2,7 +2,7 @@
 
 A fixed number of CTAs share the tiles of all units equally (see
 :mod:`nsa.fused.decode_inputs`), so one launch serves any lengths. Compressed keys and values are
-read once. For the selection each warp records sums of exponentials of the blocks of 16 slots, with
+read once. For the selection each warp records sums of exponentials of the blocks of its slots, with
 the integer reference of the moment; the selection scales them when the sum over all keys is known.
 """
 
@@ -14,6 +14,7 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
+from cutlass.cute.nvgpu import warpgroup
 from torch import Tensor
 
 from nsa.config import NSAConfig
@@ -28,19 +29,16 @@ from nsa.fused.decode_inputs import (
     Records,
     Schedule,
     most_groups,
+    record_groups,
 )
 from nsa.fused.hardware import LOG2_E, QUAD, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_tiles import (
-    MMA_ROWS,
-    PDL,
-    PagedTensors,
-    TileAttention,
-    fake_pages,
-    make_attention,
-    page_arguments,
-    wait_for_previous,
-)
+from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
+from nsa.fused.kernels.decode_parts import WarpOutputs
+from nsa.fused.kernels.decode_records import Recorder
+from nsa.fused.kernels.decode_schedule import PDL, TileSchedule, wait_for_previous
+from nsa.fused.kernels.decode_softmax import softmax
+from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat_rows
 
@@ -51,6 +49,7 @@ class _Tensors(NamedTuple):
 
     q: cute.Tensor
     cu_seqlens: cute.Tensor | None
+    lengths: cute.Tensor | None
     starts: cute.Tensor
     ends: cute.Tensor
     tiles: cute.Tensor
@@ -64,7 +63,10 @@ class _Tensors(NamedTuple):
 
 @mlir_namedtuple
 class _Sizes(NamedTuple):
-    """Sizes of the call; ``groups`` of 16 slots have room in the records of a row."""
+    """Sizes of the call; sequences have up to ``limit`` tokens.
+
+    ``groups`` of 16 slots have room in the records of a row.
+    """
 
     batch: Int32
     tokens: Int32
@@ -73,28 +75,33 @@ class _Sizes(NamedTuple):
     unit_tokens: Int32
     token_blocks: Int32
     ctas: Int32
+    limit: Int32
     groups: Int32
     q_stride: Int64
 
 
 class DecodeCompressed:
-    """Parts of the compressed branch; with ``records`` also those."""
+    """Parts of the compressed branch; with ``records`` also those.
 
-    def __init__(self, attention: TileAttention, rule: DecodeRule, records: bool):
+    ``whole`` says that a tile lies in one page.
+    """
+
+    def __init__(self, attention: TileAttention, rule: DecodeRule, records: bool, whole: bool):
         self.attention = attention
+        self.outputs = WarpOutputs(attention)
         self.rule = rule
         self.records = records
-        # Blocks of which a thread has all slots, or threads that share a block.
-        self.thread_blocks = max(1, 4 // rule.per_select)
-        self.block_threads = max(1, rule.per_select // 4)
+        self.schedule = TileSchedule(rule)
+        self.recorder = Recorder(attention, rule)
+        self.whole = whole
 
     @cute.jit
     def __call__(
         self, tensors: _Tensors, pages: PagedTensors, sizes: _Sizes, scale_log2: Float32, stream
     ):
         attention = self.attention
-        layouts, mma = attention.layouts(), attention.make_mma()
-        self.kernel(tensors, pages, sizes, scale_log2, mma, layouts).launch(
+        layouts, mmas = attention.layouts(), attention.make_mmas()
+        self.kernel(tensors, pages, sizes, scale_log2, mmas, layouts).launch(
             grid=[sizes.ctas, 1, 1],
             block=[attention.threads, 1, 1],
             stream=stream,
@@ -110,70 +117,32 @@ class DecodeCompressed:
         pages: PagedTensors,
         sizes: _Sizes,
         scale_log2: Float32,
-        mma: cute.TiledMma,
+        mmas: tuple[cute.TiledMma, ...],
         layouts: tuple[cute.ComposedLayout, ...],
     ):
-        wait_for_previous()
         attention = self.attention
         bidx, _, _ = cute.arch.block_idx()
         smem = cutlass.memory.SmemAllocator()
         memory = attention.allocate(smem, layouts)
         sequence_units = sizes.kv_heads * sizes.token_blocks
-        # All loads of the schedule together, of which each trip to memory delays the first tile.
-        share, total = tensors.tiles[0], tensors.tiles[sizes.batch + 1]
-        extents = self._extents(tensors, sizes, cute.arch.lane_idx())
+        share, total, extents = self.schedule.find_all(tensors, sizes, sequence_units)
         first = bidx * share
         last = cutlass.min(first + share, total * sequence_units)
         while first < last:
-            sequence, start, end, tile0, tiles = self._find(
+            sequence, start, tile0, tiles = self.schedule.find(
                 tensors, sizes, sequence_units, first, extents
             )
             within = first - tile0 * sequence_units
             unit, tile = within // tiles, within % tiles
             count = cutlass.min(tiles - tile, last - first)
             self._attend(
-                tensors, pages, sizes, scale_log2, mma, memory,
-                sequence, start, end, unit, tile, count,
+                tensors, pages, sizes, scale_log2, mmas, memory,
+                sequence, start, unit, tile, count,
             )  # fmt: skip
             first += count
-
-    @cute.jit
-    def _extents(
-        self, tensors: _Tensors, sizes: _Sizes, sequence: Int32
-    ) -> tuple[Int32, Int32, Int32, Int32]:
-        """Start, end, first tile and the tile after the last one, of a sequence or the last one."""
-        seen = cutlass.min(sequence, sizes.batch - 1)
-        return (
-            tensors.starts[seen],
-            tensors.ends[seen],
-            tensors.tiles[seen + 1],
-            tensors.tiles[seen + 2],
-        )
-
-    @cute.jit
-    def _find(
-        self, tensors: _Tensors, sizes: _Sizes, sequence_units: Int32, tile: Int32, extents
-    ) -> tuple[Int32, Int32, Int32, Int32, Int32]:
-        """(Sequence, start, end, first tile, tiles) of the sequence of a tile.
-
-        ``extents`` are those of the lane's sequence among the first ones.
-        """
-        lane = cute.arch.lane_idx()
-        sequence, start, end, tile0, tiles = Int32(0), Int32(0), Int32(0), Int32(0), Int32(1)
-        for begin in cutlass.range(0, sizes.batch, WARP, unroll=1):
-            starts, ends, first, after = extents
-            if begin > 0:
-                starts, ends, first, after = self._extents(tensors, sizes, begin + lane)
-            inside = first * sequence_units <= tile and tile < after * sequence_units
-            found = cute.arch.vote_ballot_sync(inside and begin + lane < sizes.batch)
-            if found != 0:
-                source = cute.arch.popc((found & -found) - 1)
-                sequence = begin + source
-                start = cute.arch.shuffle_sync(starts, source)
-                end = cute.arch.shuffle_sync(ends, source)
-                tile0 = cute.arch.shuffle_sync(first, source)
-                tiles = cute.arch.shuffle_sync(after - first, source)
-        return sequence, start, end, tile0, tiles
+        if const_expr(tensors.lengths is not None):
+            # The next kernel may start when all CTAs have waited, or ended.
+            wait_for_previous()
 
     @cute.jit
     def _attend(
@@ -182,17 +151,16 @@ class DecodeCompressed:
         pages: PagedTensors,
         sizes: _Sizes,
         scale_log2: Float32,
-        mma: cute.TiledMma,
+        mmas: tuple[cute.TiledMma, ...],
         memory,
         sequence: Int32,
         start: Int32,
-        end: Int32,
         unit: Int32,
         first_tile: Int32,
         count: Int32,
     ):
         """A part: tiles ``first_tile`` to ``first_tile + count - 1`` of a unit of the sequence."""
-        sQ, sK, sV, sO, sM, sL = memory
+        sQ, sK, sV, ring, *warp_sums = memory
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
@@ -204,10 +172,23 @@ class DecodeCompressed:
             row0 = tensors.cu_seqlens[sequence]
             new = tensors.cu_seqlens[sequence + 1] - row0
         rows = sizes.unit_tokens * sizes.group
-        end_slot = end // self.rule.stride
+        # Slots that were there before the step, and all of them where the tiles have new ones.
+        end_slot = start // self.rule.stride
+        full_slot = cutlass.min(start + new, sizes.limit) // self.rule.stride
+        if full_slot > end_slot and (first_tile + count) * TILE_KEYS > end_slot:
+            if const_expr(tensors.lengths is not None):
+                wait_for_previous()
+            end_slot = tensors.ends[sequence] // self.rule.stride
+        # Where the next two tiles are.
+        ahead = [cute.make_rmem_tensor(2, Int32) for _ in range(2)]
+        find = functools.partial(self._find_tile, pages, sequence, first_tile, count)
+        if const_expr(self.whole):
+            for i in cutlass.range_constexpr(2):
+                ahead[0][i], ahead[1][i] = find(Int32(i))
         load_tile = functools.partial(
-            self._load_tile, pages, sK, sV, sequence, kv_head, end_slot, tidx
-        )
+            self._load_tile, pages, sK, sV, sequence, kv_head, end_slot, first_tile, find, ahead,
+            tidx,
+        )  # fmt: skip
 
         # All warps are done with what the unit before left in shared memory.
         cute.arch.barrier()
@@ -218,12 +199,20 @@ class DecodeCompressed:
             functools.partial(self._has_query, sizes, rows, new - token0),
             tidx,
         )
-        for s in cutlass.range(self.attention.stages - 1, unroll=1):
-            if s < count:
-                load_tile(first_tile + s, s)
-            cute.arch.cp_async_commit_group()
+        # The queries alone, which registers get.
+        cute.arch.cp_async_commit_group()
+        self.attention.start_tiles(load_tile, count)
+        if const_expr(tensors.lengths is not None):
+            # Before anything is written.
+            wait_for_previous()
+        queries = sQ
+        if const_expr(self.attention.warpgroups == 0):
+            cute.arch.cp_async_wait_group(self.attention.stages - 1)
+            cute.arch.barrier()
+            queries = self.attention.make_rows(sQ, mmas[0], lane)
+            self.attention.read_rows(queries, sQ, mmas[0], row_group, lane)
 
-        acc_O = self.attention.make_output(mma, lane)
+        acc_O = self.attention.make_output(mmas, lane)
         acc_O.fill(0.0)
         reference = cute.make_rmem_tensor(2, Int32)
         reference.fill(NO_REFERENCE)
@@ -235,45 +224,46 @@ class DecodeCompressed:
         for r in cutlass.range_constexpr(2):
             position = start + token0 + (row + 8 * r) // sizes.group
             limits[r] = cutlass.min((position + 1) // self.rule.stride, end_slot)
-        weights = self._weights(lane)
-        # The unit among those of all sequences.
+        # The unit among those of all sequences, and where the records of this thread's rows are.
         index = sequence * (sizes.kv_heads * sizes.token_blocks) + unit
+        record_row = Int64(index) * rows + row
 
         for i in cutlass.range(count, unroll=1):
-            cute.arch.cp_async_wait_group(self.attention.stages - 2)
-            cute.arch.barrier()
-            ahead = i + (self.attention.stages - 1)
-            if ahead < count:
-                load_tile(first_tile + ahead, ahead % self.attention.stages)
-            cute.arch.cp_async_commit_group()
+            self.attention.wait_for_tile()
             stage = i % self.attention.stages
+            if const_expr(self.attention.warpgroups == 0):
+                self.attention.load_ahead(load_tile, i, count)
             accs = self.attention.compute_scores(
-                mma, sQ, sK[None, None, stage], row_group, key_group, lane
+                mmas, queries, sK[None, None, stage], key_group, warp, lane
             )
-            low, high, groups = [], [[], []], []
+            if const_expr(self.attention.warpgroups > 0):
+                # While wgmma computes.
+                self.attention.load_ahead(load_tile, i, count)
+                warpgroup.wait_group(0)
+            first_group = (first_tile + i) * (TILE_KEYS // SLOT_GROUP) + key_group
+            low, high = [], [[], []]
             for u in cutlass.range_constexpr(self.attention.units):
-                slot_group = (first_tile + i) * (TILE_KEYS // SLOT_GROUP) + (
-                    key_group + u * self.attention.key_groups
-                )
-                groups.append(slot_group)
-                low.append(self.rule.carried - slot_group * SLOT_GROUP)
+                slot = (first_group + u * self.attention.key_groups) * SLOT_GROUP
+                low.append(self.rule.carried - slot)
                 for r in cutlass.range_constexpr(2):
-                    high[r].append(limits[r] - slot_group * SLOT_GROUP)
-            self.attention.softmax(accs, acc_O, reference, total, low, high, lane, scale_log2)
-            self.attention.add_values(mma, acc_O, accs, sV[None, None, stage], key_group, lane)
+                    high[r].append(limits[r] - slot)
+            softmax(accs, acc_O, reference, total, low, high, lane, scale_log2)
+            self.attention.add_values(
+                mmas, acc_O, accs, sV[None, None, stage], key_group, warp, lane
+            )
             if const_expr(self.records):
-                for u in cutlass.range_constexpr(self.attention.units):
-                    for r in cutlass.range_constexpr(2):
-                        self._record(
-                            tensors, sizes, accs[u], r, reference[r], weights,
-                            Int64(index) * rows + row + 8 * r, row + 8 * r < rows,
-                            groups[u], lane,
-                        )  # fmt: skip
+                for r in cutlass.range_constexpr(2):
+                    self.recorder.record(
+                        tensors, sizes.groups, accs, r, reference[r], record_row + 8 * r,
+                        row + 8 * r < rows, first_group, lane,
+                    )  # fmt: skip
+            if const_expr(self.attention.warpgroups > 0):
+                warpgroup.wait_group(0)
         cute.arch.cp_async_wait_group(0)
-        self.attention.store_part(
-            acc_O, reference, total, sO, sM, sL,
+        self.outputs.store_part(
+            acc_O, reference, total, ring, warp_sums,
             (tensors.out, tensors.reference, tensors.total),
-            Int64(bidx + index), rows, row_group, key_group, tidx,
+            Int64(bidx + index), rows, tidx,
         )  # fmt: skip
 
     def _query_offset(self, sizes, row0, kv_head, row) -> Int64:
@@ -286,82 +276,51 @@ class DecodeCompressed:
         return row < rows and row // sizes.group < new
 
     @cute.jit
+    def _find_tile(
+        self, pages: PagedTensors, sequence: Int32, first_tile: Int32, count: Int32, i: Int32
+    ) -> tuple[Int32, Int32]:
+        """Page and first row of tile ``first_tile + i``, or of the last one."""
+        slot = (first_tile + cutlass.min(i, count - 1)) * TILE_KEYS
+        return self._page_and_row(pages, sequence, slot)
+
+    @cute.jit
     def _load_tile(
         self, pages: PagedTensors, sK: cute.Tensor, sV: cute.Tensor, sequence: Int32,
-        kv_head: Int32, end_slot: Int32, tidx: Int32, tile: Int32, stage: Int32,
+        kv_head: Int32, end_slot: Int32, first_tile: Int32, find, ahead, tidx: Int32, i: Int32,
+        stage: Int32,
     ):  # fmt: skip
-        place = functools.partial(self._place, pages, sequence, end_slot, tile * TILE_KEYS)
-        self.attention.load_tile(pages, sK, sV, place, kv_head, tidx, stage)
+        slot = (first_tile + i) * TILE_KEYS
+        place = functools.partial(self._place, pages, sequence, end_slot, slot)
+        if const_expr(self.whole):
+            place = functools.partial(self._place_after, end_slot, slot, ahead[0][0], ahead[1][0])
+        self.attention.load_tile(pages, sK, sV, place, kv_head, self.whole, True, tidx, stage)
+        if const_expr(self.whole):
+            # So early that no load waits for the page table.
+            for x in cutlass.range_constexpr(2):
+                ahead[x][0] = ahead[x][1]
+            ahead[0][1], ahead[1][1] = find(i + 2)
+
+    def _place_after(self, end_slot: Int32, slot0: Int32, page: Int32, row: Int32, key: Int32):
+        """The place of a key of a tile whose first is at ``slot0``, in a row of a page."""
+        slot = slot0 + key
+        return page, row + key, (slot >= self.rule.carried) & (slot < end_slot)
 
     @cute.jit
     def _place(
         self, pages: PagedTensors, sequence: Int32, end_slot: Int32, slot0: Int32, key: Int32
     ):
         slot = slot0 + key
-        # Unsigned, because // of signed numbers takes more instructions.
-        seen = Uint32(cutlass.min(slot, end_slot - 1))
-        index = Int32(seen // Uint32(pages.page_rows))
-        row = Int32(seen % Uint32(pages.page_rows))
-        page = pages.table[Int64(sequence) * pages.max_pages + index]
+        page, row = self._page_and_row(pages, sequence, cutlass.min(slot, end_slot - 1))
         return page, row, slot >= self.rule.carried and slot < end_slot
 
-    def _weights(self, lane: Int32):
-        """Of this thread's four slots in each 16: overlap with their own block and with the one
-        before it, in strides."""
-        own, back = cute.make_rmem_tensor(4, Float32), cute.make_rmem_tensor(4, Float32)
-        for q in range(4):
-            place = (lane % QUAD * 4 + q) % self.rule.per_select
-            own[q] = Float32(cutlass.min(place, self.rule.carried) + 1)
-            back[q] = Float32(cutlass.max(self.rule.carried - place, 0))
-        return own, back
-
     @cute.jit
-    def _record(
-        self, tensors: _Tensors, sizes: _Sizes, acc: cute.Tensor, r: cutlass.Constexpr[int],
-        reference: Int32, weights, row: Int64, real: Boolean, slot_group: Int32, lane: Int32,
-    ):  # fmt: skip
-        """Record the exponentials of a row and 16 slots."""
-        rule = self.rule
-        own_weights, back_weights = weights
-        t = lane % QUAD
-        size = const_expr(4 // self.thread_blocks)
-        own, back = [], []
-        for block in cutlass.range_constexpr(self.thread_blocks):
-            own_sum, back_sum = Float32(0.0), Float32(0.0)
-            for i in cutlass.range_constexpr(size):
-                q = block * size + i
-                power = acc[q % 2 + 2 * r + 4 * (q // 2)]
-                own_sum = own_sum + own_weights[q] * power
-                back_sum = back_sum + back_weights[q] * power
-            stride = 1
-            while const_expr(stride < self.block_threads):
-                own_sum = own_sum + cute.arch.shuffle_sync_bfly(own_sum, offset=stride)
-                back_sum = back_sum + cute.arch.shuffle_sync_bfly(back_sum, offset=stride)
-                stride *= 2
-            own.append(own_sum)
-            back.append(back_sum)
-        carried = back[0]
-        if const_expr(rule.carried > 0 and rule.group_blocks > 1):
-            # What the first slots of the next block add. The last block's come from another group.
-            following = cute.arch.shuffle_sync_down(back[0], offset=self.block_threads)
-            last = t // self.block_threads == QUAD // self.block_threads - 1
-            following = Float32(0.0) if last else following
-            for block in cutlass.range_constexpr(self.thread_blocks):
-                if const_expr(block + 1 < self.thread_blocks):
-                    own[block] = own[block] + back[block + 1]
-                else:
-                    own[block] = own[block] + following
-        if real:
-            blocks = sizes.groups * rule.group_blocks
-            place = row * blocks + slot_group * rule.group_blocks
-            if t % self.block_threads == 0:
-                for block in cutlass.range_constexpr(self.thread_blocks):
-                    own_place = t // self.block_threads * self.thread_blocks + block
-                    tensors.sums[place + own_place] = own[block]
-            if t == 0:
-                tensors.references[row * sizes.groups + slot_group] = reference
-                if const_expr(rule.carried > 0):
-                    tensors.carried[row * sizes.groups + slot_group] = carried
+    def _page_and_row(
+        self, pages: PagedTensors, sequence: Int32, slot: Int32
+    ) -> tuple[Int32, Int32]:
+        # Unsigned, because // of signed numbers takes more instructions.
+        index = Int32(Uint32(slot) // Uint32(pages.page_rows))
+        row = Int32(Uint32(slot) % Uint32(pages.page_rows))
+        return pages.table[Int64(sequence) * pages.max_pages + index], row
 
 
 @kept
@@ -373,6 +332,8 @@ def compile_decode_compressed(
     rule: DecodeRule,
     packed: bool,
     records: bool,
+    whole: bool,
+    after_append: bool,
 ) -> Callable:
     """The compiled kernel of these forms."""
     attention = make_attention(dtype, head_dim, head_dim_v, row_groups)
@@ -384,16 +345,16 @@ def compile_decode_compressed(
         return fake_flat(Float32 if used else None, alignment=4)
 
     return compile_kernel(
-        DecodeCompressed(attention, rule, records),
+        DecodeCompressed(attention, rule, records, whole),
         _Tensors(
             fake_flat(CUTE_DTYPES[dtype]),
             integers(packed),
-            *(integers(), integers(), integers()),
-            *(floats(), integers(), floats()),
+            *(integers(after_append), integers(), integers(), integers()),
+            *(fake_flat(Float32), integers(), floats()),
             *(floats(records), floats(records and rule.carried > 0), integers(records)),
         ),
         fake_pages(CUTE_DTYPES[dtype]),
-        _Sizes(*(Int32(1) for _ in range(8)), Int64(1)),
+        _Sizes(*(Int32(1) for _ in range(9)), Int64(1)),
         Float32(1.0),
     )
 
@@ -402,14 +363,16 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     paper = DecodeRule.of(NSAConfig.paper())
     forms = [
-        (torch.bfloat16, 128, 128, 1, paper, False, True),
-        (torch.bfloat16, 128, 128, 4, paper, True, True),
-        (torch.float16, 64, 64, 8, paper, False, True),
-        (torch.float16, 96, 96, 2, DecodeRule(16, 16, 32), False, True),
-        (torch.bfloat16, 192, 128, 1, DecodeRule(32, 32, 32), False, True),
-        (torch.bfloat16, 256, 256, 2, DecodeRule(16, 8, 64), False, True),
-        (torch.bfloat16, 128, 128, 1, DecodeRule(64, 4, 64), False, True),
-        (torch.bfloat16, 128, 128, 1, paper, False, False),
+        (torch.bfloat16, 128, 128, 1, paper, False, True, True, True),
+        (torch.bfloat16, 128, 128, 4, paper, True, True, True, False),
+        (torch.float16, 64, 64, 8, paper, False, True, False, True),
+        (torch.float16, 96, 96, 2, DecodeRule(16, 16, 32), False, True, True, True),
+        (torch.float16, 96, 96, 4, DecodeRule(16, 16, 32), False, True, True, False),
+        (torch.bfloat16, 192, 128, 1, DecodeRule(32, 32, 32), False, True, False, True),
+        (torch.bfloat16, 256, 256, 2, DecodeRule(16, 8, 64), False, True, True, True),
+        (torch.bfloat16, 256, 256, 8, DecodeRule(64, 4, 64), False, True, True, False),
+        (torch.bfloat16, 128, 128, 1, DecodeRule(64, 4, 64), False, True, True, True),
+        (torch.bfloat16, 128, 128, 1, paper, False, False, True, True),
     ]
     for form in forms:
         name = "-".join(map(str, form)).replace("torch.", "")
@@ -426,6 +389,8 @@ def decode_compressed(
     rule: DecodeRule,
     scale: float,
     records: bool,
+    lengths: Tensor | None,
+    limit: int,
 ) -> tuple[Parts, Records | None]:
     """See :func:`nsa.fused.decode_calls.decode_compressed`."""
     head_dim, head_dim_v = q.shape[-1], pool.v.shape[-1]
@@ -433,27 +398,36 @@ def decode_compressed(
     integers = functools.partial(torch.empty, dtype=torch.int32, device=q.device)
     slots, rows = shape.part_slots, shape.rows
     parts = Parts(floats(slots, rows, head_dim_v), integers(slots, rows), floats(slots, rows))
-    groups, made = most_groups(table, pool.k.shape[1]), None
+    groups, together = most_groups(table, pool.k.shape[1]), record_groups(shape.row_groups)
+    made = None
     if records:
         made = Records(
             floats(shape.units, rows, groups * rule.group_blocks),
-            floats(shape.units, rows, groups) if rule.carried else None,
-            integers(shape.units, rows, groups),
+            floats(shape.units, rows, groups // together) if rule.carried else None,
+            integers(shape.units, rows, groups // together),
         )
     flat_q, q_stride = flat_rows(q)
     results = (*parts, *(made or (None, None, None)))
     compile_decode_compressed(
-        q.dtype, head_dim, head_dim_v, shape.row_groups, rule, cu_seqlens is not None, records
+        q.dtype,
+        head_dim,
+        head_dim_v,
+        shape.row_groups,
+        rule,
+        cu_seqlens is not None,
+        records,
+        pool.k.shape[1] % TILE_KEYS == 0,
+        lengths is not None,
     )(
         _Tensors(
             flat_q,
-            *(cu_seqlens, *schedule),
+            *(cu_seqlens, lengths, *schedule),
             *(None if x is None else x.view(-1) for x in results),
         ),
         page_arguments(pool, table),
         _Sizes(
             *(shape.batch, shape.tokens, shape.kv_heads, shape.group),
-            *(shape.unit_tokens, shape.token_blocks, shape.ctas, groups, q_stride),
+            *(shape.unit_tokens, shape.token_blocks, shape.ctas, limit, groups, q_stride),
         ),
         scale * LOG2_E,
     )

@@ -6,6 +6,9 @@ ends. Then it scores its share of the blocks from that branch's records; from th
 all find the list. Each attends its tiles of that. At last the branches are added up across the
 cluster (:mod:`nsa.fused.kernels.decode_outputs`).
 
+Or each CTA of a cluster has a token and its list, and the CTAs share the window, which is almost
+the same for all of them. Each attends its tiles of the window for the rows of all tokens.
+
 The first CTA also stores the new lengths: no kernel of the step reads them after the append.
 """
 
@@ -32,28 +35,17 @@ from nsa.fused.decode_inputs import (
     Records,
     Schedule,
     TileLists,
+    record_groups,
 )
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_lists import BlockLists, load_list
-from nsa.fused.kernels.decode_outputs import (
-    ClusterOutputs,
-    load_gates,
-    output_bytes,
-)
-from nsa.fused.kernels.decode_places import ListPlace, ListTiles
+from nsa.fused.kernels.decode_outputs import ClusterOutputs, load_gates
+from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
+from nsa.fused.kernels.decode_places import MOST_TILES, KeyRange, ListTiles
+from nsa.fused.kernels.decode_schedule import PDL, unit_parts, wait_for_previous
 from nsa.fused.kernels.decode_scores import RecordTensors, sum_parts
-from nsa.fused.kernels.decode_tiles import (
-    MMA_ROWS,
-    PDL,
-    PagedTensors,
-    TileAttention,
-    fake_pages,
-    make_attention,
-    page_arguments,
-    unit_parts,
-    wait_for_previous,
-)
+from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
 from nsa.fused.kernels.gates import FORMS
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat, flat_rows
@@ -106,12 +98,12 @@ class _Sizes(NamedTuple):
 class DecodeFinish:
     """Lists serve ``group`` query heads. ``count`` blocks are selected; with 0 there are lists.
 
-    ``form`` of the gates is one of ``FORMS``.
+    ``form`` of the gates is one of ``FORMS``. With ``of_tokens`` each CTA of a cluster has a token.
     """
 
     def __init__(
         self, attention: TileAttention, group: int, rule: DecodeRule, count: int, form: str,
-        cluster: int, tile_mode: bool, rings: bool,
+        cluster: int, of_tokens: bool, tile_mode: bool, rings: bool, record_groups: int,
     ):  # fmt: skip
         self.attention = attention
         self.group = group
@@ -119,10 +111,13 @@ class DecodeFinish:
         self.selects = count > 0
         self.form = form
         self.cluster = cluster
+        # Tokens of a cluster, and CTAs of a list.
+        self.cluster_tokens, self.splits = (cluster, 1) if of_tokens else (1, cluster)
+        self.of_tokens = of_tokens
         self.tile_mode = tile_mode
-        self.lists = BlockLists(rule, group, count, cluster, attention.warps)
+        self.lists = BlockLists(rule, group, count, self.splits, attention.warps, record_groups)
         self.tiles = ListTiles(attention, rule.select_size, rings)
-        self.outputs = ClusterOutputs(attention, cluster)
+        self.outputs = ClusterOutputs(attention, cluster, of_tokens)
 
     @cute.jit
     def __call__(
@@ -136,9 +131,9 @@ class DecodeFinish:
         stream,
     ):
         attention = self.attention
-        layouts, mma = attention.layouts(), attention.make_mma()
-        units = sizes.batch * sizes.tokens * sizes.lists
-        self.kernel(tensors, records, pages, rings, sizes, scale_log2, mma, layouts).launch(
+        layouts, mmas = attention.layouts(), attention.make_mmas()
+        units = sizes.batch * cute.ceil_div(sizes.tokens, self.cluster_tokens) * sizes.lists
+        self.kernel(tensors, records, pages, rings, sizes, scale_log2, mmas, layouts).launch(
             grid=[units * self.cluster, 1, 1],
             block=[attention.threads, 1, 1],
             cluster=[self.cluster, 1, 1],
@@ -157,14 +152,15 @@ class DecodeFinish:
         rings: PagedTensors | None,
         sizes: _Sizes,
         scale_log2: Float32,
-        mma: cute.TiledMma,
+        mmas: tuple[cute.TiledMma, ...],
         layouts: tuple[cute.ComposedLayout, ...],
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         rank, unit = bidx % self.cluster, bidx // self.cluster
-        index, token = unit % sizes.lists, unit // sizes.lists
-        sequence, token = token // sizes.tokens, token % sizes.tokens
+        index, unit = unit % sizes.lists, unit // sizes.lists
+        blocks = cute.ceil_div(sizes.tokens, self.cluster_tokens)
+        sequence, first_token = unit // blocks, unit % blocks * self.cluster_tokens
         row0, new = sequence * sizes.tokens, sizes.tokens
         if const_expr(tensors.cu_seqlens is not None):
             row0 = tensors.cu_seqlens[sequence]
@@ -172,27 +168,31 @@ class DecodeFinish:
 
         smem = cutlass.memory.SmemAllocator()
         memory = self.attention.allocate(smem, layouts)
-        window_bytes = const_expr(output_bytes(self.attention.rows, self.attention.head_dim_v))
-        sWindow = smem.allocate(window_bytes, 128)
+        # The output of the window, where CTAs of a list exchange it with that of the list.
+        window = memory[3]
+        if const_expr(self.splits > 1):
+            window = smem.allocate(4 * self.attention.rows * self.attention.pitch, 128)
         listed = smem.allocate_tensor(Int32, cute.make_layout(MAX_LISTED), 16)
-        # The best of this CTA's share of the blocks, and of all.
+        # The best of each CTA's share of the blocks, and of all.
         bests = tuple(
-            smem.allocate_tensor(Int64, cute.make_layout(MAX_LISTED), 16) for _ in range(2)
+            smem.allocate_tensor(Int64, cute.make_layout(number), 16)
+            for number in (max(1, self.lists.shared_ranks), MAX_LISTED)
         )
         rows = const_expr(self.attention.rows)
         compressed = tuple(
             smem.allocate_tensor(dtype, cute.make_layout(rows), 16) for dtype in (Int32, Float32)
         )
-        layout = cute.make_layout((2, rows), stride=(rows, 1))
+        layout = cute.make_layout(MMA_ROWS * self.attention.warps)
         sums = tuple(smem.allocate_tensor(dtype, layout, 16) for dtype in (Int32, Float32))
         sGates = smem.allocate_tensor(Float32, cute.make_layout(3 * rows), 16)
-        if token < new:
-            position = tensors.starts[sequence] + token
-            position = cutlass.min(position, tensors.ends[sequence] - 1)
-            place = ListPlace(sequence, index // sizes.kv_share, position)
+        sTiles = tuple(
+            smem.allocate_tensor(Int32, cute.make_layout(MOST_TILES), 16) for _ in range(2)
+        )
+        if first_token < new:
             self._finish(
-                tensors, records, pages, rings, sizes, scale_log2, mma, memory, sWindow, listed,
-                bests, compressed, sums, sGates, place, Int64(row0 + token), token, index, rank,
+                tensors, records, pages, rings, sizes, scale_log2, mmas, memory, window, listed,
+                bests,
+                compressed, sums, sGates, sTiles, sequence, row0, new, first_token, index, rank,
             )  # fmt: skip
         if bidx == 0:
             wait_for_previous()
@@ -208,20 +208,47 @@ class DecodeFinish:
     @cute.jit
     def _finish(
         self, tensors: _Tensors, records: RecordTensors | None, pages: PagedTensors,
-        rings: PagedTensors | None, sizes: _Sizes, scale_log2: Float32, mma: cute.TiledMma, memory,
-        sWindow: cute.Pointer, listed: cute.Tensor, bests, compressed, sums, sGates: cute.Tensor,
-        place: ListPlace, row: Int64, token: Int32, index: Int32, rank: Int32,
+        rings: PagedTensors | None, sizes: _Sizes, scale_log2: Float32,
+        mmas: tuple[cute.TiledMma, ...], memory, window: cute.Pointer, listed: cute.Tensor, bests,
+        compressed, sums, sGates: cute.Tensor, sTiles, sequence: Int32, row0: Int32, new: Int32,
+        first_token: Int32, index: Int32, rank: Int32,
     ):  # fmt: skip
         stages = const_expr(self.attention.stages)
-        sQ, sK, sV, sO, sM, sL = memory
+        sQ, sK, sV, ring, *warp_sums = memory
         tidx, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         row_group, key_group = warp % self.attention.row_groups, warp // self.attention.row_groups
-        sequence, kv_head, position = place.sequence, place.kv_head, place.position
+        kv_head = index // sizes.kv_share
+        start, end = tensors.starts[sequence], tensors.ends[sequence]
+        # This CTA's token and, in the window, that of the warp's rows. Some may be missing.
+        last_token = cutlass.min(first_token + self.cluster_tokens, new) - 1
+        token, window_token, window_group = first_token, first_token, row_group
+        if const_expr(self.of_tokens):
+            window_group = warp % (self.cluster * self.attention.row_groups)
+            token = first_token + rank
+            window_token = first_token + window_group // self.attention.row_groups
+        is_real = token < new
+        token = cutlass.min(token, last_token)
+        row = Int64(row0 + token)
+        position, window_position = (
+            cutlass.min(start + cutlass.min(x, last_token), end - 1) for x in (token, window_token)
+        )
         self.attention.load_queries(
             tensors.q, sQ, functools.partial(self._query_offset, sizes, row, index),
             functools.partial(self._has_query, sizes), tidx,
         )  # fmt: skip
+        sRows = sQ
+        if const_expr(self.of_tokens):
+            # The rows of all tokens are where the last one of the first tiles will be.
+            sRows = sK[None, None, stages - 1]
+            self.attention.load_queries(
+                tensors.q, sRows,
+                functools.partial(
+                    self._window_offset, sizes, Int64(row0), first_token, last_token, index
+                ),
+                functools.partial(self._has_window_query, sizes), tidx,
+            )  # fmt: skip
+        cute.arch.cp_async_commit_group()
         heads = sizes.lists * self.group
         load_gates(
             self.form, self.attention.head_dim, self.attention.warps, tensors.gates, tensors.weight,
@@ -237,34 +264,53 @@ class DecodeFinish:
         first_slot, num_parts = unit_parts(tensors.tiles, sequence, unit, sequence_units)
         parts = tensors.cmp_out, tensors.cmp_reference, tensors.cmp_total
 
-        window = cutlass.min(sizes.window, position + 1)
-        window_start = position + 1 - window
-        tiles = cute.ceil_div(window, TILE_KEYS)
+        # The keys that a warp's rows see, and those that the CTAs load: in the window at first.
+        first_seen = cutlass.max(window_position + 1 - sizes.window, 0)
+        last_seen = window_position
+        first_key = cutlass.min(start + first_token, end - 1) + 1 - sizes.window
+        first_key = cutlass.max(first_key, 0)
+        last_key = cutlass.min(start + last_token, end - 1)
+        window_tile = first_key // TILE_KEYS
+        tiles = last_key // TILE_KEYS + 1 - window_tile
         first_tile = rank * tiles // self.cluster
         count = (rank + 1) * tiles // self.cluster - first_tile
+        # Times that a warp takes keys of a tile, and the first ones. Then those that are next to
+        # the ones that all warps with these rows have.
+        passes, first_group = Int32(1), key_group
+        step = const_expr(self.attention.key_groups // self.cluster_tokens)
+        if const_expr(self.of_tokens):
+            passes = Int32(self.cluster)
+            first_group = warp // (self.cluster * self.attention.row_groups)
         valid = Int32(0)
-        acc_O = self.attention.make_output(mma, lane)
+        queries = self.attention.make_rows(sQ, mmas[0], lane)
+        acc_O = self.attention.make_output(mmas, lane)
         reference = cute.make_rmem_tensor(2, Int32)
         total = cute.make_rmem_tensor(2, Float32)
-        sOutputs, found = self.outputs.views(sWindow, sO.iterator), self.outputs.make_vectors()
+        found = self.outputs.make_vectors()
+        turns = Int32(2)
+        if const_expr(self.of_tokens):
+            turns = Int32(2) if is_real else Int32(1)
         # The window, then the list. One copy of this code for both, because much of a short step
         # is its loading.
-        for turn in cutlass.range(2, unroll=1):
+        for turn in cutlass.range(turns, unroll=1):
             if turn == 1:
                 wait_for_previous()
-                sum_parts(
-                    parts, compressed, first_slot, num_parts, unit_rows, Int64(unit_row),
-                    self.group, self.attention.warps, tidx,
+                sum_up = functools.partial(
+                    sum_parts, parts, compressed, first_slot, num_parts, unit_rows,
+                    Int64(unit_row), self.group, self.attention.warps, tidx,
                 )  # fmt: skip
                 list_row = row * sizes.lists + index
                 if const_expr(self.selects):
                     record_row = Int64(sequence * sequence_units + unit) * unit_rows + unit_row
                     self.lists.select(
-                        records, sizes.groups, (sizes.num_initial, sizes.num_local), sO.iterator,
-                        bests, compressed, position, record_row, rank, tidx,
+                        records, sizes.groups, (sizes.num_initial, sizes.num_local), ring,
+                        *bests, compressed, sum_up, position, record_row, rank % self.splits, tidx,
                     )  # fmt: skip
-                    valid = self.lists.list_best(tensors.blocks, listed, bests[1], list_row, rank)
+                    valid = self.lists.list_best(
+                        tensors.blocks, listed, bests[1], list_row, rank % self.splits
+                    )
                 else:
+                    sum_up()
                     if const_expr(self.tile_mode):
                         slot = position // sizes.tile_size % sizes.tile_slots
                         list_row = Int64(sequence * sizes.tile_slots + slot) * sizes.lists + index
@@ -274,78 +320,84 @@ class DecodeFinish:
                 cute.arch.barrier()
                 tiles = cute.ceil_div(valid * self.select_size, TILE_KEYS)
                 # The other way round, so that CTAs with fewer tiles of the window have more.
-                after = self.cluster - 1 - rank
-                first_tile = after * tiles // self.cluster
-                count = (after + 1) * tiles // self.cluster - first_tile
+                after = self.splits - 1 - rank % self.splits
+                first_tile = after * tiles // self.splits
+                count = (after + 1) * tiles // self.splits - first_tile
+                first_seen, last_seen, first_key, last_key = Int32(0), position, Int32(0), position
+                passes, first_group = Int32(1), key_group
             acc_O.fill(0.0)
             reference.fill(NO_REFERENCE)
             total.fill(0.0)
             key_position = functools.partial(
-                self.tiles.key_position, listed, turn, window_start, valid
+                self.tiles.key_position, listed, turn, window_tile, valid
             )
+            keys = KeyRange(sequence, kv_head, first_key, last_key)
+            self.tiles.find(pages, rings, sTiles, keys, turn, key_position, tidx, first_tile, count)
             load_tile = functools.partial(
-                self.tiles.load, pages, rings, sK, sV, place, turn, key_position, tidx
-            )
-            for s in cutlass.range(stages - 1, unroll=1):
-                if s < count:
-                    load_tile(first_tile + s, s)
-                cute.arch.cp_async_commit_group()
-            if turn == 1:
+                self.tiles.load, pages, rings, sK, sV, sTiles, keys, turn, key_position, tidx,
+                first_tile,
+            )  # fmt: skip
+            self.attention.start_tiles(load_tile, count)
+            if turn == 0:
+                cute.arch.cp_async_wait_group(stages - 1)
+                cute.arch.barrier()
+                self.attention.read_rows(queries, sRows, mmas[0], window_group, lane)
+            else:
+                if const_expr(self.of_tokens):
+                    self.attention.read_rows(queries, sQ, mmas[0], row_group, lane)
                 # While the first tiles are on their way.
                 self.outputs.add_parts(
                     found, parts, compressed, sGates, first_slot, num_parts, unit_rows,
-                    Int64(unit_row), self.group, rank, tidx,
+                    Int64(unit_row), self.group, rank % self.splits, tidx,
                 )  # fmt: skip
             for i in cutlass.range(count, unroll=1):
-                cute.arch.cp_async_wait_group(stages - 2)
-                cute.arch.barrier()
-                ahead = i + (stages - 1)
-                if ahead < count:
-                    load_tile(first_tile + ahead, ahead % stages)
-                cute.arch.cp_async_commit_group()
-                stage = i % stages
-                accs = self.attention.compute_scores(
-                    mma, sQ, sK[None, None, stage], row_group, key_group, lane
-                )
-                low, high = [], []
-                for u in cutlass.range_constexpr(self.attention.units):
-                    key = (first_tile + i) * TILE_KEYS + (
-                        (key_group + u * self.attention.key_groups) * MMA_ROWS
-                    )
-                    low.append(Int32(0))
-                    high.append(position + 1 - key_position(key))
-                self.attention.softmax(
-                    accs, acc_O, reference, total, low, [high, high], lane, scale_log2
-                )
-                self.attention.add_values(mma, acc_O, accs, sV[None, None, stage], key_group, lane)
+                self.attention.wait_for_tile()
+                stage = self.attention.load_ahead(load_tile, i, count)
+                for j in cutlass.range(passes, unroll=1):
+                    self.attention.attend_tile(
+                        mmas, queries, sK[None, None, stage], sV[None, None, stage], acc_O,
+                        reference, total, key_position, (first_tile + i) * TILE_KEYS, first_seen,
+                        last_seen, first_group + j * step, warp, lane, scale_log2,
+                    )  # fmt: skip
             cute.arch.cp_async_wait_group(0)
-            cute.arch.barrier()
-            self.outputs.fold(
-                turn, acc_O, reference, total, sOutputs, sums, (sM, sL), row_group, key_group, tidx
-            )
+            add_up = functools.partial(
+                self.outputs.add_up, found, acc_O, reference, total, ring, warp_sums, sums,
+                sGates, 2 - turn, self.group,
+            )  # fmt: skip
+            if const_expr(self.of_tokens):
+                if turn == 0:
+                    add_up(self.cluster, rank, tidx)
+                else:
+                    add_up(1, Int32(0), tidx)
+            else:
+                if const_expr(self.splits > 1):
+                    self.outputs.collect(
+                        turn, acc_O, reference, total, ring, window, warp_sums, sums, tidx
+                    )
+                else:
+                    add_up(1, rank, tidx)
+        if const_expr(self.splits > 1):
+            self.outputs.add_branches(found, ring, window, sums, sGates, self.group, rank, tidx)
 
-        if const_expr(self.cluster > 1):
-            # All threads of the cluster then see what each has written to shared memory.
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        layout = cute.make_ordered_layout((self.cluster, 2, self.attention.rows), order=(2, 1, 0))
-        sFactor = cute.make_tensor(cute.recast_ptr(sQ.iterator, dtype=Float32), layout)
-        self.outputs.share_factors(sums, sGates, sFactor, self.group, tidx)
-        cute.arch.barrier()
-        self.outputs.write(
-            found, sOutputs, sFactor, tensors.out, row * heads + index * self.group,
-            self.group, rank, tidx,
-        )  # fmt: skip
-        if const_expr(self.cluster > 1):
-            # No CTA may end while another reads its shared memory.
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
+        if is_real:
+            self.outputs.store(
+                found, tensors.out, row * heads + index * self.group, self.group,
+                rank % self.splits, tidx,
+            )  # fmt: skip
 
     def _query_offset(self, sizes, token_row, index, row) -> Int64:
         return token_row * sizes.q_stride + (index * self.group + row) * self.attention.head_dim
 
     def _has_query(self, sizes, row) -> Boolean:
         return row < self.group
+
+    def _window_offset(self, sizes, row0, first_token, last_token, index, row) -> Int64:
+        """Where a row is of those of all tokens; each has as many as the CTA has rows."""
+        token = cutlass.min(first_token + row // self.attention.rows, last_token)
+        return self._query_offset(sizes, row0 + token, index, row % self.attention.rows)
+
+    def _has_window_query(self, sizes, row) -> Boolean:
+        return row % self.attention.rows < self.group
 
 
 @kept
@@ -358,13 +410,18 @@ def compile_decode_finish(
     count: int,
     form: str,
     cluster: int,
+    of_tokens: bool,
     packed: bool,
     tile_mode: bool,
     rings: bool,
+    record_groups: int,
 ) -> Callable:
     """The compiled kernel of these forms."""
     row_groups = -(-group // MMA_ROWS)
-    beside = output_bytes(MMA_ROWS * row_groups, head_dim_v)
+    # Lists, tiles, sums and gates; what the CTAs of a list exchange.
+    beside = 2304 + 20 * MMA_ROWS * row_groups
+    if cluster > 1 and not of_tokens:
+        beside += 4 * MMA_ROWS * row_groups * (head_dim_v + 8) + 8 * cluster * count
     attention = make_attention(dtype, head_dim, head_dim_v, row_groups, beside)
     vector = CUTE_DTYPES[dtype]
 
@@ -375,7 +432,9 @@ def compile_decode_finish(
         return fake_flat(Float32 if used else None)
 
     return compile_kernel(
-        DecodeFinish(attention, group, rule, count, form, cluster, tile_mode, rings),
+        DecodeFinish(
+            attention, group, rule, count, form, cluster, of_tokens, tile_mode, rings, record_groups
+        ),
         _Tensors(
             fake_flat(vector),
             *(integers(packed), integers(), integers(), integers()),
@@ -395,15 +454,22 @@ def compile_decode_finish(
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     paper, bf16, fp16 = DecodeRule.of(NSAConfig.paper()), torch.bfloat16, torch.float16
-    forms = [(bf16, 128, 128, 16, paper, 16, "gates", c, False, False, False) for c in CLUSTERS]
-    forms += [(bf16, 128, 128, 8, paper, 0, form, 2, True, False, False) for form in FORMS]
+    forms = [
+        (bf16, 128, 128, 16, paper, 16, "gates", c, False, False, False, False, 1) for c in CLUSTERS
+    ]
     forms += [
-        (fp16, 64, 64, 32, DecodeRule(16, 16, 32), 64, "mean", 8, True, False, True),
-        (fp16, 96, 96, 3, DecodeRule(32, 32, 32), 1, "weight", 4, False, False, False),
-        (bf16, 192, 128, 1, DecodeRule(64, 4, 64), 40, "weight", 2, False, False, False),
-        (bf16, 256, 256, 20, DecodeRule(16, 8, 64), 16, "weight", 1, False, False, False),
-        (fp16, 32, 32, 6, DecodeRule(32, 32, 32), 16, "weight", 1, False, False, False),
-        (bf16, 128, 128, 1, DecodeRule(64, 64, 64), 0, "mean", 1, False, True, False),
+        (bf16, 128, 128, 8, paper, 0, form, 2, False, True, False, False, 1) for form in FORMS
+    ]
+    forms += [
+        (bf16, 128, 128, 16, paper, 16, "gates", 2, True, False, False, False, 4),
+        (fp16, 64, 64, 32, DecodeRule(16, 16, 32), 64, "mean", 8, False, True, False, True, 4),
+        (fp16, 64, 64, 32, DecodeRule(16, 16, 32), 64, "mean", 2, True, True, False, True, 4),
+        (fp16, 96, 96, 3, DecodeRule(32, 32, 32), 1, "weight", 4, False, False, False, False, 1),
+        (bf16, 192, 128, 1, DecodeRule(64, 4, 64), 40, "weight", 2, False, False, False, False, 1),
+        (bf16, 256, 256, 20, DecodeRule(16, 8, 64), 16, "weight", 1, False, False, False, False, 1),
+        (bf16, 256, 256, 3, DecodeRule(16, 8, 64), 16, "weight", 4, True, False, False, False, 1),
+        (fp16, 32, 32, 6, DecodeRule(32, 32, 32), 16, "weight", 1, False, False, False, False, 1),
+        (bf16, 128, 128, 1, DecodeRule(64, 64, 64), 0, "mean", 1, False, False, True, False, 1),
     ]
     for form in forms:
         name = "-".join(map(str, form)).replace("torch.", "")
@@ -431,6 +497,7 @@ def decode_finish(
     lengths: Tensor,
     floors: Tensor | None,
     cluster: int,
+    of_tokens: bool,
 ) -> Tensor:
     """See :func:`nsa.fused.decode_calls.decode_finish`."""
     head_dim, head_dim_v = q.shape[-1], pool.v.shape[-1]
@@ -441,12 +508,13 @@ def decode_finish(
         blocks, tile_size = lists
         tile_slots = blocks.shape[1]
         kv_share, group = group, 1
+    together = record_groups(shape.row_groups)
     form = "gates" if gates is not None else "weight" if weight is not None else "mean"
     flat_q, q_stride = flat_rows(q)
     compile_decode_finish(
         q.dtype, head_dim, head_dim_v, group, rule,
-        0 if records is None else blocks.shape[-1], form, cluster, cu_seqlens is not None,
-        tile_mode, rings is not None,
+        0 if records is None else blocks.shape[-1], form, cluster, of_tokens,
+        cu_seqlens is not None, tile_mode, rings is not None, together,
     )(
         _Tensors(
             *(flat_q, cu_seqlens, *schedule, *(x.view(-1) for x in parts)),
@@ -461,7 +529,7 @@ def decode_finish(
         _Sizes(
             *(shape.batch, shape.tokens, shape.kv_heads * kv_share, kv_share),
             *(shape.unit_tokens, shape.token_blocks, blocks.shape[-1], window),
-            *(tile_size, tile_slots, records.reference.shape[-1] if records else 1),
+            *(tile_size, tile_slots, records.reference.shape[-1] * together if records else 1),
             *(num_initial, num_local, q_stride),
         ),
         scale * LOG2_E,

@@ -1,7 +1,7 @@
 """Decoding's lists of selected blocks: chosen by the CTAs of a cluster, or read.
 
-Each CTA scores its share of the blocks and finds the best of them. All then read the best of each,
-so that all have the same list.
+Each CTA scores its share of the blocks, finds the best of them, and gives them to all CTAs, so that
+all have the same list.
 """
 
 import cutlass
@@ -12,17 +12,25 @@ from nsa.fused.decode_inputs import MAX_LISTED, DecodeRule
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.best_blocks import NO_RANK
 from nsa.fused.kernels.decode_best import BestOfCta, block_rank
-from nsa.fused.kernels.decode_outputs import load_peer
+from nsa.fused.kernels.decode_outputs import store_peer
 from nsa.fused.kernels.decode_scores import BlockScores, RecordTensors
 
 # Ranks that a thread brings at a time.
 _RANKS = 4
+# Records of heads that a thread loads together.
+_LOADS = 16
 
 
 class BlockLists:
-    """Lists of ``count`` blocks for ``group`` query heads, by ``cluster`` CTAs of some warps."""
+    """Lists of ``count`` blocks for ``group`` query heads, by ``cluster`` CTAs of some warps.
 
-    def __init__(self, rule: DecodeRule, group: int, count: int, cluster: int, warps: int):
+    ``record_groups`` groups of slots were recorded together.
+    """
+
+    def __init__(
+        self, rule: DecodeRule, group: int, count: int, cluster: int, warps: int,
+        record_groups: int,
+    ):  # fmt: skip
         self.rule = rule
         self.cluster = cluster
         self.warps = warps
@@ -30,47 +38,65 @@ class BlockLists:
         # Blocks that are scored together.
         self.pass_blocks = warps * WARP * per_thread
         self.best = BestOfCta(count, warps * WARP, per_thread)
-        self.scores = BlockScores(rule, group, warps)
+        # Ranks of all CTAs that each of them has.
+        self.shared_ranks = cluster * count if cluster > 1 else 0
+        self.scores = BlockScores(rule, group, warps, record_groups)
+        # Groups that a thread scores together: each trip to memory delays what follows, but the
+        # code takes time to load where a CTA has few groups.
+        most = max(1, self.pass_blocks // rule.group_blocks // WARP)
+        self.together = min(most, max(1, _LOADS // self.scores.each), max(1, 8 // cluster))
 
     @cute.jit
     def select(
         self, records: RecordTensors, groups: Int32, forced: tuple[Int32, Int32],
-        ring: cute.Pointer, bests, compressed, position: Int32, record_row: Int64, rank: Int32,
-        tidx: Int32,
+        ring: cute.Pointer, sAll: cute.Tensor, sBest: cute.Tensor, compressed, sum_up,
+        position: Int32, record_row: Int64, rank: Int32, tidx: Int32,
     ):  # fmt: skip
-        """Write the ranks of the best blocks to ``bests[1]``, best first, in all CTAs.
+        """Write the ranks of the best blocks to ``sBest``, best first, in all CTAs.
 
         ``groups`` have room in the records of a row; ``forced`` are the numbers of first and last
-        blocks that are taken. The ring of tiles, which is empty, has what this needs in shared
-        memory.
+        blocks that are taken. ``sum_up()`` finds ``compressed``, the references and sums of heads.
+        The ring of tiles, which is empty, has what this needs in shared memory; ``sAll`` has the
+        best of each CTA.
         """
+        if const_expr(self.cluster > 1):
+            # All CTAs have started, before one writes to another's memory.
+            cute.arch.cluster_arrive_relaxed()
         layout = cute.make_ordered_layout((self.warps, self.pass_blocks), order=(1, 0))
         sPartial = cute.make_tensor(cute.recast_ptr(ring, dtype=Float32), layout)
         memory = cute.recast_ptr(ring, dtype=Int64) + self.warps * self.pass_blocks // 2
         shared = self.best.views(memory)
         self.best.reset(shared, tidx)
-        # The sums of the parts, too, are there.
-        cute.arch.barrier()
         own = position // self.rule.select_size
+        seen = (position + 1) // self.rule.stride
         scored = own // self.rule.group_blocks + 1
         share = cute.ceil_div(scored, self.cluster)
         first = rank * share
-        last = cutlass.min(first + share, scored)
+        # One group at least, which may have no block up to the token's own: it sums up the parts.
+        last = cutlass.max(cutlass.min(first + share, scored), first + 1)
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         pass_groups = const_expr(self.pass_blocks // self.rule.group_blocks)
         for begin in cutlass.range(first, last, pass_groups, unroll=1):
             here = cutlass.min(last - begin, pass_groups)
-            for some in cutlass.range(0, here, WARP, unroll=1):
-                group = some + lane
-                scores = self.scores.of_group(
-                    records, groups, record_row, compressed,
-                    (position + 1) // self.rule.stride, cutlass.min(begin + group, last - 1), warp,
-                )  # fmt: skip
-                if group < here:
-                    sRow = cute.local_tile(
-                        sPartial[warp, None], (self.rule.group_blocks,), (group,)
-                    )
-                    cute.autovec_copy(scores, sRow)
+            for some in cutlass.range(0, here, WARP * self.together, unroll=1):
+                loaded, places = [], []
+                for i in cutlass.range_constexpr(self.together):
+                    place = some + (i * WARP + lane)
+                    places.append(place)
+                    group = cutlass.min(begin + place, scored - 1)
+                    loaded.append(self.scores.load(records, groups, record_row, group, warp))
+                if begin + some == first:
+                    # While the first records are on their way.
+                    sum_up()
+                    cute.arch.barrier()
+                for i in cutlass.range_constexpr(self.together):
+                    group = cutlass.min(begin + places[i], scored - 1)
+                    scores = self.scores.add_up(loaded[i], compressed, seen, group, warp)
+                    if places[i] < here:
+                        sRow = cute.local_tile(
+                            sPartial[warp, None], (self.rule.group_blocks,), (places[i],)
+                        )
+                        cute.autovec_copy(scores, sRow)
             cute.arch.barrier()
             scores = cute.make_rmem_tensor(self.best.per_thread, Float32)
             scores.fill(0.0)
@@ -88,23 +114,42 @@ class BlockLists:
                 ranks[r] = block_rank(scores[r], block, own, *forced, real)
             self.best.add(shared, ranks, tidx)
         cute.arch.barrier()
-        sShare, sBest = bests
-        if tidx < self.best.count:
-            kept = shared[1][tidx]
-            sShare[tidx] = kept
-            sBest[tidx] = kept if const_expr(self.cluster == 1) else Int64(NO_RANK)
-        if const_expr(self.cluster > 1):
+        count = const_expr(self.best.count)
+        if const_expr(self.cluster == 1):
+            if tidx < count:
+                sBest[tidx] = shared[1][tidx]
+        else:
+            number = const_expr(self.cluster * count)
+            cute.arch.cluster_wait()
+            for i in cutlass.range(tidx, number, self.warps * WARP, unroll=1):
+                store_peer(sAll, rank * count + i % count, i // count, shared[1][i % count])
+            if tidx < count:
+                sBest[tidx] = Int64(NO_RANK)
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
-            number = const_expr(self.cluster * self.best.count)
-            sAll = cute.make_tensor(memory + self.best.words, cute.make_layout(number))
-            if tidx < self.best.count:
-                for peer in cutlass.range_constexpr(self.cluster):
-                    rank_there = load_peer(sShare, tidx, peer, self.cluster)
-                    sAll[peer * self.best.count + tidx] = rank_there
-            cute.arch.barrier()
-            self.best.sort(sAll, sBest, Int32(number), tidx)
+            for i in cutlass.range(tidx, number, self.warps * WARP, unroll=1):
+                best = sAll[i]
+                above = self._number_above(sAll, best)
+                if best > Int64(NO_RANK) and above < count:
+                    sBest[above] = best
         cute.arch.barrier()
+
+    @cute.jit
+    def _number_above(self, sAll: cute.Tensor, rank: Int64) -> Int32:
+        """How many ranks are above this one, in the CTAs' lists of falling ranks."""
+        above = [Int32(0)] * self.cluster
+        step = 1 << (self.best.count.bit_length() - 1)
+        while const_expr(step > 0):
+            for peer in cutlass.range_constexpr(self.cluster):
+                place = above[peer] + step
+                seen = sAll[peer * self.best.count + cutlass.min(place, self.best.count) - 1]
+                more = place <= self.best.count and seen > rank
+                above[peer] = place if more else above[peer]
+            step //= 2
+        whole = above[0]
+        for peer in cutlass.range_constexpr(1, self.cluster):
+            whole += above[peer]
+        return whole
 
     @cute.jit
     def list_best(

@@ -1,8 +1,11 @@
 """The outputs of a list's branches: of the warps of a CTA, of the CTAs of a cluster, and of parts.
 
-Selected and window branch are attended by the CTAs of a cluster, each of which holds its share of
-the output in shared memory. Each then takes some of the output's elements, adds up those of all
+Selected and window branch are attended by the CTAs of a cluster. Each adds up what its warps have
+found in its shared memory. Each then takes some of the output's elements, and adds up those of all
 CTAs and of the compressed branch's parts, with the gates, in a fixed order.
+
+Where each CTA of a cluster has a token, they share the window alone: each has some of its keys, for
+the rows of all tokens, and adds up its own token's.
 """
 
 import cutlass
@@ -10,101 +13,171 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
 from nsa.fused.decode_inputs import NO_REFERENCE
-from nsa.fused.hardware import LOG2_E, QUAD, WARP
-from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, power_of_two
+from nsa.fused.hardware import LOG2_E, WARP
+from nsa.fused.kernels.decode_parts import COLUMNS, WarpOutputs
+from nsa.fused.kernels.decode_softmax import power_of_two
+from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention
 
-# Columns that a thread takes together: 16 bytes of float32.
-_COLUMNS = 4
 # Loads of parts that a thread has under way.
 _LOADS = 16
-# Rows of outputs are so much apart that rows of a quarter warp are in different banks.
-_PADDING = 8
 
 
-def output_bytes(rows: int, head_dim_v: int) -> int:
-    """Shared memory of the outputs of one branch."""
-    return 4 * rows * (head_dim_v + _PADDING)
+class ClusterOutputs(WarpOutputs):
+    """Outputs ``(rows, Dv)`` of a list, of ``cluster`` CTAs; or of as many tokens, a CTA each."""
 
-
-class ClusterOutputs:
-    """Outputs ``(rows, Dv)`` of two branches, 0 window and 1 selected, of ``cluster`` CTAs."""
-
-    def __init__(self, attention: TileAttention, cluster: int):
-        self.attention = attention
+    def __init__(self, attention: TileAttention, cluster: int, of_tokens: bool):
+        super().__init__(attention)
         self.cluster = cluster
-        self.rows = attention.rows
-        self.head_dim_v = attention.head_dim_v
-        self.pitch = self.head_dim_v + _PADDING
-        # Vectors of columns of a thread, over the CTAs of a cluster.
-        vectors = self.rows * self.head_dim_v // _COLUMNS
-        self.vectors = -(-vectors // (cluster * attention.threads))
-
-    def views(self, window: cute.Pointer, selected: cute.Pointer) -> tuple[cute.Tensor, ...]:
-        """The branches' outputs in shared memory."""
-        layout = cute.make_layout((self.rows, self.head_dim_v), stride=(self.pitch, 1))
-        pointers = [cute.recast_ptr(pointer, dtype=Float32) for pointer in (window, selected)]
-        return tuple(cute.make_tensor(pointer, layout) for pointer in pointers)
+        self.of_tokens = of_tokens
+        # Vectors of columns of a thread: of the cluster's threads, or of those of a token's CTA.
+        vectors = self.rows * self.head_dim_v // COLUMNS
+        self.vectors = -(-vectors // (self.threads * (1 if of_tokens else cluster)))
 
     @cute.jit
-    def fold(
-        self, branch: Int32, acc_O: cute.Tensor, reference: cute.Tensor, total: cute.Tensor,
-        outputs, sums, scratch, row_group: Int32, key_group: Int32, tidx: Int32,
+    def add_up(
+        self, found: list[cute.Tensor], acc_O: cute.Tensor, reference: cute.Tensor,
+        total: cute.Tensor, ring: cute.Pointer, warp_sums, sums, gates: cute.Tensor, gate: Int32,
+        heads: cutlass.Constexpr[int], tokens: cutlass.Constexpr[int], rank: Int32, tidx: Int32,
     ):  # fmt: skip
-        """Add up the output of the warps, to that of ``branch`` and to ``sums``.
+        """Add a branch's output, times the gate number ``gate``, to the vectors ``found``.
 
-        ``sums`` are references and totals ``(2, rows)``, ``scratch`` the same of each warp. All
-        threads are done with what was in the output's memory before.
+        The CTA alone has it, or those of ``tokens`` tokens have it together. Warp ``w`` has row
+        group ``w % n`` of the ``n`` of all rows. ``warp_sums`` and ``sums`` have room for
+        references and sums of the warps' rows. The ring of tiles is free, here and in all CTAs,
+        before and after.
         """
-        sReference, sTotal = sums
-        sM, sL = scratch
-        groups = const_expr(self.attention.key_groups)
-        lane = tidx % WARP
-        row = row_group * MMA_ROWS + lane // QUAD
-        for r in cutlass.range_constexpr(2):
-            for offset in cutlass.range_constexpr(2):
-                total[r] += cute.arch.shuffle_sync_bfly(total[r], offset=1 << offset)
-            if lane % QUAD == 0:
-                sM[key_group, row + 8 * r] = reference[r]
-                sL[key_group, row + 8 * r] = total[r]
-        cute.arch.barrier()
-        factors = []
-        for r in cutlass.range_constexpr(2):
-            largest = sM[0, row + 8 * r]
-            for g in cutlass.range_constexpr(1, groups):
-                largest = cutlass.max(largest, sM[g, row + 8 * r])
-            factors.append(power_of_two(reference[r] - largest))
-        if tidx < self.rows:
-            largest = sM[0, tidx]
-            for g in cutlass.range_constexpr(1, groups):
-                largest = cutlass.max(largest, sM[g, tidx])
-            whole = Float32(0.0)
-            for g in cutlass.range_constexpr(groups):
-                whole += sL[g, tidx] * power_of_two(sM[g, tidx] - largest)
-            sReference[branch, tidx] = largest
-            sTotal[branch, tidx] = whole
-        memory = outputs[0].iterator
-        apart = (outputs[1].iterator.toint() - memory.toint()) // 4
-        memory = memory + cute.assume(branch * apart, divby=_COLUMNS)
-        # One warp of a row after the other, so that the order is always the same.
-        for g in cutlass.range_constexpr(groups):
-            if key_group == g:
-                for r in cutlass.range_constexpr(2):
-                    place = (row + 8 * r) * self.pitch + lane % QUAD * 2
-                    for i in cutlass.range_constexpr(self.head_dim_v // 8):
-                        pointer = memory + cute.assume(place + 8 * i, divby=2)
-                        sPair = cute.make_tensor(pointer, cute.make_layout(2))
-                        rPair = cute.make_rmem_tensor(2, Float32)
-                        if const_expr(g > 0):
-                            cute.autovec_copy(sPair, rPair)
-                        for c in cutlass.range_constexpr(2):
-                            value = acc_O[c + 2 * r + 4 * i] * factors[r]
-                            rPair[c] = rPair[c] + value if const_expr(g > 0) else value
-                        cute.autovec_copy(rPair, sPair)
+        row_groups = const_expr(tokens * self.attention.row_groups)
+        sO = self._share(acc_O, reference, total, ring, warp_sums, sums, Int32(0), row_groups, tidx)
+        if const_expr(tokens > 1):
+            self._combine(sO, sO, row_groups, tidx)
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        for v in cutlass.range_constexpr(self.vectors):
+            row, column = self._place(v, rank, tidx)
+            row = cutlass.min(row, heads - 1)
+            share = gates[row * 3 + gate]
+            if const_expr(tokens > 1):
+                row += rank * self.rows
+            factors = self._factors(sums, row, tokens, share)
+            for peer in cutlass.range_constexpr(tokens):
+                if const_expr(tokens > 1):
+                    vector = self._load(_of_peer(sO, peer, tokens), row, column)
+                else:
+                    vector = self.sum_copies(sO, row, column, row_groups)
+                self._add(found[v], vector, factors[peer])
+        # No CTA reads what another has in shared memory any more.
+        if const_expr(tokens > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
             cute.arch.barrier()
+
+    @cute.jit
+    def collect(
+        self, branch: Int32, acc_O: cute.Tensor, reference: cute.Tensor, total: cute.Tensor,
+        ring: cute.Pointer, window: cute.Pointer, warp_sums, sums, tidx: Int32,
+    ):  # fmt: skip
+        """Add up the CTA's output of a branch, 0 window and 1 selected, for :meth:`add_branches`.
+
+        That of the window goes to ``window``, the other one to the ring of tiles.
+        """
+        row_groups = const_expr(self.attention.row_groups)
+        first = branch * self.rows
+        sO = self._share(acc_O, reference, total, ring, warp_sums, sums, first, row_groups, tidx)
+        target = cute.recast_ptr(window, dtype=Float32)
+        apart = (sO.toint() - target.toint()) // 4
+        target = target + cute.assume(branch * apart, divby=COLUMNS)
+        self._combine(sO, target, row_groups, tidx)
+        cute.arch.barrier()
+
+    @cute.jit
+    def add_branches(
+        self, found: list[cute.Tensor], ring: cute.Pointer, window: cute.Pointer, sums,
+        gates: cute.Tensor, heads: cutlass.Constexpr[int], rank: Int32, tidx: Int32,
+    ):  # fmt: skip
+        """Add both branches of all CTAs, times their gates, to the vectors ``found``."""
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        for v in cutlass.range_constexpr(self.vectors):
+            row, column = self._place(v, rank, tidx)
+            if row < heads:
+                # All loads before the first use, so that they are under way together.
+                loaded, factors = [], []
+                for branch in cutlass.range_constexpr(2):
+                    memory = cute.recast_ptr(ring if branch == 1 else window, dtype=Float32)
+                    for peer in cutlass.range_constexpr(self.cluster):
+                        pointer = _of_peer(memory, peer, self.cluster)
+                        loaded.append(self._load(pointer, row, column))
+                for branch in cutlass.range_constexpr(2):
+                    gate = gates[row * 3 + 2 - branch]
+                    place = branch * self.rows + row
+                    factors += self._factors(sums, place, self.cluster, gate)
+                for i in cutlass.range_constexpr(2 * self.cluster):
+                    self._add(found[v], loaded[i], factors[i])
+        # No CTA may end while another reads its shared memory.
+        cute.arch.cluster_arrive_relaxed()
+        cute.arch.cluster_wait()
+
+    @cute.jit
+    def _share(
+        self, acc_O: cute.Tensor, reference: cute.Tensor, total: cute.Tensor, ring: cute.Pointer,
+        warp_sums, sums, first: Int32, row_groups: cutlass.Constexpr[int], tidx: Int32,
+    ) -> cute.Pointer:  # fmt: skip
+        """Write the warps' outputs to the ring, and their sums to ``sums`` from ``first``."""
+        sReference, sTotal = sums
+        sO, sM, sL = self.share_outputs(acc_O, reference, total, ring, warp_sums, row_groups, tidx)
+        if tidx < MMA_ROWS * row_groups:
+            largest, whole = self.sum_warps(sM, sL, tidx)
+            sReference[first + tidx] = largest
+            sTotal[first + tidx] = whole
+        cute.arch.barrier()
+        return sO.iterator
+
+    @cute.jit
+    def _combine(
+        self, sO: cute.Pointer, target: cute.Pointer, row_groups: cutlass.Constexpr[int],
+        tidx: Int32,
+    ):  # fmt: skip
+        """Add up the warps' outputs, to ``target``, which may be those of the first warps."""
+        each = const_expr(self.head_dim_v // COLUMNS)
+        number = const_expr(MMA_ROWS * row_groups * each)
+        for v in cutlass.range_constexpr(cute.ceil_div(number, self.threads)):
+            index = v * self.threads + tidx
+            if index < number:
+                row, column = index // each, index % each * COLUMNS
+                vector = self.sum_copies(sO, row, column, row_groups)
+                pointer = target + cute.assume(row * self.pitch + column, divby=COLUMNS)
+                cute.autovec_copy(vector, cute.make_tensor(pointer, cute.make_layout(COLUMNS)))
+
+    def _load(self, pointer: cute.Pointer, row: Int32, column: Int32) -> cute.Tensor:
+        return _load_floats(pointer, row * self.pitch + column)
+
+    @cute.jit
+    def _add(self, found: cute.Tensor, vector: cute.Tensor, factor: Float32):
+        for c in cutlass.range_constexpr(COLUMNS):
+            found[c] = found[c] + vector[c] * factor
+
+    @cute.jit
+    def _factors(
+        self, sums, row: Int32, peers: cutlass.Constexpr[int], gate: Float32
+    ) -> list[Float32]:
+        """What a row of the output of each CTA is multiplied with."""
+        sReference, sTotal = sums
+        largest, references, totals = Int32(NO_REFERENCE), [], []
+        for peer in cutlass.range_constexpr(peers):
+            references.append(load_peer(sReference, row, peer, peers))
+            totals.append(load_peer(sTotal, row, peer, peers))
+            largest = cutlass.max(largest, references[peer])
+        whole = Float32(0.0)
+        for peer in cutlass.range_constexpr(peers):
+            whole += totals[peer] * power_of_two(references[peer] - largest)
+        # A branch without keys adds nothing.
+        share = gate / whole if largest != NO_REFERENCE else Float32(0.0)
+        return [share * power_of_two(reference - largest) for reference in references]
 
     def make_vectors(self) -> list[cute.Tensor]:
         """This thread's vectors of the output, zeros."""
-        vectors = [cute.make_rmem_tensor(_COLUMNS, Float32) for _ in range(self.vectors)]
+        vectors = [cute.make_rmem_tensor(COLUMNS, Float32) for _ in range(self.vectors)]
         for vector in vectors:
             vector.fill(0.0)
         return vectors
@@ -137,7 +210,7 @@ class ClusterOutputs:
                 for v in cutlass.range_constexpr(self.vectors):
                     row, column = places[v]
                     place = Int64(part) * unit_rows + first_row + row
-                    values = _load_floats(mO, place * self.head_dim_v + column)
+                    values = _load_floats(mO.iterator, place * self.head_dim_v + column)
                     loaded.append((mReference[place], values))
             for u in cutlass.range_constexpr(step):
                 for v in cutlass.range_constexpr(self.vectors):
@@ -145,68 +218,41 @@ class ClusterOutputs:
                     largest, share = scales[v]
                     factor = power_of_two(reference - largest) * share
                     factor = factor if begin + u < count else Float32(0.0)
-                    for c in cutlass.range_constexpr(_COLUMNS):
+                    for c in cutlass.range_constexpr(COLUMNS):
                         found[v][c] = found[v][c] + values[c] * factor
 
     @cute.jit
-    def share_factors(
-        self, sums, gates: cute.Tensor, sFactor: cute.Tensor, heads: Int32, tidx: Int32
-    ):
-        """What the output of each CTA of the cluster is multiplied with: ``(cluster, 2, rows)``."""
-        sReference, sTotal = sums
-        if tidx < 2 * self.rows:
-            branch, row = tidx // self.rows, tidx % self.rows
-            place = branch * self.rows + row
-            largest, references, totals = Int32(NO_REFERENCE), [], []
-            for peer in cutlass.range_constexpr(self.cluster):
-                references.append(load_peer(sReference, place, peer, self.cluster))
-                totals.append(load_peer(sTotal, place, peer, self.cluster))
-                largest = cutlass.max(largest, references[peer])
-            whole = Float32(0.0)
-            for peer in cutlass.range_constexpr(self.cluster):
-                whole += totals[peer] * power_of_two(references[peer] - largest)
-            # A branch without keys adds nothing.
-            gate = gates[cutlass.min(row, heads - 1) * 3 + 2 - branch]
-            share = gate / whole if largest != NO_REFERENCE else Float32(0.0)
-            for peer in cutlass.range_constexpr(self.cluster):
-                factor = share * power_of_two(references[peer] - largest)
-                sFactor[peer, branch, row] = factor
-
-    @cute.jit
-    def write(
-        self, found: list[cute.Tensor], outputs, sFactor: cute.Tensor, mOut: cute.Tensor,
-        out_row: Int64, heads: Int32, rank: Int32, tidx: Int32,
+    def store(
+        self, found: list[cute.Tensor], mOut: cute.Tensor, out_row: Int64, heads: Int32,
+        rank: Int32, tidx: Int32,
     ):  # fmt: skip
-        """Add the outputs of all CTAs to the vectors ``found``, and store them."""
+        """Store the vectors ``found``."""
         for v in cutlass.range_constexpr(self.vectors):
             row, column = self._place(v, rank, tidx)
             if row < heads:
-                values = found[v]
-                for peer in cutlass.range_constexpr(self.cluster):
-                    for branch in cutlass.range_constexpr(2):
-                        vector = self._remote_vector(outputs[branch], row, column, peer)
-                        factor = sFactor[peer, branch, row]
-                        for c in cutlass.range_constexpr(_COLUMNS):
-                            values[c] = values[c] + vector[c] * factor
-                rounded = cute.make_rmem_tensor(_COLUMNS, mOut.element_type)
-                rounded.store(values.load().to(mOut.element_type))
+                rounded = cute.make_rmem_tensor(COLUMNS, mOut.element_type)
+                rounded.store(found[v].load().to(mOut.element_type))
                 place = (out_row + row) * self.head_dim_v + column
-                pointer = mOut.iterator + cute.assume(place, divby=_COLUMNS)
-                target = cute.make_tensor(pointer, cute.make_layout(_COLUMNS))
+                pointer = mOut.iterator + cute.assume(place, divby=COLUMNS)
+                target = cute.make_tensor(pointer, cute.make_layout(COLUMNS))
                 cute.autovec_copy(rounded, target)
 
     def _place(self, v: int, rank: Int32, tidx: Int32) -> tuple[Int32, Int32]:
         """Row and first column of a thread's vector ``v``."""
-        index = (v * self.cluster + rank) * self.attention.threads + tidx
-        each = self.head_dim_v // _COLUMNS
-        return index // each, index % each * _COLUMNS
+        index = v * self.threads + tidx
+        if not self.of_tokens:
+            index = (v * self.cluster + rank) * self.threads + tidx
+        each = self.head_dim_v // COLUMNS
+        return index // each, index % each * COLUMNS
 
-    def _remote_vector(self, sO: cute.Tensor, row: Int32, column: Int32, peer: int):
-        offset = cute.assume(row * self.pitch + column, divby=_COLUMNS)
-        pointer = _of_peer(sO.iterator, peer, self.cluster) + offset
-        rX = cute.make_rmem_tensor(_COLUMNS, Float32)
-        cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(_COLUMNS)), rX)
-        return rX
+
+@cute.jit
+def store_peer(sX: cute.Tensor, place: Int32, peer: Int32, value: cute.Numeric):
+    """Set element ``place`` of what CTA ``peer`` of the cluster has where this one has ``sX``."""
+    pointer = cute.arch.map_dsmem_ptr(sX.iterator, peer) + place
+    rX = cute.make_rmem_tensor(1, sX.element_type)
+    rX[0] = value
+    cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(1)))
 
 
 def load_peer(sX: cute.Tensor, place: Int32, peer: int, cluster: int) -> cute.Numeric:
@@ -222,10 +268,10 @@ def _of_peer(pointer: cute.Pointer, peer: int, cluster: int) -> cute.Pointer:
     return cute.arch.map_dsmem_ptr(pointer, Int32(peer)) if cluster > 1 else pointer
 
 
-def _load_floats(mX: cute.Tensor, offset: Int64) -> cute.Tensor:
-    pointer = mX.iterator + cute.assume(offset, divby=_COLUMNS)
-    rX = cute.make_rmem_tensor(_COLUMNS, Float32)
-    cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(_COLUMNS)), rX)
+def _load_floats(pointer: cute.Pointer, offset: Int32 | Int64) -> cute.Tensor:
+    pointer = pointer + cute.assume(offset, divby=COLUMNS)
+    rX = cute.make_rmem_tensor(COLUMNS, Float32)
+    cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(COLUMNS)), rX)
     return rX
 
 

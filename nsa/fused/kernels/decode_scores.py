@@ -13,11 +13,9 @@ from cutlass import Float32, Int32, Int64, const_expr
 
 from nsa.fused.decode_inputs import NO_REFERENCE, SLOT_GROUP, DecodeRule
 from nsa.fused.hardware import WARP
-from nsa.fused.kernels.decode_tiles import power_of_two
+from nsa.fused.kernels.decode_softmax import power_of_two
 from nsa.fused.kernels.hopper import mlir_namedtuple
 
-# The most heads whose records a thread loads together.
-_HEADS = 8
 # Numbers of a 16-byte load.
 _FLOATS = 4
 
@@ -31,60 +29,84 @@ class RecordTensors(NamedTuple):
     reference: cute.Tensor
 
 
-class BlockScores:
-    """Scores of the blocks of ``rule``, over ``heads`` heads, by ``warps`` warps."""
+class GroupRecords(NamedTuple):
+    """What a thread loads of a head and group of slots."""
 
-    def __init__(self, rule: DecodeRule, heads: int, warps: int):
+    own: list[Float32]
+    reference: Int32
+    carried: Float32 | None
+    next_reference: Int32 | None
+
+
+class BlockScores:
+    """Scores of the blocks of ``rule``, over ``heads`` heads, by ``warps`` warps.
+
+    ``record_groups`` groups of slots were recorded together.
+    """
+
+    def __init__(self, rule: DecodeRule, heads: int, warps: int, record_groups: int):
         self.rule = rule
         self.heads = heads
+        self.record_groups = record_groups
         self.each = -(-heads // warps)
         self.is_uneven = self.each * warps != heads
 
+    def load(
+        self, records: RecordTensors, groups: Int32, record_row: Int64, group: Int32, warp: Int32
+    ) -> list[GroupRecords]:
+        """What was recorded of a group, for the heads of a warp.
+
+        ``groups`` have room in the records of a row. What is added up should be loaded long before.
+        """
+        loaded = []
+        entry = group // self.record_groups
+        following = cutlass.min(group + 1, groups - 1) // self.record_groups
+        for h in range(self.each):
+            head = cutlass.min(warp * self.each + h, self.heads - 1)
+            row = record_row + head
+            own = self._load_sums(records.sums, row * groups + group)
+            row = row * (groups // self.record_groups)
+            carried, next_reference = None, None
+            if self.rule.carried > 0:
+                carried = records.carried[row + following]
+                next_reference = records.reference[row + following]
+            reference = records.reference[row + entry]
+            loaded.append(GroupRecords(own, reference, carried, next_reference))
+        return loaded
+
     @cute.jit
-    def of_group(
-        self, records: RecordTensors, groups: Int32, record_row: Int64, shared, seen: Int32,
-        group: Int32, warp: Int32,
-    ) -> cute.Tensor:  # fmt: skip
+    def add_up(
+        self, loaded: list[GroupRecords], shared, seen: Int32, group: Int32, warp: Int32
+    ) -> cute.Tensor:
         """What the heads of a warp add to the scores of the blocks of a group.
 
-        The token sees the slots below ``seen``. ``shared`` is what :func:`sum_parts` found;
-        ``groups`` have room in the records of a row.
+        The token sees the slots below ``seen``. ``shared`` is what :func:`sum_parts` found.
         """
         rule = self.rule
         sReference, sInverse = shared
         blocks = const_expr(rule.group_blocks)
-        following = cutlass.min(group + 1, groups - 1)
-        carries = (group + 1) * SLOT_GROUP < seen
+        # Else the next group's slots are in the sums, or the token does not see them.
+        carries = (group + 1) * SLOT_GROUP < seen and (group + 1) % self.record_groups == 0
         scores = cute.make_rmem_tensor(blocks, Float32)
         scores.fill(0.0)
-        for first in cutlass.range_constexpr(0, self.each, _HEADS):
-            # All loads before the first use, so that they are under way together.
-            loaded = []
-            for h in cutlass.range_constexpr(first, min(first + _HEADS, self.each)):
-                head = warp * self.each + h
-                real = head < self.heads
-                head = cutlass.min(head, self.heads - 1)
-                row = (record_row + head) * groups
-                own = self._load_sums(records.sums, row + group)
-                reference = records.reference[row + group]
-                carried, next_reference = None, None
-                if const_expr(rule.carried > 0):
-                    carried = records.carried[row + following]
-                    next_reference = records.reference[row + following]
-                loaded.append((head, real, own, reference, carried, next_reference))
-            for h in cutlass.range_constexpr(len(loaded)):
-                head, real, own, reference, carried, next_reference = loaded[h]
-                largest, inverse = sReference[head], sInverse[head]
-                factor = power_of_two(reference - largest)
-                for b in cutlass.range_constexpr(blocks):
-                    value = own[b] * factor
-                    if const_expr(rule.carried > 0 and b == blocks - 1):
-                        carried = carried * power_of_two(next_reference - largest)
-                        value = value + (carried if carries else Float32(0.0))
-                    value = value * inverse
-                    if const_expr(self.is_uneven):
-                        value = value if real else Float32(0.0)
-                    scores[b] = scores[b] + value
+        for h in cutlass.range_constexpr(self.each):
+            own, reference, carried, next_reference = loaded[h]
+            head = warp * self.each + h
+            real = head < self.heads
+            head = cutlass.min(head, self.heads - 1)
+            largest, inverse = sReference[head], sInverse[head]
+            if const_expr(self.is_uneven):
+                inverse = inverse if real else Float32(0.0)
+            factor = power_of_two(reference - largest)
+            for b in cutlass.range_constexpr(blocks):
+                # Products with powers of two are exact, so that it is all the same which comes
+                # first.
+                if const_expr(rule.carried > 0 and b == blocks - 1):
+                    after = carried * power_of_two(next_reference - largest)
+                    value = cute.math.fma(own[b], factor, after if carries else Float32(0.0))
+                    scores[b] = cute.math.fma(value, inverse, scores[b])
+                else:
+                    scores[b] = cute.math.fma(own[b], factor * inverse, scores[b])
         # Blocks of which the token sees nothing score 0.
         for b in cutlass.range_constexpr(blocks):
             block = group * blocks + b

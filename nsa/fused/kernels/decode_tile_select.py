@@ -18,13 +18,8 @@ from torch import Tensor
 from nsa.fused.decode_inputs import DecodeShape, Pool, Schedule, TileRule
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_best import BestOfCta, block_rank
-from nsa.fused.kernels.decode_tiles import (
-    PDL,
-    PagedTensors,
-    fake_pages,
-    page_arguments,
-    wait_for_previous,
-)
+from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
+from nsa.fused.kernels.decode_schedule import PDL, wait_for_previous
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,

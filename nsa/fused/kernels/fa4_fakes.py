@@ -21,7 +21,8 @@ class Fakes:
     def __init__(self, variant: Variant):
         self.variant, self.element = variant, CUTE_DTYPES[variant.dtype]
         batch, queries, keys, self.heads, key_heads = (cute.sym_int() for _ in range(5))
-        self.key_heads = self.heads if variant.group == 1 else key_heads
+        # Heads of one CTA lie side by side and count as one.
+        self.key_heads = key_heads if variant.adds_keys else self.heads
         self.leading = () if variant.packed else (batch,)
         self.queries, self.keys = queries, keys
         self.rows = cute.sym_int()

@@ -7,7 +7,7 @@ passed here; :mod:`nsa.fused.fa4_variants` has the tiles. Arguments go by the na
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import cutlass
@@ -22,18 +22,22 @@ from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.utils import AuxData, scalar_to_ssa
 from torch import Tensor
 
-from nsa.fused.fa4_call import Call, Semaphores, Sums, rounded_rows
+from nsa.fused.fa4_call import Call, Semaphores, Sums, rounded_rows, rounded_up, side_by_side
 from nsa.fused.fa4_variants import (
     BackwardTile,
     Mask,
     Variant,
     backward_tile,
+    forward_stages,
     forward_tile,
+    tall_tile,
     values_from_registers,
 )
 from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.fa4_fakes import Fakes, fake
+from nsa.fused.kernels.fa4_heads import BackwardThroughHeads
+from nsa.fused.kernels.fa4_tall import TallForward
 from nsa.fused.kernels.padded_rows import pad_statistics
 from nsa.fused.kernels.vectors import CUTE_DTYPES
 
@@ -64,7 +68,10 @@ def launch_backward(
         starts_k = _tile_starts(kernels.key_tile_starts, bounds_k)
     padded = _padded(statistics, call, kernels.tile.queries)
     written = (sums.dk, sums.dv) if variant.adds_keys else (dk, dv)
-    kernels.main(*_backward_arguments(call, dout, padded, sums.dq, turns, *written, starts_k))
+    by_heads = (call, dout, padded, sums.dq)
+    if variant.together > 1:
+        by_heads = _side_by_side(*by_heads, variant, kernels.tile)
+    kernels.main(*_backward_arguments(*by_heads, turns, *written, starts_k))
     convert = kernels.convert_queries
     convert(*_conversion_arguments(sums.dq, dq, call.scale, bounds_q, starts_q))
     if variant.adds_keys:
@@ -73,18 +80,36 @@ def launch_backward(
         convert(*_conversion_arguments(sums.dv, dv, 1.0, bounds_k, starts_k))
 
 
+def _side_by_side(
+    call: Call,
+    dout: Tensor,
+    statistics: RowStatistics,
+    dq: Tensor,
+    variant: Variant,
+    tile: BackwardTile,
+) -> tuple[Call, Tensor, RowStatistics, Tensor]:
+    """What is by query head, with the heads of a CTA side by side."""
+    view = partial(side_by_side, heads=variant.together)
+    q, dout = (view(x, size=variant.head_dim) for x in (call.q, dout))
+    statistics = RowStatistics(*(view(x, size=tile.queries) for x in statistics))
+    channels = rounded_up(variant.head_dim, tile.channels)
+    return call._replace(q=q), dout, statistics, view(dq, size=tile.queries * channels)
+
+
 def _padded(statistics: RowStatistics, call: Call, tile: int) -> RowStatistics:
     """The statistics in whole tiles, as the kernels load them."""
     bounds = call.bounds[0]
     _, rows = rounded_rows(call.q, bounds, tile)
-    if bounds is None and rows == call.q.shape[1] and all(map(_has_aligned_rows, statistics)):
+    whole = bounds is None and rows == call.q.shape[1]
+    if whole and all(_has_aligned_rows(x, tile) for x in statistics):
         return statistics
     return pad_statistics(statistics, rows, tile, bounds)
 
 
-def _has_aligned_rows(x: Tensor) -> bool:
+def _has_aligned_rows(x: Tensor, tile: int) -> bool:
     *strides, last = x.stride()
-    return last == 1 and x.data_ptr() % 16 == 0 and not any(stride % 4 for stride in strides)
+    aligned = last == 1 and x.data_ptr() % 16 == 0 and not any(stride % 4 for stride in strides)
+    return aligned and strides[-1] % tile == 0
 
 
 def _tile_starts(kernel: Callable, bounds: Tensor) -> Tensor:
@@ -215,7 +240,8 @@ def _tile_starts_arguments(starts: Tensor, bounds: Tensor) -> list:
 def compile_forward(variant: Variant) -> Callable:
     """The compiled forward of a variant."""
     queries, keys = forward_tile(variant)
-    kernel = FlashAttentionForwardSm90(
+    tall = tall_tile(variant)
+    kernel = (TallForward if tall else FlashAttentionForwardSm90)(
         CUTE_DTYPES[variant.dtype],
         variant.head_dim,
         variant.value_dim,
@@ -225,10 +251,11 @@ def compile_forward(variant: Variant) -> Callable:
         pack_gqa=variant.pack_heads,
         tile_m=queries,
         tile_n=keys,
-        num_stages=2,
+        num_stages=forward_stages(variant),
         num_threads=_THREADS,
         Q_in_regs=False,
-        intra_wg_overlap=True,
+        # A tall tile has no registers left for two products at a time.
+        intra_wg_overlap=not tall,
         mma_pv_is_rs=values_from_registers(variant),
         mask_mod=_mask_function(variant.mask),
         has_aux_tensors=variant.mask.limited,
@@ -245,11 +272,15 @@ def compile_backward(variant: Variant) -> Callable:
     tile = backward_tile(variant)
     in_one_row = variant.deterministic and variant.packed
     kernel_class = _SemaphoresInOneRow if in_one_row else FlashAttentionBackwardSm90
+    if variant.together > 1:
+        kernel_class = partial(
+            BackwardThroughHeads, heads=variant.together, by_head=variant.mask.left
+        )
     kernel = kernel_class(
         CUTE_DTYPES[variant.dtype],
         variant.head_dim,
         variant.value_dim,
-        variant.group,
+        variant.group // variant.together,
         variant.mask.causal,
         is_local=variant.mask.local,
         deterministic=variant.deterministic,

@@ -23,9 +23,9 @@ GROUP_COLUMNS = QUAD * VECTOR
 
 
 def make_mmas(
-    dtype: type[cutlass.Numeric], keys: int, head_dim_v: int
+    dtype: type[cutlass.Numeric], keys: int, head_dim_v: int, warpgroups: int = 1
 ) -> tuple[cute.TiledMma, cute.TiledMma]:
-    """The products for the scores of 64 rows and ``keys`` keys, and for the output.
+    """The products for the scores of 64 rows a warpgroup and ``keys`` keys, and for the output.
 
     The second one takes P from registers.
     """
@@ -35,7 +35,7 @@ def make_mmas(
         dtype,
         OperandMajorMode.K,
         acc_dtype=Float32,
-        atom_layout_mnk=(1, 1, 1),
+        atom_layout_mnk=(warpgroups, 1, 1),
     )
     mma_qk = make_mma(b_leading_mode=OperandMajorMode.K, tiler_mn=(TILE_ROWS, keys))
     mma_pv = make_mma(

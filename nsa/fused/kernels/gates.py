@@ -481,7 +481,7 @@ def gating_forward(
     placements: Placements = IN_ORDER,
 ) -> Tensor:
     """See :func:`nsa.fused.kernel_calls.gating_forward`."""
-    form = _check((o_cmp, o_slc, o_win), q, gates, weight, placements)
+    form = gating_form((o_cmp, o_slc, o_win), q, gates, weight, placements)
     if out is None:
         out = torch.empty_like(o_win, memory_format=torch.contiguous_format)
     else:
@@ -522,7 +522,7 @@ def gating_backward(
 ]:
     """See :func:`nsa.fused.kernel_calls.gating_backward`."""
     branches, lses = (o_cmp, o_slc, o_win), (lse_cmp, lse_slc, lse_win)
-    form = _check(branches, q, gates, weight, placements)
+    form = gating_form(branches, q, gates, weight, placements)
     check_tensor("dout", dout, o_win.shape, o_win.dtype, o_win.device)
     *leading, heads, head_dim = o_win.shape
     new = functools.partial(torch.empty, dtype=o_win.dtype, device=o_win.device)
@@ -594,8 +594,12 @@ def _have_places(placements: StatisticsPlacements) -> tuple[bool | None, bool]:
     return has_place, selected.place is not None
 
 
-def _check(
-    branches, q: Tensor, gates: Tensor | None, weight: Tensor | None, placements: Placements
+def gating_form(
+    branches: tuple[Tensor, Tensor, Tensor],
+    q: Tensor,
+    gates: Tensor | None,
+    weight: Tensor | None,
+    placements: Placements = IN_ORDER,
 ) -> str:
     """Raise on what the kernels cannot take, and return the form of the gates."""
     o_cmp, o_slc, o_win = branches

@@ -13,6 +13,8 @@ from quack.copy_utils import (
     get_smem_store_C,
     load_s2r,
     partition_D_position_independent,
+    store,
+    store_v2,
     store_v4,
 )
 from quack.cute_dsl_utils import mlir_namedtuple
@@ -50,6 +52,8 @@ __all__ = [
     "partition_fragment_ABC",
     "reshape_acc_to_frgA",
     "reshape_acc_to_mn",
+    "store",
+    "store_v2",
     "store_v4",
     "transpose_view",
     "wait_eq",

@@ -22,7 +22,8 @@ import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, const_expr, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.utils import LayoutEnum, hopper_helpers
+from cutlass.tensor_utils import LayoutEnum
+from cutlass.utils import hopper_helpers
 from torch import Tensor
 
 from nsa.config import NSAConfig
@@ -389,8 +390,15 @@ class ImportanceScores:
         sums0, sums1 = sSums[None, None, 0, wg], sSums[None, None, 1, wg]
         rCarry0 = rCarry[None, 0]
         rCarry1 = rCarry[None, shape.parts - 1]
+        # In registers: products read three quarters of what shared memory gives, and these loads
+        # would take the rest.
+        rLse = cute.make_rmem_tensor((shape.columns // QUAD, shape.parts), Float32)
+        for part in cutlass.range_constexpr(shape.parts):
+            for i in cutlass.range_constexpr(shape.columns // QUAD):
+                rLse[i, part] = sLse[i, tid % QUAD, unit0 + part]
+        rLse0, rLse1 = rLse[None, 0], rLse[None, shape.parts - 1]
         weight = functools.partial(
-            self._score_unit, sLse, sVisible, sBlocks, mOut, width, scale_log2, wg, tid
+            self._score_unit, sVisible, sBlocks, mOut, width, scale_log2, wg, tid
         )
 
         read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, shape.stages)
@@ -409,7 +417,7 @@ class ImportanceScores:
         if const_expr(not side_by_side):
             pipeline_k.consumer_release(free)
             free.advance()
-        weight(acc0, sums0, rCarry0, unit0, tile0)
+        weight(acc0, rLse0, sums0, rCarry0, unit0, tile0)
         warpgroup.wait_group(0)
         pipeline_k.consumer_release(free)
         free.advance()
@@ -420,7 +428,7 @@ class ImportanceScores:
             )
             if const_expr(not side_by_side):
                 read.advance()
-            weight(acc1, sums1, rCarry1, unit1, tile1)
+            weight(acc1, rLse1, sums1, rCarry1, unit1, tile1)
             tile1 += tiles_a_step
             if const_expr(not side_by_side):
                 pipeline_k.consumer_wait(read)
@@ -433,16 +441,15 @@ class ImportanceScores:
                 pipeline_k.consumer_release(free)
                 free.advance()
             tile0 += tiles_a_step
-            weight(acc0, sums0, rCarry0, unit0, tile0)
+            weight(acc0, rLse0, sums0, rCarry0, unit0, tile0)
             warpgroup.wait_group(0)
             pipeline_k.consumer_release(free)
             free.advance()
-        weight(acc1, sums1, rCarry1, unit1, tile1)
+        weight(acc1, rLse1, sums1, rCarry1, unit1, tile1)
 
     @cute.jit
     def _score_unit(
         self,
-        sLse: cute.Tensor,
         sVisible: cute.Tensor,
         sBlocks: cute.Tensor,
         mOut: cute.Tensor,
@@ -451,6 +458,7 @@ class ImportanceScores:
         wg: Int32,
         tid: Int32,
         acc: cute.Tensor,
+        rLse: cute.Tensor,
         sums: cute.Tensor,
         rCarry: cute.Tensor,
         unit: Int32,
@@ -461,15 +469,14 @@ class ImportanceScores:
         lane = tid % QUAD
         # The first of this thread's rows; the other is 8 further.
         row = tid // WARP * WARP_ROWS + tid % WARP // QUAD
-        rLse = cute.make_rmem_tensor(shape.lse_pitch, Float32)
-        cute.autovec_copy(sLse[None, lane, unit], rLse)
+        totals = self._sum_over_heads(acc, rLse, scale_log2)
         for u in cutlass.range_constexpr(shape.tokens):
             slot = u * QUAD + lane
             visible = sVisible[slot, unit] - tile * rule.rows
             for half in cutlass.range_constexpr(2):
-                total = self._sum_over_heads(acc, rLse, u, half, scale_log2)
                 # Not even the log-sum-exp need be defined for keys that are not visible.
                 place = row + 8 * half
+                total = totals[u][half]
                 sums[slot, place + place // 32] = total if place < visible else Float32(0.0)
         cute.arch.barrier(barrier_id=1 + wg, number_of_threads=WARPGROUP)
 
@@ -483,15 +490,23 @@ class ImportanceScores:
                 sums, sBlocks, mOut, width, rCarry[i], block, slot, unit, token0, tile
             )
 
-    def _sum_over_heads(self, acc, rLse, u: int, half: int, scale_log2: Float32) -> Float32:
-        """Sum over the group of the probabilities of one compressed token."""
-        total = None
+    def _sum_over_heads(self, acc, rLse, scale_log2: Float32) -> list[list[Float32]]:
+        """Sums over the group of the probabilities of two compressed tokens, for each token.
+
+        Sums of even and odd heads, of all tokens in turn, so that none waits for its last addend.
+        """
+        tokens = self.shape.tokens
+        parts = [[[None, None] for _ in range(2)] for _ in range(tokens)]
         for head in range(self.group):
-            column = u * self.group + head
-            exponent = acc[column % 2 + 2 * half + 4 * (column // 2)] * scale_log2 + rLse[column]
-            probability = cute.math.exp2(exponent, fastmath=True)
-            total = probability if head == 0 else total + probability
-        return total
+            for u in range(tokens):
+                column = u * self.group + head
+                for half in range(2):
+                    value = acc[column % 2 + 2 * half + 4 * (column // 2)]
+                    probability = cute.math.exp2(value * scale_log2 + rLse[column], fastmath=True)
+                    before = parts[u][half][head % 2]
+                    total = probability if before is None else before + probability
+                    parts[u][half][head % 2] = total
+        return [[even if odd is None else even + odd for even, odd in halves] for halves in parts]
 
     @cute.jit
     def _weight(

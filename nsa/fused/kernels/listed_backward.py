@@ -21,14 +21,15 @@ import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
-from cutlass.utils import LayoutEnum, hopper_helpers
+from cutlass.tensor_utils import LayoutEnum
+from cutlass.utils import hopper_helpers
 from torch import Tensor
 
 from nsa.fused.fixed_order import heads_together, take_turns
-from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP
+from nsa.fused.hardware import LOG2_E, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
+from nsa.fused.kernels.block_sums import add_block, round_block_sums
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.float_sums import add_row, convert_sums, round_sums
 from nsa.fused.kernels.hopper import (
     arrive_inc,
     cvt_f16,
@@ -79,8 +80,8 @@ class _Tensors(NamedTuple):
     full_count: cute.Tensor | None
     full_index: cute.Tensor | None
     dq: cute.Tensor
-    dv: cute.Tensor
     dk: cute.Tensor
+    dv: cute.Tensor
     turns: _Turns | None
 
 
@@ -118,7 +119,7 @@ class ListedBackward:
     instead of those up to its own key. The last row's key is then the last one.
 
     With ``ordered``, a CTA waits until it is its turn to add. It waits for CTAs that were launched
-    before it alone. Sums are ``(slots, 64, D)`` then, else ``(keys, H_kv, D)``.
+    before it alone. Sums are of slots then, else of the KV heads of one key block after another.
     """
 
     def __init__(
@@ -282,14 +283,13 @@ class ListedBackward:
             cute.arch.fence_view_async_shared()
             # Also, all reads of the last block's P and dS are done, and its dK and dV are added.
             cute.arch.barrier()
-            sum_row, sum_stride = self._sum_rows(block, kv_head, kv_heads)
-            slot = turn = Int32(0)
+            slot, turn = block * kv_heads + kv_head, Int32(0)
             if const_expr(self.ordered):
                 if entry > 0:
                     arrive_inc(tensors.turns.added.iterator + slot_of(entry - 1), tidx, 0, 1)
                 slot = slot_of(entry)
                 turn = turn_of(entry) * sizes.parts + part
-                sum_row, sum_stride = Int64(slot) * TILE_KEYS, Int32(1)
+            sums = Int64(slot) * (TILE_KEYS * self.head_dim)
             first_key = block * TILE_KEYS
             if entry + 1 < entries:
                 block = block_of(entry + 1)
@@ -349,13 +349,10 @@ class ListedBackward:
                         load(tensors.v, sV, strides.v, k_column, block * TILE_KEYS)
                     cute.arch.cp_async_commit_group()
                 warpgroup.wait_group(0)
-                for r in cutlass.range_constexpr(2):
-                    key = warp * WARP_ROWS + lane // QUAD + 8 * r
-                    offset = (sum_row + Int64(key) * sum_stride) * self.head_dim
-                    if which == 0:
-                        add_row(acc, r, tensors.dv, offset, lane)
-                    else:
-                        add_row(acc, r, tensors.dk, offset, lane)
+                if which == 0:
+                    add_block(acc, tensors.dv, sums, warp, lane)
+                else:
+                    add_block(acc, tensors.dk, sums, warp, lane)
 
         # All have read Q; its place takes dQ.
         cute.arch.cp_async_wait_group(0)
@@ -379,11 +376,6 @@ class ListedBackward:
                 warp,
                 lane,
             )
-
-    @cute.jit
-    def _sum_rows(self, block: Int32, kv_head: Int32, kv_heads: Int32) -> tuple[Int64, Int32]:
-        """The row of sums of a block's first key, and the rows from key to key."""
-        return Int64(block * TILE_KEYS) * kv_heads + kv_head, kv_heads
 
     @cute.jit
     def _block(
@@ -541,7 +533,7 @@ def listed_backward(
         added = torch.zeros(slots, dtype=torch.int32, device=q.device)
         turns = _Turns(*(None if x is None else x.view(-1) for x in order[:4]), added)
     size = slots * TILE_KEYS * head_dim
-    totals = sums or torch.zeros(2, size, dtype=torch.float32, device=q.device).unbind()
+    dk, dv = sums or torch.zeros(2, size, dtype=torch.float32, device=q.device)
     rows = next(x for x in (256, 128, 64) if lists.query_block % x == 0)
     has_full = lists.full_count is not None
     kernel = compile_backward(
@@ -553,9 +545,9 @@ def listed_backward(
     earlier = k.shape[1] - num_rows if key_limit is None else 0
     widths = [0 if x is None else x.shape[-1] for x in (lists.partial_index, lists.full_index)]
     numbers = [x.contiguous().view(-1) for x in statistics]
-    dk_sum, dv_sum = (x.view(-1) for x in totals)
+    totals = dq.view(-1), dk.view(-1), dv.view(-1)
     kernel(
-        _Tensors(*flattened, *numbers, key_limit, *entries, dq.view(-1), dv_sum, dk_sum, turns),
+        _Tensors(*flattened, *numbers, key_limit, *entries, *totals, turns),
         _Strides(*strides),
         _Sizes(num_rows, kv_heads, together, lists.query_block // rows, *widths, earlier),
         scale,
@@ -563,18 +555,23 @@ def listed_backward(
     if sums:
         return dq, *sums
     if deterministic:
-        dk_sum, dv_sum = (_in_order(x, order.popular, num_blocks, k) for x in (dk_sum, dv_sum))
-    dk = convert_sums(dk_sum, k.shape, q.dtype, scale)
-    return dq, dk, convert_sums(dv_sum, v.shape, q.dtype, 1.0)
+        dk, dv = (_of_key_blocks(x, order.popular, num_blocks, k) for x in (dk, dv))
+    grads = [torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (k, v)]
+    for total, grad, factor in zip((dk, dv), grads, (scale, 1.0), strict=True):
+        round_block_sums(total, grad, factor)
+    return dq, *grads
 
 
 def round_listed_sums(sums: Tensor, out: Tensor, factor: float) -> None:
     """See :func:`nsa.fused.kernel_calls.round_listed_sums`."""
-    round_sums(sums, out, factor)
+    round_block_sums(sums, out, factor)
 
 
-def _in_order(sums: Tensor, popular: Tensor, num_blocks: int, k: Tensor) -> Tensor:
-    """Sums of the slots of :class:`nsa.fused.fixed_order.Turns`, in the order of ``k``."""
+def _of_key_blocks(sums: Tensor, popular: Tensor, num_blocks: int, k: Tensor) -> Tensor:
+    """The sums of key blocks, in their order, from those of slots.
+
+    See :class:`nsa.fused.fixed_order.Turns`.
+    """
     kv_heads, head_dim = k.shape[2:]
     of_heads, of_query_heads = sums.view(-1, TILE_KEYS * head_dim).tensor_split(
         [kv_heads * num_blocks]
@@ -584,7 +581,7 @@ def _in_order(sums: Tensor, popular: Tensor, num_blocks: int, k: Tensor) -> Tens
         of_query_heads = of_query_heads.view(*popular.shape, -1, of_heads.shape[-1])
         kv_head = torch.arange(kv_heads, device=sums.device)[:, None]
         of_heads[kv_head, popular] += of_query_heads.sum(2)
-    return of_heads.view(kv_heads, -1, head_dim).transpose(0, 1).flatten()
+    return of_heads.transpose(0, 1).flatten()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_limit: Tensor | None) -> None:

@@ -35,7 +35,7 @@ _Starts = mlir_namedtuple(NamedTuple("_Starts", [(name, Int32) for name in Table
 
 ITEMS_OF_TABLES = dict(
     queries=(
-        "first_block", "candidates", "own_block", "first_column", "run_base", "place",
+        "first_block", "candidates", "own_block", "first_column", "run_base", "place", "lse_place",
         "row_of_query",
     ),
     keys=("row_of_key", "blocks_of_token"),
@@ -51,6 +51,7 @@ ITEMS_OF_TABLES = dict(
     key_rows=("key_of_row",),
     cmp_rows=("compressed_of_row",),
     slots=("query_of_slot",),
+    few=("few_query", "few_first", "few_count"),
 )  # fmt: skip
 """The tables that have an entry for each item of a kind."""
 
@@ -204,6 +205,7 @@ class PlanTables:
         writers = (
             self._of_query, self._of_key, self._of_compressed, self._of_selection, self._of_run,
             self._of_tile, self._of_row, self._of_key_row, self._of_cmp_row, self._of_slot,
+            self._of_few,
         )  # fmt: skip
         for k in cutlass.range_constexpr(len(writers)):
             if kind == k and i < items[k]:
@@ -222,7 +224,7 @@ class PlanTables:
         position = own.first + local
         block = position // rule.select_size
         row, limit = Int32(-1), Int32(0)
-        place = Int32(-1)
+        place, lse_place = Int32(-1), Int32(0)
         if local < own.queries:
             row = tiles * rule.tile + local
             limit = block + 1
@@ -232,6 +234,7 @@ class PlanTables:
             if passed >= 0:
                 first_row = folded - _left_out(rule, own.first)
                 place = first_row * rule.stride + passed
+                lse_place = place
         _put(mTables, starts.first_block, i, selection)
         _put(mTables, starts.candidates, i, limit)
         _put(mTables, starts.own_block, i, block)
@@ -239,6 +242,7 @@ class PlanTables:
         _put(mTables, starts.run_base, i, runs - own.first // rule.select_size)
         _put(mTables, starts.row_of_query, i, row)
         _put(mTables, starts.place, i, place)
+        _put(mTables, starts.lse_place, i, lse_place)
 
     @cute.jit
     def _of_key(self, tensors: _Tensors, starts: _Starts, rule: _Rule, i: Int32):
@@ -420,6 +424,23 @@ class PlanTables:
         if row < folded[s + 1] and index >= 0 and index < own.queries:
             query = own.query_start + index
         _put(tensors.tables, starts.query_of_slot, i, query)
+
+    @cute.jit
+    def _of_few(self, tensors: _Tensors, starts: _Starts, rule: _Rule, i: Int32):
+        s = i // rule.few
+        own = _sequence(tensors, rule, s)
+        # From the first position that sees two keys.
+        position = i % rule.few + (rule.covered - 1 + rule.stride)
+        local = position - own.first
+        count = _num_visible(rule, position, rule.covered, own.compressed)
+        query = Int32(-1)
+        if local >= 0 and local < own.queries and count > 1:
+            query = own.query_start + local
+        _put(tensors.tables, starts.few_query, i, query)
+        # A sequence without blocks may start behind the last row of k.
+        first = own.compressed_start if query >= 0 else Int32(0)
+        _put(tensors.tables, starts.few_first, i, first)
+        _put(tensors.tables, starts.few_count, i, cutlass.max(count, Int32(1)))
 
 
 def _fakes(count: int) -> list:

@@ -19,11 +19,12 @@ import cutlass.cute as cute
 import torch
 from cutlass import Float16, Float32, Int32, Int64, const_expr
 
-from nsa.fused.hardware import QUAD, WARP, WARP_ROWS
+from nsa.fused.hardware import QUAD, WARP, WGMMA_ROWS
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import GROUP_COLUMNS
 from nsa.fused.kernels.hopper import (
     cvt_f16,
+    fmax,
     fmax_reduce,
     mlir_namedtuple,
     reshape_acc_to_mn,
@@ -71,27 +72,62 @@ def fake_partials() -> Partials:
 
 
 @cute.jit
-def scale_partial(acc: cute.Tensor, words: cute.Tensor, factor: cute.Tensor):
-    """Scale and round the two rows of a part that a thread has in a wgmma accumulator.
+def find_largest(acc: cute.Tensor, largest: cute.Tensor):
+    """Raise ``largest (2,)`` to the largest size of the thread's numbers in each of its two rows of
+    a wgmma accumulator."""
+    acc_mn = reshape_acc_to_mn(acc)
+    for r in cutlass.range_constexpr(2):
+        size = cute.make_rmem_tensor(cute.size(acc_mn, mode=[1]), Float32)
+        size.store(cute.math.absf(acc_mn[r, None].load()))
+        largest[r] = fmax(largest[r], fmax_reduce(size.load()))
+
+
+@cute.jit
+def scale_partial(
+    accs: list[cute.Tensor], largest: cute.Tensor, words: cute.Tensor, factor: cute.Tensor
+):
+    """Scale and round the two rows of a part that a thread has in wgmma accumulators.
 
     Args:
-        acc: the accumulator, overwritten.
+        accs: the accumulators of the part's columns.
+        largest: Float32 ``(2,)``, what :func:`find_largest` gives for these.
         words: Int32 ``(columns / 8, 2)``, two columns each, for the two rows.
         factor: Float32 ``(2,)``, what to multiply each row by.
     """
-    acc_mn = reshape_acc_to_mn(acc)
-    columns = const_expr(cute.size(acc_mn, mode=[1]))
+    rows = [reshape_acc_to_mn(acc) for acc in accs]
+    columns = const_expr(cute.size(rows[0], mode=[1]))
     for r in cutlass.range_constexpr(2):
-        size = cute.make_rmem_tensor(columns, Float32)
-        size.store(cute.math.absf(acc_mn[r, None].load()))
-        largest = cute.arch.warp_reduction_max(fmax_reduce(size.load()), threads_in_group=QUAD)
+        of_row = cute.arch.warp_reduction_max(largest[r], threads_in_group=QUAD)
         # So that both factors are normal numbers.
-        exponent = cutlass.max(largest.bitcast(Int32) >> _MANTISSA, _EXPONENT + 1)
+        exponent = cutlass.max(of_row.bitcast(Int32) >> _MANTISSA, _EXPONENT + 1)
         scale = ((2 * _BIAS + _EXPONENT - exponent) << _MANTISSA).bitcast(Float32)
         factor[r] = ((exponent - _EXPONENT) << _MANTISSA).bitcast(Float32)
-        values = cute.make_rmem_tensor(columns, Float32)
-        values.store(acc_mn[r, None].load() * scale)
-        words[None, r].store(cute.recast_tensor(cvt_f16(values, Float16), Int32).load())
+        for i in cutlass.range_constexpr(len(rows)):
+            values = cute.make_rmem_tensor(columns, Float32)
+            values.store(rows[i][r, None].load() * scale)
+            rounded = cute.recast_tensor(cvt_f16(values, Float16), Int32)
+            for w in cutlass.range_constexpr(columns // 2):
+                words[i * (columns // 2) + w, r] = rounded[w]
+
+
+@mlir_namedtuple
+class PartialRow(NamedTuple):
+    """Where the first of a thread's two rows of 64 and its factor lie. The other is the 8th after.
+
+    This is computed once: from row to row, tile to tile and part to part, places differ by
+    constants.
+    """
+
+    offset: Int64
+    factor: Int64
+
+
+def partial_row(row: Int32, lane: Int32, parts: int, columns: int) -> PartialRow:
+    """The place of a thread's ``row``, which has ``parts`` parts of ``columns`` columns."""
+    rows, within = row // _ROWS, row % _ROWS
+    offset = Int64(rows) * (_ROWS * parts * columns)
+    offset += within * GROUP_COLUMNS + lane % QUAD * VECTOR
+    return PartialRow(offset, Int64(rows) * (_ROWS * parts) + within)
 
 
 @cute.jit
@@ -99,39 +135,33 @@ def store_partial(
     words: cute.Tensor,
     factor: cute.Tensor,
     partials: Partials,
-    first: Int32,
+    place: PartialRow,
+    tile: Int32,
     count: Int32,
-    part: Int32,
-    warp: Int32,
-    lane: Int32,
-    head_dim: cutlass.Constexpr[int],
+    part: Int32 | int,
+    parts: cutlass.Constexpr[int],
 ):
-    """Store a part of the columns of 64 rows.
+    """Store a part of the columns of a tile of 64 rows.
 
     Args:
         words, factor: what :func:`scale_partial` gives.
         partials: where to.
-        first: the first row among those of the wave.
-        count: how many rows to store, from the first.
-        part: which part of the columns.
-        warp, lane: within the warpgroup that has the rows.
-        head_dim: columns of all parts.
+        place: of the thread's first row of tile 0.
+        tile: which tile.
+        count: how many of the tile's rows there are from the thread's first one on.
+        part: which of ``parts`` parts.
     """
     columns = const_expr(2 * QUAD * cute.size(words, mode=[0]))
-    parts = const_expr(head_dim // columns)
+    tile_rows = const_expr(WGMMA_ROWS * parts)
     for r in cutlass.range_constexpr(2):
-        row = warp * WARP_ROWS + lane // QUAD + _ROWS * r
-        if row < count:
-            place = first + row
-            rows, within = place // _ROWS, place % _ROWS
-            if lane % QUAD == 0:
-                partials.factor[(rows * parts + part) * _ROWS + within] = factor[r]
-            offset = Int64(rows) * (_ROWS * head_dim)
-            offset += within * GROUP_COLUMNS + lane % QUAD * VECTOR
+        row = place.offset + Int64(tile) * (tile_rows * columns) + r * (_ROWS * parts * columns)
+        at_factor = place.factor + Int64(tile) * tile_rows + (r * parts + part) * _ROWS
+        if _ROWS * r < count:
+            # All threads of a quad store the same.
+            partials.factor[at_factor] = factor[r]
             if const_expr(columns % GROUP_COLUMNS == 0):
-                groups = const_expr(columns // GROUP_COLUMNS)
-                for i in cutlass.range_constexpr(groups):
-                    at = offset + (part * groups + i) * (_ROWS * GROUP_COLUMNS)
+                for i in cutlass.range_constexpr(columns // GROUP_COLUMNS):
+                    at = row + (part * columns + i * GROUP_COLUMNS) * _ROWS
                     vector = [words[QUAD * i + w, r] for w in range(QUAD)]
                     # Marked to leave L2 first: partial results are larger than L2.
                     store_v4(partials.values.iterator + at, *vector, cop="cs")
@@ -140,7 +170,7 @@ def store_partial(
                 halves = const_expr(2 * columns // GROUP_COLUMNS)
                 for i in cutlass.range_constexpr(halves):
                     half = part * halves + i
-                    at = offset + (half // 2 * (_ROWS * GROUP_COLUMNS) + half % 2 * (VECTOR // 2))
+                    at = row + (half // 2 * (_ROWS * GROUP_COLUMNS) + half % 2 * (VECTOR // 2))
                     pointer = partials.values.iterator + cute.assume(at, divby=VECTOR // 2)
                     target = cute.make_tensor(pointer, cute.make_layout(VECTOR // 2))
                     source = cute.make_rmem_tensor(VECTOR // 2, Float16)
@@ -339,8 +369,8 @@ def compile_add(
 
 # Head dimension, columns of a part, heads of a KV head, slots and tiles, compiled as a test.
 _SHAPES = (
-    *((64, 32, 1, 7, 1), (96, 48, 3, 3, 1), (96, 96, 4, 16, 1)),
-    *((128, 64, 16, 16, 1), (256, 64, 6, 20, 2)),
+    *((64, 64, 1, 7, 1), (96, 48, 3, 3, 1), (96, 96, 4, 16, 1)),
+    *((128, 128, 16, 16, 1), (192, 64, 4, 5, 1), (256, 128, 6, 20, 2)),
 )
 
 

@@ -87,7 +87,7 @@ def load_tokens(
 def load_rows(
     mX: cute.Tensor,
     sX: cute.Tensor,
-    stride: Int64,
+    stride: Int32 | Int64,
     place: Place,
     tidx: Int32,
     threads: cutlass.Constexpr[int],
@@ -107,8 +107,10 @@ def load_rows(
     tXsX = partition_D_position_independent(thr_copy, sX)
     if const_expr(stage is not None):
         tXsX = tXsX[None, None, None, stage]
+    # All places first: what is read from shared memory after a copy waits until that is under way.
+    places = [place(tidx // lanes, m * step) for m in range(cute.size(tXsX, mode=[1]))]
     for m in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
-        row, column = place(tidx // lanes, m * step)
+        row, column = places[m]
         offset = Int64(row) * stride + (column + tidx % lanes * VECTOR)
         for k in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
             pointer = mX.iterator + cute.assume(offset + k * lanes * VECTOR, divby=VECTOR)

@@ -7,6 +7,8 @@ transposed, keys by rows, so that P and dS are in registers what dV and dK multi
 shared memory for dQ alone. Each pair's dQ goes to a workspace, and a second kernel adds up those of
 a token, see :mod:`nsa.fused.kernels.query_partials`.
 
+The next tile is loaded while S and dP are computed, and dQ is scaled and stored while dK is.
+
 dK and dV are added in float32 to buffers in global memory, 16 bytes at a time. So the order of the
 sums, and the last bits of the result, vary from run to run, unless items of a block take turns.
 
@@ -26,8 +28,9 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.utils import LayoutEnum, hopper_helpers
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.tensor_utils import LayoutEnum
+from cutlass.utils import hopper_helpers
 from torch import Tensor
 
 from nsa.fused.fixed_order import order_pairs
@@ -54,13 +57,17 @@ from nsa.fused.kernels.hopper import (
 from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
 from nsa.fused.kernels.query_partials import (
     AddSizes,
+    PartialRow,
     Partials,
     compile_add,
     fake_partials,
+    find_largest,
     new_partials,
+    partial_row,
     scale_partial,
     store_partial,
 )
+from nsa.fused.kernels.query_tiles import QueryRows, QueryTiles, SharedRows
 from nsa.fused.kernels.rows import (
     TILE_KEYS,
     TILE_ROWS,
@@ -68,13 +75,8 @@ from nsa.fused.kernels.rows import (
     load_rows,
     load_tokens,
     pair_and_head,
-    pair_rows,
 )
-from nsa.fused.kernels.vectors import (
-    CUTE_DTYPES,
-    fake_flat,
-    flat_rows,
-)
+from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat, flat_rows
 from nsa.fused.waves import (
     choose_chunk_tokens,
     has_wide_rows,
@@ -107,10 +109,10 @@ class _Tensors(NamedTuple):
 class _Strides(NamedTuple):
     """Elements from token to token."""
 
-    q: Int64
-    k: Int64
-    v: Int64
-    dout: Int64
+    q: Int32
+    k: Int32
+    v: Int32
+    dout: Int32
 
 
 @mlir_namedtuple
@@ -125,6 +127,7 @@ class _Sizes(NamedTuple):
     unit_pairs: Int32
     chunk_tokens: Int32
     wave_pairs: Int32
+    num_tokens: Int32
 
 
 class SelectedBackward:
@@ -161,9 +164,13 @@ class SelectedBackward:
         self.warpgroups = self.column_parts * self.key_parts
         self.threads = WARPGROUP * self.warpgroups
         columns = head_dim // self.warpgroups
-        # Of a product, and of a part of a partial dQ.
+        # Of a product, and of a part of a partial dQ, which is scaled at once.
         self.dq_columns = 64 if columns % 64 == 0 else columns
         self.dq_parts = columns // self.dq_columns
+        self.part_columns = columns if self.overlap else self.dq_columns
+        dims, parts = (head_dim, head_dim_v), self.column_parts
+        widths = (head_dim // parts, head_dim_v // parts)
+        self.query_tiles = QueryTiles(dtype, group, dims, widths, self.threads)
         row_bytes = 2 * (head_dim + head_dim_v)
         fixed = self.keys * row_bytes + TILE_ROWS * self.keys * 2 + item_tokens(group) * 4 + 4096
         stage = TILE_ROWS * row_bytes
@@ -182,13 +189,11 @@ class SelectedBackward:
     ):
         # Row-major; a warpgroup's columns are whole swizzle atoms.
         make_layout = functools.partial(make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR)
-        atom, atom_v = (dim // self.column_parts for dim in (self.head_dim, self.head_dim_v))
-        q_smem = make_layout((TILE_ROWS, self.head_dim), stage=self.stages, major_mode_size=atom)
-        do_smem = make_layout(
-            (TILE_ROWS, self.head_dim_v), stage=self.stages, major_mode_size=atom_v
-        )
+        q_smem, do_smem = self.query_tiles.layouts(TILE_ROWS, self.stages)
         k_smem = make_layout((self.keys, self.head_dim), major_mode_size=self.dq_columns)
-        v_smem = make_layout((self.keys, self.head_dim_v), major_mode_size=atom_v)
+        v_smem = make_layout(
+            (self.keys, self.head_dim_v), major_mode_size=self.head_dim_v // self.column_parts
+        )
         ds_smem = make_layout((TILE_ROWS, self.keys))
         make_mma = functools.partial(
             hopper_helpers.make_trivial_tiled_mma,
@@ -210,13 +215,20 @@ class SelectedBackward:
         mma_dq = make_mma(b_leading_mode=OperandMajorMode.MN, tiler_mn=(TILE_ROWS, self.dq_columns))
         mmas = (mma_s, mma_dk, mma_dv, mma_dq)
         layouts = (q_smem, do_smem, k_smem, v_smem, ds_smem)
-        self.kernel(tensors, strides, sizes, scale_log2, mmas, layouts).launch(
+        copies = self.query_tiles.copies(
+            self._query_rows(tensors, strides), sizes.kv_heads, sizes.num_tokens
+        )
+        self.kernel(tensors, strides, sizes, scale_log2, mmas, layouts, copies).launch(
             grid=[sizes.unit_items, units, self.key_tiles],
             block=[self.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.ctas,
             preferred_smem_carveout=100,
         )
+
+    def _query_rows(self, tensors: _Tensors, strides: _Strides) -> QueryRows:
+        rows = (tensors.q, tensors.dout, tensors.lse_log2, tensors.delta)
+        return QueryRows(*rows, strides.q, strides.dout)
 
     @cute.kernel
     def kernel(
@@ -227,25 +239,32 @@ class SelectedBackward:
         scale_log2: Float32,
         mmas: tuple[cute.TiledMma, ...],
         layouts: tuple[cute.ComposedLayout, ...],
+        copies: tuple | None,
     ):
         mma_s, mma_dk, mma_dv, mma_dq = mmas
         q_smem, do_smem, k_smem, v_smem, ds_smem = layouts
         tidx, _, _ = cute.arch.thread_idx()
         bidx, unit, part = cute.arch.block_idx()
         unit += sizes.first_unit
-        begin, count, first, keys, first_row, before = (Int32(0) for _ in range(6))
-        if bidx < tensors.num_items[unit]:
-            field = (Int64(unit) * sizes.unit_items + bidx) * ITEM_FIELDS
+        num_items = tensors.num_items[unit]
+        if bidx < num_items:
+            item = bidx
+            if const_expr(not self.ordered):
+                # Items of the first block and of the last ones are long, and should not end last.
+                item += num_items // 2
+                item -= num_items if item >= num_items else 0
+            field = (Int64(unit) * sizes.unit_items + item) * ITEM_FIELDS
             begin, count = tensors.items[field], tensors.items[field + 1]
             first = tensors.items[field + 2] + part * self.keys
+            # A part of a block may have no keys, and then partial dQ of 0.
             keys = cutlass.min(tensors.items[field + 3] - part * self.keys, self.keys)
             first_row = tensors.items[field + 4] + part * self.keys
             before = tensors.items[field + 5]
-        if keys > 0:
             kv_head = unit % sizes.kv_heads
             chunk_start = unit // sizes.kv_heads * sizes.chunk_tokens
             warp_in_cta = cute.arch.make_warp_uniform(tidx // WARP)
-            wg, warp = warp_in_cta // 4, warp_in_cta % 4
+            warp = warp_in_cta % 4
+            wg = const_expr(0) if const_expr(self.warpgroups == 1) else warp_in_cta // 4
             lane = tidx % WARP
             # The warpgroup's part of the columns of dK and dV, and its first key.
             column_part, own = wg, Int32(0)
@@ -261,26 +280,27 @@ class SelectedBackward:
             sTokens = smem.allocate_tensor(Int32, cute.make_layout(tokens), 16)
             # The rows of a stage have their log-sum-exp first, then delta.
             statistics_layout = cute.make_layout((TILE_ROWS, 2, self.stages))
-            sStatistics = smem.allocate_tensor(Float32, statistics_layout, 16)
-
-            load_tokens(tensors.tokens, sTokens, begin, count, tidx, self.threads)
+            sStatistics = smem.allocate_tensor(Float32, statistics_layout, 128)
+            # The rows of a stage are there.
+            filled = smem.allocate_array(Int64, self.stages)
+            self.query_tiles.init_barriers(filled, self.stages, tidx)
             for mX, sX, stride, width in (
                 (tensors.k, sK, strides.k, self.head_dim),
                 (tensors.v, sV, strides.v, self.head_dim_v),
             ):
                 place = block_rows(first, keys, kv_head * width)
                 load_rows(mX, sX, stride, place, tidx, self.threads)
+            load_tokens(tensors.tokens, sTokens, begin, count, tidx, self.threads)
             cute.arch.barrier()
-            load_pairs = functools.partial(self._load_pairs, sTokens, kv_head, tidx)
-            load_statistics = functools.partial(
-                self._load_statistics,
-                *(tensors.lse_log2, tensors.delta, sStatistics, sTokens),
+            load_tile = functools.partial(
+                *(self.query_tiles.load, self._query_rows(tensors, strides)),
+                *(SharedRows(sQ, sdO, sStatistics, sTokens, filled), copies),
                 *(sizes.kv_heads, kv_head, tidx),
             )
-            load_pairs(tensors.q, sQ, strides.q, Int32(0), Int32(0))
-            load_pairs(tensors.dout, sdO, strides.dout, Int32(0), Int32(0))
-            load_statistics(Int32(0), Int32(0))
-            cute.arch.cp_async_commit_group()
+            load_tile(Int32(0), Int32(0))
+            if const_expr(self.query_tiles.bulk):
+                # For the block.
+                self.query_tiles.wait_for_own_copies()
 
             thr_s, thr_dk, thr_dv, thr_dq = (
                 mma.get_slice(0) for mma in (mma_s, mma_dk, mma_dv, mma_dq)
@@ -331,56 +351,48 @@ class SelectedBackward:
 
             rows = count * self.group
             first_pair = begin - sizes.first_unit * sizes.unit_pairs + part * sizes.wave_pairs
-            first_partial = first_pair * self.group
+            thread_row = warp * WARP_ROWS + lane // QUAD
+            place = partial_row(
+                *(first_pair * self.group + thread_row, lane),
+                *(self.head_dim // self.part_columns, self.part_columns),
+            )
             hidden = keys < self.keys
             if const_expr(self.causal):
                 # Tokens of the item do not come before its chunk.
                 hidden = keys < self.keys or first_row + (self.keys - 1) > chunk_start
             tiles = cute.ceil_div(rows, TILE_ROWS)
-            # dQ of a tile is stored after the next one's fence, which would wait for the stores.
-            words = cute.make_rmem_tensor((self.dq_columns // 8, 2, self.dq_parts), Int32)
-            factors = cute.make_rmem_tensor((2, self.dq_parts), Float32)
-            store_dq = functools.partial(
-                self._store_dq,
-                *(words, factors, tensors.partials, first_partial, rows, wg, warp, lane),
-            )
             for tile in cutlass.range(tiles, unroll=1):
                 stage = tile % self.stages
                 if const_expr(self.stages == 1):  # noqa: SIM102 (one is decided at compile time)
                     if tile > 0:
                         cute.arch.barrier()
-                        load_pairs(tensors.q, sQ, strides.q, tile, Int32(0))
-                        load_pairs(tensors.dout, sdO, strides.dout, tile, Int32(0))
-                        load_statistics(tile, Int32(0))
-                        cute.arch.cp_async_commit_group()
-                # Also orders what was done in the other stage before it is loaded again.
-                cute.arch.cp_async_wait_group(0)
-                cute.arch.fence_view_async_shared()
-                cute.arch.barrier()
-                if tile > 0:
-                    store_dq(tile - 1)
-                if const_expr(self.stages == 2):
-                    if tile + 1 < tiles:
-                        load_pairs(tensors.q, sQ, strides.q, tile + 1, 1 - stage)
-                        load_pairs(tensors.dout, sdO, strides.dout, tile + 1, 1 - stage)
-                        load_statistics(tile + 1, 1 - stage)
-                    cute.arch.cp_async_commit_group()
+                        load_tile(tile, Int32(0))
+                # Without TMA, also orders what was done in the other stage before it is loaded.
+                self.query_tiles.wait(filled, tile, self.stages)
 
+                lse = load_s2r(tLse[None, stage])
                 scores = functools.partial(
                     gemm_zero_init, mma_s, (TILE_KEYS, TILE_ROWS), B_idx=stage
                 )
-                acc_S = scores(tSrK, tSrQ, wg_wait=-1 if self.overlap else 0)
+                acc_S = scores(tSrK, tSrQ, wg_wait=-1)
                 if const_expr(self.overlap):
-                    acc_dP = scores(tPrV, tPrdO, wg_wait=1)
+                    acc_dP = scores(tPrV, tPrdO, wg_wait=-1)
+                # Meanwhile, the next rows are loaded. All warps are done with the tile before.
+                if const_expr(self.query_tiles.bulk):
+                    cute.arch.barrier()
+                if const_expr(self.stages == 2):  # noqa: SIM102
+                    if tile + 1 < tiles:
+                        load_tile(tile + 1, 1 - stage)
+                warpgroup.wait_group(1 if self.overlap else 0)
                 if hidden or (tile + 1) * TILE_ROWS > rows:
                     self._mask(acc_S, tScS, sTokens, tile, first_row + own, keys - own, count)
                 acc_S_mn = reshape_acc_to_mn(acc_S)
-                lse = load_s2r(tLse[None, stage])
                 for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
                     for r in cutlass.range_constexpr(2):
                         acc_S_mn[r, c] = cute.math.exp2(
                             acc_S_mn[r, c] * scale_log2 - lse[c], fastmath=True
                         )
+                delta = load_s2r(tDelta[None, stage])
                 rP = cvt_f16(reshape_acc_to_frgA(acc_S), self.dtype)
                 tdVrdOt_stage = tdVrdOt[None, None, None, stage]
                 if const_expr(self.overlap):
@@ -390,7 +402,6 @@ class SelectedBackward:
                     acc_dP = scores(tPrV, tPrdO, wg_wait=0)
 
                 acc_dP_mn = reshape_acc_to_mn(acc_dP)
-                delta = load_s2r(tDelta[None, stage])
                 for c in cutlass.range_constexpr(cute.size(acc_dP_mn, mode=[1])):
                     for r in cutlass.range_constexpr(2):
                         acc_dP_mn[r, c] = acc_S_mn[r, c] * (acc_dP_mn[r, c] - delta[c])
@@ -404,23 +415,28 @@ class SelectedBackward:
                 cute.arch.barrier()
 
                 tdKrQt_stage = tdKrQt[None, None, None, stage]
-                if const_expr(not self.overlap):
-                    gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=0)
-                for i in cutlass.range_constexpr(self.dq_parts):
-                    acc_dQ = gemm_zero_init(
-                        mma_dq, (TILE_ROWS, self.dq_columns), tdQrdS, tdQrKt[i], wg_wait=-1
-                    )
-                    if const_expr(self.overlap and i == 0):
-                        gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=1)
-                    else:
+                multiply_dq = functools.partial(
+                    gemm_zero_init, mma_dq, (TILE_ROWS, self.dq_columns), tdQrdS, wg_wait=-1
+                )
+                acc_dQ = []
+                if const_expr(self.overlap):
+                    acc_dQ = [multiply_dq(fragment) for fragment in tdQrKt]
+                gemm(mma_dk, acc_dK, rdS, tdKrQt_stage, wg_wait=-1)
+                store_dq = functools.partial(
+                    self._store_dq, tensors.partials, place, rows - thread_row, wg, tile
+                )
+                if const_expr(self.overlap):
+                    # While dK is computed.
+                    store_dq(acc_dQ, 0)
+                else:
+                    for i in cutlass.range_constexpr(self.dq_parts):
                         warpgroup.wait_group(0)
-                    scale_partial(acc_dQ, words[None, None, i], factors[None, i])
+                        store_dq([multiply_dq(tdQrKt[i])], i)
                 warpgroup.wait_group(0)
-            store_dq(tiles - 1)
 
             if const_expr(self.ordered):
-                item = Int64(unit) * sizes.unit_items + (bidx - before)
-                turn = tensors.turns.iterator + (item * self.key_tiles + part)
+                first_item = Int64(unit) * sizes.unit_items + (item - before)
+                turn = tensors.turns.iterator + (first_item * self.key_tiles + part)
                 wait_eq(turn, tidx, 0, before)
                 cute.arch.barrier()
             for acc, mX, width in ((acc_dK, tensors.dk, columns), (acc_dV, tensors.dv, columns_v)):
@@ -438,22 +454,29 @@ class SelectedBackward:
     @cute.jit
     def _store_dq(
         self,
-        words: cute.Tensor,
-        factors: cute.Tensor,
         partials: Partials,
-        first: Int32,
+        place: PartialRow,
         rows: Int32,
-        wg: Int32,
-        warp: Int32,
-        lane: Int32,
+        wg: Int32 | int,
         tile: Int32,
+        accs: list[cute.Tensor],
+        i: cutlass.Constexpr[int],
     ):
-        """Store a warpgroup's columns of a tile's partial dQ."""
-        for i in cutlass.range_constexpr(self.dq_parts):
-            store_partial(
-                *(words[None, None, i], factors[None, i], partials, first + tile * TILE_ROWS),
-                *(rows - tile * TILE_ROWS, wg * self.dq_parts + i, warp, lane, self.head_dim),
-            )
+        """Scale and store part ``i`` of a warpgroup's columns of a tile's partial dQ."""
+        largest = cute.make_rmem_tensor(2, Float32)
+        largest.fill(0.0)
+        for j in cutlass.range_constexpr(len(accs)):
+            # With overlap, the product for dK is under way as well.
+            warpgroup.wait_group(len(accs) - 1 - j + self.overlap)
+            find_largest(accs[j], largest)
+        words = cute.make_rmem_tensor((self.part_columns // 8, 2), Int32)
+        factors = cute.make_rmem_tensor(2, Float32)
+        scale_partial(accs, largest, words, factors)
+        parts = const_expr(self.head_dim // self.part_columns)
+        store_partial(
+            *(words, factors, partials, place, tile, rows - tile * TILE_ROWS),
+            *(wg * (parts // self.warpgroups) + i, parts),
+        )
 
     @cute.jit
     def _columns_of(
@@ -470,47 +493,6 @@ class SelectedBackward:
         if const_expr(self.key_parts == 1):
             return x
         return cute.local_tile(x, (TILE_KEYS, cute.size(x, mode=[1])), (wg, 0))
-
-    @cute.jit
-    def _load_pairs(
-        self,
-        sTokens: cute.Tensor,
-        kv_head: Int32,
-        tidx: Int32,
-        mX: cute.Tensor,
-        sX: cute.Tensor,
-        stride: Int64,
-        tile: Int32,
-        stage: Int32,
-    ):
-        """Start to load the rows of q or dO of a tile."""
-        width = const_expr(cute.size(sX, mode=[1]))
-        place = pair_rows(sTokens, tile, kv_head, self.group, width)
-        load_rows(mX, sX, stride, place, tidx, self.threads, stage)
-
-    @cute.jit
-    def _load_statistics(
-        self,
-        mLseLog2: cute.Tensor,
-        mDelta: cute.Tensor,
-        sStatistics: cute.Tensor,
-        sTokens: cute.Tensor,
-        kv_heads: Int32,
-        kv_head: Int32,
-        tidx: Int32,
-        tile: Int32,
-        stage: Int32,
-    ):
-        """The first 64 threads load the log-sum-exp of a row each, the next 64 its delta."""
-        row = tidx % TILE_ROWS
-        pair, head = pair_and_head(tile, row, 0, self.group)
-        offset = (Int64(sTokens[pair]) * kv_heads + kv_head) * self.group + head
-        atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
-        for i, mX in ((0, mLseLog2), (1, mDelta)):
-            if tidx // TILE_ROWS == i:
-                source = cute.make_tensor(mX.iterator + offset, cute.make_layout(1))
-                target = sStatistics.iterator + sStatistics.layout((row, i, stage))
-                cute.copy(atom, source, cute.make_tensor(target, cute.make_layout(1)))
 
     @cute.jit
     def _mask(
@@ -551,14 +533,14 @@ def compile_backward(
         SelectedBackward(cute_dtype, head_dim, head_dim_v, group, block_size, causal, ordered),
         _Tensors(
             *(fake_flat(cute_dtype) for _ in range(4)),
-            *(fake_flat(Float32, alignment=4) for _ in range(2)),
+            *(fake_flat(Float32) for _ in range(2)),
             *(fake_flat(Int32, alignment=4) for _ in range(3)),
             fake_partials(),
             *(fake_flat(Float32) for _ in range(2)),
             fake_flat(Int32 if ordered else None, alignment=4),
         ),
-        _Strides(*(Int64(1) for _ in range(4))),
-        _Sizes(*(Int32(1) for _ in range(6))),
+        _Strides(*(Int32(1) for _ in range(4))),
+        _Sizes(*(Int32(1) for _ in range(7))),
         *(Int32(1), Float32(1.0)),
     )
 
@@ -567,6 +549,7 @@ def compile_backward(
 _SHAPES = (
     *((64, 1, 64), (96, 3, 32), (128, 16, 64), (256, 6, 64)),
     *((64, 4, 128), (96, 3, 128), (128, 16, 128), (256, 6, 128)),
+    *((64, 8, 64), (256, 32, 64)),
 )
 
 
@@ -607,7 +590,7 @@ def selected_backward(
     index = invert_index(block_indices, blocks, block_size, causal, chunk, 1, item_tokens(group))
     tiles = key_tiles(head_dim, head_dim_v, block_size)
     unit_bytes = chunk * partial_gradient_bytes(slots, group, head_dim, tiles)
-    wave_units = min(index.units, units_of_gradient_wave(unit_bytes))
+    wave_units = min(index.units, units_of_gradient_wave(unit_bytes, q.nbytes))
     turns = None
     if deterministic:
         wave_units = min(wave_units, kv_heads)
@@ -622,9 +605,9 @@ def selected_backward(
     totals = [x.view(-1) for x in totals]
     rows = [flat_rows(x) for x in (q, k, v, dout)]
     (q, q_stride), (k, k_stride), (v, v_stride), (dout, do_stride) = rows
-    lse_log2, delta = (x.contiguous().view(-1) for x in statistics)
+    lse_log2, delta = (flat(x) for x in statistics)
     form = (q.dtype, head_dim, head_dim_v, group, block_size, causal, deterministic)
-    backward, part = compile_backward(*form), SelectedBackward(*form).dq_columns
+    backward, part = compile_backward(*form), SelectedBackward(*form).part_columns
     add = compile_add(q.dtype, head_dim, part, group, slots, tiles)
     unit_pairs = chunk * slots
     wave_pairs = wave_units * unit_pairs
@@ -634,7 +617,9 @@ def selected_backward(
     strides = _Strides(q_stride, k_stride, v_stride, do_stride)
     for first in range(0, index.units, wave_units):
         units = min(wave_units, index.units - first)
-        unit_sizes = _Sizes(kv_heads, first, index.items.shape[1], unit_pairs, chunk, wave_pairs)
+        unit_sizes = _Sizes(
+            *(kv_heads, first, index.items.shape[1], unit_pairs, chunk, wave_pairs, total)
+        )
         backward(tensors, strides, unit_sizes, units, scale * LOG2_E)
         add_sizes = AddSizes(first * unit_pairs, wave_pairs, first, units, chunk, total, kv_heads)
         add(partials, index.position.view(-1), dq.view(-1), add_sizes, scale)

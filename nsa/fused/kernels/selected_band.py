@@ -13,7 +13,8 @@ names, whatever the configuration.
 
 The kernel adds the partial results of the tokens' other blocks to a tile's output while that is in
 registers. It stores partial results in a ring in the rest of shared memory, which cp.async fills
-while scores and outputs are computed. Memory sets the pace.
+while scores and outputs are computed. Memory sets the pace. Where the caller gives the outputs of
+the other branches, it also adds these, with gates (:mod:`nsa.fused.kernels.row_gates`).
 """
 
 import functools
@@ -24,17 +25,15 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
-from cutlass.utils import LayoutEnum
+from cutlass.tensor_utils import LayoutEnum
 
 from nsa.fused.hardware import QUAD, SHARED_BYTES, WARP, WARPGROUP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
-    GROUP_COLUMNS,
     load_values,
     make_mmas,
-    row_words,
     softmax,
     store_row,
     store_values,
@@ -50,13 +49,13 @@ from nsa.fused.kernels.hopper import (
     reshape_acc_to_mn,
     transpose_view,
 )
+from nsa.fused.kernels.partial_rows import PartialRows
+from nsa.fused.kernels.row_gates import RowGates, SumTensors, fake_sum_tensors
 from nsa.fused.kernels.rows import TILE_ROWS, load_rows, pair_and_head
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
-    copy_vector,
     fake_flat,
-    load_shared,
 )
 
 # In this order: the first block, the one before the tokens' own, their own.
@@ -73,13 +72,24 @@ _CTA_TILES = 8
 _MAX_SLOTS = 32
 
 
-def choose_ring(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> tuple[int, int]:
-    """How many warpgroups, and how many stages of the ring, fit beside three blocks."""
+def choose_ring(
+    dtype: type[cutlass.Numeric],
+    head_dim: int,
+    head_dim_v: int,
+    block_size: int,
+    slots: int,
+    others: int = 0,
+) -> tuple[int, int]:
+    """How many warpgroups, and how many stages of the ring, fit beside three blocks.
+
+    There are ``others`` more elements.
+    """
+    row_bytes = 16 * QUAD * PartialRows(dtype, head_dim_v).vectors
     for warpgroups in (2, 1):
         rows = warpgroups * TILE_ROWS
-        elements = rows * head_dim + _PARTS * block_size * (head_dim + head_dim_v)
+        elements = rows * head_dim + _PARTS * block_size * (head_dim + head_dim_v) + others
         left = SHARED_BYTES - 2 * elements - 4 * _PARTS * block_size
-        stages = left // (2 * rows * head_dim_v)
+        stages = left // (rows * row_bytes)
         if stages >= _ENOUGH_STAGES:
             break
     return warpgroups, min(stages, QUAD * _lane_slots(slots), _MAX_STAGES)
@@ -90,9 +100,22 @@ def _lane_slots(slots: int) -> int:
     return -(-slots // QUAD)
 
 
-def band_fits(head_dim: int, head_dim_v: int, block_size: int, slots: int) -> bool:
-    """Whether shared memory has room for a ring: not with blocks of 64 tokens and 256 channels."""
-    return slots <= _MAX_SLOTS and choose_ring(head_dim, head_dim_v, block_size, slots)[1] >= 2
+def band_fits(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    group: int,
+    block_size: int,
+    slots: int,
+    form: str | None = None,
+) -> bool:
+    """Whether shared memory has room for a ring: not with blocks of 64 tokens and 256 channels.
+
+    ``form`` is that of the gates, if the kernel adds up the branches.
+    """
+    others = 0 if form is None else RowGates(form, head_dim, group).shared_elements
+    shape = (head_dim, head_dim_v, block_size, slots, others)
+    return slots <= _MAX_SLOTS and choose_ring(CUTE_DTYPES[dtype], *shape)[1] >= 2
 
 
 @mlir_namedtuple
@@ -106,12 +129,15 @@ class Strides(NamedTuple):
 
 @mlir_namedtuple
 class Results(NamedTuple):
-    """Partial results, where each token's pairs stand among them, and the results of the tokens."""
+    """Partial results, where each token's pairs stand among them, and the results of the tokens.
+
+    Without ``out`` only the sum of the branches is wanted.
+    """
 
     partial: cute.Tensor
     partial_lse: cute.Tensor
     position: cute.Tensor
-    out: cute.Tensor
+    out: cute.Tensor | None
     lse: cute.Tensor
 
 
@@ -144,7 +170,10 @@ class BandTensors(NamedTuple):
 
 
 class BandForward:
-    """Outputs and log-sum-exp of the tokens of a wave, 0 and -inf for a token with no block."""
+    """Outputs and log-sum-exp of the tokens of a wave, 0 and -inf for a token with no block.
+
+    With a ``form`` of gates, also the gated sum with the outputs of the other branches.
+    """
 
     def __init__(
         self,
@@ -155,6 +184,7 @@ class BandForward:
         block_size: int,
         causal: bool,
         slots: int,
+        form: str | None,
     ):
         self.dtype = dtype
         self.head_dim = head_dim
@@ -164,9 +194,12 @@ class BandForward:
         self.causal = causal
         self.slots = slots
         self.lane_slots = _lane_slots(slots)
-        self.warpgroups, self.stages = choose_ring(head_dim, head_dim_v, block_size, slots)
-        # Vectors of a row that a thread of the quad has.
-        self.groups = head_dim_v // GROUP_COLUMNS
+        self.rows = PartialRows(dtype, head_dim_v)
+        self.gates = None if form is None else RowGates(form, head_dim, group)
+        others = 0 if self.gates is None else self.gates.shared_elements
+        self.warpgroups, self.stages = choose_ring(
+            dtype, head_dim, head_dim_v, block_size, slots, others
+        )
         self.keys = _PARTS * block_size
         # How many CTAs share a block's tokens.
         self.shares = max(1, block_size * group // (_CTA_TILES * TILE_ROWS))
@@ -183,6 +216,7 @@ class BandForward:
         num_blocks: Int32,
         num_runs: Int32,
         chunk_runs: Int32,
+        branches: SumTensors | None,
         results: Results,
         sizes: WaveSizes,
         stream,
@@ -201,7 +235,8 @@ class BandForward:
         kernel_sizes = sizes._replace(units=None)
         counts = (num_blocks, num_runs)
         self.kernel(
-            *(tensors, results, strides, scale_log2, counts, kernel_sizes, mmas, layouts)
+            *(tensors, branches, results, strides),
+            *(scale_log2, counts, kernel_sizes, mmas, layouts),
         ).launch(
             grid=[chunk_runs * self.shares, sizes.units, 1],
             block=[self.warpgroups * WARPGROUP, 1, 1],
@@ -213,6 +248,7 @@ class BandForward:
     def kernel(
         self,
         tensors: BandTensors,
+        branches: SumTensors | None,
         results: Results,
         strides: Strides,
         scale_log2: Float32,
@@ -263,14 +299,23 @@ class BandForward:
                 smem.allocate_tensor(self.dtype, x.outer, 1024, swizzle=x.inner)
                 for x in (q_smem, k_smem, v_smem)
             )
-            ring_shape = (self.stages, 2, self.groups, self.warpgroups * WARPGROUP, (VECTOR, 1))
+            ring_shape = (self.stages, 2, self.rows.vectors, self.warpgroups * WARPGROUP, 4)
             ring_layout = cute.make_ordered_layout(ring_shape, order=(4, 3, 2, 1, 0))
-            sRing = smem.allocate_tensor(self.dtype, ring_layout, 128)
+            sRing = smem.allocate_tensor(Int32, ring_layout, 128)
             # A thread reads what it loaded itself.
             sRing = sRing[None, None, None, cta_tidx, None]
             # How many keys of each part a token sees.
             limits_layout = cute.make_layout((_PARTS, self.block_size))
             sLimits = smem.allocate_tensor(Int32, limits_layout, 16)
+            sWeight = None
+            if const_expr(self.gates is not None and self.gates.shared_elements > 0):
+                pitch = self.gates.pitch
+                weight_layout = cute.make_layout((self.group, pitch), stride=(pitch, 1))
+                sWeight = smem.allocate_tensor(self.dtype, weight_layout, 16)
+                self.gates.load_weight(
+                    *(branches.weight, sWeight, kv_head, cta_tidx),
+                    self.warpgroups * WARPGROUP,
+                )
 
             tScS = reshape_acc_to_mn(
                 mma_qk.get_slice(tidx).partition_C(
@@ -325,6 +370,8 @@ class BandForward:
                 transpose_view(sV),
             )
             tiles = cute.ceil_div(count * self.group, TILE_ROWS)
+            place_of = functools.partial(self._place, begin, count)
+            heads, first_head = kv_heads * self.group, kv_head * self.group
             stage = Int32(0)
             cute.arch.cp_async_wait_group(self.stages - 1)
             cute.arch.fence_view_async_shared()
@@ -345,6 +392,17 @@ class BandForward:
                     token = skipped + cutlass.min(pair, count - 1)
                     for part in cutlass.range_constexpr(_PARTS):
                         limits[part, r] = sLimits[part, token]
+                gates = cute.make_rmem_tensor((2, 3), Float32)
+                if const_expr(self.gates is not None):
+                    for r in cutlass.range_constexpr(2):
+                        i = tile_row + 8 * r
+                        token, head, _ = place_of(tile, i)
+                        row_gates = self.gates.load(
+                            *(branches, sQ[None, None, warpgroup_idx], sWeight, i),
+                            *(head, Int64(token) * heads + first_head + head, tidx % QUAD),
+                        )
+                        for j in cutlass.range_constexpr(3):
+                            gates[r, j] = row_gates[j]
                 warpgroup.wait_group(0)
                 # All warps have read the queries.
                 cute.arch.barrier(barrier_id=warpgroup_idx + 1, number_of_threads=WARPGROUP)
@@ -366,11 +424,15 @@ class BandForward:
                 acc_O_mn = reshape_acc_to_mn(acc_O)
                 for r in cutlass.range_constexpr(2):
                     acc_O_mn[r, None].store(acc_O_mn[r, None].load() * inverse_sum[r])
+                sums = cute.make_tensor(acc_O.iterator, cute.size(acc_O))
+                bias, one = self.rows.new_bias(kv_heads)
 
                 for lane in cutlass.range(QUAD, unroll=1):
                     for i in cutlass.range_constexpr(self.lane_slots):
                         cute.arch.cp_async_wait_group(self.stages - 1)
-                        self._add_partial(acc_O, sRing, stage, weights, i, lane)
+                        for r in cutlass.range_constexpr(2):
+                            weight = of_quad(weights[r, i], lane)
+                            self.rows.add(sums, bias, one, r, sRing[stage, r, None, None], weight)
                         # The slot that is ``stages`` further on, perhaps of the next tile.
                         further = const_expr(i + self.stages)
                         from_lane = lane + further // self.lane_slots
@@ -387,16 +449,43 @@ class BandForward:
                         cute.arch.cp_async_commit_group()
                         stage = stage + 1 if stage + 1 < self.stages else Int32(0)
                 positions.store(next_positions.load())
+                self.rows.subtract(sums, bias)
 
+                column = tidx % QUAD * VECTOR
+                others = []
+                if const_expr(self.gates is not None):
+                    for r in cutlass.range_constexpr(2):
+                        token, head, _ = place_of(tile, tile_row + 8 * r)
+                        offset = (Int64(token) * heads + first_head + head) * self.head_dim_v
+                        others.append(
+                            self.gates.load_branches(branches, offset + column, self.rows.groups)
+                        )
                 rO = cvt_f16(acc_O, self.dtype)
                 for r in cutlass.range_constexpr(2):
-                    pair, head = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
-                    if pair < count:
-                        row = (Int64(begin + pair) * kv_heads + kv_head) * self.group + head
-                        store_row(rO, r, results.out, row * self.head_dim_v)
+                    token, head, present = place_of(tile, tile_row + 8 * r)
+                    if present:
+                        out_row = Int64(token) * heads + first_head + head
+                        if const_expr(results.out is not None):
+                            store_row(rO, r, results.out, out_row * self.head_dim_v)
+                        if const_expr(self.gates is not None):
+                            in_token = (first_head + head) * self.head_dim_v + column
+                            offset = Int64(token) * branches.out_stride + in_token
+                            self.gates.store(
+                                *(sums, r, gates[r, None], others[r], branches.out, offset)
+                            )
                         if tidx % QUAD == 0:
-                            results.lse[row] = lse[r] * math.log(2.0)
+                            results.lse[out_row] = lse[r] * math.log(2.0)
             cute.arch.cp_async_wait_group(0)
+
+    def _place(
+        self, begin: Int32, count: Int32, tile: Int32, i: Int32
+    ) -> tuple[Int32, Int32, Boolean]:
+        """The token and the head, of those of the KV head, of row ``i`` of a tile.
+
+        And whether the token is one of the CTA's; else it is the last one.
+        """
+        pair, head = pair_and_head(tile, i, 0, self.group)
+        return begin + cutlass.min(pair, count - 1), head, pair < count
 
     @cute.jit
     def _key_place(
@@ -538,10 +627,8 @@ class BandForward:
         for r in cutlass.range_constexpr(2):
             _, head = pair_and_head(tile, tile_row + 8 * r, 0, self.group)
             position = of_quad(positions[r, i], lane)
-            row = Int64(cutlass.max(position, 0)) * self.group + head
-            for group in cutlass.range_constexpr(self.groups):
-                offset = row * self.head_dim_v + tidx % QUAD * VECTOR + group * GROUP_COLUMNS
-                copy_vector(mPartial, offset, sRing[stage, r, group, None], position >= 0)
+            place = self.rows.place(cutlass.max(position, 0) * self.group + head, tidx % QUAD)
+            self.rows.load(mPartial, place, sRing[stage, r, None, None], position >= 0)
 
     @cute.jit
     def _share(self, weights: cute.Tensor, band_lse: Float32) -> tuple[Float32, Float32]:
@@ -552,25 +639,6 @@ class BandForward:
             weights[i] *= inverse
         # log2 of 0 is -inf.
         return band * inverse, reference + cute.math.log2(total, fastmath=True)
-
-    @cute.jit
-    def _add_partial(
-        self,
-        acc_O: cute.Tensor,
-        sRing: cute.Tensor,
-        stage: Int32,
-        weights: cute.Tensor,
-        i: cutlass.Constexpr[int],
-        lane: Int32,
-    ):
-        sums = cute.make_tensor(acc_O.iterator, cute.size(acc_O))
-        for r in cutlass.range_constexpr(2):
-            share = of_quad(weights[r, i], lane)
-            for group in cutlass.range_constexpr(self.groups):
-                values = load_shared(sRing[stage, r, group, None])
-                for j, word in enumerate(row_words(r, group)):
-                    for e in cutlass.range_constexpr(2):
-                        sums[2 * word + e] += values[2 * j + e] * share
 
 
 @cute.jit
@@ -588,24 +656,30 @@ def compile_band(
     block_size: int,
     causal: bool,
     slots: int,
+    form: str | None = None,
+    keep: bool = True,
 ) -> Callable:
-    cute_dtype = CUTE_DTYPES[dtype]
+    """The compiled kernel; ``form`` is as in :class:`BandForward`, and without ``keep`` only the
+    sum is written."""
+    element, shape = CUTE_DTYPES[dtype], (head_dim, head_dim_v, group, block_size, causal, slots)
+    results, sizes = fake_results(element)
     return compile_kernel(
-        BandForward(cute_dtype, head_dim, head_dim_v, group, block_size, causal, slots),
+        BandForward(element, *shape, form),
         BandTensors(
-            *(fake_flat(cute_dtype) for _ in range(3)),
+            *(fake_flat(element) for _ in range(3)),
             *(fake_flat(Int32, alignment=4) for _ in range(7)),
         ),
         Strides(*(Int64(1) for _ in range(3))),
         *(Float32(1.0), Int32(1), Int32(1), Int32(1)),
-        *fake_results(cute_dtype),
+        None if form is None else fake_sum_tensors(element, form),
+        *(results if keep else results._replace(out=None), sizes),
     )
 
 
 def fake_results(dtype: type[cutlass.Numeric]) -> tuple[Results, WaveSizes]:
     """Stand-ins, to compile with."""
     results = Results(
-        *(fake_flat(dtype), fake_flat(Float32, alignment=4), fake_flat(Int32)),
+        *(fake_flat(Int32), fake_flat(Float32, alignment=4), fake_flat(Int32)),
         *(fake_flat(dtype), fake_flat(Float32, alignment=4)),
     )
     return results, WaveSizes(*(Int32(1) for _ in range(6)))
@@ -616,6 +690,9 @@ _SHAPES = (
     *((64, 64, 1), (96, 96, 3), (128, 128, 16)),
     *((256, 128, 16), (64, 128, 3), (128, 256, 6)),
 )
+
+# The gates, and whether the selected branch's output is kept, by the query heads of a KV head.
+_SUMS = {1: ("mean", True), 3: ("gates", False), 16: ("weight", False)}
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -628,3 +705,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 form = f"{dim}-{dim_v}-{group}-{size}-{slots}{'' if causal else '-all'}"
                 name = f"band-forward-{str(dtype).removeprefix('torch.')}-{form}"
                 yield name, functools.partial(compile_band, *arguments)
+                if causal and dim == dim_v:
+                    gates, keep = _SUMS[group]
+                    ending = functools.partial(compile_band, *arguments, gates, keep)
+                    yield f"{name}-{gates}-{keep}", ending

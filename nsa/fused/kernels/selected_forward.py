@@ -25,20 +25,22 @@ import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
-from cutlass.utils import LayoutEnum
+from cutlass.tensor_utils import LayoutEnum
 from torch import Tensor
 
 from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARPGROUP
 from nsa.fused.kernel_inputs import TokenBlocks
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
+    GROUP_COLUMNS,
     load_values,
     make_mmas,
+    row_words,
     softmax,
-    store_row,
     store_values,
     weigh,
 )
+from nsa.fused.kernels.gates import gating_form, gating_forward
 from nsa.fused.kernels.hopper import (
     cvt_f16,
     gemm_w_idx,
@@ -56,6 +58,8 @@ from nsa.fused.kernels.inverted_index import (
     item_tokens,
     load_slots,
 )
+from nsa.fused.kernels.partial_rows import PartialRows
+from nsa.fused.kernels.row_gates import SumTensors
 from nsa.fused.kernels.rows import (
     TILE_ROWS,
     block_rows,
@@ -76,20 +80,22 @@ from nsa.fused.kernels.selected_band import (
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
-    copy_vector,
+    check_output,
+    check_tensor,
     fake_flat,
+    flat,
     flat_rows,
-    load_shared,
     store_vector,
 )
 from nsa.fused.waves import (
     choose_chunk_tokens,
+    partial_words,
     units_of_wave,
 )
 
 _COMBINE_THREADS = 128
-# Partial results that a thread of the combination loads together.
-_LOADS = 16
+# Places of 16 bytes that a thread of the combination loads together.
+_VECTORS = 48
 
 
 @mlir_namedtuple
@@ -135,6 +141,7 @@ class SelectedForward:
         self.group = group
         self.block_size = block_size
         self.causal = causal
+        self.rows = PartialRows(dtype, head_dim_v)
         # Registers allow 3 CTAs; with wide values, whose output takes up to 128 registers, 2.
         most = 3 if head_dim_v <= 128 else 2
         # With room for two CTAs at least, queries have two stages.
@@ -229,7 +236,8 @@ class SelectedForward:
                     cute.make_identity_tensor((TILE_ROWS, self.block_size))
                 )
             )
-            out_row = Int64(begin - sizes.wave_start) * self.group + tScS[0, 0][0]
+            first_tile_row = (begin - sizes.wave_start) * self.group + tScS[0, 0][0]
+            place = self.rows.place(first_tile_row, tidx % QUAD)
 
             acc_S = cute.make_rmem_tensor(
                 mma_qk.partition_shape_C((TILE_ROWS, self.block_size)), Float32
@@ -244,7 +252,7 @@ class SelectedForward:
             for tile in cutlass.range(tiles, unroll=1):
                 # A thread has two rows, this one and the 8th after it.
                 row = tile * TILE_ROWS + tScS[0, 0][0]
-                tile_row = out_row + tile * TILE_ROWS
+                tile_row = first_tile_row + tile * TILE_ROWS
                 limits = cute.make_rmem_tensor(2, Int32)
                 for r in cutlass.range_constexpr(2):
                     limits[r] = keys
@@ -287,12 +295,10 @@ class SelectedForward:
                         load_queries(tile + 2)
                     cute.arch.cp_async_commit_group()
                 warpgroup.wait_group(1)
-                rO = cvt_f16(acc_O, self.dtype)
                 for r in cutlass.range_constexpr(2):
                     if row + 8 * r < rows:
-                        # A sum in which the offsets of both rows share all but a constant.
-                        offset = tile_row * self.head_dim_v + 8 * r * self.head_dim_v
-                        store_row(rO, r, tensors.partial, offset)
+                        more = tile * TILE_ROWS + 8 * r
+                        self.rows.store(acc_O, r, tensors.partial, place, more)
             warpgroup.wait_group(0)
             cute.arch.cp_async_wait_group(0)
 
@@ -319,17 +325,16 @@ class SelectedForward:
 class CombinePartials:
     """Outputs of the tokens of a wave: partial results weighted by their share of the sum.
 
-    A CTA takes a tile of consecutive rows (query heads of tokens), a thread ``VECTOR`` columns of
-    one. All that a thread loads but the positions is under way together, so that few threads keep
-    the memory busy.
+    A CTA takes a tile of consecutive rows (query heads of tokens), four threads a row. All that a
+    thread loads but the positions is under way together, so that few threads keep the memory busy.
     """
 
-    def __init__(self, head_dim_v: int, group: int, slots: int):
+    def __init__(self, dtype: type[cutlass.Numeric], head_dim_v: int, group: int, slots: int):
         self.head_dim_v = head_dim_v
         self.group = group
         self.slots = slots
-        self.lanes = head_dim_v // VECTOR
-        self.loads = min(_LOADS, slots)
+        self.rows = PartialRows(dtype, head_dim_v)
+        self.loads = min(_VECTORS // self.rows.vectors, slots)
 
     @cute.jit
     def __call__(
@@ -356,7 +361,7 @@ class CombinePartials:
         tiles = self._tiles_of_unit(chunk_tokens)
         unit = sizes.first_unit + bidx // tiles
         thread = bidx % tiles * _COMBINE_THREADS + tidx
-        row, column = thread // self.lanes, thread % self.lanes * VECTOR
+        row, lane = thread // QUAD, thread % QUAD
         local, head = row // self.group, row % self.group
         kv_head = unit % sizes.kv_heads
         token = unit // sizes.kv_heads * chunk_tokens + local
@@ -371,14 +376,12 @@ class CombinePartials:
             out_row = token_row * self.group + head
             # Partial results pass through shared memory, and warps synchronise. Otherwise the
             # compiler delays loads until their results are needed, to save registers.
-            shape = (self.loads, _COMBINE_THREADS, (VECTOR, 1))
-            layout = cute.make_ordered_layout(shape, order=(2, 1, 0))
+            shape = (self.loads, self.rows.vectors, _COMBINE_THREADS, 4)
+            layout = cute.make_ordered_layout(shape, order=(3, 2, 1, 0))
             smem = cutlass.memory.SmemAllocator()
-            sPartial = smem.allocate_tensor(results.partial.element_type, layout, 128)
-            sPartial = sPartial[None, tidx, None]
+            sPartial = smem.allocate_tensor(Int32, layout, 128)[None, None, tidx, None]
             load_partials = functools.partial(
-                self._load_partials,
-                *(results.partial, sPartial, position, head * self.head_dim_v + column),
+                self._load_partials, results.partial, sPartial, position, head, lane
             )
             load_partials(0)
             cute.arch.sync_warp()
@@ -394,24 +397,33 @@ class CombinePartials:
             reference, total, _ = weigh(weight)
             inverse = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
 
-            out = cute.make_rmem_tensor(VECTOR, Float32)
-            out.fill(0.0)
-            for start in cutlass.range_constexpr(0, self.slots, _LOADS):
+            # As the two rows of a thread in an accumulator, of which it has one.
+            sums = cute.make_rmem_tensor(2 * VECTOR * self.rows.groups, Float32)
+            sums.fill(0.0)
+            bias, one = self.rows.new_bias(num_tokens)
+            for start in cutlass.range_constexpr(0, self.slots, self.loads):
                 if const_expr(start > 0):
                     load_partials(start)
                 cute.arch.cp_async_wait_group(0)
-                for i in cutlass.range_constexpr(start, min(start + _LOADS, self.slots)):
-                    values = load_shared(sPartial[i - start, None])
-                    out.store(out.load() + values * (weight[i] * inverse))
+                for i in cutlass.range_constexpr(start, min(start + self.loads, self.slots)):
+                    sWords = sPartial[i - start, None, None]
+                    self.rows.add(sums, bias, one, 0, sWords, weight[i] * inverse)
+            self.rows.subtract(sums, bias)
             if wanted:
-                store_vector(out.load(), results.out, out_row * self.head_dim_v + column)
-                if column == 0:
+                for group in cutlass.range_constexpr(self.rows.groups):
+                    vector = cute.make_rmem_tensor(VECTOR, Float32)
+                    for j, word in enumerate(row_words(0, group)):
+                        for e in cutlass.range_constexpr(2):
+                            vector[2 * j + e] = sums[2 * word + e]
+                    column = lane * VECTOR + group * GROUP_COLUMNS
+                    store_vector(vector.load(), results.out, out_row * self.head_dim_v + column)
+                if lane == 0:
                     # log2 of 0 is -inf.
                     log2_sum = reference + cute.math.log2(total, fastmath=True)
                     results.lse[out_row] = log2_sum * math.log(2.0)
 
     def _tiles_of_unit(self, chunk_tokens: Int32) -> Int32:
-        return cute.ceil_div(chunk_tokens * (self.group * self.lanes), _COMBINE_THREADS)
+        return cute.ceil_div(chunk_tokens * (self.group * QUAD), _COMBINE_THREADS)
 
     @cute.jit
     def _load_partials(
@@ -419,13 +431,14 @@ class CombinePartials:
         mPartial: cute.Tensor,
         sPartial: cute.Tensor,
         position: cute.Tensor,
-        column: Int32,
+        head: Int32,
+        lane: Int32,
         start: cutlass.Constexpr[int],
     ):
         """Start to load the slots from ``start`` on, 0 for no pair; a thread reads its own."""
-        for i in cutlass.range_constexpr(start, min(start + _LOADS, self.slots)):
-            offset = Int64(cutlass.max(position[i], 0)) * (self.group * self.head_dim_v) + column
-            copy_vector(mPartial, offset, sPartial[i - start, None], position[i] >= 0)
+        for i in cutlass.range_constexpr(start, min(start + self.loads, self.slots)):
+            place = self.rows.place(cutlass.max(position[i], 0) * self.group + head, lane)
+            self.rows.load(mPartial, place, sPartial[i - start, None, None], position[i] >= 0)
         cute.arch.cp_async_commit_group()
 
 
@@ -444,7 +457,7 @@ def compile_forward(
         _Tensors(
             *(fake_flat(cute_dtype) for _ in range(3)),
             *(fake_flat(Int32, alignment=4) for _ in range(3)),
-            *(fake_flat(cute_dtype), fake_flat(Float32, alignment=4)),
+            *(fake_flat(Int32), fake_flat(Float32, alignment=4)),
         ),
         Strides(*(Int64(1) for _ in range(3))),
         _Sizes(*(Int32(1) for _ in range(5))),
@@ -454,8 +467,9 @@ def compile_forward(
 
 @kept
 def compile_combine(dtype: torch.dtype, head_dim_v: int, group: int, slots: int) -> Callable:
-    results, sizes = fake_results(CUTE_DTYPES[dtype])
-    return compile_kernel(CombinePartials(head_dim_v, group, slots), results, sizes)
+    cute_dtype = CUTE_DTYPES[dtype]
+    combine = CombinePartials(cute_dtype, head_dim_v, group, slots)
+    return compile_kernel(combine, *fake_results(cute_dtype))
 
 
 # Head dimensions of queries and values, and query heads of a KV head, that are compiled as a test.
@@ -485,6 +499,27 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"selected-forward-{form}", functools.partial(compile_forward, *arguments)
 
 
+class _Lists(NamedTuple):
+    """Arguments of :func:`selected_forward` after q, k and v."""
+
+    block_indices: Tensor
+    blocks: TokenBlocks
+    block_size: int
+    scale: float
+    causal: bool
+
+
+class _Sum(NamedTuple):
+    """The branches that the kernel of the band adds up. ``form`` is that of the gates.
+
+    Without ``keep`` only the sum is wanted.
+    """
+
+    form: str
+    branches: SumTensors
+    keep: bool
+
+
 def selected_forward(
     q: Tensor,
     k: Tensor,
@@ -497,18 +532,72 @@ def selected_forward(
     band: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`nsa.fused.kernel_calls.selected_forward`."""
-    total, heads, head_dim = q.shape
+    lists = _Lists(block_indices, blocks, block_size, scale, causal)
+    band = band and band_fits(*_band_form(q, v, lists))
+    out, lse = _forward(q, k, v, lists, band, None)
+    assert out is not None  # without a sum
+    return out, lse
+
+
+def closing_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    blocks: TokenBlocks,
+    block_size: int,
+    scale: float,
+    causal: bool,
+    o_cmp: Tensor,
+    o_win: Tensor,
+    gates: Tensor | None,
+    weight: Tensor | None,
+    out: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See :func:`nsa.fused.kernel_calls.closing_forward`."""
+    lists = _Lists(block_indices, blocks, block_size, scale, causal)
+    form, shape = gating_form((o_cmp, o_win, o_win), q, gates, weight), _band_form(q, v, lists)
+    if not band_fits(*shape, form):
+        o_slc, lse = _forward(q, k, v, lists, band_fits(*shape), None)
+        assert o_slc is not None  # without a sum
+        out = gating_forward(o_cmp, o_slc, o_win, q, gates, weight, out)
+        return out, o_slc if keep else None, lse
+    if out is None:
+        out = torch.empty_like(o_win, memory_format=torch.contiguous_format)
+    check_tensor("out", out, o_win.shape, o_win.dtype, o_win.device)
+    check_output("out", out)
+    tensors = (flat(o_cmp), flat(o_win), flat(gates), flat(weight), *flat_rows(out))
+    o_slc, lse = _forward(q, k, v, lists, True, _Sum(form, SumTensors(*tensors), keep))
+    return out, o_slc, lse
+
+
+def _band_form(q: Tensor, v: Tensor, lists: _Lists) -> tuple:
+    """What :func:`band_fits` goes by."""
+    (heads, head_dim), (kv_heads, head_dim_v) = q.shape[1:], v.shape[1:]
+    slots = lists.block_indices.shape[2]
+    return q.dtype, head_dim, head_dim_v, heads // kv_heads, lists.block_size, slots
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, lists: _Lists, band: bool, total: _Sum | None
+) -> tuple[Tensor | None, Tensor]:
+    """The output, if it is wanted, and the log-sum-exp."""
+    tokens, heads, head_dim = q.shape
     kv_heads, head_dim_v = v.shape[1:]
+    block_indices, blocks, block_size, scale, causal = lists
     group, slots = heads // kv_heads, block_indices.shape[2]
     form = (q.dtype, head_dim, head_dim_v, group, block_size, causal)
-    band = band and band_fits(head_dim, head_dim_v, block_size, slots)
-    chunk = choose_chunk_tokens(total, group, blocks.first.shape[0], slots, 2 * head_dim)
-    wave = units_of_wave(chunk, slots, group, head_dim_v)
+    chunk = choose_chunk_tokens(tokens, group, blocks.first.shape[0], slots, 2 * head_dim)
+    words = partial_words(head_dim_v, q.dtype == torch.bfloat16)
+    wave = units_of_wave(chunk, slots, group, words)
     index = invert_index(
         block_indices, blocks, block_size, causal, chunk, wave, item_tokens(group), band
     )
-    out = torch.empty(total, heads, head_dim_v, dtype=q.dtype, device=q.device)
-    lse = torch.empty(total, heads, dtype=torch.float32, device=q.device)
+    out = None
+    if total is None or total.keep:
+        out = torch.empty(tokens, heads, head_dim_v, dtype=q.dtype, device=q.device)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     (q, q_stride), (k, k_stride), (v, v_stride) = flat_rows(q), flat_rows(k), flat_rows(v)
     strides, scale_log2 = Strides(q_stride, k_stride, v_stride), scale * LOG2_E
     forward = compile_forward(*form)
@@ -516,21 +605,24 @@ def selected_forward(
         tables = (blocks.base, blocks.first, blocks.keys, blocks.row)
         runs = (blocks.run_base, blocks.run_first)
         chunk_runs = blocks.most_runs(chunk, block_size)
+        ending = () if total is None else (total.form, total.keep)
         combine = functools.partial(
-            compile_band(*form, slots),
+            compile_band(*form, slots, *ending),
             *(BandTensors(q, k, v, block_indices.reshape(-1), *tables, *runs), strides),
             *(scale_log2, blocks.first.shape[0], blocks.run_first.shape[0], chunk_runs),
+            None if total is None else total.branches,
         )
     else:
         combine = compile_combine(q.dtype, head_dim_v, group, slots)
     unit_pairs = index.chunk_tokens * slots
     waves, wave_items, _ = index.items.shape
     partial_rows = min(index.wave_units, index.units) * unit_pairs * group
-    partial = torch.empty(partial_rows * head_dim_v, dtype=q.dtype, device=q.device)
+    partial = torch.empty(partial_rows * words, dtype=torch.int32, device=q.device)
     partial_lse = torch.empty(partial_rows, dtype=torch.float32, device=q.device)
     items, position = index.items.view(-1), index.position.view(-1)
     tensors = _Tensors(q, k, v, index.tokens, items, index.num_items, partial, partial_lse)
-    results = Results(partial, partial_lse, position, out.view(-1), lse.view(-1))
+    flat_out = None if out is None else out.view(-1)
+    results = Results(partial, partial_lse, position, flat_out, lse.view(-1))
     for wave in range(waves):
         first_unit = wave * index.wave_units
         wave_start = first_unit * unit_pairs
@@ -538,5 +630,5 @@ def selected_forward(
         forward(tensors, strides, sizes, scale_log2)
         units = min(index.wave_units, index.units - first_unit)
         places = (wave_start, first_unit, units, index.chunk_tokens)
-        combine(results, WaveSizes(*places, total, kv_heads))
+        combine(results, WaveSizes(*places, tokens, kv_heads))
     return out, lse

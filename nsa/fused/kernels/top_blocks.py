@@ -19,7 +19,14 @@ from torch import Tensor
 
 from nsa.fused.hardware import WARP
 from nsa.fused.kernel_inputs import MAX_BLOCKS
-from nsa.fused.kernels.best_blocks import FORCED, LOWEST, NO_RANK, BestBlocks, rank_of
+from nsa.fused.kernels.best_blocks import (
+    FORCED,
+    LOWEST,
+    NO_RANK,
+    BestBlocks,
+    rank_of,
+    sorted_lanes,
+)
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import check_tensor, fake_flat
@@ -133,9 +140,9 @@ class TopBlocks:
             block = step * self.blocks_per_step + lane // self.lanes_per_block
             flags = Int32(0)
             if i == 0:
-                flags = self._promising(mRow, block, lane, limit, scale, bar_score)
+                flags, bar_score = self._promising(mRow, block, lane, limit, scale, bar_score)
             else:
-                flags = self._promising(mRow, block, lane, None, scale, bar_score)
+                flags, bar_score = self._promising(mRow, block, lane, None, scale, bar_score)
             flags = cute.arch.warp_redux_sync(flags, "or")
             while flags != 0:
                 # The lowest bit that is set, then cleared.
@@ -180,10 +187,11 @@ class TopBlocks:
         limit: Int32 | None,
         scale: Float32,
         bar_score: Float32,
-    ) -> Int32:
+    ) -> tuple[Int32, Float32]:
         """Rounds of a step, as bits, in which this lane's part of a block reaches ``bar_score``.
 
-        ``block`` is that of the first round. Without a ``limit`` all of the step lies in the row.
+        And ``bar_score``, raised to what ``count`` blocks of the step reach. ``block`` is that of
+        the first round. Without a ``limit`` all of the step lies in the row.
         """
         stride = const_expr(self.blocks_per_round * self.per_block)
         loaded = []
@@ -197,11 +205,16 @@ class TopBlocks:
             for u in cutlass.range_constexpr(self.rounds):
                 seen = block + u * self.blocks_per_round
                 loaded.append(self._load_block(mRow, seen, lane, limit))
+        scores = [scale * functools.reduce(cute.arch.fmax, loads) for loads in loaded]
+        if const_expr(self.lanes_per_block == 1 and self.count <= WARP):
+            # As many lanes as there are blocks to take have one that is as good.
+            best = functools.reduce(cute.arch.fmax, scores, Float32(-math.inf))  # for NaN
+            reached = cute.arch.shuffle_sync(sorted_lanes(best, lane), self.count - 1)
+            bar_score = cute.arch.fmax(bar_score, reached)
         flags = Int32(0)
         for u in cutlass.range_constexpr(self.rounds):
-            score = scale * functools.reduce(cute.arch.fmax, loaded[u])
-            flags = flags | (Int32(1 << u) if score >= bar_score else Int32(0))
-        return flags
+            flags = flags | (Int32(1 << u) if scores[u] >= bar_score else Int32(0))
+        return flags, bar_score
 
     def _load_block(self, mRow, block, lane, limit) -> list[Float32]:
         """This lane's scores of ``block``, -inf past the ``limit``."""

@@ -1,0 +1,42 @@
+"""Emulated kernels as steps of a recording, as the launches of real ones are."""
+
+from collections.abc import Callable
+from functools import wraps
+
+from torch.utils._python_dispatch import _disable_current_modes
+
+from nsa.fused import fa4, kernel_calls
+from nsa.host import RecordingMode
+from nsa.recordings import tensors_in
+from tests.helpers import (
+    emulated_fa4,
+    emulated_kernels,
+    emulated_plan,
+    emulated_token_kernels,
+)
+
+
+def note_kernels(replace: Callable):
+    """Replace the emulated kernels by ``replace(module, name, value)``."""
+    names = [(fa4, name) for name in emulated_fa4.NAMES]
+    for module in (emulated_kernels, emulated_token_kernels, emulated_plan):
+        names += [(kernel_calls, name) for name in module.NAMES]
+    for module, name in names:
+        replace(module, name, _noted(getattr(module, name)))
+
+
+def _noted(function: Callable) -> Callable:
+    def results(*args, **kwargs) -> list:
+        return list(tensors_in(function(*args, **kwargs)))
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        recorder = RecordingMode.current()
+        if recorder is None:
+            return function(*args, **kwargs)
+        with _disable_current_modes():
+            result = function(*args, **kwargs)
+        recorder.note(results, args, kwargs, list(tensors_in(result)))
+        return result
+
+    return call
