@@ -52,8 +52,9 @@ def forward(
     Every rank of the mesh must call it, also in backward: a rank whose loss does not need the
     output adds ``0 * out.sum()``. Differentiable once. Under torch.compile it is a graph break.
 
-    Keys and values are gathered a few KV heads at a time, and again in backward; gradients of keys,
-    values and compressed blocks are summed over the ranks in float32.
+    Keys and values are gathered a few KV heads at a time, and again in backward. Gradients of keys,
+    values and compressed blocks are summed over the ranks in float32. Those of keys and values are
+    sent in the dtype of these, so each rank's part is rounded once more.
 
     Args:
         q, k, v: this rank's tokens, ``N / P`` of ``N``: ``(B, N / P, H, D)`` and so on, or packed
@@ -78,8 +79,9 @@ def forward(
             gathered together, and by default without limit: free memory, which may differ from rank
             to rank, is never asked for.
         recompute_window, backend: as in :func:`nsa.forward`.
-        deterministic: as in :func:`nsa.forward`. Sums over ranks are as NCCL adds them, in a fixed
-            order on the same ranks.
+        deterministic: as in :func:`nsa.forward`. Gradients of keys and values are added in the
+            order of the ranks, those of compressed blocks as NCCL adds them, in a fixed order on
+            the same ranks.
 
     Returns:
         The output of own tokens, in the form of ``q``.
