@@ -74,13 +74,12 @@ def forward(
     )  # fmt: skip
     value_dim = v[0].shape[-1]
     dim, scale = kernel_head_dim(q.shape[-1], value_dim), config.softmax_scale(q.shape[-1])
-    if results is None:
-        results = Results()
-    in_place = dim == q.shape[-1] == value_dim and all(map(are_rows, (*k, *v)))
-    if compressed_kv is None or not in_place or is_traced(q):
-        # Keys are compressed or copied first.
-        results.may_read_keys()
-        results = Results()
+    if results is not None:
+        in_place = dim == q.shape[-1] == value_dim and all(map(are_rows, (*k, *v)))
+        if compressed_kv is None or not in_place or is_traced(q):
+            # Keys are compressed or copied first.
+            results.may_read_keys()
+            results = None
     if q.numel() == 0:
         return _empty_output(q, value_dim, given)
     save = needs_gradients(*given)

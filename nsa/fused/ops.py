@@ -35,7 +35,7 @@ class AttentionNode(torch.autograd.Function):
         ctx,
         plan: Plan,
         schedule: Schedule,
-        results: Results,
+        results: Results | None,
         block_indices: Tensor | None,
         *inputs,
     ):

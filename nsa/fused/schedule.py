@@ -30,8 +30,7 @@ USABLE = 0.9
 """Fraction of the free memory to use. The rest is lost to fragmentation and rounding."""
 
 
-NO_RESULTS = Results()
-"""Nothing is written anywhere else."""
+_NO_RESULTS = Results()
 
 
 class Schedule(NamedTuple):
@@ -167,7 +166,7 @@ def run_forward(
     block_indices: Tensor | None,
     plan: Plan,
     schedule: Schedule,
-    results: Results = NO_RESULTS,
+    results: Results | None = None,
     *,
     save: bool,
 ) -> tuple[Tensor, list[Saved]]:
@@ -176,6 +175,7 @@ def run_forward(
     If the schedule recomputes, that is only the selection. ``block_indices`` are the caller's (see
     :func:`nsa.fused.pipeline.attend`), which are not saved; None to select.
     """
+    results = results or _NO_RESULTS
     q, out = inputs.q, _kernel_form(results.out)
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
     kept = []
@@ -208,12 +208,13 @@ def run_backward(
     saved: list[Saved],
     plan: Plan,
     schedule: Schedule,
-    results: Results = NO_RESULTS,
+    results: Results | None = None,
 ) -> Inputs:
     """The gradient of each input, None if there is no such input, or if it is added to ``results``.
 
     ``block_indices`` are the caller's. If None, ``saved`` holds the selected ones.
     """
+    results = results or _NO_RESULTS
     q, dq = inputs.q, _kernel_form(results.dq)
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
     with torch.cuda.device_of(q), without_autocast(q.device):
