@@ -138,3 +138,18 @@ def test_selection_of_nsa_by_itself():
     )
     actual, _ = nsa.selected_attention(q, k, v, blocks, backend="fused")
     assert_equal_but_for_rounding(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [_BF16, _FP16])
+def test_one_key_gives_its_value_and_no_gradient_of_the_query(dtype):
+    """Exactly, because ``dP - delta`` cancels only then."""
+    bounds = torch.arange(101, device="cuda", dtype=torch.int32)
+    shapes = ((100, 32, 128), (100, 2, 128), (100, 2, 128))
+    q, k, v = (torch.randn(x, device="cuda", dtype=dtype, requires_grad=True) for x in shapes)
+    indices = torch.zeros(100, 2, 1, device="cuda", dtype=torch.int32)
+    out = nsa.selected_attention(
+        q, k, v, indices, cu_seqlens=bounds, max_seqlen=1, return_lse=False, backend="fused"
+    )
+    assert torch.equal(out, v.repeat_interleave(16, dim=1))
+    (dq,) = torch.autograd.grad(out, q, torch.randn_like(out))
+    assert dq.abs().max() <= 1e-4

@@ -2,9 +2,13 @@
 
 A quad of threads has a row, each thread the columns that it has in a wgmma accumulator: a vector of
 8 neighbours in every 32. Vectors of float16 are stored as they are. bfloat16 has 8 bits; in its
-place a vector is stored as eight integers of 11 bits and the exponent of the largest, in three
+place a vector can be packed, as eight integers of 11 bits and the exponent of the largest, in three
 words. A row then has 3/4 of the bytes, and errs less: by at most 2^-10 of the vector's largest
 number, where bfloat16 errs by up to 2^-8 of each. Numbers from 2^125 on become NaN, as infinity.
+
+Rows are packed only beside a band. A token that sees one key has that key's value as its output,
+which bfloat16 holds exactly and a packed vector does not: its ``dP - delta`` would not be 0. Beside
+a band such keys are in the band.
 
 In every 8 rows, the first four words of all threads are together, then the next four, and so on: a
 warp stores, and loads, 512 neighbouring bytes at once.
@@ -14,7 +18,7 @@ import functools
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from nsa.fused.hardware import QUAD
@@ -46,15 +50,16 @@ _INTEGER = ((1 << _BITS) - 1) << _PLACE
 
 
 class PartialRows:
-    """How rows of ``head_dim_v`` numbers of ``dtype`` are kept, in a tensor of Int32.
+    """How rows of ``head_dim_v`` numbers of ``dtype`` are kept, ``packed`` or not, in a tensor of
+    Int32.
 
     A thread has ``words`` words of a row, which it loads to ``vectors`` places of 16 bytes.
     """
 
-    def __init__(self, dtype: type[cutlass.Numeric], head_dim_v: int):
+    def __init__(self, dtype: type[cutlass.Numeric], head_dim_v: int, packed: bool):
         self.dtype = dtype
         self.groups = head_dim_v // GROUP_COLUMNS
-        self.is_packed = dtype is BFloat16
+        self.is_packed = packed
         self.words = partial_words(head_dim_v, self.is_packed) // QUAD
         self.vectors = -(-self.words // _WIDTH)
         # First word and number of words of each access.

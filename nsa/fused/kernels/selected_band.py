@@ -25,7 +25,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
@@ -72,6 +72,11 @@ _CTA_TILES = 8
 _MAX_SLOTS = 32
 
 
+def is_packed(dtype: type[cutlass.Numeric]) -> bool:
+    """Whether partial results beside a band are packed, see :class:`PartialRows`."""
+    return dtype is BFloat16
+
+
 def choose_ring(
     dtype: type[cutlass.Numeric],
     head_dim: int,
@@ -84,7 +89,7 @@ def choose_ring(
 
     There are ``others`` more elements.
     """
-    row_bytes = 16 * QUAD * PartialRows(dtype, head_dim_v).vectors
+    row_bytes = 16 * QUAD * PartialRows(dtype, head_dim_v, is_packed(dtype)).vectors
     for warpgroups in (2, 1):
         rows = warpgroups * TILE_ROWS
         elements = rows * head_dim + _PARTS * block_size * (head_dim + head_dim_v) + others
@@ -194,7 +199,7 @@ class BandForward:
         self.causal = causal
         self.slots = slots
         self.lane_slots = _lane_slots(slots)
-        self.rows = PartialRows(dtype, head_dim_v)
+        self.rows = PartialRows(dtype, head_dim_v, is_packed(dtype))
         self.gates = None if form is None else RowGates(form, head_dim, group)
         others = 0 if self.gates is None else self.gates.shared_elements
         self.warpgroups, self.stages = choose_ring(

@@ -76,6 +76,7 @@ from nsa.fused.kernels.selected_band import (
     band_fits,
     compile_band,
     fake_results,
+    is_packed,
 )
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
@@ -134,6 +135,7 @@ class SelectedForward:
         group: int,
         block_size: int,
         causal: bool,
+        packed: bool,
     ):
         self.dtype = dtype
         self.head_dim = head_dim
@@ -141,7 +143,7 @@ class SelectedForward:
         self.group = group
         self.block_size = block_size
         self.causal = causal
-        self.rows = PartialRows(dtype, head_dim_v)
+        self.rows = PartialRows(dtype, head_dim_v, packed)
         # Registers allow 3 CTAs; with wide values, whose output takes up to 128 registers, 2.
         most = 3 if head_dim_v <= 128 else 2
         # With room for two CTAs at least, queries have two stages.
@@ -333,7 +335,7 @@ class CombinePartials:
         self.head_dim_v = head_dim_v
         self.group = group
         self.slots = slots
-        self.rows = PartialRows(dtype, head_dim_v)
+        self.rows = PartialRows(dtype, head_dim_v, packed=False)
         self.loads = min(_VECTORS // self.rows.vectors, slots)
 
     @cute.jit
@@ -450,10 +452,11 @@ def compile_forward(
     group: int,
     block_size: int,
     causal: bool,
+    packed: bool,
 ) -> Callable:
     cute_dtype = CUTE_DTYPES[dtype]
     return compile_kernel(
-        SelectedForward(cute_dtype, head_dim, head_dim_v, group, block_size, causal),
+        SelectedForward(cute_dtype, head_dim, head_dim_v, group, block_size, causal, packed),
         _Tensors(
             *(fake_flat(cute_dtype) for _ in range(3)),
             *(fake_flat(Int32, alignment=4) for _ in range(3)),
@@ -488,13 +491,15 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for dim, dim_v, group in _SHAPES:
             size, slots = (32, 3) if group == 3 else (64, 16)
             for causal in (True, False) if group == 16 else (True,):
-                arguments = (dtype, dim, dim_v, group, size, causal)
+                # Without a band rows are not packed.
+                packed = causal and is_packed(CUTE_DTYPES[dtype])
+                arguments = (dtype, dim, dim_v, group, size, causal, packed)
                 form = f"{name}-{dim}-{dim_v}-{group}-{size}{'' if causal else '-all'}"
                 yield f"selected-forward-{form}", functools.partial(compile_forward, *arguments)
             combine = functools.partial(compile_combine, dtype, dim_v, group, slots)
             yield f"combine-partials-{name}-{dim_v}-{group}-{slots}", combine
         for dim, dim_v, group in _LONG_SHAPES:
-            arguments = (dtype, dim, dim_v, group, 128, True)
+            arguments = (dtype, dim, dim_v, group, 128, True, False)
             form = f"{name}-{dim}-{dim_v}-{group}-128"
             yield f"selected-forward-{form}", functools.partial(compile_forward, *arguments)
 
@@ -589,7 +594,8 @@ def _forward(
     group, slots = heads // kv_heads, block_indices.shape[2]
     form = (q.dtype, head_dim, head_dim_v, group, block_size, causal)
     chunk = choose_chunk_tokens(tokens, group, blocks.first.shape[0], slots, 2 * head_dim)
-    words = partial_words(head_dim_v, q.dtype == torch.bfloat16)
+    packed = band and is_packed(CUTE_DTYPES[q.dtype])
+    words = partial_words(head_dim_v, packed)
     wave = units_of_wave(chunk, slots, group, words)
     index = invert_index(
         block_indices, blocks, block_size, causal, chunk, wave, item_tokens(group), band
@@ -600,7 +606,7 @@ def _forward(
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     (q, q_stride), (k, k_stride), (v, v_stride) = flat_rows(q), flat_rows(k), flat_rows(v)
     strides, scale_log2 = Strides(q_stride, k_stride, v_stride), scale * LOG2_E
-    forward = compile_forward(*form)
+    forward = compile_forward(*form, packed)
     if band:
         tables = (blocks.base, blocks.first, blocks.keys, blocks.row)
         runs = (blocks.run_base, blocks.run_first)
