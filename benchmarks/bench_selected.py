@@ -43,7 +43,7 @@ from measuring.workloads import Tensors
 from nsa.config import NSAConfig
 from nsa.fused.attention import selected_attention, selected_attention_backward
 from nsa.fused.kernel_calls import row_statistics
-from nsa.fused.plan import make_plan
+from nsa.fused.planning import make_plan
 
 FIELDS = (
     "tokens", *workloads.SHAPE_FIELDS, "blocks", "block_size", "indices", "call", "pass",

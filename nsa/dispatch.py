@@ -1,28 +1,26 @@
 """The public functions: validate, choose a backend, import it, call it."""
 
-import functools
-import logging
-from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsa import recordings, validation
+from nsa.backends import (
+    check_backend,
+    choose_backend,
+    choose_module,
+    describe_limit,
+    limit_without_cache,
+)
 from nsa.block_index_checks import check_block_indices
 from nsa.cache import Cache
 from nsa.cache.calls import cache_config, check_cached_call, check_cached_indices
 from nsa.config import NSAConfig
-from nsa.host import has_no_values, in_function_transform, needs_gradients, refuse_recording
+from nsa.host import needs_gradients
 from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.precision import autocast_tensors
-from nsa.validation import UnsupportedError
-
-BACKENDS = ("auto", "reference", "fused")
-
-_logger = logging.getLogger("nsa")
 
 
 def forward(
@@ -384,13 +382,8 @@ def explain_backend(
         deterministic=deterministic,
     )
     limit = _limit_of_forward(call, cache, block_indices is not None)
-    name = _choose(_check_backend(backend), limit)
-    return f"backend: {name or 'none'} ({_describe_limit(limit)})"
-
-
-def uses_fused(backend: str, q: Tensor, v: Tensor, config: NSAConfig) -> bool:
-    """Whether :func:`forward` uses the fused backend for these, without ``k``'s."""
-    return backend != "reference" and _limit_without_cache(q, v, config) is None
+    name = choose_backend(check_backend(backend), limit)
+    return f"backend: {name or 'none'} ({describe_limit(limit)})"
 
 
 _FLOATS = (
@@ -499,12 +492,6 @@ def with_value_dim(problem: validation.Problem, compressed_kv) -> validation.Pro
     return problem
 
 
-def _check_backend(backend) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    return backend
-
-
 def _limit_of_forward(call: _Call, cache: Cache | None, given: bool) -> str | None:
     """Why the fused backend cannot do this, with the remedy; None if it can.
 
@@ -513,7 +500,7 @@ def _limit_of_forward(call: _Call, cache: Cache | None, given: bool) -> str | No
     from nsa.fused.constraints import cache_limit, deterministic_limit
 
     if cache is None:
-        limit = _limit_without_cache(call.q, call.v[0], call.config)
+        limit = limit_without_cache(call.q, call.v[0], call.config)
         if limit is None and call.deterministic and call.needs_gradients:
             return deterministic_limit(call.q, call.v[0], call.config)
         return limit
@@ -525,67 +512,5 @@ def _limit_of_selection(
 ) -> str | None:
     """Why the fused backend cannot select blocks, with the remedy; None if it can."""
     if cache is None:
-        return _limit_without_cache(q, k[0], config)
+        return limit_without_cache(q, k[0], config)
     return "it has no select_blocks with a cache; use backend='reference' or 'auto'"
-
-
-def _limit_without_cache(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
-    from nsa.fused.constraints import unsupported_reason
-
-    return unsupported_reason(q, v, config)
-
-
-def _choose(backend: str, limit: str | None) -> str | None:
-    """The backend to use, given the limit of the fused one; None if there is no backend."""
-    if backend == "auto":
-        return "fused" if limit is None else "reference"
-    return None if backend == "fused" and limit is not None else backend
-
-
-def _describe_limit(limit: str | None) -> str:
-    return "fused can do this" if limit is None else f"fused cannot do this: {limit}"
-
-
-def backend_module(backend: str, q: Tensor, v: tuple[Tensor, ...], config: NSAConfig) -> ModuleType:
-    """The package that attends; ``v`` are the values of each branch."""
-    return choose_module(backend, q, partial(_limit_without_cache, q, v[0], config))
-
-
-def choose_module(backend: str, q: Tensor, fused_limit: Callable[[], str | None]) -> ModuleType:
-    """The package of the backend to use; ``fused_limit`` says why it cannot be the fused one.
-
-    Raises:
-        ValueError: there is no such backend.
-        UnsupportedError: it is the fused backend, and there is a limit; or it is the reference, and
-            there are no values; or a transform of torch.func runs.
-    """
-    _check_backend(backend)
-    if in_function_transform():
-        raise UnsupportedError(
-            "nsa has no rules for the transforms of torch.func (grad, vmap, jvp, ...); use "
-            "torch.autograd"
-        )
-    limit = fused_limit() if backend != "reference" else None
-    name = _choose(backend, limit)
-    if name is None:
-        raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
-    if name == "fused":
-        from nsa import fused
-
-        return fused
-    refuse_recording("the reference reads values")
-    if has_no_values(q):
-        raise UnsupportedError(
-            "the reference reads values on the host, which meta and fake tensors do not have; give "
-            "tensors with values"
-        )
-    if backend == "auto" and not torch.compiler.is_compiling():
-        _log_once(limit, logging.WARNING if q.is_cuda else logging.INFO)
-    from nsa import reference
-
-    return reference
-
-
-@functools.cache
-def _log_once(limit: str, level: int):
-    _logger.log(level, "backend='auto' uses the reference: %s", _describe_limit(limit))

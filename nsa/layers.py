@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nsa import dispatch, recordings
+from nsa import backends, dispatch, recordings
 from nsa.blocks import BlockPlaces, num_compressed_blocks
 from nsa.cache import Cache
 from nsa.cached_layer import arguments_of_new_tokens
@@ -107,7 +107,7 @@ class NativeSparseAttention(nn.Module):
         _check_sizes(dim, num_heads, num_kv_heads, head_dim, value_head_dim)
         _check_choice("gate", gate, _GATES)
         _check_choice("compressor", compressor, _COMPRESSORS)
-        _check_choice("backend", backend, dispatch.BACKENDS)
+        _check_choice("backend", backend, backends.BACKENDS)
         check_max_workspace_bytes(max_workspace_bytes)
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
         check_config(config)
@@ -340,7 +340,7 @@ class NativeSparseAttention(nn.Module):
                 compressed_dtype=keys[0].dtype if autocast_dtype(x.device) else x.dtype,
                 rope_theta=self.rope_theta,
             )
-        fused = dispatch.uses_fused(self.backend, q, values[0], check_config(self.config))
+        fused = backends.uses_fused(self.backend, q, values[0], check_config(self.config))
         compressed_kv = None
         if self.compress_k is not None:
             # Wrapped linears get the dtype of x.

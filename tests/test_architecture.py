@@ -106,6 +106,7 @@ LAYERS = [
     {"block_index_checks"},
     {"cache"},
     {"reference", "fused"},
+    {"backends"},
     {"dispatch"},
     {"selected_branch"},
     {"linears", "plain_modules"},

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nsa
-from nsa import dispatch
+from nsa import backends
 from nsa.testing import make_inputs
 
 CONFIG = nsa.NSAConfig(num_selected_blocks=2)
@@ -23,9 +23,9 @@ def inputs():
 @pytest.fixture
 def fresh_log():
     """Reasons are logged once a process: forget what other tests logged."""
-    dispatch._log_once.cache_clear()
+    backends._log_once.cache_clear()
     yield
-    dispatch._log_once.cache_clear()
+    backends._log_once.cache_clear()
 
 
 def test_auto_is_the_reference_on_cpu(inputs):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from nsa import dispatch, validation
+from nsa import backends, dispatch, validation
 from nsa.block_index_checks import check_block_indices
 from nsa.config import NSAConfig
 from nsa.distributed.collectives import agree, process_group
@@ -259,4 +259,4 @@ def _choose_backend(backend: str, q: Tensor, v: tuple[Tensor, ...], layout: Layo
             )
         backend = "reference"
     rows = v[0].new_empty((), device="meta").expand(layout.num_keys, *v[0].shape[-2:])
-    return dispatch.backend_module(backend, flat(q), (rows,), layout.config)
+    return backends.backend_module(backend, flat(q), (rows,), layout.config)

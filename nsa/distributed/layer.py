@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from nsa import dispatch
+from nsa import backends
 from nsa.distributed.checks import Part, flat, part_layout
 from nsa.distributed.collectives import process_group
 from nsa.distributed.compression import block_rows
@@ -116,7 +116,7 @@ class LayerPart:
         keys = k.unflatten(-1, (branches, -1, layer.head_dim)).unbind(-3)
         values = v.unflatten(-1, (branches, -1, layer.value_head_dim)).unbind(-3)
         config = check_config(layer.config)
-        fused = dispatch.uses_fused(layer.backend, q, values[0], config)
+        fused = backends.uses_fused(layer.backend, q, values[0], config)
         compress = None
         if layer.compress_k is not None:
             # Wrapped linears get the dtype of x.

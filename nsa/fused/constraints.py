@@ -29,7 +29,8 @@ from nsa.cache.paged_keys import PagedKeys
 from nsa.config import NSAConfig
 from nsa.fused import decoding, fa4, prefill
 from nsa.fused.decode_inputs import MAX_TOKENS
-from nsa.fused.kernel_inputs import MAX_BLOCKS, MAX_GROUP, Rule
+from nsa.fused.kernel_inputs import MAX_BLOCKS
+from nsa.fused.token_inputs import MAX_GROUP, Rule
 from nsa.host import has_no_values, is_capturing
 from nsa.packing import Boundaries
 

@@ -31,7 +31,7 @@ from nsa.fused.decode_inputs import (
     fits_shared_memory,
     resident_ctas,
 )
-from nsa.fused.kernel_inputs import MAX_GROUP
+from nsa.fused.token_inputs import MAX_GROUP
 from nsa.packing import Boundaries
 from nsa.segments import prefix_sum
 

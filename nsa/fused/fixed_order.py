@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.fused.kernel_inputs import BlockLists, TokenBlocks
+from nsa.fused.kernel_inputs import BlockLists
+from nsa.fused.token_inputs import TokenBlocks
 
 
 def order_pairs(

@@ -23,12 +23,10 @@ from nsa.fused.kernel_inputs import (
     Placement,
     Placements,
     RowStatistics,
-    Rule,
     StatisticsPlacements,
-    TokenBlocks,
-    TokenTiles,
 )
 from nsa.fused.plan_tables import TableRule, Tables
+from nsa.fused.token_inputs import Rule, TokenBlocks, TokenTiles
 
 
 @cache

@@ -4,8 +4,8 @@ Tensors are ``(B, T, H, D)`` of queries and ``(B, Tk, H, D)`` of keys; packed in
 The host reads no lengths, so sizes that depend on lengths are upper bounds.
 """
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,23 +26,18 @@ from nsa.fused.kernel_inputs import (
     Placement,
     Placements,
     StatisticsPlacements,
+)
+from nsa.fused.plan_tables import BOUNDS, NO_TABLES, TableRule, Tables, expect
+from nsa.fused.row_layouts import AlignedRows, FoldedQueries, over_batch
+from nsa.fused.scoring import Scoring
+from nsa.fused.token_inputs import (
     TokenBlocks,
     TokenTiles,
     blocks_of_tables,
-    choose_shape,
     make_token_blocks,
     make_token_tiles,
 )
-from nsa.fused.plan_tables import BOUNDS, NO_TABLES, TableRule, Tables, expect, make_rule
-from nsa.fused.row_layouts import AlignedRows, FoldedQueries, over_batch
-from nsa.fused.scoring import Scoring
 from nsa.geometry import Geometry
-from nsa.host import may_keep
-from nsa.packing import Packing
-
-MAX_PLANS = 8
-"""Plans of batches to keep. Few, because each keeps index tensors on the device
-that are as long as the sequences: about 100 bytes a token if packed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -439,99 +434,3 @@ def choose_key_block(block_size: int, config: NSAConfig, head_dim: int) -> int:
     # FA4's tiles of 128 keys need 128 queries, and a head dimension that fits shared memory.
     wide = block_size % 128 == 0 and config.q_tile_size % 128 == 0
     return 128 if wide and head_dim <= 128 else 64
-
-
-@lru_cache(maxsize=64)
-def with_scale(config: NSAConfig, scale: float) -> NSAConfig:
-    """``config`` with an explicit scale, because padding changes ``D`` and so the default scale."""
-    return replace(config, scale=scale)
-
-
-def make_plan(
-    q: Tensor,
-    cu_seqlens: Tensor | None,
-    max_seqlen_k: int | None,
-    config: NSAConfig,
-    packing: Packing | None = None,
-    *,
-    num_keys: int | None = None,
-    num_kv_heads: int | None = None,
-    cu_seqlens_k: Tensor | None = None,
-) -> Plan:
-    """The plan for ``q (B, Nq, H, D)``, or for packed ``q (1, T, H, D)`` with ``cu_seqlens``.
-
-    The plan is kept with ``packing``, if given. Otherwise it has copies of the boundaries, which
-    nobody changes before backward. The host reads the lengths if ``max_seqlen_k`` is None.
-
-    Args:
-        q, cu_seqlens: see above.
-        max_seqlen_k: upper bound on the keys of a packed sequence.
-        config: the configuration, with its scale.
-        packing: the caller's; its boundaries take the place of the others.
-        num_keys: keys of an entry; by default as many as queries.
-        num_kv_heads: KV heads; by default as many as query heads.
-        cu_seqlens_k: boundaries of the keys; by default those of the queries.
-    """
-    num_keys = q.shape[1] if num_keys is None else num_keys
-    if cu_seqlens is None:
-        plan = _cached_batched_plan if may_keep(q) else _batched_plan
-        return plan(q.shape[0], q.shape[1], num_keys, q.shape[-1], q.device, config)
-    if packing is not None:
-        cu_seqlens, cu_seqlens_k = packing.cu_seqlens, packing.cu_seqlens_k
-        max_seqlen_k = packing.max_seqlen_k
-    elif cu_seqlens_k is None or cu_seqlens_k is cu_seqlens:
-        cu_seqlens = cu_seqlens_k = cu_seqlens.clone()
-    else:
-        cu_seqlens, cu_seqlens_k = cu_seqlens.clone(), cu_seqlens_k.clone()
-    if max_seqlen_k is None:
-        max_seqlen_k = int(cu_seqlens_k.diff().max()) if len(cu_seqlens_k) > 1 else 0
-    num_heads, head_dim = q.shape[2:]
-    group = 1 if num_kv_heads is None else num_heads // num_kv_heads
-    tile_tokens = 1 if config.selection == "tile" else choose_shape(head_dim, group).tile_tokens
-    sizes = (q.shape[1], num_keys, head_dim, tile_tokens, min(max_seqlen_k, num_keys))
-    make = partial(_packed_plan, cu_seqlens, cu_seqlens_k, *sizes, config)
-    return make() if packing is None else packing.keep((*sizes, config), make)
-
-
-def _packed_plan(
-    cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor,
-    num_queries: int,
-    num_keys: int,
-    head_dim: int,
-    tile_tokens: int,
-    max_seqlen_k: int,
-    config: NSAConfig,
-) -> Plan:
-    bounds = (cu_seqlens, cu_seqlens_k)
-    geometry = Geometry.packed(*bounds, num_queries, num_keys, config, exact=False)
-    form = compressed_form(config, packed=True, num_compressed=geometry.compressed.total)
-    has_few = config.causal and form is not CompressedForm.NONE
-    key_block = choose_key_block(config.select_block_size, config, head_dim)
-    cmp_key_block = choose_key_block(config.cmp_group_size, config, head_dim)
-    rule = make_rule(
-        config,
-        num_queries=num_queries,
-        num_keys=num_keys,
-        sequences=cu_seqlens.shape[0] - 1,
-        whole=cu_seqlens is cu_seqlens_k,
-        form=form,
-        token_tile=tile_tokens,
-        key_blocks=(key_block, cmp_key_block),
-        most_few_keys=MOST_FEW_KEYS if has_few else 1,
-    )
-    return Plan(geometry, 1, head_dim, *bounds, max_seqlen_k, rule)
-
-
-def _batched_plan(
-    batch: int,
-    num_queries: int,
-    num_keys: int,
-    head_dim: int,
-    device: torch.device,
-    config: NSAConfig,
-) -> Plan:
-    return Plan(Geometry.equal(1, num_queries, num_keys, device, config), batch, head_dim)
-
-
-_cached_batched_plan = lru_cache(maxsize=MAX_PLANS)(_batched_plan)

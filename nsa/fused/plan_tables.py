@@ -18,7 +18,7 @@ BOUNDS = ("compressed", "selection", "tiles", "folded", "key_tiles", "cmp_key_bl
 """Items of which :func:`nsa.fused.kernel_calls.sequence_bounds` gives the boundaries, in order:
 compressed blocks; selection blocks; tiles of queries; folded rows, see
 :class:`nsa.fused.row_layouts.FoldedQueries`; tiles of keys; key blocks of compressed tokens; runs,
-see :class:`nsa.fused.kernel_inputs.TokenBlocks`."""
+see :class:`nsa.fused.token_inputs.TokenBlocks`."""
 
 
 class TableRule(NamedTuple):
@@ -130,10 +130,10 @@ class Tables(NamedTuple):
             its sequence among all; how many it may take, 0 for a token of no sequence; its own, in
             its sequence.
         first_column: ``(T,)``, 0.
-        run_base: ``(T,)``, see :class:`nsa.fused.kernel_inputs.TokenBlocks`, as for the next four.
+        run_base: ``(T,)``, see :class:`nsa.fused.token_inputs.TokenBlocks`, as for the next four.
         block_first, block_keys, block_row: for each selection block.
         run_first: for each run.
-        tile_fields: ``(tiles, 6)``, see :class:`nsa.fused.kernel_inputs.TokenTiles`.
+        tile_fields: ``(tiles, 6)``, see :class:`nsa.fused.token_inputs.TokenTiles`.
         place: ``(T,)``, ``row * d + slot`` of each token in folded rows.
         lse_place: ``(T,)``, the same, but 0 for a token that has no place.
         query_of_slot: ``(rows * d,)``, the token of each.

@@ -13,8 +13,8 @@ from torch.nn.functional import pad
 from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
 from nsa.fused.constraints import kernel_head_dim
-from nsa.fused.kernel_inputs import TokenBlocks, make_token_blocks
-from nsa.fused.plan import MAX_PLANS
+from nsa.fused.planning import MAX_PLANS
+from nsa.fused.token_inputs import TokenBlocks, make_token_blocks
 from nsa.geometry import Geometry
 from nsa.host import is_traced, may_keep
 from nsa.packing import Boundaries, find_packing

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nsa.blocks import num_selection_blocks
 from nsa.fused import kernel_calls
-from nsa.fused.kernel_inputs import Rule, choose_shape
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
+from nsa.fused.token_inputs import Rule, choose_shape
 from nsa.precision import accumulation_dtype
 
 TILE_SCORES = 1 << 26

@@ -274,7 +274,7 @@ def make_sizes(
 ) -> Sizes:
     """Sizes of a call for ``q (B, Nq, H, D)``, with ``B = 1`` for packed input.
 
-    ``num_keys`` and ``cu_seqlens_k`` as in :func:`nsa.fused.plan.make_plan`; ``max_seqlen_k``
+    ``num_keys`` and ``cu_seqlens_k`` as in :func:`nsa.fused.planning.make_plan`; ``max_seqlen_k``
     likewise. ``gated_gradients`` matters for memory alone.
     """
     batch, length, num_heads, head_dim = q.shape

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from nsa import dispatch
+from nsa import backends, dispatch
 from nsa.config import NSAConfig
 from nsa.host import has_readable_values
 from nsa.validation import (
@@ -43,8 +43,8 @@ class GatedAttention(nn.Module):
         super().__init__()
         if gate not in _GATES:
             raise ValueError(f"gate must be one of {_GATES}, got {gate!r}")
-        if backend not in dispatch.BACKENDS:
-            raise ValueError(f"backend must be one of {dispatch.BACKENDS}, got {backend!r}")
+        if backend not in backends.BACKENDS:
+            raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
         check_max_workspace_bytes(max_workspace_bytes)
         self.nsa_config = check_config(config)
         self.max_workspace_bytes = max_workspace_bytes

@@ -38,7 +38,7 @@ from nsa.fused.hardware import LOG2_E
 from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.memory import workspace_bytes
 from nsa.fused.pipeline import Inputs
-from nsa.fused.plan import make_plan, with_scale
+from nsa.fused.planning import make_plan, with_scale
 from nsa.fused.schedule import Schedule, run_forward
 from nsa.fused.selection import select_bytes
 from nsa.fused.sizes import make_sizes

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import nsa
 from nsa.fused import block_lists
 from nsa.fused.kernel_inputs import BlockLists
-from nsa.fused.plan import make_plan
+from nsa.fused.planning import make_plan
 from nsa.testing import make_cu_seqlens
 from tests.helpers.profiles import WITH_FIXTURES, examples
 

@@ -6,7 +6,7 @@ import torch
 import nsa
 from nsa.blocks import num_compressed_blocks
 from nsa.fused.compression import compress, compress_pair, compress_pair_backward
-from nsa.fused.plan import make_plan
+from nsa.fused.planning import make_plan
 from nsa.testing import make_cu_seqlens
 from tests.helpers.gpu_cases import slice_of_heads
 

@@ -6,7 +6,7 @@ import torch
 import nsa
 from nsa.fused import kernel_calls
 from nsa.fused.kernel_inputs import MOST_FEW_KEYS
-from nsa.fused.plan import make_plan
+from nsa.fused.planning import make_plan
 from nsa.testing import make_cu_seqlens, make_inputs
 
 LENGTHS = [5, 0, 40, 1, 100, 33, 64]

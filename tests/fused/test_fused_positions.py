@@ -7,7 +7,8 @@ from hypothesis import given, settings
 import nsa
 from nsa.fused.attention import selected_attention, selected_attention_backward
 from nsa.fused.kernel_inputs import RowStatistics
-from nsa.fused.plan import Plan, with_scale
+from nsa.fused.plan import Plan
+from nsa.fused.planning import with_scale
 from nsa.fused.selection import select_blocks
 from nsa.geometry import Geometry
 from nsa.reference import attention, selection

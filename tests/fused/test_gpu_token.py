@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nsa
-from nsa.fused.plan import make_plan
+from nsa.fused.planning import make_plan
 from nsa.fused.selection import select_blocks
 from nsa.geometry import Geometry
 from nsa.reference.compression import compress

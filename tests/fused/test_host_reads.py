@@ -8,7 +8,7 @@ import torch
 import nsa
 from nsa import block_index_checks, host, layers, packing
 from nsa.fused import entry, schedule
-from nsa.fused import plan as plans
+from nsa.fused import planning as plans
 from nsa.fused.schedule import run_backward, run_forward
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.host_reads import NoHostReads

@@ -9,7 +9,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import nsa
-from nsa.fused.plan import Plan, make_plan
+from nsa.fused.plan import Plan
+from nsa.fused.planning import make_plan
 from nsa.geometry import Geometry
 from nsa.packing import MAX_KEPT
 from nsa.testing import make_cu_seqlens

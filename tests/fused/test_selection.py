@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import nsa
 from nsa.fused import kernel_calls, selection
-from nsa.fused.plan import make_plan
+from nsa.fused.planning import make_plan
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers import emulated_kernels
 from tests.helpers.profiles import WITH_FIXTURES, examples

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import nsa
-from nsa.fused.kernel_inputs import make_token_blocks
+from nsa.fused.token_inputs import make_token_blocks
 from nsa.fused.waves import (
     GRADIENT_BYTES,
     WORKSPACE_BYTES,

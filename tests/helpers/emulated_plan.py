@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 import nsa
-from nsa.fused.kernel_inputs import make_token_blocks, make_token_tiles
 from nsa.fused.plan import Plan
 from nsa.fused.plan_tables import Tables, table_shapes
 from nsa.fused.row_layouts import AlignedRows, FoldedQueries
+from nsa.fused.token_inputs import make_token_blocks, make_token_tiles
 from nsa.geometry import Geometry
 from nsa.segments import prefix_sum
 

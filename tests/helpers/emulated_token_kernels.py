@@ -6,7 +6,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from nsa.fused.kernel_inputs import RowStatistics, choose_shape
+from nsa.fused.kernel_inputs import RowStatistics
+from nsa.fused.token_inputs import choose_shape
 from nsa.precision import accumulation_dtype
 from tests.helpers import emulated_fa4, emulated_kernels
 

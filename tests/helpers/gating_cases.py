@@ -6,7 +6,7 @@ import torch
 
 import nsa
 from nsa.fused.kernel_inputs import IN_ORDER, Placement, StatisticsPlacements
-from nsa.fused.plan import make_plan
+from nsa.fused.planning import make_plan
 from nsa.precision import accumulation_dtype
 from nsa.testing import make_cu_seqlens
 from tests.helpers.gpu_cases import slice_of_heads

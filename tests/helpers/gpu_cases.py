@@ -12,7 +12,7 @@ import nsa
 from nsa.fused import compressed_forms, constraints, entry
 from nsa.fused.attention import folded
 from nsa.fused.compression import compress
-from nsa.fused.plan import make_plan
+from nsa.fused.planning import make_plan
 from nsa.fused.selection import select_groups
 from nsa.packing import check_boundaries
 from nsa.reference import pipeline as reference_pipeline

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import nsa
-from nsa.fused.kernel_inputs import TokenBlocks, make_token_blocks
+from nsa.fused.token_inputs import TokenBlocks, make_token_blocks
 from nsa.geometry import Geometry
 from nsa.segments import QuerySegments, Segments, prefix_sum
 from nsa.testing import make_cu_seqlens

@@ -5,8 +5,8 @@ import torch
 
 import nsa
 from nsa.fused import kernel_calls
-from nsa.fused.kernel_inputs import Rule, choose_shape
-from nsa.fused.plan import make_plan
+from nsa.fused.planning import make_plan
+from nsa.fused.token_inputs import Rule, choose_shape
 from nsa.testing import make_cu_seqlens
 from tests.helpers import emulated_token_kernels
 from tests.helpers.gpu_cases import gpu_test

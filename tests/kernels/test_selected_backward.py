@@ -7,7 +7,7 @@ import nsa
 from nsa.fused import kernel_calls
 from nsa.fused import waves as wave_sizes
 from nsa.fused.kernel_inputs import RowStatistics
-from nsa.fused.plan import make_plan
+from nsa.fused.planning import make_plan
 from nsa.testing import assert_as_accurate
 from tests.helpers import emulated_token_kernels
 from tests.helpers.gpu_cases import gpu_test

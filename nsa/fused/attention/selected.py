@@ -14,9 +14,10 @@ from nsa.fused.attention.fa4_calls import (
     sparse_forward,
 )
 from nsa.fused.block_lists import selected_lists
-from nsa.fused.kernel_inputs import Pair, RowStatistics, TokenBlocks
+from nsa.fused.kernel_inputs import Pair, RowStatistics
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
+from nsa.fused.token_inputs import TokenBlocks
 from nsa.fused.waves import (
     WORKSPACE_BYTES,
     choose_chunk_tokens,

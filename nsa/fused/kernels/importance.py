@@ -28,15 +28,6 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP, WGMMA_ROWS
-from nsa.fused.kernel_inputs import (
-    MAX_GROUP,
-    PITCH,
-    TILE_FIELDS,
-    WARPGROUPS,
-    Rule,
-    TokenTiles,
-    choose_shape,
-)
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import gemm, make_smem_layout, mlir_namedtuple
 from nsa.fused.kernels.vectors import (
@@ -46,6 +37,15 @@ from nsa.fused.kernels.vectors import (
     fake_flat,
     flat,
     flat_rows,
+)
+from nsa.fused.token_inputs import (
+    MAX_GROUP,
+    PITCH,
+    TILE_FIELDS,
+    WARPGROUPS,
+    Rule,
+    TokenTiles,
+    choose_shape,
 )
 
 _THREADS = (1 + WARPGROUPS) * WARPGROUP

@@ -20,10 +20,10 @@ from cutlass import Int32, Int64, const_expr
 from torch import Tensor
 
 from nsa.fused.hardware import WARP
-from nsa.fused.kernel_inputs import TokenBlocks
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
 from nsa.fused.kernels.vectors import fake_flat, is_aligned
+from nsa.fused.token_inputs import TokenBlocks
 
 ITEM_FIELDS = 6
 """A work item has six numbers: first position, pairs, first key, keys, the row of q at the first

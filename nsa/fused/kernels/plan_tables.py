@@ -315,7 +315,7 @@ class PlanTables:
     def _write_fields(
         self, tensors: _Tensors, starts: _Starts, rule: _Rule, i: Int32, done: Int32, s: Int32
     ):
-        """See :class:`nsa.fused.kernel_inputs.TokenTiles`."""
+        """See :class:`nsa.fused.token_inputs.TokenTiles`."""
         own = _sequence(tensors, rule, s)
         fields = (
             own.query_start + done,

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from nsa.fused.fixed_order import order_pairs
 from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARP, WARP_ROWS, WARPGROUP
-from nsa.fused.kernel_inputs import Pair, RowStatistics, TokenBlocks
+from nsa.fused.kernel_inputs import Pair, RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.hopper import (
@@ -77,6 +77,7 @@ from nsa.fused.kernels.rows import (
     pair_and_head,
 )
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat, flat_rows
+from nsa.fused.token_inputs import TokenBlocks
 from nsa.fused.waves import (
     choose_chunk_tokens,
     has_wide_rows,

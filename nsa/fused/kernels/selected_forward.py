@@ -29,7 +29,6 @@ from cutlass.tensor_utils import LayoutEnum
 from torch import Tensor
 
 from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARPGROUP
-from nsa.fused.kernel_inputs import TokenBlocks
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.forward_tiles import (
     GROUP_COLUMNS,
@@ -88,6 +87,7 @@ from nsa.fused.kernels.vectors import (
     flat_rows,
     store_vector,
 )
+from nsa.fused.token_inputs import TokenBlocks
 from nsa.fused.waves import (
     choose_chunk_tokens,
     partial_words,
