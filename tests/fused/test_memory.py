@@ -84,9 +84,9 @@ def test_estimate_by_hand():
     mib = 1 << 20
     # Three outputs with 2 MiB of log-sum-exp each.
     branches = 3 * 64 + 3 * 2
-    # 256 tiles of 8 heads, 16 blocks each, against 1024 compressed keys; two steps of scores, the
-    # float32 summaries twice and compressed keys; indices and lists.
-    forward = branches + 2 * 8 + (2 * 0.5 + 0.5) + 2 * 0.25 + 2 * 0.125
+    # 256 tiles of 8 heads, 16 blocks each, against 1024 compressed keys; scores, all in one step,
+    # and the first query of each tile, by head; indices and lists.
+    forward = branches + 8 + 0.25 + 2 * 0.25 + 2 * 0.125
     assert workspace_bytes(sizes, 2, save=False, recompute=False) == forward * mib
     # In the compressed branch: gradients of q, k and v of two branches; compressed keys, copies of
     # them for each query head, gradients of both; the gradient of q; FA4's accumulators of q with

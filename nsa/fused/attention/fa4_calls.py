@@ -82,7 +82,7 @@ def sparse_backward(
     if goes_by_query(lists.key_block, q_rows.shape[-1]):
         limit = mask.get("key_limit")
         dq, dk, dv = kernel_calls.listed_backward(
-            *tensors, lists, scale, limit, deterministic, sums
+            *tensors, lists, scale, limit, deterministic=deterministic, sums=sums
         )
     else:
         transposed = transpose_lists(lists, k_rows.shape[1])
