@@ -37,7 +37,12 @@ from nsa.rope import Positions, rotate
 from nsa.segments import locate_items, prefix_sum
 from nsa.validation import check_config, check_flag, check_max_workspace_bytes, check_size
 
-_PLAIN_TYPES = (nn.Linear, nn.SiLU, MLP, BlockCompressor)
+_PLAIN_TYPES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight", "bias"),
+    nn.SiLU: (),
+    MLP: (),
+    BlockCompressor: ("position",),
+}
 _GATES = ("hidden", "q")
 _COMPRESSORS = ("mlp", "mean")
 
@@ -215,21 +220,24 @@ class NativeSparseAttention(nn.Module):
         if self.context_parallel is not None:
             return self.context_parallel.forward(self, x, cu_seqlens, max_seqlen, cache)
         if cu_seqlens is None and max_seqlen is None and cache is None:
-            parameters = self._parameters_to_record(x)
-            if parameters is not None:
-                return recordings.run(self._form(), self._forward, (x,), parameters)
+            plain = self._parameters_to_record(x)
+            if plain is not None:
+                parameters, kinds = plain
+                return recordings.run((*self._form(), kinds), self._forward, (x,), parameters)
         return self._forward(x, cu_seqlens, max_seqlen, cache)
 
-    def _parameters_to_record(self, x) -> list[Tensor] | None:
-        """All parameters; None if calls cannot be recorded, see :mod:`nsa.recordings`."""
+    def _parameters_to_record(self, x) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:
+        """All parameters, and the modules that they are of; None if calls cannot be recorded, see
+        :mod:`nsa.recordings`."""
         if torch.compiler.is_compiling() or not isinstance(x, Tensor) or self.recompute:
             return None
         if type(self) is not NativeSparseAttention or self.backend == "reference":
             return None
-        parameters = plain_parameters(self._modules, _PLAIN_TYPES)
-        if parameters is None or self.gate_proj_weight is None:
-            return parameters
-        return [*parameters, self.gate_proj_weight]
+        plain = plain_parameters(self._modules, _PLAIN_TYPES)
+        if plain is None or self.gate_proj_weight is None:
+            return plain
+        parameters, kinds = plain
+        return [*parameters, self.gate_proj_weight], kinds
 
     def _form(self) -> tuple:
         """What :meth:`_forward` depends on beside tensors."""

@@ -474,6 +474,8 @@ class _Recorder(RecordingMode):
         if isinstance(x, Tensor):
             number = self._number_of(x)
             if number is None:
+                if x.requires_grad:
+                    raise NotRecordable("it depends on a tensor that is not given")
                 return x
             base = self._bases[number]
             if x.dtype != base.dtype:

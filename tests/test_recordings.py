@@ -242,6 +242,55 @@ def test_changed_modules_run_step_by_step(change, emulated):
     assert len(calls) == 3
 
 
+def with_bare_weight(module, name, make):
+    weight = getattr(module, name).detach().clone()
+    delattr(module, name)
+    make(module, name, weight)
+
+
+BARE = {
+    "buffer": lambda module, name, x: module.register_buffer(name, x),
+    "attribute": setattr,
+    "leaf": lambda module, name, x: setattr(module, name, x.requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("kind", BARE)
+@pytest.mark.parametrize("path", ["q_proj.weight", "o_proj.bias", "compress_k.position"])
+def test_weights_that_are_no_parameters(kind, path, emulated):
+    layer = make_layer(bias=True)
+    owner, name = path.split(".")
+    module = getattr(layer, owner)
+    with_bare_weight(module, name, BARE[kind])
+    for _ in range(4):
+        inputs = [getattr(module, name)] if kind == "leaf" else []
+        x = new_input()
+        got, wanted = (with_gradients(call, x, inputs) for call in (layer, layer._forward))
+        assert all(map(torch.equal, got, wanted))
+        setattr(module, name, torch.randn_like(getattr(module, name)).requires_grad_(bool(inputs)))
+
+
+def without_silu(layer):
+    layer.gate_mlp = type(layer.gate_mlp)(layer.gate_mlp[0], layer.gate_mlp[2])
+
+
+def in_another_order(layer):
+    first = layer.compress_k
+    del layer.compress_k
+    layer.compress_k = first
+
+
+@pytest.mark.parametrize("change", [without_silu, in_another_order])
+def test_layers_of_other_modules_have_other_recordings(change, emulated):
+    layer = make_layer()
+    for _ in range(3):
+        layer(new_input())
+    assert recorded()
+    change(layer)
+    x = new_input()
+    assert torch.equal(layer(x), layer._forward(x))
+
+
 class Mode(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
