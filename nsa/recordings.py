@@ -79,8 +79,13 @@ def run(
             _recordings[form] = _SEEN
             if len(_recordings) > MAX_RECORDINGS:
                 _recordings.popitem(last=False)
-    if recording is _SEEN:
-        recording = _record(function, tensors, parameters, differentiable)
+    # One at a time, because recorders mark memories. Others run step by step instead of waiting,
+    # which could be for their own thread: an autograd thread whose backward calls this again.
+    if recording is _SEEN and _one_records.acquire(blocking=False):
+        try:
+            recording = _record(function, tensors, parameters, differentiable)
+        finally:
+            _one_records.release()
         with _lock:
             _recordings[form] = recording
     if not isinstance(recording, Recording):
@@ -101,6 +106,7 @@ def launch(kernel: Callable, *arguments) -> None:
 _NEW, _SEEN, _REFUSED = object(), object(), object()
 _recordings: OrderedDict[Hashable, Any] = OrderedDict()
 _lock = Lock()
+_one_records = Lock()
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 

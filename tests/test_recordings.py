@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 import weakref
 
 import pytest
@@ -317,6 +318,31 @@ def test_who_looks_at_operations_sees_them(context):
         for _ in range(3):
             recordings.run("key", function, (torch.ones(3, requires_grad=True),))
     assert len(seen) == 3
+
+
+def test_threads_that_record_one_layer(emulated, monkeypatch):
+    layer, other = make_layer(), make_layer()
+    for p in other.parameters():
+        nn.init.normal_(p, std=0.1)
+    xs = [new_input(tokens=tokens) for tokens in (64, 96)]
+    for x in xs:
+        layer(x)
+    both, start = threading.Barrier(2), recordings._Recorder.__init__
+
+    def start_together(*args):
+        start(*args)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recordings._Recorder, "__init__", start_together)
+        threads = [threading.Thread(target=layer, args=(x,)) for x in xs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for x in xs:
+        assert torch.equal(other(x), other._forward(x))
 
 
 def test_checkpoint(emulated):
