@@ -185,8 +185,13 @@ def _may_record(options: dict[str, Any]) -> bool:
     )
 
 
+_PARTS = {"k": 3, "v": 3, "compressed_kv": 2}
+"""Tensors of an argument that is a tuple."""
+
+
 def _flatten(floats: dict[str, Any]) -> tuple[tuple[str, ...], list[Tensor]] | None:
-    """The tensors that are given, and a name for each. None if something else is.
+    """The tensors that are given, and a name for each. None if something else is, or as many
+    tensors as no call takes.
 
     A tuple has its name as often as it has tensors, but once if all are the same.
     """
@@ -195,6 +200,8 @@ def _flatten(floats: dict[str, Any]) -> tuple[tuple[str, ...], list[Tensor]] | N
         if value is None:
             continue
         parts = value if isinstance(value, (tuple, list)) else (value,)
+        if parts is value and len(parts) != _PARTS.get(name):
+            return None
         if name in "kv" and all(x is parts[0] for x in parts):
             parts = parts[:1]
         for x in parts:

@@ -35,11 +35,13 @@ def _collect(modules: dict, types: Types, found: list[Tensor], kinds: list[Hasha
         if needed is None or "forward" in state or any(map(state.get, _HOOKS)):
             return False
         parameters = state["_parameters"]
-        if any(x not in parameters or x in state for x in needed):
-            return False
+        for x in needed:
+            if x not in parameters or x in state:
+                return False
         found += [x for x in parameters.values() if x is not None]
-        kinds += (name, kind)
-        if not _collect(state["_modules"], types, found, kinds):
+        kinds.append((name, kind))
+        inner = state["_modules"]
+        if inner and not _collect(inner, types, found, kinds):
             return False
     kinds.append(None)
     return True

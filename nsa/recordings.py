@@ -124,7 +124,12 @@ def _may_record(given: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.is_anomaly_enabled()
         and all(
-            type(x) in _PLAIN_TYPES and x.data_ptr() % 16 == 0 and x.device == device for x in given
+            type(x) in _PLAIN_TYPES
+            and x.layout is torch.strided
+            and not x.is_nested
+            and x.data_ptr() % 16 == 0
+            and x.device == device
+            for x in given
         )
         and all(x.is_leaf and not x._backward_hooks for x in parameters)
     )

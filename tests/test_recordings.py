@@ -211,6 +211,30 @@ def test_wrong_arguments_are_found_after_a_recording(emulated):
         nsa.forward(q, k[:, 1:], k.clone(), backend="fused")
 
 
+WRONG = {
+    "k of two": (lambda q, k: dict(k=(k, k)), ValueError, "k must be one tensor or three"),
+    "k of none": (lambda q, k: dict(k=()), ValueError, "k must be one tensor or three"),
+    "q in a tuple": (lambda q, k: dict(q=(q,)), TypeError, "q must be a tensor, got tuple"),
+    "gates in a list": (
+        lambda q, k: dict(gates=[q[..., :3]]), TypeError, "gates must be a tensor, got list",
+    ),
+    "sparse q": (lambda q, k: dict(q=q.to_sparse()), TypeError, "q must be a dense tensor"),
+    "nested q": (
+        lambda q, k: dict(q=torch.nested.nested_tensor([q[0]])), TypeError, "must be a dense",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("case", WRONG)
+def test_arguments_of_wrong_kinds_raise_as_step_by_step(case, emulated):
+    change, error, message = WRONG[case]
+    q, k = torch.randn(1, 64, HEADS, 64), torch.randn(1, 64, 1, 64)
+    for _ in range(3):
+        with pytest.raises(error, match=message):
+            nsa.forward(**dict(q=q, k=k, v=k.clone()) | change(q, k), backend="fused")
+
+
 class Wrapped(nn.Linear):
     pass
 
@@ -324,6 +348,8 @@ def test_threads_that_record_one_layer(emulated, monkeypatch):
     layer, other = make_layer(), make_layer()
     for p in other.parameters():
         nn.init.normal_(p, std=0.1)
+    for frozen in (layer, other):
+        frozen.requires_grad_(False)
     xs = [new_input(tokens=tokens) for tokens in (64, 96)]
     for x in xs:
         layer(x)
