@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from nsa.host import NotRecordable, RecordingMode, may_keep
 from nsa.precision import autocast_dtype, without_autocast
@@ -120,6 +121,7 @@ def _may_record(given: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.is_anomaly_enabled()

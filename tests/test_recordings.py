@@ -325,6 +325,7 @@ CONTEXTS = {
     "dispatch mode": Mode,
     "function mode": torch.overrides.BaseTorchFunctionMode,
     "saved tensors": lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+    "dual numbers": torch.autograd.forward_ad.dual_level,
     "anomalies": torch.autograd.detect_anomaly,
 }
 
