@@ -217,7 +217,14 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recording: Recording, *given):
         out, saved = recording.forward(given)
-        ctx.save_for_backward(*saved)
+        # Of a leaf, a view keeps the memory that it has now, as `leaf.data` may be set to another.
+        # The leaves themselves connect the gradients of `create_graph` to them.
+        num_given = len(given)
+        at = [i for i, n in enumerate(recording.saved) if n < num_given and saved[i].is_leaf]
+        leaves = [saved[i] for i in at]
+        for i in at:
+            saved[i] = saved[i].detach()
+        ctx.save_for_backward(*saved, *leaves)
         ctx.recording = recording
         return out
 
@@ -225,7 +232,8 @@ class _Node(torch.autograd.Function):
     def backward(ctx, dout):
         if torch.is_grad_enabled():  # create_graph
             return None, *_Gradients.apply(ctx.recording, dout, *ctx.saved_tensors)
-        return None, *ctx.recording.backward(dout, ctx.saved_tensors)
+        saved = ctx.saved_tensors[: len(ctx.recording.saved)]
+        return None, *ctx.recording.backward(dout, saved)
 
 
 class _Gradients(torch.autograd.Function):
@@ -233,7 +241,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(_, recording: Recording, dout: Tensor, *saved):
-        return tuple(recording.backward(dout, saved))
+        return tuple(recording.backward(dout, saved[: len(recording.saved)]))
 
     @staticmethod
     def backward(_, *__):

@@ -463,6 +463,31 @@ def test_input_that_is_changed_before_the_backward_raises(emulated):
             y.sum().backward()
 
 
+def test_backward_uses_the_weights_of_the_forward(emulated):
+    layer = make_layer()
+    for _ in range(3):
+        x, results = new_input().requires_grad_(), []
+        for call in (layer, layer._forward):
+            y = call(x)
+            kept = [p.data for p in layer.parameters()]
+            for p in layer.parameters():
+                p.data = torch.zeros_like(p)
+            results.append(torch.autograd.grad(y.sum(), x)[0])
+            for p, data in zip(layer.parameters(), kept, strict=True):
+                p.data = data
+        assert torch.equal(*results)
+    assert recorded()
+
+
+def test_second_derivative_in_a_weight_raises(emulated):
+    layer = make_layer()
+    for _ in range(3):
+        x = new_input().requires_grad_()
+        (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.autograd.grad(dx.sum(), layer.o_proj.weight)
+
+
 def test_output_may_be_changed(emulated):
     layer = make_layer()
     for _ in range(3):
