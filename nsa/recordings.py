@@ -36,7 +36,7 @@ ENABLED = True
 are recorded already."""
 
 MAX_RECORDINGS = 64
-"""Recordings to keep, and forms that were seen once."""
+"""Recordings to keep, and forms that were seen once: those that were called last."""
 
 MAX_ELEMENTS = 1 << 25
 """Elements of the first tensor up to which calls are recorded. The host is faster than the GPU in
@@ -80,6 +80,8 @@ def run(
             _recordings[form] = _SEEN
             if len(_recordings) > MAX_RECORDINGS:
                 _recordings.popitem(last=False)
+        else:
+            _recordings.move_to_end(form)
     # One at a time, because recorders mark memories. Others run step by step instead of waiting,
     # which could be for their own thread: an autograd thread whose backward calls this again.
     if recording is _SEEN and _one_records.acquire(blocking=False):

@@ -569,6 +569,21 @@ def test_few_are_kept(monkeypatch):
     assert len(recordings._recordings) == 4
 
 
+def test_those_called_last_are_kept(monkeypatch):
+    monkeypatch.setattr(recordings, "MAX_RECORDINGS", 4)
+    seen = []
+
+    def function(x):
+        seen.append(x.shape)
+        return x * 2
+
+    for size in range(2, 20):
+        for x in (torch.randn(1), torch.randn(size)):
+            recordings.run("key", function, (x,))
+    # In the first call, and to rehearse and record in the second.
+    assert seen.count((1,)) <= 3
+
+
 def test_constants_are_kept_and_parameters_are_not():
     table = torch.randn(3)
     weight = nn.Parameter(torch.randn(3))
