@@ -190,6 +190,8 @@ class Recording(NamedTuple):
         memories: Memories = [None] * self.memories
         for number, x in zip(self.saved, saved, strict=True):
             memories[number] = x
+        if type(dout) is not Tensor:
+            dout = _plain(dout)
         if not dout.is_contiguous() or dout.data_ptr() % 16:
             dout = dout.clone(memory_format=torch.contiguous_format)
         assert self.dout is not None  # as there is a backward
@@ -198,6 +200,15 @@ class Recording(NamedTuple):
             del dout
             _run(self.backward_steps, memories)
         return [None if get is None else get(memories) for get in self.gradients]
+
+
+def _plain(dout: Tensor) -> Tensor:
+    """A copy of a subclass, which launches could not read, and whose operations give more of it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        copy = dout.clone(memory_format=torch.contiguous_format)
+    if type(copy) is not Tensor:
+        raise TypeError(f"the output's gradient must be a plain tensor, got {type(copy).__name__}")
+    return copy
 
 
 def _run(steps: tuple[_Step, ...], memories: Memories) -> None:

@@ -8,7 +8,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.distributed import _functional_collectives as funcol
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import nsa
@@ -486,6 +488,27 @@ def test_second_derivative_in_a_weight_raises(emulated):
         (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiated once"):
             torch.autograd.grad(dx.sum(), layer.o_proj.weight)
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+def test_gradient_of_the_output_of_a_subclass(emulated, mesh):
+    layer = make_layer()
+    for _ in range(3):
+        x = new_input().requires_grad_()
+        y = layer(x)
+        dy = torch.randn_like(y)
+        reduced = funcol.all_reduce(dy, "sum", mesh)
+        assert type(reduced) is not torch.Tensor
+        (wanted,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        for other in (dy.as_subclass(Sub), nn.Parameter(dy), reduced):
+            (got,) = torch.autograd.grad(y, x, other, retain_graph=True)
+            assert type(got) is torch.Tensor
+            assert torch.equal(got, wanted)
+    with pytest.raises(TypeError, match="plain tensor, got DTensor"):
+        y.backward(DTensor.from_local(dy, mesh))
 
 
 def test_output_may_be_changed(emulated):
