@@ -178,7 +178,8 @@ def _may_record(options: dict[str, Any]) -> bool:
     """Whether calls with these options can be recorded, see :mod:`nsa.recordings`."""
     kinds = {"config": NSAConfig, "max_workspace_bytes": int, "backend": str}
     return (
-        not torch.compiler.is_compiling()
+        recordings.ENABLED
+        and not torch.compiler.is_compiling()
         and options["backend"] != "reference"
         # Equal keys must be valid alike, and 1 is no flag.
         and all(x is None or type(x) is kinds.get(name, bool) for name, x in options.items())

@@ -229,7 +229,9 @@ class NativeSparseAttention(nn.Module):
     def _parameters_to_record(self, x) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:
         """All parameters, and the modules that they are of; None if calls cannot be recorded, see
         :mod:`nsa.recordings`."""
-        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or self.recompute:
+        if not recordings.ENABLED or torch.compiler.is_compiling() or self.recompute:
+            return None
+        if not isinstance(x, Tensor):
             return None
         if type(self) is not NativeSparseAttention or self.backend == "reference":
             return None

@@ -31,9 +31,9 @@ from torch.autograd import forward_ad
 from nsa.host import NotRecordable, RecordingMode, may_keep
 from nsa.precision import autocast_dtype, without_autocast
 
-ENABLED = True
-"""Whether calls are recorded. ``nsa.recordings.ENABLED = False`` turns it off, also for calls that
-are recorded already."""
+ENABLED = False
+"""Whether calls are recorded. ``nsa.recordings.ENABLED = True`` turns it on, also for layers that
+exist. Off, because most of its tests have not run on a GPU yet."""
 
 MAX_RECORDINGS = 64
 """Recordings to keep, and forms that were seen once: those that were called last."""

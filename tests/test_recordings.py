@@ -26,6 +26,7 @@ modes = pytest.mark.parametrize("mode", PRESETS)
 
 @pytest.fixture(autouse=True)
 def _no_recordings(monkeypatch):
+    monkeypatch.setattr(recordings, "ENABLED", True)
     monkeypatch.setattr(recordings, "_recordings", type(recordings._recordings)())
 
 

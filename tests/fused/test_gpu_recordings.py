@@ -30,6 +30,7 @@ DIM, HEADS, TOKENS = 1024, 16, 1500
 
 @pytest.fixture(autouse=True)
 def _no_recordings(monkeypatch):
+    monkeypatch.setattr(recordings, "ENABLED", True)
     monkeypatch.setattr(recordings, "_recordings", type(recordings._recordings)())
 
 
