@@ -165,7 +165,7 @@ def forward(
         max_seqlen_k=max_seqlen_k,
         cache=cache,
     )
-    if all(x is None for x in others.values()) and _may_record(options):
+    if _may_record(options) and all(x is None for x in others.values()):
         flat = _flatten(floats)
         if flat is not None:
             names, tensors = flat

@@ -421,7 +421,7 @@ def round_listed_sums(sums: Tensor, out: Tensor, factor: float) -> None:
         out: ``(T, H, D)``, contiguous, bfloat16 or float16.
         factor: see above.
     """
-    return _kernels("listed_backward").round_listed_sums(**locals())
+    return _kernels("block_sums").round_listed_sums(**locals())
 
 
 def importance_scores(

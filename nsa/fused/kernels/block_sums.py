@@ -106,10 +106,10 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"block-sums-{name}-{dim}", functools.partial(compile_convert, dtype, dim)
 
 
-def round_block_sums(sums: Tensor, out: Tensor, factor: float) -> None:
-    """Write ``factor * sums`` in the dtype and order of ``out (..., keys, H_kv, D)``, contiguous.
+def round_listed_sums(sums: Tensor, out: Tensor, factor: float) -> None:
+    """See :func:`nsa.fused.kernel_calls.round_listed_sums`; ``out (..., keys, H_kv, D)``.
 
-    ``sums`` are those of the heads of one block of keys after another, float32 and contiguous.
+    ``sums`` are those of the heads of one block of keys after another.
     """
     if out.numel():
         kv_heads, head_dim = out.shape[-2:]

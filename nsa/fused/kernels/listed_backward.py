@@ -28,7 +28,7 @@ from torch import Tensor
 from nsa.fused.fixed_order import heads_together, take_turns
 from nsa.fused.hardware import LOG2_E, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
-from nsa.fused.kernels.block_sums import add_block, round_block_sums
+from nsa.fused.kernels.block_sums import add_block, round_listed_sums
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import (
     arrive_inc,
@@ -558,13 +558,8 @@ def listed_backward(
         dk, dv = (_of_key_blocks(x, order.popular, num_blocks, k) for x in (dk, dv))
     grads = [torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (k, v)]
     for total, grad, factor in zip((dk, dv), grads, (scale, 1.0), strict=True):
-        round_block_sums(total, grad, factor)
+        round_listed_sums(total, grad, factor)
     return dq, *grads
-
-
-def round_listed_sums(sums: Tensor, out: Tensor, factor: float) -> None:
-    """See :func:`nsa.fused.kernel_calls.round_listed_sums`."""
-    round_block_sums(sums, out, factor)
 
 
 def _of_key_blocks(sums: Tensor, popular: Tensor, num_blocks: int, k: Tensor) -> Tensor:
