@@ -66,6 +66,23 @@ def step_by_step(call, *arguments):
         recordings.ENABLED = True
 
 
+def without_rounding(results, layer) -> list[torch.Tensor]:
+    """Results of :func:`with_gradients` but for a gradient that is rounding alone, thus small.
+
+    A constant added to all compressed keys changes no output, so the gradient of their last bias
+    is zero. Gradients of single blocks cancel in it, and what is left of their last bits differs.
+    """
+    first = len(results) - len(list(layer.parameters()))
+    gradients = dict(
+        zip((name for name, _ in layer.named_parameters()), results[first:], strict=True)
+    )
+    rounding = gradients.pop("compress_k.mlp.2.bias", None)
+    if rounding is not None:
+        weight = gradients["compress_k.mlp.2.weight"]
+        assert rounding.float().norm() <= 1e-3 * weight.float().norm()
+    return [*results[:first], *gradients.values()]
+
+
 def assert_same(got, wanted):
     """The same output. Gradients are added in any order, so their last bits differ."""
     assert torch.equal(got[0], wanted[0])
@@ -81,7 +98,8 @@ def test_layer(form, batch):
     for turn in range(4):
         x = torch.randn(batch, TOKENS, DIM, device="cuda", dtype=parameters[0].dtype)
         got = with_gradients(layer, [x], parameters)
-        assert_same(got, step_by_step(with_gradients, layer, [x], parameters))
+        wanted = step_by_step(with_gradients, layer, [x], parameters)
+        assert_same(without_rounding(got, layer), without_rounding(wanted, layer))
         assert is_recorded() == (turn > 0)
         with torch.no_grad():
             for p in parameters:
