@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import nsa
 from nsa import recordings
 from nsa.fused import compressed_forms
-from nsa.recordings import Recording
+from nsa.recorded_call import Recording
+from nsa.recorder import MARK, Recorder
 from tests.helpers.noted_kernels import note_kernels
 
 TOKENS, DIM, HEADS = 300, 128, 4
@@ -357,7 +358,7 @@ def test_threads_that_record_one_layer(emulated, monkeypatch):
     xs = [new_input(tokens=tokens) for tokens in (64, 96)]
     for x in xs:
         layer(x)
-    both, start = threading.Barrier(2), recordings._Recorder.__init__
+    both, start = threading.Barrier(2), Recorder.__init__
 
     def start_together(*args):
         start(*args)
@@ -365,7 +366,7 @@ def test_threads_that_record_one_layer(emulated, monkeypatch):
             both.wait(1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recordings._Recorder, "__init__", start_together)
+        patch.setattr(Recorder, "__init__", start_together)
         threads = [threading.Thread(target=layer, args=(x,)) for x in xs]
         for thread in threads:
             thread.start()
@@ -619,4 +620,4 @@ def test_constants_are_kept_and_parameters_are_not():
             weight.add_(1)
     assert recorded()
     with contextlib.suppress(AttributeError):
-        assert not hasattr(weight.untyped_storage(), recordings._MARK)
+        assert not hasattr(weight.untyped_storage(), MARK)

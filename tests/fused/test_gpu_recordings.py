@@ -7,7 +7,7 @@ import torch
 
 import nsa
 from nsa import recordings
-from nsa.recordings import Recording
+from nsa.recorded_call import Recording
 from tests.helpers.gpu_cases import gpu_test
 
 pytestmark = gpu_test

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from nsa.fused import fa4, kernel_calls
 from nsa.host import RecordingMode
-from nsa.recordings import tensors_in
+from nsa.recorder import tensors_in
 from tests.helpers import (
     emulated_fa4,
     emulated_kernels,

@@ -1,0 +1,294 @@
+"""Records the operations and launches of a call, by the memories of their tensors."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from nsa.host import NotRecordable, RecordingMode
+from nsa.recorded_call import Getter, Memories, Recording, Step
+
+
+class _Base(NamedTuple):
+    """The tensor that a memory is known by. A given one may start anywhere in its memory."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    contiguous: bool
+    given: bool
+
+
+MARK = "_nsa_memory"
+"""Attribute of a storage, with its recorder's mark and its number. PyTorch keeps it as long as the
+memory lives."""
+
+
+class Recorder(RecordingMode):
+    """Notes the operations and launches on this thread, and on that of its backward."""
+
+    def __init__(self, given: Sequence[Tensor]):
+        super().__init__()
+        self._mark = object()
+        self._bases: list[_Base] = []
+        self._steps: list[Step] = []
+        # Memories that each step uses or makes.
+        self._uses: list[set[int]] = []
+        for x in given:
+            if self._number_of(x) is not None:
+                raise NotRecordable("parameters share memory")
+            self._add(x, given=True)
+        self._num_given = len(given)
+        self._views: Counter[_View] = Counter()
+        # Steps that allocate, and whether they fill with zeros.
+        self._allocations: dict[int, bool] = {}
+        self._dout: int | None = None
+        self._device = given[0].device
+
+    def __torch_dispatch__(self, func: OpOverload, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not _NOT_RECORDABLE.isdisjoint(func.tags):
+            raise NotRecordable(f"{func} may give something else")
+        result = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if name in _ALLOCATIONS:
+            if "zeros" in name and not result.is_contiguous():
+                raise NotRecordable("zeros have an order of their own")
+            self._allocations[len(self._steps)] = "zeros" in name
+            self.note(func, (), {}, result)
+        elif func._schema.is_mutable or _makes_new(args, kwargs, result):
+            self.note(_DIRECT.get(func, func), args, kwargs, result)
+        return result
+
+    def note(self, function: Callable, args: Sequence, kwargs: dict, result: Any) -> None:
+        """Note a call that gave ``result``: a tensor, several, or None."""
+        uses: set[int] = set()
+        arguments = tuple(self._place(x, uses) for x in args)
+        keywords = {name: self._place(x, uses) for name, x in kwargs.items()}
+        made: Any = self._number_of_new(result)
+        if isinstance(result, (tuple, list)):
+            made = tuple(map(self._number_of_new, result))
+        self._steps.append(Step(function, arguments, keywords, made, ()))
+        new = made if isinstance(made, tuple) else (made,)
+        self._uses.append(uses.union(new) - {None})
+
+    def end_forward(self, out: Tensor) -> None:
+        """Note the output. It is given as no view, because callers may change it in place."""
+        if not isinstance(out, Tensor):
+            raise NotRecordable(f"the output is {type(out).__name__}")
+        number, shape = self._number_of(out), out.shape
+        if number is None or self._bases[number].given:
+            raise NotRecordable("the output is not new")
+        base = self._bases[number]
+        if not (base.contiguous and out.is_contiguous() and shape.numel() == base.shape.numel()):
+            raise NotRecordable("the output is a part of a tensor")
+        self._output, self._shape, self._split = number, shape, len(self._steps)
+
+    def new_output_gradient(self, out: Tensor) -> Tensor:
+        """A gradient of the output to record the backward with."""
+        dout = torch.zeros_like(out, memory_format=torch.contiguous_format)
+        self._dout = self._add(dout, given=True)
+        return dout
+
+    def finish(self, grads: Sequence[Tensor | None]) -> Recording:
+        """The recording; ``grads`` are the gradients of what was given."""
+        at_end: set[int] = set()
+        places = [None if x is None else self._place(x, at_end) for x in grads]
+        if not all(x is None or isinstance(x, _View) for x in places):
+            raise NotRecordable("a gradient is a constant")
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for at, uses in enumerate((*self._uses, at_end)):
+            for number in uses:
+                first.setdefault(number, at)
+                last[number] = at
+        in_backward = [number for number, at in last.items() if at >= self._split]
+        early = (n for n in in_backward if n < self._num_given or first[n] < self._split)
+        saved = tuple(sorted(early)) if grads else ()
+        if self._output in saved:
+            raise NotRecordable("the backward needs the output")
+        steps = []
+        for at, (step, uses) in enumerate(zip(self._steps, self._uses, strict=True)):
+            done = tuple(n for n in uses if last[n] == at and n != self._output)
+            function = step.function
+            if at in self._allocations:
+                function = self._allocation(step.made, zeros=self._allocations[at])
+            steps.append(step._replace(function=function, done=done))
+        steps = [
+            step._replace(
+                arguments=tuple(map(self._getter, step.arguments)),
+                keywords={name: self._getter(x) for name, x in step.keywords.items()},
+            )
+            for step in steps
+        ]
+        return Recording(
+            memories=len(self._bases),
+            steps=tuple(steps[: self._split]),
+            output=self._output_getter(),
+            saved=saved,
+            dout=self._dout,
+            backward_steps=tuple(steps[self._split :]),
+            gradients=tuple(None if x is None else self._getter(x) for x in places),
+        )
+
+    def _allocation(self, number: Any, *, zeros: bool) -> Callable[[], Tensor]:
+        """Allocates a memory in the shape that most steps take, of those that have all of it."""
+        base = self._bases[number]
+        if base.contiguous:
+            times = {base.shape: 0}
+            for view in (view for view in self._views if view.memory == number):
+                is_all = view.shape.numel() == base.shape.numel()
+                if is_all and _contiguous_strides(view.shape) == view.strides:
+                    times[view.shape] = self._views[view]
+            shape = max(times, key=times.__getitem__)
+            base = base._replace(shape=shape, strides=_contiguous_strides(shape))
+            self._bases[number] = base
+        kind: dict[str, Any] = dict(dtype=base.dtype, device=self._device)
+        if zeros:
+            return partial(torch.zeros, base.shape, **kind)
+        return partial(torch.empty_strided, base.shape, base.strides, **kind)
+
+    def _output_getter(self) -> Getter:
+        number, shape = self._output, self._shape
+        if shape == self._bases[number].shape:
+            return itemgetter(number)
+        view = torch.ops.aten._unsafe_view.default
+        return lambda memories: view(memories[number], shape)
+
+    def _add(self, x: Tensor, *, given: bool = False) -> int:
+        """The number of the memory of ``x``, which has none yet."""
+        number = len(self._bases)
+        setattr(x.untyped_storage(), MARK, (self._mark, number))
+        self._bases.append(
+            _Base(
+                shape=x.shape,
+                strides=x.stride(),
+                offset=int(x.storage_offset()),
+                dtype=x.dtype,
+                contiguous=x.is_contiguous(),
+                given=given,
+            )
+        )
+        return number
+
+    def _number_of(self, x: Tensor) -> int | None:
+        """The number of the memory of ``x``; None for a constant."""
+        mark, number = getattr(x.untyped_storage(), MARK, (None, None))
+        return number if mark is self._mark else None
+
+    def _number_of_new(self, x: Any) -> int | None:
+        """The number of the memory of a result, if it is new."""
+        if not isinstance(x, Tensor) or self._number_of(x) is not None:
+            return None
+        return self._add(x)
+
+    def _place(self, x: Any, uses: set[int]) -> Any:
+        """``x`` with a :class:`_View` for each tensor; adds the memories to ``uses``."""
+        if isinstance(x, Tensor):
+            number = self._number_of(x)
+            if number is None:
+                if x.requires_grad:
+                    raise NotRecordable("it depends on a tensor that is not given")
+                return x
+            base = self._bases[number]
+            if x.dtype != base.dtype:
+                raise NotRecordable(f"memory of {base.dtype} is read as {x.dtype}")
+            uses.add(number)
+            view = _View(number, x.shape, x.stride(), int(x.storage_offset()) - base.offset)
+            self._views[view] += 1
+            return view
+        if isinstance(x, (tuple, list)) and next(tensors_in(x), None) is not None:
+            make = getattr(type(x), "_make", type(x))
+            return _Parts(make, tuple(self._place(part, uses) for part in x))
+        return x
+
+    def _getter(self, place: Any) -> Getter:
+        """Gives the argument that :meth:`_place` was made from."""
+        if isinstance(place, _Parts):
+            make, parts = place.make, tuple(map(self._getter, place.parts))
+            return lambda memories: make([get(memories) for get in parts])
+        if not isinstance(place, _View):
+            return lambda _: place
+        number, shape, strides, offset = place
+        base = self._bases[number]
+        if (shape, strides, offset) == (base.shape, base.strides, 0):
+            return itemgetter(number)
+        if not base.given:
+            return lambda memories: torch.as_strided(memories[number], shape, strides, offset)
+
+        def of_given(memories: Memories) -> Tensor:
+            given = memories[number]
+            return torch.as_strided(given, shape, strides, given.storage_offset() + offset)
+
+        return of_given
+
+
+class _View(NamedTuple):
+    """A tensor, as what it is of a memory."""
+
+    memory: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+
+
+class _Parts(NamedTuple):
+    """A tuple or list of some kind, with tensors in it."""
+
+    make: Callable
+    parts: tuple
+
+
+_NOT_RECORDABLE = {
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.nondeterministic_seeded,
+}
+
+_ALLOCATIONS = frozenset((
+    "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "zeros", "zeros_like",
+    "new_zeros",
+))  # fmt: skip
+
+_DIRECT: dict[OpOverload, Callable] = {
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.addmm.default: torch.addmm,
+    torch.ops.aten.add.Tensor: torch.add,
+    torch.ops.aten.add_.Tensor: Tensor.add_,
+    torch.ops.aten.sum.dim_IntList: torch.sum,
+    torch.ops.aten.sum.IntList_out: torch.sum,
+    torch.ops.aten.silu.default: torch.nn.functional.silu,
+    torch.ops.aten.sigmoid.default: torch.sigmoid,
+    torch.ops.aten.clone.default: torch.clone,
+    torch.ops.aten.zero_.default: Tensor.zero_,
+    torch.ops.aten._foreach_add_.List: torch._foreach_add_,
+}
+"""Functions that do the same as operations, and take less time to call."""
+
+
+def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def _makes_new(args: tuple, kwargs: dict, result: Any) -> bool:
+    """Whether an operation gives more than views of its arguments."""
+    known = {x.untyped_storage()._cdata for x in tensors_in((*args, *kwargs.values()))}
+    results = list(tensors_in((result,)))
+    if known and not results:
+        raise NotRecordable("the host reads values")
+    return any(x.untyped_storage()._cdata not in known for x in results)
+
+
+def tensors_in(x: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples and lists."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (tuple, list)):
+        for part in x:
+            yield from tensors_in(part)
