@@ -1,7 +1,7 @@
 """The public functions: validate, choose a backend, import it, call it."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ from nsa.backends import (
     describe_limit,
     limit_without_cache,
 )
-from nsa.block_index_checks import check_block_indices
 from nsa.cache import Cache
-from nsa.cache.calls import cache_config, check_cached_call, check_cached_indices
+from nsa.cache.calls import cache_config, check_cached_call
+from nsa.call_checks import CheckedCall, check_call
 from nsa.config import NSAConfig
-from nsa.host import needs_gradients
-from nsa.packing import Boundaries, Packing, check_boundaries
+from nsa.flat_arguments import flatten, unflatten
+from nsa.packing import Packing, check_boundaries
 from nsa.precision import autocast_tensors
 
 
@@ -166,7 +166,7 @@ def forward(
         cache=cache,
     )
     if _may_record(options) and all(x is None for x in others.values()):
-        flat = _flatten(floats)
+        flat = flatten(floats)
         if flat is not None:
             names, tensors = flat
             function = partial(_forward_of_flat, names, options)
@@ -186,42 +186,9 @@ def _may_record(options: dict[str, Any]) -> bool:
     )
 
 
-_PARTS = {"k": 3, "v": 3, "compressed_kv": 2}
-"""Tensors of an argument that is a tuple."""
-
-
-def _flatten(floats: dict[str, Any]) -> tuple[tuple[str, ...], list[Tensor]] | None:
-    """The tensors that are given, and a name for each. None if something else is, or as many
-    tensors as no call takes.
-
-    A tuple has its name as often as it has tensors, but once if all are the same.
-    """
-    names, tensors = [], []
-    for name, value in floats.items():
-        if value is None:
-            continue
-        parts = value if isinstance(value, (tuple, list)) else (value,)
-        if parts is value and len(parts) != _PARTS.get(name):
-            return None
-        if name in "kv" and all(x is parts[0] for x in parts):
-            parts = parts[:1]
-        for x in parts:
-            if not isinstance(x, Tensor):
-                return None
-            names.append(name)
-            tensors.append(x)
-    return tuple(names), tensors
-
-
 def _forward_of_flat(names: tuple[str, ...], options: dict[str, Any], *tensors: Tensor) -> Tensor:
-    """:func:`forward` of what :func:`_flatten` gives."""
-    floats: dict[str, Any] = {}
-    for name, x in zip(names, tensors, strict=True):
-        floats[name] = (*floats.get(name, ()), x)
-    for name, parts in floats.items():
-        if len(parts) == 1:
-            floats[name] = parts[0]
-    return _forward(**floats, **options)
+    """:func:`forward` of what :func:`flatten` gives."""
+    return _forward(**unflatten(names, tensors), **options)
 
 
 def _forward(
@@ -237,7 +204,7 @@ def _forward(
     **arguments,
 ) -> Tensor:
     """:func:`forward`, step by step."""
-    call = _check_call(
+    call = check_call(
         q,
         k,
         v,
@@ -306,7 +273,7 @@ def select_blocks(
         q, keys, compress_k_weight, compressed_kv
     )
     problem = validation.check_qkv(q, keys, None, config, cu_seqlens, cu_seqlens_k)
-    problem = with_value_dim(problem, compressed_kv)
+    problem = validation.with_value_dim(problem, compressed_kv)
     boundaries = check_boundaries(cu_seqlens, max_seqlen, q, keys[0], cu_seqlens_k, max_seqlen_k)
     validation.check_compression(
         compress_k_weight,
@@ -369,7 +336,7 @@ def explain_backend(
     Raises:
         TypeError, ValueError: as in :func:`forward`.
     """
-    call = _check_call(
+    call = check_call(
         q,
         k,
         v,
@@ -394,113 +361,7 @@ def explain_backend(
     return f"backend: {name or 'none'} ({describe_limit(limit)})"
 
 
-_FLOATS = (
-    "q",
-    "k",
-    "v",
-    "gate_proj_weight",
-    "gates",
-    "compress_k_weight",
-    "compress_v_weight",
-    "compressed_kv",
-)
-
-
-class _Call(NamedTuple):
-    """Checked arguments: ``k`` and ``v`` hold a tensor per branch; all floats have one dtype."""
-
-    q: Tensor
-    k: tuple[Tensor, Tensor, Tensor]
-    v: tuple[Tensor, Tensor, Tensor]
-    config: NSAConfig
-    gate_proj_weight: Tensor | None
-    gates: Tensor | None
-    compress_k_weight: Tensor | None
-    compress_v_weight: Tensor | None
-    compressed_kv: tuple[Tensor, Tensor] | None
-    boundaries: Boundaries | None
-    deterministic: bool
-
-    @property
-    def needs_gradients(self) -> bool:
-        weights = (self.gate_proj_weight, self.compress_k_weight, self.compress_v_weight)
-        blocks = self.compressed_kv or ()
-        return needs_gradients(self.q, *self.k, *self.v, self.gates, *weights, *blocks)
-
-
-def _check_call(
-    q,
-    k,
-    v,
-    *,
-    config,
-    gate_proj_weight=None,
-    gates=None,
-    compress_k_weight=None,
-    compress_v_weight=None,
-    compressed_kv=None,
-    block_indices=None,
-    cu_seqlens=None,
-    cu_seqlens_k=None,
-    max_seqlen=None,
-    max_seqlen_k=None,
-    cache,
-    max_workspace_bytes,
-    recompute_window,
-    deterministic,
-) -> _Call:
-    """Check the arguments of :func:`forward`, and cast them to one dtype under autocast."""
-    config = validation.check_config(config) if cache is None else cache_config(cache, config)
-    k, v = validation.per_branch("k", k), validation.per_branch("v", v)
-    floats = (gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv)
-    q, k, v, *floats = autocast_tensors(q, k, v, *floats)
-    gate_proj_weight, gates, compress_k_weight, compress_v_weight, compressed_kv = floats
-    problem = validation.check_qkv(q, k, v, config, cu_seqlens, cu_seqlens_k)
-    boundaries = check_boundaries(cu_seqlens, max_seqlen, q, k[0], cu_seqlens_k, max_seqlen_k)
-    validation.check_gates(gates, gate_proj_weight, q, problem)
-    validation.check_compression(
-        compress_k_weight,
-        compress_v_weight,
-        compressed_kv,
-        boundaries,
-        q,
-        problem,
-        cached=cache is not None,
-    )
-    if cache is None:
-        validation.check_positions(boundaries, problem)
-        check_block_indices(block_indices, boundaries, q, problem)
-    else:
-        named = dict(zip(_FLOATS, (q, k, v, *floats), strict=True))
-        check_cached_call(cache, k, v, named, boundaries, problem)
-        check_cached_indices(cache, block_indices, boundaries, q, problem)
-    validation.check_max_workspace_bytes(max_workspace_bytes)
-    validation.check_flag("recompute_window", recompute_window)
-    return _Call(
-        q=q,
-        k=k,
-        v=v,
-        config=config,
-        gate_proj_weight=gate_proj_weight,
-        gates=gates,
-        compress_k_weight=compress_k_weight,
-        compress_v_weight=compress_v_weight,
-        compressed_kv=compressed_kv,
-        boundaries=boundaries,
-        deterministic=validation.check_deterministic(deterministic),
-    )
-
-
-def with_value_dim(problem: validation.Problem, compressed_kv) -> validation.Problem:
-    """``problem`` of a call without values, with the ``Dv`` of compressed values if given."""
-    if isinstance(compressed_kv, (tuple, list)) and len(compressed_kv) == 2:
-        value = compressed_kv[1]
-        if isinstance(value, Tensor) and value.ndim == len(problem.leading) + 2:
-            return problem._replace(value_dim=value.shape[-1])
-    return problem
-
-
-def _limit_of_forward(call: _Call, cache: Cache | None, given: bool) -> str | None:
+def _limit_of_forward(call: CheckedCall, cache: Cache | None, given: bool) -> str | None:
     """Why the fused backend cannot do this, with the remedy; None if it can.
 
     ``given`` is whether the caller gives ``block_indices``.

@@ -125,6 +125,15 @@ def check_qkv(q, k, v, config: NSAConfig, cu_seqlens, cu_seqlens_k=None) -> Prob
     )
 
 
+def with_value_dim(problem: Problem, compressed_kv) -> Problem:
+    """``problem`` of a call without values, with the ``Dv`` of compressed values if given."""
+    if isinstance(compressed_kv, (tuple, list)) and len(compressed_kv) == 2:
+        value = compressed_kv[1]
+        if isinstance(value, Tensor) and value.ndim == len(problem.leading) + 2:
+            return problem._replace(value_dim=value.shape[-1])
+    return problem
+
+
 def _check_keys(q: Tensor, k, longer: bool, form: str) -> tuple[tuple[int, ...], int]:
     """Check the keys, of which there may be more than queries if ``longer``.
 

@@ -107,7 +107,7 @@ LAYERS = [
     {"recordings"},
     {"cache"},
     {"reference", "fused"},
-    {"backends"},
+    {"backends", "call_checks", "flat_arguments"},
     {"dispatch"},
     {"selected_branch"},
     {"linears", "plain_modules"},

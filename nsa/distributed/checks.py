@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from nsa import backends, dispatch, validation
+from nsa import backends, validation
 from nsa.block_index_checks import check_block_indices
 from nsa.config import NSAConfig
 from nsa.distributed.collectives import agree, process_group
@@ -25,7 +25,7 @@ _OWN_ROWS = ("compressed_kv", "block_indices")
 
 
 class Part(NamedTuple):
-    """This rank's checked arguments, as :mod:`nsa.dispatch` has them."""
+    """This rank's checked arguments, as :mod:`nsa.call_checks` has them."""
 
     q: Tensor
     k: tuple[Tensor, ...]
@@ -153,7 +153,7 @@ def _check(
     _refuse_dtensors(q, k, v, floats)
     problem = validation.check_qkv(q, k, v, config, cu_seqlens)
     if v is None:
-        problem = dispatch.with_value_dim(problem, compressed_kv)
+        problem = validation.with_value_dim(problem, compressed_kv)
     check_equal_tokens(q, k)
     if is_capturing(q):
         raise ValueError(
