@@ -10,25 +10,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nsa.blocks import covered_tokens, num_selection_blocks
+from nsa.blocks import num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
-from nsa.fused.compressed_forms import (
-    CompressedForm,
-    compressed_form,
-    is_folded,
-    results_in_order,
-)
-from nsa.fused.kernel_inputs import (
-    IN_ORDER,
-    MOST_FEW_KEYS,
-    FewKeys,
-    Placement,
-    Placements,
-    StatisticsPlacements,
-)
+from nsa.fused.compressed_forms import CompressedForm, compressed_form, is_folded, results_in_order
+from nsa.fused.compressed_indices import blocks_of_tokens, queries_of_few_keys, starts_of_blocks
+from nsa.fused.kernel_inputs import IN_ORDER, FewKeys, Placement, Placements, StatisticsPlacements
 from nsa.fused.plan_tables import BOUNDS, NO_TABLES, TableRule, Tables, expect
-from nsa.fused.row_layouts import AlignedRows, FoldedQueries, over_batch
+from nsa.fused.row_layouts import AlignedRows, FoldedQueries
 from nsa.fused.scoring import Scoring
 from nsa.fused.token_inputs import (
     TokenBlocks,
@@ -201,25 +190,7 @@ class Plan:
         tables = self.tables
         if tables.few_query is not None:
             return FewKeys(tables.few_query, expect(tables.few_first), expect(tables.few_count))
-        queries, compressed = self.geometry.queries, self.geometry.compressed
-        rows, visibility = queries.rows, self.config.compressed_visibility
-        stride = self.config.compress_stride
-        segment = torch.arange(rows.num_sequences, device=rows.device)[:, None]
-        owner = queries.sequence_of(segment)
-        # Positions from which queries see two keys, as long as they may see no more than a few.
-        lead = covered_tokens(self.config, visibility) - 1 + stride
-        position = torch.arange(lead, lead + (MOST_FEW_KEYS - 1) * stride, device=rows.device)
-        local = position - queries.first_of(segment)
-        count = self.geometry.num_visible(position, owner, visibility)
-        real = (local >= 0) & (local < rows.count[segment]) & (count > 1)
-        query = torch.where(real, rows.offset[segment] + local, -1)
-        # A sequence without blocks may start behind the last row of k.
-        first = torch.where(real, compressed.offset[owner], 0)
-        return FewKeys(
-            query=over_batch(query.flatten(), self.batch, rows.total),
-            first=over_batch(first.flatten(), self.batch, compressed.total),
-            keys=count.clamp(min=1).expand_as(query).flatten().repeat(self.batch).int(),
-        )
+        return queries_of_few_keys(self.geometry, self.batch)
 
     def align_queries(self, q: Tensor) -> Tensor:
         """``q (B, T, H, D)`` in aligned rows, ``(1, B * rows, H, D)``; unchanged in token mode."""
@@ -238,27 +209,14 @@ class Plan:
         """The first token of each compressed block, -1 for blocks of no sequence, int32."""
         if self.mean_tables.block_start is not None:
             return self.mean_tables.block_start
-        keys, compressed = self.geometry.keys, self.geometry.compressed
-        stride = self.config.compress_stride
-        if compressed.single:
-            end, device = compressed.total * stride, self.geometry.device
-            return torch.arange(0, end, stride, dtype=torch.int32, device=device)
-        start = keys.offset[compressed.owner] + compressed.local * stride
-        return torch.where(compressed.real, start, -1).int()
+        return starts_of_blocks(self.geometry)
 
     @cached_property
     def blocks_of_token(self) -> Tensor:
         """The compressed blocks that each token is in, -1 for none, int32 ``(Tk, l / d)``."""
         if self.mean_tables.blocks_of_token is not None:
             return self.mean_tables.blocks_of_token
-        config, keys, compressed = self.config, self.geometry.keys, self.geometry.compressed
-        # The last block that starts at or before the token, and the blocks before it.
-        overlap = config.compress_block_size // config.compress_stride
-        earlier = torch.arange(overlap, device=self.geometry.device)
-        owner = keys.owner[:, None]
-        local = keys.local[:, None] // config.compress_stride - earlier
-        inside = (local >= 0) & (local < compressed.count[owner])
-        return torch.where(inside, compressed.offset[owner] + local, -1).int()
+        return blocks_of_tokens(self.geometry)
 
     @cached_property
     def compressed_bounds(self) -> Tensor:
@@ -379,11 +337,8 @@ class Plan:
         """
         key = (tile_tokens, step_tokens)
         if key not in self._token_tiles:
-            fields = (
-                None
-                if self.rule is None or self.rule.tile != tile_tokens
-                else self.tables.tile_fields
-            )
+            made = self.rule is not None and self.rule.tile == tile_tokens
+            fields = self.tables.tile_fields if made else None
             self._token_tiles[key] = make_token_tiles(self.geometry, *key, fields)
         return self._token_tiles[key]
 
