@@ -10,10 +10,10 @@ from nsa.blocks import num_query_tiles
 from nsa.cache import Cache
 from nsa.config import NSAConfig
 from nsa.fused import decoding, ops, pipeline, prefill
+from nsa.fused.call_tensors import Inputs
 from nsa.fused.compressed_forms import num_compressed_bound
 from nsa.fused.constraints import deterministic_limit, kernel_head_dim
 from nsa.fused.kernel_inputs import multiplies_gates
-from nsa.fused.pipeline import Inputs
 from nsa.fused.planning import make_plan, with_scale
 from nsa.fused.schedule import make_schedule, run_forward
 from nsa.fused.sizes import Sizes, make_sizes

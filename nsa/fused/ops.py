@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused import pipeline
-from nsa.fused.pipeline import SAVED_TENSORS, Inputs, Saved
+from nsa.fused.call_tensors import SAVED_TENSORS, Inputs, Saved
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan, with_scale
 from nsa.fused.schedule import Schedule, fewest_chunks, run_backward, run_forward, split_heads

@@ -3,7 +3,7 @@
 Queries are ``(B, T, H, D)``, keys ``(B, Tk, H_kv, D)``, with ``B = 1`` for packed input.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from nsa.fused.attention import (
     window_attention,
     window_attention_backward,
 )
+from nsa.fused.call_tensors import BranchResults, Inputs
 from nsa.fused.compression import compress, compress_pair, compress_pair_backward
 from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
 from nsa.fused.kernel_inputs import Pair
@@ -27,94 +28,6 @@ from nsa.fused.plan import Plan
 from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_groups
 from nsa.fused.streams import SideStream
 from nsa.precision import without_autocast
-
-
-class Inputs(NamedTuple):
-    """The differentiable arguments of a call. Optional ones that it does not use are None.
-
-    ``k`` and ``v`` are the compressed branch's, or those of all branches if ``k_slc`` is None.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_slc: Tensor | None
-    v_slc: Tensor | None
-    k_win: Tensor | None
-    v_win: Tensor | None
-    gates: Tensor | None
-    gate_proj_weight: Tensor | None
-    compress_k_weight: Tensor | None
-    compress_v_weight: Tensor | None
-    k_cmp: Tensor | None
-    v_cmp: Tensor | None
-
-    @property
-    def compress_weights(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.compress_k_weight, self.compress_v_weight
-
-    def keys_and_values(self) -> tuple[Pair, Pair]:
-        """Keys and values of the selected and of the window branch."""
-        k_slc, k_win = (self.k if x is None else x for x in (self.k_slc, self.k_win))
-        v_slc, v_win = (self.v if x is None else x for x in (self.v_slc, self.v_win))
-        return (k_slc, v_slc), (k_win, v_win)
-
-    def compressed(self, plan: Plan) -> Pair:
-        """Compressed keys and values: the caller's or the mean."""
-        if self.k_cmp is not None and self.v_cmp is not None:
-            return self.k_cmp, self.v_cmp
-        return compress_pair(self.k, self.v, self.compress_weights, plan)
-
-
-class BranchResults(NamedTuple):
-    """The outputs and log-sum-exps of the branches.
-
-    Outputs lie as :meth:`nsa.fused.plan.Plan.query_placements` says, log-sum-exps as
-    :meth:`nsa.fused.plan.Plan.statistics_placements`. Those of the window are None if backward
-    computes them again, by :func:`attend_window`.
-    """
-
-    o_cmp: Tensor
-    lse_cmp: Tensor
-    o_slc: Tensor
-    lse_slc: Tensor
-    o_win: Tensor | None
-    lse_win: Tensor | None
-
-    @property
-    def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.o_win is not None  # attend_window made it
-        return self.o_cmp, self.o_slc, self.o_win
-
-
-SAVED_TENSORS = (*BranchResults._fields, "block_indices", "groups")
-"""Names of what :meth:`Saved.tensors` gives."""
-
-_NO_BRANCHES = (None,) * len(BranchResults._fields)
-
-
-class Saved(NamedTuple):
-    """The results of a forward that its backward needs. Without branches, it recomputes them.
-
-    Shapes are those of :meth:`nsa.fused.sizes.Sizes.saved_shapes`.
-    """
-
-    branches: BranchResults | None
-    block_indices: Tensor | None
-    groups: Tensor | None
-
-    @classmethod
-    def of_chunks(cls, tensors: Sequence[Any], *, recompute: bool) -> list["Saved"]:
-        """From the :meth:`tensors` of each chunk, one after another."""
-        saved = []
-        for start in range(0, len(tensors), len(SAVED_TENSORS)):
-            *branches, blocks, groups = tensors[start : start + len(SAVED_TENSORS)]
-            saved.append(cls(None if recompute else BranchResults(*branches), blocks, groups))
-        return saved
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All tensors in one tuple."""
-        return *(self.branches or _NO_BRANCHES), self.block_indices, self.groups
 
 
 class _Others(NamedTuple):
@@ -207,7 +120,7 @@ def _attend_others(
         # rest.
         o_win, lse_win = window_attention(q, k_win, v_win, plan)
     with side_stream:
-        k_cmp, v_cmp = inputs.compressed(plan)
+        k_cmp, v_cmp = _compressed_pair(inputs, plan)
         q_rows = plan.align_queries(q)
         if not token_mode:
             block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
@@ -221,6 +134,13 @@ def _attend_others(
         o_win, lse_win = window_attention(q, k_win, v_win, plan)
     results = (o_cmp, lse_cmp, o_win, lse_win)
     return _Others((k_cmp, v_cmp), q_rows, block_indices, groups, *results)
+
+
+def _compressed_pair(inputs: Inputs, plan: Plan) -> Pair:
+    """Compressed keys and values: the caller's or the mean."""
+    if inputs.k_cmp is not None and inputs.v_cmp is not None:
+        return inputs.k_cmp, inputs.v_cmp
+    return compress_pair(inputs.k, inputs.v, inputs.compress_weights, plan)
 
 
 def attend_window(inputs: Inputs, branches: BranchResults, plan: Plan) -> BranchResults:
@@ -336,7 +256,7 @@ def backward(
             *(douts.pop(), q, k_slc, v_slc, statistics_slc, block_indices, plan),
             *(deterministic, None if keys is None else keys.selected),
         )
-        k_cmp, v_cmp = inputs.compressed(plan)
+        k_cmp, v_cmp = _compressed_pair(inputs, plan)
         dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
             douts.pop(), q, k_cmp, v_cmp, statistics_cmp, groups, plan, deterministic
         )

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused import pipeline
+from nsa.fused.call_tensors import Inputs, Saved
 from nsa.fused.constraints import MAX_PAIRS
 from nsa.fused.key_sums import CallSums
 from nsa.fused.memory import workspace_bytes
-from nsa.fused.pipeline import Inputs, Saved
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 from nsa.host import is_capturing, refuse_recording

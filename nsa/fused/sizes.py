@@ -133,7 +133,7 @@ class Sizes(NamedTuple):
     # Shapes of results.
 
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the results of :meth:`nsa.fused.pipeline.Saved.tensors` that are not None.
+        """Shapes of the results of :meth:`nsa.fused.call_tensors.Saved.tensors` that are not None.
 
         Log-sum-exps, and in packed tile mode outputs, are in the layout of the kernels, see
         :meth:`nsa.fused.plan.Plan.statistics_placements` and

@@ -30,6 +30,7 @@ from nsa.fused.attention.fa4_calls import sparse_sums_bytes
 from nsa.fused.attention.selected import selected_backward_bytes, selected_forward_bytes
 from nsa.fused.attention.window import window_backward_bytes, window_sums_bytes
 from nsa.fused.block_lists import list_bytes
+from nsa.fused.call_tensors import Inputs
 from nsa.fused.compressed_forms import CompressedForm
 from nsa.fused.compression import compress_bytes
 from nsa.fused.fa4_call import Call, Sums, sums_bytes
@@ -37,7 +38,6 @@ from nsa.fused.fa4_variants import Mask, backward_tile
 from nsa.fused.hardware import LOG2_E
 from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.memory import workspace_bytes
-from nsa.fused.pipeline import Inputs
 from nsa.fused.planning import make_plan, with_scale
 from nsa.fused.schedule import Schedule, run_forward
 from nsa.fused.selection import select_bytes
@@ -195,7 +195,7 @@ def statistics_of(lse: torch.Tensor) -> RowStatistics:
 def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
     """Each stage of a forward and a backward, on what the stages before it give."""
     q, k, v = inputs[:3]
-    k_cmp, v_cmp = inputs.compressed(plan)
+    k_cmp, v_cmp = pipeline._compressed_pair(inputs, plan)
     q_rows = plan.align_queries(q)
     branches, blocks, groups = pipeline.attend(inputs, None, None, plan)
     names = ("cmp", "slc", "win")
@@ -229,7 +229,7 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
     token_inside = selected_forward_bytes(sizes) if sizes.token_mode else 0
     earlier = max(select_bytes(sizes), compressed_forward_bytes(sizes)) if sizes.token_mode else 0
     return {
-        "compress": Stage(lambda: inputs.compressed(plan), compress_bytes(sizes)),
+        "compress": Stage(lambda: pipeline._compressed_pair(inputs, plan), compress_bytes(sizes)),
         "select": Stage(select, select_bytes(sizes) + sizes.indices),
         "compressed": Stage(
             lambda: compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan),

@@ -8,7 +8,7 @@ import torch
 import nsa
 from nsa.blocks import num_compressed_blocks
 from nsa.fused import entry, ops
-from nsa.fused.pipeline import Inputs
+from nsa.fused.call_tensors import Inputs
 from nsa.fused.schedule import Schedule, make_schedule, run_forward
 from nsa.fused.sizes import Sizes
 from nsa.testing import make_cu_seqlens, make_inputs
