@@ -21,8 +21,13 @@ from nsa.fused.attention import (
 )
 from nsa.fused.call_tensors import BranchResults, Inputs
 from nsa.fused.compression import compress, compress_pair, compress_pair_backward
-from nsa.fused.gating import combine_branches, combine_branches_backward, query_gradient
-from nsa.fused.kernel_inputs import Pair
+from nsa.fused.gating import (
+    GatingGradients,
+    combine_branches,
+    combine_branches_backward,
+    query_gradient,
+)
+from nsa.fused.kernel_inputs import Pair, Placements
 from nsa.fused.key_sums import CallSums
 from nsa.fused.plan import Plan
 from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_groups
@@ -223,26 +228,11 @@ def backward(
     """
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
-    shared, given = inputs.k_slc is None, inputs.k_cmp is not None
-    if not (shared and given and plan.keys_in_place):
+    shared_and_given = inputs.k_slc is None and inputs.k_cmp is not None
+    if not (shared_and_given and plan.keys_in_place):
         keys = None
-    heads = (q.shape[2], inputs.k.shape[2])
-    placements, statistics_placements = (
-        plan.query_placements(*heads),
-        plan.statistics_placements(*heads),
-    )
-    assert branches.lse_win is not None  # as of o_win
-    lse_cmp = None if statistics_placements[0] is None else branches.lse_cmp
-    gating = combine_branches_backward(
-        dout,
-        branches.outputs,
-        (lse_cmp, branches.lse_slc, branches.lse_win),
-        q,
-        inputs.gates,
-        inputs.gate_proj_weight,
-        statistics_placements,
-        placements,
-    )
+    placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
+    gating = _gating_backward(dout, inputs, branches, placements, plan)
     douts, (statistics_cmp, statistics_slc, statistics_win) = list(gating.douts), gating.statistics
     dlogits, dgates, dgate_weight = gating[2:]
     del gating
@@ -268,40 +258,68 @@ def backward(
         placements=placements,
     )
     del dq_cmp, dq_slc, dq_win
-
-    if not (shared and given):
+    if not shared_and_given:
         dk_win, dv_win = (_with_zeros_before(x, inputs.k) for x in (dk_win, dv_win))
-    addends = ((dk_win, dv_win), (dk_slc, dv_slc)) if shared else None
-    dk: Any = None
-    dv: Any = None
-    dk_weight = dv_weight = dk_given = dv_given = None
-    if inputs.k_cmp is None:
-        (dk, dv), (dk_weight, dv_weight) = compress_pair_backward(
-            dk_cmp, dv_cmp, inputs.k, inputs.v, inputs.compress_weights, plan, addends
-        )
-    else:
-        if keys is None:
-            dk, dv = _without_compression(inputs, addends)
-        else:
-            keys.windows.append((dk_win[0], dv_win[0]))
-        plan.clear_unused(dk_cmp, dv_cmp)
-        # Copies, because both may lie in one tensor, and results of a custom op must not.
-        dk_given, dv_given = (x.to(inputs.k_cmp.dtype, copy=True) for x in (dk_cmp, dv_cmp))
-    return Inputs(
-        q=dq,
-        k=dk,
-        v=dv,
-        k_slc=None if shared else dk_slc,
-        v_slc=None if shared else dv_slc,
-        k_win=None if shared else dk_win,
-        v_win=None if shared else dv_win,
-        gates=dgates,
-        gate_proj_weight=dgate_weight,
-        compress_k_weight=dk_weight,
-        compress_v_weight=dv_weight,
-        k_cmp=dk_given,
-        v_cmp=dv_given,
+    gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)
+    gradients |= dict(q=dq, gates=dgates, gate_proj_weight=dgate_weight)
+    gradients |= _key_gradients(
+        inputs, (dk_cmp, dv_cmp), (dk_slc, dv_slc), (dk_win, dv_win), plan, keys
     )
+    return Inputs(**gradients)
+
+
+def _gating_backward(
+    dout: Tensor, inputs: Inputs, branches: BranchResults, placements: Placements, plan: Plan
+) -> GatingGradients:
+    """What :func:`combine` leaves to the backwards of the branches, and its own gradients."""
+    q = inputs.q
+    statistics_placements = plan.statistics_placements(q.shape[2], inputs.k.shape[2])
+    assert branches.lse_win is not None  # as of o_win
+    lse_cmp = None if statistics_placements[0] is None else branches.lse_cmp
+    return combine_branches_backward(
+        dout,
+        branches.outputs,
+        (lse_cmp, branches.lse_slc, branches.lse_win),
+        q,
+        inputs.gates,
+        inputs.gate_proj_weight,
+        statistics_placements,
+        placements,
+    )
+
+
+def _key_gradients(
+    inputs: Inputs,
+    compressed: Pair,
+    selected: Pair,
+    window: Pair,
+    plan: Plan,
+    keys: CallSums | None,
+) -> dict[str, Any]:
+    """Gradients of keys, values and what compresses them, by their names in :class:`Inputs`, from
+    those of each branch's keys and values."""
+    found: dict[str, Any] = {}
+    addends = None
+    if inputs.k_slc is None:
+        addends = (window, selected)
+    else:
+        found["k_slc"], found["v_slc"] = selected
+        found["k_win"], found["v_win"] = window
+    if inputs.k_cmp is None:
+        (found["k"], found["v"]), weights = compress_pair_backward(
+            *compressed, inputs.k, inputs.v, inputs.compress_weights, plan, addends
+        )
+        found["compress_k_weight"], found["compress_v_weight"] = weights
+        return found
+    if keys is None:
+        found["k"], found["v"] = _without_compression(inputs, addends)
+    else:
+        keys.windows.append((window[0][0], window[1][0]))
+    plan.clear_unused(*compressed)
+    # Copies, because both may lie in one tensor, and results of a custom op must not.
+    dtype = inputs.k_cmp.dtype
+    found["k_cmp"], found["v_cmp"] = (x.to(dtype, copy=True) for x in compressed)
+    return found
 
 
 def _without_compression(inputs: Inputs, addends: tuple[Pair, Pair] | None) -> Pair:
