@@ -49,7 +49,11 @@ def forward(
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
     if cache is not None:
-        arguments: dict[str, Any] = dict(
+        return _forward_cached(
+            q,
+            k,
+            v,
+            max_workspace_bytes,
             cache=cache,
             gate_proj_weight=gate_proj_weight,
             gates=gates,
@@ -59,12 +63,6 @@ def forward(
             block_indices=block_indices,
             boundaries=boundaries,
         )
-        few = decoding.unsupported_reason(q, cache, boundaries, block_indices is not None)
-        if few is None:
-            return decoding.forward(q, k, v, **arguments)
-        backend = prefill.Backend(forward, select_blocks)
-        arguments |= dict(backend=backend, max_workspace_bytes=max_workspace_bytes)
-        return prefill.forward(q, k, v, **arguments)
     cu_seqlens, cu_seqlens_k, max_seqlen_k, packing = _bounds(boundaries)
     if gates is not None:
         gate_proj_weight = None
@@ -86,25 +84,9 @@ def forward(
     limit = deterministic_limit(q, v[0], config) if save and deterministic else None
     if limit is not None:
         raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
-    k_cmp, v_cmp = (None, None)
-    if compressed_kv is not None:
-        num_keys = k[0].shape[-3]
-        k_cmp, v_cmp = (_pad_compressed(x, num_keys, boundaries, config) for x in compressed_kv)
-    (k_first, k_slc, k_win), (v_first, v_slc, v_win) = _drop_repeats(k, v)
-    inputs = Inputs(
-        q=kernel_rows(q, dim),
-        k=kernel_rows(k_first, dim),
-        v=kernel_rows(v_first, dim),
-        k_slc=kernel_rows(k_slc, dim),
-        v_slc=kernel_rows(v_slc, dim),
-        k_win=kernel_rows(k_win, dim),
-        v_win=kernel_rows(v_win, dim),
-        k_cmp=kernel_rows(k_cmp, dim),
-        v_cmp=kernel_rows(v_cmp, dim),
-        gates=_batched(gates),
-        gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
-        compress_k_weight=widen_square(compress_k_weight, dim),
-        compress_v_weight=widen_square(compress_v_weight, dim),
+    inputs = _make_inputs(
+        *(q, k, v, gates, gate_proj_weight, compress_k_weight, compress_v_weight, compressed_kv),
+        *(boundaries, config, dim),
     )
     keys = _Keys(num_keys=inputs.k.shape[1], cu_seqlens_k=cu_seqlens_k)
     sizes = make_sizes(
@@ -132,6 +114,54 @@ def forward(
     # squeeze, because the derivative of out[0] first fills a tensor with zeros.
     out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim].contiguous()
+
+
+def _forward_cached(
+    q: Tensor, k: Branches, v: Branches, max_workspace_bytes: int | None, **arguments: Any
+) -> Tensor:
+    """:func:`forward` with a cache: a decoding step, or else what :mod:`nsa.fused.prefill` does."""
+    given = arguments["block_indices"] is not None
+    if decoding.unsupported_reason(q, arguments["cache"], arguments["boundaries"], given) is None:
+        return decoding.forward(q, k, v, **arguments)
+    backend = prefill.Backend(forward, select_blocks)
+    arguments |= dict(backend=backend, max_workspace_bytes=max_workspace_bytes)
+    return prefill.forward(q, k, v, **arguments)
+
+
+def _make_inputs(
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    gates: Tensor | None,
+    gate_proj_weight: Tensor | None,
+    compress_k_weight: Tensor | None,
+    compress_v_weight: Tensor | None,
+    compressed_kv: tuple[Tensor, Tensor] | None,
+    boundaries: Boundaries | None,
+    config: NSAConfig,
+    dim: int,
+) -> Inputs:
+    """The arguments of a call in the kernels' form, with heads of ``dim`` channels."""
+    k_cmp, v_cmp = (None, None)
+    if compressed_kv is not None:
+        num_keys = k[0].shape[-3]
+        k_cmp, v_cmp = (_pad_compressed(x, num_keys, boundaries, config) for x in compressed_kv)
+    (k_first, k_slc, k_win), (v_first, v_slc, v_win) = _drop_repeats(k, v)
+    return Inputs(
+        q=kernel_rows(q, dim),
+        k=kernel_rows(k_first, dim),
+        v=kernel_rows(v_first, dim),
+        k_slc=kernel_rows(k_slc, dim),
+        v_slc=kernel_rows(v_slc, dim),
+        k_win=kernel_rows(k_win, dim),
+        v_win=kernel_rows(v_win, dim),
+        k_cmp=kernel_rows(k_cmp, dim),
+        v_cmp=kernel_rows(v_cmp, dim),
+        gates=_batched(gates),
+        gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
+        compress_k_weight=widen_square(compress_k_weight, dim),
+        compress_v_weight=widen_square(compress_v_weight, dim),
+    )
 
 
 @torch.no_grad()
