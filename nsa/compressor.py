@@ -1,13 +1,17 @@
-"""The learned compression ``phi`` of Eq. 7 of https://arxiv.org/abs/2502.11089."""
+"""The learned compression ``phi`` of Eq. 7 of https://arxiv.org/abs/2502.11089, and its blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nsa.blocks import BlockPlaces
+from nsa.blocks import BlockPlaces, num_compressed_blocks
+from nsa.config import NSAConfig
+from nsa.host import is_traced
 from nsa.linears import make_mlp
+from nsa.packing import Boundaries
+from nsa.segments import locate_items, prefix_sum
 
 
 class BlockCompressor(nn.Module):
@@ -55,6 +59,42 @@ class BlockCompressor(nn.Module):
         return self.mlp(blocks.reshape(-1, blocks.shape[2] * blocks.shape[3])).unflatten(
             0, blocks.shape[:2]
         )
+
+
+def block_places(
+    x: Tensor, boundaries: Boundaries | None, config: NSAConfig, fused: bool
+) -> BlockPlaces:
+    """The compressed blocks of ``x (B, N, ...)`` or packed ``(T, ...)``.
+
+    For packed sequences of unknown lengths their number is an upper bound.
+    """
+    sizes = (config.compress_block_size, config.compress_stride)
+    if boundaries is None:
+        batch, length = x.shape[:2]
+        count = num_compressed_blocks(length, config)
+        return BlockPlaces(*sizes, batch * count, length, count, None, None)
+    total = x.shape[0] // config.compress_stride
+    if boundaries.lengths is not None:
+        total = sum(num_compressed_blocks(length, config) for length in boundaries.lengths)
+
+    cu_seqlens, num_tokens = boundaries.cu_seqlens, x.shape[0]
+
+    def count_blocks() -> Tensor:
+        if fused and not is_traced(cu_seqlens):
+            from nsa.fused import layer_ops
+
+            return layer_ops.block_bounds(cu_seqlens, num_tokens, config)
+        return prefix_sum(num_compressed_blocks(cu_seqlens.diff(), config)).int()
+
+    bounds = boundaries.keep(("block bounds", config), count_blocks)
+    return BlockPlaces(*sizes, total, num_tokens, total, cu_seqlens, bounds)
+
+
+def kept_items(
+    boundaries: Boundaries, key: Hashable, bounds: Tensor, total: int
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Gives :func:`nsa.segments.locate_items` for ``bounds``, which the caller's Packing keeps."""
+    return lambda: boundaries.keep(key, lambda: locate_items(bounds.long(), total))
 
 
 def gather_blocks(

@@ -5,7 +5,7 @@ projections, the learned compression ``phi`` (Eq. 7 of https://arxiv.org/abs/250
 gate MLP (Eq. 5).
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nsa import backends, dispatch, recordings
-from nsa.blocks import BlockPlaces, num_compressed_blocks
 from nsa.cache import Cache
 from nsa.cached_layer import arguments_of_new_tokens
-from nsa.compressor import BlockCompressor, gather_blocks
-from nsa.config import NSAConfig, check_positive
-from nsa.host import has_readable_values, is_traced
+from nsa.compressor import BlockCompressor, block_places, gather_blocks, kept_items
+from nsa.config import NSAConfig
+from nsa.host import has_readable_values
+from nsa.layer_checks import check_choice, check_rope, check_sizes
 from nsa.linears import (
     MLP,
     apply_linear,
@@ -34,8 +34,7 @@ from nsa.packing import Boundaries, Packing, check_boundaries
 from nsa.plain_modules import plain_parameters
 from nsa.precision import autocast_dtype
 from nsa.rope import Positions, rotate
-from nsa.segments import locate_items, prefix_sum
-from nsa.validation import check_config, check_flag, check_max_workspace_bytes, check_size
+from nsa.validation import check_config, check_flag, check_max_workspace_bytes
 
 _PLAIN_TYPES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight", "bias"),
@@ -109,17 +108,17 @@ class NativeSparseAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_sizes(dim, num_heads, num_kv_heads, head_dim, value_head_dim)
-        _check_choice("gate", gate, _GATES)
-        _check_choice("compressor", compressor, _COMPRESSORS)
-        _check_choice("backend", backend, backends.BACKENDS)
+        check_sizes(dim, num_heads, num_kv_heads, head_dim, value_head_dim)
+        check_choice("gate", gate, _GATES)
+        check_choice("compressor", compressor, _COMPRESSORS)
+        check_choice("backend", backend, backends.BACKENDS)
         check_max_workspace_bytes(max_workspace_bytes)
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
         check_config(config)
         self.config = NSAConfig() if config is None else config
         self.head_dim = head_dim or dim // num_heads
         self.value_head_dim = value_head_dim or self.head_dim
-        self.rope_theta = _check_rope(rope_theta, self.head_dim)
+        self.rope_theta = check_rope(rope_theta, self.head_dim)
         self.num_kv_branches = 3 if check_flag("separate_kv", separate_kv) else 1
         check_flag("bias", bias)
         self.recompute = check_flag("recompute", recompute)
@@ -360,7 +359,7 @@ class NativeSparseAttention(nn.Module):
         positions = Positions()
         if boundaries is not None:
             bounds, rows = boundaries.cu_seqlens, x.shape[0]
-            locate = _kept_items(boundaries, "tokens", bounds, rows)
+            locate = kept_items(boundaries, "tokens", bounds, rows)
             positions = Positions(bounds=bounds, locate=lambda: locate()[1])
         q, *rotated = self._rotate([q, *keys], positions, fused)
         if self.num_kv_branches == 1:
@@ -402,10 +401,10 @@ class NativeSparseAttention(nn.Module):
         assert self.compress_k is not None
         assert self.compress_v is not None
         config = check_config(self.config)
-        places = _block_places(k, boundaries, config, fused)
+        places = block_places(k, boundaries, config, fused)
         bounds, locate, index = places.block_bounds, None, None
         if boundaries is not None and bounds is not None:
-            kept = _kept_items(boundaries, ("blocks", config), bounds, places.blocks)
+            kept = kept_items(boundaries, ("blocks", config), bounds, places.blocks)
             locate, index = kept, lambda: kept()[1]
         gather = partial(gather_blocks, places=places, locate=locate, fused=fused)
         k_cmp = self._run(self.compress_k, k, gather)
@@ -444,71 +443,3 @@ def _read_once(
     if isinstance(cu_seqlens, Tensor) and max_seqlen is None and has_readable_values(cu_seqlens):
         return Packing(cu_seqlens)
     return cu_seqlens
-
-
-def _block_places(
-    x: Tensor, boundaries: Boundaries | None, config: NSAConfig, fused: bool
-) -> BlockPlaces:
-    """The compressed blocks of ``x (B, N, ...)`` or packed ``(T, ...)``.
-
-    For packed sequences of unknown lengths their number is an upper bound.
-    """
-    sizes = (config.compress_block_size, config.compress_stride)
-    if boundaries is None:
-        batch, length = x.shape[:2]
-        count = num_compressed_blocks(length, config)
-        return BlockPlaces(*sizes, batch * count, length, count, None, None)
-    total = x.shape[0] // config.compress_stride
-    if boundaries.lengths is not None:
-        total = sum(num_compressed_blocks(length, config) for length in boundaries.lengths)
-
-    cu_seqlens, num_tokens = boundaries.cu_seqlens, x.shape[0]
-
-    def count_blocks() -> Tensor:
-        if fused and not is_traced(cu_seqlens):
-            from nsa.fused import layer_ops
-
-            return layer_ops.block_bounds(cu_seqlens, num_tokens, config)
-        return prefix_sum(num_compressed_blocks(cu_seqlens.diff(), config)).int()
-
-    bounds = boundaries.keep(("block bounds", config), count_blocks)
-    return BlockPlaces(*sizes, total, num_tokens, total, cu_seqlens, bounds)
-
-
-def _kept_items(
-    boundaries: Boundaries, key: Hashable, bounds: Tensor, total: int
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Gives :func:`nsa.segments.locate_items` for ``bounds``, which the caller's Packing keeps."""
-    return lambda: boundaries.keep(key, lambda: locate_items(bounds.long(), total))
-
-
-def _check_sizes(dim, num_heads, num_kv_heads, head_dim, value_head_dim):
-    for name, value in (
-        ("dim", dim),
-        ("num_heads", num_heads),
-        ("num_kv_heads", num_kv_heads),
-        ("head_dim", head_dim),
-        ("value_head_dim", value_head_dim),
-    ):
-        if value is not None or not name.endswith("head_dim"):
-            check_size(name, value)
-    if num_heads % num_kv_heads:
-        raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}")
-    if head_dim is None and dim % num_heads:
-        raise ValueError(
-            f"num_heads must divide dim={dim} where head_dim is not given, got {num_heads}"
-        )
-
-
-def _check_choice(name: str, value, choices: tuple[str, ...]):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def _check_rope(theta, head_dim: int) -> float | None:
-    check_positive("rope_theta", theta)
-    if theta is None:
-        return None
-    if head_dim % 2:
-        raise ValueError(f"head_dim must be even with rope_theta, got {head_dim}")
-    return float(theta)

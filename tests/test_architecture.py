@@ -110,7 +110,7 @@ LAYERS = [
     {"backends", "call_checks", "flat_arguments"},
     {"dispatch"},
     {"selected_branch"},
-    {"linears", "plain_modules"},
+    {"linears", "plain_modules", "layer_checks"},
     {"compressor", "cached_layer"},
     {"distributed"},
     {"layers", "integrations", "transformers"},

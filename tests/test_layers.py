@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nsa
-from nsa.layers import BlockCompressor, _block_places
+from nsa.compressor import BlockCompressor, block_places
 from nsa.rope import apply_rope
 from nsa.testing import make_cu_seqlens
 from tests.helpers.torch_defaults import DEFAULTS, default_dtype
@@ -188,7 +188,7 @@ def test_compressor_starts_at_the_scale_of_its_tokens():
 
 
 def test_a_sequence_shorter_than_a_block_has_none():
-    assert _block_places(torch.zeros(1, 3, 1, 2), None, TOKEN, fused=False).blocks == 0
+    assert block_places(torch.zeros(1, 3, 1, 2), None, TOKEN, fused=False).blocks == 0
 
 
 def test_rope_depends_on_the_difference_of_positions():
