@@ -260,12 +260,7 @@ class NativeSparseAttention(nn.Module):
         """:meth:`forward`, step by step."""
         cu_seqlens = _read_once(cu_seqlens, max_seqlen)
         q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
-        gates = gate_proj_weight = None
-        if self.gate_mlp is not None:
-            gates = self._run(self.gate_mlp, x).sigmoid()
-            gates = gates.to(q.dtype).unflatten(-1, (self.num_heads, 3))
-        elif self.gate_proj_weight is not None:
-            gate_proj_weight = self.gate_proj_weight.to(q.dtype)
+        gates, gate_proj_weight = self._gates(x, q.dtype)
         out = dispatch.forward(
             q,
             k,
@@ -333,10 +328,9 @@ class NativeSparseAttention(nn.Module):
         """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`."""
         self._check_input(x, cu_seqlens)
         boundaries = check_boundaries(cu_seqlens, max_seqlen, x, x)
-        q, k, v = to_one_dtype(self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        keys = self._branches(k, self.head_dim)
-        values = self._branches(v, self.value_head_dim)
+        q, keys, values = self._heads(x)
+        # Wrapped linears get the dtype of x.
+        dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
         if cache is not None:
             return arguments_of_new_tokens(
                 q,
@@ -346,14 +340,12 @@ class NativeSparseAttention(nn.Module):
                 cache,
                 config=self.config,
                 compressors=None if self.compress_k is None else (self.compress_k, self.compress_v),
-                compressed_dtype=keys[0].dtype if autocast_dtype(x.device) else x.dtype,
+                compressed_dtype=dtype,
                 rope_theta=self.rope_theta,
             )
         fused = backends.uses_fused(self.backend, q, values[0], check_config(self.config))
         compressed_kv = None
         if self.compress_k is not None:
-            # Wrapped linears get the dtype of x.
-            dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
             compressed = self._compress(keys[0].to(dtype), values[0].to(dtype), boundaries, fused)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         positions = Positions()
@@ -365,6 +357,20 @@ class NativeSparseAttention(nn.Module):
         if self.num_kv_branches == 1:
             return q, rotated[0], values[0], compressed_kv
         return q, tuple(rotated), values, compressed_kv
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated."""
+        q, k, v = to_one_dtype(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        return q, self._branches(k, self.head_dim), self._branches(v, self.value_head_dim)
+
+    def _gates(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Arguments ``gates`` and ``gate_proj_weight`` of :func:`nsa.forward`."""
+        if self.gate_mlp is not None:
+            gates = self._run(self.gate_mlp, x).sigmoid().to(dtype)
+            return gates.unflatten(-1, (self.num_heads, 3)), None
+        weight = self.gate_proj_weight
+        return None, None if weight is None else weight.to(dtype)
 
     def _branches(self, x: Tensor, head_dim: int) -> tuple[Tensor, ...]:
         """The keys or values ``(..., H_kv, D)`` of each branch, or of all."""

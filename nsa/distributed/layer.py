@@ -16,7 +16,7 @@ from nsa.distributed.compression import block_rows
 from nsa.distributed.interface import attend_part, select_part
 from nsa.distributed.order import check_order
 from nsa.host import has_readable_values
-from nsa.linears import apply_linear, to_one_dtype
+from nsa.linears import apply_linear
 from nsa.packing import Packing
 from nsa.precision import autocast_dtype
 from nsa.validation import UnsupportedError, check_config
@@ -100,7 +100,8 @@ class LayerPart:
                 cu_seqlens = Packing(cu_seqlens)  # read once
             arguments, compress = self._project(layer, x, cu_seqlens, max_seqlen)
             if attends:
-                arguments |= _gates(layer, x, arguments["q"].dtype)
+                gates, gate_proj_weight = layer._gates(x, arguments["q"].dtype)
+                arguments |= dict(gates=gates, gate_proj_weight=gate_proj_weight)
                 arguments["max_workspace_bytes"] = layer.max_workspace_bytes
                 arguments["recompute_window"] = layer.recompute
         except Exception as problem:
@@ -110,11 +111,7 @@ class LayerPart:
         return arguments | boundaries | settings, compress, None
 
     def _project(self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None):
-        q, k, v = to_one_dtype(layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
-        q = q.unflatten(-1, (-1, layer.head_dim))
-        branches = layer.num_kv_branches
-        keys = k.unflatten(-1, (branches, -1, layer.head_dim)).unbind(-3)
-        values = v.unflatten(-1, (branches, -1, layer.value_head_dim)).unbind(-3)
+        q, keys, values = layer._heads(x)
         config = check_config(layer.config)
         fused = backends.uses_fused(layer.backend, q, values[0], config)
         compress = None
@@ -124,7 +121,7 @@ class LayerPart:
             rows = (flat(keys[0].to(dtype)), flat(values[0].to(dtype)))
             compress = partial(_compress, layer, rows, fused)
         q, *rotated = self._rotate(layer, [q, *keys], cu_seqlens, max_seqlen, fused)
-        if branches == 1:
+        if layer.num_kv_branches == 1:
             return dict(q=q, k=rotated[0], v=values[0]), compress
         return dict(q=q, k=tuple(rotated), v=values), compress
 
@@ -152,15 +149,6 @@ def _check_no_cache(cache):
             "a layer under context parallelism cannot use a cache; decode with one that has all of "
             "each sequence"
         )
-
-
-def _gates(layer: Layer, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    if layer.gate_mlp is not None:
-        gates = layer._run(layer.gate_mlp, x).sigmoid().to(dtype)
-        return dict(gates=gates.unflatten(-1, (-1, 3)))
-    if layer.gate_proj_weight is not None:
-        return dict(gate_proj_weight=layer.gate_proj_weight.to(dtype))
-    return {}
 
 
 def _compress(
