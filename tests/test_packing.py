@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa
-from nsa import layers, packing, segments, validation
+from nsa import compressor, packing, segments, validation
 from nsa.block_index_checks import check_block_indices
 from nsa.fused import token_inputs
 from nsa.testing import make_cu_seqlens, make_inputs
@@ -134,7 +134,7 @@ def test_a_layer_reads_a_tensor_once(reads):
 def test_layers_with_one_packing_locate_nothing_again(mode, monkeypatch):
     located = []
     locate = segments.locate_items
-    for module in (segments, layers, token_inputs):
+    for module in (segments, compressor, token_inputs):
         monkeypatch.setattr(module, "locate_items", lambda *a: located.append(a) or locate(*a))
     stack = [nsa.NativeSparseAttention(32, 4, 2, CONFIGS[mode], backend="fused") for _ in "ab"]
     x = torch.randn(TOTAL, 32, requires_grad=True)

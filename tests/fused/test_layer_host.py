@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import nsa
-from nsa import layers, packing
+from nsa import compressor, packing
 from nsa.fused import compressed_forms, entry, fa4, kernel_calls, layer_ops, planning
 from nsa.testing import make_cu_seqlens
 from tests.helpers.counted_operations import CountedOperations, count_kernel_calls
@@ -22,7 +22,7 @@ modes = pytest.mark.parametrize("mode", PRESETS)
 def _eager_calls_on_a_cpu(fused_on_cpu, monkeypatch):
     """Kernels are emulated, and a dispatch mode that looks is no reason for custom ops."""
     monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
-    for module in (entry, layer_ops, layers):
+    for module in (entry, layer_ops, compressor):
         monkeypatch.setattr(module, "is_traced", lambda *_: False)
     for module in (planning, packing, fa4):
         monkeypatch.setattr(module, "may_keep", lambda _: True)
