@@ -46,7 +46,7 @@ def part_functions() -> list[Callable]:
         value
         for module_name in PART_MODULES
         for name, value in vars(import_module(module_name)).items()
-        if isfunction(value) and value.__module__ == module_name
+        if isfunction(value) and value.__module__.startswith(module_name)
         if name[0] != "_" and name not in NOT_PARTS
     ]
 

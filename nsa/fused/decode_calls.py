@@ -10,12 +10,9 @@ New tokens lie one sequence after another. ``cu_seqlens`` int32 ``(B + 1,)`` say
 sequence starts; None if each has ``shape.tokens``. Page tables are int32 ``(B, max_pages)``.
 """
 
-from functools import cache
-from importlib import import_module
-from types import ModuleType
-
 from torch import Tensor
 
+from nsa.fused import kernels
 from nsa.fused.decode_inputs import (
     DecodeRule,
     DecodeShape,
@@ -26,11 +23,6 @@ from nsa.fused.decode_inputs import (
     TileLists,
     TileRule,
 )
-
-
-@cache
-def _kernels(name: str) -> ModuleType:
-    return import_module(f"nsa.fused.kernels.{name}")
 
 
 def decode_append(
@@ -60,7 +52,7 @@ def decode_append(
         lengths: int32 ``(B,)``.
         overflowed: bool ``()``.
     """
-    return _kernels("decode_append").decode_append(**locals())
+    return kernels.load("decode_append").decode_append(**locals())
 
 
 def decode_compressed(
@@ -91,7 +83,7 @@ def decode_compressed(
         of tokens that a sequence does not have, are not written. Records of the slots in the tiles
         of a sequence; the rest is not written.
     """
-    return _kernels("decode_compressed").decode_compressed(**locals())
+    return kernels.load("decode_compressed").decode_compressed(**locals())
 
 
 def decode_tile_select(
@@ -127,7 +119,7 @@ def decode_tile_select(
         limit: forced blocks from this one on are taken, but not listed.
         num_initial, num_local: forced blocks.
     """
-    _kernels("decode_tile_select").decode_tile_select(**locals())
+    kernels.load("decode_tile_select").decode_tile_select(**locals())
 
 
 def decode_finish(
@@ -184,7 +176,7 @@ def decode_finish(
     Returns:
         ``(T, H, Dv)`` in the dtype of ``q``.
     """
-    return _kernels("decode_finish").decode_finish(**locals())
+    return kernels.load("decode_finish").decode_finish(**locals())
 
 
 def decode_attend(
@@ -216,4 +208,4 @@ def decode_attend(
         ``(token * H_kv + kv_head) * splits + s``. The rows are the heads of the group. A part
         without keys has ``NO_REFERENCE`` and a total of 0, and its output is not written.
     """
-    return _kernels("decode_attend").decode_attend(**locals())
+    return kernels.load("decode_attend").decode_attend(**locals())

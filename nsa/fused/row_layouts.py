@@ -283,7 +283,8 @@ def _heads(count: int, like: Tensor) -> Tensor:
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Gather items ``index (R,)`` of every entry, 0 for a negative one: ``(B, R, H, D)``."""
-    return kernel_calls.gather_rows(x, over_batch(index, *x.shape[:2]))
+    # Means over blocks of one token.
+    return kernel_calls.mean_forward(x, over_batch(index, *x.shape[:2]), 1, x.dtype)
 
 
 def over_batch(index: Tensor, batch: int, stride: int) -> Tensor:

@@ -34,3 +34,13 @@ from records), ``decode_lists`` (lists of the best blocks), ``decode_places`` (t
 ``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel classes, compiled as ours are) and
 ``compiled`` (compiled kernels in memory and on disk).
 """
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """The file of an operation."""
+    return import_module(f"{__name__}.{name}")

@@ -1,0 +1,63 @@
+"""The only files that call our own CuTe DSL kernels, but those of decoding. ``fa4`` calls FA4's.
+
+The functions are documented here, so that ``help`` shows them on a machine without CuTe. Functions
+of the same names in :mod:`nsa.fused.kernels` check arguments, allocate and launch; ``locals()``
+gives them each argument by its name. A kernel file is imported on its first call, because CuTe
+takes seconds to import. Callers write ``kernel_calls.gating_forward(...)``, so that a test can
+replace the functions of this package.
+"""
+
+from nsa.fused.kernel_calls.attention_calls import (
+    closing_forward,
+    few_key_deltas,
+    listed_backward,
+    round_listed_sums,
+    round_sums,
+    row_statistics,
+    selected_backward,
+    selected_forward,
+)
+from nsa.fused.kernel_calls.compression_calls import mean_backward, mean_forward
+from nsa.fused.kernel_calls.gating_calls import gating_backward, gating_forward, query_gradient
+from nsa.fused.kernel_calls.layer_calls import gather_blocks, rotate, scatter_blocks
+from nsa.fused.kernel_calls.plan_calls import (
+    count_query_tiles,
+    list_key_blocks,
+    list_query_tiles,
+    plan_tables,
+    sequence_bounds,
+)
+from nsa.fused.kernel_calls.selection_calls import (
+    float32_products,
+    importance_scores,
+    tile_scores,
+    top_blocks,
+)
+
+__all__ = [
+    "closing_forward",
+    "count_query_tiles",
+    "few_key_deltas",
+    "float32_products",
+    "gather_blocks",
+    "gating_backward",
+    "gating_forward",
+    "importance_scores",
+    "list_key_blocks",
+    "list_query_tiles",
+    "listed_backward",
+    "mean_backward",
+    "mean_forward",
+    "plan_tables",
+    "query_gradient",
+    "rotate",
+    "round_listed_sums",
+    "round_sums",
+    "row_statistics",
+    "scatter_blocks",
+    "selected_backward",
+    "selected_forward",
+    "sequence_bounds",
+    "tile_scores",
+    "top_blocks",
+]

@@ -1,0 +1,68 @@
+"""Parts of the layer: the rotary embedding and the tokens of compressed blocks."""
+
+from torch import Tensor
+
+from nsa.blocks import BlockPlaces
+from nsa.fused import kernels
+
+
+def rotate(
+    x: Tensor,
+    other: Tensor | None,
+    bounds: Tensor | None,
+    origin: Tensor | None,
+    start: float,
+    step: int,
+    theta: float,
+    inverse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotary embedding: channels ``i`` and ``i + D/2`` turn by ``position * theta ** (-2i/D)``.
+
+    The position of a row is ``start + step * index``. Angles are as exact at any position.
+
+    Args:
+        x: ``(..., R, H, D)``, bfloat16 or float16; D a multiple of 16 up to 256. Slices of heads
+            are read in place.
+        other: a second tensor with the same rows and channels, and its own heads; or None.
+        bounds: int32 ``(S + 1,)``, where the rows of each packed sequence start, then where the
+            last end; ``index`` counts from 0 in each. None: it counts in each entry of a batch.
+        origin: int32 ``(S,)``, where ``index`` 0 of each packed sequence would lie; None where its
+            rows start.
+        start: a multiple of 1/2.
+        step: positions from row to row.
+        theta: base of the wavelengths, at least 1.
+        inverse: turn back.
+
+    Returns:
+        ``x`` and ``other`` rotated, contiguous.
+    """
+    return kernels.load("rope").rotate(**locals())
+
+
+def gather_blocks(x: Tensor, position: Tensor, places: BlockPlaces) -> Tensor:
+    """``rows[m, h, i] = x[start(m) + i, h] + position[i]``, rounded once.
+
+    Args:
+        x: ``(..., T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. Slices of heads
+            are read in place.
+        position: ``(l, D)`` in the dtype of ``x``.
+        places: the blocks. A row of no block has the positions alone.
+
+    Returns:
+        ``(M, H_kv, l, D)`` in the dtype of ``x`` for the M rows of ``places``.
+    """
+    return kernels.load("block_rows").gather_blocks(**locals())
+
+
+def scatter_blocks(drows: Tensor, shape: tuple[int, ...], places: BlockPlaces) -> Tensor:
+    """Gradient of the ``x`` of :func:`gather_blocks`: ``dx[t]`` adds up the rows of its blocks.
+
+    Args:
+        drows: ``(M, H_kv, l, D)``. Copied if it is not contiguous.
+        shape: that of ``x``.
+        places: as in forward.
+
+    Returns:
+        ``shape`` in the dtype of ``drows``, summed in float32 and rounded once.
+    """
+    return kernels.load("block_rows").scatter_blocks(**locals())
