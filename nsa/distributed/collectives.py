@@ -128,31 +128,8 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-class Summing:
-    """A sum over ranks under way, in float32 (float64 for float64), of which each gets its part.
-
-    Args:
-        x: this rank's addends ``(ranks * n, ...)``, rank after rank.
-        group: the ranks.
-    """
-
-    def __init__(self, x: Tensor, group: ProcessGroup):
-        self._sent = x.to(accumulation_dtype(x.dtype)).contiguous()
-        self._out = self._sent.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-        self._work = None
-        if x.numel():
-            self._work = reduce_scatter(self._out, self._sent, group=group, async_op=True)
-
-    def wait(self) -> Tensor:
-        """The sum of this rank's part, ``(n, ...)``, not rounded."""
-        if self._work is not None:
-            self._work.wait()
-        return self._out
-
-
 class Exchanging:
-    """A sum over ranks under way, of which each gets its part, in fewer bytes than :class:`Summing`
-    of 16-bit tensors.
+    """A sum over ranks under way, of which each gets its part, in few bytes for 16-bit tensors.
 
     Each rank sends its addends as they are, and adds those that it receives in float32, in the
     order of the ranks.
@@ -191,7 +168,10 @@ class _GatherRows(torch.autograd.Function):
         (take,) = ctx.saved_tensors
         grad = grad.to(accumulation_dtype(grad.dtype))
         parts = grad.new_zeros(ctx.rows, *grad.shape[1:]).index_add_(0, take, grad)
-        return Summing(parts, ctx.group).wait().to(ctx.dtype), None, None
+        total = parts.new_empty(ctx.rows // ctx.group.size(), *parts.shape[1:])
+        if parts.numel():
+            reduce_scatter(total, parts, group=ctx.group, async_op=True).wait()
+        return total.to(ctx.dtype), None, None
 
 
 def gather_rows(x: Tensor, take: Tensor, group: ProcessGroup) -> Tensor:

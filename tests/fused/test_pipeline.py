@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.profiles import WITH_FIXTURES, examples
-from tests.helpers.small_configs import tile_config
+from tests.helpers.small_configs import tile_config, token_config
 from tests.helpers.strategies import leaves, tile_problems
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu", "compressed_calls")
@@ -189,9 +189,9 @@ def test_what_traces_sees_the_whole_as_one_operation():
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
-def test_compiles_once_for_all_lengths(packed):
+@pytest.mark.parametrize("config", [tile_config(), token_config()], ids=["tile", "token"])
+def test_compiles_once_for_all_lengths(config, packed):
     torch._dynamo.reset()
-    config = tile_config()
     weight = torch.randn(4, 3, 8, dtype=torch.float64, requires_grad=True)
 
     def function(q, k, v, cu_seqlens, max_seqlen):

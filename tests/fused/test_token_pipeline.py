@@ -150,30 +150,6 @@ def test_later_tokens_change_nothing(packed):
         torch.testing.assert_close(*outs, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
-def test_compiles_once_for_all_lengths(packed):
-    torch._dynamo.reset()
-    config = token_config()
-    weight = torch.randn(4, 3, 8, dtype=torch.float64, requires_grad=True)
-
-    def function(q, k, v, cu_seqlens, max_seqlen):
-        return nsa.forward(
-            q, k, v, config=config, gate_proj_weight=weight, cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen, backend="fused",
-        ).sin()  # fmt: skip
-
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    for index, lengths in enumerate(([200, 5, 0], [17, 100, 140], [300, 1, 2])):
-        leading = (sum(lengths),) if packed else (2, sum(lengths))
-        q, k, v = make_inputs(leading, 4, 2, 8, dtype=torch.float64, requires_grad=True)
-        extra = (make_cu_seqlens(lengths), max(lengths)) if packed else (None, None)
-        with torch._dynamo.config.patch(error_on_recompile=index > 0):
-            results = [f(q, k, v, *extra) for f in (function, compiled)]
-        grads = [torch.autograd.grad(out.sum(), (q, k, v, weight)) for out in results]
-        torch.testing.assert_close(*results, rtol=0, atol=1e-12)
-        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("compressor", ["mlp", "mean"])
 def test_layer_equals_reference(compressor):
     """Also what it compiles to, for packed sequences some of which have no compressed block."""
