@@ -10,28 +10,47 @@ import pytest
 import nsa
 from tests.helpers.requirements import import_fused
 
-SCRIPT = """
+COUNT = """
 import warnings
 warnings.simplefilter("ignore")
 import torch
 from cutlass import cute
-from nsa.fused.kernels import gates, top_blocks
 compiled, compile = [], cute.compile
 class Counted:
     def __call__(self, *arguments, **options):
         compiled.append(arguments[0])
         return compile(*arguments, **options)
 cute.compile = Counted()
-for _ in range(2):
-    top_blocks.compile_top_blocks(16, 4)
-    gates.compile_forward(torch.bfloat16, 64, "gates", (False, False))
+{code}
 print("compiled", len(compiled))
 """
 
+TWO_KERNELS = """
+from nsa.fused.kernels import gates, top_blocks
+for _ in range(2):
+    top_blocks.compile_top_blocks(16, 4)
+    gates.compile_forward(torch.bfloat16, 64, "gates", (False, False))
+"""
 
-def compiled_kernels(**environment) -> int:
-    """How many kernels a new process compiles of the two that it needs."""
-    return int(run_script(SCRIPT, **environment).split("compiled")[1])
+MASKS = """
+from nsa.fused.fa4_variants import Mask, Variant
+from nsa.fused.kernels import fa4_sm90
+for times in ((16, 31), (16, 0), (16, 31)):
+    fa4_sm90.compile_forward(Variant(torch.bfloat16, 64, 64, 4, Mask(times=times)))
+"""
+
+
+def compiled_kernels(code: str = TWO_KERNELS, **environment) -> int:
+    """How many kernels a new process compiles for ``code``."""
+    target = {"CUDA_VISIBLE_DEVICES": "", "CUTE_DSL_ARCH": "sm_90a"}
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT.format(code=code)],
+        env=os.environ | target | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("compiled")[1])
 
 
 @pytest.mark.filterwarnings("default")
@@ -45,43 +64,11 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert compiled_kernels(**folder, QUACK_CACHE_ENABLED="0") == 2
 
 
-MASKS = """
-import warnings
-warnings.simplefilter("ignore")
-import torch
-from cutlass import cute
-from nsa.fused.fa4_variants import Mask, Variant
-from nsa.fused.kernels import fa4_sm90
-compiled, compile = [], cute.compile
-class Counted:
-    def __call__(self, *arguments, **options):
-        compiled.append(arguments[0])
-        return compile(*arguments, **options)
-cute.compile = Counted()
-for times in ((16, 31), (16, 0), (16, 31)):
-    fa4_sm90.compile_forward(Variant(torch.bfloat16, 64, 64, 4, Mask(times=times)))
-print("compiled", len(compiled))
-"""
-
-
-def run_script(script: str, **environment) -> str:
-    target = {"CUDA_VISIBLE_DEVICES": "", "CUTE_DSL_ARCH": "sm_90a"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | target | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.filterwarnings("default")
 def test_a_second_process_knows_fa4s_kernels_with_our_masks(tmp_path):
     import_fused("quack.cache")
     folder = {"QUACK_CACHE_DIR": str(tmp_path)}
-    counts = [int(run_script(MASKS, **folder).split("compiled")[1]) for _ in range(2)]
-    assert counts == [2, 0]
+    assert [compiled_kernels(MASKS, **folder) for _ in range(2)] == [2, 0]
 
 
 @pytest.mark.filterwarnings("default")
