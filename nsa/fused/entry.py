@@ -1,6 +1,6 @@
 """The entry points of the fused backend: convert arguments to the kernels' form, call the ops."""
 
-from typing import Any, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from nsa.fused.call_tensors import Inputs
 from nsa.fused.compressed_forms import num_compressed_bound
 from nsa.fused.constraints import deterministic_limit, kernel_head_dim
 from nsa.fused.kernel_inputs import multiplies_gates
+from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan, with_scale
-from nsa.fused.schedule import make_schedule, run_forward
+from nsa.fused.schedule import Schedule, make_schedule, run_forward
 from nsa.fused.sizes import Sizes, make_sizes
 from nsa.fused.strides import are_rows
 from nsa.host import is_traced, needs_gradients
@@ -26,6 +27,16 @@ from nsa.validation import UnsupportedError
 Branches = tuple[Tensor, Tensor, Tensor]
 Given = TypeVar("Given", Tensor, Tensor | None)
 """A tensor, or None if it is not given."""
+
+
+class _Bounds(NamedTuple):
+    """Boundaries of queries and of keys, which are None if they are those of the queries; the bound
+    on the keys of a sequence; and the caller's Packing. All are None for a batch."""
+
+    cu_seqlens: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_k: int | None
+    packing: Packing | None
 
 
 def forward(
@@ -63,7 +74,7 @@ def forward(
             block_indices=block_indices,
             boundaries=boundaries,
         )
-    cu_seqlens, cu_seqlens_k, max_seqlen_k, packing = _bounds(boundaries)
+    bounds = _bounds(boundaries)
     if gates is not None:
         gate_proj_weight = None
     given = (
@@ -88,32 +99,44 @@ def forward(
         *(q, k, v, gates, gate_proj_weight, compress_k_weight, compress_v_weight, compressed_kv),
         *(boundaries, config, dim),
     )
-    keys = _Keys(num_keys=inputs.k.shape[1], cu_seqlens_k=cu_seqlens_k)
     sizes = make_sizes(
-        *(inputs.q, inputs.k.shape[2], cu_seqlens, max_seqlen_k, config),
-        **keys,
+        *(inputs.q, inputs.k.shape[2], bounds.cu_seqlens, bounds.max_seqlen_k, config),
+        num_keys=inputs.k.shape[1],
+        cu_seqlens_k=bounds.cu_seqlens_k,
         gated_gradients=multiplies_gates(q.dtype, inputs.gates, inputs.gate_proj_weight),
     )._replace(deterministic=deterministic)
     schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
     schedule = schedule._replace(recompute_window=recompute_window, deterministic=deterministic)
     block_indices = _unit_major(block_indices, sizes, save)
-    if is_traced(*inputs, block_indices, cu_seqlens, cu_seqlens_k):
-        options = ops.OpOptions(
-            block_indices, cu_seqlens, cu_seqlens_k, max_seqlen_k, packing is not None,
-            config.encoded, scale, *schedule, save,
-        )  # fmt: skip
-        out, _ = ops.attention(*inputs, *options)
-    else:
-        scaled = with_scale(config, scale)
-        bounds = (cu_seqlens, max_seqlen_k, scaled, packing)
-        plan = make_plan(inputs.q, *bounds, num_kv_heads=inputs.k.shape[2], **keys)
-        if save:
-            out = ops.AttentionNode.apply(plan, schedule, results, block_indices, *inputs)
-        else:
-            out, _ = run_forward(inputs, block_indices, plan, schedule, results, save=False)
+    out = _attend(inputs, block_indices, bounds, config, scale, schedule, results, save=save)
     # squeeze, because the derivative of out[0] first fills a tensor with zeros.
     out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim].contiguous()
+
+
+def _attend(
+    inputs: Inputs,
+    block_indices: Tensor | None,
+    bounds: _Bounds,
+    config: NSAConfig,
+    scale: float,
+    schedule: Schedule,
+    results: Results | None,
+    *,
+    save: bool,
+) -> Tensor:
+    """The output ``(B, T, H, D)`` of the kernels, by the custom op where something traces."""
+    if is_traced(*inputs, block_indices, bounds.cu_seqlens, bounds.cu_seqlens_k):
+        options = ops.OpOptions(
+            block_indices, bounds.cu_seqlens, bounds.cu_seqlens_k, bounds.max_seqlen_k,
+            bounds.packing is not None, config.encoded, scale, *schedule, save,
+        )  # fmt: skip
+        return ops.attention(*inputs, *options)[0]
+    heads, num_keys = inputs.k.shape[2], inputs.k.shape[1]
+    plan = _make_plan(inputs.q, heads, num_keys, bounds, with_scale(config, scale))
+    if save:
+        return ops.AttentionNode.apply(plan, schedule, results, block_indices, *inputs)
+    return run_forward(inputs, block_indices, plan, schedule, results, save=False)[0]
 
 
 def _forward_cached(
@@ -176,7 +199,7 @@ def select_blocks(
     cache: None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`; ``k`` is the compressed branch's."""
-    cu_seqlens, cu_seqlens_k, max_seqlen_k, packing = _bounds(boundaries)
+    bounds = _bounds(boundaries)
     if q.numel() == 0:
         return _empty_selection(q, k.shape[-2], config)
     dim, scale = kernel_head_dim(q.shape[-1], q.shape[-1]), config.softmax_scale(q.shape[-1])
@@ -185,14 +208,11 @@ def select_blocks(
         k = _pad_compressed(compressed_kv[0], num_keys, boundaries, config)
     rows, k = kernel_rows(q, dim), kernel_rows(k, dim)
     weight = None if compressed else widen_square(compress_k_weight, dim)
-    if is_traced(rows, k, weight, cu_seqlens, cu_seqlens_k):
-        options = (cu_seqlens, cu_seqlens_k, max_seqlen_k, config.encoded, scale)
+    if is_traced(rows, k, weight, bounds.cu_seqlens, bounds.cu_seqlens_k):
+        options = (*bounds[:3], config.encoded, scale)
         blocks = ops.select_blocks(rows, k, weight, compressed, num_keys, *options)
     else:
-        keys = _Keys(num_keys=num_keys, cu_seqlens_k=cu_seqlens_k)
-        scaled = with_scale(config, scale)
-        bounds = (cu_seqlens, max_seqlen_k, scaled, packing)
-        plan = make_plan(rows, *bounds, num_kv_heads=k.shape[2], **keys)
+        plan = _make_plan(rows, k.shape[2], num_keys, bounds, with_scale(config, scale))
         blocks = pipeline.select(rows, k, weight, compressed, plan)
     if config.selection == "token":
         return blocks if q.ndim == 4 else blocks[0]
@@ -202,23 +222,23 @@ def select_blocks(
     return blocks[0, :, : _num_tiles(boundaries, config)].contiguous()
 
 
-class _Keys(TypedDict):
-    """Keys of an entry, and their boundaries; None if those of the queries."""
-
-    num_keys: int
-    cu_seqlens_k: Tensor | None
-
-
-def _bounds(
-    boundaries: Boundaries | None,
-) -> tuple[Tensor | None, Tensor | None, int | None, Packing | None]:
-    """Boundaries of queries and of keys, which are None if they are those of the queries; the bound
-    on the keys of a sequence; and the caller's Packing."""
+def _bounds(boundaries: Boundaries | None) -> _Bounds:
     if boundaries is None:
-        return None, None, None, None
+        return _Bounds(None, None, None, None)
     same = boundaries.cu_seqlens_k is boundaries.cu_seqlens
     cu_seqlens_k = None if same else boundaries.cu_seqlens_k
-    return boundaries.cu_seqlens, cu_seqlens_k, boundaries.max_seqlen_k, boundaries.packing
+    return _Bounds(boundaries.cu_seqlens, cu_seqlens_k, boundaries.max_seqlen_k, boundaries.packing)
+
+
+def _make_plan(
+    q: Tensor, num_kv_heads: int, num_keys: int, bounds: _Bounds, config: NSAConfig
+) -> Plan:
+    return make_plan(
+        *(q, bounds.cu_seqlens, bounds.max_seqlen_k, config, bounds.packing),
+        num_keys=num_keys,
+        num_kv_heads=num_kv_heads,
+        cu_seqlens_k=bounds.cu_seqlens_k,
+    )
 
 
 def _num_tiles(boundaries: Boundaries, config: NSAConfig) -> int:
