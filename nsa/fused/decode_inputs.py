@@ -236,7 +236,8 @@ def resident_ctas(head_dim: int, head_dim_v: int, row_groups: int) -> int:
 
 def tile_stages(head_dim: int, head_dim_v: int, row_groups: int, beside: int) -> int:
     """Tiles that fit shared memory beside the queries and as many other bytes, up to 4."""
-    room = SHARED_BYTES // resident_ctas(head_dim, head_dim_v, row_groups)
+    # The hardware uses 1 KiB for each CTA.
+    room = (SHARED_BYTES + 1024) // resident_ctas(head_dim, head_dim_v, row_groups) - 1024
     # Queries; a reference and a sum of each row, for each of the warps that share the keys.
     others = 2 * 16 * row_groups * head_dim + 8 * max(64, 16 * row_groups) + beside
     return min(4, (room - others) // (2 * TILE_KEYS * (head_dim + head_dim_v)))

@@ -26,7 +26,7 @@ from nsa.fused.decode_inputs import (
 )
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
+from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments, prefetch
 from nsa.fused.kernels.decode_schedule import PDL, num_tiles, tile_share, wait_for_previous
 from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
 from nsa.fused.kernels.vectors import (
@@ -39,6 +39,8 @@ from nsa.fused.kernels.vectors import (
 )
 
 _THREADS = 128
+# Integers that are fetched together.
+_LINE = 32
 # Tokens of a block that a thread loads together.
 _LOADS = 8
 
@@ -97,9 +99,10 @@ class DecodeAppend:
     def kernel(
         self, tensors: _Tensors, pages: PagedTensors, compressed: PagedTensors, sizes: _Sizes
     ):
-        wait_for_previous()
         tidx, _, _ = cute.arch.thread_idx()
         bidx, chunk, _ = cute.arch.block_idx()
+        self._prefetch(tensors, pages, sizes, bidx // sizes.tokens, tidx)
+        wait_for_previous()
         if bidx == sizes.batch * sizes.tokens:
             if chunk == 0 and tidx < WARP:
                 self._schedule(tensors, pages, sizes, tidx)
@@ -127,6 +130,17 @@ class DecodeAppend:
                         (compressed.v_page, compressed.v_row, compressed.v_head),
                         pages, self.head_dim_v, vector - k_vectors, sequence, start, token,
                     )  # fmt: skip
+
+    @cute.jit
+    def _prefetch(
+        self, tensors: _Tensors, pages: PagedTensors, sizes: _Sizes, sequence: Int32, tidx: Int32
+    ):
+        """Bring lengths and a sequence's pages to L2, where all kernels of the step look first."""
+        entry = tidx * _LINE
+        if entry < sizes.batch:
+            prefetch(tensors.lengths.iterator + entry)
+        if sequence < sizes.batch and entry < pages.max_pages:
+            prefetch(pages.table.iterator + (Int64(sequence) * pages.max_pages + entry))
 
     @cute.jit
     def _new_tokens(self, tensors: _Tensors, sizes: _Sizes, sequence: Int32) -> tuple[Int32, Int32]:

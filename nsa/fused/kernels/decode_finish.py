@@ -40,7 +40,7 @@ from nsa.fused.decode_inputs import (
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_lists import BlockLists, load_list
-from nsa.fused.kernels.decode_outputs import ClusterOutputs, load_gates
+from nsa.fused.kernels.decode_outputs import ClusterOutputs, Exchange, load_gates
 from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
 from nsa.fused.kernels.decode_places import MOST_TILES, KeyRange, ListTiles
 from nsa.fused.kernels.decode_schedule import PDL, unit_parts, wait_for_previous
@@ -168,31 +168,30 @@ class DecodeFinish:
 
         smem = cutlass.memory.SmemAllocator()
         memory = self.attention.allocate(smem, layouts)
-        # The output of the window, where CTAs of a list exchange it with that of the list.
-        window = memory[3]
-        if const_expr(self.splits > 1):
-            window = smem.allocate(4 * self.attention.rows * self.attention.pitch, 128)
         listed = smem.allocate_tensor(Int32, cute.make_layout(MAX_LISTED), 16)
-        # The best of each CTA's share of the blocks, and of all.
-        bests = tuple(
-            smem.allocate_tensor(Int64, cute.make_layout(number), 16)
-            for number in (max(1, self.lists.shared_ranks), MAX_LISTED)
-        )
+        sBest = smem.allocate_tensor(Int64, cute.make_layout(MAX_LISTED), 16)
         rows = const_expr(self.attention.rows)
         compressed = tuple(
             smem.allocate_tensor(dtype, cute.make_layout(rows), 16) for dtype in (Int32, Float32)
         )
         layout = cute.make_layout(MMA_ROWS * self.attention.warps)
-        sums = tuple(smem.allocate_tensor(dtype, layout, 16) for dtype in (Int32, Float32))
+        sums = None
+        if const_expr(self.splits == 1):
+            sums = tuple(smem.allocate_tensor(dtype, layout, 16) for dtype in (Int32, Float32))
         sGates = smem.allocate_tensor(Float32, cute.make_layout(3 * rows), 16)
         sTiles = tuple(
             smem.allocate_tensor(Int32, cute.make_layout(MOST_TILES), 16) for _ in range(2)
         )
         if first_token < new:
+            exchange = None
+            if const_expr(self.splits > 1):
+                exchange = self.outputs.start_exchange(
+                    smem, self.lists.best.count if self.selects else 0, tidx
+                )
             self._finish(
-                tensors, records, pages, rings, sizes, scale_log2, mmas, memory, window, listed,
-                bests,
-                compressed, sums, sGates, sTiles, sequence, row0, new, first_token, index, rank,
+                tensors, records, pages, rings, sizes, scale_log2, mmas, memory, exchange, listed,
+                sBest, compressed, sums, sGates, sTiles, sequence, row0, new, first_token, index,
+                rank,
             )  # fmt: skip
         if bidx == 0:
             wait_for_previous()
@@ -209,9 +208,9 @@ class DecodeFinish:
     def _finish(
         self, tensors: _Tensors, records: RecordTensors | None, pages: PagedTensors,
         rings: PagedTensors | None, sizes: _Sizes, scale_log2: Float32,
-        mmas: tuple[cute.TiledMma, ...], memory, window: cute.Pointer, listed: cute.Tensor, bests,
-        compressed, sums, sGates: cute.Tensor, sTiles, sequence: Int32, row0: Int32, new: Int32,
-        first_token: Int32, index: Int32, rank: Int32,
+        mmas: tuple[cute.TiledMma, ...], memory, exchange: Exchange | None, listed: cute.Tensor,
+        sBest: cute.Tensor, compressed, sums, sGates: cute.Tensor, sTiles, sequence: Int32,
+        row0: Int32, new: Int32, first_token: Int32, index: Int32, rank: Int32,
     ):  # fmt: skip
         stages = const_expr(self.attention.stages)
         sQ, sK, sV, ring, *warp_sums = memory
@@ -304,10 +303,11 @@ class DecodeFinish:
                     record_row = Int64(sequence * sequence_units + unit) * unit_rows + unit_row
                     self.lists.select(
                         records, sizes.groups, (sizes.num_initial, sizes.num_local), ring,
-                        *bests, compressed, sum_up, position, record_row, rank % self.splits, tidx,
+                        exchange, sBest, compressed, sum_up, position, record_row,
+                        rank % self.splits, tidx,
                     )  # fmt: skip
                     valid = self.lists.list_best(
-                        tensors.blocks, listed, bests[1], list_row, rank % self.splits
+                        tensors.blocks, listed, sBest, list_row, rank % self.splits
                     )
                 else:
                     sum_up()
@@ -350,6 +350,11 @@ class DecodeFinish:
                     found, parts, compressed, sGates, first_slot, num_parts, unit_rows,
                     Int64(unit_row), self.group, rank % self.splits, tidx,
                 )  # fmt: skip
+                if const_expr(self.splits > 1):
+                    self.outputs.receive(found, exchange, 0, sGates, self.group, rank, tidx)
+                    # The CTAs may send the selected branch, once all have received the window.
+                    cute.arch.barrier()
+                    cute.arch.cluster_arrive_relaxed()
             for i in cutlass.range(count, unroll=1):
                 self.attention.wait_for_tile()
                 stage = self.attention.load_ahead(load_tile, i, count)
@@ -371,13 +376,13 @@ class DecodeFinish:
                     add_up(1, Int32(0), tidx)
             else:
                 if const_expr(self.splits > 1):
-                    self.outputs.collect(
-                        turn, acc_O, reference, total, ring, window, warp_sums, sums, tidx
+                    self.outputs.send(
+                        exchange, turn, acc_O, reference, total, ring, warp_sums, rank, tidx
                     )
                 else:
                     add_up(1, rank, tidx)
         if const_expr(self.splits > 1):
-            self.outputs.add_branches(found, ring, window, sums, sGates, self.group, rank, tidx)
+            self.outputs.receive(found, exchange, 1, sGates, self.group, rank, tidx)
 
         if is_real:
             self.outputs.store(
@@ -418,10 +423,12 @@ def compile_decode_finish(
 ) -> Callable:
     """The compiled kernel of these forms."""
     row_groups = -(-group // MMA_ROWS)
-    # Lists, tiles, sums and gates; what the CTAs of a list exchange.
-    beside = 2304 + 20 * MMA_ROWS * row_groups
+    # Lists, tiles and gates; sums, or what the CTAs of a list exchange.
+    beside = 1792 + 20 * MMA_ROWS * row_groups
     if cluster > 1 and not of_tokens:
-        beside += 4 * MMA_ROWS * row_groups * (head_dim_v + 8) + 8 * cluster * count
+        beside += MMA_ROWS * row_groups * (4 * head_dim_v + 8 * cluster) + 8 * cluster * count + 32
+    else:
+        beside += 512
     attention = make_attention(dtype, head_dim, head_dim_v, row_groups, beside)
     vector = CUTE_DTYPES[dtype]
 

@@ -12,8 +12,9 @@ from nsa.fused.decode_inputs import MAX_LISTED, DecodeRule
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.best_blocks import NO_RANK
 from nsa.fused.kernels.decode_best import BestOfCta, block_rank
-from nsa.fused.kernels.decode_outputs import store_peer
+from nsa.fused.kernels.decode_outputs import Exchange
 from nsa.fused.kernels.decode_scores import BlockScores, RecordTensors
+from nsa.fused.kernels.hopper import store_shared_remote
 
 # Ranks that a thread brings at a time.
 _RANKS = 4
@@ -38,8 +39,6 @@ class BlockLists:
         # Blocks that are scored together.
         self.pass_blocks = warps * WARP * per_thread
         self.best = BestOfCta(count, warps * WARP, per_thread)
-        # Ranks of all CTAs that each of them has.
-        self.shared_ranks = cluster * count if cluster > 1 else 0
         self.scores = BlockScores(rule, group, warps, record_groups)
         # Groups that a thread scores together: each trip to memory delays what follows, but the
         # code takes time to load where a CTA has few groups.
@@ -49,24 +48,23 @@ class BlockLists:
     @cute.jit
     def select(
         self, records: RecordTensors, groups: Int32, forced: tuple[Int32, Int32],
-        ring: cute.Pointer, sAll: cute.Tensor, sBest: cute.Tensor, compressed, sum_up,
+        ring: cute.Pointer, exchange: Exchange | None, sBest: cute.Tensor, compressed, sum_up,
         position: Int32, record_row: Int64, rank: Int32, tidx: Int32,
     ):  # fmt: skip
         """Write the ranks of the best blocks to ``sBest``, best first, in all CTAs.
 
         ``groups`` have room in the records of a row; ``forced`` are the numbers of first and last
         blocks that are taken. ``sum_up()`` finds ``compressed``, the references and sums of heads.
-        The ring of tiles, which is empty, has what this needs in shared memory; ``sAll`` has the
-        best of each CTA.
+        The ring of tiles, which is empty, has what this needs in shared memory. CTAs send each
+        other the best that they have found by ``exchange``; all have started.
         """
-        if const_expr(self.cluster > 1):
-            # All CTAs have started, before one writes to another's memory.
-            cute.arch.cluster_arrive_relaxed()
         layout = cute.make_ordered_layout((self.warps, self.pass_blocks), order=(1, 0))
         sPartial = cute.make_tensor(cute.recast_ptr(ring, dtype=Float32), layout)
         memory = cute.recast_ptr(ring, dtype=Int64) + self.warps * self.pass_blocks // 2
         shared = self.best.views(memory)
         self.best.reset(shared, tidx)
+        if tidx < self.best.count:
+            sBest[tidx] = Int64(NO_RANK)
         own = position // self.rule.select_size
         seen = (position + 1) // self.rule.stride
         scored = own // self.rule.group_blocks + 1
@@ -120,13 +118,11 @@ class BlockLists:
                 sBest[tidx] = shared[1][tidx]
         else:
             number = const_expr(self.cluster * count)
-            cute.arch.cluster_wait()
+            sAll, barrier = exchange.ranks, exchange.barriers + 2
             for i in cutlass.range(tidx, number, self.warps * WARP, unroll=1):
-                store_peer(sAll, rank * count + i % count, i // count, shared[1][i % count])
-            if tidx < count:
-                sBest[tidx] = Int64(NO_RANK)
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+                place = sAll.iterator + (rank * count + i % count)
+                store_shared_remote(shared[1][i % count], place, barrier, i // count)
+            cute.arch.mbarrier_wait(barrier, 0)
             for i in cutlass.range(tidx, number, self.warps * WARP, unroll=1):
                 best = sAll[i]
                 above = self._number_above(sAll, best)

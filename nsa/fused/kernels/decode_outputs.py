@@ -1,12 +1,15 @@
 """The outputs of a list's branches: of the warps of a CTA, of the CTAs of a cluster, and of parts.
 
-Selected and window branch are attended by the CTAs of a cluster. Each adds up what its warps have
-found in its shared memory. Each then takes some of the output's elements, and adds up those of all
-CTAs and of the compressed branch's parts, with the gates, in a fixed order.
+Selected and window branch are attended by the CTAs of a cluster, each of which owns some of the
+output's elements. Each adds up what its warps have found, and sends every CTA what that one owns;
+an mbarrier counts the bytes, so that no CTA waits for memory to be in order. Each adds up its
+elements from all CTAs and from the compressed branch's parts, with the gates, in a fixed order.
 
 Where each CTA of a cluster has a token, they share the window alone: each has some of its keys, for
 the rows of all tokens, and adds up its own token's.
 """
+
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -17,9 +20,31 @@ from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.decode_parts import COLUMNS, WarpOutputs
 from nsa.fused.kernels.decode_softmax import power_of_two
 from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention
+from nsa.fused.kernels.hopper import (
+    f32x2_to_i64,
+    i64_to_f32x2,
+    store_shared_remote,
+    store_shared_remote_x4,
+)
 
 # Loads of parts that a thread has under way.
 _LOADS = 16
+
+
+class Exchange(NamedTuple):
+    """What a CTA gets from those of its cluster, in shared memory.
+
+    Attributes:
+        outputs: float32 ``(cluster, elements that the CTA owns)``, of a branch.
+        sums: int64 ``(cluster, rows)``, references and sums of the branch.
+        ranks: int64 ``(cluster, blocks)``, the best blocks of each CTA, unless lists are given.
+        barriers: mbarriers of the window, the selected branch, and the ranks.
+    """
+
+    outputs: cute.Tensor
+    sums: cute.Tensor
+    ranks: cute.Tensor
+    barriers: cute.Pointer
 
 
 class ClusterOutputs(WarpOutputs):
@@ -29,9 +54,9 @@ class ClusterOutputs(WarpOutputs):
         super().__init__(attention)
         self.cluster = cluster
         self.of_tokens = of_tokens
-        # Vectors of columns of a thread: of the cluster's threads, or of those of a token's CTA.
-        vectors = self.rows * self.head_dim_v // COLUMNS
-        self.vectors = -(-vectors // (self.threads * (1 if of_tokens else cluster)))
+        # Vectors of columns that a CTA owns, and a thread.
+        self.owned = self.rows * self.head_dim_v // COLUMNS // (1 if of_tokens else cluster)
+        self.vectors = -(-self.owned // self.threads)
 
     @cute.jit
     def add_up(
@@ -47,9 +72,9 @@ class ClusterOutputs(WarpOutputs):
         before and after.
         """
         row_groups = const_expr(tokens * self.attention.row_groups)
-        sO = self._share(acc_O, reference, total, ring, warp_sums, sums, Int32(0), row_groups, tidx)
+        sO = self._share(acc_O, reference, total, ring, warp_sums, sums, row_groups, tidx)
         if const_expr(tokens > 1):
-            self._combine(sO, sO, row_groups, tidx)
+            self._combine(sO, row_groups, tidx)
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         for v in cutlass.range_constexpr(self.vectors):
@@ -58,7 +83,12 @@ class ClusterOutputs(WarpOutputs):
             share = gates[row * 3 + gate]
             if const_expr(tokens > 1):
                 row += rank * self.rows
-            factors = self._factors(sums, row, tokens, share)
+            sReference, sTotal = sums
+            factors = self._factors(
+                [load_peer(sReference, row, peer, tokens) for peer in range(tokens)],
+                [load_peer(sTotal, row, peer, tokens) for peer in range(tokens)],
+                share,
+            )
             for peer in cutlass.range_constexpr(tokens):
                 if const_expr(tokens > 1):
                     vector = self._load(_of_peer(sO, peer, tokens), row, column)
@@ -73,72 +103,105 @@ class ClusterOutputs(WarpOutputs):
             cute.arch.barrier()
 
     @cute.jit
-    def collect(
-        self, branch: Int32, acc_O: cute.Tensor, reference: cute.Tensor, total: cute.Tensor,
-        ring: cute.Pointer, window: cute.Pointer, warp_sums, sums, tidx: Int32,
-    ):  # fmt: skip
-        """Add up the CTA's output of a branch, 0 window and 1 selected, for :meth:`add_branches`.
+    def start_exchange(self, smem, ranks: cutlass.Constexpr[int], tidx: Int32) -> Exchange:
+        """Prepare to get ``ranks`` ranks and the outputs of both branches from each CTA.
 
-        That of the window goes to ``window``, the other one to the ring of tiles.
+        :meth:`wait_for_cluster` must follow before something is sent.
         """
-        row_groups = const_expr(self.attention.row_groups)
-        first = branch * self.rows
-        sO = self._share(acc_O, reference, total, ring, warp_sums, sums, first, row_groups, tidx)
-        target = cute.recast_ptr(window, dtype=Float32)
-        apart = (sO.toint() - target.toint()) // 4
-        target = target + cute.assume(branch * apart, divby=COLUMNS)
-        self._combine(sO, target, row_groups, tidx)
+        cluster, rows = const_expr(self.cluster), const_expr(self.rows)
+        exchange = Exchange(
+            smem.allocate_tensor(Float32, cute.make_layout(cluster * self.owned * COLUMNS), 16),
+            smem.allocate_tensor(Int64, cute.make_layout(cluster * rows), 16),
+            smem.allocate_tensor(Int64, cute.make_layout(max(1, cluster * ranks)), 16),
+            smem.allocate_array(Int64, 3),
+        )
+        if tidx == 0:
+            branch = const_expr(cluster * (self.owned * COLUMNS * 4 + rows * 8))
+            for i in cutlass.range_constexpr(3):
+                cute.arch.mbarrier_init(exchange.barriers + i, 1)
+            cute.arch.mbarrier_init_fence()
+            for i in cutlass.range_constexpr(3):
+                expected = const_expr(branch if i < 2 else cluster * ranks * 8)
+                cute.arch.mbarrier_arrive_and_expect_tx(exchange.barriers + i, expected)
+        cute.arch.cluster_arrive_relaxed()
+        return exchange
+
+    @cute.jit
+    def send(
+        self, exchange: Exchange, branch: Int32, acc_O: cute.Tensor, reference: cute.Tensor,
+        total: cute.Tensor, ring: cute.Pointer, warp_sums, rank: Int32, tidx: Int32,
+    ):  # fmt: skip
+        """Add up the CTA's output of a branch, 0 window and 1 selected; send all what they own.
+
+        First all CTAs must have started, or have received the branch before.
+        """
+        row_groups, owned = const_expr(self.attention.row_groups), const_expr(self.owned)
+        sO, sM, sL = self.share_outputs(acc_O, reference, total, ring, warp_sums, row_groups, tidx)
+        cute.arch.barrier()
+        cute.arch.cluster_wait()
+        barrier = exchange.barriers + branch
+        number = const_expr(self.cluster * self.rows)
+        for v in cutlass.range_constexpr(cute.ceil_div(number, self.threads)):
+            index = v * self.threads + tidx
+            if index < number:
+                peer, row = index // self.rows, index % self.rows
+                largest, whole = self.sum_warps(sM, sL, row)
+                pair = f32x2_to_i64(largest.bitcast(Float32), whole)
+                place = exchange.sums.iterator + (rank * self.rows + row)
+                store_shared_remote(pair, place, barrier, peer)
+        each = const_expr(self.head_dim_v // COLUMNS)
+        number = const_expr(self.rows * each)
+        for v in cutlass.range_constexpr(cute.ceil_div(number, self.threads)):
+            index = v * self.threads + tidx
+            if index < number:
+                row, column = index // each, index % each * COLUMNS
+                vector = self.sum_copies(sO.iterator, row, column, row_groups)
+                place = exchange.outputs.iterator + (rank * owned + index % owned) * COLUMNS
+                store_shared_remote_x4(
+                    *(vector[c] for c in range(COLUMNS)), place, barrier, index // owned
+                )
+        # The ring of tiles is free.
         cute.arch.barrier()
 
     @cute.jit
-    def add_branches(
-        self, found: list[cute.Tensor], ring: cute.Pointer, window: cute.Pointer, sums,
+    def receive(
+        self, found: list[cute.Tensor], exchange: Exchange, branch: cutlass.Constexpr[int],
         gates: cute.Tensor, heads: cutlass.Constexpr[int], rank: Int32, tidx: Int32,
     ):  # fmt: skip
-        """Add both branches of all CTAs, times their gates, to the vectors ``found``."""
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
+        """Add a branch of all CTAs, times its gate, to the vectors ``found``."""
+        cute.arch.mbarrier_wait(exchange.barriers + branch, 0)
         for v in cutlass.range_constexpr(self.vectors):
-            row, column = self._place(v, rank, tidx)
+            row, _ = self._place(v, rank, tidx)
             if row < heads:
-                # All loads before the first use, so that they are under way together.
-                loaded, factors = [], []
-                for branch in cutlass.range_constexpr(2):
-                    memory = cute.recast_ptr(ring if branch == 1 else window, dtype=Float32)
-                    for peer in cutlass.range_constexpr(self.cluster):
-                        pointer = _of_peer(memory, peer, self.cluster)
-                        loaded.append(self._load(pointer, row, column))
-                for branch in cutlass.range_constexpr(2):
-                    gate = gates[row * 3 + 2 - branch]
-                    place = branch * self.rows + row
-                    factors += self._factors(sums, place, self.cluster, gate)
-                for i in cutlass.range_constexpr(2 * self.cluster):
-                    self._add(found[v], loaded[i], factors[i])
-        # No CTA may end while another reads its shared memory.
-        cute.arch.cluster_arrive_relaxed()
-        cute.arch.cluster_wait()
+                loaded, references, totals = [], [], []
+                for peer in cutlass.range_constexpr(self.cluster):
+                    place = peer * self.owned + (v * self.threads + tidx)
+                    loaded.append(_load_floats(exchange.outputs.iterator, place * COLUMNS))
+                    largest, whole = i64_to_f32x2(exchange.sums[peer * self.rows + row])
+                    references.append(largest.bitcast(Int32))
+                    totals.append(whole)
+                factors = self._factors(references, totals, gates[row * 3 + 2 - branch])
+                for peer in cutlass.range_constexpr(self.cluster):
+                    self._add(found[v], loaded[peer], factors[peer])
 
     @cute.jit
     def _share(
         self, acc_O: cute.Tensor, reference: cute.Tensor, total: cute.Tensor, ring: cute.Pointer,
-        warp_sums, sums, first: Int32, row_groups: cutlass.Constexpr[int], tidx: Int32,
+        warp_sums, sums, row_groups: cutlass.Constexpr[int], tidx: Int32,
     ) -> cute.Pointer:  # fmt: skip
-        """Write the warps' outputs to the ring, and their sums to ``sums`` from ``first``."""
+        """Write the warps' outputs to the ring, and their sums to ``sums``."""
         sReference, sTotal = sums
         sO, sM, sL = self.share_outputs(acc_O, reference, total, ring, warp_sums, row_groups, tidx)
         if tidx < MMA_ROWS * row_groups:
             largest, whole = self.sum_warps(sM, sL, tidx)
-            sReference[first + tidx] = largest
-            sTotal[first + tidx] = whole
+            sReference[tidx] = largest
+            sTotal[tidx] = whole
         cute.arch.barrier()
         return sO.iterator
 
     @cute.jit
-    def _combine(
-        self, sO: cute.Pointer, target: cute.Pointer, row_groups: cutlass.Constexpr[int],
-        tidx: Int32,
-    ):  # fmt: skip
-        """Add up the warps' outputs, to ``target``, which may be those of the first warps."""
+    def _combine(self, sO: cute.Pointer, row_groups: cutlass.Constexpr[int], tidx: Int32):
+        """Add up the warps' outputs, where those of the first warps are."""
         each = const_expr(self.head_dim_v // COLUMNS)
         number = const_expr(MMA_ROWS * row_groups * each)
         for v in cutlass.range_constexpr(cute.ceil_div(number, self.threads)):
@@ -146,7 +209,7 @@ class ClusterOutputs(WarpOutputs):
             if index < number:
                 row, column = index // each, index % each * COLUMNS
                 vector = self.sum_copies(sO, row, column, row_groups)
-                pointer = target + cute.assume(row * self.pitch + column, divby=COLUMNS)
+                pointer = sO + cute.assume(row * self.pitch + column, divby=COLUMNS)
                 cute.autovec_copy(vector, cute.make_tensor(pointer, cute.make_layout(COLUMNS)))
 
     def _load(self, pointer: cute.Pointer, row: Int32, column: Int32) -> cute.Tensor:
@@ -159,18 +222,15 @@ class ClusterOutputs(WarpOutputs):
 
     @cute.jit
     def _factors(
-        self, sums, row: Int32, peers: cutlass.Constexpr[int], gate: Float32
+        self, references: list[Int32], totals: list[Float32], gate: Float32
     ) -> list[Float32]:
         """What a row of the output of each CTA is multiplied with."""
-        sReference, sTotal = sums
-        largest, references, totals = Int32(NO_REFERENCE), [], []
-        for peer in cutlass.range_constexpr(peers):
-            references.append(load_peer(sReference, row, peer, peers))
-            totals.append(load_peer(sTotal, row, peer, peers))
-            largest = cutlass.max(largest, references[peer])
+        largest = references[0]
+        for reference in references[1:]:
+            largest = cutlass.max(largest, reference)
         whole = Float32(0.0)
-        for peer in cutlass.range_constexpr(peers):
-            whole += totals[peer] * power_of_two(references[peer] - largest)
+        for reference, total in zip(references, totals, strict=True):
+            whole += total * power_of_two(reference - largest)
         # A branch without keys adds nothing.
         share = gate / whole if largest != NO_REFERENCE else Float32(0.0)
         return [share * power_of_two(reference - largest) for reference in references]
@@ -237,22 +297,15 @@ class ClusterOutputs(WarpOutputs):
                 target = cute.make_tensor(pointer, cute.make_layout(COLUMNS))
                 cute.autovec_copy(rounded, target)
 
-    def _place(self, v: int, rank: Int32, tidx: Int32) -> tuple[Int32, Int32]:
-        """Row and first column of a thread's vector ``v``."""
-        index = v * self.threads + tidx
+    @cute.jit
+    def _place(self, v: cutlass.Constexpr[int], rank: Int32, tidx: Int32) -> tuple[Int32, Int32]:
+        """Row and first column of a thread's vector ``v``; where there is none, no head's row."""
+        index, each = v * self.threads + tidx, self.head_dim_v // COLUMNS
+        is_owned = index < self.owned
         if not self.of_tokens:
-            index = (v * self.cluster + rank) * self.threads + tidx
-        each = self.head_dim_v // COLUMNS
-        return index // each, index % each * COLUMNS
-
-
-@cute.jit
-def store_peer(sX: cute.Tensor, place: Int32, peer: Int32, value: cute.Numeric):
-    """Set element ``place`` of what CTA ``peer`` of the cluster has where this one has ``sX``."""
-    pointer = cute.arch.map_dsmem_ptr(sX.iterator, peer) + place
-    rX = cute.make_rmem_tensor(1, sX.element_type)
-    rX[0] = value
-    cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(1)))
+            index += rank * self.owned
+        row = index // each if is_owned else Int32(self.rows)
+        return row, index % each * COLUMNS
 
 
 def load_peer(sX: cute.Tensor, place: Int32, peer: int, cluster: int) -> cute.Numeric:

@@ -55,6 +55,20 @@ def copy_once(target: cute.Pointer, source: cute.Pointer, valid: Boolean, *, loc
     )
 
 
+@dsl_user_op
+def prefetch(pointer: cute.Pointer, *, loc=None, ip=None):
+    """Bring the 128 bytes around an address to L2. Nothing is read, so no time is too early."""
+    llvm.inline_asm(
+        None,
+        [pointer.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip)],
+        "prefetch.global.L2 [$0];",
+        "l",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+
+
 def fake_pages(dtype: type[cutlass.Numeric]) -> PagedTensors:
     """Stand-in for pages, to compile with."""
     return PagedTensors(

@@ -156,11 +156,15 @@ def sum_parts(
             total[h] = total[h] * power_of_two(largest[h] - higher)
             total[h] = total[h] + part * power_of_two(reference - higher)
             largest[h] = higher
+    # A lane has what it stores of one head.
+    own, own_sum = Int32(NO_REFERENCE), Float32(0.0)
     for h in cutlass.range_constexpr(number):
-        head = warp + h * warps
         highest = cute.arch.warp_redux_sync(largest[h], "max")
         scaled = total[h] * power_of_two(largest[h] - highest)
         whole = cute.arch.warp_reduction_sum(scaled)
-        if lane == 0 and head < heads:
-            sReference[head] = highest
-            sInverse[head] = 1.0 / whole if whole != 0.0 else Float32(0.0)
+        own = highest if lane == h else own
+        own_sum = whole if lane == h else own_sum
+    head = warp + lane * warps
+    if lane < number and head < heads:
+        sReference[head] = own
+        sInverse[head] = 1.0 / own_sum if own_sum != 0.0 else Float32(0.0)

@@ -31,12 +31,19 @@ from quack.sm90_utils import (
     make_smem_layout,
     partition_fragment_ABC,
 )
-from quack.utils import warp_prefix_sum
+from quack.utils import (
+    f32x2_to_i64,
+    i64_to_f32x2,
+    store_shared_remote,
+    store_shared_remote_x4,
+    warp_prefix_sum,
+)
 
 __all__ = [
     "arrive_inc",
     "atomic_add_fp32x4",
     "cvt_f16",
+    "f32x2_to_i64",
     "fadd_reduce",
     "fmax",
     "fmax_reduce",
@@ -44,6 +51,7 @@ __all__ = [
     "gemm_w_idx",
     "gemm_zero_init",
     "get_smem_store_C",
+    "i64_to_f32x2",
     "load_s2r",
     "make_smem_layout",
     "mlir_namedtuple",
@@ -53,6 +61,8 @@ __all__ = [
     "reshape_acc_to_frgA",
     "reshape_acc_to_mn",
     "store",
+    "store_shared_remote",
+    "store_shared_remote_x4",
     "store_v2",
     "store_v4",
     "transpose_view",
