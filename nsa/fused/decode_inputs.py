@@ -33,7 +33,8 @@ MAX_LISTED = 64
 """The most blocks that a token selects."""
 
 LEAST_SHARE = 2
-"""The least tiles that a CTA of the compressed branch takes: each part must be added up."""
+"""The least tiles that a CTA of the compressed branch takes, where half of the CTAs then suffice:
+each part must be added up."""
 
 CLUSTERS = (1, 2, 4, 8)
 """CTAs that may share a list of the selected branch."""

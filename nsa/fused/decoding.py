@@ -305,8 +305,14 @@ def _write_new(
     tiles = torch.where((count > 0) & (slots > rule.carried), -(-slots // TILE_KEYS), 0)
     starts_of_tiles = prefix_sum(tiles)
     total = starts_of_tiles[-1:] * shape.sequence_units
-    share = (-(-total // shape.ctas)).clamp(min=LEAST_SHARE)
+    share = tile_share(total, shape.ctas)
     return Schedule(starts, tokens.end.int(), torch.cat([share, starts_of_tiles]).int())
+
+
+def tile_share(tiles: Tensor, ctas: int) -> Tensor:
+    """Tiles of a CTA, of those of all units."""
+    least = (-(-2 * tiles // ctas)).clamp(min=1, max=LEAST_SHARE)
+    return (-(-tiles // ctas)).maximum(least)
 
 
 def _flatten(x: Branches) -> Branches:

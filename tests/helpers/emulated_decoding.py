@@ -12,7 +12,6 @@ from torch import Tensor
 
 from nsa.fused.decode_inputs import (
     CLUSTERS,
-    LEAST_SHARE,
     MAX_LISTED,
     MAX_TOKENS,
     NO_REFERENCE,
@@ -71,7 +70,7 @@ def decode_append(
         for start, (_, _, new) in zip(starts, _sequences(cu_seqlens, shape), strict=True)
     ]
     total = sum(counts)
-    least = max(LEAST_SHARE, -(-total * shape.sequence_units // shape.ctas))
+    least = max(1, -(-total * shape.sequence_units // shape.ctas))
     share = least + int(torch.randint(4, ()))
     tiles = [share, *[sum(counts[:b]) for b in range(shape.batch)], total]
     return Schedule(starts, ends, torch.tensor(tiles, dtype=torch.int32, device=k.device))

@@ -7,7 +7,6 @@ import torch
 
 from nsa.fused import decode_calls
 from nsa.fused.decode_inputs import (
-    LEAST_SHARE,
     NO_REFERENCE,
     DecodeRule,
     Parts,
@@ -16,6 +15,7 @@ from nsa.fused.decode_inputs import (
     TileLists,
     TileRule,
 )
+from nsa.fused.decoding import tile_share
 from tests.helpers import emulated_decoding as emulated
 from tests.helpers.decode_cases import Form, make_state
 from tests.helpers.gpu_cases import gpu_test
@@ -122,8 +122,8 @@ def test_append(form, case):
     assert torch.equal(schedule.starts.cpu(), expected.starts)
     assert torch.equal(schedule.ends.cpu(), expected.ends)
     assert torch.equal(schedule.tiles[1:].cpu(), expected.tiles[1:])
-    total = int(expected.tiles[-1]) * state.shape.sequence_units
-    assert int(schedule.tiles[0]) == max(LEAST_SHARE, math.ceil(total / state.shape.ctas))
+    total = expected.tiles[-1] * state.shape.sequence_units
+    assert schedule.tiles[0].item() == tile_share(total, state.shape.ctas).item()
 
 
 @pytest.mark.parametrize("case", [([120, 3, 65], [8, 8, 2]), ([120, 3], 4)], ids=str)

@@ -36,7 +36,7 @@ from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
 from nsa.fused.kernels.decode_parts import WarpOutputs
 from nsa.fused.kernels.decode_records import Recorder
-from nsa.fused.kernels.decode_schedule import PDL, TileSchedule, wait_for_previous
+from nsa.fused.kernels.decode_schedule import PDL, TileSchedule, divide, wait_for_previous
 from nsa.fused.kernels.decode_softmax import softmax
 from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
 from nsa.fused.kernels.hopper import mlir_namedtuple
@@ -133,7 +133,7 @@ class DecodeCompressed:
                 tensors, sizes, sequence_units, first, extents
             )
             within = first - tile0 * sequence_units
-            unit, tile = within // tiles, within % tiles
+            unit, tile = divide(within, tiles)
             count = cutlass.min(tiles - tile, last - first)
             self._attend(
                 tensors, pages, sizes, scale_log2, mmas, memory,
@@ -165,7 +165,7 @@ class DecodeCompressed:
         bidx, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         row_group, key_group = warp % self.attention.row_groups, warp // self.attention.row_groups
-        kv_head, token_block = unit // sizes.token_blocks, unit % sizes.token_blocks
+        kv_head, token_block = divide(unit, sizes.token_blocks)
         token0 = token_block * sizes.unit_tokens
         row0, new = sequence * sizes.tokens, sizes.tokens
         if const_expr(tensors.cu_seqlens is not None):
@@ -222,7 +222,8 @@ class DecodeCompressed:
         limits = cute.make_rmem_tensor(2, Int32)
         row = row_group * MMA_ROWS + lane // QUAD
         for r in cutlass.range_constexpr(2):
-            position = start + token0 + (row + 8 * r) // sizes.group
+            token, _ = self._split_row(sizes, row + 8 * r)
+            position = start + token0 + token
             limits[r] = cutlass.min((position + 1) // self.rule.stride, end_slot)
         # The unit among those of all sequences, and where the records of this thread's rows are.
         index = sequence * (sizes.kv_heads * sizes.token_blocks) + unit
@@ -267,13 +268,22 @@ class DecodeCompressed:
         )  # fmt: skip
 
     def _query_offset(self, sizes, row0, kv_head, row) -> Int64:
-        head = kv_head * sizes.group + row % sizes.group
-        token = row0 + row // sizes.group
-        return Int64(token) * sizes.q_stride + head * self.attention.head_dim
+        token, head = self._split_row(sizes, row)
+        head += kv_head * sizes.group
+        return Int64(row0 + token) * sizes.q_stride + head * self.attention.head_dim
 
     @cute.jit
     def _has_query(self, sizes, rows, new, row) -> Boolean:
-        return row < rows and row // sizes.group < new
+        token, _ = self._split_row(sizes, row)
+        return row < rows and token < new
+
+    @cute.jit
+    def _split_row(self, sizes: _Sizes, row: Int32) -> tuple[Int32, Int32]:
+        """Token and head of a row of a unit."""
+        token, head = Int32(0), row
+        if sizes.unit_tokens > 1:
+            token, head = divide(row, sizes.group)
+        return token, head
 
     @cute.jit
     def _find_tile(

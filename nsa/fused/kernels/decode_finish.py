@@ -42,8 +42,9 @@ from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_lists import BlockLists, load_list
 from nsa.fused.kernels.decode_outputs import ClusterOutputs, Exchange, load_gates
 from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
+from nsa.fused.kernels.decode_parts import COLUMNS
 from nsa.fused.kernels.decode_places import MOST_TILES, KeyRange, ListTiles
-from nsa.fused.kernels.decode_schedule import PDL, unit_parts, wait_for_previous
+from nsa.fused.kernels.decode_schedule import PDL, divide, unit_parts, wait_for_previous
 from nsa.fused.kernels.decode_scores import RecordTensors, sum_parts
 from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
 from nsa.fused.kernels.gates import FORMS
@@ -158,9 +159,10 @@ class DecodeFinish:
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         rank, unit = bidx % self.cluster, bidx // self.cluster
-        index, unit = unit % sizes.lists, unit // sizes.lists
-        blocks = cute.ceil_div(sizes.tokens, self.cluster_tokens)
-        sequence, first_token = unit // blocks, unit % blocks * self.cluster_tokens
+        unit, index = divide(unit, sizes.lists)
+        blocks = (sizes.tokens + (self.cluster_tokens - 1)) // self.cluster_tokens
+        sequence, block = divide(unit, blocks)
+        first_token = block * self.cluster_tokens
         row0, new = sequence * sizes.tokens, sizes.tokens
         if const_expr(tensors.cu_seqlens is not None):
             row0 = tensors.cu_seqlens[sequence]
@@ -217,7 +219,9 @@ class DecodeFinish:
         tidx, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         row_group, key_group = warp % self.attention.row_groups, warp // self.attention.row_groups
-        kv_head = index // sizes.kv_share
+        kv_head = index
+        if const_expr(self.tile_mode):
+            kv_head = index // sizes.kv_share
         start, end = tensors.starts[sequence], tensors.ends[sequence]
         # This CTA's token and, in the window, that of the warp's rows. Some may be missing.
         last_token = cutlass.min(first_token + self.cluster_tokens, new) - 1
@@ -249,19 +253,15 @@ class DecodeFinish:
             )  # fmt: skip
         cute.arch.cp_async_commit_group()
         heads = sizes.lists * self.group
-        load_gates(
-            self.form, self.attention.head_dim, self.attention.warps, tensors.gates, tensors.weight,
-            tensors.q, row * sizes.q_stride, row * heads, index * self.group, self.group,
-            sGates, tidx,
-        )  # fmt: skip
         # Parts of the compressed branch, and the rows there.
-        unit = kv_head * sizes.token_blocks + token // sizes.unit_tokens
+        first_slot, num_parts, unit_row, record_row = Int32(0), Int32(0), Int32(0), Int64(0)
         unit_rows = sizes.unit_tokens * self.group * sizes.kv_share
-        sequence_units = sizes.lists // sizes.kv_share * sizes.token_blocks
-        unit_row = token % sizes.unit_tokens * self.group * sizes.kv_share
-        unit_row += index % sizes.kv_share * self.group
-        first_slot, num_parts = unit_parts(tensors.tiles, sequence, unit, sequence_units)
         parts = tensors.cmp_out, tensors.cmp_reference, tensors.cmp_total
+        # Queries are not needed any more where CTAs share a list.
+        sRest = cute.make_tensor(
+            cute.recast_ptr(sQ.iterator, dtype=Float32),
+            cute.make_layout(self.outputs.owned * COLUMNS),
+        )
 
         # The keys that a warp's rows see, and those that the CTAs load: in the window at first.
         first_seen = cutlass.max(window_position + 1 - sizes.window, 0)
@@ -298,12 +298,14 @@ class DecodeFinish:
                     sum_parts, parts, compressed, first_slot, num_parts, unit_rows,
                     Int64(unit_row), self.group, self.attention.warps, tidx,
                 )  # fmt: skip
+                receive_window = functools.partial(
+                    self._receive_window, found, exchange, sGates, rank, tidx
+                )
                 list_row = row * sizes.lists + index
                 if const_expr(self.selects):
-                    record_row = Int64(sequence * sequence_units + unit) * unit_rows + unit_row
                     self.lists.select(
                         records, sizes.groups, (sizes.num_initial, sizes.num_local), ring,
-                        exchange, sBest, compressed, sum_up, position, record_row,
+                        exchange, sBest, compressed, sum_up, receive_window, position, record_row,
                         rank % self.splits, tidx,
                     )  # fmt: skip
                     valid = self.lists.list_best(
@@ -311,6 +313,8 @@ class DecodeFinish:
                     )
                 else:
                     sum_up()
+                    if const_expr(self.splits > 1):
+                        receive_window()
                     if const_expr(self.tile_mode):
                         slot = position // sizes.tile_size % sizes.tile_slots
                         list_row = Int64(sequence * sizes.tile_slots + slot) * sizes.lists + index
@@ -338,23 +342,26 @@ class DecodeFinish:
                 first_tile,
             )  # fmt: skip
             self.attention.start_tiles(load_tile, count)
+            # While the first tiles are on their way.
             if turn == 0:
+                load_gates(
+                    self.form, self.attention.head_dim, self.attention.warps, tensors.gates,
+                    tensors.weight, tensors.q, row * sizes.q_stride, row * heads,
+                    index * self.group, self.group, sGates, tidx,
+                )  # fmt: skip
+                first_slot, num_parts, unit_row, record_row = self._find_parts(
+                    tensors, sizes, sequence, index, token
+                )
                 cute.arch.cp_async_wait_group(stages - 1)
                 cute.arch.barrier()
                 self.attention.read_rows(queries, sRows, mmas[0], window_group, lane)
             else:
                 if const_expr(self.of_tokens):
                     self.attention.read_rows(queries, sQ, mmas[0], row_group, lane)
-                # While the first tiles are on their way.
                 self.outputs.add_parts(
                     found, parts, compressed, sGates, first_slot, num_parts, unit_rows,
-                    Int64(unit_row), self.group, rank % self.splits, tidx,
+                    Int64(unit_row), self.group, rank % self.splits, sRest, tidx,
                 )  # fmt: skip
-                if const_expr(self.splits > 1):
-                    self.outputs.receive(found, exchange, 0, sGates, self.group, rank, tidx)
-                    # The CTAs may send the selected branch, once all have received the window.
-                    cute.arch.barrier()
-                    cute.arch.cluster_arrive_relaxed()
             for i in cutlass.range(count, unroll=1):
                 self.attention.wait_for_tile()
                 stage = self.attention.load_ahead(load_tile, i, count)
@@ -382,6 +389,7 @@ class DecodeFinish:
                 else:
                     add_up(1, rank, tidx)
         if const_expr(self.splits > 1):
+            self.outputs.add_rest(found, sRest, tidx)
             self.outputs.receive(found, exchange, 1, sGates, self.group, rank, tidx)
 
         if is_real:
@@ -389,6 +397,32 @@ class DecodeFinish:
                 found, tensors.out, row * heads + index * self.group, self.group,
                 rank % self.splits, tidx,
             )  # fmt: skip
+
+    @cute.jit
+    def _find_parts(
+        self, tensors: _Tensors, sizes: _Sizes, sequence: Int32, index: Int32, token: Int32
+    ) -> tuple[Int32, Int32, Int32, Int64]:
+        """First slot and number of a list's parts; its first row in them, and in the records."""
+        block, in_block = divide(token, sizes.unit_tokens)
+        kv_head, sharing, kv_heads = index, Int32(0), sizes.lists
+        if const_expr(self.tile_mode):
+            kv_head, sharing = divide(index, sizes.kv_share)
+            kv_heads = sizes.lists // sizes.kv_share
+        unit, units = kv_head * sizes.token_blocks + block, kv_heads * sizes.token_blocks
+        slot, count = unit_parts(tensors.tiles, sequence, unit, units)
+        row = (in_block * sizes.kv_share + sharing) * self.group
+        rows = sizes.unit_tokens * self.group * sizes.kv_share
+        return slot, count, row, Int64(sequence * units + unit) * rows + row
+
+    @cute.jit
+    def _receive_window(
+        self, found: list[cute.Tensor], exchange: Exchange, sGates: cute.Tensor, rank: Int32,
+        tidx: Int32,
+    ):  # fmt: skip
+        self.outputs.receive(found, exchange, 0, sGates, self.group, rank, tidx)
+        # CTAs may send the selected branch once all have received the window.
+        cute.arch.barrier()
+        cute.arch.cluster_arrive_relaxed()
 
     def _query_offset(self, sizes, token_row, index, row) -> Int64:
         return token_row * sizes.q_stride + (index * self.group + row) * self.attention.head_dim

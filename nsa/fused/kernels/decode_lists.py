@@ -49,14 +49,15 @@ class BlockLists:
     def select(
         self, records: RecordTensors, groups: Int32, forced: tuple[Int32, Int32],
         ring: cute.Pointer, exchange: Exchange | None, sBest: cute.Tensor, compressed, sum_up,
-        position: Int32, record_row: Int64, rank: Int32, tidx: Int32,
+        meanwhile, position: Int32, record_row: Int64, rank: Int32, tidx: Int32,
     ):  # fmt: skip
         """Write the ranks of the best blocks to ``sBest``, best first, in all CTAs.
 
         ``groups`` have room in the records of a row; ``forced`` are the numbers of first and last
         blocks that are taken. ``sum_up()`` finds ``compressed``, the references and sums of heads.
         The ring of tiles, which is empty, has what this needs in shared memory. CTAs send each
-        other the best that they have found by ``exchange``; all have started.
+        other the best that they have found by ``exchange``; all have started. ``meanwhile()`` is
+        done while these are on their way.
         """
         layout = cute.make_ordered_layout((self.warps, self.pass_blocks), order=(1, 0))
         sPartial = cute.make_tensor(cute.recast_ptr(ring, dtype=Float32), layout)
@@ -99,14 +100,12 @@ class BlockLists:
             scores = cute.make_rmem_tensor(self.best.per_thread, Float32)
             scores.fill(0.0)
             for w in cutlass.range_constexpr(self.warps):
-                partial = cute.make_rmem_tensor(self.best.per_thread, Float32)
-                sRow = cute.local_tile(sPartial[w, None], (self.best.per_thread,), (tidx,))
-                cute.autovec_copy(sRow, partial)
                 for r in cutlass.range_constexpr(self.best.per_thread):
-                    scores[r] = scores[r] + partial[r]
+                    scores[r] = scores[r] + sPartial[w, r * (self.warps * WARP) + tidx]
             ranks = cute.make_rmem_tensor(self.best.per_thread, Int64)
             for r in cutlass.range_constexpr(self.best.per_thread):
-                block = tidx * self.best.per_thread + r
+                # So that few blocks have a thread each.
+                block = r * (self.warps * WARP) + tidx
                 real = block < here * self.rule.group_blocks
                 block += begin * self.rule.group_blocks
                 ranks[r] = block_rank(scores[r], block, own, *forced, real)
@@ -122,6 +121,7 @@ class BlockLists:
             for i in cutlass.range(tidx, number, self.warps * WARP, unroll=1):
                 place = sAll.iterator + (rank * count + i % count)
                 store_shared_remote(shared[1][i % count], place, barrier, i // count)
+            meanwhile()
             cute.arch.mbarrier_wait(barrier, 0)
             for i in cutlass.range(tidx, number, self.warps * WARP, unroll=1):
                 best = sAll[i]

@@ -57,6 +57,8 @@ class ClusterOutputs(WarpOutputs):
         # Vectors of columns that a CTA owns, and a thread.
         self.owned = self.rows * self.head_dim_v // COLUMNS // (1 if of_tokens else cluster)
         self.vectors = -(-self.owned // self.threads)
+        # Threads that share a vector's parts.
+        self.sharing = 2 if 2 * self.owned <= self.threads else 1
 
     @cute.jit
     def add_up(
@@ -246,40 +248,59 @@ class ClusterOutputs(WarpOutputs):
     def add_parts(
         self, found: list[cute.Tensor], parts, shared, gates: cute.Tensor, slot: Int32,
         count: Int32, unit_rows: Int32, first_row: Int64, heads: cutlass.Constexpr[int],
-        rank: Int32, tidx: Int32,
+        rank: Int32, sRest: cute.Tensor, tidx: Int32,
     ):  # fmt: skip
         """Add the compressed branch's output, times its gate, to the vectors ``found``.
 
-        ``shared`` is what :func:`nsa.fused.kernels.decode_scores.sum_parts` found.
+        Where a CTA owns few vectors, other threads have half of the parts, and put what they add up
+        into ``sRest`` for :meth:`add_rest`. ``shared`` is what
+        :func:`nsa.fused.kernels.decode_scores.sum_parts` found.
         """
         mO, mReference, _ = parts
         sReference, sInverse = shared
+        first = Int64(slot) * unit_rows + first_row
+        outputs = mO.iterator + cute.assume(first * self.head_dim_v, divby=COLUMNS)
+        references = cute.make_tensor(mReference.iterator + first, mReference.layout)
+        turn, local = Int32(0), tidx
+        if const_expr(self.sharing > 1):
+            turn, local = tidx // self.owned, tidx % self.owned
         places, scales = [], []
         for v in cutlass.range_constexpr(self.vectors):
-            row, column = self._place(v, rank, tidx)
+            row, column = self._place(v, rank, local)
             row = cutlass.min(row, heads - 1)
             places.append((row, column))
             scales.append((sReference[row], sInverse[row] * gates[row * 3]))
         step = const_expr(max(1, _LOADS // self.vectors))
-        for begin in cutlass.range(0, count, step, unroll=1):
+        for begin in cutlass.range(0, count, step * self.sharing, unroll=1):
             # All loads before the first use, so that they are under way together.
-            loaded = []
+            loaded, real = [], []
             for u in cutlass.range_constexpr(step):
+                part = begin + u * self.sharing + turn
+                real.append(part < count)
                 # Past the end the last part again.
-                part = slot + cutlass.min(begin + u, count - 1)
+                part = cutlass.min(part, count - 1) * unit_rows
                 for v in cutlass.range_constexpr(self.vectors):
                     row, column = places[v]
-                    place = Int64(part) * unit_rows + first_row + row
-                    values = _load_floats(mO.iterator, place * self.head_dim_v + column)
-                    loaded.append((mReference[place], values))
+                    values = _load_floats(outputs, (part + row) * self.head_dim_v + column)
+                    loaded.append((references[part + row], values))
             for u in cutlass.range_constexpr(step):
                 for v in cutlass.range_constexpr(self.vectors):
                     reference, values = loaded[u * self.vectors + v]
                     largest, share = scales[v]
                     factor = power_of_two(reference - largest) * share
-                    factor = factor if begin + u < count else Float32(0.0)
-                    for c in cutlass.range_constexpr(COLUMNS):
-                        found[v][c] = found[v][c] + values[c] * factor
+                    factor = factor if real[u] else Float32(0.0)
+                    self._add(found[v], values, factor)
+        if const_expr(self.sharing > 1):  # noqa: SIM102 (one is decided at compile time)
+            if turn == 1:
+                pointer = sRest.iterator + cute.assume(local * COLUMNS, divby=COLUMNS)
+                cute.autovec_copy(found[0], cute.make_tensor(pointer, cute.make_layout(COLUMNS)))
+
+    @cute.jit
+    def add_rest(self, found: list[cute.Tensor], sRest: cute.Tensor, tidx: Int32):
+        """Add what other threads put into ``sRest``; a barrier must lie between."""
+        if const_expr(self.sharing > 1):  # noqa: SIM102 (one is decided at compile time)
+            if tidx < self.owned:
+                self._add(found[0], _load_floats(sRest.iterator, tidx * COLUMNS), Float32(1.0))
 
     @cute.jit
     def store(

@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, const_expr
+from cutlass import Boolean, Int32, Uint32, const_expr
 
 from nsa.fused.decode_inputs import LEAST_SHARE, TILE_KEYS, DecodeRule
 from nsa.fused.hardware import WARP
@@ -35,7 +35,15 @@ def num_tiles(rule: DecodeRule, start: Int32, new: Int32, limit: Int32) -> Int32
 
 def tile_share(tiles: Int32, ctas: Int32) -> Int32:
     """Tiles of a CTA, of those of all units."""
-    return cutlass.max(cute.ceil_div(tiles, ctas), LEAST_SHARE)
+    least = cutlass.min(cute.ceil_div(2 * tiles, ctas), LEAST_SHARE)
+    return cutlass.max(cute.ceil_div(tiles, ctas), cutlass.max(least, 1))
+
+
+def divide(x: Int32, by: Int32) -> tuple[Int32, Int32]:
+    """Quotient and remainder of what is not negative."""
+    # Unsigned, because // of signed numbers takes more instructions.
+    quotient = Int32(Uint32(x) // Uint32(by))
+    return quotient, x - quotient * by
 
 
 @cute.jit
@@ -47,8 +55,9 @@ def unit_parts(
     start = mTiles[sequence + 1]
     tiles = mTiles[sequence + 2] - start
     first = start * sequence_units + unit * tiles
-    cta = first // share
-    count = (first + tiles - 1) // share - cta + 1 if tiles > 0 else Int32(0)
+    cta, _ = divide(first, share)
+    last, _ = divide(cutlass.max(first + tiles - 1, 0), share)
+    count = last - cta + 1 if tiles > 0 else Int32(0)
     return cta + sequence * sequence_units + unit, count
 
 
