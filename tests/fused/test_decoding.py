@@ -85,6 +85,12 @@ def test_a_step_reads_nothing_on_the_host(extras, packed, decoded, monkeypatch):
     assert len(decoded) == 1
 
 
+def test_tiles_of_a_cta():
+    """Two at least, where half of the CTAs then suffice; one where there are few tiles."""
+    tiles = torch.tensor([0, 1, 5, 6, 10, 11, 21])
+    assert decoding.tile_share(tiles, 10).tolist() == [1, 1, 1, 2, 2, 2, 3]
+
+
 def test_tokens_without_a_place_are_dropped():
     cache = make_cache(length=396)
     forget_lengths(cache)
