@@ -181,6 +181,7 @@ class DecodeFinish:
         if const_expr(self.splits == 1):
             sums = tuple(smem.allocate_tensor(dtype, layout, 16) for dtype in (Int32, Float32))
         sGates = smem.allocate_tensor(Float32, cute.make_layout(3 * rows), 16)
+        sParts = smem.allocate_tensor(Int32, cute.make_layout(4), 16)
         sTiles = tuple(
             smem.allocate_tensor(Int32, cute.make_layout(MOST_TILES), 16) for _ in range(2)
         )
@@ -192,8 +193,8 @@ class DecodeFinish:
                 )
             self._finish(
                 tensors, records, pages, rings, sizes, scale_log2, mmas, memory, exchange, listed,
-                sBest, compressed, sums, sGates, sTiles, sequence, row0, new, first_token, index,
-                rank,
+                sBest, compressed, sums, sGates, sParts, sTiles, sequence, row0, new, first_token,
+                index, rank,
             )  # fmt: skip
         if bidx == 0:
             wait_for_previous()
@@ -211,8 +212,8 @@ class DecodeFinish:
         self, tensors: _Tensors, records: RecordTensors | None, pages: PagedTensors,
         rings: PagedTensors | None, sizes: _Sizes, scale_log2: Float32,
         mmas: tuple[cute.TiledMma, ...], memory, exchange: Exchange | None, listed: cute.Tensor,
-        sBest: cute.Tensor, compressed, sums, sGates: cute.Tensor, sTiles, sequence: Int32,
-        row0: Int32, new: Int32, first_token: Int32, index: Int32, rank: Int32,
+        sBest: cute.Tensor, compressed, sums, sGates: cute.Tensor, sParts: cute.Tensor, sTiles,
+        sequence: Int32, row0: Int32, new: Int32, first_token: Int32, index: Int32, rank: Int32,
     ):  # fmt: skip
         stages = const_expr(self.attention.stages)
         sQ, sK, sV, ring, *warp_sums = memory
@@ -254,7 +255,6 @@ class DecodeFinish:
         cute.arch.cp_async_commit_group()
         heads = sizes.lists * self.group
         # Parts of the compressed branch, and the rows there.
-        first_slot, num_parts, unit_row, record_row = Int32(0), Int32(0), Int32(0), Int64(0)
         unit_rows = sizes.unit_tokens * self.group * sizes.kv_share
         parts = tensors.cmp_out, tensors.cmp_reference, tensors.cmp_total
         # Queries are not needed any more where CTAs share a list.
@@ -294,6 +294,7 @@ class DecodeFinish:
         for turn in cutlass.range(turns, unroll=1):
             if turn == 1:
                 wait_for_previous()
+                first_slot, num_parts, unit_row = sParts[0], sParts[1], sParts[2]
                 sum_up = functools.partial(
                     sum_parts, parts, compressed, first_slot, num_parts, unit_rows,
                     Int64(unit_row), self.group, self.attention.warps, tidx,
@@ -303,6 +304,7 @@ class DecodeFinish:
                 )
                 list_row = row * sizes.lists + index
                 if const_expr(self.selects):
+                    record_row = Int64(sParts[3]) * unit_rows + unit_row
                     self.lists.select(
                         records, sizes.groups, (sizes.num_initial, sizes.num_local), ring,
                         exchange, sBest, compressed, sum_up, receive_window, position, record_row,
@@ -349,9 +351,7 @@ class DecodeFinish:
                     tensors.weight, tensors.q, row * sizes.q_stride, row * heads,
                     index * self.group, self.group, sGates, tidx,
                 )  # fmt: skip
-                first_slot, num_parts, unit_row, record_row = self._find_parts(
-                    tensors, sizes, sequence, index, token
-                )
+                self._find_parts(tensors, sizes, sequence, index, token, sParts, tidx)
                 cute.arch.cp_async_wait_group(stages - 1)
                 cute.arch.barrier()
                 self.attention.read_rows(queries, sRows, mmas[0], window_group, lane)
@@ -359,8 +359,8 @@ class DecodeFinish:
                 if const_expr(self.of_tokens):
                     self.attention.read_rows(queries, sQ, mmas[0], row_group, lane)
                 self.outputs.add_parts(
-                    found, parts, compressed, sGates, first_slot, num_parts, unit_rows,
-                    Int64(unit_row), self.group, rank % self.splits, sRest, tidx,
+                    found, parts, compressed, sGates, sParts[0], sParts[1], unit_rows,
+                    Int64(sParts[2]), self.group, rank % self.splits, sRest, tidx,
                 )  # fmt: skip
             for i in cutlass.range(count, unroll=1):
                 self.attention.wait_for_tile()
@@ -400,9 +400,10 @@ class DecodeFinish:
 
     @cute.jit
     def _find_parts(
-        self, tensors: _Tensors, sizes: _Sizes, sequence: Int32, index: Int32, token: Int32
-    ) -> tuple[Int32, Int32, Int32, Int64]:
-        """First slot and number of a list's parts; its first row in them, and in the records."""
+        self, tensors: _Tensors, sizes: _Sizes, sequence: Int32, index: Int32, token: Int32,
+        sParts: cute.Tensor, tidx: Int32,
+    ):  # fmt: skip
+        """Write first slot and number of a list's parts, its first row in them, and its unit."""
         block, in_block = divide(token, sizes.unit_tokens)
         kv_head, sharing, kv_heads = index, Int32(0), sizes.lists
         if const_expr(self.tile_mode):
@@ -411,8 +412,10 @@ class DecodeFinish:
         unit, units = kv_head * sizes.token_blocks + block, kv_heads * sizes.token_blocks
         slot, count = unit_parts(tensors.tiles, sequence, unit, units)
         row = (in_block * sizes.kv_share + sharing) * self.group
-        rows = sizes.unit_tokens * self.group * sizes.kv_share
-        return slot, count, row, Int64(sequence * units + unit) * rows + row
+        if tidx == 0:
+            found = slot, count, row, sequence * units + unit
+            for i in cutlass.range_constexpr(4):
+                sParts[i] = found[i]
 
     @cute.jit
     def _receive_window(
@@ -457,8 +460,8 @@ def compile_decode_finish(
 ) -> Callable:
     """The compiled kernel of these forms."""
     row_groups = -(-group // MMA_ROWS)
-    # Lists, tiles and gates; sums, or what the CTAs of a list exchange.
-    beside = 1792 + 20 * MMA_ROWS * row_groups
+    # Lists, tiles, places of parts and gates; sums, or what the CTAs of a list exchange.
+    beside = 1808 + 20 * MMA_ROWS * row_groups
     if cluster > 1 and not of_tokens:
         beside += MMA_ROWS * row_groups * (4 * head_dim_v + 8 * cluster) + 8 * cluster * count + 32
     else:

@@ -12,7 +12,7 @@ from nsa.fused.decode_inputs import MAX_LISTED, DecodeRule
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.best_blocks import NO_RANK
 from nsa.fused.kernels.decode_best import BestOfCta, block_rank
-from nsa.fused.kernels.decode_outputs import Exchange
+from nsa.fused.kernels.decode_outputs import Exchange, recomputed
 from nsa.fused.kernels.decode_scores import BlockScores, RecordTensors
 from nsa.fused.kernels.hopper import store_shared_remote
 
@@ -59,6 +59,7 @@ class BlockLists:
         other the best that they have found by ``exchange``; all have started. ``meanwhile()`` is
         done while these are on their way.
         """
+        rank, tidx = recomputed(rank), recomputed(tidx)
         layout = cute.make_ordered_layout((self.warps, self.pass_blocks), order=(1, 0))
         sPartial = cute.make_tensor(cute.recast_ptr(ring, dtype=Float32), layout)
         memory = cute.recast_ptr(ring, dtype=Int64) + self.warps * self.pass_blocks // 2

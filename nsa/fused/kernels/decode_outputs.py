@@ -14,6 +14,8 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
 
 from nsa.fused.decode_inputs import NO_REFERENCE
 from nsa.fused.hardware import LOG2_E, WARP
@@ -137,6 +139,7 @@ class ClusterOutputs(WarpOutputs):
 
         First all CTAs must have started, or have received the branch before.
         """
+        rank, tidx = recomputed(rank), recomputed(tidx)
         row_groups, owned = const_expr(self.attention.row_groups), const_expr(self.owned)
         sO, sM, sL = self.share_outputs(acc_O, reference, total, ring, warp_sums, row_groups, tidx)
         cute.arch.barrier()
@@ -171,6 +174,7 @@ class ClusterOutputs(WarpOutputs):
         gates: cute.Tensor, heads: cutlass.Constexpr[int], rank: Int32, tidx: Int32,
     ):  # fmt: skip
         """Add a branch of all CTAs, times its gate, to the vectors ``found``."""
+        rank, tidx = recomputed(rank), recomputed(tidx)
         cute.arch.mbarrier_wait(exchange.barriers + branch, 0)
         for v in cutlass.range_constexpr(self.vectors):
             row, _ = self._place(v, rank, tidx)
@@ -256,6 +260,7 @@ class ClusterOutputs(WarpOutputs):
         into ``sRest`` for :meth:`add_rest`. ``shared`` is what
         :func:`nsa.fused.kernels.decode_scores.sum_parts` found.
         """
+        rank, tidx = recomputed(rank), recomputed(tidx)
         mO, mReference, _ = parts
         sReference, sInverse = shared
         first = Int64(slot) * unit_rows + first_row
@@ -327,6 +332,24 @@ class ClusterOutputs(WarpOutputs):
             index += rank * self.owned
         row = index // each if is_owned else Int32(self.rows)
         return row, index % each * COLUMNS
+
+
+@dsl_user_op
+def recomputed(x: Int32, *, loc=None, ip=None) -> Int32:
+    """``x``, such that what depends on it is computed after here and for here alone.
+
+    Else addresses are computed before the loop over branches, and no register is left for them.
+    """
+    found = llvm.inline_asm(
+        T.i32(),
+        [Int32(x).ir_value(loc=loc, ip=ip)],
+        "mov.b32 $0, $1;",
+        "=r,r",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    return Int32(found)
 
 
 def load_peer(sX: cute.Tensor, place: Int32, peer: int, cluster: int) -> cute.Numeric:
