@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,17 +114,17 @@ class Sums(NamedTuple):
 
     @classmethod
     def new(cls, call: Call, variant: Variant, tile: BackwardTile) -> "Sums":
-        """Zeros in FA4's rows and channels."""
-        kind: dict[str, Any] = dict(dtype=torch.float32, device=call.q.device)
-        leading, rows = rounded_rows(call.q, call.bounds[0], tile.queries)
+        """Zeros in FA4's rows and channels, filled at once."""
         channels = rounded_up(variant.head_dim, tile.channels)
-        dq = torch.zeros((*leading, rows * channels), **kind)
-        if not variant.adds_keys:
-            return cls(dq)
-        # The kernels use one head dimension for both if heads share a KV head.
-        leading, rows = rounded_rows(call.k, call.bounds[1], tile.keys)
-        dk_dv = torch.zeros((2, *leading, rows * channels), **kind).unbind()
-        return cls(dq, *dk_dv)
+        leading, rows = rounded_rows(call.q, call.bounds[0], tile.queries)
+        shapes = [(*leading, rows * channels)]
+        if variant.adds_keys:
+            # The kernels use one head dimension for both if heads share a KV head.
+            leading, rows = rounded_rows(call.k, call.bounds[1], tile.keys)
+            shapes += [(*leading, rows * channels)] * 2
+        sizes = list(map(math.prod, shapes))
+        zeros = torch.zeros(sum(sizes), dtype=torch.float32, device=call.q.device).split(sizes)
+        return cls(*(x.view(shape) for x, shape in zip(zeros, shapes, strict=True)))
 
 
 class Semaphores(NamedTuple):
