@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from nsa.blocks import BlockPlaces, num_compressed_blocks
 from nsa.config import NSAConfig
 from nsa.host import is_traced
-from nsa.linears import make_mlp
+from nsa.linears import MLP, make_mlp
 from nsa.packing import Boundaries
+from nsa.plain_modules import Types
 from nsa.segments import locate_items, prefix_sum
 
 
@@ -59,6 +60,15 @@ class BlockCompressor(nn.Module):
         return self.mlp(blocks.reshape(-1, blocks.shape[2] * blocks.shape[3])).unflatten(
             0, blocks.shape[:2]
         )
+
+
+PLAIN_TYPES: Types = {
+    nn.Linear: ("weight", "bias"),
+    nn.SiLU: (),
+    MLP: (),
+    BlockCompressor: ("position",),
+}
+"""Modules of a layer that :func:`nsa.plain_modules.plain_parameters` knows."""
 
 
 def block_places(

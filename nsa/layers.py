@@ -14,14 +14,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nsa import backends, dispatch, recordings
+from nsa.blocks import BlockPlaces
 from nsa.cache import Cache
 from nsa.cached_layer import arguments_of_new_tokens
-from nsa.compressor import BlockCompressor, block_places, gather_blocks, kept_items
+from nsa.compressor import (
+    PLAIN_TYPES,
+    BlockCompressor,
+    block_places,
+    gather_blocks,
+    kept_items,
+)
 from nsa.config import NSAConfig
 from nsa.host import has_readable_values
+from nsa.joint_products import Parts, joint_parts, parameters_of_both
 from nsa.layer_checks import check_choice, check_rope, check_sizes
 from nsa.linears import (
-    MLP,
     apply_linear,
     common_dtype,
     make_linear,
@@ -36,12 +43,6 @@ from nsa.precision import autocast_dtype
 from nsa.rope import Positions, rotate
 from nsa.validation import check_config, check_flag, check_max_workspace_bytes
 
-_PLAIN_TYPES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("weight", "bias"),
-    nn.SiLU: (),
-    MLP: (),
-    BlockCompressor: ("position",),
-}
 _GATES = ("hidden", "q")
 _COMPRESSORS = ("mlp", "mean")
 
@@ -234,7 +235,7 @@ class NativeSparseAttention(nn.Module):
             return None
         if type(self) is not NativeSparseAttention or self.backend == "reference":
             return None
-        plain = plain_parameters(self._modules, _PLAIN_TYPES)
+        plain = plain_parameters(self._modules, PLAIN_TYPES)
         if plain is None or self.gate_proj_weight is None:
             return plain
         parameters, kinds = plain
@@ -259,8 +260,10 @@ class NativeSparseAttention(nn.Module):
     ) -> Tensor:
         """:meth:`forward`, step by step."""
         cu_seqlens = _read_once(cu_seqlens, max_seqlen)
-        q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
-        gates, gate_proj_weight = self._gates(x, q.dtype)
+        self._check_input(x, cu_seqlens)
+        parts = None if cache is not None else joint_parts(self, x)
+        q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache, parts)
+        gates, gate_proj_weight = self._gates(x, q.dtype, parts)
         out = dispatch.forward(
             q,
             k,
@@ -294,6 +297,7 @@ class NativeSparseAttention(nn.Module):
         if self.context_parallel is not None:
             return self.context_parallel.select_blocks(self, x, cu_seqlens, max_seqlen, cache)
         cu_seqlens = _read_once(cu_seqlens, max_seqlen)
+        self._check_input(x, cu_seqlens)
         q, k, _, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
         return dispatch.select_blocks(
             q,
@@ -324,11 +328,11 @@ class NativeSparseAttention(nn.Module):
         cu_seqlens: Tensor | Packing | None,
         max_seqlen: int | None,
         cache: Cache | None = None,
+        parts: Parts | None = None,
     ):
         """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`."""
-        self._check_input(x, cu_seqlens)
         boundaries = check_boundaries(cu_seqlens, max_seqlen, x, x)
-        q, keys, values = self._heads(x)
+        q, keys, values, both = self._heads(x, parts)
         # Wrapped linears get the dtype of x.
         dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
         if cache is not None:
@@ -346,7 +350,8 @@ class NativeSparseAttention(nn.Module):
         fused = backends.uses_fused(self.backend, q, values[0], check_config(self.config))
         compressed_kv = None
         if self.compress_k is not None:
-            compressed = self._compress(keys[0].to(dtype), values[0].to(dtype), boundaries, fused)
+            pair = keys[0].to(dtype), values[0].to(dtype)
+            compressed = self._compress(*pair, boundaries, fused, both=both)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         positions = Positions()
         if boundaries is not None:
@@ -358,17 +363,38 @@ class NativeSparseAttention(nn.Module):
             return q, rotated[0], values[0], compressed_kv
         return q, tuple(rotated), values, compressed_kv
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated."""
-        q, k, v = to_one_dtype(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+    def _heads(
+        self, x: Tensor, parts: Parts | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+        """Queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated. Last
+        keys and values as heads of one tensor, where they are."""
+        both = None
+        if parts is None:
+            q, k, v = to_one_dtype(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        elif self.num_kv_branches == 1 and self.head_dim == self.value_head_dim:
+            q, both = parts.q, parts.kv.unflatten(-1, (2 * self.num_kv_heads, self.head_dim))
+            k, v = (x.flatten(-2) for x in both.chunk(2, -2))
+        else:
+            rows = self.num_kv_branches * self.num_kv_heads
+            sizes = rows * self.head_dim, rows * self.value_head_dim
+            q, (k, v) = parts.q, parts.kv.split(sizes, -1)
+        if parts is not None:
+            # Values are kept for backward, and with a view all that they are a part of.
+            v = v.contiguous()
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        return q, self._branches(k, self.head_dim), self._branches(v, self.value_head_dim)
+        heads = self._branches(k, self.head_dim), self._branches(v, self.value_head_dim)
+        return q, *heads, both
 
-    def _gates(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    def _gates(
+        self, x: Tensor, dtype: torch.dtype, parts: Parts | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Arguments ``gates`` and ``gate_proj_weight`` of :func:`nsa.forward`."""
         if self.gate_mlp is not None:
-            gates = self._run(self.gate_mlp, x).sigmoid().to(dtype)
-            return gates.unflatten(-1, (self.num_heads, 3)), None
+            if parts is None:
+                logits = self._run(self.gate_mlp, x)
+            else:
+                logits = self.gate_mlp.after_first(parts.hidden, x.dtype)
+            return logits.sigmoid().to(dtype).unflatten(-1, (self.num_heads, 3)), None
         weight = self.gate_proj_weight
         return None, None if weight is None else weight.to(dtype)
 
@@ -399,10 +425,12 @@ class NativeSparseAttention(nn.Module):
         boundaries: Boundaries | None,
         fused: bool,
         positions: Positions | None = None,
+        both: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compressed keys, rotated to the centres of their blocks, and compressed values.
 
-        ``positions`` are those of the centres if the tokens are parts of sequences.
+        ``positions`` are those of the centres if the tokens are parts of sequences. ``both`` is
+        ``k`` and ``v`` as heads of one tensor.
         """
         assert self.compress_k is not None
         assert self.compress_v is not None
@@ -413,8 +441,11 @@ class NativeSparseAttention(nn.Module):
             kept = kept_items(boundaries, ("blocks", config), bounds, places.blocks)
             locate, index = kept, lambda: kept()[1]
         gather = partial(gather_blocks, places=places, locate=locate, fused=fused)
-        k_cmp = self._run(self.compress_k, k, gather)
-        v_cmp = self._run(self.compress_v, v, gather)
+        pair = self._compress_both(both, places) if fused and both is not None else None
+        if pair is None:
+            calls = (self.compress_k, k), (self.compress_v, v)
+            pair = tuple(self._run(module, x, gather) for module, x in calls)
+        k_cmp, v_cmp = pair
         if k.ndim == 4:
             counts = (k.shape[0], places.entry_blocks)
             k_cmp, v_cmp = (c.unflatten(0, counts) for c in (k_cmp, v_cmp))
@@ -422,6 +453,16 @@ class NativeSparseAttention(nn.Module):
             centre = (config.compress_block_size - 1) / 2
             positions = Positions(centre, config.compress_stride, bounds, index)
         return self._rotate([k_cmp], positions, fused)[0], v_cmp
+
+    def _compress_both(self, x: Tensor, places: BlockPlaces) -> tuple[Tensor, Tensor] | None:
+        """Results of both compressors for the keys and values in ``x``, in the products of one;
+        None if they must be called."""
+        from nsa.fused import layer_ops
+
+        parameters = parameters_of_both((self.compress_k, self.compress_v), x)
+        if parameters is None or not layer_ops.can_compress_both(x):
+            return None
+        return layer_ops.compress_both(x, *parameters, places)
 
     def _run(self, module: nn.Module, *arguments) -> Tensor:
         """``module(*arguments)``, with ``recompute`` once more in backward."""

@@ -45,10 +45,14 @@ class MLP(nn.Sequential):
     """Linear layers with ``SiLU`` between. Each may compute in its own dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        for module in self:
-            x = module(x) if isinstance(module, nn.SiLU) else apply_linear(module, x, dtype)
-        return x
+        return self.after_first(apply_linear(self[0], x, x.dtype), x.dtype)
+
+    def after_first(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rest, from what the first layer gives; ``dtype`` is that of its input."""
+        for module in list(self)[1:]:
+            silu = isinstance(module, nn.SiLU)
+            hidden = module(hidden) if silu else apply_linear(module, hidden, dtype)
+        return hidden
 
 
 class _Initialiser:

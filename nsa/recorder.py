@@ -259,6 +259,11 @@ _ALLOCATIONS = frozenset((
 _DIRECT: dict[OpOverload, Callable] = {
     torch.ops.aten.mm.default: torch.mm,
     torch.ops.aten.addmm.default: torch.addmm,
+    torch.ops.aten.bmm.default: torch.bmm,
+    torch.ops.aten.bmm.out: torch.bmm,
+    torch.ops.aten.baddbmm.default: torch.baddbmm,
+    torch.ops.aten.cat.default: torch.cat,
+    torch.ops.aten.stack.default: torch.stack,
     torch.ops.aten.add.Tensor: torch.add,
     torch.ops.aten.add_.Tensor: Tensor.add_,
     torch.ops.aten.sum.dim_IntList: torch.sum,

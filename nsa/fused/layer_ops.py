@@ -4,6 +4,9 @@ Each is an autograd node in Python, and a torch.library custom op while somethin
 reasons in :mod:`nsa.fused.ops`.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -13,6 +16,7 @@ from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
 from nsa.fused.plan_tables import BOUNDS, make_rule
 from nsa.host import is_traced
+from nsa.precision import without_autocast
 from nsa.rope import Positions
 
 
@@ -132,8 +136,81 @@ class _BlockRows(torch.autograd.Function):
             places = BlockPlaces(*ctx.numbers, *ctx.saved_tensors)
             dx = kernel_calls.scatter_blocks(drows, ctx.shape, places)
         if ctx.needs_input_grad[1]:
-            dposition = drows.sum((0, 1))
+            dposition = drows.sum((-4, -3))
         return dx, dposition, *(None,) * len(BlockPlaces._fields)
+
+
+def can_compress_both(x: Tensor) -> bool:
+    """Whether :func:`compress_both` takes ``x``. It is no custom op: a compiler fuses by itself."""
+    return can_gather(x) and not is_traced(x)
+
+
+def compress_both(
+    x: Tensor, first: Sequence[Tensor], second: Sequence[Tensor], places: BlockPlaces
+) -> tuple[Tensor, Tensor]:
+    """The learned compression of the first half of the heads, and of the second.
+
+    Args:
+        x: ``(..., 2 * H_kv, D)``.
+        first, second: parameters of each: position, then weight and bias of two linear layers.
+        places: the blocks.
+
+    Returns:
+        ``(M, H_kv, D)`` each.
+    """
+    pairs = [p for pair in zip(first, second, strict=True) for p in pair]
+    return _BothCompressed.apply(x, places, *pairs)
+
+
+class _BothCompressed(torch.autograd.Function):
+    """One product does what two would. Parameters are copied into one tensor, because a copy of
+    each takes the host as long as an operation; so are their gradients parts of one."""
+
+    @staticmethod
+    def forward(ctx, x, places, *parameters):
+        shapes = [p.shape for p in parameters[::2]]
+        with torch.cuda.device_of(x), without_autocast(x.device):
+            joined = torch.cat([p.flatten() for p in parameters]).to(x.dtype)
+            position, weight, bias, last_weight, last_bias = _stacked(joined, shapes)
+            rows = kernel_calls.gather_blocks(x, position, places)
+            flat = rows.flatten(3).flatten(1, 2)
+            hidden = torch.baddbmm(bias[:, None], flat, weight.mT)
+            active = torch.nn.functional.silu(hidden)
+            out = torch.baddbmm(last_bias[:, None], active, last_weight.mT)
+        *numbers, token_bounds, block_bounds = places
+        ctx.save_for_backward(flat, hidden, active, joined, token_bounds, block_bounds)
+        ctx.numbers, ctx.shape, ctx.rows, ctx.shapes = numbers, x.shape, rows.shape, shapes
+        ctx.dtypes = [p.dtype for p in parameters]
+        k, v = out.unflatten(1, rows.shape[1:3])
+        return k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dk, dv):
+        flat, hidden, active, joined, token_bounds, block_bounds = ctx.saved_tensors
+        shapes = ctx.shapes
+        _, weight, _, last_weight, _ = _stacked(joined, shapes)
+        gradients = torch.empty_like(joined)
+        dposition, dweight, dbias, dlast_weight, dlast_bias = _stacked(gradients, shapes)
+        with torch.cuda.device_of(flat), without_autocast(flat.device):
+            dout = torch.stack((dk, dv)).flatten(1, 2)
+            torch.sum(dout, 1, out=dlast_bias)
+            torch.bmm(dout.mT, active, out=dlast_weight)
+            dhidden = torch.ops.aten.silu_backward(torch.bmm(dout, last_weight), hidden)
+            torch.sum(dhidden, 1, out=dbias)
+            torch.bmm(dhidden.mT, flat, out=dweight)
+            drows = torch.bmm(dhidden, weight).view(ctx.rows)
+            torch.sum(drows, (1, 2), out=dposition)
+            places = BlockPlaces(*ctx.numbers, token_bounds, block_bounds)
+            dx = kernel_calls.scatter_blocks(drows, ctx.shape, places)
+        parts = (x for both in _stacked(gradients, shapes) for x in both)
+        return dx, None, *(x.to(dtype) for x, dtype in zip(parts, ctx.dtypes, strict=True))
+
+
+def _stacked(joined: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Two parameters of each shape in one tensor, all of them parts of ``joined``."""
+    parts = joined.split([2 * shape.numel() for shape in shapes])
+    return [part.view(2, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 _PLACES = (
@@ -155,7 +232,9 @@ def gather_blocks_op(x, position, *places):
 
 @gather_blocks_op.register_fake
 def _(x, position, block_size, stride, blocks, *_):
-    return x.new_empty(blocks, x.shape[-2], block_size, x.shape[-1])
+    parts = position.shape[:-2]
+    heads = x.shape[-2] // math.prod(parts)
+    return x.new_empty(*parts, blocks, heads, block_size, x.shape[-1])
 
 
 @torch.library.custom_op(
@@ -182,7 +261,7 @@ def _setup_gather(ctx, inputs, output):
 
 def _gather_backward(ctx, drows):
     dx = scatter_blocks_op(drows.contiguous(), ctx.shape, *ctx.numbers, *ctx.saved_tensors)
-    return dx, drows.sum((0, 1)), *(None,) * len(BlockPlaces._fields)
+    return dx, drows.sum((-4, -3)), *(None,) * len(BlockPlaces._fields)
 
 
 gather_blocks_op.register_autograd(_gather_backward, setup_context=_setup_gather)

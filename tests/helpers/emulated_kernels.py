@@ -153,11 +153,17 @@ def gather_blocks(x, position, places) -> Tensor:
     dtype, flat = accumulation_dtype(x.dtype), x.flatten(0, -3)
     blocks = flat.new_zeros(*tokens.shape, *x.shape[-2:])
     blocks[real] = flat[tokens[real]]
-    return (blocks.transpose(1, 2).to(dtype) + position.to(dtype)).to(x.dtype).contiguous()
+    blocks = blocks.transpose(1, 2)
+    if position.ndim == 3:
+        blocks = blocks.unflatten(1, (len(position), -1)).transpose(0, 1)
+        position = position[:, None, None]
+    return (blocks.to(dtype) + position.to(dtype)).to(x.dtype).contiguous()
 
 
 def scatter_blocks(drows, shape, places) -> Tensor:
     tokens, real = _tokens_of_blocks(places, drows.device)
+    if drows.ndim == 5:
+        drows = drows.transpose(0, 1).flatten(1, 2)
     assert drows.shape == (places.blocks, shape[-2], places.block_size, shape[-1])
     rows = drows.transpose(1, 2).to(accumulation_dtype(drows.dtype))
     dx = rows.new_zeros(math.prod(shape[:-2]), *shape[-2:])

@@ -24,14 +24,15 @@ def make_places(size: int, stride: int, packed: bool) -> tuple[tuple[int, ...], 
     return (total,), BlockPlaces(size, stride, rows, total, rows, *bounds)
 
 
+@pytest.mark.parametrize("parts", [(), (2,)], ids=["one position", "two positions"])
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 @pytest.mark.parametrize(("size", "stride"), [(16, 16), (32, 16), (64, 16), (64, 64)])
 @pytest.mark.parametrize("head_dim", [8, 64, 96])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rows_and_their_gradient(dtype, head_dim, size, stride, packed):
+def test_rows_and_their_gradient(dtype, head_dim, size, stride, packed, parts):
     leading, places = make_places(size, stride, packed)
-    x = torch.randn(*leading, 3, head_dim, device="cuda").to(dtype)
-    position = torch.randn(size, head_dim, device="cuda").to(dtype)
+    x = torch.randn(*leading, 6, head_dim, device="cuda").to(dtype)
+    position = torch.randn(*parts, size, head_dim, device="cuda").to(dtype)
     wanted = emulated_kernels.gather_blocks(x.double(), position.double(), places)
     eps = torch.finfo(dtype).eps
     for given in (x, slice_of_heads(x[None])[0] if packed else slice_of_heads(x)):

@@ -45,11 +45,13 @@ def gather_blocks(x: Tensor, position: Tensor, places: BlockPlaces) -> Tensor:
     Args:
         x: ``(..., T, H_kv, D)``, bfloat16, float16 or float32; D a multiple of 8. Slices of heads
             are read in place.
-        position: ``(l, D)`` in the dtype of ``x``.
+        position: ``(l, D)`` in the dtype of ``x``; or ``(P, l, D)``, one for each of P equal parts
+            of the heads.
         places: the blocks. A row of no block has the positions alone.
 
     Returns:
-        ``(M, H_kv, l, D)`` in the dtype of ``x`` for the M rows of ``places``.
+        ``(M, H_kv, l, D)`` in the dtype of ``x`` for the M rows of ``places``; with P positions
+        ``(P, M, H_kv / P, l, D)``.
     """
     return kernels.load("block_rows").gather_blocks(**locals())
 
@@ -58,7 +60,7 @@ def scatter_blocks(drows: Tensor, shape: tuple[int, ...], places: BlockPlaces) -
     """Gradient of the ``x`` of :func:`gather_blocks`: ``dx[t]`` adds up the rows of its blocks.
 
     Args:
-        drows: ``(M, H_kv, l, D)``. Copied if it is not contiguous.
+        drows: ``(M, H_kv, l, D)`` or ``(P, M, H_kv / P, l, D)``. Copied if it is not contiguous.
         shape: that of ``x``.
         places: as in forward.
 

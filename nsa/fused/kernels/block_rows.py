@@ -1,8 +1,9 @@
 """Rows of the learned compression: the tokens of each block with its positions added, and back.
 
-Row ``(m, h)`` holds ``x[start(m) + i, h] + position[i]`` for the ``l`` tokens of block ``m``. The
-kernels find ``start`` from the boundaries of the sequences. A thread handles VECTOR channels of one
-token of a block; of a token in the backward.
+Row ``(m, h)`` holds ``x[start(m) + i, h] + position[i]`` for the ``l`` tokens of block ``m``. Parts
+of the heads may have positions of their own, and then rows of their own too. The kernels find
+``start`` from the boundaries of the sequences. A thread handles VECTOR channels of one token of a
+block; of a token in the backward.
 """
 
 import functools
@@ -46,11 +47,13 @@ class _Bounds(NamedTuple):
 
 @mlir_namedtuple
 class _Sizes(NamedTuple):
-    """Tokens and blocks in all, heads, sequences, and tokens and blocks of an entry of a batch."""
+    """Tokens and blocks in all, heads, those of them with one position, sequences, and tokens and
+    blocks of an entry of a batch."""
 
     tokens: Int32
     blocks: Int32
     heads: Int32
+    part_heads: Int32
     sequences: Int32
     entry_tokens: Int32
     entry_blocks: Int32
@@ -72,6 +75,12 @@ class _BlockRows:
             block=[_THREADS, 1, 1],
             stream=stream,
         )
+
+    @cute.jit
+    def block_row(self, sizes: _Sizes, block: Int32, head: Int32) -> Int64:
+        """The row of a block and head; those of heads with one position follow each other."""
+        part = head // sizes.part_heads
+        return (Int64(part) * sizes.blocks + block) * sizes.part_heads + head % sizes.part_heads
 
     @cute.jit
     def split(self, sizes: _Sizes) -> tuple[Int64, Int32, Int32]:
@@ -102,13 +111,14 @@ class GatherBlocks(_BlockRows):
         block, index = Int32(token // self.block_size), Int32(token % self.block_size)
         if block < sizes.blocks:
             start, real = self._start(bounds, sizes, block)
-            value = load_vector(tensors.position, Int64(index * self.head_dim + column)).load()
+            place = head // sizes.part_heads * self.block_size + index
+            value = load_vector(tensors.position, Int64(place * self.head_dim + column)).load()
             total = cute.make_rmem_tensor(VECTOR, Float32)
             total.store(value.to(Float32))
             if real:
                 source = Int64(start + index) * stride + (head * self.head_dim + column)
                 total.store(total.load() + load_vector(tensors.x, source).load().to(Float32))
-            row = (Int64(block) * sizes.heads + head) * self.block_size + index
+            row = self.block_row(sizes, block, head) * self.block_size + index
             store_vector(total.load(), tensors.rows, row * self.head_dim + column)
 
     @cute.jit
@@ -149,7 +159,7 @@ class ScatterBlocks(_BlockRows):
                 block = local // self.stride - part
                 if block >= 0 and block < count:
                     index = local % self.stride + part * self.stride
-                    source = Int64(base + block) * sizes.heads + head
+                    source = self.block_row(sizes, base + block, head)
                     offset = (source * self.block_size + index) * self.head_dim + column
                     total.store(
                         total.load() + load_vector(tensors.drows, offset).load().to(Float32)
@@ -219,15 +229,19 @@ def gather_blocks(x: Tensor, position: Tensor, places: BlockPlaces) -> Tensor:
     """See :func:`nsa.fused.kernel_calls.gather_blocks`."""
     _check("x", x)
     heads, head_dim = x.shape[-2:]
-    check_tensor("position", position, (places.block_size, head_dim), x.dtype, x.device)
+    *parts, _, _ = position.shape
+    check_tensor("position", position, (*parts, places.block_size, head_dim), x.dtype, x.device)
+    part_heads = heads // math.prod(parts)
     tokens = math.prod(x.shape[:-2])
-    rows = x.new_empty(places.blocks, heads, places.block_size, head_dim)
+    rows = x.new_empty(*parts, places.blocks, part_heads, places.block_size, head_dim)
     if rows.numel() == 0:
         return rows
     sizes = (x.dtype, places.block_size, places.stride, head_dim, places.token_bounds is not None)
     memory, stride = flat_rows(x)
     tensors = _Forward(memory, flat(position), rows.view(-1))
-    compile_gather(*sizes)(tensors, _bounds(places), stride, _sizes(places, tokens, heads))
+    compile_gather(*sizes)(
+        tensors, _bounds(places), stride, _sizes(places, tokens, heads, part_heads)
+    )
     return rows
 
 
@@ -235,7 +249,9 @@ def scatter_blocks(drows: Tensor, shape: tuple[int, ...], places: BlockPlaces) -
     """See :func:`nsa.fused.kernel_calls.scatter_blocks`."""
     _check("drows", drows)
     *leading, heads, head_dim = shape
-    wanted = (places.blocks, heads, places.block_size, head_dim)
+    parts = drows.shape[:-4]
+    part_heads = heads // math.prod(parts)
+    wanted = (*parts, places.blocks, part_heads, places.block_size, head_dim)
     check_tensor("drows", drows, wanted, drows.dtype, drows.device)
     if drows.numel() == 0:
         return drows.new_zeros(shape)
@@ -248,7 +264,7 @@ def scatter_blocks(drows: Tensor, shape: tuple[int, ...], places: BlockPlaces) -
         places.token_bounds is not None,
     )
     tensors = _Backward(flat(drows), dx.view(-1))
-    numbers = _sizes(places, math.prod(leading), heads)
+    numbers = _sizes(places, math.prod(leading), heads, part_heads)
     compile_scatter(*sizes)(tensors, _bounds(places), heads * head_dim, numbers)
     return dx
 
@@ -257,9 +273,10 @@ def _bounds(places: BlockPlaces) -> _Bounds:
     return _Bounds(places.token_bounds, places.block_bounds)
 
 
-def _sizes(places: BlockPlaces, tokens: int, heads: int) -> _Sizes:
+def _sizes(places: BlockPlaces, tokens: int, heads: int, part_heads: int) -> _Sizes:
     sequences = 0 if places.token_bounds is None else places.token_bounds.shape[0] - 1
-    return _Sizes(tokens, places.blocks, heads, sequences, places.entry_tokens, places.entry_blocks)
+    of_entry = places.entry_tokens, places.entry_blocks
+    return _Sizes(tokens, places.blocks, heads, part_heads, sequences, *of_entry)
 
 
 def _check(name: str, x: Tensor) -> None:

@@ -1,0 +1,132 @@
+"""Linear layers of one product, which stay modules with parameters.
+
+A small product costs the host as much as a large one, and one product reads its input once. Modules
+that are wrapped or hooked are called instead.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.functional import linear
+
+from nsa.compressor import PLAIN_TYPES, BlockCompressor
+from nsa.host import in_function_transform
+from nsa.linears import MLP
+from nsa.plain_modules import is_plain, plain_parameters
+from nsa.precision import autocast_dtype, without_autocast
+
+Layer = Any
+"""A :class:`nsa.NativeSparseAttention`, whose module imports this one."""
+
+_OF_COMPRESSOR = [BlockCompressor, MLP, nn.Linear, nn.SiLU, nn.Linear]
+"""A compressor and the modules in it."""
+
+
+class Parts(NamedTuple):
+    """What a layer projects from its input, in parts of one tensor.
+
+    Attributes:
+        q: ``(..., H * D)``.
+        kv: keys and values ``(..., H_kv * (D + Dv))`` of all branches.
+        hidden: what the first layer of the gates' MLP gives; None without one.
+    """
+
+    q: Tensor
+    kv: Tensor
+    hidden: Tensor | None
+
+
+def joint_parts(layer: Layer, x: Tensor) -> Parts | None:
+    """The parts, or None if modules must be called."""
+    # Without rotation, q would be kept for backward, and with it all that is beside it.
+    if layer.recompute or layer.rope_theta is None or not _has_plain_derivatives():
+        return None
+    linears, gates = [layer.q_proj, layer.k_proj, layer.v_proj], layer.gate_mlp
+    if gates is not None:
+        linears.append(gates[0] if is_plain(gates, MLP) else gates)
+    if not all(is_plain(module, nn.Linear) for module in linears):
+        return None
+    biases = [module.bias for module in linears]
+    weights = [module.weight for module in linears]
+    dtype = _joint_dtype(weights, x)
+    if dtype is None or any(bias is not None for bias in biases[:3]):
+        return None
+    # Aliases keep the memory that they have now, as `leaf.data` may be set to another.
+    x, *weights = (t.view_as(t) for t in (x.to(dtype), *weights))
+    rows = list(map(len, weights))
+    sizes = [rows[0], rows[1] + rows[2], *rows[3:]]
+    # torch.compile chooses itself what to save, and warns of nodes in Python.
+    product = _product if torch.compiler.is_compiling() else _JointProduct.apply
+    q, kv, *hidden = product(x, sizes, *weights)
+    if not hidden:
+        return Parts(q, kv, None)
+    return Parts(q, kv, hidden[0] if biases[3] is None else hidden[0] + biases[3].to(dtype))
+
+
+def parameters_of_both(
+    compressors: Sequence[nn.Module | None], x: Tensor
+) -> list[list[Tensor]] | None:
+    """Of each, position, then weight and bias of the first and the last linear layer.
+
+    None if they must be called, or have different shapes. ``x`` is what they compress.
+    """
+    found = []
+    for module in compressors:
+        plain = plain_parameters({"": module}, PLAIN_TYPES)
+        if plain is None or [entry[1] for entry in plain[1] if entry] != _OF_COMPRESSOR:
+            return None
+        found.append(plain[0])
+    first, second = found
+    if len(first) != 5 or [p.shape for p in first] != [p.shape for p in second]:
+        return None
+    return found if _joint_dtype([*first, *second], x) == x.dtype else None
+
+
+def _joint_dtype(parameters: Sequence[Tensor], x: Tensor) -> torch.dtype | None:
+    """The dtype in which linear layers compute, None if not all in one; or not of plain tensors."""
+    if not all(type(p) in (Tensor, nn.Parameter) for p in parameters):
+        return None
+    given, wanted = {x.dtype, *(p.dtype for p in parameters)}, autocast_dtype(x.device)
+    # Autocast leaves float64 alone.
+    if wanted is None or torch.float64 in given:
+        return x.dtype if len(given) == 1 else None
+    return wanted
+
+
+def _has_plain_derivatives() -> bool:
+    """Whether no transform and no forward mode wants more of a node than its gradients."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return forward_ad._current_level < 0 and not in_function_transform()
+
+
+def _product(x: Tensor, sizes: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
+    """``x`` times weights below one another, in parts of ``sizes`` columns."""
+    with without_autocast(x.device):
+        product = linear(x, torch.cat(weights).to(x.dtype))
+    # Not views of one another, of which autograd would keep account.
+    return torch.unsafe_split_with_sizes(product, sizes, -1)
+
+
+class _JointProduct(torch.autograd.Function):
+    """:func:`_product`, which saves the weights, and not what is made of them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sizes: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return _product(x, sizes, *weights)
+
+    @staticmethod
+    def backward(ctx, *douts: Tensor):
+        x, *weights = ctx.saved_tensors
+        dout = torch.cat(douts, -1)
+        of_x, _, *of_weights = ctx.needs_input_grad
+        dx = dout @ torch.cat(weights).to(x.dtype) if of_x else None
+        if not any(of_weights):
+            return dx, None, *(None,) * len(weights)
+        dweight = dout.flatten(0, -2).mT @ x.flatten(0, -2)
+        parts = dweight.split(list(map(len, weights)))
+        return dx, None, *(part.to(w.dtype) for part, w in zip(parts, weights, strict=True))
