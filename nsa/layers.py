@@ -219,12 +219,22 @@ class NativeSparseAttention(nn.Module):
         """
         if self.context_parallel is not None:
             return self.context_parallel.forward(self, x, cu_seqlens, max_seqlen, cache)
-        if cu_seqlens is None and max_seqlen is None and cache is None:
+        plain = None
+        if max_seqlen is None and cache is None:
             plain = self._parameters_to_record(x)
-            if plain is not None:
-                parameters, kinds = plain
-                return recordings.run((*self._form(), kinds), self._forward, (x,), parameters)
-        return self._forward(x, cu_seqlens, max_seqlen, cache)
+        if plain is None:
+            return self._forward(x, cu_seqlens, max_seqlen, cache)
+        parameters, kinds = plain
+        form, function, tensors = (*self._form(), kinds), self._forward, (x,)
+        if cu_seqlens is not None:
+            rounded = _rounded(cu_seqlens, x)
+            if rounded is None:
+                return self._forward(x, cu_seqlens)
+            # A recording is for other values of boundaries too, so it must read none.
+            *bounds, most = rounded
+            tensors, form = (x, *bounds), (*form, most)
+            function = partial(self._forward, max_seqlen=most)
+        return recordings.run(form, function, tensors, parameters)
 
     def _parameters_to_record(self, x) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:
         """All parameters, and the modules that they are of; None if calls cannot be recorded, see
@@ -481,6 +491,12 @@ class NativeSparseAttention(nn.Module):
         wanted = weight_dtype(self.q_proj)
         if wanted not in (None, x.dtype):
             raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")
+
+
+def _rounded(cu_seqlens: Any, x: Tensor) -> tuple[Tensor, int] | None:
+    """:meth:`nsa.Packing.rounded` of a Packing that fits ``x``."""
+    fits = type(cu_seqlens) is Packing and x.ndim == 2 and cu_seqlens.lengths is not None
+    return cu_seqlens.rounded() if fits and sum(cu_seqlens.lengths) == x.shape[0] else None
 
 
 def _read_once(

@@ -7,6 +7,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nsa.host import has_readable_values, is_capturing, may_keep
 
@@ -96,6 +97,20 @@ class Packing:
                 self._kept[key] = make()
         return self._kept[key]
 
+    def rounded(self) -> tuple[Tensor, int] | None:
+        """The boundaries and ``max_seqlen`` in one of few forms, for calls that do not read them:
+        both rounded up to powers of two, with empty sequences at the end.
+
+        None where calls would read them, or if keys may have other boundaries.
+        """
+        if self.lengths is None or not _waits(self.cu_seqlens):
+            return None
+        if self.cu_seqlens_k is not self.cu_seqlens or not self.lengths:
+            return None
+        total, missing = sum(self.lengths), _power_of_two(len(self.lengths)) - len(self.lengths)
+        bounds = self.keep("rounded", lambda: pad(self.cu_seqlens, (0, missing), value=total))
+        return bounds, min(total, _power_of_two(max(self.lengths)))
+
     def __reduce__(self):
         bounds = (self.cu_seqlens, self.max_seqlen)
         if self.cu_seqlens_k is self.cu_seqlens:
@@ -110,6 +125,11 @@ class Packing:
         if self.cu_seqlens_k is not self.cu_seqlens:
             text += f", keys={sum(self.lengths_k)}, max_seqlen_k={self.max_seqlen_k}"
         return f"Packing({text})"
+
+
+def _power_of_two(number: int) -> int:
+    """The next one, from ``number`` on."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def _make_packing(

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import nsa
-from nsa import recordings
+from nsa import packing, recordings
 from nsa.fused import compressed_forms
 from nsa.recorded_call import Recording
 from nsa.recorder import MARK, Recorder
+from nsa.testing import make_cu_seqlens
 from tests.helpers.noted_kernels import note_kernels
 
 TOKENS, DIM, HEADS = 300, 128, 4
@@ -102,6 +104,26 @@ def test_layer(mode, options, emulated):
 @modes
 def test_batch(mode, emulated):
     assert_recorded(make_layer(mode), batch=2)
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Boundaries that the host would wait for, as those on a GPU."""
+    monkeypatch.setattr(packing, "_waits", lambda _: True)
+
+
+@modes
+def test_packings_of_a_form_share_a_recording(mode, emulated, unread):
+    layer = make_layer(mode)
+    parameters = list(layer.parameters())
+    packings = [[150, 1, 149], [0, 10, 255, 35], [140, 30, 130], [300 - 129, 128, 1, 0]]
+    for turn, lengths in enumerate(packings):
+        bounds = nsa.Packing(make_cu_seqlens(lengths))
+        x = new_input()[0]
+        wanted = with_gradients(partial(layer._forward, cu_seqlens=bounds), x, parameters)
+        got = with_gradients(partial(layer, cu_seqlens=bounds), x, parameters)
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+        assert len(recorded()) == (turn > 0)
 
 
 def test_frozen_parameters(emulated):
