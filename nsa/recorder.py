@@ -263,7 +263,6 @@ _DIRECT: dict[OpOverload, Callable] = {
     torch.ops.aten.bmm.out: torch.bmm,
     torch.ops.aten.baddbmm.default: torch.baddbmm,
     torch.ops.aten.cat.default: torch.cat,
-    torch.ops.aten.stack.default: torch.stack,
     torch.ops.aten.add.Tensor: torch.add,
     torch.ops.aten.add_.Tensor: Tensor.add_,
     torch.ops.aten.sum.dim_IntList: torch.sum,

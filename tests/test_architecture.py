@@ -112,7 +112,7 @@ LAYERS = [
     {"selected_branch"},
     {"linears", "plain_modules", "layer_checks"},
     {"compressor", "cached_layer"},
-    {"distributed"},
+    {"distributed", "joint_products"},
     {"layers", "integrations", "transformers"},
     {"__init__"},
     {"__main__"},

@@ -193,7 +193,7 @@ class _BothCompressed(torch.autograd.Function):
         gradients = torch.empty_like(joined)
         dposition, dweight, dbias, dlast_weight, dlast_bias = _stacked(gradients, shapes)
         with torch.cuda.device_of(flat), without_autocast(flat.device):
-            dout = torch.stack((dk, dv)).flatten(1, 2)
+            dout = torch.cat((dk, dv)).view(2, -1, dk.shape[-1])
             torch.sum(dout, 1, out=dlast_bias)
             torch.bmm(dout.mT, active, out=dlast_weight)
             dhidden = torch.ops.aten.silu_backward(torch.bmm(dout, last_weight), hidden)

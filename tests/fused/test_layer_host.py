@@ -40,7 +40,7 @@ def make_layer(mode, dtype=torch.bfloat16, **options):
 @modes
 @pytest.mark.parametrize(
     ("form", "most"),
-    [("batched", (19, 48)), ("packing", (18, 40)), ("boundaries", (18, 40)), ("bare", (19, 40))],
+    [("batched", (13, 34)), ("packing", (13, 26)), ("boundaries", (13, 26)), ("bare", (14, 26))],
 )
 def test_operations_of_a_step(mode, form, most, monkeypatch):
     calls = count_kernel_calls(monkeypatch)

@@ -17,7 +17,7 @@ from tests.helpers import (
 VIEWS = frozenset((
     "view", "_unsafe_view", "_reshape_alias", "transpose", "t", "as_strided", "unsqueeze",
     "squeeze", "select", "slice", "expand", "split", "split_with_sizes", "unbind", "detach",
-    "alias", "permute", "unfold", "promote_types",
+    "alias", "permute", "unfold", "promote_types", "unsafe_split_with_sizes",
 ))  # fmt: skip
 ALLOCATIONS = frozenset((
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided",
