@@ -159,40 +159,41 @@ def compress_both(
         ``(M, H_kv, D)`` each.
     """
     pairs = [p for pair in zip(first, second, strict=True) for p in pair]
-    return _BothCompressed.apply(x, places, *pairs)
+    # Aliases keep the memory that they have now, as `leaf.data` may be set to another.
+    return _BothCompressed.apply(x, places, *(p.view_as(p) for p in pairs))
 
 
 class _BothCompressed(torch.autograd.Function):
-    """One product does what two would. Parameters are copied into one tensor, because a copy of
-    each takes the host as long as an operation; so are their gradients parts of one."""
+    """One product does what two would. Parameters are copied into one tensor at once, because each
+    copy takes the host as long as an operation; so their gradients are parts of one. The copy is
+    not saved. ``parameters`` are pairs: of positions, then weights and biases of two layers."""
 
     @staticmethod
     def forward(ctx, x, places, *parameters):
         shapes = [p.shape for p in parameters[::2]]
         with torch.cuda.device_of(x), without_autocast(x.device):
-            joined = torch.cat([p.flatten() for p in parameters]).to(x.dtype)
-            position, weight, bias, last_weight, last_bias = _stacked(joined, shapes)
+            joined = _stacked(_joined(parameters, x.dtype), shapes)
+            position, weight, bias, last_weight, last_bias = joined
             rows = kernel_calls.gather_blocks(x, position, places)
             flat = rows.flatten(3).flatten(1, 2)
             hidden = torch.baddbmm(bias[:, None], flat, weight.mT)
             active = torch.nn.functional.silu(hidden)
             out = torch.baddbmm(last_bias[:, None], active, last_weight.mT)
         *numbers, token_bounds, block_bounds = places
-        ctx.save_for_backward(flat, hidden, active, joined, token_bounds, block_bounds)
+        ctx.save_for_backward(flat, hidden, active, token_bounds, block_bounds, *parameters)
         ctx.numbers, ctx.shape, ctx.rows, ctx.shapes = numbers, x.shape, rows.shape, shapes
-        ctx.dtypes = [p.dtype for p in parameters]
         k, v = out.unflatten(1, rows.shape[1:3])
         return k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dk, dv):
-        flat, hidden, active, joined, token_bounds, block_bounds = ctx.saved_tensors
-        shapes = ctx.shapes
-        _, weight, _, last_weight, _ = _stacked(joined, shapes)
-        gradients = torch.empty_like(joined)
-        dposition, dweight, dbias, dlast_weight, dlast_bias = _stacked(gradients, shapes)
+        flat, hidden, active, token_bounds, block_bounds, *parameters = ctx.saved_tensors
+        gradients = _stacked(flat.new_empty(sum(p.numel() for p in parameters)), ctx.shapes)
+        dposition, dweight, dbias, dlast_weight, dlast_bias = gradients
         with torch.cuda.device_of(flat), without_autocast(flat.device):
+            joined = _joined([*parameters[2:4], *parameters[6:8]], flat.dtype)
+            weight, last_weight = _stacked(joined, ctx.shapes[1::2])
             dout = torch.cat((dk, dv)).view(2, -1, dk.shape[-1])
             torch.sum(dout, 1, out=dlast_bias)
             torch.bmm(dout.mT, active, out=dlast_weight)
@@ -203,8 +204,12 @@ class _BothCompressed(torch.autograd.Function):
             torch.sum(drows, (1, 2), out=dposition)
             places = BlockPlaces(*ctx.numbers, token_bounds, block_bounds)
             dx = kernel_calls.scatter_blocks(drows, ctx.shape, places)
-        parts = (x for both in _stacked(gradients, shapes) for x in both)
-        return dx, None, *(x.to(dtype) for x, dtype in zip(parts, ctx.dtypes, strict=True))
+        parts = (x for both in gradients for x in both)
+        return dx, None, *(x.to(p.dtype) for x, p in zip(parts, parameters, strict=True))
+
+
+def _joined(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([p.flatten() for p in parameters]).to(dtype)
 
 
 def _stacked(joined: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

@@ -71,15 +71,16 @@ def step_by_step(call, *arguments):
 def without_rounding(results, layer) -> list[torch.Tensor]:
     """Results of :func:`with_gradients` but for a gradient that is rounding alone, thus small.
 
-    A constant added to all compressed keys changes no output, so the gradient of their last bias
-    is zero. Gradients of single blocks cancel in it, and what is left of their last bits differs.
+    Without rotation, a constant added to all compressed keys changes no output, so the gradient of
+    their last bias is zero. Gradients of single blocks cancel in it, and what is left of their last
+    bits differs.
     """
     first = len(results) - len(list(layer.parameters()))
     gradients = dict(
         zip((name for name, _ in layer.named_parameters()), results[first:], strict=True)
     )
-    rounding = gradients.pop("compress_k.mlp.2.bias", None)
-    if rounding is not None:
+    if layer.rope_theta is None and "compress_k.mlp.2.bias" in gradients:
+        rounding = gradients.pop("compress_k.mlp.2.bias")
         weight = gradients["compress_k.mlp.2.weight"]
         assert rounding.float().norm() <= 1e-3 * weight.float().norm()
     return [*results[:first], *gradients.values()]
