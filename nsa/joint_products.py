@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
+from nsa.blocks import BlockPlaces
 from nsa.compressor import PLAIN_TYPES, BlockCompressor
 from nsa.host import in_function_transform
 from nsa.linears import MLP
@@ -26,17 +27,18 @@ _OF_COMPRESSOR = [BlockCompressor, MLP, nn.Linear, nn.SiLU, nn.Linear]
 
 
 class Parts(NamedTuple):
-    """What a layer projects from its input, in parts of one tensor.
+    """What a layer projects from its input.
 
     Attributes:
-        q: ``(..., H * D)``.
-        kv: keys and values ``(..., H_kv * (D + Dv))`` of all branches.
-        hidden: what the first layer of the gates' MLP gives; None without one.
+        heads: queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated.
+        both: keys and values ``(..., 2 * H_kv, D)`` of all branches; None where these have their
+            own, or other dimensions.
+        logits: of the gates; None without an MLP.
     """
 
-    q: Tensor
-    kv: Tensor
-    hidden: Tensor | None
+    heads: tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
+    both: Tensor | None
+    logits: Tensor | None
 
 
 def joint_parts(layer: Layer, x: Tensor) -> Parts | None:
@@ -44,9 +46,9 @@ def joint_parts(layer: Layer, x: Tensor) -> Parts | None:
     # Without rotation, q would be kept for backward, and with it all that is beside it.
     if layer.recompute or layer.rope_theta is None or not _has_plain_derivatives():
         return None
-    linears, gates = [layer.q_proj, layer.k_proj, layer.v_proj], layer.gate_mlp
-    if gates is not None:
-        linears.append(gates[0] if is_plain(gates, MLP) else gates)
+    linears, mlp = [layer.q_proj, layer.k_proj, layer.v_proj], layer.gate_mlp
+    if mlp is not None:
+        linears.append(mlp[0] if is_plain(mlp, MLP) else mlp)
     if not all(is_plain(module, nn.Linear) for module in linears):
         return None
     biases = [module.bias for module in linears]
@@ -55,15 +57,45 @@ def joint_parts(layer: Layer, x: Tensor) -> Parts | None:
     if dtype is None or any(bias is not None for bias in biases[:3]):
         return None
     # Aliases keep the memory that they have now, as `leaf.data` may be set to another.
-    x, *weights = (t.view_as(t) for t in (x.to(dtype), *weights))
+    aliases = [t.view_as(t) for t in (x.to(dtype), *weights)]
     rows = list(map(len, weights))
-    sizes = [rows[0], rows[1] + rows[2], *rows[3:]]
     # torch.compile chooses itself what to save, and warns of nodes in Python.
     product = _product if torch.compiler.is_compiling() else _JointProduct.apply
-    q, kv, *hidden = product(x, sizes, *weights)
-    if not hidden:
-        return Parts(q, kv, None)
-    return Parts(q, kv, hidden[0] if biases[3] is None else hidden[0] + biases[3].to(dtype))
+    q, kv, *rest = product([rows[0], rows[1] + rows[2], *rows[3:]], *aliases)
+    logits = None
+    if rest:
+        hidden = rest[0] if biases[3] is None else rest[0] + biases[3].to(dtype)
+        logits = mlp.after_first(hidden, x.dtype)
+    heads, both = _key_heads(layer, kv)
+    return Parts((q.unflatten(-1, (layer.num_heads, layer.head_dim)), *heads), both, logits)
+
+
+def _key_heads(layer: Layer, kv: Tensor) -> tuple[tuple, Tensor | None]:
+    """Keys and values of each branch, or of all, and :attr:`Parts.both`."""
+    branches, num_heads = layer.num_kv_branches, layer.num_kv_heads
+    dims, both = (layer.head_dim, layer.value_head_dim), None
+    if branches == 1 and dims[0] == dims[1]:
+        both = kv.unflatten(-1, (2 * num_heads, dims[0]))
+        k, v = (x.flatten(-2) for x in both.chunk(2, -2))
+    else:
+        k, v = kv.split([branches * num_heads * dim for dim in dims], -1)
+    # Values are kept for backward, and with a view all that they are a part of.
+    pair = zip((k, v.contiguous()), dims, strict=True)
+    return tuple(layer._branches(x, dim) for x, dim in pair), both
+
+
+def compress_both(
+    compressors: Sequence[nn.Module | None], x: Tensor, places: BlockPlaces
+) -> tuple[Tensor, Tensor] | None:
+    """What both compressors give for the keys and values ``(..., 2 * H_kv, D)``, on the fused
+    backend; None if they must be called."""
+    from nsa.fused import layer_ops
+
+    parameters = parameters_of_both(compressors, x)
+    if parameters is None or not layer_ops.can_compress_both(x):
+        return None
+    first, second = parameters
+    return layer_ops.compress_both(x, first, second, places)
 
 
 def parameters_of_both(
@@ -76,7 +108,7 @@ def parameters_of_both(
     found = []
     for module in compressors:
         plain = plain_parameters({"": module}, PLAIN_TYPES)
-        if plain is None or [entry[1] for entry in plain[1] if entry] != _OF_COMPRESSOR:
+        if plain is None or [x[1] for x in plain[1] if isinstance(x, tuple)] != _OF_COMPRESSOR:
             return None
         found.append(plain[0])
     first, second = found
@@ -103,7 +135,7 @@ def _has_plain_derivatives() -> bool:
     return forward_ad._current_level < 0 and not in_function_transform()
 
 
-def _product(x: Tensor, sizes: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
+def _product(sizes: Sequence[int], x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """``x`` times weights below one another, in parts of ``sizes`` columns."""
     with without_autocast(x.device):
         product = linear(x, torch.cat(weights).to(x.dtype))
@@ -115,18 +147,18 @@ class _JointProduct(torch.autograd.Function):
     """:func:`_product`, which saves the weights, and not what is made of them."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, sizes: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, sizes: Sequence[int], x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
-        return _product(x, sizes, *weights)
+        return _product(sizes, x, *weights)
 
     @staticmethod
     def backward(ctx, *douts: Tensor):
         x, *weights = ctx.saved_tensors
         dout = torch.cat(douts, -1)
-        of_x, _, *of_weights = ctx.needs_input_grad
+        _, of_x, *of_weights = ctx.needs_input_grad
         dx = dout @ torch.cat(weights).to(x.dtype) if of_x else None
         if not any(of_weights):
-            return dx, None, *(None,) * len(weights)
+            return None, dx, *(None,) * len(weights)
         dweight = dout.flatten(0, -2).mT @ x.flatten(0, -2)
         parts = dweight.split(list(map(len, weights)))
-        return dx, None, *(part.to(w.dtype) for part, w in zip(parts, weights, strict=True))
+        return None, dx, *(part.to(w.dtype) for part, w in zip(parts, weights, strict=True))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nsa import backends, dispatch, recordings
-from nsa.blocks import BlockPlaces
 from nsa.cache import Cache
 from nsa.cached_layer import arguments_of_new_tokens
 from nsa.compressor import (
@@ -26,7 +25,7 @@ from nsa.compressor import (
 )
 from nsa.config import NSAConfig
 from nsa.host import has_readable_values
-from nsa.joint_products import Parts, joint_parts, parameters_of_both
+from nsa.joint_products import Parts, compress_both, joint_parts
 from nsa.layer_checks import check_choice, check_rope, check_sizes
 from nsa.linears import (
     apply_linear,
@@ -225,16 +224,18 @@ class NativeSparseAttention(nn.Module):
         if plain is None:
             return self._forward(x, cu_seqlens, max_seqlen, cache)
         parameters, kinds = plain
-        form, function, tensors = (*self._form(), kinds), self._forward, (x,)
-        if cu_seqlens is not None:
-            rounded = _rounded(cu_seqlens, x)
-            if rounded is None:
-                return self._forward(x, cu_seqlens)
-            # A recording is for other values of boundaries too, so it must read none.
-            *bounds, most = rounded
-            tensors, form = (x, *bounds), (*form, most)
-            function = partial(self._forward, max_seqlen=most)
-        return recordings.run(form, function, tensors, parameters)
+        form = *self._form(), kinds
+        if cu_seqlens is None:
+            return recordings.run(form, self._forward, (x,), parameters)
+        rounded = None
+        if type(cu_seqlens) is Packing and x.ndim == 2:
+            rounded = cu_seqlens.rounded(x.shape[0])
+        if rounded is None:
+            return self._forward(x, cu_seqlens)
+        # A recording is for other values of the boundaries too, so it reads none.
+        bounds, most = rounded
+        function = partial(self._forward, max_seqlen=most)
+        return recordings.run((*form, most), function, (x, bounds), parameters)
 
     def _parameters_to_record(self, x) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:
         """All parameters, and the modules that they are of; None if calls cannot be recorded, see
@@ -342,7 +343,7 @@ class NativeSparseAttention(nn.Module):
     ):
         """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`."""
         boundaries = check_boundaries(cu_seqlens, max_seqlen, x, x)
-        q, keys, values, both = self._heads(x, parts)
+        q, keys, values = self._heads(x) if parts is None else parts.heads
         # Wrapped linears get the dtype of x.
         dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
         if cache is not None:
@@ -361,6 +362,7 @@ class NativeSparseAttention(nn.Module):
         compressed_kv = None
         if self.compress_k is not None:
             pair = keys[0].to(dtype), values[0].to(dtype)
+            both = None if parts is None else parts.both
             compressed = self._compress(*pair, boundaries, fused, both=both)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         positions = Positions()
@@ -373,37 +375,19 @@ class NativeSparseAttention(nn.Module):
             return q, rotated[0], values[0], compressed_kv
         return q, tuple(rotated), values, compressed_kv
 
-    def _heads(
-        self, x: Tensor, parts: Parts | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
-        """Queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated. Last
-        keys and values as heads of one tensor, where they are."""
-        both = None
-        if parts is None:
-            q, k, v = to_one_dtype(self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        elif self.num_kv_branches == 1 and self.head_dim == self.value_head_dim:
-            q, both = parts.q, parts.kv.unflatten(-1, (2 * self.num_kv_heads, self.head_dim))
-            k, v = (x.flatten(-2) for x in both.chunk(2, -2))
-        else:
-            rows = self.num_kv_branches * self.num_kv_heads
-            sizes = rows * self.head_dim, rows * self.value_head_dim
-            q, (k, v) = parts.q, parts.kv.split(sizes, -1)
-        if parts is not None:
-            # Values are kept for backward, and with a view all that they are a part of.
-            v = v.contiguous()
+    def _heads(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated."""
+        q, k, v = to_one_dtype(self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        heads = self._branches(k, self.head_dim), self._branches(v, self.value_head_dim)
-        return q, *heads, both
+        return q, self._branches(k, self.head_dim), self._branches(v, self.value_head_dim)
 
     def _gates(
         self, x: Tensor, dtype: torch.dtype, parts: Parts | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Arguments ``gates`` and ``gate_proj_weight`` of :func:`nsa.forward`."""
         if self.gate_mlp is not None:
-            if parts is None:
-                logits = self._run(self.gate_mlp, x)
-            else:
-                logits = self.gate_mlp.after_first(parts.hidden, x.dtype)
+            logits = self._run(self.gate_mlp, x) if parts is None else parts.logits
+            assert logits is not None  # as there is an MLP
             return logits.sigmoid().to(dtype).unflatten(-1, (self.num_heads, 3)), None
         weight = self.gate_proj_weight
         return None, None if weight is None else weight.to(dtype)
@@ -451,10 +435,11 @@ class NativeSparseAttention(nn.Module):
             kept = kept_items(boundaries, ("blocks", config), bounds, places.blocks)
             locate, index = kept, lambda: kept()[1]
         gather = partial(gather_blocks, places=places, locate=locate, fused=fused)
-        pair = self._compress_both(both, places) if fused and both is not None else None
+        pair, compressors = None, (self.compress_k, self.compress_v)
+        if fused and both is not None:
+            pair = compress_both(compressors, both, places)
         if pair is None:
-            calls = (self.compress_k, k), (self.compress_v, v)
-            pair = tuple(self._run(module, x, gather) for module, x in calls)
+            pair = self._run(self.compress_k, k, gather), self._run(self.compress_v, v, gather)
         k_cmp, v_cmp = pair
         if k.ndim == 4:
             counts = (k.shape[0], places.entry_blocks)
@@ -463,16 +448,6 @@ class NativeSparseAttention(nn.Module):
             centre = (config.compress_block_size - 1) / 2
             positions = Positions(centre, config.compress_stride, bounds, index)
         return self._rotate([k_cmp], positions, fused)[0], v_cmp
-
-    def _compress_both(self, x: Tensor, places: BlockPlaces) -> tuple[Tensor, Tensor] | None:
-        """Results of both compressors for the keys and values in ``x``, in the products of one;
-        None if they must be called."""
-        from nsa.fused import layer_ops
-
-        parameters = parameters_of_both((self.compress_k, self.compress_v), x)
-        if parameters is None or not layer_ops.can_compress_both(x):
-            return None
-        return layer_ops.compress_both(x, *parameters, places)
 
     def _run(self, module: nn.Module, *arguments) -> Tensor:
         """``module(*arguments)``, with ``recompute`` once more in backward."""
@@ -491,12 +466,6 @@ class NativeSparseAttention(nn.Module):
         wanted = weight_dtype(self.q_proj)
         if wanted not in (None, x.dtype):
             raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")
-
-
-def _rounded(cu_seqlens: Any, x: Tensor) -> tuple[Tensor, int] | None:
-    """:meth:`nsa.Packing.rounded` of a Packing that fits ``x``."""
-    fits = type(cu_seqlens) is Packing and x.ndim == 2 and cu_seqlens.lengths is not None
-    return cu_seqlens.rounded() if fits and sum(cu_seqlens.lengths) == x.shape[0] else None
 
 
 def _read_once(

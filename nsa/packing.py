@@ -97,17 +97,18 @@ class Packing:
                 self._kept[key] = make()
         return self._kept[key]
 
-    def rounded(self) -> tuple[Tensor, int] | None:
+    def rounded(self, tokens: int) -> tuple[Tensor, int] | None:
         """The boundaries and ``max_seqlen`` in one of few forms, for calls that do not read them:
         both rounded up to powers of two, with empty sequences at the end.
 
-        None where calls would read them, or if keys may have other boundaries.
+        None where calls would read them, if keys may have other boundaries, and if there are not
+        ``tokens`` in all.
         """
-        if self.lengths is None or not _waits(self.cu_seqlens):
-            return None
-        if self.cu_seqlens_k is not self.cu_seqlens or not self.lengths:
+        if not self.lengths or not _waits(self.cu_seqlens):
             return None
         total, missing = sum(self.lengths), _power_of_two(len(self.lengths)) - len(self.lengths)
+        if total != tokens or self.cu_seqlens_k is not self.cu_seqlens:
+            return None
         bounds = self.keep("rounded", lambda: pad(self.cu_seqlens, (0, missing), value=total))
         return bounds, min(total, _power_of_two(max(self.lengths)))
 

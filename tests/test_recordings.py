@@ -126,6 +126,35 @@ def test_packings_of_a_form_share_a_recording(mode, emulated, unread):
         assert len(recorded()) == (turn > 0)
 
 
+def test_packings_of_other_tokens_raise(emulated, unread):
+    layer = make_layer()
+    for lengths in [100, 200], [150, 150], [299]:
+        call = partial(layer, new_input()[0], nsa.Packing(make_cu_seqlens(lengths)))
+        if sum(lengths) == TOKENS:
+            call()
+        else:
+            with pytest.raises(ValueError, match="must end at the 300 tokens"):
+                call()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bounds", "most"),
+    [
+        ([5], [0, 5], 5),
+        ([3, 0, 6], [0, 3, 3, 9, 9], 8),
+        ([1, 1, 1, 1, 13], [0, 1, 2, 3, 4, 17, 17, 17, 17], 16),
+        ([0, 0, 0], [0, 0, 0, 0, 0], 0),
+    ],
+)
+def test_rounded_packings(lengths, bounds, most, unread):
+    given = nsa.Packing(make_cu_seqlens(lengths))
+    found, longest = given.rounded(sum(lengths))
+    assert (found.tolist(), found.dtype, longest) == (bounds, torch.int32, most)
+    assert given.rounded(sum(lengths) + 1) is None
+    longer = nsa.Packing(make_cu_seqlens(lengths), make_cu_seqlens([x + 1 for x in lengths]))
+    assert longer.rounded(sum(lengths)) is None
+
+
 def test_frozen_parameters(emulated):
     layer = make_layer()
     for name in ("q_proj", "compress_k"):

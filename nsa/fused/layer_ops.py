@@ -188,7 +188,8 @@ class _BothCompressed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dk, dv):
-        flat, hidden, active, token_bounds, block_bounds, *parameters = ctx.saved_tensors
+        flat, hidden, active, *others = ctx.saved_tensors
+        bounds, parameters = others[:2], others[2:]
         gradients = _stacked(flat.new_empty(sum(p.numel() for p in parameters)), ctx.shapes)
         dposition, dweight, dbias, dlast_weight, dlast_bias = gradients
         with torch.cuda.device_of(flat), without_autocast(flat.device):
@@ -202,7 +203,7 @@ class _BothCompressed(torch.autograd.Function):
             torch.bmm(dhidden.mT, flat, out=dweight)
             drows = torch.bmm(dhidden, weight).view(ctx.rows)
             torch.sum(drows, (1, 2), out=dposition)
-            places = BlockPlaces(*ctx.numbers, token_bounds, block_bounds)
+            places = BlockPlaces(*ctx.numbers, *bounds)
             dx = kernel_calls.scatter_blocks(drows, ctx.shape, places)
         parts = (x for both in gradients for x in both)
         return dx, None, *(x.to(p.dtype) for x, p in zip(parts, parameters, strict=True))
