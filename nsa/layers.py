@@ -275,6 +275,8 @@ class NativeSparseAttention(nn.Module):
         parts = None if cache is not None else joint_parts(self, x)
         q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache, parts)
         gates, gate_proj_weight = self._gates(x, q.dtype, parts)
+        # All that is not rotated is freed before attention.
+        del parts
         out = dispatch.forward(
             q,
             k,
