@@ -27,7 +27,7 @@ _OF_COMPRESSOR = [BlockCompressor, MLP, nn.Linear, nn.SiLU, nn.Linear]
 
 
 class Parts(NamedTuple):
-    """What a layer projects from its input.
+    """What a layer projects from its input; jointly, where the last two are given.
 
     Attributes:
         heads: queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated.
@@ -37,8 +37,8 @@ class Parts(NamedTuple):
     """
 
     heads: tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
-    both: Tensor | None
-    logits: Tensor | None
+    both: Tensor | None = None
+    logits: Tensor | None = None
 
 
 def joint_parts(layer: Layer, x: Tensor) -> Parts | None:

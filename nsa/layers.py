@@ -271,12 +271,9 @@ class NativeSparseAttention(nn.Module):
     ) -> Tensor:
         """:meth:`forward`, step by step."""
         cu_seqlens = _read_once(cu_seqlens, max_seqlen)
-        self._check_input(x, cu_seqlens)
-        parts = None if cache is not None else joint_parts(self, x)
-        q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache, parts)
-        gates, gate_proj_weight = self._gates(x, q.dtype, parts)
-        # All that is not rotated is freed before attention.
-        del parts
+        projected = self._project(x, cu_seqlens, max_seqlen, cache, jointly=cache is None)
+        q, k, v, compressed_kv, logits = projected
+        gates, gate_proj_weight = self._gates(x, q.dtype, logits)
         out = dispatch.forward(
             q,
             k,
@@ -310,8 +307,7 @@ class NativeSparseAttention(nn.Module):
         if self.context_parallel is not None:
             return self.context_parallel.select_blocks(self, x, cu_seqlens, max_seqlen, cache)
         cu_seqlens = _read_once(cu_seqlens, max_seqlen)
-        self._check_input(x, cu_seqlens)
-        q, k, _, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
+        q, k, _, compressed_kv, _ = self._project(x, cu_seqlens, max_seqlen, cache)
         return dispatch.select_blocks(
             q,
             k,
@@ -341,15 +337,20 @@ class NativeSparseAttention(nn.Module):
         cu_seqlens: Tensor | Packing | None,
         max_seqlen: int | None,
         cache: Cache | None = None,
-        parts: Parts | None = None,
+        jointly: bool = False,
     ):
-        """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`."""
+        """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`; and the
+        logits of the gates, where these are projected ``jointly``."""
+        self._check_input(x, cu_seqlens)
         boundaries = check_boundaries(cu_seqlens, max_seqlen, x, x)
-        q, keys, values = self._heads(x) if parts is None else parts.heads
+        parts = joint_parts(self, x) if jointly else None
+        if parts is None:
+            parts = Parts(self._heads(x))
+        q, keys, values = parts.heads
         # Wrapped linears get the dtype of x.
         dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
         if cache is not None:
-            return arguments_of_new_tokens(
+            arguments = arguments_of_new_tokens(
                 q,
                 keys,
                 values,
@@ -360,12 +361,12 @@ class NativeSparseAttention(nn.Module):
                 compressed_dtype=dtype,
                 rope_theta=self.rope_theta,
             )
+            return *arguments, None
         fused = backends.uses_fused(self.backend, q, values[0], check_config(self.config))
         compressed_kv = None
         if self.compress_k is not None:
             pair = keys[0].to(dtype), values[0].to(dtype)
-            both = None if parts is None else parts.both
-            compressed = self._compress(*pair, boundaries, fused, both=both)
+            compressed = self._compress(*pair, boundaries, fused, both=parts.both)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         positions = Positions()
         if boundaries is not None:
@@ -374,8 +375,8 @@ class NativeSparseAttention(nn.Module):
             positions = Positions(bounds=bounds, locate=lambda: locate()[1])
         q, *rotated = self._rotate([q, *keys], positions, fused)
         if self.num_kv_branches == 1:
-            return q, rotated[0], values[0], compressed_kv
-        return q, tuple(rotated), values, compressed_kv
+            return q, rotated[0], values[0], compressed_kv, parts.logits
+        return q, tuple(rotated), values, compressed_kv, parts.logits
 
     def _heads(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated."""
@@ -384,12 +385,12 @@ class NativeSparseAttention(nn.Module):
         return q, self._branches(k, self.head_dim), self._branches(v, self.value_head_dim)
 
     def _gates(
-        self, x: Tensor, dtype: torch.dtype, parts: Parts | None = None
+        self, x: Tensor, dtype: torch.dtype, logits: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Arguments ``gates`` and ``gate_proj_weight`` of :func:`nsa.forward`."""
+        """Arguments ``gates`` and ``gate_proj_weight`` of :func:`nsa.forward`, from what the MLP
+        gives if it is known."""
         if self.gate_mlp is not None:
-            logits = self._run(self.gate_mlp, x) if parts is None else parts.logits
-            assert logits is not None  # as there is an MLP
+            logits = self._run(self.gate_mlp, x) if logits is None else logits
             return logits.sigmoid().to(dtype).unflatten(-1, (self.num_heads, 3)), None
         weight = self.gate_proj_weight
         return None, None if weight is None else weight.to(dtype)
