@@ -43,6 +43,8 @@ class Parts(NamedTuple):
 
 def joint_parts(layer: Layer, x: Tensor) -> Parts | None:
     """The parts, or None if modules must be called."""
+    if layer.backend == "reference" or not (layer.backend == "fused" or x.is_cuda):
+        return None
     # Without rotation, q would be kept for backward, and with it all that is beside it.
     if layer.recompute or layer.rope_theta is None or not _has_plain_derivatives():
         return None
@@ -56,6 +58,8 @@ def joint_parts(layer: Layer, x: Tensor) -> Parts | None:
     dtype = _joint_dtype(weights, x)
     if dtype is None or any(bias is not None for bias in biases[:3]):
         return None
+    if not _have_sizes_of(layer, x, weights):
+        return None
     # Aliases keep the memory that they have now, as `leaf.data` may be set to another.
     aliases = [t.view_as(t) for t in (x.to(dtype), *weights)]
     rows = list(map(len, weights))
@@ -68,6 +72,18 @@ def joint_parts(layer: Layer, x: Tensor) -> Parts | None:
         logits = mlp.after_first(hidden, x.dtype)
     heads, both = _key_heads(layer, kv)
     return Parts((q.unflatten(-1, (layer.num_heads, layer.head_dim)), *heads), both, logits)
+
+
+def _have_sizes_of(layer: Layer, x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the products have the sizes that the layer splits them into."""
+    key_rows = layer.num_kv_branches * layer.num_kv_heads
+    rows = (
+        layer.num_heads * layer.head_dim,
+        key_rows * layer.head_dim,
+        key_rows * layer.value_head_dim,
+    )
+    same = all(len(weight) == size for weight, size in zip(weights, rows, strict=False))
+    return same and all(weight.shape[1:] == x.shape[-1:] for weight in weights)
 
 
 def _key_heads(layer: Layer, kv: Tensor) -> tuple[tuple, Tensor | None]:
@@ -159,6 +175,19 @@ class _JointProduct(torch.autograd.Function):
         dx = dout @ torch.cat(weights).to(x.dtype) if of_x else None
         if not any(of_weights):
             return None, dx, *(None,) * len(weights)
-        dweight = dout.flatten(0, -2).mT @ x.flatten(0, -2)
-        parts = dweight.split(list(map(len, weights)))
-        return None, dx, *(part.to(w.dtype) for part, w in zip(parts, weights, strict=True))
+        rows_of_x = x.flatten(0, -2)
+        if all(of_weights):
+            dweight = dout.flatten(0, -2).mT @ rows_of_x
+            parts = dweight.split(list(map(len, weights)))
+            # Copies, because who holds one gradient would hold all.
+            grads = [part.to(w.dtype, copy=True) for part, w in zip(parts, weights, strict=True)]
+            return None, dx, *grads
+        columns = dout.flatten(0, -2).split(list(map(len, weights)), -1)
+        return (
+            None,
+            dx,
+            *(
+                (part.mT @ rows_of_x).to(w.dtype) if wanted else None
+                for part, w, wanted in zip(columns, weights, of_weights, strict=True)
+            ),
+        )

@@ -235,7 +235,9 @@ class NativeSparseAttention(nn.Module):
         # A recording is for other values of the boundaries too, so it reads none.
         bounds, most = rounded
         function = partial(self._forward, max_seqlen=most)
-        return recordings.run((*form, most), function, (x, bounds), parameters)
+        # Not recorded, the Packing is faster: what it keeps serves all layers and steps.
+        unrecorded = partial(self._forward, x, cu_seqlens)
+        return recordings.run((*form, most), function, (x, bounds), parameters, unrecorded)
 
     def _parameters_to_record(self, x) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:
         """All parameters, and the modules that they are of; None if calls cannot be recorded, see

@@ -40,9 +40,8 @@ def with_gradients(layer, x, *extra) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 @pytest.mark.parametrize("options", MODULES.values(), ids=MODULES.keys())
-@pytest.mark.parametrize("backend", ["fused", "reference"])
-def test_results_are_those_of_the_modules(backend, options, packed, fused_on_cpu):
-    layer = make_layer(backend=backend, **options)
+def test_results_are_those_of_the_modules(options, packed, fused_on_cpu):
+    layer = make_layer(backend="fused", **options)
     x = torch.randn(*((TOKENS,) if packed else (2, TOKENS)), DIM, dtype=torch.float64)
     extra = (nsa.Packing(make_cu_seqlens([60, 1, 35])),) if packed else ()
     assert joint_parts(layer, x) is not None
@@ -101,19 +100,51 @@ def test_autocast(fused_on_cpu):
     [
         lambda layer: setattr(layer, "rope_theta", None),
         lambda layer: setattr(layer, "recompute", True),
+        lambda layer: setattr(layer, "backend", "reference"),
+        lambda layer: setattr(layer, "backend", "auto"),
         lambda layer: setattr(layer, "k_proj", nn.Linear(DIM, 32, dtype=torch.float64)),
         lambda layer: setattr(layer, "v_proj", nn.Linear(DIM, 32, bias=False)),
         lambda layer: setattr(layer.gate_mlp, "forward", lambda x: x),
         lambda layer: layer.gate_mlp[0].register_full_backward_hook(lambda *_: None),
     ],
-    ids=["no rope", "recompute", "bias", "dtype", "forward", "hook"],
+    ids=["no rope", "recompute", "reference", "on a CPU", "bias", "dtype", "forward", "hook"],
 )
 def test_what_is_not_joint(change):
-    layer = make_layer()
+    layer = make_layer(backend="fused")
     x = torch.randn(1, TOKENS, DIM, dtype=torch.float64)
     assert joint_parts(layer, x) is not None
     change(layer)
     assert joint_parts(layer, x) is None
+
+
+def test_wrong_sizes_fail_as_without(fused_on_cpu):
+    """As many rows in all: keys would lie where values are read."""
+    layer = make_layer(backend="fused")
+    layer.k_proj = nn.Linear(DIM, 48, bias=False, dtype=torch.float64)
+    layer.v_proj = nn.Linear(DIM, 16, bias=False, dtype=torch.float64)
+    x = torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+    assert joint_parts(layer, x) is None
+    with pytest.raises(RuntimeError, match="unflatten"):
+        layer(x)
+
+
+@pytest.mark.parametrize("frozen", [(), ("k_proj", "compress_v")])
+def test_each_gradient_has_memory_of_its_own(frozen, fused_on_cpu):
+    layer = make_layer(backend="fused")
+    for name in frozen:
+        getattr(layer, name).requires_grad_(False)
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        assert p.grad.untyped_storage().nbytes() == p.grad.nbytes
+    found = {n: p.grad for n, p in trained.items()}
+    layer.zero_grad()
+    for module in layer.modules():
+        module.register_forward_hook(lambda *_: None)
+    layer(x).square().sum().backward()
+    for name, p in trained.items():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_compressors_that_are_not_alike():

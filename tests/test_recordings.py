@@ -126,6 +126,22 @@ def test_packings_of_a_form_share_a_recording(mode, emulated, unread):
         assert len(recorded()) == (turn > 0)
 
 
+def test_a_packing_is_kept_where_calls_are_not_recorded(emulated, unread, monkeypatch):
+    """Not its bare boundaries, with which each layer would make a plan of its own."""
+    monkeypatch.setattr(recordings, "MAX_ELEMENTS", 0)
+    layer = make_layer()
+    bounds = nsa.Packing(make_cu_seqlens([100, 200]))
+    given, forward = [], layer._forward
+
+    def spy(x, cu_seqlens=None, *rest, **options):
+        given.append(cu_seqlens)
+        return forward(x, cu_seqlens, *rest, **options)
+
+    layer._forward = spy
+    layer(new_input()[0], bounds)
+    assert given == [bounds]
+
+
 def test_packings_of_other_tokens_raise(emulated, unread):
     layer = make_layer()
     for lengths in [100, 200], [150, 150], [299]:

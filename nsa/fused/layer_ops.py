@@ -165,8 +165,8 @@ def compress_both(
 
 class _BothCompressed(torch.autograd.Function):
     """One product does what two would. Parameters are copied into one tensor at once, because each
-    copy takes the host as long as an operation; so their gradients are parts of one. The copy is
-    not saved. ``parameters`` are pairs: of positions, then weights and biases of two layers."""
+    copy takes the host as long as an operation. The copy is not saved. ``parameters`` are pairs: of
+    positions, then weights and biases of two layers."""
 
     @staticmethod
     def forward(ctx, x, places, *parameters):
@@ -205,8 +205,10 @@ class _BothCompressed(torch.autograd.Function):
             torch.sum(drows, (1, 2), out=dposition)
             places = BlockPlaces(*ctx.numbers, *bounds)
             dx = kernel_calls.scatter_blocks(drows, ctx.shape, places)
-        parts = (x for both in gradients for x in both)
-        return dx, None, *(x.to(p.dtype) for x, p in zip(parts, parameters, strict=True))
+            # Copies, because who holds one gradient would hold all.
+            grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
+            torch._foreach_copy_(grads, [x for both in gradients for x in both])
+        return dx, None, *grads
 
 
 def _joined(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
