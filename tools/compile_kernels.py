@@ -197,10 +197,10 @@ def compile_dense(
 def compile_closing(dim, group, form, keep, dtype):
     """A window that ends with the sum of the branches."""
     from nsa.fused.fa4_variants import Mask, Variant
-    from nsa.fused.kernels import fa4_sm90
+    from nsa.fused.kernels import fa4_closing
 
     variant = Variant(getattr_torch(dtype), dim, dim, group, Mask(left=True, right=True))
-    fa4_sm90.compile_closing(variant, form, keep)
+    fa4_closing.compile_closing(variant, form, keep)
 
 
 def compile_shared_keys(dim):

@@ -122,7 +122,7 @@ def closing_forward(
     o_win = q.new_empty(q.shape) if keep else None
     out = q.new_empty(q.shape) if out is None else out
     lse = _new_lse(q) if lse is None else lse
-    _kernels().launch_closing(call, others, gates, weight, _no_leaf(out), o_win, lse)
+    _closing().launch_closing(call, others, gates, weight, _no_leaf(out), o_win, lse)
     return out, o_win, lse
 
 
@@ -258,6 +258,11 @@ def _backward(
 def _kernels() -> ModuleType:
     # Imported on the first call, because this takes seconds and needs CUDA libraries.
     return import_module("nsa.fused.kernels.fa4_sm90")
+
+
+@lru_cache(maxsize=None)
+def _closing() -> ModuleType:
+    return import_module("nsa.fused.kernels.fa4_closing")
 
 
 def _readable(call: Call) -> Call:

@@ -12,6 +12,7 @@ from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from tests.helpers.poison import poisoned_memory
 from tests.helpers.requirements import import_fused
 
+fa4_closing = import_fused("nsa.fused.kernels.fa4_closing")
 fa4_heads = import_fused("nsa.fused.kernels.fa4_heads")
 fa4_sm90 = import_fused("nsa.fused.kernels.fa4_sm90")
 head_rows = import_fused("nsa.fused.kernels.head_rows")
@@ -59,14 +60,15 @@ def calls(monkeypatch, together):
     """(kernel, arguments) of each call; the classes are built as far as to take their options."""
     calls = []
     for name, called in CLASSES.items():
-        original = getattr(fa4_sm90, name)
+        module = fa4_closing if name == "ClosingForward" else fa4_sm90
+        original = getattr(module, name)
 
         def build(self, *args, original=original, **options):
             inspect.signature(original).bind(*args, **options)
 
         stand_in = type(called, (original,), {"__init__": build})
-        monkeypatch.setattr(fa4_sm90, name, stand_in)
-    for module in (fa4_sm90, padded_rows):
+        monkeypatch.setattr(module, name, stand_in)
+    for module in (fa4_sm90, fa4_closing, padded_rows):
         for name, function in vars(module).items():
             if hasattr(function, "cache_info") and name != "_parameters":
                 monkeypatch.setattr(module, name, inspect.unwrap(function))

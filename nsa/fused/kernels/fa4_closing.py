@@ -10,6 +10,7 @@ A CTA of FA4's has one tile of queries, whose row r is head ``r % group`` of a t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import cutlass
@@ -19,14 +20,27 @@ from cutlass.base_dsl.utils.mlir_value_tree import extract_mlir_attributes
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from quack.copy_utils import get_smem_load_atom, get_smem_store_C
 from quack.layout_utils import reshape_acc_to_mn
+from torch import Tensor
 
+from nsa.fused.fa4_call import Call
+from nsa.fused.fa4_variants import Variant
 from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP
+from nsa.fused.kernel_inputs import IN_ORDER, Pair
+from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.fa4_fakes import Fakes
+from nsa.fused.kernels.fa4_sm90 import forward_kernel, ordered
+from nsa.fused.kernels.gates import gating_form
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import (
+    CUTE_DTYPES,
     VECTOR,
+    check_output,
+    check_tensor,
     copy_vector,
     dot,
     fake_flat,
+    flat,
+    flat_rows,
     load_shared,
     load_vector,
 )
@@ -323,3 +337,39 @@ class ClosingForward(FlashAttentionForwardSm90):
                 pointer = branches.o_win.iterator + cute.assume(offset, divby=VECTOR)
                 target = cute.make_tensor(pointer, cute.make_layout(VECTOR))
                 cute.autovec_copy(vector, target)
+
+
+def launch_closing(
+    call: Call,
+    others: Pair,
+    gates: Tensor | None,
+    weight: Tensor | None,
+    out: Tensor,
+    o_win: Tensor | None,
+    lse: Tensor,
+):
+    """Write the sum of the branches, the output of the attention if wanted, and log-sum-exp."""
+    form = gating_form((*others, call.q), call.q, gates, weight, IN_ORDER)
+    check_tensor("out", out, call.q.shape, call.q.dtype, call.q.device)
+    check_output("out", out)
+    tensors, strides = zip(*map(flat_rows, others), strict=True)
+    weight = flat(weight) if form == "weight" else None
+    written = None if o_win is None else o_win.view(-1)
+    branches = Branches(*tensors, flat(gates), weight, written, strides, call.q.shape[-2])
+    kernel = compile_closing(call.variant(), form, o_win is not None)
+    kernel(*_closing_arguments(call, out, lse, branches))
+
+
+def _closing_arguments(call: Call, out: Tensor, lse: Tensor, branches: Branches) -> list:
+    rows = dict(mQ=call.q, mK=call.k, mV=call.v, mO=out, mLSE=lse, softmax_scale=call.scale)
+    left, right = call.window
+    window = dict(window_size_left=left, window_size_right=right)
+    return ordered(ClosingForward, branches=branches, **rows, **window)
+
+
+@kept
+def compile_closing(variant: Variant, form: str, keep: bool) -> Callable:
+    """The compiled forward of a variant that ends with the sum of the branches."""
+    fakes, branches = Fakes(variant), fake_branches(CUTE_DTYPES[variant.dtype], form, keep)
+    arguments = _closing_arguments(fakes.call(), fakes.out(), fakes.lse(), branches)
+    return compile_kernel(forward_kernel(partial(ClosingForward, form=form), variant), *arguments)

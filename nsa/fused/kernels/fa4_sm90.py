@@ -33,15 +33,13 @@ from nsa.fused.fa4_variants import (
     tall_tile,
     values_from_registers,
 )
-from nsa.fused.kernel_inputs import IN_ORDER, Pair, RowStatistics
+from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.fa4_closing import Branches, ClosingForward, fake_branches
 from nsa.fused.kernels.fa4_fakes import Fakes, fake
 from nsa.fused.kernels.fa4_heads import BackwardThroughHeads
 from nsa.fused.kernels.fa4_tall import TallForward
-from nsa.fused.kernels.gates import gating_form
 from nsa.fused.kernels.padded_rows import pad_statistics
-from nsa.fused.kernels.vectors import CUTE_DTYPES, check_output, check_tensor, flat, flat_rows
+from nsa.fused.kernels.vectors import CUTE_DTYPES
 
 _ARCH = 90
 _MMA_THREADS = 256  # of two warp groups, in backward
@@ -54,27 +52,6 @@ def launch_forward(call: Call, out: Tensor, lse: Tensor):
     if kernels.tile_starts is not None:
         starts = _tile_starts(kernels.tile_starts, call.bounds[0])
     kernels.main(*_forward_arguments(call, out, lse, starts))
-
-
-def launch_closing(
-    call: Call,
-    others: Pair,
-    gates: Tensor | None,
-    weight: Tensor | None,
-    out: Tensor,
-    o_win: Tensor | None,
-    lse: Tensor,
-):
-    """Write the sum of the branches, the output of the attention if wanted, and log-sum-exp."""
-    form = gating_form((*others, call.q), call.q, gates, weight, IN_ORDER)
-    check_tensor("out", out, call.q.shape, call.q.dtype, call.q.device)
-    check_output("out", out)
-    tensors, strides = zip(*map(flat_rows, others), strict=True)
-    weight = flat(weight) if form == "weight" else None
-    written = None if o_win is None else o_win.view(-1)
-    branches = Branches(*tensors, flat(gates), weight, written, strides, call.q.shape[-2])
-    kernel = compile_closing(call.variant(), form, o_win is not None)
-    kernel(*_closing_arguments(call, out, lse, branches))
 
 
 def launch_backward(
@@ -225,13 +202,6 @@ def _forward_arguments(call: Call, out: Tensor, lse: Tensor, starts: Tensor | No
     return ordered(FlashAttentionForwardSm90, mO=out, mLSE=lse, mCuTotalMBlocks=starts, **options)
 
 
-def _closing_arguments(call: Call, out: Tensor, lse: Tensor, branches: Branches) -> list:
-    rows = dict(mQ=call.q, mK=call.k, mV=call.v, mO=out, mLSE=lse, softmax_scale=call.scale)
-    left, right = call.window
-    window = dict(window_size_left=left, window_size_right=right)
-    return ordered(ClosingForward, branches=branches, **rows, **window)
-
-
 def _backward_arguments(
     call: Call,
     dout: Tensor,
@@ -272,18 +242,10 @@ def compile_forward(variant: Variant) -> Callable:
     kernel_class = TallForward if tall_tile(variant) else FlashAttentionForwardSm90
     fakes = Fakes(variant)
     arguments = _forward_arguments(fakes.call(), fakes.out(), fakes.lse(), fakes.starts)
-    return compile_kernel(_forward_kernel(kernel_class, variant), *arguments)
+    return compile_kernel(forward_kernel(kernel_class, variant), *arguments)
 
 
-@kept
-def compile_closing(variant: Variant, form: str, keep: bool) -> Callable:
-    """The compiled forward of a variant that ends with the sum of the branches."""
-    fakes, branches = Fakes(variant), fake_branches(CUTE_DTYPES[variant.dtype], form, keep)
-    arguments = _closing_arguments(fakes.call(), fakes.out(), fakes.lse(), branches)
-    return compile_kernel(_forward_kernel(partial(ClosingForward, form=form), variant), *arguments)
-
-
-def _forward_kernel(kernel_class: Callable, variant: Variant) -> FlashAttentionForwardSm90:
+def forward_kernel(kernel_class: Callable, variant: Variant) -> FlashAttentionForwardSm90:
     """A forward of a variant, to be compiled."""
     queries, keys = forward_tile(variant)
     return kernel_class(
