@@ -32,8 +32,11 @@ from nsa.fused.kernel_inputs import Pair, Placements
 from nsa.fused.key_sums import CallSums
 from nsa.fused.plan import Plan
 from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_groups
-from nsa.fused.streams import SHORT, SideStream
+from nsa.fused.streams import SideStream
 from nsa.precision import without_autocast
+
+SHORT_TOKENS = 1 << 15
+"""Tokens of a batch up to which the window comes first."""
 
 
 class _Others(NamedTuple):
@@ -119,7 +122,8 @@ def _closes_with_window(q: Tensor, plan: Plan) -> bool:
 
     Of short inputs it comes first, because the host would not be ready with the others.
     """
-    return not plan.packed and q.numel() > SHORT
+    # By tokens, which all chunks of heads have alike, so that their results have the same bits.
+    return not plan.packed and q.shape[0] * q.shape[1] > SHORT_TOKENS
 
 
 def _attend_and_close(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nsa
-from nsa.fused import fa4, kernel_calls, pipeline, streams
+from nsa.fused import fa4, kernel_calls, pipeline
 from nsa.testing import make_inputs
 from tests.helpers import emulated_fa4
 from tests.helpers.profiles import WITH_FIXTURES, examples
@@ -19,7 +19,7 @@ CONFIGS = {"tile": tile_config(), "token": token_config()}
 @pytest.fixture(autouse=True)
 def window_last(fused_on_cpu, monkeypatch):
     """Of short inputs too."""
-    monkeypatch.setattr(pipeline, "SHORT", 0)
+    monkeypatch.setattr(pipeline, "SHORT_TOKENS", 0)
 
 
 @settings(max_examples=examples(80), **WITH_FIXTURES)
@@ -71,10 +71,28 @@ def test_the_windows_kernel_comes_last_and_its_output_is_kept_for_a_backward(
 
 @pytest.mark.parametrize("mode", CONFIGS)
 def test_short_inputs_have_the_window_first(mode, monkeypatch):
-    monkeypatch.setattr(pipeline, "SHORT", streams.SHORT)
+    monkeypatch.setattr(pipeline, "SHORT_TOKENS", 200)
     called = []
     monkeypatch.setattr(fa4, "closing_forward", lambda *a, **k: called.append(a))
     monkeypatch.setattr(fa4, "dense_forward", emulated_fa4.dense_forward)
     q, k, v = make_inputs((1, 200), 2, 1, 8, dtype=torch.float64)
     nsa.forward(q, k, v, config=CONFIGS[mode], backend="fused")
     assert not called
+
+
+@pytest.mark.parametrize("mode", CONFIGS)
+def test_chunks_of_heads_take_the_path_of_the_whole(mode, monkeypatch):
+    """Else their results would have other bits: one kernel does not round before it adds up."""
+    monkeypatch.setattr(pipeline, "SHORT_TOKENS", 199)
+    added = []
+
+    def closing_forward(q, *args, **kwargs):
+        added.append(q.shape[2])
+        return emulated_fa4.closing_forward(q, *args, **kwargs)
+
+    monkeypatch.setattr(fa4, "closing_forward", closing_forward)
+    q, k, v = make_inputs((1, 200), 4, 2, 8, dtype=torch.float64)
+    call = dict(config=CONFIGS[mode], backend="fused")
+    whole = nsa.forward(q, k, v, **call)
+    assert torch.equal(nsa.forward(q, k, v, **call, max_workspace_bytes=1), whole)
+    assert added == [4, 2, 2]

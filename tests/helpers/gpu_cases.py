@@ -297,7 +297,7 @@ def check_against_reference(case: Case, monkeypatch) -> None:
     if case.shared:
         monkeypatch.setattr(folded, "SHARED_KEY_BYTES", 0)
     if case.closing:
-        monkeypatch.setattr(pipeline, "SHORT", 0)
+        monkeypatch.setattr(pipeline, "SHORT_TOKENS", 0)
     assert constraints.unsupported_reason(arguments["q"], _first(arguments["v"]), config) is None
     groups = fused_groups(arguments, config)
     if groups is not None:
