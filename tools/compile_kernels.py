@@ -129,6 +129,16 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
             name = f"key times D={dim} G={group} {dtype}"
             times = partial(compile_dense, dim, group, False, False, (None, None), dtype)
             yield name, partial(times, key_times=(64, 63))
+    for dim, group, form, keep, dtype in (
+        (128, 4, "weight", False, "bfloat16"),
+        (128, 16, "weight", True, "bfloat16"),
+        (128, 1, "weight", True, "bfloat16"),
+        (128, 4, "gates", True, "float16"),
+        (64, 8, "mean", False, "float16"),
+        (64, 1, "weight", False, "bfloat16"),
+    ):
+        name = f"closing window D={dim} G={group} {form} {'kept' if keep else 'alone'} {dtype}"
+        yield name, partial(compile_closing, dim, group, form, keep, dtype)
     # TMA loads groups that divide the rows of a tile, and no others.
     some = partial(compile_dense, 128, 48, False, True, (None, None), "bfloat16")
     yield "folded D=128 G=48 batched", some
@@ -182,6 +192,15 @@ def compile_dense(
     together = math.gcd(group, MOST_TOGETHER)
     if together > 1 and not deterministic:
         fa4_sm90.backward_kernels(variant._replace(together=together))
+
+
+def compile_closing(dim, group, form, keep, dtype):
+    """A window that ends with the sum of the branches."""
+    from nsa.fused.fa4_variants import Mask, Variant
+    from nsa.fused.kernels import fa4_closing
+
+    variant = Variant(getattr_torch(dtype), dim, dim, group, Mask(left=True, right=True))
+    fa4_closing.compile_closing(variant, form, keep)
 
 
 def compile_shared_keys(dim):

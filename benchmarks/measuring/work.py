@@ -10,6 +10,7 @@ import torch
 
 import nsa
 from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
+from nsa.fused.pipeline import SHORT_TOKENS
 
 ELEMENT = 2  # bytes
 
@@ -98,7 +99,12 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
         work[name] = Work(2 * query + 2 * keys, flops[0])
         # q, dout and dq; keys, values and their gradients.
         work[f"{name}_backward"] = Work(3 * query + 4 * keys, flops[1])
-    if token and config.num_initial_blocks + config.num_local_blocks > 0:
+    if length > SHORT_TOKENS:
+        # One stage for both, which reads the two other outputs besides.
+        del work["combine_branches"]
+        window = work.pop("window_attention")
+        work["closing_window"] = window._replace(bytes=window.bytes + 2 * query)
+    elif token and config.num_initial_blocks + config.num_local_blocks > 0:
         # One stage for both, which reads the two other outputs besides.
         del work["combine_branches"]
         selected = work.pop("selected_attention")

@@ -17,9 +17,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from nsa.fused import kernel_calls
 from nsa.fused.fa4_call import Call
-from nsa.fused.fa4_variants import Mask, Window, dense_mask
-from nsa.fused.kernel_inputs import BlockLists, RowStatistics
+from nsa.fused.fa4_variants import Mask, Window, closing_fits, dense_mask
+from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
 from nsa.host import may_keep
 
 WRITTEN_FOR = "4.0.0b36"
@@ -81,6 +82,48 @@ def dense_forward(
     mask, window = dense_mask(causal, window_size, key_times)
     bounds = (cu_seqlens_q, cu_seqlens_k)
     return _forward(Call(q, k, v, scale, mask, window, bounds), out, lse)
+
+
+def closing_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    others: Pair,
+    gates: Tensor | None,
+    weight: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    window_size: Window,
+    keep: bool,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """:func:`dense_forward` of a batch, and :func:`nsa.fused.kernel_calls.gating_forward` with it.
+
+    Both are one kernel where shared memory has room for it. Then the output is not rounded before
+    it is added.
+
+    Args:
+        q, k, v, scale, causal, window_size, lse: of :func:`dense_forward`.
+        others: outputs of the compressed and of the selected branch, ``(B, Sq, H, Dv)``.
+        gates, weight, out: of ``gating_forward``.
+        keep: whether the output of the attention is wanted too.
+
+    Returns:
+        The sum, ``out`` where it is given; the output of the attention, or None; its ``lse``.
+    """
+    mask, window = dense_mask(causal, window_size, None)
+    call = _readable(Call(q, k, v, scale, mask, window))
+    if not (q.numel() and v.numel() and closing_fits(call.variant())):
+        attended, lse = _forward(call, None, lse)
+        out = kernel_calls.gating_forward(*others, attended, q, gates, weight, out)
+        return out, attended if keep else None, lse
+    o_win = q.new_empty(q.shape) if keep else None
+    out = q.new_empty(q.shape) if out is None else out
+    lse = _new_lse(q) if lse is None else lse
+    _closing().launch_closing(call, others, gates, weight, _no_leaf(out), o_win, lse)
+    return out, o_win, lse
 
 
 def dense_backward(
@@ -179,13 +222,17 @@ def _forward(call: Call, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor
     if out is None:
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     if lse is None:
-        lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
+        lse = _new_lse(q)
     if q.numel() and v.numel():
         _kernels().launch_forward(_readable(call), _no_leaf(out), lse)
     else:
         out.zero_()
         lse.fill_(-math.inf)
     return out, lse
+
+
+def _new_lse(q: Tensor) -> Tensor:
+    return q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
 
 
 def _backward(
@@ -211,6 +258,11 @@ def _backward(
 def _kernels() -> ModuleType:
     # Imported on the first call, because this takes seconds and needs CUDA libraries.
     return import_module("nsa.fused.kernels.fa4_sm90")
+
+
+@lru_cache(maxsize=None)
+def _closing() -> ModuleType:
+    return import_module("nsa.fused.kernels.fa4_closing")
 
 
 def _readable(call: Call) -> Call:

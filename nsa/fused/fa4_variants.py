@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nsa.fused.hardware import SHARED_BYTES, WGMMA_ROWS
+
 TALL = 256
 """Queries of a tall tile, see :func:`tall_tile`."""
 
@@ -138,6 +140,21 @@ def forward_stages(variant: Variant) -> int:
 def values_from_registers(variant: Variant) -> bool:
     """Whether the forward multiplies values by probabilities in registers."""
     return not 64 < variant.head_dim <= 96
+
+
+def closing_fits(variant: Variant) -> bool:
+    """Whether a forward can end with the sum of the branches: TMA loads its queries, and shared
+    memory has room for its rows of two more branches and for their gates."""
+    if variant.packed or variant.blocks is not None or variant.value_dim != variant.head_dim:
+        return False
+    (rows, keys), stages = forward_tile(variant), forward_stages(variant)
+    elements = (3 * rows + 2 * stages * keys) * variant.head_dim
+    if not values_from_registers(variant):
+        elements += rows * keys
+    # Barriers of 8 bytes, and three gates a row, in whole KiB.
+    others = 8 * (4 * stages + 2) + 12 * rows
+    fits = 2 * elements + -(-others // 1024) * 1024 <= SHARED_BYTES
+    return fits and rows % variant.group == 0 and rows in (2 * WGMMA_ROWS, 3 * WGMMA_ROWS)
 
 
 def _dense_forward_tile(variant: Variant) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """The kernel contract: the calls that the fused stages make, and the plain data that they pass.
 
-``nsa.fused.fa4`` implements these four calls with FlashAttention-4. Tests implement them with
+``nsa.fused.fa4`` implements these calls with FlashAttention-4. Tests implement them with
 PyTorch on a CPU, in any float dtype. Callers write ``fa4.dense_forward(...)``, so that a test can
-replace the functions of that module. For all four:
+replace the functions of that module. For all of them:
 
 - Query head ``h`` attends KV head ``h // (H / H_kv)``.
 - ``scale`` multiplies ``q @ k^T``. Softmax is over the visible keys of a query. A query that sees
@@ -33,6 +33,12 @@ out, lse) -> (out, lse)`` and
     ``p + right`` inclusive; None is no bound. ``causal`` sets ``right`` to 0. ``key_times=(stride,
     first)`` excludes both and aligns nothing: query ``i`` sees keys ``j`` with
     ``j * stride + first <= i``. ``Dv`` may differ from ``D``, in backward only if ``H == H_kv``.
+
+``closing_forward(q, k, v, others, gates, weight, *, scale, causal, window_size, keep, out, lse) ->
+(total, out, lse)``
+
+    ``dense_forward`` of a batch, and the gated sum of its output with two ``others (B, Sq, H, D)``.
+    Its output is returned only to ``keep`` it.
 
 ``sparse_forward(q, k, v, lists, *, scale, causal, key_limit) -> (out, lse)`` and
 ``sparse_backward(dout, q, k, v, statistics, lists, *, scale, causal, key_limit) -> (dq, dk, dv)``

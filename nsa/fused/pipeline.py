@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa.fused.attention import (
     closing_attention,
+    closing_window,
     compressed_attention,
     compressed_attention_backward,
     compressed_lse,
@@ -34,9 +35,12 @@ from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_
 from nsa.fused.streams import SideStream
 from nsa.precision import without_autocast
 
+SHORT_TOKENS = 1 << 15
+"""Tokens of a batch up to which the window comes first."""
+
 
 class _Others(NamedTuple):
-    """What the selected branch needs, and the results of the others.
+    """What the selected branch needs, and the results of the others, or all but the window's.
 
     The ``compressed`` keys and values are freed with it, which the estimate of memory counts on.
     """
@@ -47,8 +51,8 @@ class _Others(NamedTuple):
     groups: Tensor | None
     o_cmp: Tensor
     lse_cmp: Tensor
-    o_win: Tensor
-    lse_win: Tensor
+    o_win: Tensor | None = None
+    lse_win: Tensor | None = None
 
     def with_selected(self, o_slc: Tensor, lse_slc: Tensor) -> BranchResults:
         """The results of all branches."""
@@ -87,13 +91,17 @@ def attend_and_combine(
 ) -> tuple[Tensor, BranchResults | None, Tensor, Tensor | None]:
     """The output of :func:`combine`, and what :func:`attend` returns; no branches if not ``keep``.
 
-    Where the last kernel of token mode has the output of the selected branch at hand, it does both.
+    Where the last kernel has the output of its branch at hand, it does both: the window's, or for
+    short inputs in token mode the selected branch's.
     """
+    if _closes_with_window(inputs.q, plan):
+        return _attend_and_close(inputs, block_indices, plan, out, before_keys, keep=keep)
     if not plan.has_band:
         results, block_indices, groups = attend(inputs, block_indices, None, plan, before_keys)
         out = combine(inputs, results, plan, out)
         return out, results if keep else None, block_indices, groups
     others = _attend_others(inputs, block_indices, None, plan, before_keys)
+    assert others.o_win is not None  # as wanted
     out, o_slc, lse_slc = closing_attention(
         others.q_rows,
         *inputs.keys_and_values()[0],
@@ -109,18 +117,54 @@ def attend_and_combine(
     return out, branches, others.block_indices, others.groups
 
 
+def _closes_with_window(q: Tensor, plan: Plan) -> bool:
+    """Whether the window comes last and adds the branches up.
+
+    Of short inputs it comes first, because the host would not be ready with the others.
+    """
+    # By tokens, which all chunks of heads have alike, so that their results have the same bits.
+    return not plan.packed and q.shape[0] * q.shape[1] > SHORT_TOKENS
+
+
+def _attend_and_close(
+    inputs: Inputs,
+    block_indices: Tensor | None,
+    plan: Plan,
+    out: Tensor | None,
+    before_keys: Callable[[], None] | None,
+    *,
+    keep: bool,
+) -> tuple[Tensor, BranchResults | None, Tensor, Tensor | None]:
+    """:func:`attend_and_combine`, with the window last."""
+    others = _attend_others(inputs, block_indices, None, plan, before_keys, window=False)
+    block_indices, groups, (o_cmp, lse_cmp) = others.block_indices, others.groups, others[4:6]
+    (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
+    o_slc, lse_slc = selected_attention(others.q_rows, k_slc, v_slc, block_indices, plan)
+    del others
+    out, o_win, lse_win = closing_window(
+        *(inputs.q, k_win, v_win, (o_cmp, o_slc)),
+        *(inputs.gates, inputs.gate_proj_weight, out, plan),
+        keep=keep,
+    )
+    results = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win)
+    return out, results if keep else None, block_indices, groups
+
+
 def _attend_others(
     inputs: Inputs,
     block_indices: Tensor | None,
     groups: Tensor | None,
     plan: Plan,
     before_keys: Callable[[], None] | None,
+    *,
+    window: bool = True,
 ) -> _Others:
-    """All of :func:`attend` but the selected branch."""
+    """All of :func:`attend` but the selected branch, and the window only if wanted."""
     q, token_mode = inputs.q, plan.config.selection == "token"
     _, (k_win, v_win) = inputs.keys_and_values()
     side_stream = SideStream(q)
-    if before_keys is None:
+    o_win = lse_win = None
+    if before_keys is None and window:
         # The window comes first: it needs no plan tensors, and runs while the host prepares the
         # rest.
         o_win, lse_win = window_attention(q, k_win, v_win, plan)
@@ -136,7 +180,8 @@ def _attend_others(
     if before_keys is not None:
         # What needs no keys has come first.
         before_keys()
-        o_win, lse_win = window_attention(q, k_win, v_win, plan)
+        if window:
+            o_win, lse_win = window_attention(q, k_win, v_win, plan)
     results = (o_cmp, lse_cmp, o_win, lse_win)
     return _Others((k_cmp, v_cmp), q_rows, block_indices, groups, *results)
 

@@ -1,4 +1,4 @@
-"""The four kernel calls of ``nsa.fused.kernel_inputs`` in PyTorch: any float dtype, any device.
+"""The kernel calls of ``nsa.fused.kernel_inputs`` in PyTorch: any float dtype, any device.
 
 They have the arguments and results of ``nsa.fused.fa4``, and use dense masks, for small inputs.
 Float16 and bfloat16 are computed in float32. Other dtypes are computed as they are, and ``lse`` has
@@ -10,10 +10,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nsa.fused import kernel_calls
 from nsa.fused.hardware import LOG2_E
 from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 
-NAMES = ("dense_forward", "dense_backward", "sparse_forward", "sparse_backward")
+NAMES = (
+    *("dense_forward", "closing_forward", "dense_backward"),
+    *("sparse_forward", "sparse_backward"),
+)
 
 
 def dense_forward(
@@ -44,6 +48,15 @@ def dense_forward(
         mask = _dense_mask(queries, keys, q, k, causal, window_size, key_times)
         out[queries], lse[_rows(queries)] = attend(q[queries], k[keys], v[keys], mask, scale)
     return out, lse
+
+
+def closing_forward(
+    q, k, v, others, gates, weight, *, scale, causal, window_size, keep, out=None, lse=None
+):
+    mask = dict(scale=scale, causal=causal, window_size=window_size)
+    o_win, lse = dense_forward(q, k, v, lse=lse, **mask)
+    out = kernel_calls.gating_forward(*others, o_win, q, gates, weight, out)
+    return out, o_win if keep else None, lse
 
 
 def dense_backward(

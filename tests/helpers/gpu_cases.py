@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nsa
-from nsa.fused import compressed_forms, constraints, entry
+from nsa.fused import compressed_forms, constraints, entry, pipeline
 from nsa.fused.attention import folded
 from nsa.fused.compression import compress
 from nsa.fused.planning import make_plan
@@ -84,6 +84,7 @@ class Case(NamedTuple):
     folded: bool = False  # fold the compressed branch of a batch even if keys are few
     shared: bool = False  # and make one call per KV head
     queries: tuple[int, ...] | None = None  # of each sequence, its last tokens; None: all
+    closing: bool = False  # the window's kernel adds the branches up, of few tokens too
 
 
 def default_case(**changes) -> Case:
@@ -170,6 +171,7 @@ def cases(draw, variant: Variant) -> Case:
         folded=draw(st.booleans()),
         shared=draw(st.booleans()),
         queries=queries,
+        closing=draw(st.booleans()),
     )
 
 
@@ -294,6 +296,8 @@ def check_against_reference(case: Case, monkeypatch) -> None:
         monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
     if case.shared:
         monkeypatch.setattr(folded, "SHARED_KEY_BYTES", 0)
+    if case.closing:
+        monkeypatch.setattr(pipeline, "SHORT_TOKENS", 0)
     assert constraints.unsupported_reason(arguments["q"], _first(arguments["v"]), config) is None
     groups = fused_groups(arguments, config)
     if groups is not None:

@@ -12,8 +12,10 @@ from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from tests.helpers.poison import poisoned_memory
 from tests.helpers.requirements import import_fused
 
+fa4_closing = import_fused("nsa.fused.kernels.fa4_closing")
 fa4_heads = import_fused("nsa.fused.kernels.fa4_heads")
 fa4_sm90 = import_fused("nsa.fused.kernels.fa4_sm90")
+head_rows = import_fused("nsa.fused.kernels.head_rows")
 padded_rows = import_fused("nsa.fused.kernels.padded_rows")
 cutlass = import_fused("cutlass")
 cute = import_fused("cutlass.cute")
@@ -23,6 +25,7 @@ ROWS, HEADS, KV_HEADS, DIM = 256, 8, 2, 128
 CLASSES = {
     "FlashAttentionForwardSm90": "Forward",
     "TallForward": "Forward",
+    "ClosingForward": "Forward",
     "FlashAttentionBackwardSm90": "Backward",
     "BackwardThroughHeads": "Backward",
     "FlashAttentionBackwardPostprocess": "Postprocess",
@@ -57,20 +60,23 @@ def calls(monkeypatch, together):
     """(kernel, arguments) of each call; the classes are built as far as to take their options."""
     calls = []
     for name, called in CLASSES.items():
-        original = getattr(fa4_sm90, name)
+        module = fa4_closing if name == "ClosingForward" else fa4_sm90
+        original = getattr(module, name)
 
         def build(self, *args, original=original, **options):
             inspect.signature(original).bind(*args, **options)
 
         stand_in = type(called, (original,), {"__init__": build})
-        monkeypatch.setattr(fa4_sm90, name, stand_in)
-    for module in (fa4_sm90, padded_rows):
+        monkeypatch.setattr(module, name, stand_in)
+    for module in (fa4_sm90, fa4_closing, padded_rows):
         for name, function in vars(module).items():
             if hasattr(function, "cache_info") and name != "_parameters":
                 monkeypatch.setattr(module, name, inspect.unwrap(function))
         monkeypatch.setattr(
             module, "compile_kernel", lambda kernel, *arguments: Kernel(kernel, arguments, calls)
         )
+    # Tensors are on a CPU.
+    monkeypatch.setattr(head_rows, "check_float", lambda *_: None)
     return calls
 
 
@@ -96,6 +102,24 @@ def window_of_every_head():
 
 def window_with_other_values():
     return window(1, 64)
+
+
+def closing(group=4, form="weight", keep=True):
+    q, k = make(2, ROWS, HEADS, DIM), make(2, 100, HEADS // group, DIM)
+    gates = make(2, ROWS, HEADS, 3) if form == "gates" else None
+    weight = make(HEADS, 3, DIM) if form == "weight" else None
+    others, mask = (make(*q.shape), make(*q.shape)), dict(causal=True, window_size=(63, None))
+    return fa4.closing_forward(q, k, k, others, gates, weight, scale=0.1, keep=keep, **mask)
+
+
+def closing_of_every_head():
+    return closing(1, "gates")
+
+
+def closing_without_output():
+    out, o_win, lse = closing(8, "mean", keep=False)
+    assert o_win is None
+    return out, lse
 
 
 def key_times():
@@ -190,10 +214,11 @@ CALLS = [
 ]
 
 
+CLOSING = [closing, closing_of_every_head, closing_without_output]
 DETERMINISTIC = [deterministic, deterministic_packed, deterministic_packed_of_every_head]
 
 
-@pytest.mark.parametrize("call", CALLS + DETERMINISTIC)
+@pytest.mark.parametrize("call", CALLS + CLOSING + DETERMINISTIC)
 def test_kernels_get_what_they_are_compiled_for(call, calls):
     call()
     for kernel, arguments in calls:
@@ -212,7 +237,7 @@ def assert_fits(compiled, actual, sizes: dict, name: str):
         assert actual is None, name
     elif isinstance(compiled, (cutlass.Float32, float)):
         assert isinstance(actual, float), name
-    elif isinstance(compiled, cutlass.Int32):
+    elif isinstance(compiled, (cutlass.Int32, cutlass.Int64)):
         assert isinstance(actual, int), name
     else:
         assert fa4_sm90.CUTE_DTYPES[actual.dtype] is compiled.element_type, name
@@ -251,6 +276,39 @@ def test_kernels_of_a_call_write_and_read_the_same_memory(call, calls):
     assert [queries["mdQ"], *given] == [x.data_ptr() for x in grads]
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_kernel_that_adds_up_reads_and_writes_what_the_caller_has(keep, calls):
+    out, o_win, lse = closing(keep=keep)
+    ((kernel, arguments),) = calls
+    named = kernel.named(arguments)
+    assert named["mO"] is out
+    assert named["mLSE"] is lse
+    branches = named["branches"]
+    assert branches.heads == HEADS
+    assert branches.strides == (HEADS * DIM, HEADS * DIM)
+    assert (branches.o_win is None) == (o_win is None) == (not keep)
+    assert not keep or branches.o_win.data_ptr() == o_win.data_ptr()
+
+
+def test_two_kernels_add_up_where_shared_memory_has_no_room(calls, monkeypatch):
+    """Or where TMA cannot load the rows of so many heads."""
+    added = []
+    monkeypatch.setattr(fa4.kernel_calls, "gating_forward", lambda *x: added.append(x) or x[-1])
+    for heads, dim in ((4, 256), (5, DIM)):
+        q, k = make(1, ROWS, heads, dim), make(1, ROWS, 1, dim)
+        out, mask = make(*q.shape), dict(causal=True, window_size=(63, None))
+        call = dict(scale=0.1, keep=True, out=out, **mask)
+        total, o_win, lse = fa4.closing_forward(q, k, k, (q, q), None, None, **call)
+        assert total is out
+        kernel, arguments = calls[-1]
+        named = kernel.named(arguments)
+        assert "branches" not in named
+        assert named["mO"] is o_win
+        assert named["mLSE"] is lse
+        assert added[-1][2] is o_win
+    assert len(added) == len(calls) == 2
+
+
 @pytest.mark.parametrize("call", [packed_many, packed_many_of_every_head])
 def test_many_sequences_have_tables_of_their_tiles(call, calls):
     """Of the tiles that the kernels have which look there."""
@@ -268,7 +326,7 @@ def test_many_sequences_have_tables_of_their_tiles(call, calls):
     assert len(set(tables.values())) == 2
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", CALLS + CLOSING)
 def test_poison_reaches_every_output(call, calls):
     """These kernels write nothing, so a result without poison would be memory that it misses."""
     if call is into_slices:

@@ -18,10 +18,15 @@ from nsa.fused.attention.selected import (
     selected_attention,
     selected_attention_backward,
 )
-from nsa.fused.attention.window import window_attention, window_attention_backward
+from nsa.fused.attention.window import (
+    closing_window,
+    window_attention,
+    window_attention_backward,
+)
 
 __all__ = [
     "closing_attention",
+    "closing_window",
     "compressed_attention",
     "compressed_attention_backward",
     "compressed_lse",

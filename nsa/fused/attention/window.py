@@ -6,16 +6,48 @@ Shapes as in :mod:`nsa.fused.attention`.
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.fused.attention.fa4_calls import dense_backward, dense_forward
+from nsa.fused import fa4
+from nsa.fused.attention.fa4_calls import by_entry, dense_backward, dense_forward, new_lse
 from nsa.fused.fa4_call import sums_bytes
-from nsa.fused.kernel_inputs import RowStatistics
+from nsa.fused.kernel_inputs import Pair, RowStatistics
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Attention over the last ``window_size`` keys, the query's own included."""
-    return dense_forward(q, k, v, plan, **_window_call(plan))
+    bounds = dict(cu_seqlens_q=plan.cu_seqlens, cu_seqlens_k=plan.cu_seqlens_k)
+    return dense_forward(q, k, v, plan, **_window_call(plan), **bounds)
+
+
+def closing_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    others: Pair,
+    gates: Tensor | None,
+    gate_proj_weight: Tensor | None,
+    out: Tensor | None,
+    plan: Plan,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """:func:`window_attention` of a batch, and the gated sum of all branches, in one.
+
+    Args:
+        q, k, v, plan: of :func:`window_attention`.
+        others: outputs of the compressed and of the selected branch.
+        gates, gate_proj_weight, out: of :func:`nsa.fused.gating.combine_branches`.
+        keep: whether the output of the window is wanted too.
+
+    Returns:
+        The sum, the output of the window or None, and its log-sum-exp.
+    """
+    weight = None if gates is not None else gate_proj_weight
+    lse, scale = new_lse(q), plan.config.softmax_scale(q.shape[-1])
+    call = dict(scale=scale, keep=keep, out=out, lse=by_entry(lse, len(q)), **_window_call(plan))
+    total, o_win, _ = fa4.closing_forward(q, k, v, others, gates, weight, **call)
+    return total, o_win, lse
 
 
 def window_attention_backward(
@@ -31,7 +63,9 @@ def window_attention_backward(
     passed = _unseen_keys(q.shape[1], k.shape[1], plan.config, plan.packed)
     if passed:
         k, v = k[:, passed:], v[:, passed:]
-    call = _window_call(plan) | dict(deterministic=deterministic)
+    call = _window_call(plan) | dict(
+        cu_seqlens_q=plan.cu_seqlens, cu_seqlens_k=plan.cu_seqlens_k, deterministic=deterministic
+    )
     return dense_backward(dout, q, k, v, statistics, plan, **call)
 
 
@@ -40,8 +74,6 @@ def _window_call(plan: Plan) -> dict:
     return dict(
         causal=plan.config.causal,
         window_size=(reach, None if plan.config.causal else reach),
-        cu_seqlens_q=plan.cu_seqlens,
-        cu_seqlens_k=plan.cu_seqlens_k,
     )
 
 

@@ -239,9 +239,16 @@ def _tile_starts_arguments(starts: Tensor, bounds: Tensor) -> list:
 @kept
 def compile_forward(variant: Variant) -> Callable:
     """The compiled forward of a variant."""
+    kernel_class = TallForward if tall_tile(variant) else FlashAttentionForwardSm90
+    fakes = Fakes(variant)
+    arguments = _forward_arguments(fakes.call(), fakes.out(), fakes.lse(), fakes.starts)
+    return compile_kernel(forward_kernel(kernel_class, variant), *arguments)
+
+
+def forward_kernel(kernel_class: Callable, variant: Variant) -> FlashAttentionForwardSm90:
+    """A forward of a variant, to be compiled."""
     queries, keys = forward_tile(variant)
-    tall = tall_tile(variant)
-    kernel = (TallForward if tall else FlashAttentionForwardSm90)(
+    return kernel_class(
         CUTE_DTYPES[variant.dtype],
         variant.head_dim,
         variant.value_dim,
@@ -255,15 +262,12 @@ def compile_forward(variant: Variant) -> Callable:
         num_threads=_THREADS,
         Q_in_regs=False,
         # A tall tile has no registers left for two products at a time.
-        intra_wg_overlap=not tall,
+        intra_wg_overlap=not tall_tile(variant),
         mma_pv_is_rs=values_from_registers(variant),
         mask_mod=_mask_function(variant.mask),
         has_aux_tensors=variant.mask.limited,
         q_subtile_factor=1 if variant.blocks is None else variant.blocks[0] // queries,
     )
-    fakes = Fakes(variant)
-    arguments = _forward_arguments(fakes.call(), fakes.out(), fakes.lse(), fakes.starts)
-    return compile_kernel(kernel, *arguments)
 
 
 @kept
