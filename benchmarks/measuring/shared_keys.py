@@ -51,7 +51,9 @@ def shared_step(tensors: Tensors, queries: int, config: nsa.NSAConfig) -> Callab
         dk_dv = torch.autograd.grad(compressed, (k, v), rounded)
         for which, total in enumerate(dk_dv):
             part = torch.empty_like(total)
-            sums.round_into(which, slice(0, length), part)
+            for start in range(0, length, queries):
+                rows = slice(start, min(start + queries, length))
+                sums.round_into(which, rows, part[rows])
             total += part
             for first, grad in sums.windows(which):
                 total[first : first + len(grad)] += grad

@@ -13,8 +13,9 @@ from nsa.config import NSAConfig
 from nsa.distributed.backend_calls import BackendCall
 from nsa.distributed.layout import Layout
 
-CHUNK_BYTES = 1 << 28
-"""Gathered keys and values of a chunk, unless one KV head has more."""
+CHUNK_BYTES = 1 << 29
+"""Gathered keys and values of a chunk, unless one KV head has more. From half of that on there are
+two chunks at least, so that keys are gathered beside the work of others."""
 
 NO_LIMIT = sys.maxsize
 """The workspace of a chunk unless the caller limits it. Not the free memory as on one GPU: what
@@ -116,8 +117,10 @@ def chunks(call: Call, inputs: Inputs) -> list[Chunk]:
     heads = inputs.num_kv_heads
     rows = call.layout.ranks * call.layout.rows
     one = sum(rows * x.shape[-1] * x.element_size() for x in inputs.kv)
-    size = max(1, min(heads, CHUNK_BYTES // max(1, one)))
-    size = math.ceil(heads / math.ceil(heads / size))
+    count = math.ceil(heads / max(1, CHUNK_BYTES // max(1, one)))
+    if heads * one > CHUNK_BYTES // 2:
+        count = min(heads, max(2, count))
+    size = math.ceil(heads / count)
     group = inputs.q.shape[1] // heads
     starts = range(0, heads, size)
     return [

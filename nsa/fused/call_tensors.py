@@ -43,11 +43,12 @@ class Inputs(NamedTuple):
 
 
 class BranchResults(NamedTuple):
-    """The outputs and log-sum-exps of the branches.
+    """The outputs and log-sum-exps of the branches, and the keys and values that were compressed.
 
     Outputs lie as :meth:`nsa.fused.plan.Plan.query_placements` says, log-sum-exps as
     :meth:`nsa.fused.plan.Plan.statistics_placements`. Those of the window are None if backward
-    computes them again, by :func:`nsa.fused.pipeline.attend_window`.
+    computes them again, by :func:`nsa.fused.pipeline.attend_window`; compressed keys and values if
+    the caller gave them.
     """
 
     o_cmp: Tensor
@@ -56,6 +57,8 @@ class BranchResults(NamedTuple):
     lse_slc: Tensor
     o_win: Tensor | None
     lse_win: Tensor | None
+    k_cmp: Tensor | None
+    v_cmp: Tensor | None
 
     @property
     def outputs(self) -> tuple[Tensor, Tensor, Tensor]:

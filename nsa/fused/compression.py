@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nsa.fused import kernel_calls
 from nsa.fused.kernel_inputs import Pair
+from nsa.fused.key_sums import round_sums
 from nsa.fused.plan import Plan
 from nsa.fused.row_layouts import over_batch
 from nsa.fused.sizes import Sizes
@@ -46,11 +47,13 @@ def compress_pair_backward(
     weights: Weights,
     plan: Plan,
     addends: tuple[Pair, Pair] | None = None,
+    summed: bool = False,
 ) -> tuple[Pair, Weights]:
     """Gradients of ``k`` and ``v``, and of the weights.
 
-    ``addends`` are two more pairs of gradients of ``k`` and ``v``. If given, they are added, and
-    the sum is written to the first pair.
+    ``addends`` are two more pairs of gradients, of ``k`` and ``v`` and of their last tokens. If
+    given, they are added, and the sum is written to the first pair; if that is ``summed``, it is
+    :func:`nsa.fused.key_sums.new_sums`, and the result is new.
     """
     dmeans, dweights = (dk_cmp, dv_cmp), (None, None)
     if any(weight is not None for weight in weights):
@@ -59,6 +62,9 @@ def compress_pair_backward(
         means = _mean(k, _mean_dtype(k, *weights), plan, v)
         parts = map(_transformed_backward, dmeans, means, weights)
         dmeans, dweights = zip(*parts, strict=True)
+    if summed:
+        assert addends is not None
+        return round_sums(*addends, dmeans, k.dtype, plan), dweights
     total = plan.geometry.compressed.total
     blocks = over_batch(plan.blocks_of_token, k.shape[0], total)
     size = plan.config.compress_block_size

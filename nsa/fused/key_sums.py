@@ -1,11 +1,13 @@
-"""Gradients of keys and values that the queries of several calls attend, added over the calls.
+"""Gradients of keys and values, added up before they are rounded.
 
-The selected branch adds to float32 sums where its kernels do, so that keys which only some calls
-attend are neither cleared nor rounded for each call. The window branch, which sees few of the keys,
-leaves its gradients.
+Where the selected branch of a call can leave its float32 sums, one pass rounds them with what the
+other branches add. Several calls that share keys may add to the same sums, so that keys which only
+some calls attend are neither cleared nor rounded for each call. The window branch, which sees few
+of the keys, then leaves its gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from nsa.fused import kernel_calls
 from nsa.fused.block_lists import goes_by_query
 from nsa.fused.constraints import kernel_head_dim
 from nsa.fused.kernel_inputs import Pair
-from nsa.fused.plan import choose_key_block
+from nsa.fused.plan import Plan, choose_key_block
 from nsa.precision import accumulation_dtype
 
 
@@ -34,11 +36,15 @@ class CallSums(NamedTuple):
 
 
 class KeySums:
-    """The sums of keys ``(T, H_kv, D)`` and of their values, which the branches share."""
+    """The sums of keys ``(T, H_kv, D)`` and of their values, which the branches share.
 
-    def __init__(self, k: Tensor, config: NSAConfig):
-        shape, dtype = (2, *k.shape), accumulation_dtype(k.dtype)
-        self._sums = torch.zeros(shape, dtype=dtype, device=k.device).unbind()
+    ``runs`` are the lengths of consecutive runs of keys.
+    """
+
+    def __init__(self, k: Tensor, runs: Sequence[int], config: NSAConfig):
+        self._sums = new_sums(k)
+        ends = list(accumulate(runs))
+        self._start_of_run = {end: end - count for end, count in zip(ends, runs, strict=True)}
         self._by_token = config.selection == "token"
         self._factors = (config.softmax_scale(k.shape[-1]), 1.0)
         self._calls: list[tuple[int, CallSums]] = []
@@ -51,17 +57,67 @@ class KeySums:
         return call
 
     def round_into(self, which: int, keys: slice, out: Tensor):
-        """Write sums of a run of keys (0) or values (1) of the selected branch."""
-        round_sums = kernel_calls.round_sums if self._by_token else kernel_calls.round_listed_sums
-        round_sums(self._sums[which][keys], out, self._factors[which])
+        """Write the gradient of a run of keys (0) or values (1), without :meth:`windows`."""
+        sums, factor = self._sums[which][keys], self._factors[which]
+        if self._by_token:
+            kernel_calls.round_sums(sums, out, factor)
+            return
+        last = next((grad for end, grad in self._windows(which) if end == keys.stop), None)
+        if last is not None:
+            last = last[max(0, last.shape[0] - sums.shape[0]) :]
+        kernel_calls.round_listed_sums(sums, out, factor, last)
 
-    def windows(self, which: int) -> list[tuple[int, Tensor]]:
-        """What calls left: gradients of keys (0) or values (1), and where the first one lies."""
-        return [
-            (end - pair[which].shape[0], pair[which])
-            for end, call in self._calls
-            for pair in call.windows
-        ]
+    def windows(self, which: int) -> Iterator[tuple[int, Tensor]]:
+        """What is to be added yet: gradients of consecutive keys (0) or values (1) of the window
+        branch, and where the first one lies."""
+        added = set()
+        for end, grad in self._windows(which):
+            first = end - grad.shape[0]
+            if not self._by_token and end in self._start_of_run and end not in added:
+                added.add(end)
+                grad = grad[: max(0, self._start_of_run[end] - first)]
+            if grad.shape[0]:
+                yield first, grad
+
+    def _windows(self, which: int) -> Iterator[tuple[int, Tensor]]:
+        """What calls left, and where it ends."""
+        return ((end, pair[which]) for end, call in self._calls for pair in call.windows)
+
+
+def leaves_sums(plan: Plan) -> bool:
+    """Whether the selected branch can leave sums of all keys, which :func:`round_sums` reads."""
+    keys = plan.geometry.keys
+    by_block = plan.config.selection == "tile" and goes_by_query(plan.key_block, plan.head_dim)
+    return by_block and keys.single and plan.keys.rows == keys.total
+
+
+def new_sums(k: Tensor) -> Pair:
+    """Sums of keys like ``k (..., T, H_kv, D)`` and of their values: zeros."""
+    shape, dtype = (2, *k.shape), accumulation_dtype(k.dtype)
+    dk, dv = torch.zeros(shape, dtype=dtype, device=k.device)
+    return dk, dv
+
+
+def round_sums(
+    sums: Pair, window: Pair, dmeans: Pair | None, dtype: torch.dtype, plan: Plan
+) -> Pair:
+    """Gradients of keys and values of all branches, in ``dtype``, where :func:`leaves_sums`.
+
+    Args:
+        sums: :func:`new_sums`, to which the selected branch has added.
+        window: gradients of the last keys and values, ``(B, T', H_kv, D)``.
+        dmeans: gradients of their means ``(B, M, H_kv, D)``; None if there are none.
+    """
+    config, results = plan.config, []
+    factors = (config.softmax_scale(plan.head_dim), 1.0)
+    means = (None, None) if dmeans is None else dmeans
+    for total, factor, last, dmean in zip(sums, factors, window, means, strict=True):
+        out = torch.empty_like(total, dtype=dtype)
+        size = config.compress_block_size
+        kernel_calls.round_listed_sums(total, out, factor, last, dmean, size)
+        results.append(out)
+    dk, dv = results
+    return dk, dv
 
 
 def make_key_sums(
@@ -85,4 +141,4 @@ def make_key_sums(
         key_block = choose_key_block(config.select_block_size, config, dim)
         if not goes_by_query(key_block, dim) or any(count % key_block for count in runs):
             return None
-    return KeySums(k, config)
+    return KeySums(k, runs, config)

@@ -18,29 +18,42 @@ def workspace_bytes(sizes: Sizes, kv_heads: int, *, save: bool, recompute: bool)
     """Workspace of a forward, and with ``save`` a backward, that runs ``kv_heads`` at a time."""
     chunk = sizes.of_heads(kv_heads)
     if not save:
-        return chunk.branch_outputs + forward_bytes(chunk)
-    backward = chunk.branch_outputs + max(forward_bytes(chunk), backward_bytes(chunk))
+        return branch_bytes(chunk) + forward_bytes(chunk)
+    backward = branch_bytes(chunk) + max(forward_bytes(chunk), backward_bytes(chunk))
     if recompute:
         return sizes.indices + backward
-    # The outputs of the chunk are among the saved ones, so they count once.
-    return sizes.indices + sizes.branch_outputs - chunk.branch_outputs + backward
+    # The results of the chunk are among the saved ones, so they count once.
+    return sizes.indices + branch_bytes(sizes) - branch_bytes(chunk) + backward
+
+
+def branch_bytes(sizes: Sizes) -> int:
+    """Bytes of :class:`nsa.fused.pipeline.BranchResults`."""
+    return sizes.branch_outputs + compress_bytes(sizes)
 
 
 def forward_bytes(sizes: Sizes) -> int:
-    """Peak of a forward, without the outputs of the branches."""
-    held = compress_bytes(sizes) + sizes.query_copy + sizes.indices + list_bytes(sizes)
+    """Peak of a forward, without the results of the branches."""
+    held = sizes.query_copy + sizes.indices + list_bytes(sizes)
     stages = (select_bytes, compressed_forward_bytes, selected_forward_bytes)
     return held + max(stage(sizes) for stage in stages)
 
 
 def backward_bytes(sizes: Sizes) -> int:
-    """Peak of a backward, without the outputs of the branches.
+    """Peak of a backward, without the results of the branches.
 
     While a branch runs, memory holds the output gradients, if written, of the branches still to
-    come, the branch's own gradients, and those of the branches before it.
+    come, the branch's own gradients, and those of the branches before it. The last pass needs less
+    than the last branch of tile mode: the same sums of keys, and fewer gradients of queries.
     """
     douts, grads = output_gradient_bytes(sizes), sizes.query + 2 * sizes.key
+    dout_cmp, dout_slc, _ = douts
     window = sum(douts) + window_backward_bytes(sizes)
-    selected = sum(douts[:2]) + grads + selected_backward_bytes(sizes)
-    compressed = douts[0] + 2 * grads + compress_bytes(sizes) + compressed_backward_bytes(sizes)
+    selected = dout_slc + grads + selected_backward_bytes(sizes)
+    compressed = dout_cmp + grads + compressed_backward_bytes(sizes)
+    if sizes.token_mode:
+        selected, compressed = selected + dout_cmp, compressed + grads
+    else:
+        # Gradients of compressed keys and values may be in float32.
+        of_compressed = sizes.query + 8 * sizes.key_cmp // sizes.itemsize
+        selected, compressed = selected + of_compressed, compressed + dout_slc
     return gate_gradient_bytes(sizes) + max(window, selected, compressed)

@@ -190,8 +190,16 @@ def attention(*arguments):
     out, saved = run_forward(
         inputs, options.block_indices, plan, options.schedule, save=options.save
     )
-    tensors = [q.new_empty(0) if x is None else x for part in saved for x in part.tensors()]
+    tensors = [_apart(x, q) for part in saved for x in part.tensors()]
     return out, tensors + [x.clone() for x in options.returned_bounds]
+
+
+def _apart(x: Tensor | None, like: Tensor) -> Tensor:
+    """``x``, contiguous, or an empty tensor: in memory of its own, as results of an op must be."""
+    if x is None:
+        return like.new_empty(0)
+    alone = x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
+    return x if alone else x.clone(memory_format=torch.contiguous_format)
 
 
 def _check_pairs(q: Tensor, k: Tensor, config: NSAConfig, chunks: int):
@@ -225,20 +233,23 @@ def _(*arguments):
     )
     saved = []
     for heads in split_heads(q.shape[2], v.shape[2], options.chunks):
-        saved += _fake_saved(out, whole.of_heads(heads.kv.stop - heads.kv.start), options)
+        sizes = whole.of_heads(heads.kv.stop - heads.kv.start)
+        saved += _fake_saved(out, sizes, options, given=inputs.k_cmp is not None)
     return out, saved + [torch.empty_like(x) for x in options.returned_bounds]
 
 
-def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions) -> list[Tensor]:
-    """:meth:`Saved.tensors` of a chunk."""
+def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions, *, given: bool) -> list[Tensor]:
+    """:meth:`Saved.tensors` of a chunk; ``given`` says whether compressed keys were."""
     shapes = sizes.saved_shapes()
+    if given:
+        del shapes["k_cmp"], shapes["v_cmp"]
     if options.block_indices is not None:
         del shapes["block_indices"]
     if options.recompute:
         shapes = {name: shapes[name] for name in ("block_indices", "groups") if name in shapes}
     elif options.recompute_window:
         del shapes["o_win"], shapes["lse_win"]
-    dtypes = {"o": out.dtype, "lse": torch.float32}
+    dtypes = {"lse": torch.float32} | dict.fromkeys(("o", "k", "v"), out.dtype)
     # The outputs of an op must not share memory, even if they are empty.
     return [
         out.new_empty(shapes[name], dtype=dtypes.get(name.split("_")[0], torch.int32))
@@ -268,6 +279,8 @@ def _without_empty(saved: Saved) -> Saved:
     branches, *selection = saved
     if branches is not None and branches.o_win is not None and branches.o_win.numel() == 0:
         branches = branches._replace(o_win=None, lse_win=None)
+    if branches is not None and branches.k_cmp is not None and branches.k_cmp.numel() == 0:
+        branches = branches._replace(k_cmp=None, v_cmp=None)
     return Saved(branches, *(None if x is None or x.numel() == 0 else x for x in selection))
 
 

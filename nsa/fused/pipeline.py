@@ -29,7 +29,7 @@ from nsa.fused.gating import (
     query_gradient,
 )
 from nsa.fused.kernel_inputs import Pair, Placements
-from nsa.fused.key_sums import CallSums
+from nsa.fused.key_sums import CallSums, leaves_sums, new_sums, round_sums
 from nsa.fused.plan import Plan
 from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_groups
 from nsa.fused.streams import SideStream
@@ -38,14 +38,14 @@ from nsa.precision import without_autocast
 SHORT_TOKENS = 1 << 15
 """Tokens of a batch up to which the window comes first."""
 
+_Gradients = tuple[Tensor, Tensor, Tensor]
+"""Of ``q``, ``k`` and ``v``."""
+
 
 class _Others(NamedTuple):
-    """What the selected branch needs, and the results of the others, or all but the window's.
+    """What the selected branch needs, and the results of the others, or all but the window's."""
 
-    The ``compressed`` keys and values are freed with it, which the estimate of memory counts on.
-    """
-
-    compressed: Pair
+    compressed: tuple[Tensor | None, Tensor | None]
     q_rows: Tensor
     block_indices: Tensor
     groups: Tensor | None
@@ -56,7 +56,7 @@ class _Others(NamedTuple):
 
     def with_selected(self, o_slc: Tensor, lse_slc: Tensor) -> BranchResults:
         """The results of all branches."""
-        others = (self.o_win, self.lse_win)
+        others = (self.o_win, self.lse_win, *self.compressed)
         return BranchResults(self.o_cmp, self.lse_cmp, o_slc, lse_slc, *others)
 
 
@@ -137,7 +137,8 @@ def _attend_and_close(
 ) -> tuple[Tensor, BranchResults | None, Tensor, Tensor | None]:
     """:func:`attend_and_combine`, with the window last."""
     others = _attend_others(inputs, block_indices, None, plan, before_keys, window=False)
-    block_indices, groups, (o_cmp, lse_cmp) = others.block_indices, others.groups, others[4:6]
+    block_indices, groups, compressed = others.block_indices, others.groups, others.compressed
+    o_cmp, lse_cmp = others.o_cmp, others.lse_cmp
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
     o_slc, lse_slc = selected_attention(others.q_rows, k_slc, v_slc, block_indices, plan)
     del others
@@ -146,7 +147,7 @@ def _attend_and_close(
         *(inputs.gates, inputs.gate_proj_weight, out, plan),
         keep=keep,
     )
-    results = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win)
+    results = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, *compressed)
     return out, results if keep else None, block_indices, groups
 
 
@@ -183,7 +184,8 @@ def _attend_others(
         if window:
             o_win, lse_win = window_attention(q, k_win, v_win, plan)
     results = (o_cmp, lse_cmp, o_win, lse_win)
-    return _Others((k_cmp, v_cmp), q_rows, block_indices, groups, *results)
+    compressed = (k_cmp, v_cmp) if inputs.k_cmp is None else (None, None)
+    return _Others(compressed, q_rows, block_indices, groups, *results)
 
 
 def _compressed_pair(inputs: Inputs, plan: Plan) -> Pair:
@@ -268,14 +270,15 @@ def backward(
     of ``k`` and ``v`` are added to ``keys`` instead, if given, all branches share them and their
     compressed ones are given too. If ``deterministic``, gradients have the same bits each time.
 
-    Branches run one after another. Each is freed before the next, except its ``dq``. One pass at
-    the end adds these, and another those of ``k`` and ``v`` if branches share them.
+    Branches run one after another. Each is freed before the next, except its gradients. One pass
+    at the end adds those of ``q``, and another those of ``k`` and ``v`` if branches share them.
     """
     q = inputs.q
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
-    shared_and_given = inputs.k_slc is None and inputs.k_cmp is not None
-    if not (shared_and_given and plan.keys_in_place):
+    shared = inputs.k_slc is None
+    if not (shared and inputs.k_cmp is not None and plan.keys_in_place):
         keys = None
+    summed = shared and keys is None and not deterministic and leaves_sums(plan)
     placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
     gating = _gating_backward(dout, inputs, branches, placements, plan)
     douts, (statistics_cmp, statistics_slc, statistics_win) = list(gating.douts), gating.statistics
@@ -286,15 +289,30 @@ def backward(
     dq_win, dk_win, dv_win = window_attention_backward(
         douts.pop(), q, k_win, v_win, statistics_win, plan, deterministic
     )
-    with side_stream:
-        dq_slc, dk_slc, dv_slc = selected_attention_backward(
+
+    def selected() -> _Gradients:
+        sums = new_sums(inputs.k) if summed else None if keys is None else keys.selected
+        return selected_attention_backward(
             *(douts.pop(), q, k_slc, v_slc, statistics_slc, block_indices, plan),
-            *(deterministic, None if keys is None else keys.selected),
+            *(deterministic, sums),
         )
-        k_cmp, v_cmp = _compressed_pair(inputs, plan)
-        dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
-            douts.pop(), q, k_cmp, v_cmp, statistics_cmp, groups, plan, deterministic
+
+    def compressed() -> _Gradients:
+        k_cmp, v_cmp = branches.k_cmp, branches.v_cmp
+        if k_cmp is None or v_cmp is None:
+            k_cmp, v_cmp = _compressed_pair(inputs, plan)
+        return compressed_attention_backward(
+            douts.pop(0), q, k_cmp, v_cmp, statistics_cmp, groups, plan, deterministic
         )
+
+    with side_stream:
+        # That first which leaves less, or needs more.
+        if plan.config.selection == "tile":
+            dq_cmp, dk_cmp, dv_cmp = compressed()
+            dq_slc, dk_slc, dv_slc = selected()
+        else:
+            dq_slc, dk_slc, dv_slc = selected()
+            dq_cmp, dk_cmp, dv_cmp = compressed()
     dq = query_gradient(
         (dq_cmp, dq_slc, dq_win),
         dlogits,
@@ -303,12 +321,12 @@ def backward(
         placements=placements,
     )
     del dq_cmp, dq_slc, dq_win
-    if not shared_and_given:
+    if not shared:
         dk_win, dv_win = (_with_zeros_before(x, inputs.k) for x in (dk_win, dv_win))
     gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)
     gradients |= dict(q=dq, gates=dgates, gate_proj_weight=dgate_weight)
     gradients |= _key_gradients(
-        inputs, (dk_cmp, dv_cmp), (dk_slc, dv_slc), (dk_win, dv_win), plan, keys
+        inputs, (dk_cmp, dv_cmp), (dk_slc, dv_slc), (dk_win, dv_win), plan, keys, summed=summed
     )
     return Inputs(**gradients)
 
@@ -340,26 +358,35 @@ def _key_gradients(
     window: Pair,
     plan: Plan,
     keys: CallSums | None,
+    *,
+    summed: bool,
 ) -> dict[str, Any]:
     """Gradients of keys, values and what compresses them, by their names in :class:`Inputs`, from
-    those of each branch's keys and values."""
+    those of each branch's keys and values.
+
+    The ``window`` has those of the last keys if branches share them. ``selected`` are sums if
+    ``summed``.
+    """
     found: dict[str, Any] = {}
-    addends = None
-    if inputs.k_slc is None:
-        addends = (window, selected)
-    else:
+    shared = inputs.k_slc is None
+    if not shared:
         found["k_slc"], found["v_slc"] = selected
         found["k_win"], found["v_win"] = window
     if inputs.k_cmp is None:
         (found["k"], found["v"]), weights = compress_pair_backward(
-            *compressed, inputs.k, inputs.v, inputs.compress_weights, plan, addends
+            *(*compressed, inputs.k, inputs.v, inputs.compress_weights, plan),
+            *((selected, window) if shared else None, summed),
         )
         found["compress_k_weight"], found["compress_v_weight"] = weights
         return found
-    if keys is None:
-        found["k"], found["v"] = _without_compression(inputs, addends)
-    else:
+    if keys is not None:
         keys.windows.append((window[0][0], window[1][0]))
+    elif summed:
+        found["k"], found["v"] = round_sums(selected, window, None, inputs.k.dtype, plan)
+    elif shared:
+        found["k"], found["v"] = _with_window(selected, window)
+    else:
+        found["k"], found["v"] = torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
     plan.clear_unused(*compressed)
     # Copies, because both may lie in one tensor, and results of a custom op must not.
     dtype = inputs.k_cmp.dtype
@@ -367,11 +394,8 @@ def _key_gradients(
     return found
 
 
-def _without_compression(inputs: Inputs, addends: tuple[Pair, Pair] | None) -> Pair:
-    """Gradients of ``k`` and ``v`` if the caller gave compressed ones."""
-    if addends is None:
-        return torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
-    window, selected = addends
+def _with_window(selected: Pair, window: Pair) -> Pair:
+    """Gradients of ``k`` and ``v``, with those of their last tokens added in place."""
     pairs = zip(window, selected, strict=True)
     seen = [total[:, total.shape[1] - last.shape[1] :] for last, total in pairs]
     torch._foreach_add_(seen, window)  # in one launch

@@ -150,11 +150,18 @@ class Sizes(NamedTuple):
             lse_slc=lse_slc,
             o_win=self._in_order,
             lse_win=self._lse_in_order,
+            k_cmp=self._compressed_keys,
+            v_cmp=self._compressed_keys,
             block_indices=(*indices, self.config.num_selected_blocks),
         )
         if self.config.num_cmp_selected_blocks is not None:
             shapes["groups"] = (*indices, self.config.num_cmp_selected_blocks)
         return shapes
+
+    @property
+    def _compressed_keys(self) -> tuple[int, ...]:
+        rows = num_compressed_bound(self.keys, self.packed, self.config)
+        return self.batch, rows, self.num_kv_heads, self.head_dim
 
     @property
     def _in_order(self) -> tuple[int, ...]:

@@ -39,7 +39,8 @@ class SideStream:
             refuse_recording("the second stream is no step")
         if (always and q.is_cuda) or (is_capturing(q) and q.numel() <= SHORT):
             self._outside = torch.cuda.current_stream(q.device)
-            self._stream = _side_stream(q.device)
+            # Within a block on the second stream, what runs beside needs a third.
+            self._stream = next(x for x in _side_streams(q.device) if x != self._outside)
             self._stream.wait_stream(self._outside)
             self._inside = torch.cuda.stream(self._stream)
 
@@ -54,7 +55,8 @@ class SideStream:
 
 
 @lru_cache(maxsize=None)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     # High priority, because a kernel waits for all CTAs of earlier kernels unless those have a
     # lower priority.
-    return torch.cuda.Stream(device, priority=-1)
+    second, third = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
+    return second, third

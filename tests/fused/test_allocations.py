@@ -37,7 +37,7 @@ from nsa.fused.fa4_call import Call, Sums, sums_bytes
 from nsa.fused.fa4_variants import Mask, backward_tile
 from nsa.fused.hardware import LOG2_E
 from nsa.fused.kernel_inputs import RowStatistics
-from nsa.fused.memory import workspace_bytes
+from nsa.fused.memory import backward_bytes, workspace_bytes
 from nsa.fused.planning import make_plan, with_scale
 from nsa.fused.schedule import Schedule, run_forward
 from nsa.fused.selection import select_bytes
@@ -278,6 +278,18 @@ def test_stages_allocate_what_is_estimated(name, form, allocations):
         most = SLACK * (estimate - inside + earlier) + INDEX_TENSORS
         assert peak <= most, (stage, peak, estimate, inside)
         assert peak >= SPARE * (estimate - inside), (stage, peak, estimate, inside)
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_a_backward_holds_no_more_than_is_estimated(name, form, allocations):
+    """Between and after its branches. Sums inside of kernels are not counted here."""
+    inputs, plan, sizes = make_case(name, form)
+    results = pipeline.attend(inputs, None, None, plan)
+    dout = torch.randn_like(inputs.q)
+    peak, grads = allocations(lambda: pipeline.backward(dout, inputs, *results, plan))
+    assert peak <= SLACK * backward_bytes(sizes) + INDEX_TENSORS
+    gradients = sum(x.nbytes for x in grads if x is not None)
+    assert gradients == sizes.query + 2 * sizes.key
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)

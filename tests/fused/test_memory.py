@@ -88,24 +88,25 @@ def test_estimate_by_hand():
     # and the first query of each tile, by head; indices and lists.
     forward = branches + 8 + 0.25 + 2 * 0.25 + 2 * 0.125
     assert workspace_bytes(sizes, 2, save=False, recompute=False) == forward * mib
-    # In the compressed branch: gradients of q, k and v of two branches; compressed keys, copies of
-    # them for each query head, gradients of both; the gradient of q; FA4's accumulators of q with
-    # two numbers a query, and of a head's keys; dlogits; statistics; what was selected.
-    accumulators = 128 + 2 * 2 + 2 * 2
-    keys = 2 * 0.25 + 2 * 4 * 0.25 + 4 * 0.25 + 2 * 4 * 0.25
-    backward = 2 * (64 + 2 * 16) + keys + 64 + accumulators + 6 + 2 * 6 + 0.125
+    # In the selected branch: compressed keys; gradients of q, k and v of the window, of q and in
+    # float32 of compressed keys; those of q, k and v, and sums of keys in float32; what was
+    # selected, twice; dlogits; statistics.
+    others = 64 + 2 * 16 + 64 + 4 * 0.25
+    backward = 2 * 0.25 + others + 64 + 2 * 16 + 4 * 16 + 2 * 0.125 + 6 + 2 * 6
     assert workspace_bytes(sizes, 2, save=True, recompute=False) == (branches + backward) * mib
     # With given gates, in the window branch: gradients of three outputs, and of q, k and v; FA4's
-    # accumulators of them with two numbers a query; the gates' gradients and statistics as above.
+    # accumulators of them with two numbers a query; the gates' gradients, statistics and compressed
+    # keys as above.
     accumulators = 128 + 2 * 2 + 2 * 32
-    given = 3 * 64 + (64 + 2 * 16) + accumulators + 6 + 2 * 6 + 0.125
+    given = 3 * 64 + (64 + 2 * 16) + accumulators + 6 + 2 * 6 + 0.125 + 2 * 0.25
     whole = sizes._replace(gated_gradients=True)
     assert workspace_bytes(whole, 2, save=True, recompute=False) == (branches + given) * mib
     # One of the two KV heads holds half of that, but all that was selected.
     one = (branches + backward + 0.125) / 2
     assert workspace_bytes(sizes, 1, save=True, recompute=True) == one * mib
     # With all branches saved, those of the other head too.
-    assert workspace_bytes(sizes, 1, save=True, recompute=False) == (one + branches / 2) * mib
+    saved = branches + 2 * 0.25
+    assert workspace_bytes(sizes, 1, save=True, recompute=False) == (one + saved / 2) * mib
 
 
 def test_token_estimate_by_hand():

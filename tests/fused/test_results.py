@@ -59,3 +59,27 @@ def test_what_kernels_cannot_add_to():
         assert key_sums.make_key_sums(k, v, runs, config, deterministic=deterministic) is None
     narrow = (k[..., :16], v[..., :16])
     assert key_sums.make_key_sums(*narrow, [500], token_config(), deterministic=False) is None
+
+
+@pytest.mark.parametrize("config", [token_config(), tile_config()], ids=["token", "tile"])
+def test_each_gradient_of_a_window_is_added_once(config):
+    """Some end with a run of keys and begin before it, or in it; one ends within a run."""
+    k, v = torch.randn(2, 512, 2, 64, dtype=torch.float64).unbind()
+    runs = (128, 256, 128)
+    sums = key_sums.make_key_sums(k, v, runs, config, deterministic=False)
+    assert sums is not None
+    expected = torch.zeros(2, *k.shape, dtype=torch.float64)
+    for end, length in ((128, 50), (256, 200), (512, 300), (512, 10)):
+        call = sums.of_call(slice(0, end))
+        grads = torch.randn(2, length, 2, 64, dtype=torch.float64)
+        call.windows.append(tuple(grads))
+        expected[:, end - length : end] += grads
+    found = torch.full_like(expected, torch.nan)
+    for which, total in enumerate(found):
+        start = 0
+        for count in runs:
+            sums.round_into(which, slice(start, start + count), total[start : start + count])
+            start += count
+        for first, grad in sums.windows(which):
+            total[first : first + len(grad)] += grad
+    torch.testing.assert_close(found, expected)

@@ -12,8 +12,8 @@ Q = torch.zeros(1, 4, 2, 8)
 
 
 class Stream:
-    def __init__(self, name, log):
-        self.name, self.log = name, log
+    def __init__(self, name, log, current):
+        self.name, self.log, self.current = name, log, current
 
     def wait_stream(self, other):
         self.log.append(f"{self.name} waits for {other.name}")
@@ -25,18 +25,22 @@ class Inside(contextlib.AbstractContextManager):
 
     def __enter__(self):
         self.stream.log.append(f"on {self.stream.name}")
+        self.stream.current.append(self.stream)
 
     def __exit__(self, *error):
         self.stream.log.append(f"off {self.stream.name}")
+        self.stream.current.pop()
 
 
 @pytest.fixture
 def log(monkeypatch):
-    """What is done with streams while a graph is captured: "main" is current, "side" the other."""
-    log = []
+    """What is done with streams while a graph is captured: "main" is current, "side" the second."""
+    log, current = [], []
+    main, *others = (Stream(name, log, current) for name in ("main", "side", "third"))
+    current.append(main)
     monkeypatch.setattr(streams, "is_capturing", lambda _: True)
-    monkeypatch.setattr(streams, "_side_stream", lambda _: Stream("side", log))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("main", log))
+    monkeypatch.setattr(streams, "_side_streams", lambda _: others)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
     monkeypatch.setattr(torch.cuda, "stream", Inside)
     return log
 
@@ -53,6 +57,15 @@ def test_forks_before_and_joins_after(log):
     run(log)
     assert log == ["side waits for main", "first", "on side", "second", "off side",
                    "main waits for side", "after"]  # fmt: skip
+
+
+def test_a_block_within_a_block_is_beside_both(log):
+    with streams.SideStream(Q):
+        run(log)
+    assert log == [
+        *("side waits for main", "on side", "third waits for side", "first", "on third", "second"),
+        *("off third", "side waits for third", "after", "off side", "main waits for side"),
+    ]
 
 
 def test_joins_after_an_error(log):

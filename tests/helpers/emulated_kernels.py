@@ -211,9 +211,21 @@ def added(dq, dk, dv, sums, scale):
     return dq, *sums
 
 
-def round_listed_sums(sums, out, factor) -> None:
-    assert sums.shape[0] % 64 == 0
-    round_sums(sums, out, factor)
+def round_listed_sums(sums, out, factor, last=None, dmean=None, block_size=1) -> None:
+    keys = sums.shape[-3]
+    assert keys % 64 == 0
+    assert sums.is_contiguous()
+    assert out.is_contiguous()
+    assert sums.shape == out.shape
+    total = sums * factor
+    if last is not None:
+        assert last.dtype == out.dtype
+        total[..., keys - last.shape[-3] :, :, :] += last
+    if dmean is not None:
+        assert dmean.dtype in (out.dtype, torch.float32)
+        share = dmean.to(total.dtype).repeat_interleave(block_size, dim=-3) / block_size
+        total[..., : share.shape[-3], :, :] += share
+    out.copy_(total)
 
 
 def round_sums(sums, out, factor) -> None:
@@ -316,9 +328,10 @@ def mean_backward(dmeans, blocks, block_size, dtype, addends=None) -> tuple[Tens
         dx = share.masked_fill(~used, 0).sum(dim=1) / block_size
         dx = dx.view(*_leading(dmean, len(blocks)), *dmean.shape[-2:])
         if addends is not None:
-            for pair in addends:
-                assert (pair[i].shape, pair[i].dtype) == (dx.shape, dtype)
-                dx = dx + pair[i].to(dx.dtype)
+            first, last = (pair[i] for pair in addends)
+            assert (first.shape, first.dtype, last.dtype) == (dx.shape, dtype, dtype)
+            dx = dx + first.to(dx.dtype)
+            dx[..., dx.shape[-3] - last.shape[-3] :, :, :] += last.to(dx.dtype)
         dx = dx.to(dtype)
         results.append(dx if addends is None else addends[0][i].copy_(dx))
     return tuple(results)

@@ -76,6 +76,12 @@ def test_gradients_are_float64_rounded(dtype, size, overlap, length):
             assert [x.data_ptr() for x in dxs] == [x.data_ptr() for x in targets]
             assert_rounded(torch.stack(dxs), torch.stack(expected))
             assert_nan_around(targets[written])
+        some = max(1, length // 3)
+        last = tuple(x[:, -some:] for x in selected)
+        exact_last = tuple(x.double() for x in last)
+        expected = emulated_kernels.mean_backward(*exact, (added[0], exact_last))
+        dxs = kernel_calls.mean_backward(*arguments, (tuple(window.clone()), last))
+        assert_rounded(torch.stack(dxs), torch.stack(expected))
 
 
 def test_without_blocks():

@@ -172,14 +172,26 @@ def listed_backward(
     return kernels.load("listed_backward").listed_backward(**locals())
 
 
-def round_listed_sums(sums: Tensor, out: Tensor, factor: float) -> None:
-    """Write ``factor * sums`` in the dtype and order of ``out``.
+def round_listed_sums(
+    sums: Tensor,
+    out: Tensor,
+    factor: float,
+    last: Tensor | None = None,
+    dmean: Tensor | None = None,
+    block_size: int = 1,
+) -> None:
+    """Write ``factor * sums``, and what else is given, in the dtype and order of ``out``.
 
     Args:
-        sums: float32 ``(T, H, D)``, contiguous, as :func:`listed_backward` adds to them: those of
-            some consecutive keys; ``T`` and where they begin are multiples of 64.
-        out: ``(T, H, D)``, contiguous, bfloat16 or float16.
+        sums: float32 ``(..., T, H, D)``, contiguous, as :func:`listed_backward` adds to them: those
+            of some consecutive keys; ``T`` and where they begin are multiples of 64.
+        out: ``(..., T, H, D)``, contiguous, bfloat16 or float16.
         factor: see above.
+        last: ``(..., T', H, D)`` in the dtype of ``out``, added for the last keys of each entry.
+        dmean: ``(..., M, H, D)``, in float32 or that dtype: gradients of means over blocks that lie
+            side by side from the first key of each entry on. A key gets its part of its block's.
+            Both are copied if they are not contiguous.
+        block_size: keys of such a block.
     """
     return kernels.load("block_sums").round_listed_sums(**locals())
 

@@ -7,6 +7,7 @@ as fast as 64 bytes of each of 8 rows. The conversion to the result's dtype rest
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -22,6 +23,7 @@ from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
     fake_flat,
+    flat,
     load_vector,
     store_vector,
 )
@@ -41,8 +43,32 @@ def add_block(acc: cute.Tensor, mSum: cute.Tensor, start: Int64, warp: Int32, la
         atomic_add_fp32x4(*values, pointer + i * _ADDED * WARP)
 
 
+class _Sizes(NamedTuple):
+    """Numbers of the conversion.
+
+    Attributes:
+        pieces: 8 columns of two rows each.
+        kv_heads: heads of a key.
+        blocks: blocks of 64 keys in an entry.
+        last: gradients of the last keys of an entry.
+        means: gradients of means of an entry.
+        mean: keys of a mean.
+    """
+
+    pieces: Int32
+    kv_heads: Int32
+    blocks: Int32
+    last: Int32
+    means: Int32
+    mean: Int32
+
+
 class ConvertBlockSums:
-    """Writes sums of blocks, times a factor, in a dtype and in the order of keys and columns."""
+    """Writes sums of blocks, times a factor, in a dtype and in the order of keys and columns.
+
+    Gradients of the last keys of each entry, and of means over blocks of ``sizes.mean`` keys, are
+    added before the sums are rounded, where they are given.
+    """
 
     def __init__(self, head_dim: int):
         self.head_dim = head_dim
@@ -52,13 +78,16 @@ class ConvertBlockSums:
         self,
         mSum: cute.Tensor,
         mX: cute.Tensor,
-        pieces: Int32,
-        kv_heads: Int32,
+        mLast: cute.Tensor | None,
+        mMean: cute.Tensor | None,
+        sizes: _Sizes,
         factor: Float32,
         stream,
     ):
-        self.kernel(mSum, mX, pieces, kv_heads, factor).launch(
-            grid=[cute.ceil_div(pieces, _THREADS), 1, 1], block=[_THREADS, 1, 1], stream=stream
+        self.kernel(mSum, mX, mLast, mMean, sizes, factor).launch(
+            grid=[cute.ceil_div(sizes.pieces, _THREADS), 1, 1],
+            block=[_THREADS, 1, 1],
+            stream=stream,
         )
 
     @cute.kernel
@@ -66,21 +95,40 @@ class ConvertBlockSums:
         self,
         mSum: cute.Tensor,
         mX: cute.Tensor,
-        pieces: Int32,
-        kv_heads: Int32,
+        mLast: cute.Tensor | None,
+        mMean: cute.Tensor | None,
+        sizes: _Sizes,
         factor: Float32,
     ):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         piece = bidx * _THREADS + tidx
-        if piece < pieces:
+        if piece < sizes.pieces:
             vectors = const_expr(self.head_dim // VECTOR)
             halves = [load_vector(mSum, Int64(piece) * 2 * VECTOR + i * VECTOR) for i in range(2)]
             row, rest = piece % _ROWS, piece // _ROWS
             vector, rest = rest % vectors, rest // vectors
             row += rest % (TILE_KEYS // WARP_ROWS) * WARP_ROWS
             slot = rest // (TILE_KEYS // WARP_ROWS)
-            key, kv_head = Int64(slot // kv_heads) * TILE_KEYS + row, slot % kv_heads
+            block, kv_head = slot // sizes.kv_heads, slot % sizes.kv_heads
+            column = kv_head * self.head_dim + vector * VECTOR
+            width = Int64(sizes.kv_heads * self.head_dim)
+            entry = block // sizes.blocks
+            local = (block - entry * sizes.blocks) * TILE_KEYS + row
+            added = [[], []]  # of each row: whether, times what, and what
+            for r in cutlass.range_constexpr(2):
+                key = local + r * _ROWS
+                # Loads without a condition go out together; what is not wanted is not added.
+                if const_expr(mLast is not None):
+                    at = key - (sizes.blocks * TILE_KEYS - sizes.last)
+                    last = Int64(entry) * sizes.last + cutlass.max(at, 0)
+                    added[r].append((at >= 0, 1.0, load_vector(mLast, last * width + column)))
+                if const_expr(mMean is not None):
+                    at = key // sizes.mean
+                    mean = Int64(entry) * sizes.means + cutlass.min(at, sizes.means - 1)
+                    share = 1.0 / Float32(sizes.mean)
+                    wanted = at < sizes.means
+                    added[r].append((wanted, share, load_vector(mMean, mean * width + column)))
             for r in cutlass.range_constexpr(2):
                 # Lane t of a quad has columns 2 t and 2 t + 1 of a row, then those of the row 8
                 # after.
@@ -88,14 +136,28 @@ class ConvertBlockSums:
                 for t in cutlass.range_constexpr(QUAD):
                     for c in cutlass.range_constexpr(2):
                         out[2 * t + c] = halves[t // 2][t % 2 * _ADDED + 2 * r + c]
-                offset = ((key + r * _ROWS) * kv_heads + kv_head) * self.head_dim
-                store_vector(out.load() * factor, mX, offset + vector * VECTOR)
+                out.store(out.load() * factor)
+                for i in cutlass.range_constexpr(len(added[r])):
+                    wanted, share, addend = added[r][i]
+                    if wanted:
+                        out.store(out.load() + addend.load().to(Float32) * share)
+                key = Int64(block) * TILE_KEYS + row + r * _ROWS
+                store_vector(out.load(), mX, key * width + column)
 
 
 @kept
-def compile_convert(dtype: torch.dtype, head_dim: int) -> Callable:
-    tensors = fake_flat(Float32), fake_flat(CUTE_DTYPES[dtype])
-    return compile_kernel(ConvertBlockSums(head_dim), *tensors, Int32(1), Int32(1), Float32(1.0))
+def compile_convert(
+    dtype: torch.dtype, head_dim: int, last: bool = False, mean_dtype: torch.dtype | None = None
+) -> Callable:
+    """The kernel of a dtype, with gradients of last keys, and with those of means of a dtype."""
+    element = CUTE_DTYPES[dtype]
+    return compile_kernel(
+        ConvertBlockSums(head_dim),
+        *(fake_flat(Float32), fake_flat(element), fake_flat(element if last else None)),
+        fake_flat(None if mean_dtype is None else CUTE_DTYPES[mean_dtype]),
+        _Sizes(*(Int32(1) for _ in _Sizes._fields)),
+        Float32(1.0),
+    )
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -104,16 +166,48 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         name = str(dtype).removeprefix("torch.")
         for dim in (64, 96, 128):
             yield f"block-sums-{name}-{dim}", functools.partial(compile_convert, dtype, dim)
+            for mean_dtype in (None, dtype, torch.float32):
+                form = "last" if mean_dtype is None else str(mean_dtype).removeprefix("torch.")
+                added = functools.partial(compile_convert, dtype, dim, True, mean_dtype)
+                yield f"block-sums-{name}-{dim}-{form}", added
 
 
-def round_listed_sums(sums: Tensor, out: Tensor, factor: float) -> None:
-    """See :func:`nsa.fused.kernel_calls.round_listed_sums`; ``out (..., keys, H_kv, D)``.
+def round_listed_sums(
+    sums: Tensor,
+    out: Tensor,
+    factor: float,
+    last: Tensor | None = None,
+    dmean: Tensor | None = None,
+    block_size: int = 1,
+) -> None:
+    """See :func:`nsa.fused.kernel_calls.round_listed_sums`.
 
     ``sums`` are those of the heads of one block of keys after another.
     """
-    if out.numel():
-        kv_heads, head_dim = out.shape[-2:]
-        # A piece is 8 columns of two rows.
-        pieces = out.numel() // (2 * VECTOR)
-        kernel = compile_convert(out.dtype, head_dim)
-        kernel(sums.view(-1), out.view(-1), pieces, kv_heads, factor)
+    if not out.numel():
+        return
+    keys, kv_heads, head_dim = out.shape[-3:]
+    _check("last", last, out, (out.dtype,))
+    _check("dmean", dmean, out, (out.dtype, torch.float32))
+    # Nothing to add is as if not given.
+    last, dmean = (None if x is None or not x.numel() else x for x in (last, dmean))
+    rows = [0 if x is None else x.shape[-3] for x in (last, dmean)]
+    mean_dtype = None if dmean is None else dmean.dtype
+    kernel = compile_convert(out.dtype, head_dim, last is not None, mean_dtype)
+    # A piece is 8 columns of two rows.
+    pieces = out.numel() // (2 * VECTOR)
+    sizes = _Sizes(pieces, kv_heads, keys // TILE_KEYS, *rows, block_size)
+    kernel(sums.view(-1), out.view(-1), flat(last), flat(dmean), sizes, factor)
+
+
+def _check(name: str, x: Tensor | None, out: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise unless the kernel can add ``x``, if given."""
+    if x is None:
+        return
+    *leading, keys, heads, dim = out.shape
+    fits = x.shape[:-3] == out.shape[:-3] and x.shape[-2:] == out.shape[-2:]
+    if not fits or x.ndim != out.ndim or x.shape[-3] > keys or x.dtype not in dtypes:
+        raise ValueError(
+            f"{name} is {tuple(x.shape)} of {x.dtype}; it must be "
+            f"{(*leading, f'at most {keys}', heads, dim)} of one of {dtypes}"
+        )

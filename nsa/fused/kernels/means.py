@@ -134,7 +134,8 @@ class MeanBackward:
     """``dx[t] = sum_i dmean[blocks[t, i]] / block_size`` of two tensors, 4 tokens of a column of
     one of them a thread; with ``addends`` ``dx[t] += addend[t] + ...``.
 
-    ``strides`` are of the ``dxs``, then of the ``addends``.
+    ``strides`` are of the ``dxs``, then of the ``addends``. Of an entry's ``rows[0]`` tokens, the
+    last ``rows[1]`` have addends.
     """
 
     def __init__(self, block_size: int, overlap: int):
@@ -152,11 +153,12 @@ class MeanBackward:
         num_tokens: Int32,
         width: Int32,
         strides: tuple[cute.Stride, cute.Stride],
+        rows: tuple[Int32, Int32],
         stream,
     ):
         tiles = cute.ceil_div(width, _COLUMNS)
         ctas = cute.ceil_div(num_tokens, self.tokens_per_cta) * tiles
-        self.kernel(dxs, addends, dmeans, mBlocks, num_tokens, width, strides, tiles).launch(
+        self.kernel(dxs, addends, dmeans, mBlocks, num_tokens, width, strides, rows, tiles).launch(
             grid=[ctas, 2, 1], block=[_THREADS, 1, 1], stream=stream
         )
 
@@ -170,6 +172,7 @@ class MeanBackward:
         num_tokens: Int32,
         width: Int32,
         strides: tuple[cute.Stride, cute.Stride],
+        rows: tuple[Int32, Int32],
         tiles: Int32,
     ):
         tidx, _, _ = cute.arch.thread_idx()
@@ -177,9 +180,10 @@ class MeanBackward:
         first = bidx // tiles * self.tokens_per_cta + tidx // _ROW_THREADS
         column = bidx % tiles * _COLUMNS + tidx % _ROW_THREADS * VECTOR
         mdX, stride = _choose(which, dxs, strides[0])
-        sources = []
+        mLast, apart = mdX, stride
         if const_expr(addends is not None):
-            sources = [(mdX, stride), _choose(which, addends, strides[1])]
+            mLast, apart = _choose(which, addends, strides[1])
+        of_entry, last = rows
         mdMean, _ = _choose(which, dmeans, (width, width))
         if column < width:
             loaded = []
@@ -188,7 +192,15 @@ class MeanBackward:
                 # Loads without a condition go out together; what is not wanted is not stored.
                 inside = Int64(cutlass.min(token, num_tokens - 1))
                 blocks = [mBlocks[inside * self.overlap + i] for i in range(self.overlap)]
-                added = [load_vector(mX, inside * apart + column) for mX, apart in sources]
+                added = []
+                if const_expr(addends is not None):
+                    entry = cutlass.min(token, num_tokens - 1) // of_entry
+                    late = cutlass.min(token, num_tokens - 1) - entry * of_entry - (of_entry - last)
+                    row = Int64(entry) * last + cutlass.max(late, 0)
+                    added = [
+                        (Int32(0), load_vector(mdX, inside * stride + column)),
+                        (late, load_vector(mLast, row * apart + column)),
+                    ]
                 loaded.append((token < num_tokens, inside, added, blocks))
             shares = [
                 [load_vector(mdMean, Int64(cutlass.max(x, 0)) * width + column) for x in blocks]
@@ -201,11 +213,13 @@ class MeanBackward:
                 for i in cutlass.range_constexpr(self.overlap):
                     if blocks[i] >= 0:
                         rSum.store(rSum.load() + shares[u][i].load().to(Float32))
-                dx = rSum.load() * (1.0 / self.block_size)
+                rSum.store(rSum.load() * (1.0 / self.block_size))
                 for i in cutlass.range_constexpr(len(added)):
-                    dx = dx + added[i].load().to(Float32)
+                    place, addend = added[i]
+                    if place >= 0:
+                        rSum.store(rSum.load() + addend.load().to(Float32))
                 if wanted:
-                    store_vector(dx, mdX, token * stride + column)
+                    store_vector(rSum.load(), mdX, token * stride + column)
 
 
 @cute.jit
@@ -255,7 +269,7 @@ def compile_backward(
         pair(dtype) if with_addends else None,
         pair(dmean_dtype),
         fake_flat(Int32, alignment=4),
-        *(Int32(1), Int32(1), ((Int64(1),) * 2,) * 2),
+        *(Int32(1), Int32(1), ((Int64(1),) * 2,) * 2, (Int32(1),) * 2),
     )
 
 
@@ -330,10 +344,11 @@ def mean_backward(
         dmeans = [torch.zeros(shape[-2:], dtype=dtype, device=device)] * 2
     kernel = compile_backward(dtype, dmeans[0].dtype, block_size, overlap, addends is not None)
     targets, strides = zip(*map(flat_rows, dxs), strict=True)
-    others, other_strides = None, strides
+    others, other_strides, last = None, strides, 0
     if addends is not None:
         others, other_strides = zip(*map(flat_rows, addends[1]), strict=True)
-    sizes = (num_tokens, shape[-2] * shape[-1], (strides, other_strides))
+        last = addends[1][0].shape[-3]
+    sizes = (num_tokens, shape[-2] * shape[-1], (strides, other_strides), (shape[-3], last))
     kernel(targets, others, tuple(map(flat, dmeans)), blocks.contiguous().view(-1), *sizes)
     return dxs
 
@@ -375,7 +390,13 @@ def _check_backward(
     check_tensor("dmean", other, dmean.shape, dmean.dtype, dmean.device)
     check_tensor("blocks", blocks, blocks.shape, torch.int32, dmean.device)
     if addends is not None:
-        for x in (*addends[0], *addends[1]):
+        for x in addends[0]:
             check_tensor("addend", x, shape, dtype, dmean.device)
+        *leading, tokens, heads, head_dim = shape
+        last = addends[1][0].shape[-3]
+        if not 0 < last <= tokens:
+            raise ValueError(f"the second addends have {last} rows; they must have 1 to {tokens}")
+        for x in addends[1]:
+            check_tensor("addend", x, (*leading, last, heads, head_dim), dtype, dmean.device)
         for x in addends[0]:
             check_output("addend", x)
