@@ -355,8 +355,10 @@ class NativeSparseAttention(nn.Module):
             positions = Positions(bounds=bounds, locate=lambda: locate()[1])
         q, *rotated = self._rotate([q, *keys], positions, fused)
         if cache is not None and compressed_kv is not None:
-            bounds = x.shape[-2], boundaries, check_config(self.config)
-            compressed_kv = tuple(as_candidates(c, *bounds) for c in compressed_kv)
+            config = check_config(self.config)
+            compressed_kv = tuple(
+                as_candidates(c, x.shape[-2], boundaries, config) for c in compressed_kv
+            )
             if self.num_kv_branches == 3:
                 # A cache keeps the keys of the open block as the compressor takes them.
                 rotated[0] = keys[0]

@@ -143,15 +143,15 @@ def keep_lists(cache: Cache, spans: Spans, end: Tensor, rows: Tensor):
     rows = fit_slots(rows, cache.layout.list_width)
     if any(_may_have_later_blocks(length, cache) for length in spans.ends):
         first, count = _touched(cache.lengths, end, size)
-        tiles = Segments(prefix_sum(count), rows.shape[0])
-        rows = TileLists(cache, end, tiles, first, rows, None).with_later_blocks().blocks
+        segments = Segments(prefix_sum(count), rows.shape[0])
+        rows = TileLists(cache, end, segments, first, rows, None).with_later_blocks().blocks
     counts = [-(-count // size) for count in spans.counts]
     if spans.whole:
         rows = rows.unflatten(0, (cache.batch_size, counts[0]))
     copies = SliceCopies(spans)
     kept, parts = copies.sequences(cache.block_lists), copies.parts(rows, counts)
-    for lists, part, start, count in zip(kept, parts, spans.starts, counts, strict=False):
-        for at in range(max(0, count - slots), count):
+    for lists, part, start, tiles in zip(kept, parts, spans.starts, counts, strict=False):
+        for at in range(max(0, tiles - slots), tiles):
             slot = cache.list_slot(start // size + at)
             copies.copy(lists.select(-3, slot), part.select(-3, at))
     copies.run()

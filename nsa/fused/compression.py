@@ -57,9 +57,9 @@ def compress_in_order(k: Tensor, v: Tensor, start: Tensor, size: int, weights: W
     sizes = (start, size, dtype)
     with torch.cuda.device_of(k):
         if rows[0].shape == rows[1].shape:
-            means = kernel_calls.mean_forward(rows[0], *sizes, rows[1], in_order=True)
+            means = kernel_calls.mean_forward(rows[0], *sizes, rows[1], in_order=True).unbind()
         else:
-            means = [kernel_calls.mean_forward(x, *sizes, in_order=True) for x in rows]
+            means = tuple(kernel_calls.mean_forward(x, *sizes, in_order=True) for x in rows)
     k_cmp, v_cmp = (
         transform_means(mean.flatten(0, -3)[..., :dim], weight).to(k.dtype)
         for mean, weight, dim in zip(means, weights, dims, strict=True)

@@ -1,7 +1,11 @@
 """Prompts and chunks into a cache, with the kernels of training.
 
-These kernels read keys from one row of tokens. So a chunk first copies the keys and values of its
-sequences out of their pages: each is read and written once more. A prompt copies nothing.
+These kernels read keys from one row of tokens. Pages that lie in order are such rows: new tokens
+are written to them first, and all that the queries attend is read where it lies, by a prompt or by
+a chunk. Packed chunks, and entries of a batch that do not follow each other, are copied once.
+
+Other pages, and rings, are gathered token by token, and so written: a server's, and those that
+sequences share after :meth:`nsa.Cache.reorder`.
 """
 
 from collections.abc import Callable
@@ -121,9 +125,9 @@ Attend = Callable[[Call, Tensor | None], Tensor]
 
 def _find_spans(q: Tensor, new: NewKeys, cache: Cache) -> Spans | None:
     """The spans of new tokens that slices of the pages take, and whose keys lie in slices."""
-    batched = new.boundaries is None
-    counts = [q.shape[1]] * q.shape[0] if batched else new.boundaries.lengths
-    spans = find_spans(cache, counts, batched)
+    bounds = new.boundaries
+    counts = [q.shape[1]] * q.shape[0] if bounds is None else bounds.lengths
+    spans = find_spans(cache, counts, batched=bounds is None)
     if spans is None or (cache.separate_kv and any(spans.starts)):
         # Keys that are in rings, not in pages.
         return None
@@ -211,8 +215,8 @@ def _block_rows(
     """The first row of each completed block among all rows of ``k``, int32 ``(M,)``."""
     config, stride = cache.config, cache.config.compress_stride
     if spans.whole:
-        first, past = before[0] * stride, (before[0] + counts[0]) * stride
-        rows = torch.arange(first, past, stride, dtype=torch.int32, device=k.device)
+        first, count = before[0], counts[0]
+        rows = torch.arange(first, first + count, dtype=torch.int32, device=k.device) * stride
         return rows if k.shape[0] == 1 else (_bases(k)[:, None] + rows).flatten()
     base = _bases(k) if boundaries is None or k.ndim == 4 else boundaries.cu_seqlens
     old, past = (num_compressed_blocks(x, config) for x in (cache.lengths, end))
@@ -230,30 +234,18 @@ def _in_pages(
     q: Tensor, cache: Cache, spans: Spans, end: Tensor, boundaries: Boundaries | None
 ) -> Call:
     """A call that attends keys in the pages, which have the new ones; copied if in many pieces."""
-    shift = cache.config.compress_block_size // cache.config.compress_stride - 1
-    _, blocks = spans.blocks(cache.config)
-    pools = (cache.k_pages, 0), (cache.v_pages, 0), (cache.k_cmp_pages, 1), (cache.v_cmp_pages, 1)
-    rows = [(ordered_rows(cache, pool), compressed) for pool, compressed in pools]
-    if spans.whole:
-        k, v, k_cmp, v_cmp = (
-            x[:, shift : shift + blocks[0]] if compressed else x[:, : spans.ends[0]]
-            for x, compressed in rows
-        )
-        return Call(q, (k, k, k), (v, v, v), (k_cmp, v_cmp), None)
-    lengths = spans.counts
+    config, lengths = cache.config, spans.counts
+    shift = config.compress_block_size // config.compress_stride - 1
     # Sequences without new tokens need no keys.
-    lengths_k, blocks = (
-        [n if count else 0 for n, count in zip(x, lengths, strict=True)]
-        for x in (spans.ends, blocks)
+    lengths_k = [most if new else 0 for most, new in zip(spans.ends, lengths, strict=True)]
+    blocks = [num_compressed_blocks(length, config) for length in lengths_k]
+    k, v = (_rows(cache, x, 0, lengths_k, spans) for x in (cache.k_pages, cache.v_pages))
+    k_cmp, v_cmp = (
+        _rows(cache, x, shift, blocks, spans) for x in (cache.k_cmp_pages, cache.v_cmp_pages)
     )
-    k, v, k_cmp, v_cmp = (
-        torch.cat(
-            [part[shift : shift + n] for part, n in zip(x, blocks, strict=True)]
-            if compressed
-            else [part[:n] for part, n in zip(x, lengths_k, strict=True)]
-        )
-        for x, compressed in rows
-    )
+    branches, compressed = ((k, k, k), (v, v, v)), (k_cmp, v_cmp)
+    if spans.whole:
+        return Call(q, *branches, compressed, None)
     if boundaries is None:
         cu_seqlens = torch.arange(len(lengths) + 1, dtype=torch.int32, device=q.device) * lengths[0]
     else:
@@ -261,10 +253,19 @@ def _in_pages(
     cu_seqlens_k = prefix_sum(torch.where(end > cache.lengths, end, 0)).int()
     if lengths == lengths_k:
         cu_seqlens_k = cu_seqlens
-    bounds = Boundaries(
-        cu_seqlens, lengths, max(lengths), None, cu_seqlens_k, lengths_k, max(lengths_k)
-    )
-    return Call(q.flatten(0, -3), (k, k, k), (v, v, v), (k_cmp, v_cmp), bounds)
+    most, most_k = max(lengths), max(lengths_k)
+    bounds = Boundaries(cu_seqlens, lengths, most, None, cu_seqlens_k, lengths_k, most_k)
+    return Call(q.flatten(0, -3), *branches, compressed, bounds)
+
+
+def _rows(cache: Cache, pool: Tensor, first: int, counts: list[int], spans: Spans) -> Tensor:
+    """``counts`` rows of each sequence from row ``first`` on: ``(B, count, H_kv, C)`` in place, or
+    packed ``(sum of counts, H_kv, C)`` in a copy."""
+    rows = ordered_rows(cache, pool)
+    if spans.whole:
+        return rows[:, first : first + counts[0]]
+    parts = zip(rows, counts, strict=True)
+    return torch.cat([part[first : first + count] for part, count in parts])
 
 
 def _forward_anywhere(

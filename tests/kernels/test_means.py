@@ -59,9 +59,7 @@ def test_in_order_means_have_the_bits_of_sums_token_by_token(dtype, size, stride
         expected.append((total / size).to(dtype))
     means = kernel_calls.mean_forward(x, start, size, dtype, other, in_order=True)
     assert torch.equal(means, torch.stack(expected))
-    assert torch.equal(
-        kernel_calls.mean_forward(x, start, size, dtype, in_order=True), expected[0]
-    )
+    assert torch.equal(kernel_calls.mean_forward(x, start, size, dtype, in_order=True), expected[0])
 
 
 @pytest.mark.parametrize("length", [1, 63, 65, 1000])
