@@ -58,7 +58,7 @@ def cut(x, start, stop):
 # new keys and values. When each token was written to a place that was computed for it, a prompt
 # took 285 operations in token mode, among them two that made the host wait, and 439 in tile mode.
 @pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
-@pytest.mark.parametrize(("mode", "most"), [("token", 12), ("tile", 26)])
+@pytest.mark.parametrize(("mode", "most"), [("token", 9), ("tile", 20)])
 def test_a_prompt(mode, most, separate, calls):
     q, k, v = make_inputs((1, LENGTH), HEADS, 1, DIM, dtype=torch.bfloat16)
     if separate:
@@ -67,12 +67,12 @@ def test_a_prompt(mode, most, separate, calls):
     for _ in range(2):
         cache.reset()
         counted = count(calls, cache, (q, k, v))
-    assert counted.launches.total() <= most + 5 * separate, counted.launches
+    assert counted.launches.total() <= most + 3 * separate, counted.launches
     # Keys and values once, compressed ones, and the last of each ring.
     assert counted.written <= 2 * LENGTH * DIM * 2 * (1.1 + 0.4 * separate)
 
 
-@pytest.mark.parametrize(("mode", "most"), [("token", 34), ("tile", 60)])
+@pytest.mark.parametrize(("mode", "most"), [("token", 34), ("tile", 42)])
 def test_packed_prompts(mode, most, calls):
     q, k, v = make_inputs((sum(PACKED),), HEADS, 1, DIM, dtype=torch.bfloat16)
     bounds = nsa.Packing(make_cu_seqlens(PACKED))
@@ -84,7 +84,7 @@ def test_packed_prompts(mode, most, calls):
     assert counted.written <= 2 * sum(PACKED) * DIM * 2 * 1.2
 
 
-@pytest.mark.parametrize(("mode", "most"), [("token", 13), ("tile", 27)])
+@pytest.mark.parametrize(("mode", "most"), [("token", 10), ("tile", 21)])
 def test_a_chunk_reads_the_pages_in_place(mode, most, calls):
     tensors = make_inputs((1, LENGTH), HEADS, 1, DIM, dtype=torch.bfloat16)
     cache = nsa.Cache(CONFIGS[mode], 1, LENGTH, 1, DIM, dtype=torch.bfloat16)
