@@ -95,3 +95,14 @@ def test_a_chunk_reads_the_pages_in_place(mode, most, calls):
             counted = count(calls, cache, cut(tensors, start, start + CHUNK))
     assert counted.launches.total() <= most, counted.launches
     assert counted.written <= 2 * CHUNK * DIM * 2 * 1.2
+
+
+def test_a_last_tile_that_is_short_copies_queries_once(calls):
+    """For the attention, whose rows are aligned; the selection reads first queries in place."""
+    length = LENGTH - 13
+    tensors = make_inputs((1, length), HEADS, 1, DIM, dtype=torch.bfloat16)
+    cache = nsa.Cache(CONFIGS["tile"], 1, length, 1, DIM, dtype=torch.bfloat16)
+    with CountedOperations(calls) as plain:
+        nsa.forward(*tensors, config=cache.config, backend="fused")
+    counted = count(calls, cache, tensors)
+    assert counted.written - plain.written <= 2 * length * DIM * 2 * 1.1
