@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import nsa
-from nsa import packing
-from nsa.fused import entry, fa4, planning
+from nsa import compressor, packing
+from nsa.fused import entry, fa4, layer_ops, planning
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.counted_operations import CountedOperations, count_kernel_calls
 from tests.helpers.host_reads import READS
@@ -106,3 +106,25 @@ def test_a_last_tile_that_is_short_copies_queries_once(calls):
         nsa.forward(*tensors, config=cache.config, backend="fused")
     counted = count(calls, cache, tensors)
     assert counted.written - plain.written <= 2 * length * DIM * 2 * 1.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
+@pytest.mark.parametrize(("mode", "more"), [("token", 9), ("tile", 25)])
+def test_a_prompt_of_the_layer(mode, more, separate, calls, monkeypatch):
+    """Beside the layer without a cache; it took 364 and 450 more operations."""
+    for module in (layer_ops, compressor):
+        monkeypatch.setattr(module, "is_traced", lambda *_: False)
+    options = dict(backend="fused", dtype=torch.bfloat16, separate_kv=separate)
+    layer = nsa.NativeSparseAttention(HEADS * DIM, HEADS, 1, CONFIGS[mode], **options)
+    x = torch.randn(1, LENGTH, HEADS * DIM, dtype=torch.bfloat16)
+    cache = layer.make_cache(1, LENGTH)
+    for _ in range(2):
+        cache.reset()
+        with CountedOperations(calls) as plain:
+            expected = layer(x)
+        with CountedOperations(calls) as counted:
+            out = layer(x, cache=cache)
+    assert torch.equal(out, expected)
+    assert counted.launches.total() - plain.launches.total() <= more + 3 * separate
+    assert not READS & set(counted.launches)
