@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa.blocks import most_completed_blocks
+from nsa.blocks import most_completed_blocks, num_compressed_blocks
 from nsa.cache import Cache
 from nsa.cache.append import NewTokens, candidate_positions, candidate_tokens
 from nsa.cache.calls import cache_config, check_cached_call
@@ -57,6 +57,41 @@ def arguments_of_new_tokens(
     if len(keys) == 1:
         return q, keys[0], values[0], compressed_kv
     return q, keys, values, compressed_kv
+
+
+def is_first_call(cache: Cache, boundaries: Boundaries | None) -> bool:
+    """Whether the host knows that new tokens begin their sequences, and how many there are.
+
+    Their arguments are then those of a call without a cache, but for :func:`as_candidates`.
+    """
+    if not isinstance(cache, Cache) or torch.compiler.is_compiling():
+        return False
+    if boundaries is not None and boundaries.lengths is None:
+        return False
+    lengths = cache.known_lengths()
+    return lengths is not None and not any(lengths)
+
+
+def as_candidates(
+    x: Tensor, tokens: int, boundaries: Boundaries | None, config: NSAConfig
+) -> Tensor:
+    """Compressed tokens of whole sequences, with the rows that a call with a cache has besides.
+
+    Args:
+        x: ``(B, N_cmp, H_kv, C)`` or ``(sum of N_cmp, H_kv, C)``.
+        tokens: of a sequence of the batch.
+    """
+    lengths = [tokens] if boundaries is None else boundaries.lengths
+    assert lengths is not None
+    counts = [num_compressed_blocks(n, config) for n in lengths]
+    missing = [
+        most_completed_blocks(n, config) - count for n, count in zip(lengths, counts, strict=True)
+    ]
+    if len(lengths) == 1:
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing[0]))
+    rest = x.new_zeros(max(missing), *x.shape[1:])
+    parts = zip(x.split(counts), missing, strict=True)
+    return torch.cat([piece for part, n in parts for piece in (part, rest[:n])])
 
 
 def locate_checked(

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nsa import backends, dispatch, recordings
 from nsa.cache import Cache
-from nsa.cached_layer import arguments_of_new_tokens
+from nsa.cached_layer import arguments_of_new_tokens, as_candidates, is_first_call
 from nsa.compressor import (
     PLAIN_TYPES,
     BlockCompressor,
@@ -351,7 +351,7 @@ class NativeSparseAttention(nn.Module):
         q, keys, values = parts.heads
         # Wrapped linears get the dtype of x.
         dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
-        if cache is not None:
+        if cache is not None and not is_first_call(cache, boundaries):
             arguments = arguments_of_new_tokens(
                 q,
                 keys,
@@ -376,6 +376,14 @@ class NativeSparseAttention(nn.Module):
             locate = kept_items(boundaries, "tokens", bounds, rows)
             positions = Positions(bounds=bounds, locate=lambda: locate()[1])
         q, *rotated = self._rotate([q, *keys], positions, fused)
+        if cache is not None and compressed_kv is not None:
+            config = check_config(self.config)
+            compressed_kv = tuple(
+                as_candidates(c, x.shape[-2], boundaries, config) for c in compressed_kv
+            )
+            if self.num_kv_branches == 3:
+                # A cache keeps the keys of the open block as the compressor takes them.
+                rotated[0] = keys[0]
         if self.num_kv_branches == 1:
             return q, rotated[0], values[0], compressed_kv, parts.logits
         return q, tuple(rotated), values, compressed_kv, parts.logits

@@ -92,6 +92,36 @@ def test_overflow_on_the_device_is_seen_later():
 
 
 @torch.no_grad()
+def test_a_captured_reorder_may_share_pages_at_any_time():
+    """Prompts and chunks then look up their pages; before, each token had its slice."""
+    kind = dict(dtype=torch.bfloat16, device="cuda")
+    q, k, v = make_inputs((2, 700), 8, 2, 64, **kind)
+    config = token_config()
+    whole = nsa.forward(q, k, v, config=config)
+    swapped = torch.tensor([1, 0], device="cuda")
+    moved, still = (nsa.Cache(config, 2, 1024, 2, 64, **kind) for _ in range(2))
+    moved.reorder(swapped)
+    moved.reset()
+    assert moved.has_ordered_pages
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moved.reorder(swapped)
+    moved.reset()
+    assert not moved.has_ordered_pages
+    assert still.has_ordered_pages
+    for cache in (moved, still):
+        first = nsa.forward(q[:, :600], k[:, :600], v[:, :600], cache=cache, backend="fused")
+        order = torch.arange(2, device="cuda")
+        if cache is moved:
+            graph.replay()
+            order = swapped
+        rest = (x[:, 600:][order] for x in (q, k, v))
+        second = nsa.forward(*rest, cache=cache, backend="fused")
+        out = torch.cat([first, second[order]], 1)
+        assert (out - whole).float().norm() <= 0.02 * whole.float().norm()
+
+
+@torch.no_grad()
 def test_the_layer_decodes_under_autocast():
     torch.manual_seed(0)
     layer = nsa.NativeSparseAttention(256, 4, 2, token_config(), device="cuda")

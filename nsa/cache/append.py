@@ -136,11 +136,15 @@ def compress_candidates(
     total = x.new_zeros(x.shape[0], *x.shape[2:], dtype=accumulation_dtype(x.dtype))
     for part in x.unbind(1):
         total += part
-    mean = total / max(1, x.shape[1])
-    if weight is not None:
-        with without_autocast(x.device):
-            mean = (mean.transpose(0, 1) @ weight.to(mean.dtype)).transpose(0, 1)
-    return mean.to(x.dtype)
+    return transform_means(total / max(1, x.shape[1]), weight).to(x.dtype)
+
+
+def transform_means(mean: Tensor, weight: Tensor | None) -> Tensor:
+    """``mean (M, H_kv, C)``, ``@ weight[kv]`` where given."""
+    if weight is None:
+        return mean
+    with without_autocast(mean.device):
+        return (mean.transpose(0, 1) @ weight.to(mean.dtype)).transpose(0, 1)
 
 
 def new_blocks(

@@ -8,10 +8,12 @@ from torch import Tensor
 from nsa.blocks import num_selection_blocks
 from nsa.cache.append import NewTokens
 from nsa.cache.context import segments_of
+from nsa.cache.layout import round_up
 from nsa.cache.places import Places, write
+from nsa.cache.spans import SliceCopies, Spans
 from nsa.cache.state import Cache
 from nsa.geometry import Geometry
-from nsa.segments import Segments
+from nsa.segments import Segments, prefix_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,15 +21,16 @@ class TileLists:
     """Blocks and groups of the tiles that hold new tokens, one sequence after another.
 
     Attributes:
+        end: lengths after the call, ``(B,)``.
         tiles: those of each sequence.
-        first: the first of them, int64 ``(B,)``.
+        first: the first of them, ``(B,)``.
         blocks: int32 ``(tiles, H, list_width)``; those of a tile's end, even if the sequence ends
             earlier.
         groups: int32 ``(tiles, H, group_list_width)``, or None to attend all compressed tokens.
     """
 
     cache: Cache
-    tokens: NewTokens
+    end: Tensor
     tiles: Segments
     first: Tensor
     blocks: Tensor
@@ -41,7 +44,7 @@ class TileLists:
     @property
     def real_blocks(self) -> Tensor:
         """``blocks`` without those past the end of the sequence."""
-        count = num_selection_blocks(self.tokens.end, self.cache.config)
+        count = num_selection_blocks(self.end, self.cache.config)
         count = count[self.tiles.owner, None, None]
         return torch.where(self.blocks < count, self.blocks, -1)
 
@@ -66,7 +69,7 @@ class TileLists:
     def with_later_blocks(self) -> "TileLists":
         """With the blocks past the end of the sequence that are forced at the end of a tile."""
         config, slots = self.cache.config, self.blocks.shape[-1]
-        count = num_selection_blocks(self.tokens.end, config)[self.tiles.owner]
+        count = num_selection_blocks(self.end, config)[self.tiles.owner]
         end = (self.tile + 1) * config.q_tile_size - 1
         end = end // config.select_block_size + 1
         initial = (end.clamp(max=config.num_initial_blocks) - count).clamp(min=0)
@@ -118,14 +121,55 @@ def open_lists(cache: Cache, tokens: NewTokens, num_heads: int) -> TileLists:
     call has none yet: its row has any values."""
     cache.use_num_heads(num_heads)
     assert cache.block_lists is not None
-    size = cache.config.q_tile_size
-    first = tokens.start // size
-    past = torch.where(tokens.end > tokens.start, -(-tokens.end // size), first)
-    tiles = segments_of(past - first)
+    first, count = _touched(tokens.start, tokens.end, cache.config.q_tile_size)
+    tiles = segments_of(count)
     slot = cache.list_slot(first[tiles.owner] + tiles.local)
     blocks = cache.block_lists[tiles.owner, slot]
     groups = None if cache.group_lists is None else cache.group_lists[tiles.owner, slot]
-    return TileLists(cache, tokens, tiles, first, blocks, groups)
+    return TileLists(cache, tokens.end, tiles, first, blocks, groups)
+
+
+def keep_lists(cache: Cache, spans: Spans, end: Tensor, rows: Tensor):
+    """Keep the lists of the last tiles of each sequence, where all tiles begin in the call.
+
+    Args:
+        spans: the new tokens, which start at multiples of ``q_tile_size``.
+        end: lengths after the call, ``(B,)``; those before it are still in the cache.
+        rows: int32 ``(tiles, H, n)``, one sequence after another.
+    """
+    cache.use_num_heads(rows.shape[1])
+    assert cache.block_lists is not None
+    size, slots = cache.config.q_tile_size, cache.layout.tile_slots
+    rows = fit_slots(rows, cache.layout.list_width)
+    if any(_may_have_later_blocks(length, cache) for length in spans.ends):
+        first, count = _touched(cache.lengths, end, size)
+        segments = Segments(prefix_sum(count), rows.shape[0])
+        rows = TileLists(cache, end, segments, first, rows, None).with_later_blocks().blocks
+    counts = [-(-count // size) for count in spans.counts]
+    if spans.whole:
+        rows = rows.unflatten(0, (cache.batch_size, counts[0]))
+    copies = SliceCopies(spans)
+    kept, parts = copies.sequences(cache.block_lists), copies.parts(rows, counts)
+    for lists, part, start, tiles in zip(kept, parts, spans.starts, counts, strict=False):
+        for at in range(max(0, tiles - slots), tiles):
+            slot = cache.list_slot(start // size + at)
+            copies.copy(lists.select(-3, slot), part.select(-3, at))
+    copies.run()
+
+
+def _touched(start: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The first tile that has tokens from ``start`` to ``end``, and how many have."""
+    first = start // size
+    return first, torch.where(end > start, -(-end // size), first) - first
+
+
+def _may_have_later_blocks(length: int, cache: Cache) -> bool:
+    """Whether the last tile ends in a block past those of a sequence of ``length`` tokens."""
+    tile_end = round_up(length, cache.config.q_tile_size)
+    last, now = (
+        num_selection_blocks(n, cache.config) for n in (min(tile_end, cache.max_length), length)
+    )
+    return last > now
 
 
 def fit_slots(lists: Tensor, width: int) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nsa.blocks import Count
 from nsa.cache import checks
 from nsa.cache.host_copy import HostCopy
 from nsa.cache.layout import MAX_GUESSES, Layout, choose_page_size, make_layout
@@ -13,6 +14,9 @@ from nsa.host import is_capturing
 from nsa.validation import UnsupportedError, check_dtype, check_flag, check_size
 
 Pair = tuple[Tensor, Tensor]
+
+_NEVER = -2
+"""A version that a page table of unknown order has from then on."""
 
 
 class Cache:
@@ -180,6 +184,7 @@ class Cache:
     ):
         self.config, self.layout, self.max_length = config, layout, max_length
         self.owns_pages = owns_pages
+        self._ordered_version = self.page_table._version if owns_pages else _NEVER
         self.lengths = lengths
         self.floors = torch.zeros_like(lengths)
         self.overflowed = torch.zeros((), dtype=torch.bool, device=lengths.device)
@@ -280,6 +285,7 @@ class Cache:
                 "pages, and make a cache of them with Cache.from_pages"
             )
         index = checks.check_index(index, self.batch_size, self.device)
+        self._note_table(ordered=False)
         self._host.record(reorder(self, index, self._host.read()))
 
     def reset(self):
@@ -287,10 +293,11 @@ class Cache:
         with torch.no_grad():
             for x in (self.lengths, self.floors, self.overflowed):
                 x.zero_()
-            if self.owns_pages:
+            if self.owns_pages and (not self.has_ordered_pages or is_capturing(self.lengths)):
                 # Sequences that share pages must not write to them.
                 own = torch.arange(self.page_table.numel(), device=self.device)
                 self.page_table.copy_(own.view_as(self.page_table))
+                self._note_table(ordered=True)
         zeros = torch.zeros(self.batch_size, dtype=torch.int32, device="cpu")
         self._host.record((zeros, zeros))
 
@@ -326,8 +333,8 @@ class Cache:
         """Places of tokens in ``open_rings``."""
         return ring_places(sequence, position, self.layout.open_ring)
 
-    def list_slot(self, tile: Tensor) -> Tensor:
-        """The slot of each tile in ``block_lists`` and ``group_lists``."""
+    def list_slot(self, tile: Count) -> Count:
+        """The slot of a tile, or of each, in ``block_lists`` and ``group_lists``."""
         return tile % self.layout.tile_slots
 
     def floors_at(self, floors: Tensor, lengths: Tensor) -> Tensor:
@@ -340,6 +347,15 @@ class Cache:
         last = (lengths - 1).div(size, rounding_mode="floor")
         return torch.maximum(floors, (last - (slots - 1)) * size)
 
+    @property
+    def has_ordered_pages(self) -> bool:
+        """Whether the host knows that sequence ``b`` has pages ``b * max_pages`` and following.
+
+        It does not once someone wrote to the table, until :meth:`reset`; nor once a CUDA graph was
+        captured that does, because replays are not seen.
+        """
+        return self._ordered_version >= 0 and self._ordered_version == self.page_table._version
+
     def known_lengths(self) -> list[int] | None:
         """The lengths, if the host knows them without waiting for a GPU."""
         host = self._host.read()
@@ -349,7 +365,7 @@ class Cache:
         """Set ``lengths`` to ``ends`` after an append.
 
         Args:
-            ends: int64 ``(B,)``.
+            ends: int32 or int64 ``(B,)``.
             new: tokens that the call appended to each sequence, if the host knows.
         """
         with torch.no_grad():
@@ -386,6 +402,13 @@ class Cache:
         if bool((lengths > self.max_length).any()):
             return None
         return lengths, self.floors_at(host[1], lengths)
+
+    def _note_table(self, *, ordered: bool):
+        """Take note that the page table was written, or that a CUDA graph will."""
+        if is_capturing(self.lengths):
+            self._ordered_version = _NEVER
+        elif self._ordered_version != _NEVER:
+            self._ordered_version = self.page_table._version if ordered else -1
 
     def use_num_heads(self, num_heads: int):
         """Make the lists of tiles for ``H`` query heads, where there are none yet."""

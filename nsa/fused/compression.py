@@ -5,7 +5,9 @@ One kernel launch handles both keys and values, because their shapes are equal.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from nsa.cache.append import transform_means
 from nsa.fused import kernel_calls
 from nsa.fused.kernel_inputs import Pair
 from nsa.fused.key_sums import round_sums
@@ -37,6 +39,33 @@ def compress_pair(k: Tensor, v: Tensor, weights: Weights, plan: Plan) -> Pair:
     k_mean, v_mean = _mean(k, _mean_dtype(k, *weights), plan, v).unbind()
     k_weight, v_weight = weights
     return _transformed(k_mean, k_weight, k.dtype), _transformed(v_mean, v_weight, k.dtype)
+
+
+def compress_in_order(k: Tensor, v: Tensor, start: Tensor, size: int, weights: Weights) -> Pair:
+    """Compressed keys and values ``(M, H_kv, C)`` of a cache.
+
+    Tokens are added one by one as :func:`nsa.cache.append.compress_candidates` adds them, so that a
+    block has the same bits whichever call completes it.
+
+    Args:
+        k, v: ``(B, T, H_kv, D)`` or ``(T, H_kv, D)``, and so on.
+        start: the first of all rows of each block of ``size`` tokens, int32 ``(M,)``.
+        weights: ``(H_kv, D, D)`` and so on, or None.
+    """
+    dtype, dims = _mean_dtype(k, *weights), (k.shape[-1], v.shape[-1])
+    # The kernel reads 8 channels at a time.
+    rows = [pad(x, (0, -dim % 8)) if dim % 8 else x for x, dim in zip((k, v), dims, strict=True)]
+    sizes = (start, size, dtype)
+    with torch.cuda.device_of(k):
+        if rows[0].shape == rows[1].shape:
+            means = kernel_calls.mean_forward(rows[0], *sizes, rows[1], in_order=True).unbind()
+        else:
+            means = tuple(kernel_calls.mean_forward(x, *sizes, in_order=True) for x in rows)
+    k_cmp, v_cmp = (
+        transform_means(mean.flatten(0, -3)[..., :dim], weight).to(k.dtype)
+        for mean, weight, dim in zip(means, weights, dims, strict=True)
+    )
+    return k_cmp, v_cmp
 
 
 def compress_pair_backward(

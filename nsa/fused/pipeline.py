@@ -229,7 +229,10 @@ def select(
     """
     with torch.cuda.device_of(q), without_autocast(q.device):
         k_cmp = k if compressed else compress(k, compress_k_weight, plan)
-        q_rows, lse = plan.align_queries(q), None
+        # The first queries of the tiles of one sequence need no other rows.
+        single = plan.batch == 1 and plan.geometry.queries.rows.single
+        in_place = single and plan.config.tile_summary == "first"
+        q_rows, lse = q if in_place else plan.align_queries(q), None
         if plan.config.selection == "token":
             # Only the log-sum-exp is used, so the values do not matter.
             _, lse_cmp = compressed_attention(q, q_rows, k_cmp, k_cmp, None, plan)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 import nsa
-from nsa.testing import make_inputs
+from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.decoding import (
     CLOSE,
     NOT_SELECTING,
@@ -120,6 +120,33 @@ def test_chunks_of_whole_tiles(given_indices, separate):
         nsa.forward(*new, cache=caches[0], backend="fused")
     out = nsa.forward(*new, cache=caches[0])
     torch.testing.assert_close(out, whole[:, 290:], **CLOSE)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_pages_are_read_in_place_until_beams_share_them(packed):
+    config = token_config()
+    q, k, v = make_inputs((2, 300), 4, 2, 64, dtype=torch.float64)
+    caches = [nsa.Cache(config, 2, 320, 2, 64, dtype=torch.float64) for _ in range(2)]
+    cuts = list(pairwise((0, 130, 200, 300)))
+    for shared in (True, False):
+        for start, stop in cuts:
+            new, bounds = [x[:, start:stop] for x in (q, k, v)], None
+            if packed:
+                # The second sequence has less.
+                short = stop - start - start // 10
+                new = [torch.cat([x[0], x[1, :short]]) for x in new]
+                bounds = make_cu_seqlens([stop - start, short])
+            outs = []
+            for cache, backend in zip(caches, ("fused", "reference"), strict=True):
+                outs.append(nsa.forward(*new, cache=cache, cu_seqlens=bounds, backend=backend))
+            torch.testing.assert_close(*outs, **CLOSE)
+            assert_same_contents(*caches)
+            assert caches[0].has_ordered_pages == (start == 0 or not shared)
+            for cache in caches:
+                if shared:
+                    cache.reorder(torch.tensor([0, 0] if start else [1, 0]))
+        for cache in caches:
+            cache.reset()
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])

@@ -3,7 +3,9 @@
 from collections import Counter
 from functools import wraps
 
+from torch import is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nsa.fused import fa4, kernel_calls
 from tests.helpers import (
@@ -25,7 +27,8 @@ ALLOCATIONS = frozenset((
 
 
 class CountedOperations(TorchDispatchMode):
-    """Counts operations outside of kernel calls, by name; ``launches`` are those on a GPU.
+    """Counts operations outside of kernel calls, by name; ``launches`` are those on a GPU, and
+    ``written`` are the bytes of their results.
 
     ``calls`` is the result of :func:`count_kernel_calls`.
     """
@@ -34,13 +37,19 @@ class CountedOperations(TorchDispatchMode):
         super().__init__()
         self.calls = calls
         self.launches, self.others = Counter(), Counter()
+        self.written = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
         if not self.calls["depth"]:
             name = func._schema.name.removeprefix("aten::")
-            target = self.others if name in VIEWS | ALLOCATIONS else self.launches
-            target[name] += 1
-        return func(*args, **(kwargs or {}))
+            launched = name not in VIEWS | ALLOCATIONS
+            (self.launches if launched else self.others)[name] += 1
+            # What a foreach operation writes, it returns nothing of.
+            written = args[0] if name.startswith("_foreach") else result
+            if launched:
+                self.written += sum(x.nbytes for x in tree_leaves(written) if is_tensor(x))
+        return result
 
 
 def count_kernel_calls(monkeypatch) -> dict:

@@ -96,7 +96,7 @@ def is_separate(problem: Problem) -> bool:
 
 
 def poisoned_cache(problem: Problem, page_size: int, rng: random.Random) -> nsa.Cache:
-    """A cache of NaN in pages of any order, its own or of a server with too many pages."""
+    """A cache of NaN in pages of its own, in order or in any, or of a server with too many."""
     lengths, config = lengths_of(problem), problem.config
     k, v = (x[0] if isinstance(x, tuple) else x for x in (problem.k, problem.v))
     # Room for wrong tokens too.
@@ -108,8 +108,9 @@ def poisoned_cache(problem: Problem, page_size: int, rng: random.Random) -> nsa.
             config, batch, longest, heads, dim, value_dim, is_separate(problem),
             dtype=torch.float64, page_size=page_size,
         )  # fmt: skip
-        order = rng.sample(range(cache.page_table.numel()), cache.page_table.numel())
-        cache.page_table.copy_(torch.tensor(order).view_as(cache.page_table))
+        if rng.random() < 0.5:
+            order = rng.sample(range(cache.page_table.numel()), cache.page_table.numel())
+            cache.page_table.copy_(torch.tensor(order).view_as(cache.page_table))
         stores = (*(cache.window_rings or ()), *(cache.open_rings or ()))
         stores += (cache.k_pages, cache.v_pages, cache.k_cmp_pages, cache.v_cmp_pages)
         for store in stores:

@@ -303,16 +303,19 @@ def _gates(o_cmp, q, gates, weight) -> Tensor:
     return torch.full((*o_cmp.shape[:-1], 3), 1 / 3, dtype=dtype, device=o_cmp.device)
 
 
-def mean_forward(x, start, block_size, out_dtype, other=None) -> Tensor:
+def mean_forward(x, start, block_size, out_dtype, other=None, in_order=False) -> Tensor:
     if other is not None:
         assert (other.shape, other.dtype) == (x.shape, x.dtype)
-        return torch.stack([mean_forward(i, start, block_size, out_dtype) for i in (x, other)])
+        sizes = (start, block_size, out_dtype)
+        return torch.stack([mean_forward(i, *sizes, in_order=in_order) for i in (x, other)])
     assert x.shape[-1] % 8 == 0, "the kernel loads 16 bytes of channels"
     rows, used = x.flatten(0, -3), start >= 0
     token = start[used].long()[:, None] + torch.arange(block_size, device=x.device)
     dtype = accumulation_dtype(x.dtype)
     mean = torch.zeros((len(start), *x.shape[-2:]), dtype=dtype, device=x.device)
-    mean[used] = rows[token].to(dtype).sum(dim=1) / block_size
+    tokens = rows[token].to(dtype)
+    total = sum(tokens.unbind(1)) if in_order else tokens.sum(dim=1)
+    mean[used] = total / block_size
     return mean.to(out_dtype).view(*_leading(x, len(start)), *x.shape[-2:])
 
 

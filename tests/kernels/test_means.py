@@ -45,6 +45,23 @@ def test_means_are_float64_rounded(dtype, size, stride, length):
             assert_rounded(means, torch.stack(expected))
 
 
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (16, 16), (32, 16), (64, 64), (128, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_in_order_means_have_the_bits_of_sums_token_by_token(dtype, size, stride):
+    """As a cache adds them where it compresses a block at a time."""
+    x, other = torch.randn(2, 1000, 3, 96, device="cuda").to(dtype)
+    start = torch.arange(0, 1000 - size + 1, stride, dtype=torch.int32, device="cuda")
+    expected = []
+    for rows in (x, other):
+        total = torch.zeros(len(start), 3, 96, device="cuda")
+        for token in range(size):
+            total += rows[start + token]
+        expected.append((total / size).to(dtype))
+    means = kernel_calls.mean_forward(x, start, size, dtype, other, in_order=True)
+    assert torch.equal(means, torch.stack(expected))
+    assert torch.equal(kernel_calls.mean_forward(x, start, size, dtype, in_order=True), expected[0])
+
+
 @pytest.mark.parametrize("length", [1, 63, 65, 1000])
 @pytest.mark.parametrize(("size", "overlap"), [(16, 1), (32, 1), (32, 2), (64, 1), (128, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

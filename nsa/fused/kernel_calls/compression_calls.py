@@ -13,6 +13,7 @@ def mean_forward(
     block_size: int,
     out_dtype: torch.dtype,
     other: Tensor | None = None,
+    in_order: bool = False,
 ) -> Tensor:
     """``mean[m] = mean(x[start[m] : start[m] + block_size])``, summed in float32.
 
@@ -24,6 +25,8 @@ def mean_forward(
         block_size: tokens in a block.
         out_dtype: one of the dtypes of ``x``.
         other: a second tensor like ``x``, but for its strides.
+        in_order: add token by token, as code that compresses one block at a time does; it takes
+            longer where blocks are few.
 
     Returns:
         ``(..., M', H_kv, D)`` in ``out_dtype`` with the M blocks in order, as many for each of the

@@ -44,11 +44,14 @@ _BACKWARD_TOKENS = 4
 
 
 class MeanForward:
-    """``splits`` groups of 16 threads share the tokens of a block and add up in shared memory."""
+    """``splits`` groups of 16 threads share the tokens of a block and add up in shared memory.
 
-    def __init__(self, block_size: int):
+    With ``in_order``, one group adds token by token.
+    """
+
+    def __init__(self, block_size: int, in_order: bool):
         self.block_size = block_size
-        splits = math.gcd(block_size, _GROUPS)
+        splits = 1 if in_order else math.gcd(block_size, _GROUPS)
         # Fewer than 4 loads for a thread would be too little beside the reduction.
         while splits > 1 and block_size // splits < 4:
             splits //= 2
@@ -233,12 +236,16 @@ def _choose(which: Int32, tensors: _TensorPair, strides: cute.Stride) -> tuple[c
 
 @kept
 def compile_forward(
-    dtype: torch.dtype, out_dtype: torch.dtype, block_size: int, pair: bool = False
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    block_size: int,
+    pair: bool = False,
+    in_order: bool = False,
 ) -> Callable:
     """The compiled forward kernel of two dtypes and a block size, for one tensor or two."""
     element = CUTE_DTYPES[dtype]
     return compile_kernel(
-        MeanForward(block_size),
+        MeanForward(block_size, in_order),
         fake_flat(element),
         fake_flat(element if pair else None),
         fake_flat(Int32, alignment=4),
@@ -282,8 +289,10 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 name = "-".join(names)
                 arguments = (dtype, other, block_size)
                 for pair in (False, True):
-                    forward = functools.partial(compile_forward, *arguments, pair)
-                    yield f"mean-forward-{name}-{1 + pair}", forward
+                    for form in ("", "-in-order") if block_size in (32, 64) else ("",):
+                        options = (*arguments, pair, bool(form))
+                        forward = functools.partial(compile_forward, *options)
+                        yield f"mean-forward-{name}-{1 + pair}{form}", forward
                 for overlap in (1, 2) if block_size == 32 else (1,):
                     for form, adds in (("new", False), ("add", True)):
                         backward = functools.partial(compile_backward, *arguments, overlap, adds)
@@ -296,6 +305,7 @@ def mean_forward(
     block_size: int,
     out_dtype: torch.dtype,
     other: Tensor | None = None,
+    in_order: bool = False,
 ) -> Tensor:
     """See :func:`nsa.fused.kernel_calls.mean_forward`."""
     _check("x", x, block_size)
@@ -314,7 +324,7 @@ def mean_forward(
     mean = x.new_empty(shape, dtype=out_dtype)
     if mean.numel() == 0:
         return mean
-    kernel = compile_forward(x.dtype, out_dtype, block_size, other is not None)
+    kernel = compile_forward(x.dtype, out_dtype, block_size, other is not None, in_order)
     (x, stride), (other, other_stride) = flat_rows(x), flat_rows(other)
     strides = (stride, other_stride)
     kernel(x, other, start.contiguous(), mean.view(-1), num_blocks, width, strides)
