@@ -6,8 +6,8 @@ from torch import Tensor
 from nsa.blocks import num_compressed_blocks
 from nsa.config import NSAConfig
 from nsa.fused.compression import compress_pair, compress_pair_backward
-from nsa.fused.constraints import kernel_head_dim
 from nsa.fused.entry import kernel_rows, widen_square
+from nsa.fused.kernel_inputs import kernel_head_dim
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan, with_scale
 from nsa.packing import Boundaries

@@ -29,12 +29,11 @@ from nsa.cache.paged_keys import PagedKeys
 from nsa.config import NSAConfig
 from nsa.fused import decoding, fa4, prefill
 from nsa.fused.decode_inputs import MAX_TOKENS
-from nsa.fused.kernel_inputs import MAX_BLOCKS
+from nsa.fused.kernel_inputs import HEAD_DIMS, MAX_BLOCKS
 from nsa.fused.token_inputs import MAX_GROUP, Rule
 from nsa.host import has_no_values, is_capturing
 from nsa.packing import Boundaries
 
-HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK = 64
 TOKEN_BLOCKS = (32, 64)
@@ -44,12 +43,6 @@ MAX_PAIRS = 1 << 30
 """Limit on pairs of a token and a block for one KV head, over all entries of the batch. It is half
 of the int32 range, because chunks of tokens are rounded up."""
 _USE_REFERENCE = "use backend='reference'"
-
-
-def kernel_head_dim(head_dim: int, value_dim: int) -> int:
-    """The kernels' head dimension for ``D`` and ``Dv``: the smallest that fits both."""
-    widest = max(head_dim, value_dim)
-    return next((dim for dim in HEAD_DIMS if dim >= widest), widest)
 
 
 def unsupported_reason(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:

@@ -12,8 +12,8 @@ from nsa.config import NSAConfig
 from nsa.fused import decoding, ops, pipeline, prefill
 from nsa.fused.call_tensors import Inputs
 from nsa.fused.compressed_forms import num_compressed_bound
-from nsa.fused.constraints import deterministic_limit, kernel_head_dim
-from nsa.fused.kernel_inputs import multiplies_gates
+from nsa.fused.constraints import deterministic_limit
+from nsa.fused.kernel_inputs import kernel_head_dim, multiplies_gates
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan, with_scale
 from nsa.fused.schedule import Schedule, make_schedule, run_forward

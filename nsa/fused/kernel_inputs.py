@@ -58,6 +58,9 @@ from torch import Tensor
 Pair = tuple[Tensor, Tensor]
 """Tensors of keys and of values, of one shape and dtype; strides may differ."""
 
+HEAD_DIMS = (64, 96, 128, 256)
+"""Head dimensions of the kernels."""
+
 MAX_BLOCKS = 256
 """The most blocks that a query tile may take: the best so far are in the registers of one warp."""
 
@@ -177,3 +180,9 @@ class FewKeys(NamedTuple):
     query: Tensor
     first: Tensor
     keys: Tensor
+
+
+def kernel_head_dim(head_dim: int, value_dim: int) -> int:
+    """The kernels' head dimension for ``D`` and ``Dv``: the smallest that fits both."""
+    widest = max(head_dim, value_dim)
+    return next((dim for dim in HEAD_DIMS if dim >= widest), widest)

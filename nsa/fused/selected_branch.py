@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
-from nsa.fused.constraints import kernel_head_dim
+from nsa.fused.kernel_inputs import kernel_head_dim
 from nsa.fused.planning import MAX_PLANS
 from nsa.fused.token_inputs import TokenBlocks, make_token_blocks
 from nsa.geometry import Geometry
