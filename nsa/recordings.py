@@ -28,9 +28,9 @@ from nsa.precision import autocast_dtype, without_autocast
 from nsa.recorded_call import Recording, RecordingNode
 from nsa.recorder import MARK, Recorder
 
-ENABLED = False
-"""Whether calls are recorded. ``nsa.recordings.ENABLED = True`` turns it on, also for layers that
-exist. Off, because most of its tests have not run on a GPU yet."""
+ENABLED = True
+"""Whether calls are recorded. ``nsa.recordings.ENABLED = False`` turns it off, also for layers that
+exist."""
 
 MAX_RECORDINGS = 64
 """Recordings to keep, and forms that were seen once: those that were called last."""

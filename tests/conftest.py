@@ -5,6 +5,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
+from nsa import recordings
 from nsa.fused import compressed_forms
 from nsa.fused.attention import folded
 from tests.helpers import poison, profiles, requirements
@@ -35,6 +36,12 @@ def pytest_runtest_makereport(item):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _step_by_step(monkeypatch):
+    """Tests of recordings turn them on. Others replace functions, which recordings do not call."""
+    monkeypatch.setattr(recordings, "ENABLED", False)
 
 
 @pytest.fixture
