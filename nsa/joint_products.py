@@ -178,10 +178,9 @@ class _JointProduct(torch.autograd.Function):
         rows_of_x = x.flatten(0, -2)
         if all(of_weights):
             dweight = dout.flatten(0, -2).mT @ rows_of_x
-            parts = dweight.split(list(map(len, weights)))
             # Copies, because who holds one gradient would hold all.
-            grads = [part.to(w.dtype, copy=True) for part, w in zip(parts, weights, strict=True)]
-            return None, dx, *grads
+            parts = torch.ops.aten.split_with_sizes_copy(dweight, list(map(len, weights)))
+            return None, dx, *(part.to(w.dtype) for part, w in zip(parts, weights, strict=True))
         columns = dout.flatten(0, -2).split(list(map(len, weights)), -1)
         return (
             None,

@@ -273,7 +273,7 @@ class NativeSparseAttention(nn.Module):
     ) -> Tensor:
         """:meth:`forward`, step by step."""
         cu_seqlens = _read_once(cu_seqlens, max_seqlen)
-        projected = self._project(x, cu_seqlens, max_seqlen, cache, jointly=cache is None)
+        projected = self._project(x, cu_seqlens, max_seqlen, cache)
         q, k, v, compressed_kv, logits = projected
         gates, gate_proj_weight = self._gates(x, q.dtype, logits)
         out = dispatch.forward(
@@ -339,19 +339,19 @@ class NativeSparseAttention(nn.Module):
         cu_seqlens: Tensor | Packing | None,
         max_seqlen: int | None,
         cache: Cache | None = None,
-        jointly: bool = False,
     ):
         """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`; and the
-        logits of the gates, where these are projected ``jointly``."""
+        logits of the gates, where these are projected jointly."""
         self._check_input(x, cu_seqlens)
         boundaries = check_boundaries(cu_seqlens, max_seqlen, x, x)
-        parts = joint_parts(self, x) if jointly else None
+        later = cache is not None and not is_first_call(cache, boundaries)
+        parts = None if later else joint_parts(self, x)
         if parts is None:
             parts = Parts(self._heads(x))
         q, keys, values = parts.heads
         # Wrapped linears get the dtype of x.
         dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
-        if cache is not None and not is_first_call(cache, boundaries):
+        if cache is not None and later:
             arguments = arguments_of_new_tokens(
                 q,
                 keys,

@@ -9,9 +9,11 @@ import torch
 
 import nsa
 from measuring import gate, stages, work, workloads
+from nsa.blocks import num_compressed_blocks
 from nsa.fused import kernel_calls, pipeline
 
 OPTIONS = argparse.Namespace(heads=4, kv_heads=2, head_dim=16, dtype="bfloat16")
+WIDE = vars(OPTIONS) | {"head_dim": 64}
 CONFIG = nsa.NSAConfig(
     compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2
 )
@@ -38,7 +40,7 @@ def test_gate_checks_a_choice_among_groups():
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_stages_of_a_pass_and_nothing_left_behind(parts):
+def test_stages_of_a_pass_and_nothing_left_behind(parts, monkeypatch):
     unmet = {function.__name__ for function in stages.stage_functions()}
     for config in (CONFIG, TOKEN):
         before = dict(vars(pipeline))
@@ -68,6 +70,20 @@ def test_stages_of_a_pass_and_nothing_left_behind(parts):
         with stages.results_of(getattr(pipeline, name)) as results:
             nsa.forward(tensors.q, tensors.k, tensors.v, block_indices=block_indices, **call)
         unmet -= {name} if results else set()
+    # Stages of a long batch, and of sums that are rounded once.
+    monkeypatch.setattr(pipeline, "SHORT_TOKENS", 100)
+    tensors = workloads.make_tensors((1, 256), argparse.Namespace(**WIDE), backward=True)
+    ticks = count()
+    times = stages.StageTimes(lambda: next(ticks))
+    times.run(workloads.make_step(workloads.nsa_attention(tensors, CONFIG), tensors), parts=parts)
+    unmet -= {path[0] for path in times.milliseconds(stages.between_host) if len(path) == 1}
+    # Sums that no means are added to.
+    q, k, v = tensors.q, tensors.k, tensors.v
+    given = tuple(x[:, : num_compressed_blocks(256, CONFIG)].detach() for x in (k, v))
+    with stages.results_of(pipeline.round_sums) as rounded:
+        out = nsa.forward(q, k, v, config=CONFIG, compressed_kv=given, backend="fused")
+        out.sum().backward()
+    unmet -= {"round_sums"} if rounded else set()
     assert not unmet
 
 
