@@ -12,6 +12,7 @@ from nsa.cache.append import NewTokens, candidate_positions, candidate_tokens
 from nsa.cache.calls import cache_config, check_cached_call
 from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
+from nsa.host import is_capturing
 from nsa.packing import Boundaries
 from nsa.rope import apply_rope
 from nsa.validation import check_qkv, per_branch
@@ -66,7 +67,10 @@ def is_first_call(cache: Cache, boundaries: Boundaries | None) -> bool:
     """
     if not isinstance(cache, Cache) or torch.compiler.is_compiling():
         return False
-    if boundaries is not None and boundaries.lengths is None:
+    # A captured graph is replayed as sequences grow.
+    if is_capturing(cache.lengths):
+        return False
+    if boundaries is not None and len(boundaries.lengths or ()) != cache.batch_size:
         return False
     lengths = cache.known_lengths()
     return lengths is not None and not any(lengths)

@@ -68,7 +68,8 @@ def joint_parts(layer: Layer, x: Tensor) -> Parts | None:
     q, kv, *rest = product([rows[0], rows[1] + rows[2], *rows[3:]], *aliases)
     logits = None
     if rest:
-        hidden = rest[0] if biases[3] is None else rest[0] + biases[3].to(dtype)
+        # A tensor of its own, because SiLU keeps it for backward.
+        hidden = rest[0].contiguous() if biases[3] is None else rest[0] + biases[3].to(dtype)
         logits = mlp.after_first(hidden, x.dtype)
     heads, both = _key_heads(layer, kv)
     return Parts((q.unflatten(-1, (layer.num_heads, layer.head_dim)), *heads), both, logits)

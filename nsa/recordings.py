@@ -2,9 +2,10 @@
 
 The forward and backward of a layer make some thousand Python calls, to find out some hundred
 operations and launches. These follow from shapes, strides and dtypes alone, never from values. So
-the second call of a form is recorded: its operations and launches, forward and backward. Later
-calls run this list, as one autograd node. The first call has computed what is kept for all, such as
-the index tensors of a plan, which the recording holds.
+the second call of a form is recorded: its operations and launches, forward and backward. Of layers
+of one form, it is the second call of the first of them. Later calls run this list, as one autograd
+node. The first call has computed what is kept for all, such as the index tensors of a plan, which
+the recording holds.
 
 Constants are the index tensors that plans keep. Only the fused backend has them, and it
 does not write to them. A recording keeps them alive, as its plan does.
@@ -16,7 +17,8 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -71,14 +73,15 @@ def run(
     with _lock:
         recording = _recordings.setdefault(form, _NEW)
         if recording is _NEW:
-            _recordings[form] = _SEEN
-            if len(_recordings) > MAX_RECORDINGS:
+            _recordings[form] = _Seen(ref(parameters[0]) if parameters else None)
+            while len(_recordings) > MAX_RECORDINGS:
                 _recordings.popitem(last=False)
         else:
             _recordings.move_to_end(form)
     # One at a time, because recorders mark memories. Others run step by step instead of waiting,
     # which could be for their own thread: an autograd thread whose backward calls this again.
-    if recording is _SEEN and _one_records.acquire(blocking=False):
+    again = isinstance(recording, _Seen) and recording.by_same(parameters)
+    if again and _one_records.acquire(blocking=False):
         try:
             recording = _record(function, tensors, parameters, differentiable)
         finally:
@@ -102,7 +105,21 @@ def launch(kernel: Callable, *arguments) -> None:
     kernel(*arguments)
 
 
-_NEW, _SEEN, _REFUSED = object(), object(), object()
+_NEW, _REFUSED = object(), object()
+
+
+class _Seen(NamedTuple):
+    """Of a form that was called once: the first parameter then, None without any."""
+
+    first: "ref[Tensor] | None"
+
+    def by_same(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether a call is not of another layer in the same step, after which the form may never
+        come again."""
+        first = None if self.first is None else self.first()
+        return first is None or any(first is p for p in parameters[:1])
+
+
 _recordings: OrderedDict[Hashable, Any] = OrderedDict()
 _lock = Lock()
 _one_records = Lock()

@@ -147,6 +147,18 @@ def test_each_gradient_has_memory_of_its_own(frozen, fused_on_cpu):
         torch.testing.assert_close(found[name], p.grad, rtol=1e-9, atol=1e-9)
 
 
+def test_nothing_keeps_the_product(fused_on_cpu):
+    """Parts that are kept for backward are tensors of their own, also without a bias to add."""
+    layer = make_layer(backend="fused")
+    layer.gate_mlp[0] = nn.Linear(DIM, len(layer.gate_mlp[0].weight), False, dtype=torch.float64)
+    kept = []
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        assert joint_parts(layer, x) is not None
+    for tensor in kept:
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def test_compressors_that_are_not_alike():
     layer = make_layer(value_head_dim=8)
     x = torch.randn(1, TOKENS, 2, 16, dtype=torch.float64)

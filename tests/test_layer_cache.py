@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import nsa
+from nsa import cached_layer, layers
 from nsa.testing import make_cu_seqlens
 from tests.helpers.decoding import CLOSE, draw_steps
 from tests.helpers.small_configs import SMALL
@@ -128,6 +129,33 @@ def test_make_cache_follows_the_weights_and_autocast():
         x = torch.randn(2, 40, DIM)
         out = [layer(x[:, :33], cache=cache), layer(x[:, 33:], cache=cache)]
         assert torch.cat(out, 1).dtype == layer(x).dtype
+
+
+def test_a_captured_first_call_is_replayed_at_other_positions(monkeypatch):
+    """So it must read them from the cache, as :func:`arguments_of_new_tokens` does."""
+    layer, calls = make_layer(SMALL["token"]), []
+    original = layers.arguments_of_new_tokens
+
+    def spy(*arguments, **options):
+        calls.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(layers, "arguments_of_new_tokens", spy)
+    x = torch.randn(1, 1, DIM, dtype=F64)
+    with torch.no_grad():
+        layer(x, cache=layer.make_cache(1, 100))
+        assert not calls
+        monkeypatch.setattr(cached_layer, "is_capturing", lambda _: True)
+        layer(x, cache=layer.make_cache(1, 100))
+    assert calls
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 2]])
+def test_other_sequences_than_the_cache_has(lengths):
+    layer = make_layer(SMALL["token"])
+    x = torch.randn(sum(lengths), DIM, dtype=F64)
+    with torch.no_grad(), pytest.raises(ValueError, match=f"the {len(lengths)} sequences of q"):
+        layer(x, nsa.Packing(make_cu_seqlens(lengths)), cache=layer.make_cache(1, 100))
 
 
 def test_caches_that_do_not_fit():

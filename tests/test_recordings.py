@@ -178,6 +178,17 @@ def test_frozen_parameters(emulated):
     assert_recorded(layer)
 
 
+def test_a_form_of_one_step_is_not_recorded(emulated):
+    """Layers of one form are called one after another; the next step may have other tokens."""
+    layers = [make_layer() for _ in range(3)]
+    for tokens in (300, 310, 310):
+        assert not recorded()
+        x = new_input(tokens=tokens).requires_grad_()
+        for layer in layers:
+            x = layer(x)
+    assert len(recorded()) == 1
+
+
 def test_layers_of_one_form_share_a_recording(emulated):
     stack = [make_layer() for _ in range(4)]
     for layer in stack[1:]:

@@ -27,7 +27,7 @@ def workspace_bytes(sizes: Sizes, kv_heads: int, *, save: bool, recompute: bool)
 
 
 def branch_bytes(sizes: Sizes) -> int:
-    """Bytes of :class:`nsa.fused.pipeline.BranchResults`."""
+    """Bytes of :class:`nsa.fused.call_tensors.BranchResults`."""
     return sizes.branch_outputs + compress_bytes(sizes)
 
 

@@ -91,8 +91,8 @@ def attend_and_combine(
 ) -> tuple[Tensor, BranchResults | None, Tensor, Tensor | None]:
     """The output of :func:`combine`, and what :func:`attend` returns; no branches if not ``keep``.
 
-    Where the last kernel has the output of its branch at hand, it does both: the window's, or for
-    short inputs in token mode the selected branch's.
+    Where the last kernel has the output of its branch at hand, it does both: the window's in long
+    batches, else the selected branch's in token mode.
     """
     if _closes_with_window(inputs.q, plan):
         return _attend_and_close(inputs, block_indices, plan, out, before_keys, keep=keep)

@@ -1,6 +1,6 @@
 """FlashAttention-4's forward that ends with the gated sum of all branches (paper Eq. 5).
 
-The last kernel of tile mode's forward is the window's, because it has the same rows in the same
+The last kernel of a long batch's forward is the window's, because it has the same rows in the same
 order as the output. Its tensor cores set the pace, so the outputs of the other branches arrive
 while it computes: three of the four producer warps, which FA4 leaves idle, copy them to shared
 memory and compute the gates from the queries there. So no pass over memory is left for the sum, and
