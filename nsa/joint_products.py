@@ -26,7 +26,7 @@ _OF_COMPRESSOR = [BlockCompressor, MLP, nn.Linear, nn.SiLU, nn.Linear]
 """A compressor and the modules in it."""
 
 
-class Parts(NamedTuple):
+class Projections(NamedTuple):
     """What a layer projects from its input; jointly, where the last two are given.
 
     Attributes:
@@ -41,8 +41,8 @@ class Parts(NamedTuple):
     logits: Tensor | None = None
 
 
-def joint_parts(layer: Layer, x: Tensor) -> Parts | None:
-    """The parts, or None if modules must be called."""
+def project_jointly(layer: Layer, x: Tensor) -> Projections | None:
+    """The projections, or None if modules must be called."""
     if layer.backend == "reference" or not (layer.backend == "fused" or x.is_cuda):
         return None
     # Without rotation, q would be kept for backward, and with it all that is beside it.
@@ -72,7 +72,7 @@ def joint_parts(layer: Layer, x: Tensor) -> Parts | None:
         hidden = rest[0].contiguous() if biases[3] is None else rest[0] + biases[3].to(dtype)
         logits = mlp.after_first(hidden, x.dtype)
     heads, both = _key_heads(layer, kv)
-    return Parts((q.unflatten(-1, (layer.num_heads, layer.head_dim)), *heads), both, logits)
+    return Projections((q.unflatten(-1, (layer.num_heads, layer.head_dim)), *heads), both, logits)
 
 
 def _have_sizes_of(layer: Layer, x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -88,7 +88,7 @@ def _have_sizes_of(layer: Layer, x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 def _key_heads(layer: Layer, kv: Tensor) -> tuple[tuple, Tensor | None]:
-    """Keys and values of each branch, or of all, and :attr:`Parts.both`."""
+    """Keys and values of each branch, or of all, and :attr:`Projections.both`."""
     branches, num_heads = layer.num_kv_branches, layer.num_kv_heads
     dims, both = (layer.head_dim, layer.value_head_dim), None
     if branches == 1 and dims[0] == dims[1]:

@@ -25,7 +25,7 @@ from nsa.compressor import (
 )
 from nsa.config import NSAConfig
 from nsa.host import has_readable_values
-from nsa.joint_products import Parts, compress_both, joint_parts
+from nsa.joint_products import Projections, compress_both, project_jointly
 from nsa.layer_checks import check_choice, check_rope, check_sizes
 from nsa.linears import (
     apply_linear,
@@ -345,10 +345,10 @@ class NativeSparseAttention(nn.Module):
         self._check_input(x, cu_seqlens)
         boundaries = check_boundaries(cu_seqlens, max_seqlen, x, x)
         later = cache is not None and not is_first_call(cache, boundaries)
-        parts = None if later else joint_parts(self, x)
-        if parts is None:
-            parts = Parts(self._heads(x))
-        q, keys, values = parts.heads
+        projections = None if later else project_jointly(self, x)
+        if projections is None:
+            projections = Projections(self._heads(x))
+        q, keys, values = projections.heads
         # Wrapped linears get the dtype of x.
         dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
         if cache is not None and later:
@@ -368,7 +368,7 @@ class NativeSparseAttention(nn.Module):
         compressed_kv = None
         if self.compress_k is not None:
             pair = keys[0].to(dtype), values[0].to(dtype)
-            compressed = self._compress(*pair, boundaries, fused, both=parts.both)
+            compressed = self._compress(*pair, boundaries, fused, both=projections.both)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         positions = Positions()
         if boundaries is not None:
@@ -385,8 +385,8 @@ class NativeSparseAttention(nn.Module):
                 # A cache keeps the keys of the open block as the compressor takes them.
                 rotated[0] = keys[0]
         if self.num_kv_branches == 1:
-            return q, rotated[0], values[0], compressed_kv, parts.logits
-        return q, tuple(rotated), values, compressed_kv, parts.logits
+            return q, rotated[0], values[0], compressed_kv, projections.logits
+        return q, tuple(rotated), values, compressed_kv, projections.logits
 
     def _heads(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated."""

@@ -6,7 +6,7 @@ from torch import nn
 
 import nsa
 from nsa.fused import layer_ops
-from nsa.joint_products import joint_parts, parameters_of_both
+from nsa.joint_products import parameters_of_both, project_jointly
 from nsa.testing import make_cu_seqlens
 from tests.helpers.counted_operations import CountedOperations, count_kernel_calls
 
@@ -44,13 +44,13 @@ def test_results_are_those_of_the_modules(options, packed, fused_on_cpu):
     layer = make_layer(backend="fused", **options)
     x = torch.randn(*((TOKENS,) if packed else (2, TOKENS)), DIM, dtype=torch.float64)
     extra = (nsa.Packing(make_cu_seqlens([60, 1, 35])),) if packed else ()
-    assert joint_parts(layer, x) is not None
+    assert project_jointly(layer, x) is not None
     joint = with_gradients(layer, x, *extra)
     calls = []
     for module in layer.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda *_: calls.append(1))
-    assert joint_parts(layer, x) is None
+    assert project_jointly(layer, x) is None
     torch.testing.assert_close(joint, with_gradients(layer, x, *extra), rtol=1e-9, atol=1e-11)
     assert len(calls) == sum(isinstance(m, nn.Linear) for m in layer.modules())
 
@@ -60,7 +60,7 @@ def test_parts_of_the_heads_have_their_positions(fused_on_cpu):
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
     joint = with_gradients(layer, x)
     layer.compress_v.register_forward_hook(lambda *_: None)
-    assert joint_parts(layer, x) is not None
+    assert project_jointly(layer, x) is not None
     torch.testing.assert_close(joint, with_gradients(layer, x), rtol=1e-9, atol=1e-11)
 
 
@@ -112,9 +112,9 @@ def test_autocast(fused_on_cpu):
 def test_what_is_not_joint(change):
     layer = make_layer(backend="fused")
     x = torch.randn(1, TOKENS, DIM, dtype=torch.float64)
-    assert joint_parts(layer, x) is not None
+    assert project_jointly(layer, x) is not None
     change(layer)
-    assert joint_parts(layer, x) is None
+    assert project_jointly(layer, x) is None
 
 
 def test_wrong_sizes_fail_as_without(fused_on_cpu):
@@ -123,7 +123,7 @@ def test_wrong_sizes_fail_as_without(fused_on_cpu):
     layer.k_proj = nn.Linear(DIM, 48, bias=False, dtype=torch.float64)
     layer.v_proj = nn.Linear(DIM, 16, bias=False, dtype=torch.float64)
     x = torch.randn(1, TOKENS, DIM, dtype=torch.float64)
-    assert joint_parts(layer, x) is None
+    assert project_jointly(layer, x) is None
     with pytest.raises(RuntimeError, match="unflatten"):
         layer(x)
 
@@ -154,7 +154,7 @@ def test_nothing_keeps_the_product(fused_on_cpu):
     kept = []
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        assert joint_parts(layer, x) is not None
+        assert project_jointly(layer, x) is not None
     for tensor in kept:
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
