@@ -174,8 +174,6 @@ class _JointProduct(torch.autograd.Function):
         dout = torch.cat(douts, -1)
         _, of_x, *of_weights = ctx.needs_input_grad
         dx = dout @ torch.cat(weights).to(x.dtype) if of_x else None
-        if not any(of_weights):
-            return None, dx, *(None,) * len(weights)
         rows_of_x = x.flatten(0, -2)
         if all(of_weights):
             dweight = dout.flatten(0, -2).mT @ rows_of_x
