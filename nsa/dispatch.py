@@ -165,57 +165,19 @@ def forward(
         max_seqlen_k=max_seqlen_k,
         cache=cache,
     )
-    if _may_record(options) and all(x is None for x in others.values()):
-        flat = flatten(floats)
-        if flat is not None:
-            names, tensors = flat
-            function = partial(_forward_of_flat, names, options)
-            return recordings.run((names, *options.values()), function, tensors)
-    return _forward(**floats, **others, **options)
-
-
-def _may_record(options: dict[str, Any]) -> bool:
-    """Whether calls with these options can be recorded, see :mod:`nsa.recordings`."""
-    kinds = {"config": NSAConfig, "max_workspace_bytes": int, "backend": str}
-    return (
-        recordings.ENABLED
-        and not torch.compiler.is_compiling()
-        and options["backend"] != "reference"
-        # Equal keys must be valid alike, and 1 is no flag.
-        and all(x is None or type(x) is kinds.get(name, bool) for name, x in options.items())
-    )
-
-
-def _forward_of_flat(names: tuple[str, ...], options: dict[str, Any], *tensors: Tensor) -> Tensor:
-    """:func:`forward` of what :func:`flatten` gives."""
-    return _forward(**unflatten(names, tensors), **options)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor | tuple[Tensor, Tensor, Tensor],
-    v: Tensor | tuple[Tensor, Tensor, Tensor],
-    *,
-    block_indices: Tensor | None = None,
-    cache: Cache | None = None,
-    max_workspace_bytes: int | None,
-    recompute_window: bool,
-    backend: str,
-    **arguments,
-) -> Tensor:
-    """:func:`forward`, step by step."""
+    if all(x is None for x in others.values()):
+        recorded = _run_recorded(floats, options)
+        if recorded is not None:
+            return recorded
     call = check_call(
-        q,
-        k,
-        v,
-        block_indices=block_indices,
-        cache=cache,
+        **floats,
+        **others,
+        config=config,
         max_workspace_bytes=max_workspace_bytes,
         recompute_window=recompute_window,
-        **arguments,
+        deterministic=deterministic,
     )
-    given = block_indices is not None
-    limit = partial(_limit_of_forward, call, cache, given)
+    limit = partial(_limit_of_forward, call, cache, block_indices is not None)
     module = choose_module(backend, call.q, limit)
     return module.forward(
         call.q,
@@ -234,6 +196,30 @@ def _forward(
         recompute_window=recompute_window,
         deterministic=call.deterministic,
     )
+
+
+def _run_recorded(floats: dict[str, Any], options: dict[str, Any]) -> Tensor | None:
+    """The output by :func:`nsa.recordings.run`; None if the call is to run step by step."""
+    kinds = {"config": NSAConfig, "max_workspace_bytes": int, "backend": str}
+    if (
+        not recordings.ENABLED
+        or torch.compiler.is_compiling()
+        or options["backend"] == "reference"
+        # Equal keys must be valid alike, and 1 is no flag.
+        or any(x is not None and type(x) is not kinds.get(key, bool) for key, x in options.items())
+    ):
+        return None
+    flat = flatten(floats)
+    if flat is None:
+        return None
+    names, tensors = flat
+    function = partial(_forward_of_flat, names, options)
+    return recordings.run((names, *options.values()), function, tensors)
+
+
+def _forward_of_flat(names: tuple[str, ...], options: dict[str, Any], *tensors: Tensor) -> Tensor:
+    """:func:`forward` of what :func:`flatten` gives. While it is recorded, it runs step by step."""
+    return forward(**unflatten(names, tensors), **options)
 
 
 def select_blocks(

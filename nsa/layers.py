@@ -218,11 +218,16 @@ class NativeSparseAttention(nn.Module):
         """
         if self.context_parallel is not None:
             return self.context_parallel.forward(self, x, cu_seqlens, max_seqlen, cache)
-        plain = None
+        y = None
         if max_seqlen is None and cache is None:
-            plain = self._parameters_to_record(x)
+            y = self._run_recorded(x, cu_seqlens)
+        return self._forward(x, cu_seqlens, max_seqlen, cache) if y is None else y
+
+    def _run_recorded(self, x, cu_seqlens: Tensor | Packing | None) -> Tensor | None:
+        """The output by :func:`nsa.recordings.run`; None if the call is to run step by step."""
+        plain = self._parameters_to_record(x)
         if plain is None:
-            return self._forward(x, cu_seqlens, max_seqlen, cache)
+            return None
         parameters, kinds = plain
         form = *self._form(), kinds
         if cu_seqlens is None:
@@ -231,13 +236,12 @@ class NativeSparseAttention(nn.Module):
         if type(cu_seqlens) is Packing and x.ndim == 2:
             rounded = cu_seqlens.rounded(x.shape[0])
         if rounded is None:
-            return self._forward(x, cu_seqlens)
-        # A recording is for other values of the boundaries too, so it reads none.
+            return None
+        # A recording is for other values of the boundaries too, so it reads none. Step by step, the
+        # Packing is faster: what it keeps serves all layers and steps.
         bounds, most = rounded
         function = partial(self._forward, max_seqlen=most)
-        # Not recorded, the Packing is faster: what it keeps serves all layers and steps.
-        unrecorded = partial(self._forward, x, cu_seqlens)
-        return recordings.run((*form, most), function, (x, bounds), parameters, unrecorded)
+        return recordings.run((*form, most), function, (x, bounds), parameters)
 
     def _parameters_to_record(self, x) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:
         """All parameters, and the modules that they are of; None if calls cannot be recorded, see

@@ -15,7 +15,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import ref
@@ -49,9 +48,11 @@ def run(
     function: Callable[..., Tensor],
     tensors: Sequence[Tensor],
     parameters: Sequence[Tensor] = (),
-    unrecorded: Callable[[], Tensor] | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """``function(*tensors)``, without its Python from the third call of a form on.
+
+    It is None, and the function is for the caller to call, in the first call and where calls are
+    not recorded.
 
     Args:
         key: all that the operations of ``function`` depend on, beside the tensors.
@@ -60,12 +61,10 @@ def run(
             kept for all calls of the key.
         tensors: at least one.
         parameters: leaves that ``function`` has at hand.
-        unrecorded: gives the same where calls of the form are not recorded, if it is faster.
     """
     given = (*tensors, *parameters)
-    unrecorded = unrecorded or partial(function, *tensors)
     if not _may_record(given, parameters):
-        return unrecorded()
+        return None
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     device = given[0].device
     modes = (differentiable, torch.is_inference_mode_enabled(), autocast_dtype(device))
@@ -88,10 +87,8 @@ def run(
             _one_records.release()
         with _lock:
             _recordings[form] = recording
-    if recording is _REFUSED:
-        return unrecorded()
     if not isinstance(recording, Recording):
-        return function(*tensors)
+        return None
     if differentiable:
         return RecordingNode.apply(recording, *given)
     return recording.forward(given)[0]

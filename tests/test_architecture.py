@@ -2,10 +2,18 @@
 
 import ast
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+import nsa
+from nsa.fused import decode_calls
+from nsa.fused import pipeline as fused_pipeline
+from nsa.reference import pipeline as reference_pipeline
+from nsa.testing import make_inputs
+from tests.helpers.small_configs import tile_config, token_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
@@ -63,6 +71,85 @@ def test_files_exist(path):
 @pytest.mark.parametrize(("name", "path"), sorted(set(NAME_IN_PATH.findall(PAGE))))
 def test_names_are_where_the_page_says(name, path):
     assert name in definitions(ROOT / path)
+
+
+MOST_CALLS = 5
+"""From nsa.forward to a branch."""
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """A function that watches one of a module, and the ways to those that are watched: functions or
+    classes of ours that were called one after another, and their files."""
+    found = []
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def noted(*args, **kwargs):
+            frame, way = sys._getframe(1), []
+            while frame is not None:
+                path = Path(frame.f_code.co_filename)
+                if path.is_relative_to(ROOT / "nsa"):
+                    top_name = frame.f_code.co_qualname.split(".")[0]
+                    way.insert(0, (top_name, str(path.relative_to(ROOT))))
+                frame = frame.f_back
+            found.append((name, way))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+
+    return watch, found
+
+
+def call_branches(ways, module, names, config, grad, backend):
+    watch, found = ways
+    for name in names:
+        watch(module, name)
+    q, k, v = make_inputs((1, 300), 4, 2, 16)
+    nsa.forward(q.requires_grad_(grad), k, v, config=config, backend=backend)
+    assert found
+    for name, way in found:
+        assert way[0] == ("forward", "nsa/dispatch.py"), name
+        assert len(way) <= MOST_CALLS, (name, way)
+        assert len(set(way)) == len(way), (name, way)
+    return dict(found)
+
+
+BRANCHES = ("compressed_attention", "selected_attention", "window_attention")
+CLOSING = ("closing_attention", "closing_window")
+CONFIGS = {"token": token_config(), "tile": tile_config()}
+
+
+@pytest.mark.parametrize("last", ["window", "selected"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mode", CONFIGS)
+def test_a_branch_is_few_calls_away(mode, grad, last, ways, fused_on_cpu, monkeypatch):
+    if last == "window":
+        monkeypatch.setattr(fused_pipeline, "SHORT_TOKENS", 0)
+    names = (*BRANCHES, *CLOSING)
+    found = call_branches(ways, fused_pipeline, names, CONFIGS[mode], grad, "fused")
+    if grad:
+        section = PAGE.split("## Life of a call")[1].split("\n## ")[0]
+        steps = re.findall(r"^\d\. `(\w+)` in `([\w./]+)`", section, re.MULTILINE)
+        assert all(way == steps for way in found.values())
+
+
+@pytest.mark.parametrize("mode", CONFIGS)
+def test_a_branch_of_the_reference_is_few_calls_away(mode, ways):
+    call_branches(ways, reference_pipeline, BRANCHES, CONFIGS[mode], True, "reference")
+
+
+def test_a_kernel_of_a_decoding_step_is_few_calls_away(ways, fused_on_cpu):
+    watch, found = ways
+    q, k, v = make_inputs((1, 1), 4, 2, 32)
+    config = nsa.NSAConfig.paper(num_selected_blocks=4, window_size=40)
+    cache = nsa.Cache(config, 1, 64, 2, 32)
+    watch(decode_calls, "decode_compressed")
+    nsa.forward(q, k, v, cache=cache, backend="fused")
+    ((_, way),) = found
+    assert way[-1] == ("forward", "nsa/fused/decoding.py")
+    assert len(way) <= MOST_CALLS, way
 
 
 def stage_rows() -> list[tuple[list[str], list[str]]]:

@@ -58,6 +58,12 @@ def new_input(batch=1, tokens=TOKENS) -> torch.Tensor:
     return torch.randn(batch, tokens, DIM, dtype=torch.float64)
 
 
+def run(key, function, tensors, parameters=()) -> torch.Tensor:
+    """As a caller runs ``function``: step by step where no recording does."""
+    out = recordings.run(key, function, tensors, parameters)
+    return function(*tensors) if out is None else out
+
+
 def with_gradients(call, x, parameters) -> list[torch.Tensor]:
     x = x.clone().requires_grad_()
     y = call(x)
@@ -246,19 +252,15 @@ def test_without_gradients(mode, grad_mode, emulated):
 
 
 @modes
-def test_forward_of_slices(mode, emulated):
+def test_forward_of_slices(mode, emulated, monkeypatch):
     """Queries, keys and values may share memory in one call and not in the next."""
     config = PRESETS[mode]()
     kind = dict(dtype=torch.float64)
     weight = torch.randn(HEADS, 3, 64, **kind)
 
     def call(q, k, v, recording=True):
-        function = nsa.forward if recording else nsa.dispatch._forward
-        rest = {} if recording else dict(config=config)
-        rest |= dict(max_workspace_bytes=None, recompute_window=False, backend="fused")
-        rest |= {} if recording else dict(deterministic=None)
-        rest["config"] = config
-        return function(q, k, v, gate_proj_weight=weight, **rest)
+        monkeypatch.setattr(recordings, "ENABLED", recording)
+        return nsa.forward(q, k, v, gate_proj_weight=weight, config=config, backend="fused")
 
     for turn in range(4):
         packed = torch.randn(1, TOKENS, HEADS + 2, 64, **kind)
@@ -423,7 +425,7 @@ def test_who_looks_at_operations_sees_them(context):
 
     with CONTEXTS[context]():
         for _ in range(3):
-            recordings.run("key", function, (torch.ones(3, requires_grad=True),))
+            run("key", function, (torch.ones(3, requires_grad=True),))
     assert len(seen) == 3
 
 
@@ -515,13 +517,13 @@ def test_large_calls_and_a_switch(monkeypatch):
 
     monkeypatch.setattr(recordings, "MAX_ELEMENTS", 3)
     for _ in range(3):
-        recordings.run("key", function, (torch.ones(4),))
+        run("key", function, (torch.ones(4),))
     assert len(seen) == 3
     for _ in range(3):
-        recordings.run("key", function, (torch.ones(3),))
+        run("key", function, (torch.ones(3),))
     assert len(seen) == 5
     monkeypatch.setattr(recordings, "ENABLED", False)
-    recordings.run("key", function, (torch.ones(3),))
+    run("key", function, (torch.ones(3),))
     assert len(seen) == 6
 
 
@@ -614,7 +616,7 @@ def test_what_may_differ_is_not_recorded(function):
     for _ in range(3):
         x = torch.randn(4)
         torch.manual_seed(1)
-        got = recordings.run("key", function, (x,))
+        got = run("key", function, (x,))
         torch.manual_seed(1)
         assert torch.equal(got, function(x))
     assert not recorded()
@@ -640,7 +642,7 @@ def test_memory_is_freed_after_its_last_use():
         refs: list = []
         alive.clear()
         x = torch.zeros(3)
-        assert torch.equal(recordings.run("key", function, (x,)), x + 4)
+        assert torch.equal(run("key", function, (x,)), x + 4)
     assert recorded()
     # The input, and in turn what a launch reads. The output of the step before is written.
     assert max(alive) <= 2
@@ -659,7 +661,7 @@ def test_forms_are_told_apart():
     for _ in range(3):
         for x, y in cases:
             for needs in (False, True):
-                got = recordings.run("key", function, (x.requires_grad_(needs), y))
+                got = run("key", function, (x.requires_grad_(needs), y))
                 assert torch.equal(got, x @ y)
                 assert got.requires_grad == needs
 
@@ -668,7 +670,7 @@ def test_few_are_kept(monkeypatch):
     monkeypatch.setattr(recordings, "MAX_RECORDINGS", 4)
     for size in range(1, 10):
         for _ in range(3):
-            recordings.run("key", lambda x: x * 2, (torch.randn(size),))
+            run("key", lambda x: x * 2, (torch.randn(size),))
     assert len(recordings._recordings) == 4
 
 
@@ -682,7 +684,7 @@ def test_those_called_last_are_kept(monkeypatch):
 
     for size in range(2, 20):
         for x in (torch.randn(1), torch.randn(size)):
-            recordings.run("key", function, (x,))
+            run("key", function, (x,))
     # In the first call, and to rehearse and record in the second.
     assert seen.count((1,)) <= 3
 
@@ -692,7 +694,7 @@ def test_constants_are_kept_and_parameters_are_not():
     weight = nn.Parameter(torch.randn(3))
     for _ in range(3):
         x = torch.randn(3)
-        got = recordings.run("key", lambda x: x * weight + table, (x,), (weight,))
+        got = run("key", lambda x: x * weight + table, (x,), (weight,))
         assert torch.equal(got, x * weight + table)
         with torch.no_grad():
             weight.add_(1)

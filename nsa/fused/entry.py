@@ -16,7 +16,7 @@ from nsa.fused.constraints import deterministic_limit
 from nsa.fused.kernel_inputs import kernel_head_dim, multiplies_gates
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan, with_scale
-from nsa.fused.schedule import Schedule, make_schedule, run_forward
+from nsa.fused.schedule import make_schedule, run_forward
 from nsa.fused.sizes import Sizes, make_sizes
 from nsa.fused.strides import are_rows
 from nsa.host import is_traced, needs_gradients
@@ -77,10 +77,8 @@ def forward(
     bounds = _bounds(boundaries)
     if gates is not None:
         gate_proj_weight = None
-    given = (
-        q, *k, *v, gates, gate_proj_weight, compress_k_weight, compress_v_weight,
-        *(compressed_kv or ()),
-    )  # fmt: skip
+    weights = (gate_proj_weight, compress_k_weight, compress_v_weight)
+    given = (q, *k, *v, gates, *weights, *(compressed_kv or ()))
     value_dim = v[0].shape[-1]
     dim, scale = kernel_head_dim(q.shape[-1], value_dim), config.softmax_scale(q.shape[-1])
     if results is not None:
@@ -95,10 +93,7 @@ def forward(
     limit = deterministic_limit(q, v[0], config) if save and deterministic else None
     if limit is not None:
         raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
-    inputs = _make_inputs(
-        *(q, k, v, gates, gate_proj_weight, compress_k_weight, compress_v_weight, compressed_kv),
-        *(boundaries, config, dim),
-    )
+    inputs = _make_inputs(q, k, v, gates, *weights, compressed_kv, boundaries, config, dim)
     sizes = make_sizes(
         *(inputs.q, inputs.k.shape[2], bounds.cu_seqlens, bounds.max_seqlen_k, config),
         num_keys=inputs.k.shape[1],
@@ -108,35 +103,21 @@ def forward(
     schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
     schedule = schedule._replace(recompute_window=recompute_window, deterministic=deterministic)
     block_indices = _unit_major(block_indices, sizes, save)
-    out = _attend(inputs, block_indices, bounds, config, scale, schedule, results, save=save)
+    if is_traced(*inputs, block_indices, bounds.cu_seqlens, bounds.cu_seqlens_k):
+        options = ops.OpOptions(
+            *(block_indices, *bounds[:3], bounds.packing is not None, config.encoded, scale),
+            *(*schedule, save),
+        )
+        out = ops.attention(*inputs, *options)[0]
+    else:
+        plan = _make_plan(inputs.q, inputs.k, inputs.k.shape[1], bounds, with_scale(config, scale))
+        if save:
+            out = ops.AttentionNode.apply(plan, schedule, results, block_indices, *inputs)
+        else:
+            out, _ = run_forward(inputs, block_indices, plan, schedule, results, save=False)
     # squeeze, because the derivative of out[0] first fills a tensor with zeros.
     out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim].contiguous()
-
-
-def _attend(
-    inputs: Inputs,
-    block_indices: Tensor | None,
-    bounds: _Bounds,
-    config: NSAConfig,
-    scale: float,
-    schedule: Schedule,
-    results: Results | None,
-    *,
-    save: bool,
-) -> Tensor:
-    """The output ``(B, T, H, D)`` of the kernels, by the custom op where something traces."""
-    if is_traced(*inputs, block_indices, bounds.cu_seqlens, bounds.cu_seqlens_k):
-        options = ops.OpOptions(
-            block_indices, bounds.cu_seqlens, bounds.cu_seqlens_k, bounds.max_seqlen_k,
-            bounds.packing is not None, config.encoded, scale, *schedule, save,
-        )  # fmt: skip
-        return ops.attention(*inputs, *options)[0]
-    heads, num_keys = inputs.k.shape[2], inputs.k.shape[1]
-    plan = _make_plan(inputs.q, heads, num_keys, bounds, with_scale(config, scale))
-    if save:
-        return ops.AttentionNode.apply(plan, schedule, results, block_indices, *inputs)
-    return run_forward(inputs, block_indices, plan, schedule, results, save=False)[0]
 
 
 def _forward_cached(
@@ -212,7 +193,7 @@ def select_blocks(
         options = (*bounds[:3], config.encoded, scale)
         blocks = ops.select_blocks(rows, k, weight, compressed, num_keys, *options)
     else:
-        plan = _make_plan(rows, k.shape[2], num_keys, bounds, with_scale(config, scale))
+        plan = _make_plan(rows, k, num_keys, bounds, with_scale(config, scale))
         blocks = pipeline.select(rows, k, weight, compressed, plan)
     if config.selection == "token":
         return blocks if q.ndim == 4 else blocks[0]
@@ -230,13 +211,11 @@ def _bounds(boundaries: Boundaries | None) -> _Bounds:
     return _Bounds(boundaries.cu_seqlens, cu_seqlens_k, boundaries.max_seqlen_k, boundaries.packing)
 
 
-def _make_plan(
-    q: Tensor, num_kv_heads: int, num_keys: int, bounds: _Bounds, config: NSAConfig
-) -> Plan:
+def _make_plan(q: Tensor, k: Tensor, num_keys: int, bounds: _Bounds, config: NSAConfig) -> Plan:
     return make_plan(
         *(q, bounds.cu_seqlens, bounds.max_seqlen_k, config, bounds.packing),
         num_keys=num_keys,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=k.shape[2],
         cu_seqlens_k=bounds.cu_seqlens_k,
     )
 

@@ -4,7 +4,7 @@ Queries are ``(B, T, H, D)``, keys ``(B, Tk, H_kv, D)``, with ``B = 1`` for pack
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,132 +42,47 @@ _Gradients = tuple[Tensor, Tensor, Tensor]
 """Of ``q``, ``k`` and ``v``."""
 
 
-class _Others(NamedTuple):
-    """What the selected branch needs, and the results of the others, or all but the window's."""
-
-    compressed: tuple[Tensor | None, Tensor | None]
-    q_rows: Tensor
-    block_indices: Tensor
-    groups: Tensor | None
-    o_cmp: Tensor
-    lse_cmp: Tensor
-    o_win: Tensor | None = None
-    lse_win: Tensor | None = None
-
-    def with_selected(self, o_slc: Tensor, lse_slc: Tensor) -> BranchResults:
-        """The results of all branches."""
-        others = (self.o_win, self.lse_win, *self.compressed)
-        return BranchResults(self.o_cmp, self.lse_cmp, o_slc, lse_slc, *others)
-
-
 def attend(
     inputs: Inputs,
     block_indices: Tensor | None,
     groups: Tensor | None,
     plan: Plan,
+    out: Tensor | None = None,
     before_keys: Callable[[], None] | None = None,
-) -> tuple[BranchResults, Tensor, Tensor | None]:
-    """The three branches, and the ``block_indices`` and ``groups`` that they attended.
-
-    If these are None, they are selected where needed. ``before_keys`` is called before keys and
-    values are read; compressed ones are given then.
-
-    ``block_indices`` are ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode.
-    """
-    others = _attend_others(inputs, block_indices, groups, plan, before_keys)
-    (k_slc, v_slc), _ = inputs.keys_and_values()
-    results = selected_attention(others.q_rows, k_slc, v_slc, others.block_indices, plan)
-    return others.with_selected(*results), others.block_indices, others.groups
-
-
-def attend_and_combine(
-    inputs: Inputs,
-    block_indices: Tensor | None,
-    plan: Plan,
-    out: Tensor | None,
-    before_keys: Callable[[], None] | None,
     *,
-    keep: bool,
-) -> tuple[Tensor, BranchResults | None, Tensor, Tensor | None]:
-    """The output of :func:`combine`, and what :func:`attend` returns; no branches if not ``keep``.
+    combines: bool = True,
+    keep: bool = True,
+) -> tuple[Tensor | None, BranchResults | None, Tensor, Tensor | None]:
+    """The three branches and their gated sum.
 
-    Where the last kernel has the output of its branch at hand, it does both: the window's in long
-    batches, else the selected branch's in token mode.
+    Where the last kernel has the output of its branch at hand, it adds the branches up: the
+    window's in long batches, else the selected branch's in token mode.
+
+    Args:
+        inputs: of the call.
+        block_indices: ``(B, tiles, H, n)`` in tile mode, ``(B, T, H_kv, n)`` in token mode; None to
+            select.
+        groups: of the compressed branch; None to select where needed.
+        plan: the sequences.
+        out: where to write the sum ``(B, T, H, Dv)``: a contiguous tensor, or a slice of heads of
+            one. By default a new tensor.
+        before_keys: is called before keys and values are read; compressed ones are given then.
+        combines: whether the sum is wanted.
+        keep: whether the results of the branches are.
+
+    Returns:
+        The sum, the results of the branches, and the ``block_indices`` and ``groups`` that they
+        attended. What is not wanted is None.
     """
-    if _closes_with_window(inputs.q, plan):
-        return _attend_and_close(inputs, block_indices, plan, out, before_keys, keep=keep)
-    if not plan.has_band:
-        results, block_indices, groups = attend(inputs, block_indices, None, plan, before_keys)
-        out = combine(inputs, results, plan, out)
-        return out, results if keep else None, block_indices, groups
-    others = _attend_others(inputs, block_indices, None, plan, before_keys)
-    assert others.o_win is not None  # as wanted
-    out, o_slc, lse_slc = closing_attention(
-        others.q_rows,
-        *inputs.keys_and_values()[0],
-        others.block_indices,
-        (others.o_cmp, others.o_win),
-        inputs.gates,
-        inputs.gate_proj_weight,
-        out,
-        plan,
-        keep=keep,
-    )
-    branches = None if o_slc is None else others.with_selected(o_slc, lse_slc)
-    return out, branches, others.block_indices, others.groups
-
-
-def _closes_with_window(q: Tensor, plan: Plan) -> bool:
-    """Whether the window comes last and adds the branches up.
-
-    Of short inputs it comes first, because the host would not be ready with the others.
-    """
-    # By tokens, which all chunks of heads have alike, so that their results have the same bits.
-    return not plan.packed and q.shape[0] * q.shape[1] > SHORT_TOKENS
-
-
-def _attend_and_close(
-    inputs: Inputs,
-    block_indices: Tensor | None,
-    plan: Plan,
-    out: Tensor | None,
-    before_keys: Callable[[], None] | None,
-    *,
-    keep: bool,
-) -> tuple[Tensor, BranchResults | None, Tensor, Tensor | None]:
-    """:func:`attend_and_combine`, with the window last."""
-    others = _attend_others(inputs, block_indices, None, plan, before_keys, window=False)
-    block_indices, groups, compressed = others.block_indices, others.groups, others.compressed
-    o_cmp, lse_cmp = others.o_cmp, others.lse_cmp
-    (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
-    o_slc, lse_slc = selected_attention(others.q_rows, k_slc, v_slc, block_indices, plan)
-    del others
-    out, o_win, lse_win = closing_window(
-        *(inputs.q, k_win, v_win, (o_cmp, o_slc)),
-        *(inputs.gates, inputs.gate_proj_weight, out, plan),
-        keep=keep,
-    )
-    results = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, *compressed)
-    return out, results if keep else None, block_indices, groups
-
-
-def _attend_others(
-    inputs: Inputs,
-    block_indices: Tensor | None,
-    groups: Tensor | None,
-    plan: Plan,
-    before_keys: Callable[[], None] | None,
-    *,
-    window: bool = True,
-) -> _Others:
-    """All of :func:`attend` but the selected branch, and the window only if wanted."""
     q, token_mode = inputs.q, plan.config.selection == "token"
-    _, (k_win, v_win) = inputs.keys_and_values()
+    (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
+    # Of short inputs the window comes first, because the host would not be ready with the others.
+    # By tokens, which all chunks of heads have alike, so that their results have the same bits.
+    window_last = combines and not plan.packed and q.shape[0] * q.shape[1] > SHORT_TOKENS
     side_stream = SideStream(q)
     o_win = lse_win = None
-    if before_keys is None and window:
-        # The window comes first: it needs no plan tensors, and runs while the host prepares the
-        # rest.
+    if before_keys is None and not window_last:
+        # It needs no plan tensors, and runs while the host prepares the rest.
         o_win, lse_win = window_attention(q, k_win, v_win, plan)
     with side_stream:
         k_cmp, v_cmp = _compressed_pair(inputs, plan)
@@ -178,14 +93,36 @@ def _attend_others(
         if block_indices is None:  # only in token mode
             lse = compressed_lse(lse_cmp, q, k_cmp, plan)
             block_indices = select_blocks(q_rows, k_cmp, lse, plan)
+            del lse
     if before_keys is not None:
         # What needs no keys has come first.
         before_keys()
-        if window:
+        if not window_last:
             o_win, lse_win = window_attention(q, k_win, v_win, plan)
-    results = (o_cmp, lse_cmp, o_win, lse_win)
+    o_slc: Tensor | None
+    gating = (inputs.gates, inputs.gate_proj_weight, out)
+    if combines and plan.has_band and not window_last:
+        assert o_win is not None  # as it came first
+        out, o_slc, lse_slc = closing_attention(
+            *(q_rows, k_slc, v_slc, block_indices, (o_cmp, o_win)), *gating, plan, keep=keep
+        )
+    else:
+        o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
+        del q_rows
+        if window_last:
+            out, o_win, lse_win = closing_window(
+                *(q, k_win, v_win, (o_cmp, o_slc)), *gating, plan, keep=keep
+            )
+        elif combines:
+            assert o_win is not None  # as it came first
+            placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
+            out = combine_branches((o_cmp, o_slc, o_win), q, *gating, placements)
+    if not keep:
+        return out, None, block_indices, groups
+    assert o_slc is not None  # as it is kept
     compressed = (k_cmp, v_cmp) if inputs.k_cmp is None else (None, None)
-    return _Others(compressed, q_rows, block_indices, groups, *results)
+    results = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, *compressed)
+    return out, results, block_indices, groups
 
 
 def _compressed_pair(inputs: Inputs, plan: Plan) -> Pair:
@@ -200,23 +137,6 @@ def attend_window(inputs: Inputs, branches: BranchResults, plan: Plan) -> Branch
     _, (k_win, v_win) = inputs.keys_and_values()
     o_win, lse_win = window_attention(inputs.q, k_win, v_win, plan)
     return branches._replace(o_win=o_win, lse_win=lse_win)
-
-
-def combine(
-    inputs: Inputs, branches: BranchResults, plan: Plan, out: Tensor | None = None
-) -> Tensor:
-    """The gated sum of the branches, ``(B, T, H, Dv)``.
-
-    It is written to ``out``, if given: a contiguous tensor, or a slice of heads of one.
-    """
-    return combine_branches(
-        branches.outputs,
-        inputs.q,
-        inputs.gates,
-        inputs.gate_proj_weight,
-        out,
-        plan.query_placements(inputs.q.shape[2], inputs.k.shape[2]),
-    )
 
 
 @torch.no_grad()
@@ -337,7 +257,7 @@ def backward(
 def _gating_backward(
     dout: Tensor, inputs: Inputs, branches: BranchResults, placements: Placements, plan: Plan
 ) -> GatingGradients:
-    """What :func:`combine` leaves to the backwards of the branches, and its own gradients."""
+    """What the gated sum leaves to the backwards of the branches, and its own gradients."""
     q = inputs.q
     statistics_placements = plan.statistics_placements(q.shape[2], inputs.k.shape[2])
     assert branches.lse_win is not None  # as of o_win

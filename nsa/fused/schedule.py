@@ -188,8 +188,8 @@ def run_forward(
             if out is not None and len(parts) > 1:
                 part, blocks = heads.of(inputs), heads.of_indices(block_indices, plan)
                 target = heads.of_queries(out)
-            result, branches, selected, groups = pipeline.attend_and_combine(
-                *(part, blocks, plan, target, results.before_keys),
+            result, branches, selected, groups = pipeline.attend(
+                *(part, blocks, None, plan, target, results.before_keys),
                 keep=save and not schedule.recompute,
             )
             if branches is not None and schedule.recompute_window:
@@ -198,7 +198,10 @@ def run_forward(
                 kept.append(Saved(branches, selected if blocks is None else None, groups))
             # Free these before the next chunk allocates.
             del branches, selected, groups
-    return result if out is None else out, kept
+    if out is None:
+        out = result
+    assert out is not None  # as attend combines
+    return out, kept
 
 
 def run_backward(
@@ -261,9 +264,10 @@ def _run_chunk_backward(
     selected = selected if block_indices is None else block_indices
     assert selected is not None
     if branches is None:
-        branches, selected, groups = pipeline.attend(
-            inputs, block_indices=selected, groups=groups, plan=plan
+        _, branches, selected, groups = pipeline.attend(
+            *(inputs, selected, groups, plan), combines=False
         )
+        assert branches is not None  # as attend keeps them
     elif branches.o_win is None:
         branches = pipeline.attend_window(inputs, branches, plan)
     arguments = (dout, inputs, branches, selected, groups, plan)

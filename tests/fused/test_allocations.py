@@ -197,7 +197,7 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
     q, k, v = inputs[:3]
     k_cmp, v_cmp = pipeline._compressed_pair(inputs, plan)
     q_rows = plan.align_queries(q)
-    branches, blocks, groups = pipeline.attend(inputs, None, None, plan)
+    _, branches, blocks, groups = pipeline.attend(inputs, None, None, plan, combines=False)
     names = ("cmp", "slc", "win")
     douts = {x: torch.randn_like(getattr(branches, f"o_{x}")) for x in names}
     # Of gradients of the outputs of 0.
@@ -284,7 +284,7 @@ def test_stages_allocate_what_is_estimated(name, form, allocations):
 def test_a_backward_holds_no_more_than_is_estimated(name, form, allocations):
     """Between and after its branches. Sums inside of kernels are not counted here."""
     inputs, plan, sizes = make_case(name, form)
-    results = pipeline.attend(inputs, None, None, plan)
+    _, *results = pipeline.attend(inputs, None, None, plan, combines=False)
     dout = torch.randn_like(inputs.q)
     peak, grads = allocations(lambda: pipeline.backward(dout, inputs, *results, plan))
     assert peak <= SLACK * backward_bytes(sizes) + INDEX_TENSORS
