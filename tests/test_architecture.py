@@ -207,8 +207,8 @@ LAYERS = [
 """Modules and packages of nsa, those that import nothing of it first."""
 
 
-def imported_modules(path: Path) -> set[str]:
-    """The modules and packages of nsa that a file imports, also inside of functions."""
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, also inside of functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -217,7 +217,21 @@ def imported_modules(path: Path) -> set[str]:
             names |= {f"nsa.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
-    return {name.split(".")[1] for name in names if name.startswith("nsa.")}
+    return names
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules and packages of nsa that a file imports."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("nsa.")}
+
+
+def test_one_file_imports_flash_attention():
+    files = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "nsa").rglob("*.py")
+        if {"flash_attn", "quack"} & {name.split(".")[0] for name in imports(path)}
+    }
+    assert files == {"nsa/fused/kernels/hopper.py"}
 
 
 def test_no_arrow_points_up():

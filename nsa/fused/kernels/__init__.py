@@ -30,7 +30,7 @@ second), ``best_blocks`` (ranked blocks in a warp's registers), ``decode_best`` 
 kernels start), ``decode_records`` (what is recorded of blocks), ``decode_scores`` (blocks scored
 from records), ``decode_lists`` (lists of the best blocks), ``decode_places`` (their tiles),
 ``decode_parts`` (outputs of warps added up), ``decode_outputs`` (those of a cluster), ``hopper``
-(what is used of FlashAttention-4 and quack-kernels),
+(all that is used of FlashAttention-4 and quack-kernels),
 ``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel classes, compiled as ours are) and
 ``compiled`` (compiled kernels in memory and on disk).
 """

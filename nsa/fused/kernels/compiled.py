@@ -16,14 +16,12 @@ from pathlib import Path
 from tempfile import gettempdir
 
 import cutlass.cute as cute
-import flash_attn.cute
-from quack.cache import jit_cache
-from quack.cute_dsl_utils import get_compile_target_capacity
 
 from nsa import recordings
+from nsa.fused.kernels.hopper import FA4_SOURCES, get_compile_target_capacity, jit_cache
 
 # Whose sources a kernel is made of, beside quack's, which the cache knows.
-_SOURCES = (Path(__file__).parents[2], Path(flash_attn.cute.__file__).parent)
+_SOURCES = (Path(__file__).parents[2], FA4_SOURCES)
 
 _logger = logging.getLogger("nsa")
 

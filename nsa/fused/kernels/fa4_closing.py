@@ -17,9 +17,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.base_dsl.utils.mlir_value_tree import extract_mlir_attributes
-from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
-from quack.copy_utils import get_smem_load_atom, get_smem_store_C
-from quack.layout_utils import reshape_acc_to_mn
 from torch import Tensor
 
 from nsa.fused.fa4_call import Call
@@ -30,7 +27,13 @@ from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.fa4_fakes import Fakes
 from nsa.fused.kernels.fa4_sm90 import forward_kernel, ordered
 from nsa.fused.kernels.gates import gating_form
-from nsa.fused.kernels.hopper import mlir_namedtuple
+from nsa.fused.kernels.hopper import (
+    FlashAttentionForwardSm90,
+    get_smem_load_atom,
+    get_smem_store_C,
+    mlir_namedtuple,
+    reshape_acc_to_mn,
+)
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,

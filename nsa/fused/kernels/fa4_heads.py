@@ -16,10 +16,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.pipeline import PipelineUserType, make_pipeline_state
-from flash_attn.cute.block_info import BlockInfo
-from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
-from flash_attn.cute.named_barrier import NamedBarrierBwd
-from quack import copy_utils
+
+from nsa.fused.kernels.hopper import (
+    BlockInfo,
+    FlashAttentionBackwardSm90,
+    NamedBarrierBwd,
+    copy_utils,
+)
 
 
 class BackwardThroughHeads(FlashAttentionBackwardSm90):

@@ -14,12 +14,6 @@ import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32
-from flash_attn.cute.block_sparsity import BlockSparseTensors
-from flash_attn.cute.cu_blocks_kernel import CuSeqlensToBlocksKernel
-from flash_attn.cute.flash_bwd_postprocess import FlashAttentionBackwardPostprocess
-from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
-from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
-from flash_attn.cute.utils import AuxData, scalar_to_ssa
 from torch import Tensor
 
 from nsa.fused.fa4_call import Call, Semaphores, Sums, rounded_rows, rounded_up, side_by_side
@@ -38,6 +32,15 @@ from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.fa4_fakes import Fakes, fake
 from nsa.fused.kernels.fa4_heads import BackwardThroughHeads
 from nsa.fused.kernels.fa4_tall import TallForward
+from nsa.fused.kernels.hopper import (
+    AuxData,
+    BlockSparseTensors,
+    CuSeqlensToBlocksKernel,
+    FlashAttentionBackwardPostprocess,
+    FlashAttentionBackwardSm90,
+    FlashAttentionForwardSm90,
+    scalar_to_ssa,
+)
 from nsa.fused.kernels.padded_rows import pad_statistics
 from nsa.fused.kernels.vectors import CUTE_DTYPES
 

@@ -3,7 +3,8 @@
 from cutlass import Float32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.utils import hopper_helpers
-from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+
+from nsa.fused.kernels.hopper import FlashAttentionForwardSm90
 
 
 class TallForward(FlashAttentionForwardSm90):

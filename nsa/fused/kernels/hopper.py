@@ -1,15 +1,34 @@
-"""What our kernels use of FlashAttention-4 and quack-kernels.
+"""What is used of FlashAttention-4 and quack-kernels, which no other file imports.
 
-Of our kernels' files, only this one and :mod:`nsa.fused.kernels.compiled`, for the cache on disk,
-import from either. :mod:`nsa.fused.kernels.fa4_sm90` imports FlashAttention-4's kernel classes.
-Most of the functions are for wgmma and for the layouts of its operands and results. The numbers of
-the hardware are in :mod:`nsa.fused.hardware`.
+These are FlashAttention-4's kernel classes, the cache of compiled kernels, and functions that
+kernels call, most of them for wgmma and the layouts of its operands and results. The numbers of the
+hardware are in :mod:`nsa.fused.hardware`.
 """
 
+from pathlib import Path
+
+import flash_attn.cute
 from flash_attn.cute.barrier import arrive_inc, wait_eq
+from flash_attn.cute.block_info import BlockInfo
+from flash_attn.cute.block_sparsity import BlockSparseTensors
 from flash_attn.cute.copy_utils import atomic_add_fp32x4
-from flash_attn.cute.utils import cvt_f16, fadd_reduce, fmax, fmax_reduce
+from flash_attn.cute.cu_blocks_kernel import CuSeqlensToBlocksKernel
+from flash_attn.cute.flash_bwd_postprocess import FlashAttentionBackwardPostprocess
+from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
+from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+from flash_attn.cute.named_barrier import NamedBarrierBwd
+from flash_attn.cute.utils import (
+    AuxData,
+    cvt_f16,
+    fadd_reduce,
+    fmax,
+    fmax_reduce,
+    scalar_to_ssa,
+)
+from quack import copy_utils
+from quack.cache import jit_cache
 from quack.copy_utils import (
+    get_smem_load_atom,
     get_smem_store_C,
     load_s2r,
     partition_D_position_independent,
@@ -17,7 +36,7 @@ from quack.copy_utils import (
     store_v2,
     store_v4,
 )
-from quack.cute_dsl_utils import mlir_namedtuple
+from quack.cute_dsl_utils import get_compile_target_capacity, mlir_namedtuple
 from quack.layout_utils import (
     mma_partition_C_vec,
     reshape_acc_to_frgA,
@@ -40,8 +59,18 @@ from quack.utils import (
 )
 
 __all__ = [
+    "FA4_SOURCES",
+    "AuxData",
+    "BlockInfo",
+    "BlockSparseTensors",
+    "CuSeqlensToBlocksKernel",
+    "FlashAttentionBackwardPostprocess",
+    "FlashAttentionBackwardSm90",
+    "FlashAttentionForwardSm90",
+    "NamedBarrierBwd",
     "arrive_inc",
     "atomic_add_fp32x4",
+    "copy_utils",
     "cvt_f16",
     "f32x2_to_i64",
     "fadd_reduce",
@@ -50,8 +79,11 @@ __all__ = [
     "gemm",
     "gemm_w_idx",
     "gemm_zero_init",
+    "get_compile_target_capacity",
+    "get_smem_load_atom",
     "get_smem_store_C",
     "i64_to_f32x2",
+    "jit_cache",
     "load_s2r",
     "make_smem_layout",
     "mlir_namedtuple",
@@ -60,6 +92,7 @@ __all__ = [
     "partition_fragment_ABC",
     "reshape_acc_to_frgA",
     "reshape_acc_to_mn",
+    "scalar_to_ssa",
     "store",
     "store_shared_remote",
     "store_shared_remote_x4",
@@ -69,3 +102,6 @@ __all__ = [
     "wait_eq",
     "warp_prefix_sum",
 ]
+
+FA4_SOURCES = Path(flash_attn.cute.__file__).parent
+"""The folder of FlashAttention-4's kernels."""
