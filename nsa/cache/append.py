@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import most_completed_blocks, num_compressed_blocks
-from nsa.cache.places import Places, write
+from nsa.cache.places import (
+    Places,
+    block_places,
+    open_places,
+    token_places,
+    window_places,
+    write,
+)
 from nsa.cache.state import Cache, Pair
 from nsa.precision import accumulation_dtype, without_autocast
 from nsa.segments import locate_items, prefix_sum
@@ -68,7 +75,7 @@ def locate_new_tokens(
     start, count = cache.lengths.long(), offset.diff()
     sequence, local = locate_items(offset, total)
     position = start[sequence] + local
-    places = cache.token_places(sequence, position)
+    places = token_places(cache, sequence, position)
     # A sequence ends before its first token without a place.
     lost = torch.where(places.valid, count[sequence], torch.minimum(local, count[sequence]))
     stored = count.scatter_reduce(0, sequence, lost, reduce="amin")
@@ -106,9 +113,9 @@ def candidate_tokens(cache: Cache, tokens: NewTokens, kind: int, new: Tensor) ->
     row = row.clamp(min=0, max=max(0, new.shape[0] - 1))
     if cache.open_rings is None:
         store = (cache.k_pages, cache.v_pages)[kind]
-        places = cache.token_places(sequence, position)
+        places = token_places(cache, sequence, position)
     else:
-        store, places = cache.open_rings[kind], cache.open_places(sequence, position)
+        store, places = cache.open_rings[kind], open_places(cache, sequence, position)
     return torch.where(old[..., None, None], places.read(store), new[row])
 
 
@@ -192,14 +199,14 @@ def write_new(
     sequence, position, stored = tokens.sequence, tokens.position, tokens.places.valid
     write(cache.k_pages, tokens.places, k[1])
     write(cache.v_pages, tokens.places, v[1])
-    places = cache.block_places(tokens.block_sequence, tokens.block)
+    places = block_places(cache, tokens.block_sequence, tokens.block)
     places = places._replace(valid=places.valid & tokens.completed)
     write(cache.k_cmp_pages, places, compressed[0])
     write(cache.v_cmp_pages, places, compressed[1])
     left = tokens.end[sequence] - position
     for rings, at, branch in (
-        (cache.open_rings, cache.open_places(sequence, position), 0),
-        (cache.window_rings, cache.window_places(sequence, position), 2),
+        (cache.open_rings, open_places(cache, sequence, position), 0),
+        (cache.window_rings, window_places(cache, sequence, position), 2),
     ):
         if rings is not None:
             # A ring holds the last tokens only, so each slot is written once.

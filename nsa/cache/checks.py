@@ -31,6 +31,14 @@ def check_decodable(config) -> NSAConfig:
     return config
 
 
+def check_num_heads(num_heads, num_kv_heads: int):
+    check_size("num_heads", num_heads, MAX_LENGTH)
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, got {num_heads}"
+        )
+
+
 def check_page_size(page_size, config: NSAConfig):
     """Check that pages hold whole selection blocks, and so whole strides."""
     check_size("page_size", page_size, MAX_LENGTH)

@@ -4,6 +4,7 @@ It copies them, and the host reads the lengths. Kernels for decoding read the pa
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nsa.blocks import num_compressed_blocks
 from nsa.cache.append import NewTokens, locate_new_tokens
-from nsa.cache.places import Places
+from nsa.cache.places import Places, block_places, token_places, window_places
 from nsa.cache.state import Cache, Pair
 from nsa.packing import Boundaries
 from nsa.segments import Segments, prefix_sum
@@ -80,15 +81,15 @@ def gather_context(
     end = torch.where(has_new, tokens.end, 0)
     keys = segments_of(end)
     pages = cache.k_pages, cache.v_pages
-    selected = _join(pages, cache.token_places, (k[1], v[1]), tokens, nothing, keys)
+    selected = _join(pages, partial(token_places, cache), (k[1], v[1]), tokens, nothing, keys)
     window_keys, window = keys, selected
     if cache.window_rings is not None:
         # The first query sees this many keys before its own.
         before = min(cache.config.window_size - 1, cache.max_length)
         first = nothing if whole_window else (tokens.start - before).clamp(min=0)
         window_keys = segments_of((end - first).clamp(min=0))
-        new = k[2], v[2]
-        window = _join(cache.window_rings, cache.window_places, new, tokens, first, window_keys)
+        new, places_of = (k[2], v[2]), partial(window_places, cache)
+        window = _join(cache.window_rings, places_of, new, tokens, first, window_keys)
     stores = cache.k_cmp_pages, cache.v_cmp_pages
     k_cmp, v_cmp = (
         gather_compressed(cache, tokens, store, x, end)
@@ -110,7 +111,7 @@ def gather_compressed(
     config = cache.config
     blocks = segments_of(num_compressed_blocks(end, config))
     old = blocks.local < num_compressed_blocks(tokens.start, config)[blocks.owner]
-    places = cache.block_places(blocks.owner, blocks.local)
+    places = block_places(cache, blocks.owner, blocks.local)
     _check_pages(places.valid, old)
     done = tokens.completed.nonzero()[:, 0]
     row = blocks.offset[tokens.block_sequence[done]] + tokens.block[done]

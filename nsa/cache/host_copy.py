@@ -1,4 +1,4 @@
-"""What the host knows of the lengths of a cache without waiting for a GPU."""
+"""What the host knows of a cache without waiting for a GPU: its lengths, the order of its pages."""
 
 import torch
 from torch import Tensor
@@ -42,3 +42,28 @@ class HostCopy:
         self._captured = self._captured or is_capturing(self._lengths)
         self._known = None if self._captured else known
         self._version = self._lengths._version
+
+
+class PageOrder:
+    """Whether the host knows that each sequence of a cache has pages in order, all of its own.
+
+    It does not once someone wrote to the table, until the cache is reset; nor once a CUDA graph was
+    captured that does, because replays are not seen.
+
+    Args:
+        table: int32 ``(B, max_pages)``, on the device.
+        known: whether they lie in order now; else the host never knows.
+    """
+
+    def __init__(self, table: Tensor, known: bool):
+        self._table = table
+        self._never = not known
+        self._version = table._version if known else -1
+
+    def is_known(self) -> bool:
+        return not self._never and self._version == self._table._version
+
+    def record(self, *, ordered: bool):
+        """Take note that the table was written, or that a CUDA graph will."""
+        self._never = self._never or is_capturing(self._table)
+        self._version = self._table._version if ordered else -1

@@ -15,7 +15,7 @@ _RING_TILE = 64
 """Window keys that the decoding kernels load at a time."""
 
 
-class Layout(NamedTuple):
+class CacheLayout(NamedTuple):
     """Sizes of a cache, in tokens unless said.
 
     Attributes:
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     group_list_width: int
 
 
-def make_layout(config: NSAConfig, max_length: int, page_size: int) -> Layout:
+def make_layout(config: NSAConfig, max_length: int, page_size: int) -> CacheLayout:
     """The layout for sequences of up to ``max_length`` tokens."""
     block, stride = config.compress_block_size, config.compress_stride
     # Once some guesses are dropped, the next query still needs the whole window before it.
@@ -49,7 +49,7 @@ def make_layout(config: NSAConfig, max_length: int, page_size: int) -> Layout:
         tile_slots = 1 + -(-MAX_GUESSES // config.q_tile_size)
     if config.num_cmp_selected_blocks is not None:
         group_list_width = min(config.num_cmp_selected_blocks, num_cmp_groups(max_length, config))
-    return Layout(
+    return CacheLayout(
         page_size=page_size,
         max_pages=-(-max_length // page_size),
         window_ring=min(window, round_up(max_length, _RING_TILE)),

@@ -4,10 +4,13 @@ A place is a pair of indices into the first two dimensions of a store: page and 
 sequence and slot of a ring.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from nsa.cache.state import Cache
 
 
 class Places(NamedTuple):
@@ -45,8 +48,32 @@ def page_places(
     return Places(torch.where(valid, page, 0), position % page_size, valid)
 
 
-def ring_places(sequence: Tensor, position: Tensor, ring_size: int) -> Places:
-    """The sequence and slot of each token in a ring."""
+def token_places(cache: "Cache", sequence: Tensor, position: Tensor) -> Places:
+    """Places of tokens in ``k_pages`` and ``v_pages``."""
+    size, pages = cache.layout.page_size, cache.k_pages.shape[0]
+    places = page_places(cache.page_table, sequence, position, size, pages)
+    return places._replace(valid=places.valid & (position < cache.max_length))
+
+
+def block_places(cache: "Cache", sequence: Tensor, block: Tensor) -> Places:
+    """Places of compressed blocks in ``k_cmp_pages`` and ``v_cmp_pages``."""
+    stride = cache.config.compress_stride
+    last = block * stride + (cache.config.compress_block_size - 1)
+    places = token_places(cache, sequence, last)
+    return places._replace(inner=places.inner // stride)
+
+
+def window_places(cache: "Cache", sequence: Tensor, position: Tensor) -> Places:
+    """Places of tokens in ``window_rings``."""
+    return _ring_places(sequence, position, cache.layout.window_ring)
+
+
+def open_places(cache: "Cache", sequence: Tensor, position: Tensor) -> Places:
+    """Places of tokens in ``open_rings``."""
+    return _ring_places(sequence, position, cache.layout.open_ring)
+
+
+def _ring_places(sequence: Tensor, position: Tensor, ring_size: int) -> Places:
     return Places(sequence, position % ring_size, position >= 0)
 
 

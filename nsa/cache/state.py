@@ -5,18 +5,14 @@ from torch import Tensor
 
 from nsa.blocks import Count
 from nsa.cache import checks
-from nsa.cache.host_copy import HostCopy
-from nsa.cache.layout import MAX_GUESSES, Layout, choose_page_size, make_layout
-from nsa.cache.places import Places, page_places, ring_places
+from nsa.cache.host_copy import HostCopy, PageOrder
+from nsa.cache.layout import MAX_GUESSES, CacheLayout, choose_page_size, make_layout
 from nsa.cache.reordering import reorder
 from nsa.config import NSAConfig
 from nsa.host import is_capturing
 from nsa.validation import UnsupportedError, check_dtype, check_flag, check_size
 
 Pair = tuple[Tensor, Tensor]
-
-_NEVER = -2
-"""A version that a page table of unknown order has from then on."""
 
 
 class Cache:
@@ -176,7 +172,7 @@ class Cache:
     def _set_up(
         self,
         config: NSAConfig,
-        layout: Layout,
+        layout: CacheLayout,
         max_length: int,
         lengths: Tensor,
         num_heads: int | None,
@@ -184,7 +180,7 @@ class Cache:
     ):
         self.config, self.layout, self.max_length = config, layout, max_length
         self.owns_pages = owns_pages
-        self._ordered_version = self.page_table._version if owns_pages else _NEVER
+        self._page_order = PageOrder(self.page_table, known=owns_pages)
         self.lengths = lengths
         self.floors = torch.zeros_like(lengths)
         self.overflowed = torch.zeros((), dtype=torch.bool, device=lengths.device)
@@ -193,12 +189,7 @@ class Cache:
         self.group_lists: Tensor | None = None
         self._host = HostCopy(self.lengths, self.floors, known=owns_pages)
         if num_heads is not None:
-            check_size("num_heads", num_heads, checks.MAX_LENGTH)
-            if num_heads % self.num_kv_heads:
-                raise ValueError(
-                    f"num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, got "
-                    f"{num_heads}"
-                )
+            checks.check_num_heads(num_heads, self.num_kv_heads)
             self.use_num_heads(num_heads)
 
     @property
@@ -252,7 +243,7 @@ class Cache:
         lengths, values = checks.check_lengths(lengths, self.batch_size)
         # Clamped first, because int64 wraps in int32.
         new = lengths.to(self.device).clamp(0, self.max_length).to(torch.int32)
-        host = self._host.read()
+        host = None if values is None else self._host.read()
         if host is not None and values is not None:
             wanted, host = torch.minimum(host[0], values), (_truncated(*host, values), host[1])
             if (wanted < host[0]).any():
@@ -260,8 +251,6 @@ class Cache:
                     f"lengths must be at least {host[0].tolist()}, the shortest that the sequences "
                     f"can be cut to, got {values.tolist()}"
                 )
-        else:
-            host = None
         with torch.no_grad():
             after = _truncated(self.lengths, self.floors, new)
             self.overflowed |= (torch.minimum(self.lengths, new) < after).any()
@@ -285,7 +274,7 @@ class Cache:
                 "pages, and make a cache of them with Cache.from_pages"
             )
         index = checks.check_index(index, self.batch_size, self.device)
-        self._note_table(ordered=False)
+        self._page_order.record(ordered=False)
         self._host.record(reorder(self, index, self._host.read()))
 
     def reset(self):
@@ -297,7 +286,7 @@ class Cache:
                 # Sequences that share pages must not write to them.
                 own = torch.arange(self.page_table.numel(), device=self.device)
                 self.page_table.copy_(own.view_as(self.page_table))
-                self._note_table(ordered=True)
+                self._page_order.record(ordered=True)
         zeros = torch.zeros(self.batch_size, dtype=torch.int32, device="cpu")
         self._host.record((zeros, zeros))
 
@@ -311,27 +300,6 @@ class Cache:
         )
 
     # What backends and the layer use.
-
-    def token_places(self, sequence: Tensor, position: Tensor) -> Places:
-        """Places of tokens in ``k_pages`` and ``v_pages``."""
-        size = self.layout.page_size
-        places = page_places(self.page_table, sequence, position, size, self.k_pages.shape[0])
-        return places._replace(valid=places.valid & (position < self.max_length))
-
-    def block_places(self, sequence: Tensor, block: Tensor) -> Places:
-        """Places of compressed blocks in ``k_cmp_pages`` and ``v_cmp_pages``."""
-        stride = self.config.compress_stride
-        last = block * stride + (self.config.compress_block_size - 1)
-        places = self.token_places(sequence, last)
-        return places._replace(inner=places.inner // stride)
-
-    def window_places(self, sequence: Tensor, position: Tensor) -> Places:
-        """Places of tokens in ``window_rings``."""
-        return ring_places(sequence, position, self.layout.window_ring)
-
-    def open_places(self, sequence: Tensor, position: Tensor) -> Places:
-        """Places of tokens in ``open_rings``."""
-        return ring_places(sequence, position, self.layout.open_ring)
 
     def list_slot(self, tile: Count) -> Count:
         """The slot of a tile, or of each, in ``block_lists`` and ``group_lists``."""
@@ -349,12 +317,8 @@ class Cache:
 
     @property
     def has_ordered_pages(self) -> bool:
-        """Whether the host knows that sequence ``b`` has pages ``b * max_pages`` and following.
-
-        It does not once someone wrote to the table, until :meth:`reset`; nor once a CUDA graph was
-        captured that does, because replays are not seen.
-        """
-        return self._ordered_version >= 0 and self._ordered_version == self.page_table._version
+        """Whether the host knows that sequence ``b`` has pages ``b * max_pages`` and following."""
+        return self._page_order.is_known()
 
     def known_lengths(self) -> list[int] | None:
         """The lengths, if the host knows them without waiting for a GPU."""
@@ -382,12 +346,8 @@ class Cache:
             self.lengths.copy_(other.lengths[source])
             self.floors.copy_(other.floors[source])
             self.overflowed.copy_(other.overflowed)
-        host = other._host.read()
-        if host is not None and index.device.type == "cpu":
-            host = host[0][index], host[1][index]
-        else:
-            host = None
-        self._host.record(host)
+        host = other._host.read() if index.device.type == "cpu" else None
+        self._host.record(None if host is None else (host[0][index], host[1][index]))
 
     def note_advance(self, new: list[int] | None):
         """Take note that a kernel did what :meth:`advance` does."""
@@ -402,13 +362,6 @@ class Cache:
         if bool((lengths > self.max_length).any()):
             return None
         return lengths, self.floors_at(host[1], lengths)
-
-    def _note_table(self, *, ordered: bool):
-        """Take note that the page table was written, or that a CUDA graph will."""
-        if is_capturing(self.lengths):
-            self._ordered_version = _NEVER
-        elif self._ordered_version != _NEVER:
-            self._ordered_version = self.page_table._version if ordered else -1
 
     def use_num_heads(self, num_heads: int):
         """Make the lists of tiles for ``H`` query heads, where there are none yet."""

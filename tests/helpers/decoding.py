@@ -10,6 +10,7 @@ from torch import Tensor
 import nsa
 from nsa.blocks import num_compressed_blocks, num_selection_blocks
 from nsa.cache.append import append, compress_candidates, locate_new_tokens
+from nsa.cache.places import block_places, open_places, token_places, window_places
 from nsa.testing import make_cu_seqlens
 from tests.helpers.strategies import Problem, problems
 
@@ -294,18 +295,18 @@ def contents(cache: nsa.Cache) -> list[Tensor]:
     found, device = [], cache.device
     for b, length in enumerate(cache.lengths.tolist()):
         sequence = torch.full((length,), b, device=device)
-        places = cache.token_places(sequence, torch.arange(length, device=device))
+        at = token_places(cache, sequence, torch.arange(length, device=device))
         blocks = torch.arange(num_compressed_blocks(length, cache.config), device=device)
-        compressed = cache.block_places(torch.full_like(blocks, b), blocks)
-        found += [places.read(cache.k_pages), places.read(cache.v_pages)]
+        compressed = block_places(cache, torch.full_like(blocks, b), blocks)
+        found += [at.read(cache.k_pages), at.read(cache.v_pages)]
         found += [compressed.read(cache.k_cmp_pages), compressed.read(cache.v_cmp_pages)]
         for rings, of, reach in (
-            (cache.window_rings, cache.window_places, cache.config.window_size),
-            (cache.open_rings, cache.open_places, cache.config.compress_block_size),
+            (cache.window_rings, window_places, cache.config.window_size),
+            (cache.open_rings, open_places, cache.config.compress_block_size),
         ):
             if rings is not None:
                 last = torch.arange(max(0, length - reach + 1), length, device=device)
-                found += [of(torch.full_like(last, b), last).read(x) for x in rings]
+                found += [of(cache, torch.full_like(last, b), last).read(x) for x in rings]
         for lists in (cache.block_lists, cache.group_lists):
             if lists is not None and length:
                 tile = (length - 1) // cache.config.q_tile_size

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import nsa
+from nsa.cache.places import block_places
 from tests.helpers.small_configs import tile_config, token_config
 from tests.helpers.tiny_models import (
     CONFIGS,
@@ -188,7 +189,7 @@ def test_a_step_takes_new_keys_alone_and_keeps_compressed_ones(monkeypatch):
     assert seen == [PROMPT] * 2 + [1] * 2 * (NEW - 1)
     blocks = nsa.blocks.num_compressed_blocks(PROMPT + NEW - 1, CONFIGS["token"])
     for layer in out.cache.layers:
-        places = layer.cache.block_places(torch.zeros(blocks).long(), torch.arange(blocks))
+        places = block_places(layer.cache, torch.zeros(blocks).long(), torch.arange(blocks))
         assert places.read(layer.cache.k_cmp_pages).abs().amax((1, 2)).min() > 0
 
 
