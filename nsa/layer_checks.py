@@ -1,6 +1,12 @@
-"""Checks of the layer's arguments that are no tensors."""
+"""Checks of the layer's arguments."""
+
+from typing import Any
+
+from torch import Tensor
 
 from nsa.config import check_positive
+from nsa.linears import takes_dtype, weight_dtype
+from nsa.precision import autocast_dtype
 from nsa.validation import check_size
 
 
@@ -34,3 +40,17 @@ def check_rope(theta, head_dim: int) -> float | None:
     if head_dim % 2:
         raise ValueError(f"head_dim must be even with rope_theta, got {head_dim}")
     return float(theta)
+
+
+def check_input(layer: Any, x, cu_seqlens):
+    """Check the hidden states of a :class:`nsa.NativeSparseAttention`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    rank, form = (3, "(B, N, {})") if cu_seqlens is None else (2, "(T, {}) with cu_seqlens")
+    if x.ndim != rank or x.shape[-1] != layer.dim:
+        raise ValueError(f"x must have shape {form.format(layer.dim)}, got {tuple(x.shape)}")
+    if takes_dtype(layer.q_proj, x.dtype) or autocast_dtype(x.device):
+        return
+    wanted = weight_dtype(layer.q_proj)
+    if wanted not in (None, x.dtype):
+        raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")

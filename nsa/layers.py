@@ -5,40 +5,30 @@ projections, the learned compression ``phi`` (Eq. 7 of https://arxiv.org/abs/250
 gate MLP (Eq. 5).
 """
 
-from collections.abc import Hashable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nsa import backends, dispatch, recordings
+from nsa import backends, dispatch
 from nsa.cache import Cache
 from nsa.cached_layer import arguments_of_new_tokens, as_candidates, is_first_call
-from nsa.compressor import (
-    PLAIN_TYPES,
-    BlockCompressor,
-    block_places,
-    gather_blocks,
-    kept_items,
-)
+from nsa.compressor import BlockCompressor, kept_items
 from nsa.config import NSAConfig
-from nsa.host import has_readable_values
-from nsa.joint_products import Projections, compress_both, project_jointly
-from nsa.layer_checks import check_choice, check_rope, check_sizes
+from nsa.joint_products import Projections, project_jointly
+from nsa.layer_checks import check_choice, check_input, check_rope, check_sizes
+from nsa.layer_compression import compress_tokens
 from nsa.linears import (
     apply_linear,
     common_dtype,
     make_linear,
     make_mlp,
-    takes_dtype,
     to_one_dtype,
-    weight_dtype,
 )
-from nsa.packing import Boundaries, Packing, check_boundaries
-from nsa.plain_modules import plain_parameters
+from nsa.packing import Packing, check_boundaries, read_once
 from nsa.precision import autocast_dtype
+from nsa.recorded_layer import run_recorded
 from nsa.rope import Positions, rotate
 from nsa.validation import check_config, check_flag, check_max_workspace_bytes
 
@@ -219,54 +209,10 @@ class NativeSparseAttention(nn.Module):
         if self.context_parallel is not None:
             return self.context_parallel.forward(self, x, cu_seqlens, max_seqlen, cache)
         y = None
-        if max_seqlen is None and cache is None:
-            y = self._run_recorded(x, cu_seqlens)
+        # What a subclass does is not known.
+        if max_seqlen is None and cache is None and type(self) is NativeSparseAttention:
+            y = run_recorded(self, x, cu_seqlens)
         return self._forward(x, cu_seqlens, max_seqlen, cache) if y is None else y
-
-    def _run_recorded(self, x, cu_seqlens: Tensor | Packing | None) -> Tensor | None:
-        """The output by :func:`nsa.recordings.run`; None if the call is to run step by step."""
-        plain = self._parameters_to_record(x)
-        if plain is None:
-            return None
-        parameters, kinds = plain
-        form = *self._form(), kinds
-        if cu_seqlens is None:
-            return recordings.run(form, self._forward, (x,), parameters)
-        rounded = None
-        if type(cu_seqlens) is Packing and x.ndim == 2:
-            rounded = cu_seqlens.rounded(x.shape[0])
-        if rounded is None:
-            return None
-        # A recording is for other values of the boundaries too, so it reads none. Step by step, the
-        # Packing is faster: what it keeps serves all layers and steps.
-        bounds, most = rounded
-        function = partial(self._forward, max_seqlen=most)
-        return recordings.run((*form, most), function, (x, bounds), parameters)
-
-    def _parameters_to_record(self, x) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:
-        """All parameters, and the modules that they are of; None if calls cannot be recorded, see
-        :mod:`nsa.recordings`."""
-        if not recordings.ENABLED or torch.compiler.is_compiling() or self.recompute:
-            return None
-        if not isinstance(x, Tensor):
-            return None
-        if type(self) is not NativeSparseAttention or self.backend == "reference":
-            return None
-        plain = plain_parameters(self._modules, PLAIN_TYPES)
-        if plain is None or self.gate_proj_weight is None:
-            return plain
-        parameters, kinds = plain
-        return [*parameters, self.gate_proj_weight], kinds
-
-    def _form(self) -> tuple:
-        """What :meth:`_forward` depends on beside tensors."""
-        return (
-            NativeSparseAttention,
-            check_config(self.config),
-            *(self.dim, self.num_heads, self.num_kv_heads, self.head_dim, self.value_head_dim),
-            *(self.num_kv_branches, self.rope_theta, self.max_workspace_bytes, self.backend),
-            *(self.gate_mlp is None, self.gate_proj_weight is None, self.compress_k is None),
-        )
 
     def _forward(
         self,
@@ -276,7 +222,7 @@ class NativeSparseAttention(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """:meth:`forward`, step by step."""
-        cu_seqlens = _read_once(cu_seqlens, max_seqlen)
+        cu_seqlens = read_once(cu_seqlens, max_seqlen)
         projected = self._project(x, cu_seqlens, max_seqlen, cache)
         q, k, v, compressed_kv, logits = projected
         gates, gate_proj_weight = self._gates(x, q.dtype, logits)
@@ -312,7 +258,7 @@ class NativeSparseAttention(nn.Module):
         """
         if self.context_parallel is not None:
             return self.context_parallel.select_blocks(self, x, cu_seqlens, max_seqlen, cache)
-        cu_seqlens = _read_once(cu_seqlens, max_seqlen)
+        cu_seqlens = read_once(cu_seqlens, max_seqlen)
         q, k, _, compressed_kv, _ = self._project(x, cu_seqlens, max_seqlen, cache)
         return dispatch.select_blocks(
             q,
@@ -346,7 +292,7 @@ class NativeSparseAttention(nn.Module):
     ):
         """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`; and the
         logits of the gates, where these are projected jointly."""
-        self._check_input(x, cu_seqlens)
+        check_input(self, x, cu_seqlens)
         boundaries = check_boundaries(cu_seqlens, max_seqlen, x, x)
         later = cache is not None and not is_first_call(cache, boundaries)
         projections = None if later else project_jointly(self, x)
@@ -372,7 +318,7 @@ class NativeSparseAttention(nn.Module):
         compressed_kv = None
         if self.compress_k is not None:
             pair = keys[0].to(dtype), values[0].to(dtype)
-            compressed = self._compress(*pair, boundaries, fused, both=projections.both)
+            compressed = compress_tokens(self, *pair, boundaries, fused, both=projections.both)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         positions = Positions()
         if boundaries is not None:
@@ -429,66 +375,8 @@ class NativeSparseAttention(nn.Module):
                 return layer_ops.rotate(tensors, positions, theta)
         return [rotate(x, positions, theta) for x in tensors]
 
-    def _compress(
-        self,
-        k: Tensor,
-        v: Tensor,
-        boundaries: Boundaries | None,
-        fused: bool,
-        positions: Positions | None = None,
-        both: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Compressed keys, rotated to the centres of their blocks, and compressed values.
-
-        ``positions`` are those of the centres if the tokens are parts of sequences. ``both`` is
-        ``k`` and ``v`` as heads of one tensor.
-        """
-        assert self.compress_k is not None
-        assert self.compress_v is not None
-        config = check_config(self.config)
-        places = block_places(k, boundaries, config, fused)
-        bounds, locate, index = places.block_bounds, None, None
-        if boundaries is not None and bounds is not None:
-            kept = kept_items(boundaries, ("blocks", config), bounds, places.blocks)
-            locate, index = kept, lambda: kept()[1]
-        gather = partial(gather_blocks, places=places, locate=locate, fused=fused)
-        pair, compressors = None, (self.compress_k, self.compress_v)
-        if fused and both is not None:
-            pair = compress_both(compressors, both, places)
-        if pair is None:
-            pair = self._run(self.compress_k, k, gather), self._run(self.compress_v, v, gather)
-        k_cmp, v_cmp = pair
-        if k.ndim == 4:
-            counts = (k.shape[0], places.entry_blocks)
-            k_cmp, v_cmp = (c.unflatten(0, counts) for c in (k_cmp, v_cmp))
-        if positions is None:
-            centre = (config.compress_block_size - 1) / 2
-            positions = Positions(centre, config.compress_stride, bounds, index)
-        return self._rotate([k_cmp], positions, fused)[0], v_cmp
-
     def _run(self, module: nn.Module, *arguments) -> Tensor:
         """``module(*arguments)``, with ``recompute`` once more in backward."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(module, *arguments, use_reentrant=False)
         return module(*arguments)
-
-    def _check_input(self, x, cu_seqlens):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        rank, form = (3, "(B, N, {})") if cu_seqlens is None else (2, "(T, {}) with cu_seqlens")
-        if x.ndim != rank or x.shape[-1] != self.dim:
-            raise ValueError(f"x must have shape {form.format(self.dim)}, got {tuple(x.shape)}")
-        if takes_dtype(self.q_proj, x.dtype) or autocast_dtype(x.device):
-            return
-        wanted = weight_dtype(self.q_proj)
-        if wanted not in (None, x.dtype):
-            raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")
-
-
-def _read_once(
-    cu_seqlens: Tensor | Packing | None, max_seqlen: int | None
-) -> Tensor | Packing | None:
-    """A Packing, if boundaries would otherwise be read here and again in :func:`nsa.forward`."""
-    if isinstance(cu_seqlens, Tensor) and max_seqlen is None and has_readable_values(cu_seqlens):
-        return Packing(cu_seqlens)
-    return cu_seqlens

@@ -367,3 +367,12 @@ def _checked_bound(name: str, bound: int | None, lengths: list[int]) -> int:
     if bound is not None and bound < longest:
         raise ValueError(f"{name} must be at least the longest sequence, {longest}, got {bound}")
     return longest if bound is None else bound
+
+
+def read_once(
+    cu_seqlens: Tensor | Packing | None, max_seqlen: int | None
+) -> Tensor | Packing | None:
+    """A Packing, if boundaries would otherwise be read by a caller and again by what it calls."""
+    if isinstance(cu_seqlens, Tensor) and max_seqlen is None and has_readable_values(cu_seqlens):
+        return Packing(cu_seqlens)
+    return cu_seqlens

@@ -16,6 +16,8 @@ from nsa.distributed.compression import block_rows
 from nsa.distributed.interface import attend_part, select_part
 from nsa.distributed.order import check_order
 from nsa.host import has_readable_values
+from nsa.layer_checks import check_input
+from nsa.layer_compression import compress_tokens
 from nsa.linears import apply_linear
 from nsa.packing import Packing
 from nsa.precision import autocast_dtype
@@ -95,7 +97,7 @@ class LayerPart:
         layer's compressor; or what is wrong, which the other ranks must learn."""
         try:
             _check_no_cache(cache)
-            layer._check_input(x, cu_seqlens)
+            check_input(layer, x, cu_seqlens)
             if isinstance(cu_seqlens, Tensor) and has_readable_values(cu_seqlens):
                 cu_seqlens = Packing(cu_seqlens)  # read once
             arguments, compress = self._project(layer, x, cu_seqlens, max_seqlen)
@@ -156,7 +158,7 @@ def _compress(
 ) -> tuple[Tensor, Tensor]:
     """Compressed keys, rotated to the centres of their blocks, and values, of own blocks."""
     layout = part.layout
-    tokens = block_rows(rows, layout, group)
+    k, v = block_rows(rows, layout, group)
     centres = layout.block_positions
-    k_cmp, v_cmp = layer._compress(*tokens, layout.block_boundaries, fused, centres)
+    k_cmp, v_cmp = compress_tokens(layer, k, v, layout.block_boundaries, fused, centres)
     return k_cmp.to(part.q.dtype), v_cmp.to(part.q.dtype)

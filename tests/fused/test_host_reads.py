@@ -25,7 +25,7 @@ def capturing(monkeypatch):
     for module in (schedule, packing):
         monkeypatch.setattr(module, "is_capturing", lambda _: True)
     monkeypatch.setattr(plans, "may_keep", lambda _: False)
-    for module in (block_index_checks, packing, layers):
+    for module in (block_index_checks, packing):
         monkeypatch.setattr(module, "has_readable_values", lambda _: False)
     # A dispatch mode, which the tests look with, is no reason for custom ops.
     monkeypatch.setattr(entry, "is_traced", lambda *_: False)
