@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -225,6 +226,19 @@ def imports(path: Path) -> set[str]:
 def imported_modules(path: Path) -> set[str]:
     """The modules and packages of nsa that a file imports."""
     return {name.split(".")[1] for name in imports(path) if name.startswith("nsa.")}
+
+
+def test_classes_have_a_name_of_their_own():
+    """Kernels' files have words of their own, which may be those of others."""
+    names = Counter(
+        name
+        for path in (ROOT / "nsa").rglob("*.py")
+        if "kernels" not in path.parts
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not (name := node.name).startswith("_")
+    )
+    assert len(names) > 50
+    assert not {name for name, count in names.items() if count > 1}
 
 
 def test_one_file_imports_flash_attention():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa.blocks import most_completed_blocks, num_compressed_blocks
 from nsa.cache.places import (
-    Places,
+    CachePlaces,
     block_places,
     open_places,
     token_places,
@@ -44,7 +44,7 @@ class NewTokens:
     end: Tensor
     sequence: Tensor
     position: Tensor
-    places: Places
+    places: CachePlaces
     block_sequence: Tensor
     block: Tensor
     completed: Tensor

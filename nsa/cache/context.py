@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsa.blocks import num_compressed_blocks
 from nsa.cache.append import NewTokens, locate_new_tokens
-from nsa.cache.places import Places, block_places, token_places, window_places
+from nsa.cache.places import CachePlaces, block_places, token_places, window_places
 from nsa.cache.state import Cache, Pair
 from nsa.packing import Boundaries
 from nsa.segments import Segments, prefix_sum
@@ -126,7 +126,7 @@ def segments_of(count: Tensor) -> Segments:
 
 def _join(
     stores: Pair,
-    places_of: Callable[[Tensor, Tensor], Places],
+    places_of: Callable[[Tensor, Tensor], CachePlaces],
     new: Pair,
     tokens: NewTokens,
     first: Tensor,

@@ -9,7 +9,7 @@ from nsa.blocks import num_selection_blocks
 from nsa.cache.append import NewTokens
 from nsa.cache.context import segments_of
 from nsa.cache.layout import round_up
-from nsa.cache.places import Places, write
+from nsa.cache.places import CachePlaces, write
 from nsa.cache.spans import SliceCopies, Spans
 from nsa.cache.state import Cache
 from nsa.geometry import Geometry
@@ -17,7 +17,7 @@ from nsa.segments import Segments, prefix_sum
 
 
 @dataclass(frozen=True, eq=False)
-class TileLists:
+class NewTileLists:
     """Blocks and groups of the tiles that hold new tokens, one sequence after another.
 
     Attributes:
@@ -48,7 +48,7 @@ class TileLists:
         count = count[self.tiles.owner, None, None]
         return torch.where(self.blocks < count, self.blocks, -1)
 
-    def with_blocks(self, block_indices: Tensor) -> "TileLists":
+    def with_blocks(self, block_indices: Tensor) -> "NewTileLists":
         """With the caller's blocks, ``(H, tiles, n)`` or ``(B, H, tiles, n)``.
 
         Raises:
@@ -66,7 +66,7 @@ class TileLists:
             rows = rows[self.tiles.owner, self.tiles.local]
         return replace(self, blocks=fit_slots(rows, self.blocks.shape[-1]))
 
-    def with_later_blocks(self) -> "TileLists":
+    def with_later_blocks(self) -> "NewTileLists":
         """With the blocks past the end of the sequence that are forced at the end of a tile."""
         config, slots = self.cache.config, self.blocks.shape[-1]
         count = num_selection_blocks(self.end, config)[self.tiles.owner]
@@ -107,7 +107,7 @@ class TileLists:
         """Keep the lists of the last tiles in the cache."""
         owner, count = self.tiles.owner, self.tiles.count
         last = self.tiles.local >= count[owner] - self.cache.layout.tile_slots
-        places = Places(owner, self.cache.list_slot(self.tile), last)
+        places = CachePlaces(owner, self.cache.list_slot(self.tile), last)
         for kept, lists in (
             (self.cache.block_lists, self.blocks),
             (self.cache.group_lists, self.groups),
@@ -116,7 +116,7 @@ class TileLists:
                 write(kept, places, lists)
 
 
-def open_lists(cache: Cache, tokens: NewTokens, num_heads: int) -> TileLists:
+def open_lists(cache: Cache, tokens: NewTokens, num_heads: int) -> NewTileLists:
     """The lists that the cache keeps, of the tiles that hold new tokens. A tile that begins in the
     call has none yet: its row has any values."""
     cache.use_num_heads(num_heads)
@@ -126,7 +126,7 @@ def open_lists(cache: Cache, tokens: NewTokens, num_heads: int) -> TileLists:
     slot = cache.list_slot(first[tiles.owner] + tiles.local)
     blocks = cache.block_lists[tiles.owner, slot]
     groups = None if cache.group_lists is None else cache.group_lists[tiles.owner, slot]
-    return TileLists(cache, tokens.end, tiles, first, blocks, groups)
+    return NewTileLists(cache, tokens.end, tiles, first, blocks, groups)
 
 
 def keep_lists(cache: Cache, spans: Spans, end: Tensor, rows: Tensor):
@@ -144,7 +144,7 @@ def keep_lists(cache: Cache, spans: Spans, end: Tensor, rows: Tensor):
     if any(_may_have_later_blocks(length, cache) for length in spans.ends):
         first, count = _touched(cache.lengths, end, size)
         segments = Segments(prefix_sum(count), rows.shape[0])
-        rows = TileLists(cache, end, segments, first, rows, None).with_later_blocks().blocks
+        rows = NewTileLists(cache, end, segments, first, rows, None).with_later_blocks().blocks
     counts = [-(-count // size) for count in spans.counts]
     if spans.whole:
         rows = rows.unflatten(0, (cache.batch_size, counts[0]))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nsa.cache.state import Cache
 
 
-class Places(NamedTuple):
+class CachePlaces(NamedTuple):
     """One place for each of some items.
 
     Attributes:
@@ -32,7 +32,7 @@ class Places(NamedTuple):
 
 def page_places(
     page_table: Tensor, sequence: Tensor, position: Tensor, page_size: int, num_pages: int
-) -> Places:
+) -> CachePlaces:
     """The page and slot of each token; no place where the table names no page.
 
     Args:
@@ -45,17 +45,17 @@ def page_places(
     # -1 must not wrap to the last page, so every index is clamped before its use.
     page = page_table[sequence, index.clamp(0, max_pages - 1)].long()
     valid = (index >= 0) & (index < max_pages) & (page >= 0) & (page < num_pages)
-    return Places(torch.where(valid, page, 0), position % page_size, valid)
+    return CachePlaces(torch.where(valid, page, 0), position % page_size, valid)
 
 
-def token_places(cache: "Cache", sequence: Tensor, position: Tensor) -> Places:
+def token_places(cache: "Cache", sequence: Tensor, position: Tensor) -> CachePlaces:
     """Places of tokens in ``k_pages`` and ``v_pages``."""
     size, pages = cache.layout.page_size, cache.k_pages.shape[0]
     places = page_places(cache.page_table, sequence, position, size, pages)
     return places._replace(valid=places.valid & (position < cache.max_length))
 
 
-def block_places(cache: "Cache", sequence: Tensor, block: Tensor) -> Places:
+def block_places(cache: "Cache", sequence: Tensor, block: Tensor) -> CachePlaces:
     """Places of compressed blocks in ``k_cmp_pages`` and ``v_cmp_pages``."""
     stride = cache.config.compress_stride
     last = block * stride + (cache.config.compress_block_size - 1)
@@ -63,21 +63,21 @@ def block_places(cache: "Cache", sequence: Tensor, block: Tensor) -> Places:
     return places._replace(inner=places.inner // stride)
 
 
-def window_places(cache: "Cache", sequence: Tensor, position: Tensor) -> Places:
+def window_places(cache: "Cache", sequence: Tensor, position: Tensor) -> CachePlaces:
     """Places of tokens in ``window_rings``."""
     return _ring_places(sequence, position, cache.layout.window_ring)
 
 
-def open_places(cache: "Cache", sequence: Tensor, position: Tensor) -> Places:
+def open_places(cache: "Cache", sequence: Tensor, position: Tensor) -> CachePlaces:
     """Places of tokens in ``open_rings``."""
     return _ring_places(sequence, position, cache.layout.open_ring)
 
 
-def _ring_places(sequence: Tensor, position: Tensor, ring_size: int) -> Places:
-    return Places(sequence, position % ring_size, position >= 0)
+def _ring_places(sequence: Tensor, position: Tensor, ring_size: int) -> CachePlaces:
+    return CachePlaces(sequence, position % ring_size, position >= 0)
 
 
-def write(store: Tensor, places: Places, values: Tensor):
+def write(store: Tensor, places: CachePlaces, values: Tensor):
     """``store[places] = values`` for the valid places, which must differ from each other.
 
     It has static shapes and reads nothing on the host. An invalid item repeats the first valid one:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from nsa.distributed.backend_calls import BackendCall
-from nsa.distributed.call import Call, Chunk, Inputs, chunks
+from nsa.distributed.call import Chunk, RankCall, RankInputs, chunks
 from nsa.distributed.collectives import Exchanging, Gathering
 from nsa.distributed.copies import copy_rows
 from nsa.distributed.key_rows import RowSums, in_place, runs_to_take, take_rows
@@ -23,7 +23,7 @@ from nsa.precision import accumulation_dtype
 from nsa.results import Results
 
 
-def attend(call: Call, block_indices: Tensor | None, inputs: Inputs) -> Tensor:
+def attend(call: RankCall, block_indices: Tensor | None, inputs: RankInputs) -> Tensor:
     """Output ``(T, H, Dv)`` of this rank's queries; differentiable once.
 
     Args:
@@ -53,7 +53,7 @@ class _Chunks:
     The next are gathered while one is computed.
     """
 
-    def __init__(self, call: Call, inputs: Inputs):
+    def __init__(self, call: RankCall, inputs: RankInputs):
         self.call, self.inputs = call, inputs
 
     def __iter__(self):
@@ -78,7 +78,7 @@ def _wait_for_all(gatherings: list[Gathering]):
 
 
 def _run(
-    call: Call,
+    call: RankCall,
     chunk: Chunk,
     one: BackendCall,
     block_indices: Tensor | None,
@@ -89,7 +89,7 @@ def _run(
     """The output of a call of the backend.
 
     Args:
-        inputs: of the call, those of :class:`Inputs` without ``kv``.
+        inputs: of the call, those of :class:`RankInputs` without ``kv``.
         keys: of the call, for each of ``kv``.
         results: where it may be written.
     """
@@ -132,11 +132,11 @@ def _put(target: Tensor, result: Tensor):
         copy_rows(target, result)
 
 
-def _named(inputs: Inputs):
-    return zip(Inputs._fields[:-1], inputs.tensors, strict=True)
+def _named(inputs: RankInputs):
+    return zip(RankInputs._fields[:-1], inputs.tensors, strict=True)
 
 
-def _empty_output(call: Call, inputs: Inputs) -> Tensor:
+def _empty_output(call: RankCall, inputs: RankInputs) -> Tensor:
     value = inputs.kv[call.branches[2]]
     return inputs.q.new_empty(*inputs.q.shape[:2], value.shape[-1])
 
@@ -193,8 +193,8 @@ class _Leaves(torch.autograd.Function):
 
 class _AttentionNode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: Call, block_indices: Tensor | None, *flat):
-        inputs = Inputs.of(flat)
+    def forward(ctx, call: RankCall, block_indices: Tensor | None, *flat):
+        inputs = RankInputs.of(flat)
         needed = dict(zip(_keys(inputs), ctx.needs_input_grad[2:], strict=True))
         saved, parts = _Saved(), []
         out = _empty_output(call, inputs)
@@ -234,9 +234,9 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        _, dout: Tensor, call: Call, parts: list[_Part], saved: _Saved, tensors, needed, *flat
+        _, dout: Tensor, call: RankCall, parts: list[_Part], saved: _Saved, tensors, needed, *flat
     ):
-        inputs = Inputs.of(flat)
+        inputs = RankInputs.of(flat)
         names = _keys(inputs)
         grads = {
             name: _empty_gradient(name, x)
@@ -293,17 +293,17 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-def _keys(inputs: Inputs) -> list[str | int]:
+def _keys(inputs: RankInputs) -> list[str | int]:
     """A name for each tensor: a field's, or the number of one of ``kv``."""
-    return [*Inputs._fields[:-1], *range(len(inputs.kv))]
+    return [*RankInputs._fields[:-1], *range(len(inputs.kv))]
 
 
 def _record(
-    call: Call,
+    call: RankCall,
     chunk: Chunk,
     one: BackendCall,
     block_indices: Tensor | None,
-    inputs: Inputs,
+    inputs: RankInputs,
     keys: Sequence[Tensor],
     needed: dict,
     results: Results,
@@ -349,7 +349,7 @@ def _store(chunk: Chunk, one: BackendCall, name, result: Tensor | None, grads: d
         _put(target, result)
 
 
-def _key_sums(call: Call, keys: Sequence[Tensor], grads: dict):
+def _key_sums(call: RankCall, keys: Sequence[Tensor], grads: dict):
     """What the calls of a chunk add to, if the backend can add gradients of keys over calls."""
     k_slc, k_win, v_slc, v_win = call.branches
     shared = k_slc == k_win and v_slc == v_win and k_slc != v_slc
@@ -362,7 +362,7 @@ def _key_sums(call: Call, keys: Sequence[Tensor], grads: dict):
     )  # fmt: skip
 
 
-def _add_key_sums(key_sums, call: Call, totals: dict[int, RowSums]):
+def _add_key_sums(key_sums, call: RankCall, totals: dict[int, RowSums]):
     for at, total in totals.items():
         which = int(at == call.branches[2])  # 0: keys, 1: values
         total.add_from(partial(key_sums.round_into, which))

@@ -22,7 +22,7 @@ NO_LIMIT = sys.maxsize
 ranks compute again must not depend on what else lies on their devices."""
 
 
-class Call(NamedTuple):
+class RankCall(NamedTuple):
     """What is not a tensor in a call.
 
     Attributes:
@@ -45,7 +45,7 @@ class Call(NamedTuple):
     deterministic: bool
 
 
-class Inputs(NamedTuple):
+class RankInputs(NamedTuple):
     """The differentiable tensors of a call: flat rows of this rank, all compressed blocks.
 
     Attributes:
@@ -65,7 +65,7 @@ class Inputs(NamedTuple):
     kv: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, flat: Sequence) -> "Inputs":
+    def of(cls, flat: Sequence) -> "RankInputs":
         """From all tensors in one row."""
         q, gates, gate_proj_weight, k_cmp, v_cmp, *kv = flat
         return cls(q, gates, gate_proj_weight, k_cmp, v_cmp, tuple(kv))
@@ -87,7 +87,7 @@ class Chunk(NamedTuple):
     query: slice
 
     def of(self, name: str, x: Tensor | None) -> Tensor | None:
-        """The part of a field of :class:`Inputs`."""
+        """The part of a field of :class:`RankInputs`."""
         if x is None:
             return None
         if name == "gate_proj_weight":
@@ -112,7 +112,7 @@ class Chunk(NamedTuple):
         return indices[self.query, one.tiles]
 
 
-def chunks(call: Call, inputs: Inputs) -> list[Chunk]:
+def chunks(call: RankCall, inputs: RankInputs) -> list[Chunk]:
     """The chunks, equal on all ranks: they follow from shapes and never from free memory."""
     heads = inputs.num_kv_heads
     rows = call.layout.ranks * call.layout.rows

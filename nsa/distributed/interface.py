@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from nsa import dispatch
 from nsa.config import NSAConfig
 from nsa.distributed.attention import attend
-from nsa.distributed.call import NO_LIMIT, Call, Inputs
+from nsa.distributed.call import NO_LIMIT, RankCall, RankInputs
 from nsa.distributed.checks import Part, check_call, check_equal_tokens, distinct, flat
 from nsa.distributed.collectives import process_group
 from nsa.distributed.compression import compress_own, gather_blocks
@@ -163,8 +163,8 @@ def attend_part(
     k_cmp, v_cmp = gather_blocks(_own_blocks(part, compress, group), part.layout, group)
     kv, branches = distinct(part.k, part.v)
     gates = None if part.gates is None else flat(part.gates)
-    inputs = Inputs(flat(part.q), gates, part.gate_proj_weight, k_cmp, v_cmp, kv)
-    call = Call(
+    inputs = RankInputs(flat(part.q), gates, part.gate_proj_weight, k_cmp, v_cmp, kv)
+    call = RankCall(
         part.layout, group, part.backend, part.config, branches,
         arguments.get("max_workspace_bytes") or NO_LIMIT, arguments.get("recompute_window", False),
         check_deterministic(arguments.get("deterministic")),

@@ -18,7 +18,7 @@ from nsa.fused import pipeline
 from nsa.fused.call_tensors import SAVED_TENSORS, Inputs, Saved
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan, with_scale
-from nsa.fused.schedule import Schedule, fewest_chunks, run_backward, run_forward, split_heads
+from nsa.fused.schedule import ChunkSchedule, fewest_chunks, run_backward, run_forward, split_heads
 from nsa.fused.sizes import Sizes, make_sizes
 from nsa.fused.strides import as_rows
 from nsa.packing import find_packing
@@ -35,7 +35,7 @@ class AttentionNode(torch.autograd.Function):
     def forward(
         ctx,
         plan: Plan,
-        schedule: Schedule,
+        schedule: ChunkSchedule,
         results: Results | None,
         block_indices: Tensor | None,
         *inputs,
@@ -63,7 +63,9 @@ class _Gradients(torch.autograd.Function):
     """A separate node, so that with ``create_graph`` a second derivative raises an error."""
 
     @staticmethod
-    def forward(_, dout: Tensor, block_indices, saved, plan: Plan, schedule: Schedule, *inputs):
+    def forward(
+        _, dout: Tensor, block_indices, saved, plan: Plan, schedule: ChunkSchedule, *inputs
+    ):
         return tuple(run_backward(dout, Inputs(*inputs), block_indices, saved, plan, schedule))
 
     @staticmethod
@@ -107,8 +109,8 @@ class OpOptions(NamedTuple):
         return _config(self.config, self.scale)
 
     @property
-    def schedule(self) -> Schedule:
-        return Schedule(self.chunks, self.recompute, self.recompute_window, self.deterministic)
+    def schedule(self) -> ChunkSchedule:
+        return ChunkSchedule(self.chunks, self.recompute, self.recompute_window, self.deterministic)
 
     @property
     def returned_bounds(self) -> list[Tensor]:

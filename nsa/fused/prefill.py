@@ -18,7 +18,7 @@ from nsa.blocks import most_completed_blocks, num_compressed_blocks
 from nsa.cache import Cache
 from nsa.cache.append import NewTokens, append, new_blocks
 from nsa.cache.context import check_all_stored, gather_context, locate_in_cache
-from nsa.cache.lists import TileLists, keep_lists, open_lists
+from nsa.cache.lists import NewTileLists, keep_lists, open_lists
 from nsa.cache.spans import Spans, find_spans, ordered_rows, write_blocks, write_tokens
 from nsa.cache.state import Pair
 from nsa.fused.compression import compress_in_order
@@ -61,7 +61,7 @@ def unsupported_reason(q: Tensor, cache: Cache, boundaries: Boundaries | None) -
     return None
 
 
-class Call(NamedTuple):
+class UncachedCall(NamedTuple):
     """What the new tokens attend as a call without a cache: rows of queries and of all keys."""
 
     q: Tensor
@@ -91,7 +91,7 @@ def forward(
 ) -> Tensor:
     """See :func:`nsa.forward`; :func:`unsupported_reason` has no objection."""
 
-    def attend(call: Call, block_indices: Tensor | None) -> Tensor:
+    def attend(call: UncachedCall, block_indices: Tensor | None) -> Tensor:
         out = backend.forward(
             **call._asdict(),
             config=cache.config,
@@ -119,7 +119,7 @@ class NewKeys(NamedTuple):
     boundaries: Boundaries | None
 
 
-Attend = Callable[[Call, Tensor | None], Tensor]
+Attend = Callable[[UncachedCall, Tensor | None], Tensor]
 """The output for a call and the blocks that it attends, None to select."""
 
 
@@ -159,7 +159,7 @@ def _forward_in_order(
         if bounds is None:
             k_cmp, v_cmp = (x.unflatten(0, (q.shape[0], -1)) for x in compressed)
             compressed = k_cmp, v_cmp
-        call = Call(q, new.k, new.v, compressed, bounds)
+        call = UncachedCall(q, new.k, new.v, compressed, bounds)
     if cache.config.selection == "token":
         if block_indices is not None:
             block_indices = block_indices.reshape(*call.q.shape[:-2], *block_indices.shape[-2:])
@@ -232,7 +232,7 @@ def _bases(x: Tensor) -> Tensor:
 
 def _in_pages(
     q: Tensor, cache: Cache, spans: Spans, end: Tensor, boundaries: Boundaries | None
-) -> Call:
+) -> UncachedCall:
     """A call that attends keys in the pages, which have the new ones; copied if in many pieces."""
     config, lengths = cache.config, spans.counts
     shift = config.compress_block_size // config.compress_stride - 1
@@ -245,7 +245,7 @@ def _in_pages(
     )
     branches, compressed = ((k, k, k), (v, v, v)), (k_cmp, v_cmp)
     if spans.whole:
-        return Call(q, *branches, compressed, None)
+        return UncachedCall(q, *branches, compressed, None)
     if boundaries is None:
         cu_seqlens = torch.arange(len(lengths) + 1, dtype=torch.int32, device=q.device) * lengths[0]
     else:
@@ -255,7 +255,7 @@ def _in_pages(
         cu_seqlens_k = cu_seqlens
     most, most_k = max(lengths), max(lengths_k)
     bounds = Boundaries(cu_seqlens, lengths, most, None, cu_seqlens_k, lengths_k, most_k)
-    return Call(q.flatten(0, -3), *branches, compressed, bounds)
+    return UncachedCall(q.flatten(0, -3), *branches, compressed, bounds)
 
 
 def _rows(cache: Cache, pool: Tensor, first: int, counts: list[int], spans: Spans) -> Tensor:
@@ -313,7 +313,7 @@ def _behind_context(
     k: Branches,
     v: Branches,
     compressed: Pair,
-) -> Call:
+) -> UncachedCall:
     """A call of packed sequences, with the keys in the cache before the new ones."""
     context = gather_context(cache, tokens, k, v, compressed, whole_window=True)
     (k_slc, v_slc), (k_win, v_win) = context.selected, context.window
@@ -325,16 +325,16 @@ def _behind_context(
     bounds = Boundaries(cu_seqlens, lengths, most, None, cu_seqlens_k, lengths_k, most_k)
     # Its own compressed tokens are given, so the first branch is not read.
     branches = (k_slc, k_slc, k_win), (v_slc, v_slc, v_win)
-    return Call(q.flatten(0, -3), *branches, context.compressed, bounds)
+    return UncachedCall(q.flatten(0, -3), *branches, context.compressed, bounds)
 
 
 def _lists(
-    call: Call,
+    call: UncachedCall,
     cache: Cache,
     tokens: NewTokens,
     backend: Backend,
     block_indices: Tensor | None,
-) -> tuple[Tensor, TileLists]:
+) -> tuple[Tensor, NewTileLists]:
     """Blocks of each tile, as the kernels and as the cache take them."""
     lists = open_lists(cache, tokens, call.q.shape[-2])
     if block_indices is None:
@@ -344,7 +344,7 @@ def _lists(
     return lists.in_layout_of(call.q), lists
 
 
-def _select(call: Call, cache: Cache, backend: Backend) -> Tensor:
+def _select(call: UncachedCall, cache: Cache, backend: Backend) -> Tensor:
     return backend.select_blocks(
         call.q,
         call.k[0],

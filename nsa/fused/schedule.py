@@ -33,7 +33,7 @@ USABLE = 0.9
 _NO_RESULTS = Results()
 
 
-class Schedule(NamedTuple):
+class ChunkSchedule(NamedTuple):
     """KV heads run in ``chunks``. With ``recompute``, forward saves no branch for backward; with
     ``recompute_window``, it saves the others. ``deterministic`` adds gradients in a fixed order."""
 
@@ -45,7 +45,7 @@ class Schedule(NamedTuple):
 
 def make_schedule(
     inputs: Inputs, sizes: Sizes, *, save: bool, max_workspace_bytes: int | None
-) -> Schedule:
+) -> ChunkSchedule:
     """The fewest chunks that fit, with recomputation only if no number of chunks fits without it.
 
     Args:
@@ -61,8 +61,8 @@ def make_schedule(
         return choose(sizes, save, max_workspace_bytes)
     if torch.compiler.is_compiling():
         # torch.compile would guard a limit on a length.
-        return Schedule(1, False)
-    whole = Schedule(_fewest(sizes), False)
+        return ChunkSchedule(1, False)
+    whole = ChunkSchedule(_fewest(sizes), False)
     if not q.is_cuda or is_capturing(q):
         return whole
     workspace = _whole_bytes(sizes, save)
@@ -80,15 +80,15 @@ def make_schedule(
     return choose(sizes, save, int(USABLE * (free + _unused_bytes(q.device))) - results)
 
 
-def choose(sizes: Sizes, save: bool, limit: int) -> Schedule:
+def choose(sizes: Sizes, save: bool, limit: int) -> ChunkSchedule:
     """The cheapest schedule whose workspace is at most ``limit``, else the one that needs least."""
     num_kv_heads = int(sizes.num_kv_heads)
     for recompute in (False, True) if save else (False,):
         for chunks in range(_fewest(sizes), num_kv_heads + 1):
             size = -(-num_kv_heads // chunks)
             if workspace_bytes(sizes, size, save=save, recompute=recompute) <= limit:
-                return Schedule(chunks, recompute)
-    return Schedule(num_kv_heads, save)
+                return ChunkSchedule(chunks, recompute)
+    return ChunkSchedule(num_kv_heads, save)
 
 
 def fewest_chunks(tokens: int, num_kv_heads: int, config: NSAConfig) -> int:
@@ -165,7 +165,7 @@ def run_forward(
     inputs: Inputs,
     block_indices: Tensor | None,
     plan: Plan,
-    schedule: Schedule,
+    schedule: ChunkSchedule,
     results: Results | None = None,
     *,
     save: bool,
@@ -210,7 +210,7 @@ def run_backward(
     block_indices: Tensor | None,
     saved: list[Saved],
     plan: Plan,
-    schedule: Schedule,
+    schedule: ChunkSchedule,
     results: Results | None = None,
 ) -> Inputs:
     """The gradient of each input, None if there is no such input, or if it is added to ``results``.

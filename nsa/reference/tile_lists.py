@@ -8,14 +8,14 @@ from torch import Tensor
 from nsa.blocks import num_selection_blocks
 from nsa.cache.append import NewTokens
 from nsa.cache.context import gather_compressed, segments_of
-from nsa.cache.lists import TileLists, fit_slots, open_lists
+from nsa.cache.lists import NewTileLists, fit_slots, open_lists
 from nsa.cache.state import Cache
 from nsa.geometry import Geometry
 from nsa.reference.selection import select_blocks, select_groups
 from nsa.segments import QuerySegments, Segments
 
 
-def select_lists(q: Tensor, cache: Cache, tokens: NewTokens, new_k_cmp: Tensor) -> TileLists:
+def select_lists(q: Tensor, cache: Cache, tokens: NewTokens, new_k_cmp: Tensor) -> NewTileLists:
     """Select for each tile that begins in the call; an open tile keeps its selection.
 
     Args:

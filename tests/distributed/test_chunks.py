@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa.distributed import call
-from nsa.distributed.call import Inputs
+from nsa.distributed.call import RankInputs
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_chunks_follow_from_the_bytes_of_a_head(heads, megabytes, sizes):
     rows = megabytes << 11  # of 128 channels of 2 bytes, keys and values, on both of two ranks
     meta = dict(dtype=torch.bfloat16, device="meta")
     q, k = (torch.empty(rows // 2, n, 128, **meta) for n in (2 * heads, heads))
-    inputs = Inputs(q, None, None, k, k, (k, k))
+    inputs = RankInputs(q, None, None, k, k, (k, k))
     layout = SimpleNamespace(ranks=2, rows=rows // 2)
     chunks = call.chunks(SimpleNamespace(layout=layout), inputs)
     assert [x.kv.stop - x.kv.start for x in chunks] == sizes

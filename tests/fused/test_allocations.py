@@ -39,12 +39,12 @@ from nsa.fused.hardware import LOG2_E
 from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.memory import backward_bytes, workspace_bytes
 from nsa.fused.planning import make_plan, with_scale
-from nsa.fused.schedule import Schedule, run_forward
+from nsa.fused.schedule import ChunkSchedule, run_forward
 from nsa.fused.selection import select_bytes
 from nsa.fused.sizes import make_sizes
 from nsa.testing import make_cu_seqlens, make_inputs
 
-WHOLE = Schedule(chunks=1, recompute=False)
+WHOLE = ChunkSchedule(chunks=1, recompute=False)
 LENGTHS = [300, 0, 1, 130, 101]
 # The last tokens of longer sequences, or all of theirs.
 KEY_LENGTHS = [428, 64, 1, 194, 101]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nsa
-from nsa import block_index_checks, host, layers, packing
+from nsa import block_index_checks, host, packing
 from nsa.fused import entry, schedule
 from nsa.fused import planning as plans
 from nsa.fused.schedule import run_backward, run_forward

@@ -6,7 +6,7 @@ import torch
 import nsa
 from nsa.blocks import num_compressed_blocks
 from nsa.fused.memory import workspace_bytes
-from nsa.fused.schedule import USABLE, Schedule, choose
+from nsa.fused.schedule import USABLE, ChunkSchedule, choose
 from nsa.fused.sizes import Sizes
 
 GIB = 1 << 30
@@ -19,7 +19,7 @@ def test_pairs_that_the_kernels_cannot_count_run_in_chunks():
     assert choose(problem(1 << 20, **sizes), True, 1 << 60).chunks == 2
     assert choose(problem(1 << 20, **(sizes | dict(num_kv_heads=8))), True, 1 << 60).chunks == 1
     assert choose(problem(1 << 20, **(sizes | dict(config=nsa.NSAConfig()))), True, 1 << 60) == (
-        Schedule(1, False)
+        ChunkSchedule(1, False)
     )
 
 
@@ -72,10 +72,10 @@ def test_the_cheapest_schedule_that_fits_is_chosen(case, save):
     for limit in (needed(*schedule) + extra for schedule in schedules for extra in (-1, 0)):
         fitting = [schedule for schedule in schedules if needed(*schedule) <= limit]
         expected = fitting[0] if fitting else (heads, save)
-        assert choose(sizes, save, limit) == Schedule(*expected)
-    assert choose(sizes, save, 1 << 60) == Schedule(1, False)
+        assert choose(sizes, save, limit) == ChunkSchedule(*expected)
+    assert choose(sizes, save, 1 << 60) == ChunkSchedule(1, False)
     # Nothing fits: one KV head at a time, and what happens happens.
-    assert choose(sizes, save, -1) == Schedule(heads, save)
+    assert choose(sizes, save, -1) == ChunkSchedule(heads, save)
 
 
 def test_estimate_by_hand():

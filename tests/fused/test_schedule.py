@@ -9,7 +9,7 @@ import nsa
 from nsa.blocks import num_compressed_blocks
 from nsa.fused import entry, ops
 from nsa.fused.call_tensors import Inputs
-from nsa.fused.schedule import Schedule, make_schedule, run_forward
+from nsa.fused.schedule import ChunkSchedule, make_schedule, run_forward
 from nsa.fused.sizes import Sizes
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.small_configs import tile_config, token_config
@@ -91,7 +91,7 @@ def run(function, leaves):
 def scheduled(monkeypatch):
     """Sets the schedule of every call."""
     return lambda *args: monkeypatch.setattr(
-        entry, "make_schedule", lambda *_, **__: Schedule(*args)
+        entry, "make_schedule", lambda *_, **__: ChunkSchedule(*args)
     )
 
 
@@ -191,7 +191,7 @@ def test_max_workspace_bytes_reaches_the_choice(monkeypatch):
         entry,
         "make_schedule",
         lambda *_, max_workspace_bytes, **__: (
-            seen.append(max_workspace_bytes) or Schedule(1, False)
+            seen.append(max_workspace_bytes) or ChunkSchedule(1, False)
         ),
     )
     q, k, v = make_inputs((1, 70), 2, 1, 8)
@@ -215,8 +215,8 @@ def test_a_limit_asks_for_no_free_memory(monkeypatch):
     sizes = Sizes(1, 1 << 20, 1 << 20, None, False, 1 << 20, 64, 4, 128, 2, TOKEN)
     inputs = Inputs(q, *(None,) * (len(Inputs._fields) - 1))
     call = dict(inputs=inputs, sizes=sizes, save=True)
-    assert make_schedule(**call, max_workspace_bytes=1 << 60) == Schedule(1, False)
-    assert make_schedule(**call, max_workspace_bytes=1) == Schedule(4, True)
+    assert make_schedule(**call, max_workspace_bytes=1 << 60) == ChunkSchedule(1, False)
+    assert make_schedule(**call, max_workspace_bytes=1) == ChunkSchedule(4, True)
     monkeypatch.setattr("nsa.fused.schedule.is_capturing", lambda _: False)
     with pytest.raises(AssertionError, match="free memory"):
         make_schedule(**call, max_workspace_bytes=None)
