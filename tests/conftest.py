@@ -67,10 +67,10 @@ def fused_on_cpu(monkeypatch):
     emulate_kernels(monkeypatch.setattr)
 
 
-@pytest.fixture(params=["one tile", "folded", "shared keys"])
+@pytest.fixture(params=["masked", "folded", "shared keys"])
 def compressed_calls(monkeypatch, request):
     """All ways to compute the compressed branch of a batch: as of few, more and many tokens."""
-    if request.param != "one tile":
+    if request.param != "masked":
         monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
     if request.param == "shared keys":
         monkeypatch.setattr(folded, "SHARED_KEY_BYTES", 0)

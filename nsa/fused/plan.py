@@ -101,7 +101,8 @@ class Plan:
     @property
     def folds(self) -> bool:
         """Whether the compressed branch folds queries into heads."""
-        return is_folded(self.compressed_form, self.geometry.compressed.total, whole=self.whole)
+        count = self.geometry.compressed.total
+        return is_folded(self.compressed_form, count, self.config, whole=self.whole)
 
     @cached_property
     def queries(self) -> AlignedRows:

@@ -1,11 +1,15 @@
 """On the GPU: output and every gradient of the fused backend against the float64 reference."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 
 import nsa
-from nsa.fused import selection
+from nsa.blocks import num_compressed_blocks
+from nsa.fused import compressed_forms, selection
+from nsa.fused.compressed_forms import CompressedForm
 from nsa.fused.fa4_call import MANY_SEQUENCES
 from nsa.geometry import Geometry
 from tests.helpers.gpu_cases import (
@@ -19,6 +23,7 @@ from tests.helpers.gpu_cases import (
     gpu_test,
     leaves,
     make_tensors,
+    paper_case,
 )
 from tests.helpers.group_cases import GROUP_FORMS, check_groups, group_case, reference_groups
 from tests.helpers.profiles import gpu_property
@@ -48,6 +53,20 @@ def test_hundreds_of_sequences(monkeypatch):
     """FA4's kernels then look up where the tiles of each sequence start."""
     lengths = tuple(37 * index % 130 for index in range(MANY_SEQUENCES + 10))
     check_against_reference(default_case(lengths=lengths, packed=True), monkeypatch)
+
+
+@pytest.mark.parametrize("length", [2080, 4096, 4111])
+@pytest.mark.parametrize("mode", ["tile", "token"])
+def test_masks_of_two_tiles_of_compressed_keys(mode, length, monkeypatch):
+    """More keys than FA4's kernels take at a time, and a mask for them."""
+    config = nsa.NSAConfig(compress_block_size=16, select_block_size=64, num_selected_blocks=4)
+    make = paper_case if mode == "token" else partial(default_case, config=config)
+    case = make(batch=2, lengths=(length,), num_kv_heads=1)
+    count = num_compressed_blocks(length, case.config)
+    form = CompressedForm.BATCH
+    assert count > compressed_forms.ONE_TILE
+    assert not compressed_forms.is_folded(form, count, case.config, whole=True)
+    check_against_reference(case, monkeypatch)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])

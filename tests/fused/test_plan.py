@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import nsa
+from nsa.fused import compressed_forms
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan
 from nsa.geometry import Geometry
@@ -120,3 +121,17 @@ def test_none_is_kept_of_tensors_without_data():
     plan = make_plan(torch.zeros(1, 4321, 2, 64), None, None, nsa.NSAConfig())
     assert plan is not fake
     assert type(plan.scoring.own) is torch.Tensor
+
+
+def test_two_tiles_of_compressed_keys_are_masked_in_short_sequences():
+    form = compressed_forms.CompressedForm.BATCH
+    token, tile = nsa.NSAConfig.paper(), nsa.NSAConfig()
+    for config, count, folded in (
+        (token, 128, False),
+        (token, 255, False),
+        (token, 257, True),
+        (tile, 128, False),
+        (tile, 129, True),
+    ):
+        assert compressed_forms.is_folded(form, count, config, whole=True) == folded
+        assert compressed_forms.is_folded(form, count, config, whole=False)

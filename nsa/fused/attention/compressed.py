@@ -164,7 +164,7 @@ def compressed_sums_bytes(sizes: Sizes) -> int:
         assert sizes.sequences is not None
         rows = num_folded_rows(sizes.length, sizes.sequences, sizes.config, whole=sizes.whole)
         return sums_bytes(heads * stride, kv_heads, dim, rows, keys, sizes.sequences)
-    if is_folded(sizes.form, keys, whole=sizes.whole):
+    if is_folded(sizes.form, keys, sizes.config, whole=sizes.whole):
         # One entry after another. Each query head has the keys to itself.
         return heads * sums_bytes(stride, 1, dim, -(-sizes.length // stride), keys)
     return sizes.batch * sums_bytes(heads, kv_heads, dim, sizes.length, keys, sizes.sequences)
