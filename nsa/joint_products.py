@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from nsa.blocks import BlockPlaces
 from nsa.compressor import PLAIN_TYPES, BlockCompressor
@@ -70,7 +71,10 @@ def project_jointly(layer: Layer, x: Tensor) -> Projections | None:
     if rest:
         # A tensor of its own, because SiLU keeps it for backward.
         hidden = rest[0].contiguous() if biases[3] is None else rest[0] + biases[3].to(dtype)
-        logits = mlp.after_first(hidden, x.dtype)
+        if layer.saves_less(x) and torch.is_grad_enabled():
+            logits = checkpoint(mlp.after_first, hidden, x.dtype, use_reentrant=False)
+        else:
+            logits = mlp.after_first(hidden, x.dtype)
     heads, both = _key_heads(layer, kv)
     return Projections((q.unflatten(-1, (layer.num_heads, layer.head_dim)), *heads), both, logits)
 
@@ -177,9 +181,10 @@ class _JointProduct(torch.autograd.Function):
         rows_of_x = x.flatten(0, -2)
         if all(of_weights):
             dweight = dout.flatten(0, -2).mT @ rows_of_x
-            # Copies, because who holds one gradient would hold all.
-            parts = torch.ops.aten.split_with_sizes_copy(dweight, list(map(len, weights)))
-            return None, dx, *(part.to(w.dtype) for part, w in zip(parts, weights, strict=True))
+            # Copies, because who holds one gradient would hold all; in one launch.
+            grads = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+            torch._foreach_copy_(grads, dweight.split(list(map(len, weights))))
+            return None, dx, *grads
         columns = dout.flatten(0, -2).split(list(map(len, weights)), -1)
         return (
             None,

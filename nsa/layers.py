@@ -32,6 +32,10 @@ from nsa.recorded_layer import run_recorded
 from nsa.rope import Positions, rotate
 from nsa.validation import check_config, check_flag, check_max_workspace_bytes
 
+LONG_ELEMENTS = 1 << 27
+"""Elements of hidden states from which a layer saves less for backward even without ``recompute``.
+At 64K tokens of dim 4096 what it computes again takes some 2 % of the time."""
+
 _GATES = ("hidden", "q")
 _COMPRESSORS = ("mlp", "mean")
 
@@ -60,7 +64,8 @@ class NativeSparseAttention(nn.Module):
             the values; it has no weights.
         bias: whether the four projections have a bias.
         recompute: save less for backward, which computes cheap parts again: the compressors, the
-            gate MLP and the window branch.
+            gate MLP and the window branch. Of long inputs (2^27 elements of hidden states or more)
+            the window branch and the gate MLP's activation are never saved.
         max_workspace_bytes, backend: as in :func:`nsa.forward`.
         device, dtype: of the parameters; by default torch's defaults.
 
@@ -238,7 +243,7 @@ class NativeSparseAttention(nn.Module):
             max_seqlen=max_seqlen,
             cache=cache,
             max_workspace_bytes=self.max_workspace_bytes,
-            recompute_window=self.recompute,
+            recompute_window=self.recompute or self.saves_less(x),
             backend=self.backend,
         )
         return apply_linear(self.o_proj, out.flatten(-2), x.dtype)
@@ -374,6 +379,11 @@ class NativeSparseAttention(nn.Module):
             if layer_ops.can_rotate(tensors[0], theta):
                 return layer_ops.rotate(tensors, positions, theta)
         return [rotate(x, positions, theta) for x in tensors]
+
+    def saves_less(self, x: Tensor) -> bool:
+        """Whether backward of a call for ``x`` computes cheap parts again without ``recompute``."""
+        # torch.compile would guard the length, and chooses itself what it computes again.
+        return not torch.compiler.is_compiling() and x.numel() >= LONG_ELEMENTS
 
     def _run(self, module: nn.Module, *arguments) -> Tensor:
         """``module(*arguments)``, with ``recompute`` once more in backward."""

@@ -52,6 +52,7 @@ def attend(
     *,
     combines: bool = True,
     keep: bool = True,
+    keep_window: bool = True,
 ) -> tuple[Tensor | None, BranchResults | None, Tensor, Tensor | None]:
     """The three branches and their gated sum.
 
@@ -69,6 +70,7 @@ def attend(
         before_keys: is called before keys and values are read; compressed ones are given then.
         combines: whether the sum is wanted.
         keep: whether the results of the branches are.
+        keep_window: whether those of the window are among these.
 
     Returns:
         The sum, the results of the branches, and the ``block_indices`` and ``groups`` that they
@@ -111,7 +113,7 @@ def attend(
         del q_rows
         if window_last:
             out, o_win, lse_win = closing_window(
-                *(q, k_win, v_win, (o_cmp, o_slc)), *gating, plan, keep=keep
+                *(q, k_win, v_win, (o_cmp, o_slc)), *gating, plan, keep=keep and keep_window
             )
         elif combines:
             assert o_win is not None  # as it came first
@@ -120,8 +122,9 @@ def attend(
     if not keep:
         return out, None, block_indices, groups
     assert o_slc is not None  # as it is kept
+    window = (o_win, lse_win) if keep_window else (None, None)
     compressed = (k_cmp, v_cmp) if inputs.k_cmp is None else (None, None)
-    results = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, o_win, lse_win, *compressed)
+    results = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, *window, *compressed)
     return out, results, block_indices, groups
 
 
@@ -177,7 +180,7 @@ def _select_missing(
 def backward(
     dout: Tensor,
     inputs: Inputs,
-    branches: BranchResults,
+    saved: list[BranchResults],
     block_indices: Tensor,
     groups: Tensor | None,
     plan: Plan,
@@ -188,7 +191,8 @@ def backward(
 ) -> Inputs:
     """The gradient of each input, None if there is no such input.
 
-    ``branches``, ``block_indices`` and ``groups`` are the results of :func:`attend`. The gradient
+    The branches, which are taken out of ``saved`` so that their memory is freed, ``block_indices``
+    and ``groups`` are the results of :func:`attend`. The gradient
     of ``q`` is written to ``dq``, if given: a contiguous tensor, or a slice of heads of one. Those
     of ``k`` and ``v`` are added to ``keys`` instead, if given, all branches share them and their
     compressed ones are given too. If ``deterministic``, gradients have the same bits each time.
@@ -203,10 +207,12 @@ def backward(
         keys = None
     summed = shared and keys is None and not deterministic and leaves_sums(plan)
     placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
+    branches = saved.pop()
+    k_cmp, v_cmp = branches.k_cmp, branches.v_cmp
     gating = _gating_backward(dout, inputs, branches, placements, plan)
     douts, (statistics_cmp, statistics_slc, statistics_win) = list(gating.douts), gating.statistics
     dlogits, dgates, dgate_weight = gating[2:]
-    del gating
+    del gating, branches
 
     side_stream = SideStream(q)
     dq_win, dk_win, dv_win = window_attention_backward(
@@ -221,11 +227,9 @@ def backward(
         )
 
     def compressed() -> _Gradients:
-        k_cmp, v_cmp = branches.k_cmp, branches.v_cmp
-        if k_cmp is None or v_cmp is None:
-            k_cmp, v_cmp = _compressed_pair(inputs, plan)
+        pair = _compressed_pair(inputs, plan) if k_cmp is None or v_cmp is None else (k_cmp, v_cmp)
         return compressed_attention_backward(
-            douts.pop(0), q, k_cmp, v_cmp, statistics_cmp, groups, plan, deterministic
+            *(douts.pop(0), q, *pair, statistics_cmp, groups, plan, deterministic)
         )
 
     with side_stream:
@@ -313,7 +317,9 @@ def _key_gradients(
     plan.clear_unused(*compressed)
     # Copies, because both may lie in one tensor, and results of a custom op must not.
     dtype = inputs.k_cmp.dtype
-    found["k_cmp"], found["v_cmp"] = (x.to(dtype, copy=True) for x in compressed)
+    copies = [x.new_empty(x.shape, dtype=dtype) for x in compressed]
+    torch._foreach_copy_(copies, compressed)
+    found["k_cmp"], found["v_cmp"] = copies
     return found
 
 

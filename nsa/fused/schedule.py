@@ -191,9 +191,8 @@ def run_forward(
             result, branches, selected, groups = pipeline.attend(
                 *(part, blocks, None, plan, target, results.before_keys),
                 keep=save and not schedule.recompute,
+                keep_window=not schedule.recompute_window,
             )
-            if branches is not None and schedule.recompute_window:
-                branches = branches._replace(o_win=None, lse_win=None)
             if save:
                 kept.append(Saved(branches, selected if blocks is None else None, groups))
             # Free these before the next chunk allocates.
@@ -215,22 +214,23 @@ def run_backward(
 ) -> Inputs:
     """The gradient of each input, None if there is no such input, or if it is added to ``results``.
 
-    ``block_indices`` are the caller's. If None, ``saved`` holds the selected ones.
+    ``block_indices`` are the caller's. If None, ``saved`` holds the selected ones. It is emptied,
+    so that what is used up frees its memory.
     """
     results = results or _NO_RESULTS
     q, dq = inputs.q, _kernel_form(results.dq)
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
     with torch.cuda.device_of(q), without_autocast(q.device):
         if len(parts) == 1:
-            arguments = (dout, inputs, block_indices, saved[0], plan)
+            arguments = (dout, inputs, block_indices, saved, plan)
             return _run_chunk_backward(
                 *arguments, dq, results.keys, deterministic=schedule.deterministic
             )
         others = [None if x is None else x.new_empty(x.shape) for x in inputs[1:]]
         grads = Inputs._make([q.new_empty(q.shape) if dq is None else dq, *others])
-        for heads, part in zip(parts, saved, strict=True):
+        for heads in parts:
             blocks, targets = heads.of_indices(block_indices, plan), heads.of(grads)
-            arguments = (heads.of_queries(dout), heads.of(inputs), blocks, part, plan)
+            arguments = (heads.of_queries(dout), heads.of(inputs), blocks, saved, plan)
             found = _run_chunk_backward(*arguments, targets.q, deterministic=schedule.deterministic)
             for target, result in zip(targets[1:], found[1:], strict=True):
                 if target is not None:
@@ -253,14 +253,14 @@ def _run_chunk_backward(
     dout: Tensor,
     inputs: Inputs,
     block_indices: Tensor | None,
-    saved: Saved,
+    saved: list[Saved],
     plan: Plan,
     dq: Tensor | None = None,
     keys: CallSums | None = None,
     *,
     deterministic: bool,
 ) -> Inputs:
-    branches, selected, groups = saved
+    branches, selected, groups = saved.pop(0)
     selected = selected if block_indices is None else block_indices
     assert selected is not None
     if branches is None:
@@ -270,5 +270,7 @@ def _run_chunk_backward(
         assert branches is not None  # as attend keeps them
     elif branches.o_win is None:
         branches = pipeline.attend_window(inputs, branches, plan)
-    arguments = (dout, inputs, branches, selected, groups, plan)
+    last = [branches]
+    del branches
+    arguments = (dout, inputs, last, selected, groups, plan)
     return pipeline.backward(*arguments, dq, keys, deterministic=deterministic)

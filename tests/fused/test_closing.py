@@ -44,9 +44,10 @@ def test_output_and_gradients_equal_reference(problem):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("mode", CONFIGS)
-def test_the_windows_kernel_comes_last_and_its_output_is_kept_for_a_backward(
-    mode, gradients, monkeypatch
+def test_the_windows_kernel_comes_last_and_writes_its_output_where_it_is_kept(
+    mode, recompute, gradients, monkeypatch
 ):
     calls = []
 
@@ -62,8 +63,8 @@ def test_the_windows_kernel_comes_last_and_its_output_is_kept_for_a_backward(
             if hasattr(module, name):
                 note(module, name, getattr(module, name))
     q, k, v = make_inputs((1, 200), 2, 1, 8, dtype=torch.float64, requires_grad=gradients)
-    nsa.forward(q, k, v, config=CONFIGS[mode], backend="fused")
-    assert calls[-1] == ("closing_forward", gradients)
+    nsa.forward(q, k, v, config=CONFIGS[mode], backend="fused", recompute_window=recompute)
+    assert calls[-1] == ("closing_forward", gradients and not recompute)
     assert calls.count(calls[-1]) == 1
     selected = "sparse_forward" if mode == "tile" else "selected_forward"
     assert [name for name, _ in calls].count(selected) == 1

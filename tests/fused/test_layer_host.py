@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import nsa
-from nsa import compressor, packing
+from nsa import compressor, layers, packing
 from nsa.fused import compressed_forms, entry, fa4, kernel_calls, layer_ops, planning
 from nsa.testing import make_cu_seqlens
 from tests.helpers.counted_operations import CountedOperations, count_kernel_calls
@@ -133,13 +133,34 @@ def test_no_copy_of_the_queries_is_kept_in_float32(mode):
 
 
 @modes
+def test_of_long_inputs_less_is_kept(mode, monkeypatch):
+    x = torch.randn(1, TOKENS, DIM, dtype=torch.bfloat16, requires_grad=True)
+    queries = TOKENS * DIM * 2
+    layer = make_layer(mode)
+    saved = saved_bytes(layer, x)
+    monkeypatch.setattr(layers, "LONG_ELEMENTS", x.numel())
+    less = saved_bytes(layer, x)
+    # The window's output, and what the gates' MLP has between its layers.
+    activation = TOKENS * max(3 * HEADS, DIM // 4) * 2
+    assert less[torch.bfloat16] <= saved[torch.bfloat16] - queries - activation
+    assert less[torch.float32] == saved[torch.float32] - TOKENS * HEADS * 4
+    with torch.no_grad():
+        layer(x)
+
+
+@modes
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
-def test_recomputed_gradients_are_the_same(mode, packed):
-    plain, recomputing = (make_layer(mode, torch.float64, recompute=r) for r in (False, True))
+@pytest.mark.parametrize("long", [False, True], ids=["asked for", "long"])
+def test_recomputed_gradients_are_the_same(mode, packed, long, monkeypatch):
+    plain, recomputing = (
+        make_layer(mode, torch.float64, recompute=r and not long) for r in (False, True)
+    )
     x = torch.randn(*((TOKENS,) if packed else (1, TOKENS)), DIM, dtype=torch.float64)
     extra = (make_cu_seqlens(LENGTHS),) if packed else ()
     results = []
     for layer in (plain, recomputing):
+        if long and layer is recomputing:
+            monkeypatch.setattr(layers, "LONG_ELEMENTS", 0)
         hidden = x.clone().requires_grad_()
         y = layer(hidden, *extra)
         results.append([y, *torch.autograd.grad(y.square().sum(), [hidden, *layer.parameters()])])
