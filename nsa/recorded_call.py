@@ -39,7 +39,7 @@ class Recording(NamedTuple):
 
     Attributes:
         memories: how many there are.
-        steps, output: of the forward.
+        steps, output: of the forward; the output is a tensor, or a list of them.
         saved: memories that the backward needs.
         dout: the memory of the output's gradient; None without a backward.
         backward_steps, gradients: of the backward. There is a gradient for each given tensor, None
@@ -54,18 +54,18 @@ class Recording(NamedTuple):
     backward_steps: tuple[Step, ...]
     gradients: tuple[Getter | None, ...]
 
-    def forward(self, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, given: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
         """The output, and what the backward needs."""
         memories: Memories = [*given, *(None,) * (self.memories - len(given))]
         with torch.cuda.device_of(given[0]), without_autocast(given[0].device):
             _run(self.steps, memories)
         return self.output(memories), [memories[number] for number in self.saved]
 
-    def backward(self, dout: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradients of the given tensors."""
+    def backward(self, dout: Tensor, saved: list[Tensor]) -> list[Tensor | None]:
+        """The gradients of the given tensors. ``saved`` is emptied, so that steps free memory."""
         memories: Memories = [None] * self.memories
-        for number, x in zip(self.saved, saved, strict=True):
-            memories[number] = x
+        for number in reversed(self.saved):
+            memories[number] = saved.pop()
         if type(dout) is not Tensor:
             dout = _plain(dout)
         if not dout.is_contiguous() or dout.data_ptr() % 16:
@@ -121,7 +121,9 @@ class RecordingNode(torch.autograd.Function):
     def backward(ctx, dout):
         if torch.is_grad_enabled():  # create_graph
             return None, *_Gradients.apply(ctx.recording, dout, *ctx.saved_tensors)
-        saved = ctx.saved_tensors[: len(ctx.recording.saved)]
+        saved = list(ctx.saved_tensors[: len(ctx.recording.saved)])
+        # Unless there may be another backward.
+        ctx.maybe_clear_saved_tensors()
         return None, *ctx.recording.backward(dout, saved)
 
 
@@ -130,7 +132,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(_, recording: Recording, dout: Tensor, *saved):
-        return tuple(recording.backward(dout, saved[: len(recording.saved)]))
+        return tuple(recording.backward(dout, list(saved[: len(recording.saved)])))
 
     @staticmethod
     def backward(_, *__):

@@ -78,8 +78,20 @@ class Recorder(RecordingMode):
         new = made if isinstance(made, tuple) else (made,)
         self._uses.append(uses.union(new) - {None})
 
-    def end_forward(self, out: Tensor) -> None:
-        """Note the output. It is given as no view, because callers may change it in place."""
+    def end_forward(self, out: Tensor | list[Tensor]) -> None:
+        """Note the output, or each of a list.
+
+        They are given as no views, because callers may change them in place.
+        """
+        outputs = out if isinstance(out, list) else [out]
+        self._is_list = isinstance(out, list)
+        self._outputs = [(self._check_output(x), x.shape) for x in outputs]
+        if len({number for number, _ in self._outputs}) < len(outputs):
+            raise NotRecordable("outputs share memory")
+        self._split = len(self._steps)
+
+    def _check_output(self, out: Any) -> int:
+        """The memory of an output, all of which it is."""
         if not isinstance(out, Tensor):
             raise NotRecordable(f"the output is {type(out).__name__}")
         number, shape = self._number_of(out), out.shape
@@ -88,7 +100,7 @@ class Recorder(RecordingMode):
         base = self._bases[number]
         if not (base.contiguous and out.is_contiguous() and shape.numel() == base.shape.numel()):
             raise NotRecordable("the output is a part of a tensor")
-        self._output, self._shape, self._split = number, shape, len(self._steps)
+        return number
 
     def new_output_gradient(self, out: Tensor) -> Tensor:
         """A gradient of the output to record the backward with."""
@@ -111,11 +123,12 @@ class Recorder(RecordingMode):
         in_backward = [number for number, at in last.items() if at >= self._split]
         early = (n for n in in_backward if n < self._num_given or first[n] < self._split)
         saved = tuple(sorted(early)) if grads else ()
-        if self._output in saved:
+        outputs = {number for number, _ in self._outputs}
+        if not outputs.isdisjoint(saved):
             raise NotRecordable("the backward needs the output")
         steps = []
         for at, (step, uses) in enumerate(zip(self._steps, self._uses, strict=True)):
-            done = tuple(n for n in uses if last[n] == at and n != self._output)
+            done = tuple(n for n in uses if last[n] == at and n not in outputs)
             function = step.function
             if at in self._allocations:
                 function = self._allocation(step.made, zeros=self._allocations[at])
@@ -130,7 +143,7 @@ class Recorder(RecordingMode):
         return Recording(
             memories=len(self._bases),
             steps=tuple(steps[: self._split]),
-            output=self._output_getter(),
+            output=self._getter_of_outputs(),
             saved=saved,
             dout=self._dout,
             backward_steps=tuple(steps[self._split :]),
@@ -154,8 +167,13 @@ class Recorder(RecordingMode):
             return partial(torch.zeros, base.shape, **kind)
         return partial(torch.empty_strided, base.shape, base.strides, **kind)
 
-    def _output_getter(self) -> Getter:
-        number, shape = self._output, self._shape
+    def _getter_of_outputs(self) -> Getter:
+        getters = [self._output_getter(number, shape) for number, shape in self._outputs]
+        if not self._is_list:
+            return getters[0]
+        return lambda memories: [get(memories) for get in getters]
+
+    def _output_getter(self, number: int, shape: torch.Size) -> Getter:
         if shape == self._bases[number].shape:
             return itemgetter(number)
         view = torch.ops.aten._unsafe_view.default
@@ -272,6 +290,7 @@ _DIRECT: dict[OpOverload, Callable] = {
     torch.ops.aten.clone.default: torch.clone,
     torch.ops.aten.zero_.default: Tensor.zero_,
     torch.ops.aten._foreach_add_.List: torch._foreach_add_,
+    torch.ops.aten._foreach_copy_.default: torch._foreach_copy_,
 }
 """Functions that do the same as operations, and take less time to call."""
 

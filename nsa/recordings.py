@@ -15,6 +15,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import ref
@@ -66,32 +67,105 @@ def run(
     if not _may_record(given, parameters):
         return None
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    form = _form_of_call(key, given, differentiable)
+    seen = _Seen(ref(parameters[0]) if parameters else None)
+    record = partial(_record, function, tensors, parameters, differentiable)
+    recording = _find(form, seen, record, lambda first: first.by_same(parameters))
+    if recording is None:
+        return None
+    if differentiable:
+        return RecordingNode.apply(recording, *given)
+    return recording.forward(given)[0]
+
+
+def run_op(
+    key: Hashable,
+    function: Callable[..., list[Tensor]],
+    tensors: Sequence[Tensor],
+    *,
+    trains: bool,
+    backward: bool = False,
+) -> list[Tensor] | None:
+    """The same for the inside of a custom op, which is how compiled calls come here.
+
+    The results are new, contiguous tensors, each in memory of its own, and have no gradients.
+
+    Args:
+        key, function, tensors: as in :func:`run`.
+        trains: whether the call is, or will be followed by, a ``backward``. A form is then recorded
+            in the second step that has it.
+        backward: whether the op is a backward.
+    """
+    step = _steps.number(backward=backward)
+    with torch.no_grad():
+        if not _may_record(tensors, ()):
+            return None
+        form = _form_of_call(key, tensors, False)
+        seen = _Seen(None, step if trains else -1)
+        record = partial(_record, function, tensors, (), False, rehearse=True)
+        recording = _find(form, seen, record, lambda first: first.step < step)
+        return None if recording is None else recording.forward(tensors)[0]
+
+
+def _form_of_call(key: Hashable, given: Sequence[Tensor], differentiable: bool) -> tuple:
     device = given[0].device
     modes = (differentiable, torch.is_inference_mode_enabled(), autocast_dtype(device))
-    form = (key, device, modes, *map(_form, given))
+    return (key, device, modes, *map(_form, given))
+
+
+def _find(
+    form: Hashable,
+    seen: "_Seen",
+    record: Callable[[], Any],
+    is_again: Callable[["_Seen"], bool],
+) -> Recording | None:
+    """The recording of a form, if there is one.
+
+    ``seen`` is kept of the first call. ``record`` gives the recording in the first later one for
+    which ``is_again`` of what was kept.
+    """
     with _lock:
         recording = _recordings.setdefault(form, _NEW)
         if recording is _NEW:
-            _recordings[form] = _Seen(ref(parameters[0]) if parameters else None)
+            _recordings[form] = seen
             while len(_recordings) > MAX_RECORDINGS:
                 _recordings.popitem(last=False)
         else:
             _recordings.move_to_end(form)
     # One at a time, because recorders mark memories. Others run step by step instead of waiting,
     # which could be for their own thread: an autograd thread whose backward calls this again.
-    again = isinstance(recording, _Seen) and recording.by_same(parameters)
+    again = isinstance(recording, _Seen) and is_again(recording)
     if again and _one_records.acquire(blocking=False):
         try:
-            recording = _record(function, tensors, parameters, differentiable)
+            recording = record()
         finally:
             _one_records.release()
         with _lock:
             _recordings[form] = recording
-    if not isinstance(recording, Recording):
-        return None
-    if differentiable:
-        return RecordingNode.apply(recording, *given)
-    return recording.forward(given)[0]
+    return recording if isinstance(recording, Recording) else None
+
+
+class _Steps:
+    """Counts training steps by the ops that run: one begins with a forward after a backward."""
+
+    def __init__(self):
+        self._number, self._in_backward = 0, False
+
+    def number(self, *, backward: bool) -> int:
+        if self._in_backward and not backward:
+            self._number += 1
+        self._in_backward = backward
+        return self._number
+
+
+_steps = _Steps()
+
+
+def clear() -> None:
+    """Forget all recordings, which frees the index tensors that they hold. Later calls are recorded
+    again."""
+    with _lock:
+        _recordings.clear()
 
 
 def launch(kernel: Callable, *arguments) -> None:
@@ -106,9 +180,11 @@ _NEW, _REFUSED = object(), object()
 
 
 class _Seen(NamedTuple):
-    """Of a form that was called once: the first parameter then, None without any."""
+    """Of a form that was called once: the first parameter then, None without any; and of an op the
+    step, -1 if it does not train."""
 
     first: "ref[Tensor] | None"
+    step: int = -1
 
     def by_same(self, parameters: Sequence[Tensor]) -> bool:
         """Whether a call is not of another layer in the same step, after which the form may never
@@ -155,12 +231,14 @@ def _form(x: Tensor) -> tuple:
 
 
 def _record(
-    function: Callable[..., Tensor],
+    function: Callable[..., Any],
     tensors: Sequence[Tensor],
     parameters: Sequence[Tensor],
     differentiable: bool,
+    *,
+    rehearse: bool = False,
 ) -> Any:
-    """The recording of a call, or ``_REFUSED``."""
+    """The recording of a call, or ``_REFUSED``. With gradients it is rehearsed."""
     given: tuple[Tensor, ...] = ()
     grads: list[Tensor | None] = []
     try:
@@ -172,6 +250,9 @@ def _record(
                 out = function(*leaves)
                 with without_autocast(out.device):
                     torch.autograd.grad(out, wanted, torch.zeros_like(out), allow_unused=True)
+        elif rehearse:
+            with _Rehearsal():
+                function(*leaves)
         recorder = Recorder(given)
         with torch.set_grad_enabled(differentiable), _uncached_autocast(given[0].device), recorder:
             out = function(*leaves)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from nsa.blocks import BlockPlaces
 from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
+from nsa.fused.custom_ops import custom_op
 from nsa.fused.plan_tables import BOUNDS, make_rule
 from nsa.host import is_traced
 from nsa.precision import without_autocast
@@ -54,7 +55,7 @@ class _Rotation(torch.autograd.Function):
         return *dx, *(None,) * (len(ctx.angles) + 2)
 
 
-@torch.library.custom_op("nsa::rotate", mutates_args=())
+@custom_op("rotate")
 def rotate_op(
     x: Tensor,
     other: Tensor | None,
@@ -227,11 +228,7 @@ _PLACES = (
 )
 
 
-@torch.library.custom_op(
-    "nsa::gather_blocks",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor position, {_PLACES}) -> Tensor",
-)
+@custom_op("gather_blocks", f"(Tensor x, Tensor position, {_PLACES}) -> Tensor")
 def gather_blocks_op(x, position, *places):
     """The same as one op."""
     with torch.cuda.device_of(x):
@@ -245,11 +242,7 @@ def _(x, position, block_size, stride, blocks, *_):
     return x.new_empty(*parts, blocks, heads, block_size, x.shape[-1])
 
 
-@torch.library.custom_op(
-    "nsa::scatter_blocks",
-    mutates_args=(),
-    schema=f"(Tensor drows, SymInt[] shape, {_PLACES}) -> Tensor",
-)
+@custom_op("scatter_blocks", f"(Tensor drows, SymInt[] shape, {_PLACES}) -> Tensor")
 def scatter_blocks_op(drows, shape, *places):
     """The gradient of :func:`gather_blocks_op` for ``x`` of this shape."""
     with torch.cuda.device_of(drows):

@@ -6,16 +6,18 @@ used only while something traces. An optional tensor that an op returns or takes
 if there is none, because an op supports only tensors there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
+from nsa import recordings
 from nsa.config import NSAConfig
 from nsa.fused import pipeline
 from nsa.fused.call_tensors import SAVED_TENSORS, Inputs, Saved
+from nsa.fused.custom_ops import custom_op
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan, with_scale
 from nsa.fused.schedule import ChunkSchedule, fewest_chunks, run_backward, run_forward, split_heads
@@ -50,8 +52,11 @@ class AttentionNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         tensors = ctx.saved_tensors
+        # Unless there may be another backward, so that what is used up frees its memory.
+        ctx.maybe_clear_saved_tensors()
         inputs, block_indices = tensors[:NUM_INPUTS], tensors[NUM_INPUTS]
         saved = Saved.of_chunks(tensors[NUM_INPUTS + 1 :], recompute=ctx.schedule.recompute)
+        del tensors
         arguments = (as_rows(dout), block_indices, saved, ctx.plan, ctx.schedule)
         if torch.is_grad_enabled():  # create_graph
             return None, None, None, None, *_Gradients.apply(*arguments, *inputs)
@@ -173,11 +178,7 @@ def _plan(
     )
 
 
-@torch.library.custom_op(
-    "nsa::attention",
-    mutates_args=(),
-    schema=f"({_schema(Inputs)}, {_schema(OpOptions)}) -> (Tensor, Tensor[])",
-)
+@custom_op("attention", f"({_schema(Inputs)}, {_schema(OpOptions)}) -> (Tensor, Tensor[])")
 def attention(*arguments):
     """Output ``(B, T, H, Dv)`` and, with ``save``, :meth:`Saved.tensors` of each chunk.
 
@@ -186,14 +187,50 @@ def attention(*arguments):
     ``owned``, copies of them come last.
     """
     inputs, options = _split(arguments)
-    q = inputs.q
-    _check_pairs(q, inputs.k, options.scaled_config, options.chunks)
-    plan = options.plan(q, inputs.k)
+    _check_pairs(inputs.q, inputs.k, options.scaled_config, options.chunks)
+    out, *saved = _run_recorded(_attention, inputs, options)
+    return out, saved
+
+
+def _attention(inputs: Inputs, options: OpOptions) -> list[Tensor]:
+    q, plan = inputs.q, options.plan(inputs.q, inputs.k)
     out, saved = run_forward(
         inputs, options.block_indices, plan, options.schedule, save=options.save
     )
     tensors = [_apart(x, q) for part in saved for x in part.tensors()]
-    return out, tensors + [x.clone() for x in options.returned_bounds]
+    return [out, *tensors, *(x.clone() for x in options.returned_bounds)]
+
+
+def _run_recorded(
+    function: Callable[..., list[Tensor]],
+    inputs: Inputs,
+    options: OpOptions,
+    others: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """``function(inputs, options, *others)``, as a recording where it can.
+
+    A backward has ``others``.
+    """
+    optional = (*inputs, options.block_indices, options.cu_seqlens, options.cu_seqlens_k)
+    present = [x is not None for x in optional]
+
+    def call(*tensors: Tensor) -> list[Tensor]:
+        following = iter(tensors)
+        *parts, blocks, first, second = (next(following) if x else None for x in present)
+        # Copies, which no Packing owns: its plan would be of its boundaries alone.
+        first, second = (None if x is None else x.clone() for x in (first, second))
+        own = options._replace(block_indices=blocks, cu_seqlens=first, cu_seqlens_k=second)
+        return function(Inputs._make(parts), own, *following)
+
+    rest = options._replace(block_indices=None, cu_seqlens=None, cu_seqlens_k=None)
+    found = recordings.run_op(
+        (function, rest, *present),
+        call,
+        [*(x for x in optional if x is not None), *others],
+        trains=options.save,
+        backward=len(others) > 0,
+    )
+    return function(inputs, options, *others) if found is None else found
 
 
 def _apart(x: Tensor | None, like: Tensor) -> Tensor:
@@ -261,20 +298,24 @@ def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions, *, given: bool) -
     ]
 
 
-@torch.library.custom_op(
-    "nsa::attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, {_schema(Inputs)}, {_schema(OpOptions)}, Tensor[] saved) -> Tensor[]",
+@custom_op(
+    "attention_backward",
+    f"(Tensor dout, {_schema(Inputs)}, {_schema(OpOptions)}, Tensor[] saved) -> Tensor[]",
 )
 def attention_backward(dout, *arguments):
     """Gradients of the :class:`Inputs` of :func:`attention`, empty where None."""
     *call, saved = arguments
-    inputs, options = _split(call)
+    return _run_recorded(_attention_backward, *_split(call), (dout, *saved))
+
+
+def _attention_backward(
+    inputs: Inputs, options: OpOptions, dout: Tensor, *saved: Tensor
+) -> list[Tensor]:
     parts = Saved.of_chunks(saved, recompute=options.recompute)
     parts = [_without_empty(part) for part in parts]
     plan = options.plan(inputs.q, inputs.k)
     grads = run_backward(dout, inputs, options.block_indices, parts, plan, options.schedule)
-    return [inputs.q.new_empty(0) if grad is None else grad for grad in grads]
+    return [_apart(grad, inputs.q) for grad in grads]
 
 
 def _without_empty(saved: Saved) -> Saved:
@@ -327,7 +368,7 @@ def _backward(ctx, dout, _):
 attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("nsa::select_blocks", mutates_args=())
+@custom_op("select_blocks")
 def select_blocks(
     q: Tensor,
     k: Tensor,

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
+from nsa.fused.custom_ops import custom_op
 from nsa.fused.kernel_inputs import kernel_head_dim
 from nsa.fused.planning import MAX_PLANS
 from nsa.fused.token_inputs import TokenBlocks, make_token_blocks
@@ -68,7 +69,7 @@ def _copied(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.clone()
 
 
-@torch.library.custom_op("nsa::selected_attention", mutates_args=())
+@custom_op("selected_attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -106,7 +107,7 @@ def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op("nsa::selected_attention_backward", mutates_args=())
+@custom_op("selected_attention_backward")
 def _gradients(
     dout: Tensor,
     dlse: Tensor | None,

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import nsa
+from nsa import recordings
+from nsa.fused import ops
+from nsa.recorded_call import Recording
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.gpu_cases import assert_equal_but_for_rounding, assert_same_step, gpu_test
 
@@ -95,3 +98,30 @@ def test_graphs_of_torch_compile_train(form):
     for _ in range(4):
         x = torch.randn(*(2, 1000) if form == "batched" else (sum(lengths),), 256, device="cuda")
         assert_same_step(layer, compiled, x.bfloat16(), *extra)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("config", ["paper", "tile"])
+@pytest.mark.parametrize("form", ["batched", "packed", "packing"])
+def test_compiled_calls_are_recorded_but_not_those_of_a_graph(form, config, mode, monkeypatch):
+    monkeypatch.setattr(recordings, "_recordings", type(recordings._recordings)())
+    torch.manual_seed(0)
+    config = nsa.NSAConfig.paper() if config == "paper" else nsa.NSAConfig()
+    layer = nsa.NativeSparseAttention(1024, 16, 1, config, backend="fused")
+    layer = layer.to("cuda", torch.bfloat16)
+    lengths = [1000, 65, 1]
+    cu_seqlens = make_cu_seqlens(lengths, "cuda")
+    extra = {
+        "batched": (),
+        "packed": (cu_seqlens, max(lengths)),
+        "packing": (nsa.Packing(cu_seqlens),),
+    }[form]
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
+    monkeypatch.setattr(recordings, "ENABLED", True)
+    for _ in range(5):
+        x = torch.randn(*(2, 1000) if form == "batched" else (sum(lengths),), 1024, device="cuda")
+        assert_same_step(layer, compiled, x.bfloat16(), *extra)
+    found = recordings._recordings.items()
+    of_ops = {key[0][0] for key, value in found if isinstance(value, Recording)}
+    of_ops &= {ops._attention, ops._attention_backward}
+    assert len(of_ops) == (2 if mode == "default" else 0)

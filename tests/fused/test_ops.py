@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import nsa
-from nsa.fused import ops, schedule
+from nsa.fused import layer_ops, ops, schedule
 from nsa.testing import make_cu_seqlens
 from tests.helpers.packed_calls import (
     CONFIGS,
@@ -120,6 +120,14 @@ def test_a_huge_bound_of_a_compiled_call(huge, mode):
         return nsa.forward(q, k, v, **options)
 
     torch.testing.assert_close(call(q, k, v), nsa.forward(q, k, v, **options), rtol=0, atol=1e-12)
+
+
+def test_calls_on_a_gpu_go_straight_to_our_functions():
+    """Not through the checks of torch.library.custom_op, which take as long as a launch."""
+    for op in (ops.attention, ops.attention_backward, layer_ops.rotate_op):
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        assert has_kernel(op._qualname, "CUDA")
+        assert not has_kernel(op._qualname, "CPU")
 
 
 class Marked(torch.Tensor):

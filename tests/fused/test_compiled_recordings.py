@@ -1,0 +1,144 @@
+"""Compiled layers run recordings inside of their ops, with emulated kernels."""
+
+import pytest
+import torch
+
+import nsa
+from nsa import recordings
+from nsa.fused import compressed_forms, ops, schedule
+from nsa.recorded_call import Recording
+from nsa.testing import make_cu_seqlens
+from tests.helpers.noted_kernels import note_kernels
+
+TOKENS, DIM = 200, 64
+PRESETS = {"token": nsa.NSAConfig.paper, "tile": nsa.NSAConfig}
+OPS = (ops._attention, ops._attention_backward)
+
+
+@pytest.fixture(autouse=True)
+def _emulated(fused_on_cpu, monkeypatch):
+    note_kernels(monkeypatch.setattr)
+    monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
+    monkeypatch.setattr(recordings, "_recordings", type(recordings._recordings)())
+    monkeypatch.setattr(recordings, "_steps", recordings._Steps())
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Names of what runs step by step, as it does."""
+    found = []
+
+    def count(name):
+        function = getattr(schedule, name)
+
+        def counted(*args, **kwargs):
+            found.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, counted)
+
+    count("run_forward")
+    count("run_backward")
+    return found
+
+
+def recorded() -> set:
+    """The functions of which there are recordings."""
+    found = recordings._recordings.items()
+    return {form[0][0] for form, x in found if isinstance(x, Recording)}
+
+
+def make_layers(mode="token", layers=1):
+    torch.manual_seed(0)
+    options = dict(backend="fused", dtype=torch.float64)
+    make = nsa.NativeSparseAttention
+    return Stack(make(DIM, 4, 2, PRESETS[mode](), **options) for _ in range(layers))
+
+
+class Stack(torch.nn.ModuleList):
+    def forward(self, x, *boundaries):
+        for layer in self:
+            x = x + layer(x, *boundaries)
+        return x
+
+
+def a_step(call, model, x, *boundaries) -> list[torch.Tensor]:
+    """The output, and all gradients."""
+    x = x.clone().requires_grad_()
+    y = call(x, *boundaries)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    return [y.detach(), *torch.autograd.grad(y, [x, *model.parameters()], dy)]
+
+
+def assert_same(compiled, model, x, *boundaries, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(recordings, "ENABLED", True)
+        got = a_step(compiled, model, x, *boundaries)
+    wanted = a_step(model, model, x, *boundaries)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", PRESETS)
+def test_from_the_third_step_on_no_op_runs_step_by_step(mode, runs, monkeypatch):
+    model = make_layers(mode, layers=2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for turn in range(4):
+        x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+        monkeypatch.setattr(recordings, "ENABLED", True)
+        runs.clear()
+        got = a_step(compiled, model, x)
+        # Two layers step by step; the first of the second step is rehearsed and recorded.
+        assert len(runs) == (4, 4, 0, 0)[turn]
+        assert recorded() == (set(OPS) if turn else set())
+        monkeypatch.setattr(recordings, "ENABLED", False)
+        torch.testing.assert_close(got, a_step(model, model, x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", PRESETS)
+@pytest.mark.parametrize("form", ["packing", "bare"])
+def test_boundaries_of_a_form_share_a_recording(mode, form, monkeypatch):
+    model = make_layers(mode)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for turn, lengths in enumerate(([150, 1, 49], [20, 150, 30], [0, 50, 150], [150, 25, 25])):
+        bounds = make_cu_seqlens(lengths)
+        extra = (nsa.Packing(bounds),) if form == "packing" else (bounds, 150)
+        x = torch.randn(TOKENS, DIM, dtype=torch.float64)
+        assert_same(compiled, model, x, *extra, monkeypatch=monkeypatch)
+        assert recorded() == (set(OPS) if turn else set())
+
+
+def test_a_form_of_one_step_is_not_recorded(monkeypatch):
+    """As where each step has another number of tokens."""
+    model = make_layers(layers=2)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(recordings, "ENABLED", True)
+    for tokens in (TOKENS, TOKENS + 70, TOKENS + 133):
+        a_step(compiled, model, torch.randn(1, tokens, DIM, dtype=torch.float64))
+    assert not recorded()
+
+
+def test_without_gradients(runs, monkeypatch):
+    model = make_layers()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(recordings, "ENABLED", True)
+    for turn in range(3):
+        x = torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+        runs.clear()
+        with torch.no_grad():
+            y = compiled(x)
+        assert len(runs) == (1, 2, 0)[turn]
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(recordings, "ENABLED", False)
+            torch.testing.assert_close(y, model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_nothing_is_recorded_where_nothing_may_be_kept(monkeypatch):
+    """So it is while a graph is captured, and in the calls of reduce-overhead before that."""
+    model = make_layers()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(recordings, "may_keep", lambda _: False)
+    for _ in range(3):
+        x = torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+        assert_same(compiled, model, x, monkeypatch=monkeypatch)
+    assert not recordings._recordings
