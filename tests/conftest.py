@@ -69,11 +69,15 @@ def fused_on_cpu(monkeypatch):
 
 @pytest.fixture(params=["masked", "folded", "shared keys"])
 def compressed_calls(monkeypatch, request):
-    """All ways to compute the compressed branch of a batch: as of few, more and many tokens."""
+    """All ways to compute the compressed branch of a batch: as of few, more and many tokens.
+
+    Of many, backward is not folded.
+    """
     if request.param != "masked":
         monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
     if request.param == "shared keys":
         monkeypatch.setattr(folded, "SHARED_KEY_BYTES", 0)
+        monkeypatch.setattr(compressed_forms, "UNFOLDED_CTAS", 0)
 
 
 @pytest.fixture

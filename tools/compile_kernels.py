@@ -88,6 +88,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
             listed_backward,
             padded_rows,
             query_partials,
+            query_sums,
             row_statistics,
             selected_backward,
             selected_band,
@@ -95,7 +96,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         )
 
         by_dtype += [importance, selected_forward, selected_band]
-        by_dtype += [few_keys, selected_backward, query_partials]
+        by_dtype += [few_keys, selected_backward, query_partials, query_sums]
         by_dtype += [row_statistics, listed_backward, float_sums, block_sums]
         others += [padded_rows, inverted_index, decode_append, decode_compressed]
         others += [decode_tile_select, decode_finish, decode_attend]
@@ -160,6 +161,12 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
             variant = partial(compile_dense, dim, group, packed, True, (left, None), "bfloat16")
             yield name, partial(variant, deterministic=True)
 
+    for dim in HEAD_DIMS:
+        for segments, deterministic in ((True, False), (True, True), (False, False)):
+            form = "segments" if segments else "one segment"
+            form += " deterministic" if deterministic else ""
+            yield f"blocks D={dim} {form}", partial(compile_blocks, dim, segments, deterministic)
+
 
 def sparse_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Selected branch (causal) and sparse compressed branch (a limit of keys)."""
@@ -192,6 +199,17 @@ def compile_dense(
     together = math.gcd(group, MOST_TOGETHER)
     if together > 1 and not deterministic:
         fa4_sm90.backward_kernels(variant._replace(together=together))
+
+
+def compile_blocks(dim, segments, deterministic):
+    """The backward of the compressed branch of a batch, with queries in one segment or several."""
+    from nsa.fused.fa4_variants import Mask, Variant
+    from nsa.fused.kernels import fa4_sm90
+
+    mask = Mask(left=True, right=True, step=16)
+    repeated = ((), (0,), (0,), ()) if segments else ()
+    shape = (getattr_torch("bfloat16"), dim, dim, 4, mask)
+    fa4_sm90.compile_backward(Variant(*shape, repeated=repeated, deterministic=deterministic))
 
 
 def compile_closing(dim, group, form, keep, dtype):

@@ -7,6 +7,7 @@ from enum import Enum
 
 from nsa.blocks import num_compressed_blocks
 from nsa.config import NSAConfig
+from nsa.fused.fa4_call import LARGEST_TILE
 
 ONE_TILE = 128
 """Keys in a tile of FA4's kernels."""
@@ -18,6 +19,11 @@ Folding has FA4 skip tiles of keys, but takes a call for each sequence, copies o
 for the last query. With 255 compressed keys of 4 x 4K tokens, a layer of dim 1024 takes 92 launches
 and not 142, and 2.46 ms of GPU time and not 2.6. With 256 of 16K it takes 2.25 and not 2.09.
 """
+
+
+UNFOLDED_CTAS = 256
+"""CTAs, one for a head and tile of keys, from which the backward of a batch is not folded: a long
+and a short one for each processor."""
 
 
 class CompressedForm(Enum):
@@ -61,6 +67,18 @@ def is_folded(form: CompressedForm, num_compressed: int, config: NSAConfig, *, w
         return form is CompressedForm.FOLDED_ROWS
     is_short = num_compressed * config.compress_stride <= FEW_TOKENS
     return num_compressed > (2 * ONE_TILE if is_short else ONE_TILE) or not whole
+
+
+def sums_queries(form: CompressedForm, num_compressed: int, heads: int, group: int) -> bool:
+    """Whether backward adds gradients of queries of the compressed and window branch in float32.
+
+    ``heads`` are those of an entry, of which ``group`` share a KV head: one alone has no sums of
+    keys, to which several CTAs could add.
+    """
+    if group == 1:
+        return False
+    tiles = -(-num_compressed // LARGEST_TILE)
+    return form is CompressedForm.BATCH and heads * tiles >= UNFOLDED_CTAS
 
 
 def results_in_order(config: NSAConfig, packed: bool) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nsa.fused import kernel_calls
-from nsa.fused.fa4_call import Call
+from nsa.fused.fa4_call import Call, segment_tiles
 from nsa.fused.fa4_variants import Mask, Window, closing_fits, dense_mask
 from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
 from nsa.host import may_keep
@@ -160,6 +160,52 @@ def dense_backward(
     return _backward(dout, call, statistics, dq)
 
 
+def add_dense_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    statistics: RowStatistics,
+    query_sums: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    window_size: Window = (None, None),
+    key_times: tuple[int, int] | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`dense_backward` of a batch, with the gradient of ``q`` added to float32 sums.
+
+    Args:
+        dout, q, k, v, statistics, scale, causal, window_size, deterministic: as there. The mask
+            must skip tiles, so that all such calls have the sums in the same order.
+        query_sums: :func:`nsa.fused.fa4_call.new_query_sums`, to which the gradient without the
+            scale is added.
+        key_times: (stride, first) instead of the mask: a query sees the keys ``j`` with
+            ``j * stride + first`` at most its own index, and tiles without such keys are skipped.
+            A query that sees none needs an infinite log-sum-exp and a finite delta. There is one
+            entry, and several heads share a KV head.
+
+    Returns:
+        dk, dv: in the shapes and dtype of ``k`` and ``v``.
+    """
+    if key_times is None:
+        mask, window = dense_mask(causal, window_size, None)
+    else:
+        step, first = key_times
+        if q.shape[0] != 1 or q.shape[2] == k.shape[2]:
+            shapes = f"q {tuple(q.shape)} and k {tuple(k.shape)}"
+            raise ValueError(f"key_times needs one entry and several heads a KV head, got {shapes}")
+        mask = Mask(left=True, right=True, step=step)
+        window = (segment_tiles(q, k), first)
+    if not mask.skips_tiles:
+        raise ValueError(
+            "sums of queries need a mask that skips tiles, got one that shows all keys"
+        )
+    call = _readable(Call(q, k, v, scale, mask, window, deterministic=deterministic))
+    return _key_gradients(dout, call, statistics, None, query_sums)
+
+
 def sparse_forward(
     q: Tensor,
     k: Tensor,
@@ -239,19 +285,33 @@ def _backward(
     dout: Tensor, call: Call, statistics: RowStatistics, dq: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _readable(call)
+    dq = torch.empty_like(call.q) if dq is None else dq
+    return dq, *_key_gradients(dout, call, statistics, dq, None)
+
+
+def _key_gradients(
+    dout: Tensor,
+    call: Call,
+    statistics: RowStatistics,
+    dq: Tensor | None,
+    query_sums: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Those of a readable call. That of ``q`` is written to ``dq``, or added to ``query_sums``."""
     q, k, v = call[:3]
     if q.shape[-2] != k.shape[-2] and q.shape[-1] != v.shape[-1]:
         raise ValueError(
             "backward with several query heads a KV head needs q and v of one head dimension, got "
             f"{q.shape[-1]} and {v.shape[-1]}: pad the smaller with zeros"
         )
-    grads = (torch.empty_like(q) if dq is None else dq, torch.empty_like(k), torch.empty_like(v))
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
     if q.numel() and k.numel():
-        _kernels().launch_backward(_aligned(dout), call, statistics, grads)
-    else:
-        for grad in grads:
+        grads = (dq, dk, dv)
+        _kernels().launch_backward(_aligned(dout), call, statistics, grads, query_sums)
+        return dk, dv
+    for grad in (dq, dk, dv):
+        if grad is not None:
             grad.zero_()
-    return grads
+    return dk, dv
 
 
 @lru_cache(maxsize=None)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa.fused.fa4_variants import BackwardTile, Mask, Variant, Window
+from nsa.fused.fa4_variants import BackwardTile, Mask, Variant, Window, sums_order
+from nsa.precision import accumulation_dtype
 
 LARGEST_TILE = 128
 """Queries, or keys, of a tile of the backward, at most."""
@@ -20,6 +21,13 @@ MOST_TOGETHER = 8
 
 With more, a causal call would have too few CTAs of too different lengths.
 """
+
+SEGMENT_QUERIES, SHORT_SEGMENT = 8192, 2048
+"""Queries of a head that a CTA of the backward of blocks passes, at most and at least. With the
+gradients, those of the heads that are under way together fit L2."""
+
+SEGMENT_CTAS = 1024
+"""CTAs of that backward up to which segments are shortened."""
 
 FEWEST_CTAS = 256
 """CTAs of the backward that must be left for heads to share one: some two for each processor."""
@@ -77,12 +85,37 @@ class Call(NamedTuple):
         together = math.gcd(variant.group, MOST_TOGETHER)
         tiles = math.prod(self.k.shape[:-2]) // LARGEST_TILE
         alone = variant.deterministic or variant.blocks is not None or variant.repeated
+        if variant.mask.step is not None:
+            return 1
         if alone or together == 1 or tiles * (heads // together) < FEWEST_CTAS:
             return 1
         # The heads lie whole rows apart, and their sums and padded statistics are indexed by int32.
         apart = all(x.stride(-2) % head_dim == 0 for x in (self.q, dout))
         rows = padded_rows(math.prod(self.q.shape[:-2]), _sequences(self.bounds[0]), LARGEST_TILE)
         return together if apart and rows * head_dim * together < 1 << 31 else 1
+
+
+def segment_tiles(q: Tensor, k: Tensor) -> int:
+    """Tiles of queries that a CTA of the backward of blocks passes: fewer where CTAs are few."""
+    tile = sums_order(q.shape[-1]).rows
+    tiles = -(-q.shape[1] // tile)
+    key_tiles = -(-k.shape[1] // LARGEST_TILE)
+    of_segment = SEGMENT_QUERIES // tile
+    while of_segment > SHORT_SEGMENT // tile and (
+        q.shape[2] * key_tiles * -(-tiles // of_segment) < SEGMENT_CTAS
+    ):
+        of_segment //= 2
+    return of_segment
+
+
+def in_segments(call: Call) -> Call:
+    """A call with an entry of keys and values for each segment of its queries, in one memory."""
+    tiles = -(-call.q.shape[1] // sums_order(call.q.shape[-1]).rows)
+    of_segment, _ = call.window
+    assert of_segment is not None  # as of all masks with a step
+    segments = -(-tiles // of_segment)
+    k, v = (x.expand(segments, -1, -1, -1) for x in (call.k, call.v))
+    return call._replace(k=k, v=v)
 
 
 def side_by_side(x: Tensor, heads: int, size: int) -> Tensor:
@@ -113,18 +146,39 @@ class Sums(NamedTuple):
     dv: Tensor | None = None
 
     @classmethod
-    def new(cls, call: Call, variant: Variant, tile: BackwardTile) -> "Sums":
-        """Zeros in FA4's rows and channels, filled at once."""
+    def new(
+        cls, call: Call, variant: Variant, tile: BackwardTile, dq: Tensor | None = None
+    ) -> "Sums":
+        """Zeros in FA4's rows and channels, filled at once; ``dq`` if that is given."""
         channels = rounded_up(variant.head_dim, tile.channels)
-        leading, rows = rounded_rows(call.q, call.bounds[0], tile.queries)
-        shapes = [(*leading, rows * channels)]
+        shapes = []
+        if dq is None:
+            leading, rows = rounded_rows(call.q, call.bounds[0], tile.queries)
+            shapes.append((*leading, rows * channels))
         if variant.adds_keys:
             # The kernels use one head dimension for both if heads share a KV head.
-            leading, rows = rounded_rows(call.k, call.bounds[1], tile.keys)
+            k = call.k
+            if variant.mask.step is not None and not variant.deterministic:
+                k = k[:1]  # which all segments add to
+            leading, rows = rounded_rows(k, call.bounds[1], tile.keys)
             shapes += [(*leading, rows * channels)] * 2
+        given = [] if dq is None else [dq]
+        if not shapes:
+            return cls(*given)
         sizes = list(map(math.prod, shapes))
         zeros = torch.zeros(sum(sizes), dtype=torch.float32, device=call.q.device).split(sizes)
-        return cls(*(x.view(shape) for x, shape in zip(zeros, shapes, strict=True)))
+        return cls(*given, *(x.view(shape) for x, shape in zip(zeros, shapes, strict=True)))
+
+
+def new_query_sums(q: Tensor) -> Tensor:
+    """Zeros to which backwards of a batch ``q (B, T, H, D)`` add: ``(B, H, rows * D)``.
+
+    They lie as :class:`nsa.fused.fa4_variants.SumsOrder` says, in whole tiles.
+    """
+    batch, length, heads, head_dim = q.shape
+    rows = rounded_up(length, sums_order(head_dim).rows)
+    dtype = accumulation_dtype(q.dtype)
+    return torch.zeros(batch, heads, rows * head_dim, dtype=dtype, device=q.device)
 
 
 class Semaphores(NamedTuple):
@@ -183,6 +237,11 @@ def sums_bytes(
     if heads > kv_heads:
         numbers += 2 * kv_heads * padded_rows(keys, sequences, LARGEST_TILE) * head_dim
     return 4 * numbers
+
+
+def query_sums_bytes(batch: int, heads: int, head_dim: int, queries: int) -> int:
+    """Bytes of :func:`new_query_sums` at most."""
+    return 4 * batch * heads * padded_rows(queries, None, LARGEST_TILE) * head_dim
 
 
 def rounded_up(size: int, multiple: int) -> int:

@@ -26,6 +26,8 @@ class Mask(NamedTuple):
         left, right: a window bounds the keys before, or after, the query.
         times: (stride, first): query ``i`` sees the keys ``j`` with ``j * stride + first <= i``.
         limited: each query has its own limit, and sees the keys before it.
+        step: in backward: query ``i`` sees the keys ``j`` with ``j * step + first <= i``, where
+            ``first`` is the bound on the right; that on the left is the tiles of queries of a CTA.
     """
 
     causal: bool = False
@@ -33,6 +35,7 @@ class Mask(NamedTuple):
     right: bool = False
     times: tuple[int, int] | None = None
     limited: bool = False
+    step: int | None = None
 
     @property
     def local(self) -> bool:
@@ -259,3 +262,26 @@ def _backward_tile(variant: Variant) -> BackwardTile:
     if blocks is not None:
         return BackwardTile(64, 64, stages=1, **narrow)
     return BackwardTile(64, 48, swap_keys=True, **narrow)
+
+
+class SumsOrder(NamedTuple):
+    """Where a backward that skips tiles has the float32 gradients of a head's queries.
+
+    Tiles of ``rows`` queries follow one another. A tile has a part for each warp group that
+    computes it, of 64 rows and ``columns`` channels: all channels of 64 rows, or some of all rows.
+    In a part, the 8 columns from ``8 * j`` on of 64 rows lie together, those of 16 rows after one
+    another. There, for each of 8 rows ``r`` and 4 pairs ``c`` of columns, are two neighbours of row
+    ``r`` and those of row ``r + 8``.
+    """
+
+    rows: int
+    columns: int
+
+
+@lru_cache(maxsize=None)
+def sums_order(head_dim: int) -> SumsOrder:
+    """That of all masks that skip tiles, without lists."""
+    causal = Mask(causal=True)
+    tile = backward_tile(Variant(torch.bfloat16, head_dim, head_dim, 1, causal))
+    groups = 1 if tile.one_group else 2
+    return SumsOrder(tile.queries, head_dim * tile.query_atoms // groups)

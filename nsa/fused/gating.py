@@ -7,6 +7,7 @@ from torch import Tensor
 from nsa.fused import kernel_calls
 from nsa.fused.kernel_inputs import (
     IN_ORDER,
+    OtherGradients,
     Placements,
     RowStatistics,
     StatisticsPlacements,
@@ -100,6 +101,32 @@ def query_gradient(
     """
     weight = None if dlogits is None else gate_proj_weight
     return kernel_calls.query_gradient(*branches, dlogits, weight, out, placements)
+
+
+def gradient_of_sums(
+    sums: Tensor,
+    dq_slc: Tensor,
+    dlogits: Tensor | None,
+    gate_proj_weight: Tensor | None,
+    scale: float,
+    out: Tensor | None,
+) -> Tensor:
+    """:func:`query_gradient` where the window and the compressed branch have added to ``sums``.
+
+    These are without the ``scale``. The result is written to ``out``, by default to ``dq_slc`` if
+    that is contiguous.
+    """
+    weight = None if dlogits is None else gate_proj_weight
+    if out is None and dq_slc.is_contiguous():
+        out = dq_slc
+    return kernel_calls.gradient_of_sums(sums, dq_slc, dlogits, weight, scale, out)
+
+
+def other_gradients(
+    sums: Tensor, dlogits: Tensor | None, gate_proj_weight: Tensor | None, out: Tensor | None
+) -> OtherGradients:
+    """What :func:`gradient_of_sums` adds to the gradient of token mode's selected branch."""
+    return OtherGradients(sums, dlogits, None if dlogits is None else gate_proj_weight, out)
 
 
 def gate_gradient_bytes(sizes: Sizes) -> int:

@@ -109,6 +109,22 @@ class RowStatistics(NamedTuple):
     delta: Tensor
 
 
+class OtherGradients(NamedTuple):
+    """What the gradient of queries of a batch has beside that of the selected branch.
+
+    Attributes:
+        sums: :func:`nsa.fused.fa4_call.new_query_sums`, without the scale.
+        dlogits: float32 ``(B, T, H, 3)``, gradients of the logits of the gates; None for no logits.
+        weight: ``(H, 3, D)``, with ``dlogits``: of each logit the gradient that is to be added.
+        out: where to write the whole, ``(B, T, H, D)`` or a slice of heads of that; None: new.
+    """
+
+    sums: Tensor
+    dlogits: Tensor | None
+    weight: Tensor | None
+    out: Tensor | None = None
+
+
 class Placement(NamedTuple):
     """Where every token's heads lie in a contiguous buffer of vectors ``(D,)``, or of numbers.
 

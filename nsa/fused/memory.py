@@ -9,6 +9,7 @@ from nsa.fused.attention.selected import selected_backward_bytes, selected_forwa
 from nsa.fused.attention.window import window_backward_bytes
 from nsa.fused.block_lists import list_bytes
 from nsa.fused.compression import compress_bytes
+from nsa.fused.fa4_call import query_sums_bytes
 from nsa.fused.gating import gate_gradient_bytes, output_gradient_bytes
 from nsa.fused.selection import select_bytes
 from nsa.fused.sizes import Sizes
@@ -45,15 +46,20 @@ def backward_bytes(sizes: Sizes) -> int:
     come, the branch's own gradients, and those of the branches before it. The last pass needs less
     than the last branch of tile mode: the same sums of keys, and fewer gradients of queries.
     """
-    douts, grads = output_gradient_bytes(sizes), sizes.query + 2 * sizes.key
+    douts, query, keys = output_gradient_bytes(sizes), sizes.query, 2 * sizes.key
     dout_cmp, dout_slc, _ = douts
+    of_window = query + keys
+    if sizes.sums_queries:
+        shape = (sizes.batch, sizes.num_heads, sizes.head_dim, sizes.length)
+        of_window = query_sums_bytes(*shape) + keys
+        query = 0  # of the compressed branch, which adds to the same
     window = sum(douts) + window_backward_bytes(sizes)
-    selected = dout_slc + grads + selected_backward_bytes(sizes)
-    compressed = dout_cmp + grads + compressed_backward_bytes(sizes)
-    if sizes.token_mode:
-        selected, compressed = selected + dout_cmp, compressed + grads
+    selected = dout_slc + of_window + selected_backward_bytes(sizes)
+    compressed = dout_cmp + of_window + compressed_backward_bytes(sizes)
+    if sizes.token_mode and not sizes.sums_queries:
+        selected, compressed = selected + dout_cmp, compressed + query + keys
     else:
         # Gradients of compressed keys and values may be in float32.
-        of_compressed = sizes.query + 8 * sizes.key_cmp // sizes.itemsize
+        of_compressed = query + 8 * sizes.key_cmp // sizes.itemsize
         selected, compressed = selected + of_compressed, compressed + dout_slc
     return gate_gradient_bytes(sizes) + max(window, selected, compressed)

@@ -22,10 +22,13 @@ from nsa.fused.attention import (
 )
 from nsa.fused.call_tensors import BranchResults, Inputs
 from nsa.fused.compression import compress, compress_pair, compress_pair_backward
+from nsa.fused.fa4_call import new_query_sums
 from nsa.fused.gating import (
     GatingGradients,
     combine_branches,
     combine_branches_backward,
+    gradient_of_sums,
+    other_gradients,
     query_gradient,
 )
 from nsa.fused.kernel_inputs import Pair, Placements
@@ -214,40 +217,60 @@ def backward(
     dlogits, dgates, dgate_weight = gating[2:]
     del gating, branches
 
-    side_stream = SideStream(q)
+    query_sums = new_query_sums(q) if plan.sums_queries(q.shape[2], inputs.k.shape[2]) else None
+    # Branches that add to the same sums in a fixed order run one after the other.
+    waits = deterministic and query_sums is not None
+    side_stream = None if waits else SideStream(q)
     dq_win, dk_win, dv_win = window_attention_backward(
-        douts.pop(), q, k_win, v_win, statistics_win, plan, deterministic
+        douts.pop(), q, k_win, v_win, statistics_win, plan, deterministic, query_sums
     )
+    side_stream = side_stream or SideStream(q)
+
+    # The last kernel of token mode's selected branch then gives the whole gradient.
+    last = query_sums is not None and plan.config.selection == "token"
 
     def selected() -> _Gradients:
+        others = None
+        if last and query_sums is not None:
+            others = other_gradients(query_sums, dlogits, inputs.gate_proj_weight, dq)
         sums = new_sums(inputs.k) if summed else None if keys is None else keys.selected
         return selected_attention_backward(
             *(douts.pop(), q, k_slc, v_slc, statistics_slc, block_indices, plan),
-            *(deterministic, sums),
+            *(deterministic, sums, others),
         )
 
-    def compressed() -> _Gradients:
+    def compressed() -> tuple[Tensor | None, Tensor, Tensor]:
         pair = _compressed_pair(inputs, plan) if k_cmp is None or v_cmp is None else (k_cmp, v_cmp)
         return compressed_attention_backward(
-            *(douts.pop(0), q, *pair, statistics_cmp, groups, plan, deterministic)
+            *(douts.pop(0), q, *pair, statistics_cmp, groups, plan, deterministic, query_sums)
         )
 
     with side_stream:
         # That first which leaves less, or needs more.
-        if plan.config.selection == "tile":
+        if plan.config.selection == "tile" or last:
             dq_cmp, dk_cmp, dv_cmp = compressed()
-            dq_slc, dk_slc, dv_slc = selected()
+            if not last:
+                dq_slc, dk_slc, dv_slc = selected()
         else:
             dq_slc, dk_slc, dv_slc = selected()
             dq_cmp, dk_cmp, dv_cmp = compressed()
-    dq = query_gradient(
-        (dq_cmp, dq_slc, dq_win),
-        dlogits,
-        inputs.gate_proj_weight,
-        out=dq_win if dq is None else dq,
-        placements=placements,
-    )
+    weight = inputs.gate_proj_weight
+    if last:
+        # After the block, because it needs what the window has added.
+        dq_slc, dk_slc, dv_slc = selected()
+        dq = dq_slc if dq is None else dq
+    elif query_sums is not None:
+        scale = plan.config.softmax_scale(q.shape[-1])
+        dq = gradient_of_sums(query_sums, dq_slc, dlogits, weight, scale, dq)
+    else:
+        assert dq_cmp is not None  # as without sums
+        assert dq_win is not None
+        dqs = (dq_cmp, dq_slc, dq_win)
+        out = dq_win if dq is None else dq
+        dq = query_gradient(dqs, dlogits, weight, out=out, placements=placements)
+        del dqs, out
     del dq_cmp, dq_slc, dq_win
+    query_sums = None
     if not shared:
         dk_win, dv_win = (_with_zeros_before(x, inputs.k) for x in (dk_win, dv_win))
     gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)

@@ -13,7 +13,13 @@ from torch import Tensor
 from nsa.blocks import num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
-from nsa.fused.compressed_forms import CompressedForm, compressed_form, is_folded, results_in_order
+from nsa.fused.compressed_forms import (
+    CompressedForm,
+    compressed_form,
+    is_folded,
+    results_in_order,
+    sums_queries,
+)
 from nsa.fused.compressed_indices import blocks_of_tokens, queries_of_few_keys, starts_of_blocks
 from nsa.fused.kernel_inputs import IN_ORDER, FewKeys, Placement, Placements, StatisticsPlacements
 from nsa.fused.plan_tables import BOUNDS, NO_TABLES, TableRule, Tables, expect
@@ -103,6 +109,11 @@ class Plan:
         """Whether the compressed branch folds queries into heads."""
         count = self.geometry.compressed.total
         return is_folded(self.compressed_form, count, self.config, whole=self.whole)
+
+    def sums_queries(self, num_heads: int, num_kv_heads: int) -> bool:
+        """See :func:`nsa.fused.compressed_forms.sums_queries`."""
+        total = self.geometry.compressed.total
+        return sums_queries(self.compressed_form, total, num_heads, num_heads // num_kv_heads)
 
     @cached_property
     def queries(self) -> AlignedRows:

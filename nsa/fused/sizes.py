@@ -15,6 +15,7 @@ from nsa.fused.compressed_forms import (
     num_compressed_bound,
     num_folded_rows,
     results_in_order,
+    sums_queries,
 )
 
 _BRANCHES = ("cmp", "slc", "win")
@@ -129,6 +130,12 @@ class Sizes(NamedTuple):
         """How the compressed branch is computed."""
         bound = num_compressed_bound(self.keys, self.packed, self.config)
         return compressed_form(self.config, packed=self.packed, num_compressed=bound)
+
+    @property
+    def sums_queries(self) -> bool:
+        """As :meth:`nsa.fused.plan.Plan.sums_queries`."""
+        keys = self.compressed // self.batch
+        return sums_queries(self.form, keys, self.num_heads, self.group)
 
     # Shapes of results.
 

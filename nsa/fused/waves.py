@@ -52,9 +52,9 @@ def partial_gradient_bytes(slots: int, group: int, head_dim: int, tiles: int) ->
 
 
 def gradient_wave_bytes(query_bytes: int) -> int:
-    """The most bytes of partial gradients of a wave. Long queries have twice their own, because
-    some processors are idle at a wave's end. The backward of the compressed branch takes more."""
-    return max(GRADIENT_BYTES, 2 * query_bytes)
+    """The most bytes of partial gradients of a wave: those of the queries, or up to 2 GiB twice as
+    many, because some processors are idle at a wave's end."""
+    return max(GRADIENT_BYTES, min(2 * query_bytes, 1 << 31), query_bytes)
 
 
 def units_of_gradient_wave(unit_bytes: int, query_bytes: int) -> int:

@@ -6,13 +6,22 @@ import pytest
 import torch
 
 from nsa.fused import fa4
-from nsa.fused.fa4_call import Call, Sums, side_by_side
+from nsa.fused.fa4_call import (
+    Call,
+    Semaphores,
+    Sums,
+    in_segments,
+    new_query_sums,
+    segment_tiles,
+    side_by_side,
+)
 from nsa.fused.fa4_variants import (
     Mask,
     Variant,
     backward_tile,
     dense_mask,
     forward_tile,
+    sums_order,
 )
 from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from tests.helpers.poison import poisoned_memory
@@ -243,7 +252,8 @@ def test_inputs_are_copied_where_the_kernels_cannot_read_them(launches):
         assert x.is_contiguous()
     dout, statistics = make(1, 64, 128, 8).transpose(2, 3), make_statistics(1, 8, 64)
     grads = fa4.dense_backward(dout, q, odd, turned, statistics, **mask)
-    sent, _, given, written = launches.pop()
+    sent, _, given, written, no_sums = launches.pop()
+    assert no_sums is None
     assert sent.is_contiguous()
     assert given is statistics
     for x, grad in zip((q, odd, turned), grads, strict=True):
@@ -263,6 +273,58 @@ def test_strided_results_are_written_in_place(launches):
     grads = fa4.dense_backward(q, q, k, k, make_statistics(8, 64, 4), dq=dq, **mask)
     assert grads[0] is dq
     assert launches[1][3][0] is dq
+
+
+def test_gradients_of_queries_are_added_to_sums_of_whole_tiles(launches):
+    q, k, statistics = make(1, 100, 8, 128), make(1, 6, 2, 128), make_statistics(1, 8, 100)
+    with poisoned_memory():
+        sums = new_query_sums(q)
+    assert sums.shape == (1, 8, 128 * 128)
+    assert not sums.any()
+    masks = dict(causal=True, window_size=(63, None)), dict(key_times=(16, 31))
+    for mask in masks:
+        grads = fa4.add_dense_backward(q, q, k, k, statistics, sums, scale=1.0, **mask)
+        _, call, given, (dq, *written), added = launches.pop()
+        assert given is statistics
+        assert dq is None
+        assert all(x is grad for x, grad in zip(written, grads, strict=True))
+        assert added is sums
+        variant = call.variant(q)
+        tile = backward_tile(variant)
+        new = Sums.new(call, variant, tile, sums)
+        assert new.dq is sums
+        assert new.dk.shape == new.dv.shape == (1, 2, 128 * 128)
+        # All such calls have the sums in one order.
+        assert tile.queries == sums_order(128).rows
+    assert call.window == (2048 // 64, 31)
+    with pytest.raises(ValueError, match="a mask that skips tiles"):
+        fa4.add_dense_backward(q, q, k, k, statistics, sums, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "keys", "queries", "segments"),
+    [(65536, 64, 4095, 8192, 8), (8192, 64, 511, 2048, 4), (5000, 16, 312, 2048, 3)],
+)
+def test_blocks_have_keys_for_each_segment_in_one_memory(length, heads, keys, queries, segments):
+    kind = dict(dtype=torch.bfloat16, device="meta")
+    q = torch.empty(1, length, heads, 128, **kind)
+    k = torch.empty(1, keys, heads // 16, 128, **kind)
+    tiles = segment_tiles(q, k)
+    assert tiles * 64 == queries
+    mask = Mask(left=True, right=True, step=16)
+    plain = Call(q, k, k, 1.0, mask, (tiles, 31))
+    call = in_segments(plain)
+    assert call.k.shape == call.v.shape == (segments, keys, heads // 16, 128)
+    assert call.k.stride(0) == 0
+    ordered = call._replace(deterministic=True)
+    for one, entries in ((call, 1), (ordered, segments)):
+        variant = one.variant(q)
+        new = Sums.new(one, variant, backward_tile(variant), q)
+        # Segments add to the same sums, or where CTAs have an order to their own.
+        assert new.dk.shape[0] == new.dv.shape[0] == entries
+    semaphores = Semaphores.new(ordered, variant, backward_tile(variant))
+    assert semaphores.dq.shape[0] == 1
+    assert semaphores.dk.shape[0] == segments
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 0), (0, 5)])

@@ -23,6 +23,7 @@ LAUNCHERS = {
     "gates": ("gating_forward", "gating_backward"),
     "few_keys": ("few_key_deltas",),
     "query_gradient": ("query_gradient",),
+    "query_sums": ("gradient_of_sums",),
     "rope": ("rotate",),
     "block_rows": ("gather_blocks", "scatter_blocks"),
     "means": ("mean_forward", "mean_backward"),

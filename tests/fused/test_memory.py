@@ -5,6 +5,7 @@ import torch
 
 import nsa
 from nsa.blocks import num_compressed_blocks
+from nsa.fused import compressed_forms
 from nsa.fused.memory import workspace_bytes
 from nsa.fused.schedule import USABLE, ChunkSchedule, choose
 from nsa.fused.sizes import Sizes
@@ -120,6 +121,16 @@ def test_token_estimate_by_hand():
     forward = branches + 16 + 1728 + 3 * 16
     keys = 2 * num_compressed_blocks(1 << 16, config) * 4 * 128 * 2
     assert workspace_bytes(sizes, 4, save=False, recompute=False) == forward * mib + keys
+
+
+@pytest.mark.parametrize("case", ["batched", "token"])
+def test_shared_sums_of_queries_take_no_more(case, monkeypatch):
+    sizes = PROBLEMS[case]
+    assert sizes.sums_queries
+    shared = workspace_bytes(sizes, sizes.num_kv_heads, save=True, recompute=False)
+    monkeypatch.setattr(compressed_forms, "UNFOLDED_CTAS", 1 << 60)
+    assert not sizes.sums_queries
+    assert shared <= workspace_bytes(sizes, sizes.num_kv_heads, save=True, recompute=False)
 
 
 @pytest.mark.parametrize("case", PROBLEMS)

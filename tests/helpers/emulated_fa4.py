@@ -15,7 +15,7 @@ from nsa.fused.hardware import LOG2_E
 from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 
 NAMES = (
-    *("dense_forward", "closing_forward", "dense_backward"),
+    *("dense_forward", "closing_forward", "dense_backward", "add_dense_backward"),
     *("sparse_forward", "sparse_backward"),
 )
 
@@ -90,6 +90,37 @@ def dense_backward(
             scale,
         )
     return dq, dk, dv
+
+
+def add_dense_backward(
+    dout,
+    q,
+    k,
+    v,
+    statistics,
+    query_sums,
+    *,
+    scale,
+    causal=False,
+    window_size=(None, None),
+    key_times=None,
+    deterministic=False,
+):
+    assert causal or key_times is not None or window_size != (None, None), "skips no tiles"
+    assert key_times is None or (len(q) == 1 and q.shape[2] > k.shape[2]), "one entry, and groups"
+    # The kernels add what is hidden too, times 0.
+    assert not statistics.lse_log2.isnan().any(), "P would not be 0"
+    assert statistics.delta.isfinite().all()
+    mask = dict(causal=causal, window_size=window_size, key_times=key_times)
+    dq, dk, dv = dense_backward(dout, q, k, v, statistics, scale=scale, **mask)
+    rows_of_sums(query_sums, q)[:, :, : q.shape[1]] += dq.transpose(1, 2) / scale
+    return dk, dv
+
+
+def rows_of_sums(query_sums, q):
+    """The sums as ``(B, H, rows, D)``. Here rows and channels have their own order."""
+    assert query_sums.dtype == _compute_dtype(q), query_sums.dtype
+    return query_sums.view(q.shape[0], q.shape[2], -1, q.shape[3])
 
 
 def sparse_forward(q, k, v, lists, *, scale, causal, key_limit=None):

@@ -21,6 +21,7 @@ NAMES = (
     "gating_backward",
     "few_key_deltas",
     "query_gradient",
+    "gradient_of_sums",
     "mean_forward",
     "mean_backward",
     "rotate",
@@ -246,6 +247,14 @@ def query_gradient(
         assert dlogits.dtype == dtype
         dq += torch.einsum("...hi,hid->...hd", dlogits, weight.to(dtype))
     return _written(dq.to(dq_cmp.dtype), out)
+
+
+def gradient_of_sums(sums, dq_slc, dlogits, weight, scale, out=None) -> Tensor:
+    dtype, length = accumulation_dtype(dq_slc.dtype), dq_slc.shape[1]
+    others = emulated_fa4.rows_of_sums(sums, dq_slc)[:, :, :length].transpose(1, 2) * scale
+    zeros = torch.zeros_like(dq_slc, dtype=dtype)
+    dq = query_gradient(others, dq_slc.to(dtype), zeros, dlogits, weight)
+    return _written(dq.to(dq_slc.dtype), out)
 
 
 def _vectors(placement, like) -> Tensor:

@@ -100,13 +100,18 @@ def closing_forward(
 
 def selected_backward(
     dout, q, k, v, statistics, block_indices, blocks, block_size, scale, causal,
-    deterministic=False, sums=None,
+    deterministic=False, sums=None, others=None,
 ):  # fmt: skip
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
     assert all(x.shape == q.shape[:2] for x in statistics)
     by_head = RowStatistics(*(x.T for x in statistics))
     grads = emulated_fa4.attend_backward(dout, q, k, v, by_head, mask, scale)
-    return emulated_kernels.added(*(grad.contiguous() for grad in grads), sums, scale)
+    dq, dk, dv = (grad.contiguous() for grad in grads)
+    if others is not None:
+        by_entry = dq.unflatten(0, (others.sums.shape[0], -1))
+        arguments = (others.sums, by_entry, others.dlogits, others.weight, scale, others.out)
+        dq = emulated_kernels.gradient_of_sums(*arguments).view(q.shape)
+    return emulated_kernels.added(dq, dk, dv, sums, scale)
 
 
 def row_statistics(dout, out, lse, dlse):

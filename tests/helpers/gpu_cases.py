@@ -82,7 +82,7 @@ class Case(NamedTuple):
     compressor: str
     seed: int
     folded: bool = False  # fold the compressed branch of a batch even if keys are few
-    shared: bool = False  # and make one call per KV head
+    shared: bool = False  # and make one call per KV head, in forward; do not fold in backward
     queries: tuple[int, ...] | None = None  # of each sequence, its last tokens; None: all
     closing: bool = False  # the window's kernel adds the branches up, of few tokens too
 
@@ -296,6 +296,7 @@ def check_against_reference(case: Case, monkeypatch) -> None:
         monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
     if case.shared:
         monkeypatch.setattr(folded, "SHARED_KEY_BYTES", 0)
+        monkeypatch.setattr(compressed_forms, "UNFOLDED_CTAS", 0)
     if case.closing:
         monkeypatch.setattr(pipeline, "SHORT_TOKENS", 0)
     assert constraints.unsupported_reason(arguments["q"], _first(arguments["v"]), config) is None

@@ -6,7 +6,8 @@ import torch
 import nsa
 from nsa.fused import kernel_calls
 from nsa.fused import waves as wave_sizes
-from nsa.fused.kernel_inputs import RowStatistics
+from nsa.fused.fa4_call import new_query_sums
+from nsa.fused.kernel_inputs import OtherGradients, RowStatistics
 from nsa.fused.planning import make_plan
 from nsa.testing import assert_as_accurate
 from tests.helpers import emulated_token_kernels
@@ -95,3 +96,42 @@ def test_many_short_items_have_the_same_bits_each_time(group, monkeypatch):
     for _ in range(20):
         assert all(map(torch.equal, gradients(deterministic=True), expected))
         assert torch.equal(gradients(deterministic=False)[0], expected[0])
+
+
+@pytest.mark.parametrize("with_weight", [False, True])
+@pytest.mark.parametrize(
+    ("group", "head_dim", "dtype"),
+    [
+        (16, 128, torch.bfloat16),
+        (3, 96, torch.float16),
+        (1, 64, torch.bfloat16),
+        (6, 256, torch.bfloat16),
+    ],
+)
+def test_other_gradients_are_added_before_rounding(group, head_dim, dtype, with_weight):
+    batch, length, heads = 2, 700, KV_HEADS * group
+    kind = dict(device="cuda", dtype=dtype)
+    dout, q = (torch.randn(batch * length, heads, head_dim, **kind) for _ in "dq")
+    k, v = (torch.randn(batch * length, KV_HEADS, head_dim, **kind) for _ in "kv")
+    entries = q.unflatten(0, (batch, -1))
+    token_blocks = make_plan(entries, None, None, nsa.NSAConfig.paper()).token_blocks
+    order = torch.rand(batch * length, KV_HEADS, 10, device="cuda")
+    statistics = RowStatistics(
+        torch.full((batch * length, heads), 8.0, device="cuda"), q[..., 0].float()
+    )
+    scale = head_dim**-0.5
+    arguments = (dout, q, k, v, statistics, order.topk(4).indices.int(), token_blocks, 64, scale)
+    dq, *_ = kernel_calls.selected_backward(*arguments, True)
+    sums = new_query_sums(entries).normal_()
+    dlogits = weight = None
+    if with_weight:
+        dlogits = torch.randn(batch, length, heads, 3, device="cuda")
+        weight = torch.randn(heads, 3, head_dim, **kind)
+    expected = kernel_calls.gradient_of_sums(sums, dq.view(entries.shape), dlogits, weight, scale)
+    out = torch.full((batch, length, heads + 2, head_dim), torch.nan, **kind)[:, :, 1:-1]
+    others = OtherGradients(sums, dlogits, weight, out)
+    actual, *_ = kernel_calls.selected_backward(*arguments, True, others=others)
+    assert actual.data_ptr() == out.data_ptr()
+    error = (out.double() - expected.double()).norm() / expected.double().norm()
+    # Only the expected gradient is of a rounded one of the branch.
+    assert error < (4e-3 if dtype is torch.bfloat16 else 5e-4)

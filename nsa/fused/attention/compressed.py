@@ -3,12 +3,15 @@
 Shapes as in :mod:`nsa.fused.attention`; ``k_cmp`` and ``v_cmp`` are ``(B, M, H_kv, D)``.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from nsa.blocks import covered_tokens
 from nsa.fused import kernel_calls
 from nsa.fused.attention.fa4_calls import (
+    add_dense_backward,
     by_entry,
     dense_backward,
     dense_forward,
@@ -20,7 +23,7 @@ from nsa.fused.attention.fa4_calls import (
 from nsa.fused.attention.folded import folded_attention, folded_attention_backward
 from nsa.fused.block_lists import compressed_lists
 from nsa.fused.compressed_forms import CompressedForm, is_folded, num_folded_rows
-from nsa.fused.fa4_call import sums_bytes
+from nsa.fused.fa4_call import query_sums_bytes, sums_bytes
 from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.plan import Plan, choose_key_block
 from nsa.fused.sizes import Sizes
@@ -74,9 +77,11 @@ def compressed_attention_backward(
     groups: Tensor | None,
     plan: Plan,
     deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    query_sums: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of ``q``, ``k_cmp`` and ``v_cmp``. The last two may be in float32.
 
+    With ``query_sums`` that of ``q`` is added to these, and is None.
     ``statistics`` are None if there is no compressed token; a few are overwritten.
     Rows of no block are not written, see :meth:`nsa.fused.plan.Plan.clear_unused`.
     """
@@ -84,6 +89,9 @@ def compressed_attention_backward(
     if statistics is None:
         return torch.zeros_like(q), torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
     _correct_few_keys(dout, q, k_cmp, v_cmp, statistics, plan)
+    if query_sums is not None:
+        tensors = (dout, q, k_cmp, v_cmp, statistics, query_sums)
+        return None, *_unfolded_backward(*tensors, plan, deterministic)
     if form is CompressedForm.LISTED:
         assert groups is not None
         lists = compressed_lists(groups, plan)
@@ -99,6 +107,37 @@ def compressed_attention_backward(
         return folded_attention_backward(dout, q, k_cmp, v_cmp, statistics, plan, deterministic)
     call = _compressed_call(plan) | dict(deterministic=deterministic)
     return dense_backward(dout, q, k_cmp, v_cmp, statistics, plan, **call)
+
+
+def _unfolded_backward(
+    dout: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    statistics: RowStatistics,
+    query_sums: Tensor,
+    plan: Plan,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``k_cmp`` and ``v_cmp`` of a batch; that of ``q`` is added to the sums."""
+    config = plan.config
+    passed = plan.geometry.keys.total - q.shape[1]
+    first = covered_tokens(config, config.compressed_visibility) - 1 - passed
+    if first > 0 and plan.folds:
+        # The folded forward leaves those of queries that see no block as they were.
+        by_entry(statistics.lse_log2, len(q))[..., :first].fill_(math.inf)
+    call: dict = dict(key_times=(config.compress_stride, first), deterministic=deterministic)
+    if len(q) == 1:
+        tensors = (dout, q, k_cmp, v_cmp, statistics, query_sums)
+        return add_dense_backward(*tensors, plan, **call)
+    found = []
+    for entry in range(len(q)):
+        one = slice(entry, entry + 1)
+        own = RowStatistics(*(by_entry(x, len(q))[entry] for x in statistics))
+        tensors = (dout[one], q[one], k_cmp[one], v_cmp[one], own, query_sums[one])
+        found.append(add_dense_backward(*tensors, plan, **call))
+    dk, dv = (torch.cat(x) for x in zip(*found, strict=True))
+    return dk, dv
 
 
 def _correct_few_keys(
@@ -148,6 +187,12 @@ def compressed_backward_bytes(sizes: Sizes) -> int:
         return sparse_backward_bytes(
             sizes, sizes.config.cmp_group_size, _key_rows(sizes), copies=True
         )
+    if sizes.sums_queries:
+        shape = (sizes.num_kv_heads, sizes.head_dim, sizes.length, sizes.compressed // sizes.batch)
+        sums = sizes.batch * sums_bytes(sizes.num_heads, *shape)
+        # Those of queries are there already.
+        own = (sizes.batch, sizes.num_heads, sizes.head_dim, sizes.length)
+        return 2 * sizes.key_cmp + sums - query_sums_bytes(*own)
     copies = _copies(sizes, queries=3 if sizes.token_mode else 1)
     # Each query head may have its own keys. This adds their gradients, and the sum in float32.
     folded = sizes.form is CompressedForm.FOLDED_ROWS and not sizes.in_order

@@ -40,6 +40,22 @@ def dense_backward(
     return dq[None], dk[None], dv[None]
 
 
+def add_dense_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    statistics: RowStatistics,
+    query_sums: Tensor,
+    plan: Plan,
+    **call,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``k`` and ``v`` of a batch; that of ``q`` is added to ``query_sums``."""
+    statistics = RowStatistics(*(by_entry(x, len(q)) for x in statistics))
+    call["scale"] = plan.config.softmax_scale(q.shape[-1])
+    return fa4.add_dense_backward(dout, q, k, v, statistics, query_sums, **call)
+
+
 def new_lse(q: Tensor) -> Tensor:
     """A log-sum-exp for ``q (B, T, H, D)``, to be written: ``(H, B * T)``."""
     batch, length, heads, _ = q.shape

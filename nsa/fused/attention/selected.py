@@ -14,7 +14,7 @@ from nsa.fused.attention.fa4_calls import (
     sparse_forward,
 )
 from nsa.fused.block_lists import selected_lists
-from nsa.fused.kernel_inputs import Pair, RowStatistics
+from nsa.fused.kernel_inputs import OtherGradients, Pair, RowStatistics
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 from nsa.fused.token_inputs import TokenBlocks
@@ -58,13 +58,16 @@ def selected_attention_backward(
     plan: Plan,
     deterministic: bool = False,
     sums: Pair | None = None,
+    others: OtherGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``.
 
     With ``sums``, as :class:`nsa.fused.key_sums.CallSums` has them, these instead of the last two.
+    With ``others``, in token mode, that of ``q`` is the whole gradient.
     """
     if plan.config.selection == "token":
-        return _token_backward(dout, q, k, v, statistics, block_indices, plan, deterministic, sums)
+        tensors = (dout, q, k, v, statistics, block_indices)
+        return _token_backward(*tensors, plan, deterministic, sums, others)
     lists = selected_lists(block_indices, plan)
     k_rows, v_rows = plan.keys.pack(k), plan.keys.pack(v)
     q_rows = plan.align_queries(q)
@@ -157,6 +160,7 @@ def _token_backward(
     plan: Plan,
     deterministic: bool,
     sums: Pair | None,
+    others: OtherGradients | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     config, shape = plan.config, q.shape[:2]
     dq, dk, dv = kernel_calls.selected_backward(
@@ -172,6 +176,7 @@ def _token_backward(
         config.causal,
         deterministic=deterministic,
         sums=sums,
+        others=others,
     )
     return dq.unflatten(0, shape), dk.view(k.shape), dv.view(v.shape)
 

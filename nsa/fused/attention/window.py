@@ -7,7 +7,13 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.fused import fa4
-from nsa.fused.attention.fa4_calls import by_entry, dense_backward, dense_forward, new_lse
+from nsa.fused.attention.fa4_calls import (
+    add_dense_backward,
+    by_entry,
+    dense_backward,
+    dense_forward,
+    new_lse,
+)
 from nsa.fused.fa4_call import sums_bytes
 from nsa.fused.kernel_inputs import Pair, RowStatistics
 from nsa.fused.plan import Plan
@@ -58,14 +64,19 @@ def window_attention_backward(
     statistics: RowStatistics,
     plan: Plan,
     deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, and of the last tokens of ``k`` and ``v``: those that a query sees."""
+    query_sums: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of ``q``, and of the last tokens of ``k`` and ``v``: those that a query sees.
+
+    With ``query_sums`` that of ``q`` is added to these, and is None.
+    """
     passed = _unseen_keys(q.shape[1], k.shape[1], plan.config, plan.packed)
     if passed:
         k, v = k[:, passed:], v[:, passed:]
-    call = _window_call(plan) | dict(
-        cu_seqlens_q=plan.cu_seqlens, cu_seqlens_k=plan.cu_seqlens_k, deterministic=deterministic
-    )
+    call = _window_call(plan) | dict(deterministic=deterministic)
+    if query_sums is not None:
+        return None, *add_dense_backward(dout, q, k, v, statistics, query_sums, plan, **call)
+    call |= dict(cu_seqlens_q=plan.cu_seqlens, cu_seqlens_k=plan.cu_seqlens_k)
     return dense_backward(dout, q, k, v, statistics, plan, **call)
 
 
@@ -92,10 +103,11 @@ def _unseen_keys(queries: int, keys: int, config: NSAConfig, packed: bool) -> in
 
 
 def window_backward_bytes(sizes: Sizes) -> int:
-    """Bytes that the backward allocates: gradients, and FA4's sums."""
+    """Bytes that the backward allocates: gradients, and FA4's sums, which may be the former."""
     passed = _unseen_keys(sizes.length, sizes.keys, sizes.config, sizes.packed)
     seen = 2 * sizes.key_bytes(sizes.batch * (sizes.keys - passed))
-    return sizes.query + seen + window_sums_bytes(sizes)
+    query = 0 if sizes.sums_queries else sizes.query
+    return query + seen + window_sums_bytes(sizes)
 
 
 def window_sums_bytes(sizes: Sizes) -> int:

@@ -18,7 +18,12 @@ from nsa.fused.kernel_calls.attention_calls import (
     selected_forward,
 )
 from nsa.fused.kernel_calls.compression_calls import mean_backward, mean_forward
-from nsa.fused.kernel_calls.gating_calls import gating_backward, gating_forward, query_gradient
+from nsa.fused.kernel_calls.gating_calls import (
+    gating_backward,
+    gating_forward,
+    gradient_of_sums,
+    query_gradient,
+)
 from nsa.fused.kernel_calls.layer_calls import gather_blocks, rotate, scatter_blocks
 from nsa.fused.kernel_calls.plan_calls import (
     count_query_tiles,
@@ -42,6 +47,7 @@ __all__ = [
     "gather_blocks",
     "gating_backward",
     "gating_forward",
+    "gradient_of_sums",
     "importance_scores",
     "list_key_blocks",
     "list_query_tiles",

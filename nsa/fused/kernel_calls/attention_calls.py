@@ -3,7 +3,14 @@
 from torch import Tensor
 
 from nsa.fused import kernels
-from nsa.fused.kernel_inputs import BlockLists, FewKeys, Pair, Placement, RowStatistics
+from nsa.fused.kernel_inputs import (
+    BlockLists,
+    FewKeys,
+    OtherGradients,
+    Pair,
+    Placement,
+    RowStatistics,
+)
 from nsa.fused.token_inputs import TokenBlocks
 
 
@@ -118,6 +125,7 @@ def selected_backward(
     causal: bool,
     deterministic: bool = False,
     sums: Pair | None = None,
+    others: OtherGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in the dtype of q. Those of keys that no token sees are 0.
 
@@ -128,6 +136,7 @@ def selected_backward(
         deterministic: give the same bits each time. Otherwise the last ones of dk and dv vary.
         sums: float32 of the shapes of ``k`` and ``v``, contiguous, not if ``deterministic``: dk,
             without the scale, and dv are added, in the layout that :func:`round_sums` reads.
+        others: what dq has beside, rounded once with it; D as of :func:`gradient_of_sums`.
     """
     return kernels.load("selected_backward").selected_backward(**locals())
 

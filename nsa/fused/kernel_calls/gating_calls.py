@@ -109,3 +109,26 @@ def query_gradient(
         ``(..., H, D)`` in the dtype of ``dq_win``: ``out`` where it is given.
     """
     return kernels.load("query_gradient").query_gradient(**locals())
+
+
+def gradient_of_sums(
+    sums: Tensor,
+    dq_slc: Tensor,
+    dlogits: Tensor | None,
+    weight: Tensor | None,
+    scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`query_gradient` where the other branches have added theirs to ``sums`` in float32.
+
+    Args:
+        sums: :func:`nsa.fused.fa4_call.new_query_sums`, to be multiplied by ``scale``.
+        dq_slc: ``(B, T, H, D)``, bfloat16 or float16; D one of 64, 96, 128 and 256.
+        dlogits, weight: of ``query_gradient``.
+        scale: of the scores.
+        out: likewise; it may be ``dq_slc``.
+
+    Returns:
+        ``(B, T, H, D)`` in the dtype of ``dq_slc``: ``out`` where it is given.
+    """
+    return kernels.load("query_sums").gradient_of_sums(**locals())

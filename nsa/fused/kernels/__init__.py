@@ -4,10 +4,11 @@ Importing a file imports cutlass; importing this package does not. Callers use
 :mod:`nsa.fused.kernel_calls`, which documents the operations.
 
 Files with an operation: ``plan_tables``, ``rope``, ``block_rows``, ``means``, ``gates``,
-``few_keys``, ``query_gradient``, ``lists``, ``tile_scores``, ``top_blocks``, ``importance``,
-``selected_forward``, ``selected_backward``, ``row_statistics`` and ``listed_backward``; and of
-decoding ``decode_append``, ``decode_compressed``, ``decode_tile_select``, ``decode_finish`` and
-``decode_attend``, which :mod:`nsa.fused.decode_calls` documents. Each has
+``few_keys``, ``query_gradient``, ``query_sums``, ``lists``, ``tile_scores``, ``top_blocks``,
+``importance``, ``selected_forward``, ``selected_backward``, ``row_statistics`` and
+``listed_backward``; and of decoding ``decode_append``, ``decode_compressed``,
+``decode_tile_select``, ``decode_finish`` and ``decode_attend``, which
+:mod:`nsa.fused.decode_calls` documents. Each has
 
 - classes of kernels. ``__call__`` runs on the host and launches ``kernel``. Tensors and sizes come
   in named tuples, so that each list of arguments is written once;

@@ -21,7 +21,9 @@ from nsa.fused.kernels.hopper import (
     BlockInfo,
     FlashAttentionBackwardSm90,
     NamedBarrierBwd,
+    arrive_inc,
     copy_utils,
+    wait_eq,
 )
 
 
@@ -148,7 +150,7 @@ class BackwardThroughHeads(FlashAttentionBackwardSm90):
 
     def _apart(self, tiles: Int32) -> Int32:
         """How many tiles a head is from the next: the last head of a set has one alone."""
-        return (tiles - 1) // (self.heads - 1)
+        return (tiles - 1) // (self.heads - 1) if const_expr(self.heads > 1) else Int32(0)
 
     def _has_tiles(self, count: Int32):
         """Whether a CTA has tiles; FA4 knows at compile time where all have."""
@@ -197,11 +199,16 @@ class BackwardThroughHeads(FlashAttentionBackwardSm90):
                 for index in cutlass.range(count, unroll=1):
                     row_tile, head = tiles.at(seqlen, n_block, index)
                     for part in cutlass.range_constexpr(parts):
-                        cute.arch.cp_async_bulk_wait_group(parts - 1 - part, read=True)
+                        if const_expr(not self.deterministic):
+                            cute.arch.cp_async_bulk_wait_group(parts - 1 - part, read=True)
                         cute.arch.barrier_arrive(
                             barrier_id=int(NamedBarrierBwd.dQEmptyWG0) + part,
                             number_of_threads=threads,
                         )
+                    if const_expr(self.deterministic):
+                        # All tiles of keys before this one see the queries, and come before it.
+                        turn = semaphores[row_tile, None, head_set, batch].iterator
+                        wait_eq(turn, cute.arch.lane_idx(), 0, n_block)
                     for part in cutlass.range_constexpr(parts):
                         cute.arch.barrier(
                             barrier_id=int(NamedBarrierBwd.dQFullWG0) + part,
@@ -214,6 +221,9 @@ class BackwardThroughHeads(FlashAttentionBackwardSm90):
                                 self.tma_copy_bytes["dQ"],
                             )
                         cute.arch.cp_async_bulk_commit_group()
+                    if const_expr(self.deterministic):
+                        cute.arch.cp_async_bulk_wait_group(0, read=False)
+                        arrive_inc(turn, cute.arch.lane_idx(), 0, 1)
             tile_scheduler.advance_to_next_work()
             work_tile = tile_scheduler.get_current_work()
         cute.arch.cp_async_bulk_wait_group(0, read=True)

@@ -16,7 +16,15 @@ import torch
 from cutlass import Float32, Int32
 from torch import Tensor
 
-from nsa.fused.fa4_call import Call, Semaphores, Sums, rounded_rows, rounded_up, side_by_side
+from nsa.fused.fa4_call import (
+    Call,
+    Semaphores,
+    Sums,
+    in_segments,
+    rounded_rows,
+    rounded_up,
+    side_by_side,
+)
 from nsa.fused.fa4_variants import (
     BackwardTile,
     Mask,
@@ -29,6 +37,7 @@ from nsa.fused.fa4_variants import (
 )
 from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.fa4_blocks import BackwardOfBlocks
 from nsa.fused.kernels.fa4_fakes import Fakes, fake
 from nsa.fused.kernels.fa4_heads import BackwardThroughHeads
 from nsa.fused.kernels.fa4_tall import TallForward
@@ -58,12 +67,19 @@ def launch_forward(call: Call, out: Tensor, lse: Tensor):
 
 
 def launch_backward(
-    dout: Tensor, call: Call, statistics: RowStatistics, grads: tuple[Tensor, Tensor, Tensor]
+    dout: Tensor,
+    call: Call,
+    statistics: RowStatistics,
+    grads: tuple[Tensor | None, Tensor, Tensor],
+    query_sums: Tensor | None = None,
 ):
-    """Write the gradients of ``q``, ``k`` and ``v``."""
+    """Write the gradients of ``q``, ``k`` and ``v``; with ``query_sums``, add that of ``q``,
+    without the scale, to these instead."""
+    if call.mask.step is not None:
+        call = in_segments(call)
     variant, (bounds_q, bounds_k), (dq, dk, dv) = call.variant(dout), call.bounds, grads
     kernels = backward_kernels(variant)
-    sums = Sums.new(call, variant, kernels.tile)
+    sums = Sums.new(call, variant, kernels.tile, query_sums)
     turns = Semaphores.new(call, variant, kernels.tile)
     starts_q = starts_k = None
     if variant.many:
@@ -75,9 +91,12 @@ def launch_backward(
     if variant.together > 1:
         by_heads = _side_by_side(*by_heads, variant, kernels.tile)
     kernels.main(*_backward_arguments(*by_heads, turns, *written, starts_k))
-    convert = kernels.convert_queries
-    convert(*_conversion_arguments(sums.dq, dq, call.scale, bounds_q, starts_q))
+    if query_sums is None:
+        convert = kernels.convert_queries
+        convert(*_conversion_arguments(sums.dq, dq, call.scale, bounds_q, starts_q))
     if variant.adds_keys:
+        if variant.mask.step is not None and variant.deterministic:
+            sums = sums._replace(dk=sums.dk.sum(0, True), dv=sums.dv.sum(0, True))
         convert = kernels.convert_keys
         convert(*_conversion_arguments(sums.dk, dk, call.scale, bounds_k, starts_k))
         convert(*_conversion_arguments(sums.dv, dv, 1.0, bounds_k, starts_k))
@@ -279,7 +298,9 @@ def compile_backward(variant: Variant) -> Callable:
     tile = backward_tile(variant)
     in_one_row = variant.deterministic and variant.packed
     kernel_class = _SemaphoresInOneRow if in_one_row else FlashAttentionBackwardSm90
-    if variant.together > 1:
+    if variant.mask.step is not None:
+        kernel_class = partial(BackwardOfBlocks, step=variant.mask.step)
+    elif variant.together > 1:
         kernel_class = partial(
             BackwardThroughHeads, heads=variant.together, by_head=variant.mask.left
         )

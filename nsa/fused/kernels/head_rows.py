@@ -74,8 +74,7 @@ class HeadRows:
     def num_chunks(self, x: Tensor) -> int:
         """CTAs of a head of ``x (..., H, D)``: enough for the GPU, no more than steps of rows."""
         rows, heads = math.prod(x.shape[:-2]), x.shape[-2]
-        steps = math.ceil(rows / self.rows_per_step)
-        return min(steps, max(1, _sm_count(x.device) * _CTAS_PER_SM // heads))
+        return num_ctas(math.ceil(rows / self.rows_per_step), heads, x.device)
 
     @cute.jit
     def place(self, heads: Int32) -> tuple[Int32, Int32, Int32, Int32, Boolean]:
@@ -145,6 +144,11 @@ class HeadRows:
                 offset = Int64((head * 3 + i) * self.head_dim + column)
                 rW[None, i].store(load_vector(mWeight, offset).load().to(Float32))
         return rW
+
+
+def num_ctas(steps: int, heads: int, device: torch.device) -> int:
+    """CTAs that share the ``steps`` of a head: enough for the GPU, no more than there are steps."""
+    return min(steps, max(1, _sm_count(device) * _CTAS_PER_SM // heads))
 
 
 def vector_of(layout, head: Int32) -> Int32:

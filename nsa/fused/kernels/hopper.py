@@ -17,6 +17,11 @@ from flash_attn.cute.flash_bwd_postprocess import FlashAttentionBackwardPostproc
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.named_barrier import NamedBarrierBwd
+from flash_attn.cute.tile_scheduler import (
+    SingleTileLPTBwdScheduler,
+    SingleTileScheduler,
+    WorkTileInfo,
+)
 from flash_attn.cute.utils import (
     AuxData,
     cvt_f16,
@@ -68,6 +73,9 @@ __all__ = [
     "FlashAttentionBackwardSm90",
     "FlashAttentionForwardSm90",
     "NamedBarrierBwd",
+    "SingleTileLPTBwdScheduler",
+    "SingleTileScheduler",
+    "WorkTileInfo",
     "arrive_inc",
     "atomic_add_fp32x4",
     "copy_utils",

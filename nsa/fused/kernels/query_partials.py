@@ -31,10 +31,18 @@ from nsa.fused.kernels.hopper import (
     store_v4,
 )
 from nsa.fused.kernels.inverted_index import load_slots
+from nsa.fused.kernels.query_sums import (
+    OtherTensors,
+    fake_others,
+    gate_terms,
+    load_others,
+    sums_place,
+)
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
     copy_vector,
+    exchange_in_quad,
     fake_flat,
     load_shared,
 )
@@ -182,7 +190,8 @@ def store_partial(
 @mlir_namedtuple
 class AddSizes(NamedTuple):
     """Units of the inverted index: the wave's places in the list start at ``wave_start``, and there
-    is room for ``wave_pairs``."""
+    is room for ``wave_pairs``. ``stride`` are the elements from token to token of the result. An
+    entry of the batch has ``length`` tokens, and other sums of ``blocks`` of 16."""
 
     wave_start: Int32
     wave_pairs: Int32
@@ -191,10 +200,14 @@ class AddSizes(NamedTuple):
     chunk_tokens: Int32
     num_tokens: Int32
     kv_heads: Int32
+    stride: Int32
+    length: Int32
+    blocks: Int32
 
 
 class AddPartials:
-    """Gradients of the queries of a wave, times a factor; 0 for a token with no pair.
+    """Gradients of the queries of a wave, times a factor; 0 for a token with no pair. With others,
+    which are what the gradient has beside that of the selected branch, the whole gradient.
 
     Each of ``tiles`` tiles of keys of a block has a partial gradient. A warp has 8 rows and 32
     columns. All that a thread loads is under way together, so that few threads keep memory busy.
@@ -228,11 +241,12 @@ class AddPartials:
         partials: Partials,
         position: cute.Tensor,
         dq: cute.Tensor,
+        others: OtherTensors | None,
         sizes: AddSizes,
         scale: Float32,
         stream,
     ):
-        self.kernel(partials, position, dq, sizes, scale).launch(
+        self.kernel(partials, position, dq, others, sizes, scale).launch(
             grid=[self._tiles_of_unit(sizes.chunk_tokens) * sizes.units, 1, 1],
             block=[_THREADS, 1, 1],
             stream=stream,
@@ -244,6 +258,7 @@ class AddPartials:
         partials: Partials,
         mPosition: cute.Tensor,
         mdQ: cute.Tensor,
+        others: OtherTensors | None,
         sizes: AddSizes,
         scale: Float32,
     ):
@@ -260,7 +275,8 @@ class AddPartials:
         token = unit // sizes.kv_heads * sizes.chunk_tokens + local
         # All threads of a warp take the same branches, also those with nothing to do.
         wanted = local < sizes.chunk_tokens and token < sizes.num_tokens
-        token_row = Int64(cutlass.min(token, sizes.num_tokens - 1)) * sizes.kv_heads + kv_head
+        token = cutlass.min(token, sizes.num_tokens - 1)
+        token_row = Int64(token) * sizes.kv_heads + kv_head
         listed = load_slots(mPosition, token_row, self.slots)
         position = cute.make_rmem_tensor(self.addends, Int32)
         for i in cutlass.range_constexpr(self.addends):
@@ -286,9 +302,27 @@ class AddPartials:
             for j in cutlass.range_constexpr(self.factors):
                 part = (column_group * 2 + j) * (GROUP_COLUMNS // 2) // self.part
                 factor[j, i] = partials.factor[(rows * self.parts + part) * _ROWS + within]
+        of_all, heads = kv_head * self.group + head, sizes.kv_heads * self.group
+        if const_expr(others is not None):
+            entry = token // sizes.length
+            in_entry = token - entry * sizes.length
+            place = sums_place(
+                self.head_dim, entry * heads + of_all, in_entry, column_group, sizes.blocks
+            )
+            other = load_others(
+                others,
+                self.head_dim,
+                place,
+                Int64(token) * heads + of_all,
+                of_all,
+                column_group,
+                lane,
+            )
         cute.arch.sync_warp()
         dq = cute.make_rmem_tensor(VECTOR, Float32)
         dq.fill(0.0)
+        if const_expr(others is not None):
+            dq.store(other.sums.load())
         for start in cutlass.range_constexpr(0, self.addends, _LOADS):
             if const_expr(start > 0):
                 load_values(start)
@@ -301,10 +335,13 @@ class AddPartials:
                     # Without a pair, the factor is that of another one.
                     dq[e] += values[e] * (by if position[i] >= 0 else Float32(0.0))
         dq.store(dq.load() * scale)
-        words = self._exchange(cute.recast_tensor(cvt_f16(dq, self.dtype), Int32), lane)
+        if const_expr(others is not None):
+            dq.store(dq.load() + gate_terms(other))
+        words = exchange_in_quad(cute.recast_tensor(cvt_f16(dq, self.dtype), Int32), lane)
         if wanted:
             column = column_group * GROUP_COLUMNS + lane % QUAD * VECTOR
-            offset = (token_row * self.group + head) * self.head_dim + column
+            offset = Int64(token) * sizes.stride + (of_all * self.head_dim + column)
+            offset = cute.assume(offset, divby=VECTOR)
             store_v4(mdQ.iterator + offset, *(words[w] for w in range(QUAD)))
 
     def _tiles_of_unit(self, chunk_tokens: Int32) -> Int32:
@@ -336,33 +373,25 @@ class AddPartials:
             copy_vector(mValues, offset, sPartial[i - start, None], position[i] >= 0)
         cute.arch.cp_async_commit_group()
 
-    @cute.jit
-    def _exchange(self, words: cute.Tensor, lane: Int32) -> cute.Tensor:
-        """Word ``w`` of thread ``t`` of a quad becomes word ``t`` of thread ``w``.
-
-        A thread has 2 of each 8 columns; then it has 8 neighbours.
-        """
-        for bit in cutlass.range_constexpr(2):
-            step = const_expr(1 << bit)
-            low = lane & step == 0
-            for i in (0, 3 - step):
-                here, there = words[i], words[i + step]
-                got = cute.arch.shuffle_sync_bfly(there if low else here, step)
-                words[i] = here if low else got
-                words[i + step] = got if low else there
-        return words
-
 
 @kept
 def compile_add(
-    dtype: torch.dtype, head_dim: int, part: int, group: int, slots: int, tiles: int
+    dtype: torch.dtype,
+    head_dim: int,
+    part: int,
+    group: int,
+    slots: int,
+    tiles: int,
+    others: str | None = None,
 ) -> Callable:
+    """``others``: "plain", or "weight" where gates depend on queries; None for none."""
     element = CUTE_DTYPES[dtype]
     return compile_kernel(
         AddPartials(element, head_dim, part, group, slots, tiles),
         fake_partials(),
         *(fake_flat(Int32), fake_flat(element)),
-        AddSizes(*(Int32(1) for _ in range(7))),
+        None if others is None else fake_others(element, with_weight=others == "weight"),
+        AddSizes(*(Int32(1) for _ in AddSizes._fields)),
         Float32(1.0),
     )
 
@@ -380,3 +409,8 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for shape in _SHAPES:
             name = "-".join(map(str, (str(dtype).removeprefix("torch."), *shape)))
             yield f"add-partials-{name}", functools.partial(compile_add, dtype, *shape)
+            if shape[0] != 192:
+                # Sums have head dimensions of FlashAttention-4.
+                form = "weight" if shape[3] > 4 else "plain"
+                compiled = functools.partial(compile_add, dtype, *shape, form)
+                yield f"add-partials-{name}-{form}", compiled

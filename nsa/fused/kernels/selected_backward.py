@@ -35,7 +35,7 @@ from torch import Tensor
 
 from nsa.fused.fixed_order import order_pairs
 from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARP, WARP_ROWS, WARPGROUP
-from nsa.fused.kernel_inputs import Pair, RowStatistics
+from nsa.fused.kernel_inputs import OtherGradients, Pair, RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.float_sums import add_row, convert_sums
 from nsa.fused.kernels.hopper import (
@@ -67,6 +67,7 @@ from nsa.fused.kernels.query_partials import (
     scale_partial,
     store_partial,
 )
+from nsa.fused.kernels.query_sums import check_others, other_arguments
 from nsa.fused.kernels.query_tiles import QueryRows, QueryTiles, SharedRows
 from nsa.fused.kernels.rows import (
     TILE_KEYS,
@@ -580,6 +581,7 @@ def selected_backward(
     causal: bool,
     deterministic: bool = False,
     sums: Pair | None = None,
+    others: OtherGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`nsa.fused.kernel_calls.selected_backward`."""
     total, heads, head_dim = q.shape
@@ -599,7 +601,13 @@ def selected_backward(
         index = replace(index, tokens=tokens, position=position)
         items = index.num_items.numel() * index.items.shape[1]
         turns = torch.zeros(items * tiles, dtype=torch.int32, device=q.device)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dq, form = None, None
+    if others is not None:
+        form = "plain" if others.weight is None else "weight"
+        check_others(others, q)
+        dq = None if others.out is None else others.out.view(q.shape)
+    if dq is None:
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shapes = (k.shape, v.shape)
     sizes = [math.prod(shape) for shape in shapes]
     totals = sums or torch.zeros(sum(sizes), dtype=torch.float32, device=q.device).split(sizes)
@@ -607,9 +615,11 @@ def selected_backward(
     rows = [flat_rows(x) for x in (q, k, v, dout)]
     (q, q_stride), (k, k_stride), (v, v_stride), (dout, do_stride) = rows
     lse_log2, delta = (flat(x) for x in statistics)
-    form = (q.dtype, head_dim, head_dim_v, group, block_size, causal, deterministic)
-    backward, part = compile_backward(*form), SelectedBackward(*form).part_columns
-    add = compile_add(q.dtype, head_dim, part, group, slots, tiles)
+    key = (q.dtype, head_dim, head_dim_v, group, block_size, causal, deterministic)
+    backward, part = compile_backward(*key), SelectedBackward(*key).part_columns
+    add = compile_add(q.dtype, head_dim, part, group, slots, tiles, form)
+    added, length, row_blocks = other_arguments(others, total, head_dim)
+    flat_dq, dq_stride = flat_rows(dq)
     unit_pairs = chunk * slots
     wave_pairs = wave_units * unit_pairs
     partials = new_partials(wave_pairs * tiles * group, head_dim, part, q.device)
@@ -622,8 +632,11 @@ def selected_backward(
             *(kv_heads, first, index.items.shape[1], unit_pairs, chunk, wave_pairs, total)
         )
         backward(tensors, strides, unit_sizes, units, scale * LOG2_E)
-        add_sizes = AddSizes(first * unit_pairs, wave_pairs, first, units, chunk, total, kv_heads)
-        add(partials, index.position.view(-1), dq.view(-1), add_sizes, scale)
+        add_sizes = AddSizes(
+            *(first * unit_pairs, wave_pairs, first, units, chunk, total, kv_heads),
+            *(dq_stride, length, row_blocks),
+        )
+        add(partials, index.position.view(-1), flat_dq, added, add_sizes, scale)
     if sums:
         return dq, *sums
     dk, dv = (

@@ -10,7 +10,7 @@ import math
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Boolean, Float32, Int64
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 from torch import Tensor
 
@@ -69,6 +69,23 @@ def _vector_view(mX: cute.Tensor, offset: Int64) -> cute.Tensor:
     # Without the assumption the pointer's alignment is lost and the access is element by element.
     pointer = mX.iterator + cute.assume(offset, divby=VECTOR)
     return cute.make_tensor(pointer, cute.make_layout(VECTOR))
+
+
+@cute.jit
+def exchange_in_quad(words: cute.Tensor, lane: Int32) -> cute.Tensor:
+    """Word ``w`` of thread ``t`` of a quad becomes word ``t`` of thread ``w``.
+
+    A thread has 2 of each 8 columns; then it has 8 neighbours, or the other way round.
+    """
+    for bit in cutlass.range_constexpr(2):
+        step = const_expr(1 << bit)
+        low = lane & step == 0
+        for i in (0, 3 - step):
+            here, there = words[i], words[i + step]
+            got = cute.arch.shuffle_sync_bfly(there if low else here, step)
+            words[i] = here if low else got
+            words[i + step] = got if low else there
+    return words
 
 
 @cute.jit
