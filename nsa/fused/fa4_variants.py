@@ -155,7 +155,7 @@ def closing_fits(variant: Variant) -> bool:
     if not values_from_registers(variant):
         elements += rows * keys
     # Barriers of 8 bytes, and three gates a row, in whole KiB.
-    others = 8 * (4 * stages + 2) + 12 * rows
+    others = 8 * (4 * stages + 3) + 12 * rows
     fits = 2 * elements + -(-others // 1024) * 1024 <= SHARED_BYTES
     return fits and rows % variant.group == 0 and rows in (2 * WGMMA_ROWS, 3 * WGMMA_ROWS)
 

@@ -2,21 +2,24 @@
 
 The last kernel of a long batch's forward is the window's, because it has the same rows in the same
 order as the output. Its tensor cores set the pace, so the outputs of the other branches arrive
-while it computes: three of the four producer warps, which FA4 leaves idle, copy them to shared
-memory and compute the gates from the queries there. So no pass over memory is left for the sum, and
-where no backward needs the window's output, it is never written.
+while it computes: TMA copies them to shared memory, and three of the four producer warps, which
+FA4 leaves idle, compute the gates from the queries there. So no pass over memory is left for the
+sum, and where no backward needs the window's output, it is never written.
 
 A CTA of FA4's has one tile of queries, whose row r is head ``r % group`` of a token.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.base_dsl.utils.mlir_value_tree import extract_mlir_attributes
+from cutlass.cute.nvgpu import cpasync, warp
+from cutlass.tensor_utils import LayoutEnum
 from torch import Tensor
 
 from nsa.fused.fa4_call import Call
@@ -31,20 +34,20 @@ from nsa.fused.kernels.hopper import (
     FlashAttentionForwardSm90,
     get_smem_load_atom,
     get_smem_store_C,
+    make_packgqa_tiled_tma_atom,
+    make_smem_layout,
     mlir_namedtuple,
     reshape_acc_to_mn,
+    tma_get_copy_fn,
 )
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
     check_output,
     check_tensor,
-    copy_vector,
-    dot,
     fake_flat,
     flat,
     flat_rows,
-    load_shared,
     load_vector,
 )
 
@@ -52,6 +55,8 @@ from nsa.fused.kernels.vectors import (
 _PREPARING = WARPGROUP - WARP
 # FA4's forward uses those up to 6.
 _PREPARED = 7
+# Of FA4's pipeline of queries, and one more.
+_BARRIERS = 3
 # Registers of a thread that computes, and of one that loads, by warp groups that compute. Of two,
 # FA4 gives 24 to those that load, too few for the gates.
 _REGISTERS = {2: (232, 40), 3: (160, 32)}
@@ -86,10 +91,21 @@ def fake_branches(dtype: type[cutlass.Numeric], form: str, keep: bool) -> Branch
     )
 
 
+@mlir_namedtuple
+class _Loaded(NamedTuple):
+    """The same in the kernel: TMA copies of the other branches' outputs, and what they copy."""
+
+    copies: tuple
+    gates: cute.Tensor | None
+    weight: cute.Tensor | None
+    o_win: cute.Tensor | None
+    heads: Int32
+
+
 class _Carrier(cute.TiledCopy):
     """Carries the branches to a kernel in place of a copy that it takes and does not use."""
 
-    def __init__(self, branches: Branches):
+    def __init__(self, branches: _Loaded):
         self.branches = branches
 
     def __str__(self) -> str:
@@ -127,7 +143,12 @@ class ClosingForward(FlashAttentionForwardSm90):
         branches: Branches,
         stream,
     ):
-        self.branches = branches
+        others = zip(branches[:2], branches.strides, strict=True)
+        copies = [self._make_copy(x, stride, mQ.shape) for x, stride in others]
+        self.branches = _Loaded(
+            (*copies[0], *copies[1]),
+            *(branches.gates, branches.weight, branches.o_win, branches.heads),
+        )
         FlashAttentionForwardSm90.__call__(
             self,
             *(mQ, mK, mV, mO, mLSE, softmax_scale),
@@ -135,6 +156,27 @@ class ClosingForward(FlashAttentionForwardSm90):
             window_size_right=window_size_right,
             stream=stream,
         )
+
+    def _make_copy(self, mX: cute.Tensor, stride: Int64, shape: tuple) -> tuple:
+        """The copy of a tile of another branch's output, and the tensor that it copies."""
+        batch, length, heads, _ = shape
+        dim, stride = self.tile_hdimv, cute.assume(stride, divby=VECTOR)
+        layout = cute.make_layout(
+            (length, dim, heads, batch), stride=(stride, 1, dim, stride * length)
+        )
+        smem = make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, (self.tile_m, dim))
+        make = cpasync.make_tiled_tma_atom
+        if const_expr(self.pack_gqa):
+            make = partial(
+                make_packgqa_tiled_tma_atom, qhead_per_kvhead=self.qhead_per_kvhead, head_idx=2
+            )
+        atom, tensor = make(
+            cpasync.CopyBulkTensorTileG2SOp(),
+            cute.make_tensor(mX.iterator, layout),
+            smem,
+            (self.tile_m, dim),
+        )
+        return atom, tensor
 
     def _setup_attributes(self):
         super()._setup_attributes()
@@ -152,8 +194,8 @@ class ClosingForward(FlashAttentionForwardSm90):
         def barriers(count: int):
             return cute.struct.MemRange[Int64, count]
 
-        # Two barriers, and the gates in what alignment would leave empty.
-        numbers = 2 + (3 * self.tile_m + 1) // 2
+        # FA4's two barriers, that of the copies, and the gates in what alignment would leave empty.
+        numbers = _BARRIERS + (3 * self.tile_m + 1) // 2
         others = 2 * self.tile_m * self.tile_hdimv
         weights = 0 if self.sP_layout is None else cute.cosize(self.sP_layout)
 
@@ -176,7 +218,7 @@ class ClosingForward(FlashAttentionForwardSm90):
 
     def _gates(self, pipeline_q) -> cute.Tensor:
         """The gates of the rows in shared memory, ``(rows, 3)``."""
-        start = pipeline_q.sync_object_full.get_barrier(0) + 2
+        start = pipeline_q.sync_object_full.get_barrier(0) + _BARRIERS
         return cute.make_tensor(
             cute.recast_ptr(start, dtype=Float32), cute.make_layout((self.tile_m, 3))
         )
@@ -190,16 +232,35 @@ class ClosingForward(FlashAttentionForwardSm90):
 
     def load(self, mQ, mK, mV, sQ, *arguments):
         """FA4's loads by the first warp; the others prepare the sum."""
-        *_, pipeline_q, carrier, _, _, _, seqlen_info, scheduler = arguments
-        super().load(mQ, mK, mV, sQ, *arguments)
+        *_, pipeline_q, carrier, _, _, block_info, seqlen_info, scheduler = arguments
+        first = self._first_key(block_info, seqlen_info, scheduler)
+        mK, mV = (cute.domain_offset((first, 0, 0, 0), x) for x in (mK, mV))
+        from_first = partial(_keys_from, seqlen_info, first)
+        super().load(mQ, mK, mV, sQ, *arguments[:-2], from_first, scheduler)
         self._prepare(sQ, pipeline_q, carrier.branches, seqlen_info, scheduler)
+
+    @cute.jit
+    def _first_key(self, block_info, seqlen_info: Callable, scheduler: Callable) -> Int32:
+        """The first key that the tile's queries see.
+
+        Tiles of keys start there, so that there are fewer: of 48 queries with windows of 512 keys,
+        7 of 80 keys, where 8 would hold them if they started at multiples of 80.
+        """
+        m_block, _, batch, _ = scheduler().initial_work_tile_info().tile_idx
+        first = Int32(0)
+        if const_expr(block_info.window_size_left is not None):
+            seqlen = seqlen_info(batch)
+            query = m_block * self.tile_m // self.qhead_per_kvhead
+            first = query + seqlen.seqlen_k - seqlen.seqlen_q - block_info.window_size_left
+            first = cutlass.max(first, 0)
+        return first
 
     @cute.jit
     def _prepare(
         self,
         sQ: cute.Tensor,
         pipeline_q: cutlass.pipeline.PipelineAsync,
-        branches: Branches,
+        branches: _Loaded,
         seqlen_info: Callable,
         scheduler: Callable,
     ):
@@ -209,68 +270,130 @@ class ClosingForward(FlashAttentionForwardSm90):
             tidx = tidx - WARP
             m_block, head_idx, batch, _ = scheduler().initial_work_tile_info().tile_idx
             length = seqlen_info(batch).seqlen_q
-            lanes = const_expr(self.tile_hdimv // VECTOR)
-            column = tidx % lanes * VECTOR
-            for row in cutlass.range(tidx // lanes, self.tile_m, _PREPARING // lanes, unroll=4):
-                token, head = self._place(row, m_block, head_idx)
-                # Rows past the last token are copied from it, and not stored.
-                token = Int64(batch) * length + cutlass.min(token, length - 1)
-                for i in cutlass.range_constexpr(2):
-                    tile = cute.local_tile(self._other(sQ, i), (1, VECTOR), (row, column // VECTOR))
-                    offset = token * branches.strides[i] + (head * self.tile_hdimv + column)
-                    vector = cute.make_tensor(tile.iterator, cute.make_layout(((VECTOR, 1),)))
-                    copy_vector(branches[i], offset, vector, Boolean(True))
-            cute.arch.cp_async_commit_group()
-            sGates = self._gates(pipeline_q)
+            # The queries and the first keys come first.
             pipeline_q.consumer_wait_w_index_phase(0, Int32(0))
-            for row in cutlass.range(tidx // QUAD, self.tile_m, _PREPARING // QUAD, unroll=1):
-                token, head = self._place(row, m_block, head_idx)
-                token = Int64(batch) * length + cutlass.min(token, length - 1)
-                token_head = token * branches.heads + head
-                gates = self._row_gates(branches, sQ, row, head, token_head, tidx % QUAD)
-                if tidx % QUAD == 0:
+            if tidx < WARP:
+                self._copy_others(sQ, self._copied(pipeline_q), branches, m_block, head_idx, batch)
+            sGates = self._gates(pipeline_q)
+            if const_expr(self.form == "weight"):
+                first_head = head_idx * self.qhead_per_kvhead
+                for item in cutlass.range(tidx // WARP, self._gate_items, _PREPARING // WARP):
+                    self._compute_gates(branches.weight, sQ, sGates, first_head, item, tidx % WARP)
+            else:
+                for row in cutlass.range(tidx, self.tile_m, _PREPARING, unroll=1):
+                    token, head = self._place(row, m_block, head_idx)
+                    token = Int64(batch) * length + cutlass.min(token, length - 1)
                     for i in cutlass.range_constexpr(3):
-                        sGates[row, i] = gates[i]
-            cute.arch.cp_async_wait_group(0)
+                        sGates[row, i] = Float32(1.0 / 3.0)
+                        if const_expr(self.form == "gates"):
+                            place = (token * branches.heads + head) * 3 + i
+                            sGates[row, i] = branches.gates[place].to(Float32)
             cute.arch.barrier_arrive(
                 barrier_id=_PREPARED, number_of_threads=_PREPARING + self.num_mma_threads
             )
 
+    def _copied(self, pipeline_q) -> cute.Pointer:
+        """The barrier at which the other branches' outputs arrive."""
+        return pipeline_q.sync_object_full.get_barrier(0) + 2
+
     @cute.jit
-    def _row_gates(
+    def _copy_others(
         self,
-        branches: Branches,
         sQ: cute.Tensor,
-        row: Int32,
-        head: Int32,
-        token_head: Int64,
+        copied: cute.Pointer,
+        branches: _Loaded,
+        m_block: Int32,
+        head_idx: Int32,
+        batch: Int32,
+    ):
+        """Start to copy them, by a warp. Others wait at another barrier before they use this one.
+
+        Rows past the last token are zeros, and not stored.
+        """
+        tile = (self.tile_m, self.tile_hdimv)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_init(copied, 1)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.fence_view_async_shared()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(
+                copied, 2 * tile[0] * tile[1] * self.dtype.width // 8
+            )
+        for i in cutlass.range_constexpr(2):
+            atom, mX = branches.copies[2 * i], branches.copies[2 * i + 1]
+            source = cute.local_tile(mX[None, None, head_idx, batch], tile, (m_block, 0))
+            copy, _, _ = tma_get_copy_fn(
+                *(atom, 0, cute.make_layout(1), source, self._other(sQ, i)), single_stage=True
+            )
+            copy(tma_bar_ptr=copied)
+
+    @property
+    def _gate_items(self) -> int:
+        """How often a warp computes the gates of one head and of up to 16 of the tile's tokens."""
+        tokens = self.tile_m // self.qhead_per_kvhead
+        return -(-tokens // WARP_ROWS) * self.qhead_per_kvhead
+
+    @cute.jit
+    def _compute_gates(
+        self,
+        mWeight: cute.Tensor,
+        sQ: cute.Tensor,
+        sGates: cute.Tensor,
+        first_head: Int32,
+        item: Int32,
         lane: Int32,
-    ) -> tuple[Float32, Float32, Float32]:
-        """The gates of a row, in each thread of a quad; see :class:`RowGates`."""
-        if const_expr(self.form == "mean"):
-            return (Float32(1.0 / 3.0),) * 3
-        if const_expr(self.form == "gates"):
-            return tuple(branches.gates[token_head * 3 + i].to(Float32) for i in range(3))
-        logits = cute.make_rmem_tensor(3, Float32)
+    ):
+        """The gates of 16 tokens and a head, by a warp's product with the head's three weights.
+
+        A thread has 8 neighbouring channels of each 32 of two rows and of a weight. Which channels
+        meet in a product does not matter, so these are as good as those that mma.sync names.
+        """
+        heads, tokens = self.qhead_per_kvhead, const_expr(self.tile_m // self.qhead_per_kvhead)
+        head, token = item % heads, item // heads * WARP_ROWS + lane // QUAD
+        # Past the last token, it is computed again.
+        rows = [cutlass.min(token + 8 * r, tokens - 1) * heads + head for r in range(2)]
+        # Three columns are of use; the others are the last one again.
+        gate = cutlass.min(lane // QUAD, 2)
+        start = Int64((first_head + head) * 3 + gate) * self.tile_hdim
+        tiled_mma = cute.make_tiled_mma(warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16)))
+        logits = cute.make_rmem_tensor(((2, 2), 1, 1), Float32)
         logits.fill(0.0)
         for group in cutlass.range(self.tile_hdim // (QUAD * VECTOR), unroll=1):
-            sPart = cute.local_tile(sQ, (1, VECTOR), (row, group * QUAD + lane))
-            q = load_shared(cute.group_modes(sPart, 0, 2))
-            for i in cutlass.range_constexpr(3):
-                column = (group * QUAD + lane) * VECTOR
-                weight = load_vector(
-                    branches.weight, Int64((head * 3 + i) * self.tile_hdim) + column
-                )
-                logits[i] += dot(q, weight.load().to(Float32))
-        for i in cutlass.range_constexpr(3):
-            total = cute.arch.warp_reduction_sum(logits[i], threads_in_group=QUAD)
-            # exp2 overflows to infinity where the gate is 0, and the reciprocal of that is 0.
-            logits[i] = cute.arch.rcp_approx(1.0 + cute.math.exp2(total * -LOG2_E, fastmath=True))
-        return logits[0], logits[1], logits[2]
+            vector = group * QUAD + lane % QUAD
+            weight = load_vector(mWeight, start + vector * VECTOR)
+            q = []
+            for r in cutlass.range_constexpr(2):
+                part = cute.make_rmem_tensor(VECTOR, self.dtype)
+                tile = cute.local_tile(sQ, (1, VECTOR), (rows[r], vector))
+                cute.autovec_copy(cute.group_modes(tile, 0, 2), part)
+                q.append(cute.recast_tensor(part, Int32))
+            weight = cute.recast_tensor(weight, Int32)
+            for half in cutlass.range_constexpr(2):
+                a = cute.make_rmem_tensor(((2, 2, 2), 1, 1), self.dtype)
+                b = cute.make_rmem_tensor(((2, 2), 1, 1), self.dtype)
+                a_words = cute.make_tensor(cute.recast_ptr(a.iterator, dtype=Int32), 4)
+                b_words = cute.make_tensor(cute.recast_ptr(b.iterator, dtype=Int32), 2)
+                for word in cutlass.range_constexpr(2):
+                    b_words[word] = weight[2 * half + word]
+                    for r in cutlass.range_constexpr(2):
+                        a_words[2 * word + r] = q[r][2 * half + word]
+                cute.gemm(tiled_mma, logits, a, b, logits)
+        # A thread has two neighbouring columns of both rows.
+        for r in cutlass.range_constexpr(2):
+            for i in cutlass.range_constexpr(2):
+                column = lane % QUAD * 2 + i
+                logit = logits[2 * r + i]
+                # exp2 overflows to infinity where the gate is 0, and the reciprocal of that is 0.
+                value = cute.arch.rcp_approx(1.0 + cute.math.exp2(logit * -LOG2_E, fastmath=True))
+                if column < 3:
+                    sGates[rows[r], column] = value
 
     def mma(self, *arguments):
+        *others, block_info, seqlen_info, mask, scheduler, lists, aux, divisors = arguments
         self.queries = arguments[12]
-        super().mma(*arguments)
+        first = self._first_key(block_info, seqlen_info, scheduler)
+        from_first = partial(_keys_from, seqlen_info, first)
+        super().mma(*others, block_info, from_first, mask, scheduler, lists, aux, divisors)
 
     def epilogue(self, acc_O, *arguments):
         _, _, _, sO, seqlen, carrier, _, tiled_mma, tidx, m_block, head_idx, batch = arguments
@@ -285,13 +408,14 @@ class ClosingForward(FlashAttentionForwardSm90):
         acc_O: cute.Tensor,
         sO: cute.Tensor,
         sGates: cute.Tensor,
-        branches: Branches,
+        branches: _Loaded,
         tiled_mma: cute.TiledMma,
         tidx: Int32,
         place: tuple[Int32, Int32, Int32, Int32],
     ):
         """Turn the window's output into the gated sum."""
         cute.arch.barrier(barrier_id=_PREPARED, number_of_threads=_PREPARING + self.num_mma_threads)
+        cute.arch.mbarrier_wait(self._copied(self.queries), 0)
         rows = reshape_acc_to_mn(
             tiled_mma.get_slice(tidx).partition_C(
                 cute.make_identity_tensor((self.tile_m, self.tile_hdimv))
@@ -309,6 +433,8 @@ class ClosingForward(FlashAttentionForwardSm90):
         copy = cute.make_tiled_copy_C(get_smem_load_atom(self.dtype), tiled_mma)
         thread = copy.get_slice(tidx)
         for i in cutlass.range_constexpr(2):
+            # In turn: with the loads of both at once the compiler spills registers.
+            cute.arch.sync_warp()
             other = cute.make_fragment_like(acc_O, self.dtype)
             cute.copy(copy, thread.partition_S(self._other(sO, i)), thread.retile(other))
             other = reshape_acc_to_mn(other)
@@ -320,7 +446,7 @@ class ClosingForward(FlashAttentionForwardSm90):
     def _store_rows(
         self,
         sOutput: cute.Tensor,
-        branches: Branches,
+        branches: _Loaded,
         tidx: Int32,
         place: tuple[Int32, Int32, Int32, Int32],
     ):
@@ -340,6 +466,12 @@ class ClosingForward(FlashAttentionForwardSm90):
                 pointer = branches.o_win.iterator + cute.assume(offset, divby=VECTOR)
                 target = cute.make_tensor(pointer, cute.make_layout(VECTOR))
                 cute.autovec_copy(vector, target)
+
+
+def _keys_from(seqlen_info: Callable, first: Int32, batch: Int32):
+    """What FA4 knows of a sequence, without its keys before the first that are wanted."""
+    found = seqlen_info(batch)
+    return replace(found, seqlen_k=found.seqlen_k - first)
 
 
 def launch_closing(

@@ -17,6 +17,7 @@ from flash_attn.cute.flash_bwd_postprocess import FlashAttentionBackwardPostproc
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.named_barrier import NamedBarrierBwd
+from flash_attn.cute.pack_gqa import make_packgqa_tiled_tma_atom
 from flash_attn.cute.tile_scheduler import (
     SingleTileLPTBwdScheduler,
     SingleTileScheduler,
@@ -40,6 +41,7 @@ from quack.copy_utils import (
     store,
     store_v2,
     store_v4,
+    tma_get_copy_fn,
 )
 from quack.cute_dsl_utils import get_compile_target_capacity, mlir_namedtuple
 from quack.layout_utils import (
@@ -93,6 +95,7 @@ __all__ = [
     "i64_to_f32x2",
     "jit_cache",
     "load_s2r",
+    "make_packgqa_tiled_tma_atom",
     "make_smem_layout",
     "mlir_namedtuple",
     "mma_partition_C_vec",
@@ -106,6 +109,7 @@ __all__ = [
     "store_shared_remote_x4",
     "store_v2",
     "store_v4",
+    "tma_get_copy_fn",
     "transpose_view",
     "wait_eq",
     "warp_prefix_sum",
