@@ -8,7 +8,9 @@ the order of the list; a second kernel adds up the pairs of each token. Where mo
 the blocks that they have in common with their neighbours, the second kernel is that of
 :mod:`nsa.fused.kernels.selected_band`, which computes these blocks itself.
 
-Rows are gathered by cp.async two tiles ahead, one where shared memory has room for one stage alone.
+Rows are gathered by TMA, or by cp.async where they are no whole swizzle atoms
+(:mod:`nsa.fused.kernels.pair_copies`), two tiles ahead, one where shared memory has room for one
+stage alone.
 The scores of the next tile are computed while this one's output is stored. At head dimension 128
 three CTAs share an SM, two with blocks of 128 keys, and hide each other's latencies; there is no
 warp specialisation. Most of the time goes to the partial results, which are written to memory and
@@ -57,6 +59,7 @@ from nsa.fused.kernels.inverted_index import (
     item_tokens,
     load_slots,
 )
+from nsa.fused.kernels.pair_copies import PairCopies
 from nsa.fused.kernels.partial_rows import PartialRows
 from nsa.fused.kernels.row_gates import SumTensors
 from nsa.fused.kernels.rows import (
@@ -122,6 +125,7 @@ class _Sizes(NamedTuple):
     wave_start: Int32
     unit_pairs: Int32
     kv_heads: Int32
+    num_tokens: Int32
 
 
 class SelectedForward:
@@ -152,6 +156,10 @@ class SelectedForward:
             self.ctas = min(most, SHARED_BYTES // (2 * elements + 4 * item_tokens(group) + 3072))
             if self.ctas > 1:
                 break
+        # None where cp.async copies queries.
+        self.copies = None
+        if self.stages == 2 and PairCopies.fit(group, head_dim):
+            self.copies = PairCopies(dtype, group, head_dim, WARPGROUP)
 
     @cute.jit
     def __call__(
@@ -163,13 +171,18 @@ class SelectedForward:
         stream,
     ):
         make_layout = functools.partial(make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR)
-        q_smem = make_layout((TILE_ROWS, self.head_dim), stage=self.stages)
+        copy = None
+        if const_expr(self.copies is None):
+            q_smem = make_layout((TILE_ROWS, self.head_dim), stage=self.stages)
+        else:
+            q_smem = self.copies.layout(TILE_ROWS, self.stages)
+            copy = self.copies.make(tensors.q, strides.q, sizes.kv_heads, sizes.num_tokens)
         k_smem, v_smem = (
             make_layout((self.block_size, dim)) for dim in (self.head_dim, self.head_dim_v)
         )
         mma_qk, mma_pv = make_mmas(self.dtype, self.block_size, self.head_dim_v)
         mmas, layouts = (mma_qk, mma_pv), (q_smem, k_smem, v_smem)
-        self.kernel(tensors, strides, sizes, scale_log2, mmas, layouts).launch(
+        self.kernel(tensors, strides, sizes, scale_log2, mmas, layouts, copy).launch(
             grid=[sizes.wave_items, 1, 1],
             block=[WARPGROUP, 1, 1],
             stream=stream,
@@ -186,6 +199,7 @@ class SelectedForward:
         scale_log2: Float32,
         mmas: tuple[cute.TiledMma, ...],
         layouts: tuple[cute.ComposedLayout, ...],
+        copy: tuple | None,
     ):
         (mma_qk, mma_pv), (q_smem, k_smem, v_smem) = mmas, layouts
         mItems = tensors.items
@@ -205,6 +219,10 @@ class SelectedForward:
             rows = count * self.group
             tokens = const_expr(item_tokens(self.group) + TILE_ROWS)
             sTokens = smem.allocate_tensor(Int32, cute.make_layout(tokens), 16)
+            # With TMA, the queries of a stage are there.
+            filled = smem.allocate_array(Int64, self.stages)
+            if const_expr(self.copies is not None):
+                self.copies.init_barriers(filled, self.stages, tidx)
             values = load_values(
                 tensors.v, sV, strides.v, block_rows(first, keys, kv_head * self.head_dim_v), tidx
             )
@@ -215,7 +233,7 @@ class SelectedForward:
             load_tokens(tensors.tokens, sTokens, begin, count, tidx, WARPGROUP)
             cute.arch.barrier()
             load_queries = functools.partial(
-                self._load_queries, tensors.q, sQ, sTokens, strides.q, kv_head, tidx
+                self._load_queries, tensors.q, copy, sQ, sTokens, filled, strides.q, kv_head, tidx
             )
             tiles = cute.ceil_div(rows, TILE_ROWS)
             for tile in cutlass.range_constexpr(self.stages):
@@ -246,9 +264,12 @@ class SelectedForward:
             )
             acc_S_mn = reshape_acc_to_mn(acc_S)
             compute_scores = functools.partial(self._scores, mma_qk, acc_S, tSrQ, tSrK)
+            # With TMA the keys are in the first group, beside the first queries.
             cute.arch.cp_async_wait_group(self.stages - 1)
             cute.arch.fence_view_async_shared()
             cute.arch.barrier()
+            if const_expr(self.copies is not None):
+                cute.arch.mbarrier_wait(filled, 0)
             compute_scores(Int32(0))
 
             for tile in cutlass.range(tiles, unroll=1):
@@ -282,13 +303,18 @@ class SelectedForward:
                 for r in cutlass.range_constexpr(2):
                     if tidx % QUAD == 0 and row + 8 * r < rows:
                         tensors.partial_lse[tile_row + 8 * r] = lse[r]
-                # The next queries are there, and all warps have read these.
-                cute.arch.cp_async_wait_group(0)
-                cute.arch.fence_view_async_shared()
+                # All warps have read these queries, and the next ones are there.
+                if const_expr(self.copies is None):
+                    cute.arch.cp_async_wait_group(0)
+                    cute.arch.fence_view_async_shared()
                 cute.arch.barrier()
                 acc_O = gemm_zero_init(
                     mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
                 )
+                if const_expr(self.copies is not None):
+                    if tile + 1 < tiles:
+                        stage, times = (tile + 1) % self.stages, (tile + 1) // self.stages
+                        cute.arch.mbarrier_wait(filled + stage, times % 2)
                 # The next tile's scores are computed while this one's output is stored. Past the
                 # last tile they are not used.
                 compute_scores(tile + 1)
@@ -313,15 +339,26 @@ class SelectedForward:
     def _load_queries(
         self,
         mQ: cute.Tensor,
+        copy: tuple | None,
         sQ: cute.Tensor,
         sTokens: cute.Tensor,
+        filled: cute.Pointer,
         stride: Int64,
         kv_head: Int32,
         tidx: Int32,
         tile: Int32,
     ):
-        place = pair_rows(sTokens, tile, kv_head, self.group, self.head_dim)
-        load_rows(mQ, sQ, stride, place, tidx, WARPGROUP, tile % self.stages)
+        if const_expr(self.copies is None):
+            place = pair_rows(sTokens, tile, kv_head, self.group, self.head_dim)
+            load_rows(mQ, sQ, stride, place, tidx, WARPGROUP, tile % self.stages)
+        else:
+            first = tile * self.copies.pairs
+
+            def token_of(i: Int32) -> Int32:
+                return sTokens[first + i]
+
+            stage = tile % self.stages
+            self.copies.load(copy, sQ, filled + stage, token_of, kv_head, tidx, stage)
 
 
 class CombinePartials:
@@ -463,7 +500,7 @@ def compile_forward(
             *(fake_flat(Int32), fake_flat(Float32, alignment=4)),
         ),
         Strides(*(Int64(1) for _ in range(3))),
-        _Sizes(*(Int32(1) for _ in range(5))),
+        _Sizes(*(Int32(1) for _ in range(6))),
         Float32(1.0),
     )
 
@@ -632,7 +669,7 @@ def _forward(
     for wave in range(waves):
         first_unit = wave * index.wave_units
         wave_start = first_unit * unit_pairs
-        sizes = _Sizes(wave, wave_items, wave_start, unit_pairs, kv_heads)
+        sizes = _Sizes(wave, wave_items, wave_start, unit_pairs, kv_heads, tokens)
         forward(tensors, strides, sizes, scale_log2)
         units = min(index.wave_units, index.units - first_unit)
         places = (wave_start, first_unit, units, index.chunk_tokens)
