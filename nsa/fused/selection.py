@@ -208,20 +208,20 @@ def _take(
         column_offset=columns.start,
         scale=config.softmax_scale(plan.head_dim),
     )
-    if blocks is not None:
-        kernel_calls.top_blocks(
-            scores,
-            scoring.first,
-            scoring.visible,
-            scoring.candidates,
-            scoring.own,
-            blocks,
-            per_block=config.select_block_size // config.compress_block_size,
-            num_initial=config.num_initial_blocks,
-            num_local=config.num_local_blocks,
+    forced = dict(num_initial=config.num_initial_blocks, num_local=config.num_local_blocks)
+    per_block = config.select_block_size // config.compress_block_size
+    vectors = (scoring.first, scoring.visible, scoring.candidates, scoring.own)
+    if blocks is not None and groups is not None:
+        kernel_calls.top_blocks_and_groups(
+            *(scores, *vectors, blocks, groups),
+            per_block=per_block,
+            per_group=config.cmp_group_size,
+            **forced,
             **common,
         )
-    if groups is not None:
+    elif blocks is not None:
+        kernel_calls.top_blocks(scores, *vectors, blocks, per_block=per_block, **forced, **common)
+    elif groups is not None:
         kernel_calls.top_blocks(
             scores,
             scoring.first,

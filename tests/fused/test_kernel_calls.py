@@ -37,7 +37,7 @@ LAUNCHERS = {
     "selected_backward": ("selected_backward",),
     "row_statistics": ("row_statistics",),
     "tile_scores": ("tile_scores",),
-    "top_blocks": ("top_blocks",),
+    "top_blocks": ("top_blocks", "top_blocks_and_groups"),
 }
 COMPOSED = ("float32_products",)
 """Functions without a kernel of their own."""

@@ -34,6 +34,7 @@ NAMES = (
     "round_sums",
     "round_listed_sums",
     "top_blocks",
+    "top_blocks_and_groups",
     "float32_products",
     "tile_scores",
 )
@@ -442,6 +443,22 @@ def top_blocks(
     order = torch.where(order < num_blocks, order, -1)
     order = torch.nn.functional.pad(order, (0, out.shape[-1] - order.shape[-1]), value=-1)
     out[:, tiles] = order.transpose(1, 2).int()
+
+
+def top_blocks_and_groups(
+    scores, first, visible, candidates, own, blocks, groups,
+    *, tile_offset, column_offset, scale, per_block, per_group, num_initial, num_local,
+) -> None:  # fmt: skip
+    places = dict(tile_offset=tile_offset, column_offset=column_offset, scale=scale)
+    forced = dict(num_initial=num_initial, num_local=num_local)
+    top_blocks(
+        *(scores, first, visible, candidates, own, blocks),
+        **places, per_block=per_block, **forced,
+    )  # fmt: skip
+    top_blocks(
+        *(scores, first, visible, visible, own, groups),
+        **places, per_block=per_group, num_initial=0, num_local=0,
+    )  # fmt: skip
 
 
 def tile_scores(summary, k_cmp) -> Tensor:

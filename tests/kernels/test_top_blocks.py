@@ -70,6 +70,36 @@ def test_top_blocks(count, per_block, kind):
         assert torch.equal(actual, expected), width
 
 
+@pytest.mark.parametrize("kind", ["ties", "rising", "equal", "NaN"])
+@pytest.mark.parametrize("form", [(16, 1, 16, 32), (5, 3, 40, 12)], ids=str)
+def test_blocks_and_groups(form, kind):
+    count, per_block, group_count, per_group = form
+    rules = dict(tile_offset=TILE_OFFSET, column_offset=COLUMN_OFFSET, scale=128**-0.5)
+    rules |= dict(per_block=per_block, per_group=per_group, num_initial=1, num_local=2)
+    for width in WIDTHS:
+        start = [i % (min(width, 5) + 1) for i in range(TOTAL)]
+        visible = [0 if i == 3 else (width - s) // (1 + i % 2) for i, s in enumerate(start)]
+        candidates = [0 if i == 4 else -(-x // per_block) + i % 3 for i, x in enumerate(visible)]
+        own = [max(0, x - 1 - i % 2) for i, x in enumerate(candidates)]
+        first = [COLUMN_OFFSET + s for s in start]
+        vectors = [
+            torch.tensor(x, dtype=torch.int32, device="cuda")
+            for x in (first, visible, candidates, own)
+        ]
+        scores = make_scores(width, kind)
+        expected, actual = (
+            [
+                torch.full((BATCH, TOTAL, HEADS, n), -7, dtype=torch.int32, device="cuda")
+                for n in (count, group_count)
+            ]
+            for _ in range(2)
+        )
+        emulated_kernels.top_blocks_and_groups(scores, *vectors, *expected, **rules)
+        kernel_calls.top_blocks_and_groups(scores, *vectors, *actual, **rules)
+        for found, wanted in zip(actual, expected, strict=True):
+            assert torch.equal(found, wanted), width
+
+
 def test_bfloat16_parts_score_as_float32(monkeypatch):
     q, k, _ = make_inputs((2, 5000), 8, 2, 128, dtype=torch.bfloat16, device="cuda")
     expected = nsa.select_blocks(q, k, backend="fused")

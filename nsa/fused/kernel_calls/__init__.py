@@ -37,6 +37,7 @@ from nsa.fused.kernel_calls.selection_calls import (
     importance_scores,
     tile_scores,
     top_blocks,
+    top_blocks_and_groups,
 )
 
 __all__ = [
@@ -66,4 +67,5 @@ __all__ = [
     "sequence_bounds",
     "tile_scores",
     "top_blocks",
+    "top_blocks_and_groups",
 ]

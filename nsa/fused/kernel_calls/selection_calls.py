@@ -97,6 +97,35 @@ def top_blocks(
     kernels.load("top_blocks").top_blocks(**locals())
 
 
+def top_blocks_and_groups(
+    scores: Tensor,
+    first: Tensor,
+    visible: Tensor,
+    candidates: Tensor,
+    own: Tensor,
+    blocks: Tensor,
+    groups: Tensor,
+    *,
+    tile_offset: int,
+    column_offset: int,
+    scale: float,
+    per_block: int,
+    per_group: int,
+    num_initial: int,
+    num_local: int,
+) -> None:
+    """:func:`top_blocks` twice, of scores that are read from memory once.
+
+    Args:
+        scores, first, visible, candidates, own, tile_offset, column_offset, scale: as there.
+        blocks: written with ``per_block``, ``num_initial`` and ``num_local``.
+        groups: written with ``per_group``, of the groups that have a score, none of them forced.
+        per_block, per_group: compressed tokens in a block, and in a group.
+        num_initial, num_local: first and last blocks that are always taken.
+    """
+    kernels.load("top_blocks").top_blocks_and_groups(**locals())
+
+
 def float32_products(a: Tensor, b: Tensor) -> Tensor:
     """``a (X, R, K) @ b (X, K, W)`` of bfloat16, summed and returned in float32.
 

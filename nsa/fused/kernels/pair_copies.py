@@ -92,9 +92,7 @@ class PairCopies:
         row_bytes = const_expr(self.dim * self.dtype.width // 8)
         if warp < self.warps:
             with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(
-                    filled, own_pairs * self.group * row_bytes
-                )
+                cute.arch.mbarrier_arrive_and_expect_tx(filled, own_pairs * self.group * row_bytes)
             for i in cutlass.range_constexpr(own_pairs):
                 pair = warp + i * self.warps
                 source = cute.local_tile(mX[None, None, token_of(pair)], box, (kv_head, 0))

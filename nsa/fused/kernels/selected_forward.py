@@ -311,7 +311,7 @@ class SelectedForward:
                 acc_O = gemm_zero_init(
                     mma_pv, (TILE_ROWS, self.head_dim_v), tOrP, tOrVt, wg_wait=-1
                 )
-                if const_expr(self.copies is not None):
+                if const_expr(self.copies is not None):  # noqa: SIM102 (one at compile time)
                     if tile + 1 < tiles:
                         stage, times = (tile + 1) % self.stages, (tile + 1) // self.stages
                         cute.arch.mbarrier_wait(filled + stage, times % 2)

@@ -4,6 +4,9 @@ A warp reads one row: the scores of a query tile and head against compressed tok
 that reach the ``n``-th best so far are looked at twice. Blocks that beat it wait in shared memory
 until there are 32 to sort and merge into the best, which lie in registers, the best first
 (:mod:`nsa.fused.kernels.best_blocks`).
+
+Where blocks and groups of a row are wanted, two warps of a CTA read it at about the same time, so
+that memory is read once.
 """
 
 import functools
@@ -93,19 +96,28 @@ class TopBlocks:
 
     @cute.kernel
     def kernel(self, tensors: _Tensors, sizes: _Sizes, scale: Float32):
-        sequences, heads, tiles, columns, total_tiles, *rest = sizes
-        tile_offset, column_offset, num_initial, num_local = rest
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
-        smem = cutlass.memory.SmemAllocator()
-        layout = cute.make_layout((_WARPS, 2 * WARP), stride=(2 * WARP, 1))
-        sWaiting = smem.allocate_tensor(Int64, layout, byte_alignment=16)[warp, None]
+        self.take(tensors, sizes, scale, bidx * _WARPS + warp, _waiting(warp), lane)
 
+    @cute.jit
+    def take(
+        self,
+        tensors: _Tensors,
+        sizes: _Sizes,
+        scale: Float32,
+        row: Int32,
+        sWaiting: cute.Tensor,
+        lane: Int32,
+    ):
+        """Write the best blocks of a row, by a warp."""
+        sequences, heads, tiles, columns, total_tiles, *rest = sizes
+        tile_offset, column_offset, num_initial, num_local = rest
         # Past the end, the last row is done again. Late tiles see most and start first; the heads
         # of a tile are neighbours in the output.
         sequence_heads = sequences * heads
-        row = cutlass.min(bidx * _WARPS + warp, sequence_heads * tiles - 1)
+        row = cutlass.min(row, sequence_heads * tiles - 1)
         sequence_head, tile = row % sequence_heads, tiles - 1 - row // sequence_heads
         index = tile_offset + tile
         start = tensors.first[index] - column_offset
@@ -237,6 +249,44 @@ class TopBlocks:
         return score
 
 
+class TopBlocksAndGroups:
+    """Both of each row, for the same sequences."""
+
+    def __init__(self, count: int, per_block: int, group_count: int, per_group: int):
+        self.blocks = TopBlocks(count, per_block)
+        self.groups = TopBlocks(group_count, per_group)
+
+    @cute.jit
+    def __call__(self, blocks: _Tensors, groups: _Tensors, sizes: _Sizes, scale: Float32, stream):
+        rows = sizes.sequences * sizes.heads * sizes.tiles
+        self.kernel(blocks, groups, sizes, scale).launch(
+            grid=[cute.ceil_div(rows, _WARPS // 2), 1, 1],
+            block=[_WARPS * WARP, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(self, blocks: _Tensors, groups: _Tensors, sizes: _Sizes, scale: Float32):
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
+        sWaiting, row = _waiting(warp), bidx * (_WARPS // 2) + warp // 2
+        if warp % 2 == 0:
+            self.blocks.take(blocks, sizes, scale, row, sWaiting, lane)
+        else:
+            forced_none = sizes._replace(num_initial=Int32(0), num_local=Int32(0))
+            self.groups.take(groups, forced_none, scale, row, sWaiting, lane)
+
+
+@cute.jit
+def _waiting(warp: Int32) -> cute.Tensor:
+    """Shared memory of a warp for blocks that wait."""
+    smem = cutlass.memory.SmemAllocator()
+    layout = cute.make_layout((_WARPS, 2 * WARP), stride=(2 * WARP, 1))
+    return smem.allocate_tensor(Int64, layout, byte_alignment=16)[warp, None]
+
+
 @cute.jit
 def _where(condition: Boolean, x: Float32, y: float) -> Float32:
     return x if condition else Float32(y)
@@ -254,12 +304,29 @@ def compile_top_blocks(count: int, per_block: int) -> Callable:
     )
 
 
+@kept
+def compile_both(count: int, per_block: int, group_count: int, per_group: int) -> Callable:
+    """The compiled kernel for blocks and groups."""
+    both = [
+        _Tensors(
+            fake_flat(Float32, alignment=4), *(fake_flat(Int32, alignment=4) for _ in range(5))
+        )
+        for _ in range(2)
+    ]
+    sizes = _Sizes(*(Int32(1) for _ in range(9)))
+    kernel = TopBlocksAndGroups(count, per_block, group_count, per_group)
+    return compile_kernel(kernel, *both, sizes, Float32(1.0))
+
+
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
     for count in (1, 16, 64, MAX_BLOCKS):
         for per_block in (1, 3, 4, 128):
             name = f"top-blocks-{count}-{per_block}"
             yield name, functools.partial(compile_top_blocks, count, per_block)
+    for forms in ((16, 1, 16, 32), (16, 4, 40, 128), (3, 2, 2, 6)):
+        name = f"top-blocks-and-groups-{'-'.join(map(str, forms))}"
+        yield name, functools.partial(compile_both, *forms)
 
 
 def top_blocks(
@@ -278,7 +345,70 @@ def top_blocks(
     num_local: int,
 ) -> None:
     """See :func:`nsa.fused.kernel_calls.top_blocks`."""
+    vectors = (first, visible, candidates, own)
+    _check(scores, *vectors, out, tile_offset, num_initial, num_local)
     batch, heads, tiles, columns = scores.shape
+    if batch * heads * tiles == 0:
+        return
+    sizes = (batch, heads, tiles, columns, out.shape[1], tile_offset, column_offset)
+    compile_top_blocks(out.shape[-1], per_block)(
+        _Tensors(_flat_scores(scores), *vectors, out.view(-1)),
+        _Sizes(*sizes, num_initial, num_local),
+        scale,
+    )
+
+
+def top_blocks_and_groups(
+    scores: Tensor,
+    first: Tensor,
+    visible: Tensor,
+    candidates: Tensor,
+    own: Tensor,
+    blocks: Tensor,
+    groups: Tensor,
+    *,
+    tile_offset: int,
+    column_offset: int,
+    scale: float,
+    per_block: int,
+    per_group: int,
+    num_initial: int,
+    num_local: int,
+) -> None:
+    """See :func:`nsa.fused.kernel_calls.top_blocks_and_groups`."""
+    _check(scores, first, visible, candidates, own, blocks, tile_offset, num_initial, num_local)
+    _check(scores, first, visible, visible, own, groups, tile_offset, 0, 0)
+    batch, heads, tiles, columns = scores.shape
+    if batch * heads * tiles == 0:
+        return
+    flat_scores = _flat_scores(scores)
+    sizes = (batch, heads, tiles, columns, blocks.shape[1], tile_offset, column_offset)
+    compile_both(blocks.shape[-1], per_block, groups.shape[-1], per_group)(
+        _Tensors(flat_scores, first, visible, candidates, own, blocks.view(-1)),
+        _Tensors(flat_scores, first, visible, visible, own, groups.view(-1)),
+        _Sizes(*sizes, num_initial, num_local),
+        scale,
+    )
+
+
+def _flat_scores(scores: Tensor) -> Tensor:
+    # A kernel takes no empty tensor; of this one nothing is read.
+    return scores.view(-1) if scores.shape[-1] else scores.new_empty(1)
+
+
+def _check(
+    scores: Tensor,
+    first: Tensor,
+    visible: Tensor,
+    candidates: Tensor,
+    own: Tensor,
+    out: Tensor,
+    tile_offset: int,
+    num_initial: int,
+    num_local: int,
+) -> None:
+    """Raise on what the kernels cannot take."""
+    batch, heads, tiles, _ = scores.shape
     total_tiles, count = out.shape[1], out.shape[-1]
     device = scores.device
     check_tensor("scores", scores, scores.shape, torch.float32, device)
@@ -301,13 +431,3 @@ def top_blocks(
             f"tile_offset is {tile_offset}; it must be 0 to {total_tiles - tiles}, so that {tiles} "
             f"tiles fit the {total_tiles} of out"
         )
-    if batch * heads * tiles == 0:
-        return
-    # A kernel takes no empty tensor; of this one nothing is read.
-    scores = scores.view(-1) if columns else scores.new_empty(1)
-    sizes = (batch, heads, tiles, columns, total_tiles, tile_offset, column_offset)
-    compile_top_blocks(count, per_block)(
-        _Tensors(scores, first, visible, candidates, own, out.view(-1)),
-        _Sizes(*sizes, num_initial, num_local),
-        scale,
-    )
