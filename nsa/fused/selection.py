@@ -210,24 +210,41 @@ def _take(
     )
     forced = dict(num_initial=config.num_initial_blocks, num_local=config.num_local_blocks)
     per_block = config.select_block_size // config.compress_block_size
-    vectors = (scoring.first, scoring.visible, scoring.candidates, scoring.own)
+    first, visible = scoring.first, scoring.visible
+    candidates, own = scoring.candidates, scoring.own
     if blocks is not None and groups is not None:
         kernel_calls.top_blocks_and_groups(
-            *(scores, *vectors, blocks, groups),
+            scores,
+            first,
+            visible,
+            candidates,
+            own,
+            blocks,
+            groups,
             per_block=per_block,
             per_group=config.cmp_group_size,
             **forced,
             **common,
         )
     elif blocks is not None:
-        kernel_calls.top_blocks(scores, *vectors, blocks, per_block=per_block, **forced, **common)
+        kernel_calls.top_blocks(
+            scores,
+            first,
+            visible,
+            candidates,
+            own,
+            blocks,
+            per_block=per_block,
+            **forced,
+            **common,
+        )
     elif groups is not None:
         kernel_calls.top_blocks(
             scores,
-            scoring.first,
-            scoring.visible,
-            scoring.visible,  # at least the groups that have a score
-            scoring.own,
+            first,
+            visible,
+            visible,  # at least the groups that have a score
+            own,
             groups,
             per_block=config.cmp_group_size,
             num_initial=0,

@@ -23,7 +23,8 @@ and ``padded_rows`` (FlashAttention-4's backward).
 Files without kernels: ``vectors`` (16-byte loads and stores, how tensors are passed), ``head_rows``
 (the tiles of ``gates``, ``few_keys`` and
 ``query_gradient``), ``sequences`` (the sequence of a row), ``rows``
-(copies of rows to shared memory), ``forward_tiles`` (what the two forward kernels of token mode
+(copies of rows to shared memory), ``pair_copies`` (those of pairs by TMA, in the selected
+forward), ``forward_tiles`` (what the two forward kernels of token mode
 share), ``partial_rows`` (partial outputs between these), ``row_gates`` (the gated sum in the
 second), ``best_blocks`` (ranked blocks in a warp's registers), ``decode_best`` (those of a CTA),
 ``decode_pages`` (keys and values in pages), ``decode_tiles`` (attention to tiles of them),
