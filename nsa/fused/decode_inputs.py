@@ -230,18 +230,26 @@ def most_sharing(group: int) -> int:
     return 4 >> ((-(-group // 16)) - 1).bit_length()
 
 
+def tile_groups(head_dim: int, head_dim_v: int, row_groups: int) -> int:
+    """Warpgroups of a CTA that take its tiles in turn, where one has all rows: they hide each
+    other's latencies, with one copy of the queries."""
+    return 3 if head_dim + head_dim_v <= 256 and row_groups == 4 else 1
+
+
 def resident_ctas(head_dim: int, head_dim_v: int, row_groups: int) -> int:
     """CTAs of the attention kernels that an SM runs at a time: two hide each other's latencies."""
-    return 2 if head_dim + head_dim_v <= 256 and row_groups < 8 else 1
+    return 2 if head_dim + head_dim_v <= 256 and row_groups < 4 else 1
 
 
 def tile_stages(head_dim: int, head_dim_v: int, row_groups: int, beside: int) -> int:
-    """Tiles that fit shared memory beside the queries and as many other bytes, up to 4."""
+    """Tiles of a group of warps that takes them in turn with others: those that fit shared memory
+    beside the queries and as many other bytes, up to 4."""
     # The hardware uses 1 KiB for each CTA.
     room = (SHARED_BYTES + 1024) // resident_ctas(head_dim, head_dim_v, row_groups) - 1024
+    groups = tile_groups(head_dim, head_dim_v, row_groups)
     # Queries; a reference and a sum of each row, for each of the warps that share the keys.
-    others = 2 * 16 * row_groups * head_dim + 8 * max(64, 16 * row_groups) + beside
-    return min(4, (room - others) // (2 * TILE_KEYS * (head_dim + head_dim_v)))
+    others = 2 * 16 * row_groups * head_dim + 8 * max(64, 16 * row_groups * groups) + beside
+    return min(4, (room - others) // (2 * TILE_KEYS * (head_dim + head_dim_v) * groups))
 
 
 def fits_shared_memory(head_dim: int, head_dim_v: int) -> bool:

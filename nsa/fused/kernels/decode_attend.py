@@ -186,7 +186,7 @@ class DecodeAttend:
             total = cute.make_rmem_tensor(2, Float32)
             total.fill(0.0)
             for i in cutlass.range(count, unroll=1):
-                self.attention.wait_for_tile()
+                self.attention.wait_for_tile(Int32(0))
                 stage = self.attention.load_ahead(load_tile, i, count)
                 self.attention.attend_tile(
                     mmas, queries, sK[None, None, stage], sV[None, None, stage], acc_O, reference,

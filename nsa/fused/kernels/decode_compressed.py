@@ -164,7 +164,13 @@ class DecodeCompressed:
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
-        row_group, key_group = warp % self.attention.row_groups, warp // self.attention.row_groups
+        # Warpgroups have other tiles, or warps other keys of a tile.
+        tile_group, key_group = Int32(0), warp // self.attention.row_groups
+        row_group, local = warp % self.attention.row_groups, tidx
+        if const_expr(self.attention.tile_groups > 1):
+            tile_group, key_group = key_group, Int32(0)
+            local = tidx % self.attention.tile_threads
+        stage0 = tile_group * self.attention.stages
         kv_head, token_block = divide(unit, sizes.token_blocks)
         token0 = token_block * sizes.unit_tokens
         row0, new = sequence * sizes.tokens, sizes.tokens
@@ -179,15 +185,19 @@ class DecodeCompressed:
             if const_expr(tensors.lengths is not None):
                 wait_for_previous()
             end_slot = tensors.ends[sequence] // self.rule.stride
-        # Where the next two tiles are.
+        # The tiles of this thread's warpgroup, and where the next two are.
+        step = const_expr(self.attention.tile_groups)
+        last_tile = first_tile + count - 1
+        first_tile += tile_group
+        count = (count - tile_group + (step - 1)) // step
         ahead = [cute.make_rmem_tensor(2, Int32) for _ in range(2)]
-        find = functools.partial(self._find_tile, pages, sequence, first_tile, count)
+        find = functools.partial(self._find_tile, pages, sequence, first_tile, last_tile)
         if const_expr(self.whole):
             for i in cutlass.range_constexpr(2):
                 ahead[0][i], ahead[1][i] = find(Int32(i))
         load_tile = functools.partial(
             self._load_tile, pages, sK, sV, sequence, kv_head, end_slot, first_tile, find, ahead,
-            tidx,
+            local, stage0,
         )  # fmt: skip
 
         # All warps are done with what the unit before left in shared memory.
@@ -206,9 +216,9 @@ class DecodeCompressed:
             # Before anything is written.
             wait_for_previous()
         queries = sQ
+        if const_expr(self.attention.warpgroups == 0 or self.attention.tile_groups > 1):
+            self.attention.wait_for_queries()
         if const_expr(self.attention.warpgroups == 0):
-            cute.arch.cp_async_wait_group(self.attention.stages - 1)
-            cute.arch.barrier()
             queries = self.attention.make_rows(sQ, mmas[0], lane)
             self.attention.read_rows(queries, sQ, mmas[0], row_group, lane)
 
@@ -230,8 +240,8 @@ class DecodeCompressed:
         record_row = Int64(index) * rows + row
 
         for i in cutlass.range(count, unroll=1):
-            self.attention.wait_for_tile()
-            stage = i % self.attention.stages
+            self.attention.wait_for_tile(tile_group)
+            stage = stage0 + i % self.attention.stages
             if const_expr(self.attention.warpgroups == 0):
                 self.attention.load_ahead(load_tile, i, count)
             accs = self.attention.compute_scores(
@@ -241,7 +251,7 @@ class DecodeCompressed:
                 # While wgmma computes.
                 self.attention.load_ahead(load_tile, i, count)
                 warpgroup.wait_group(0)
-            first_group = (first_tile + i) * (TILE_KEYS // SLOT_GROUP) + key_group
+            first_group = (first_tile + i * step) * (TILE_KEYS // SLOT_GROUP) + key_group
             low, high = [], [[], []]
             for u in cutlass.range_constexpr(self.attention.units):
                 slot = (first_group + u * self.attention.key_groups) * SLOT_GROUP
@@ -287,23 +297,25 @@ class DecodeCompressed:
 
     @cute.jit
     def _find_tile(
-        self, pages: PagedTensors, sequence: Int32, first_tile: Int32, count: Int32, i: Int32
+        self, pages: PagedTensors, sequence: Int32, first_tile: Int32, last_tile: Int32, i: Int32
     ) -> tuple[Int32, Int32]:
-        """Page and first row of tile ``first_tile + i``, or of the last one."""
-        slot = (first_tile + cutlass.min(i, count - 1)) * TILE_KEYS
-        return self._page_and_row(pages, sequence, slot)
+        """Page and first row of a warpgroup's tile number ``i``, or of the unit's last one."""
+        tile = cutlass.min(first_tile + i * self.attention.tile_groups, last_tile)
+        return self._page_and_row(pages, sequence, tile * TILE_KEYS)
 
     @cute.jit
     def _load_tile(
         self, pages: PagedTensors, sK: cute.Tensor, sV: cute.Tensor, sequence: Int32,
-        kv_head: Int32, end_slot: Int32, first_tile: Int32, find, ahead, tidx: Int32, i: Int32,
-        stage: Int32,
+        kv_head: Int32, end_slot: Int32, first_tile: Int32, find, ahead, tidx: Int32, stage0: Int32,
+        i: Int32, stage: Int32,
     ):  # fmt: skip
-        slot = (first_tile + i) * TILE_KEYS
+        slot = (first_tile + i * self.attention.tile_groups) * TILE_KEYS
         place = functools.partial(self._place, pages, sequence, end_slot, slot)
         if const_expr(self.whole):
             place = functools.partial(self._place_after, end_slot, slot, ahead[0][0], ahead[1][0])
-        self.attention.load_tile(pages, sK, sV, place, kv_head, self.whole, True, tidx, stage)
+        self.attention.load_tile(
+            pages, sK, sV, place, kv_head, self.whole, True, tidx, stage0 + stage
+        )
         if const_expr(self.whole):
             # So early that no load waits for the page table.
             for x in cutlass.range_constexpr(2):

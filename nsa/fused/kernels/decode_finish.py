@@ -363,7 +363,7 @@ class DecodeFinish:
                     Int64(sParts[2]), self.group, rank % self.splits, sRest, tidx,
                 )  # fmt: skip
             for i in cutlass.range(count, unroll=1):
-                self.attention.wait_for_tile()
+                self.attention.wait_for_tile(Int32(0))
                 stage = self.attention.load_ahead(load_tile, i, count)
                 for j in cutlass.range(passes, unroll=1):
                     self.attention.attend_tile(

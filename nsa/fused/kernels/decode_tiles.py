@@ -18,7 +18,7 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.tensor_utils import LayoutEnum
 
-from nsa.fused.decode_inputs import TILE_KEYS, resident_ctas, tile_stages
+from nsa.fused.decode_inputs import TILE_KEYS, resident_ctas, tile_groups, tile_stages
 from nsa.fused.hardware import WARP, WARPGROUP, WGMMA_ROWS
 from nsa.fused.kernels.decode_pages import PagedTensors, copy_once
 from nsa.fused.kernels.decode_softmax import softmax
@@ -55,19 +55,24 @@ class TileAttention:
         self.row_groups = row_groups
         self.rows = MMA_ROWS * row_groups
         self.key_groups = max(1, 4 // row_groups)
-        self.warps = row_groups * self.key_groups
-        self.threads = WARP * self.warps
+        # Groups of warps that take tiles in turn, and the threads of one.
+        self.tile_groups = tile_groups(head_dim, head_dim_v, row_groups)
+        self.tile_threads = WARP * row_groups * self.key_groups
+        self.threads = self.tile_threads * self.tile_groups
+        self.warps = self.threads // WARP
         # Those that multiply by wgmma, which takes 64 rows.
         self.warpgroups = self.rows // WGMMA_ROWS
         # Times that a warp takes 16 keys of a tile.
         self.units = TILE_KEYS // MMA_ROWS // self.key_groups
         self.lanes = 8 if head_dim % 64 == 0 and head_dim_v % 64 == 0 else 4
-        self.rows_per_thread = TILE_KEYS * self.lanes // self.threads
+        self.rows_per_thread = TILE_KEYS * self.lanes // self.tile_threads
         self.ctas = resident_ctas(head_dim, head_dim_v, row_groups)
+        # Of a group of warps.
         self.stages = tile_stages(head_dim, head_dim_v, row_groups, beside)
+        tiles = self.stages * self.tile_groups
         # The outputs of the warps are added up where the tiles were, in rows that are so much apart
         # that those of a quarter warp are in different banks, if there is room.
-        room = 2 * self.stages * TILE_KEYS * (head_dim + head_dim_v) // (4 * MMA_ROWS * self.warps)
+        room = 2 * tiles * TILE_KEYS * (head_dim + head_dim_v) // (4 * MMA_ROWS * self.warps)
         self.pitch = head_dim_v + (8 if head_dim_v + 8 <= room else 0)
         if self.stages < 2 or self.pitch > room:
             raise ValueError(f"tiles of D={head_dim}, Dv={head_dim_v} do not fit shared memory")
@@ -77,8 +82,10 @@ class TileAttention:
         make_layout = functools.partial(make_smem_layout, self.dtype, LayoutEnum.ROW_MAJOR)
         return (
             make_layout((self.rows, self.head_dim)),
-            make_layout((TILE_KEYS, self.head_dim), stage=self.stages),
-            make_layout((TILE_KEYS, self.head_dim_v), stage=self.stages),
+            *(
+                make_layout((TILE_KEYS, dim), stage=self.stages * self.tile_groups)
+                for dim in (self.head_dim, self.head_dim_v)
+            ),
         )
 
     def make_mmas(self) -> tuple[cute.TiledMma, ...]:
@@ -149,15 +156,16 @@ class TileAttention:
     ):  # fmt: skip
         """Start to copy a tile; ``place(key)`` gives (page, row, whether there is such a key).
 
+        ``tidx`` is the thread's number in its group, as in all that follows from tile to tile.
         ``whole`` says that a tile lies in one page, row after row, and ``once`` that nothing else
         reads it.
         """
         operation = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
-        thr_copy = row_copy(self.dtype, self.lanes, self.threads, operation).get_slice(tidx)
+        thr_copy = row_copy(self.dtype, self.lanes, self.tile_threads, operation).get_slice(tidx)
         tKsK = partition_D_position_independent(thr_copy, sK)[None, None, None, stage]
         tVsV = partition_D_position_independent(thr_copy, sV)[None, None, None, stage]
         # A multiple of 16, within which keys are out of order.
-        step = const_expr(self.threads // self.lanes)
+        step = const_expr(self.tile_threads // self.lanes)
         column = tidx % self.lanes * VECTOR
         places, starts = [], []
         for m in cutlass.range_constexpr(self.rows_per_thread):
@@ -220,7 +228,7 @@ class TileAttention:
         accs = []
         if const_expr(self.warpgroups > 0):
             acc, rQ, rK = partition_fragment_ABC(
-                mma.get_slice(warp_index * WARP // WARPGROUP * WARPGROUP),
+                mma.get_slice(self._warpgroup(warp_index) * WARPGROUP),
                 (self.rows, TILE_KEYS, self.head_dim), queries, sK,
             )  # fmt: skip
             gemm(mma, acc, rQ, rK, zero_init=True, wg_wait=-1)
@@ -258,7 +266,7 @@ class TileAttention:
         sVt = transpose_view(sV)
         if const_expr(self.warpgroups > 0):
             _, rP, rV = partition_fragment_ABC(
-                mma.get_slice(warp_index * WARP // WARPGROUP * WARPGROUP),
+                mma.get_slice(self._warpgroup(warp_index) * WARPGROUP),
                 (self.rows, self.head_dim_v, TILE_KEYS), None, sVt,
             )  # fmt: skip
             shape = mmas[0].partition_shape_C((self.rows, TILE_KEYS))
@@ -296,14 +304,30 @@ class TileAttention:
                 load_tile(i, i)
             cute.arch.cp_async_commit_group()
 
+    def _warpgroup(self, warp_index: Int32) -> Int32:
+        """Which 64 rows a warp multiplies by wgmma, of those of its group."""
+        return warp_index * WARP % self.tile_threads // WARPGROUP
+
     @cute.jit
-    def wait_for_tile(self):
-        """Wait for the next tile, and until all warps are done with the one before it."""
-        cute.arch.cp_async_wait_group(self.stages - 2)
+    def wait_for_queries(self):
+        """Wait for what :meth:`load_queries` copies; tiles may be on their way."""
+        cute.arch.cp_async_wait_group(self.stages - 1)
         if const_expr(self.warpgroups > 0):
             # Wgmma reads what threads have copied.
             cute.arch.fence_view_async_shared()
         cute.arch.barrier()
+
+    @cute.jit
+    def wait_for_tile(self, group: Int32):
+        """Wait for the next tile, and until all warps of the group are done with the one before."""
+        cute.arch.cp_async_wait_group(self.stages - 2)
+        if const_expr(self.warpgroups > 0):
+            cute.arch.fence_view_async_shared()
+        if const_expr(self.tile_groups == 1):
+            cute.arch.barrier()
+        else:
+            # Barrier 0 is that of all threads.
+            cute.arch.barrier(barrier_id=1 + group, number_of_threads=self.tile_threads)
 
     @cute.jit
     def load_ahead(self, load_tile, i: Int32, count: Int32) -> Int32:
