@@ -80,7 +80,9 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
             decode_attend,
             decode_compressed,
             decode_finish,
+            decode_select,
             decode_tile_select,
+            decode_units,
             few_keys,
             float_sums,
             importance,
@@ -100,6 +102,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         by_dtype += [row_statistics, listed_backward, float_sums, block_sums]
         others += [padded_rows, inverted_index, decode_append, decode_compressed]
         others += [decode_tile_select, decode_finish, decode_attend]
+        others += [decode_select, decode_units]
     for kernels in by_dtype:
         for dtype in ("bfloat16", "float16"):
             forms = [run for name, run in kernels.compile_cases() if f"-{dtype}" in name]

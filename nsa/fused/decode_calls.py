@@ -122,6 +122,45 @@ def decode_tile_select(
     kernels.load("decode_tile_select").decode_tile_select(**locals())
 
 
+def decode_select(
+    parts: Parts,
+    records: Records,
+    schedule: Schedule,
+    cu_seqlens: Tensor | None,
+    shape: DecodeShape,
+    rule: DecodeRule,
+    lists: Tensor,
+    num_initial: int,
+    num_local: int,
+) -> None:
+    """Write the best blocks of each token and KV head to ``lists``: see :func:`decode_finish`."""
+    kernels.load("decode_select").decode_select(**locals())
+
+
+def decode_units(
+    q: Tensor,
+    pool: Pool,
+    table: Tensor,
+    parts: Parts,
+    schedule: Schedule,
+    cu_seqlens: Tensor | None,
+    shape: DecodeShape,
+    rule: DecodeRule,
+    lists: Tensor,
+    window: int,
+    scale: float,
+    gates: Tensor | None,
+    weight: Tensor | None,
+    lengths: Tensor,
+) -> Tensor:
+    """:func:`decode_finish` with lists, for few tokens that attend much the same blocks.
+
+    A CTA has all rows of a unit, so each block that any of its tokens selected is loaded once.
+    :func:`nsa.fused.decode_inputs.can_unite` says for which sizes; blocks are of 64 or 128 tokens.
+    """
+    return kernels.load("decode_units").decode_units(**locals())
+
+
 def decode_finish(
     q: Tensor,
     pool: Pool,

@@ -36,6 +36,9 @@ LEAST_SHARE = 2
 """The least tiles that a CTA of the compressed branch takes, where half of the CTAs then suffice:
 each part must be added up."""
 
+MAX_UNITED = 128
+"""The most blocks that the tokens of a unit select, where a CTA attends them together."""
+
 CLUSTERS = (1, 2, 4, 8)
 """CTAs that may share a list of the selected branch."""
 
@@ -250,6 +253,19 @@ def tile_stages(head_dim: int, head_dim_v: int, row_groups: int, beside: int) ->
     # Queries; a reference and a sum of each row, for each of the warps that share the keys.
     others = 2 * 16 * row_groups * head_dim + 8 * max(64, 16 * row_groups * groups) + beside
     return min(4, (room - others) // (2 * TILE_KEYS * (head_dim + head_dim_v) * groups))
+
+
+def can_unite(dims: tuple[int, int], shape: DecodeShape, select_size: int, slots: int) -> bool:
+    """Whether a CTA can attend what all tokens of a unit selected, up to ``slots`` blocks each.
+
+    ``dims`` are ``D`` and ``Dv``.
+    """
+    return (
+        shape.row_groups == 4
+        and tile_groups(*dims, shape.row_groups) > 1
+        and select_size >= TILE_KEYS
+        and shape.unit_tokens * slots <= MAX_UNITED
+    )
 
 
 def fits_shared_memory(head_dim: int, head_dim_v: int) -> bool:

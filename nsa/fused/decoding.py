@@ -24,10 +24,13 @@ from nsa.fused.decode_inputs import (
     TILE_KEYS,
     DecodeRule,
     DecodeShape,
+    Parts,
     Pool,
+    Records,
     Schedule,
     TileLists,
     TileRule,
+    can_unite,
     fits_shared_memory,
     resident_ctas,
 )
@@ -209,15 +212,10 @@ def forward(
         lists = torch.empty(width, dtype=torch.int32, device=q.device)
     else:
         lists = block_indices.flatten(0, -3)
-    rings = None if cache.window_rings is None else Pool(*cache.window_rings)
-    out = decode_calls.decode_finish(
-        rows, Pool(cache.k_pages, cache.v_pages), rings, cache.page_table, parts, records, schedule,
-        cu_seqlens, shape, rule, lists, config.num_initial_blocks, config.num_local_blocks,
-        min(config.window_size, cache.max_length), scale,
+    out = _finish(
+        cache, rows, parts, records, schedule, cu_seqlens, shape, rule, lists, scale,
         None if gates is None else gates.flatten(0, -3),
         gate_proj_weight if gates is None else None,
-        cache.lengths, cache.floors if tile_mode else None,
-        *_choose_cluster(cache, shape, rows.shape[0]),
     )  # fmt: skip
     # The last kernel has written the lengths, so that an error leaves the cache as it was.
     if tokens is None:
@@ -225,6 +223,52 @@ def forward(
     else:
         advance(cache, tokens)
     return out.unflatten(0, q.shape[:-2])
+
+
+def _finish(
+    cache: Cache,
+    q: Tensor,
+    parts: Parts,
+    records: Records | None,
+    schedule: Schedule,
+    cu_seqlens: Tensor | None,
+    shape: DecodeShape,
+    rule: DecodeRule,
+    lists: Tensor | TileLists,
+    scale: float,
+    gates: Tensor | None,
+    weight: Tensor | None,
+) -> Tensor:
+    """The end of a step, with the kernels that suit its sizes."""
+    config, pool = cache.config, Pool(cache.k_pages, cache.v_pages)
+    window = min(config.window_size, cache.max_length)
+    forced = config.num_initial_blocks, config.num_local_blocks
+    if not isinstance(lists, TileLists) and _unites_tokens(cache, shape, rule, lists.shape[-1]):
+        if records is not None:
+            decode_calls.decode_select(
+                parts, records, schedule, cu_seqlens, shape, rule, lists, *forced
+            )
+        return decode_calls.decode_units(
+            q, pool, cache.page_table, parts, schedule, cu_seqlens, shape, rule, lists, window,
+            scale, gates, weight, cache.lengths,
+        )  # fmt: skip
+    rings = None if cache.window_rings is None else Pool(*cache.window_rings)
+    return decode_calls.decode_finish(
+        q, pool, rings, cache.page_table, parts, records, schedule, cu_seqlens, shape, rule, lists,
+        *forced, window, scale, gates, weight, cache.lengths,
+        cache.floors if isinstance(lists, TileLists) else None,
+        *_choose_cluster(cache, shape, q.shape[0]),
+    )  # fmt: skip
+
+
+def _unites_tokens(cache: Cache, shape: DecodeShape, rule: DecodeRule, slots: int) -> bool:
+    """Whether a CTA attends what the tokens of a unit selected: there are units for most SMs."""
+    dims = cache.head_dim, cache.value_head_dim
+    return (
+        cache.window_rings is None
+        and can_unite(dims, shape, rule.select_size, slots)
+        and 4 * shape.units >= 3 * _num_sms(cache.device)
+    )
 
 
 def _select_for_tiles(cache: Cache, attended: Attended, scale: float) -> TileLists:

@@ -103,6 +103,33 @@ def test_tokens_without_a_place_are_dropped():
     torch.testing.assert_close(out[:, :4], expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("given", [False, True], ids=["selected", "given"])
+def test_tokens_attend_together(given, packed, decoded, monkeypatch):
+    """Where heads of all tokens fill a wgmma, a CTA attends what any of them selected."""
+    unite, united = decoding.decode_calls.decode_units, []
+
+    def counted(*args):
+        united.append(args)
+        return unite(*args)
+
+    monkeypatch.setattr(decoding.decode_calls, "decode_units", counted)
+    found = []
+    for backend in ("fused", "reference"):
+        cache = make_cache(length=190)
+        torch.manual_seed(1)
+        leading = (4,) if packed else (2, 4)
+        q, k, v = make_inputs(leading, 32, 2, 8, dtype=torch.float64)
+        options = dict(gates=torch.rand(*leading, 32, 3, dtype=torch.float64))
+        if given:
+            options["block_indices"] = torch.tensor([0, 1, 2, -1]).int().expand(*leading, 2, 4)
+        if packed:
+            options |= dict(cu_seqlens=make_cu_seqlens([1, 3]), max_seqlen=3)
+        found.append(nsa.forward(q, k, v, cache=cache, backend=backend, **options))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+    assert len(united) == 1
+
+
 def test_no_tokens():
     cache = make_cache(length=5)
     q, k, v = make_inputs((0,), 4, 2, 8, dtype=torch.float64)

@@ -87,14 +87,20 @@ def as_dtype(arguments, dtype):
 @pytest.fixture
 def lists(monkeypatch):
     """The block lists that the kernels selected, one a call."""
-    finish, found = decode_calls.decode_finish, []
+    found = []
 
-    def spy(*args):
-        out = finish(*args)
-        found.append(args[10].clone())
-        return out
+    def watch(name, index):
+        finish = getattr(decode_calls, name)
 
-    monkeypatch.setattr(decode_calls, "decode_finish", spy)
+        def spy(*args):
+            out = finish(*args)
+            found.append(args[index].clone())
+            return out
+
+        monkeypatch.setattr(decode_calls, name, spy)
+
+    watch("decode_finish", 10)
+    watch("decode_units", 8)
     return found
 
 
@@ -136,11 +142,17 @@ def test_accuracy(form, steps, lists):
     check_steps(make_cache(LENGTHS, 64, form), form, steps, lists)
 
 
-def test_accuracy_of_many_sequences(lists):
-    """More lists than CTAs run at a time, so that tokens share their window."""
+@pytest.mark.parametrize("batch", [40, 60])
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+def test_accuracy_of_many_sequences(packed, batch, lists):
+    """More lists than CTAs run at a time, so that tokens share their window, or all their keys."""
     form = FORMS[0]
-    lengths = [17 * i % 1000 for i in range(40)]
-    check_steps(make_cache(lengths, 64, form), form, [((40, 4), None)], lists)
+    lengths = [17 * i % 1000 for i in range(batch)]
+    step = (batch, 4), None
+    if packed:
+        extras = [i % 5 for i in range(batch)]
+        step = (sum(extras),), extras
+    check_steps(make_cache(lengths, 64, form), form, [step], lists)
 
 
 def test_accuracy_in_tile_mode():
@@ -226,12 +238,17 @@ def test_graph_replays_as_lengths_grow():
         assert torch.equal(cache.lengths, start + 2)
 
 
-@pytest.mark.parametrize("lengths", [[65000], [5000] * 20, [900] * 40], ids=["8", "4", "2"])
-def test_repeated_steps_have_the_same_bits(lengths):
-    """The CTAs of a cluster, as many as the names say, send each other what they have found."""
+@pytest.mark.parametrize(
+    ("lengths", "tokens"),
+    [([65000], 1), ([5000] * 20, 1), ([900] * 40, 1), ([9000] * 60, 4)],
+    ids=["8", "4", "2", "unit"],
+)
+def test_repeated_steps_have_the_same_bits(lengths, tokens):
+    """The CTAs of a cluster, as many as the names say, send each other what they have found; or
+    one has all tokens of a unit."""
     form = FORMS[0]
     cache = make_cache(lengths, 64, form)
-    arguments = make_step((len(lengths), 1), form, seed=1)
+    arguments = make_step((len(lengths), tokens), form, seed=1)
     start = cache.lengths.clone()
 
     def step():

@@ -21,6 +21,7 @@ from nsa.fused.decode_inputs import (
     Records,
     Schedule,
     TileLists,
+    can_unite,
     most_groups,
     most_sharing,
     record_groups,
@@ -31,6 +32,8 @@ NAMES = (
     "decode_append",
     "decode_compressed",
     "decode_tile_select",
+    "decode_select",
+    "decode_units",
     "decode_finish",
     "decode_attend",
 )
@@ -190,7 +193,7 @@ def decode_finish(
         assert 1 < cluster <= most_sharing(shape.group)
         assert not isinstance(lists, TileLists)
     if records is not None:
-        _select(parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial, num_local)
+        decode_select(parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial, num_local)
     others = _attend(
         q, pool, rings, table, schedule, cu_seqlens, lists, shape, rule.select_size, window, scale,
         cluster,
@@ -202,8 +205,21 @@ def decode_finish(
     )  # fmt: skip
 
 
-def _select(parts, records, schedule, cu_seqlens, shape, rule, out, num_initial, num_local) -> None:
-    count = out.shape[-1]
+def decode_units(
+    q, pool, table, parts, schedule, cu_seqlens, shape, rule, lists, window, scale, gates, weight,
+    lengths,
+):  # fmt: skip
+    assert can_unite((q.shape[-1], pool.v.shape[-1]), shape, rule.select_size, lists.shape[-1])
+    return decode_finish(
+        q, pool, None, table, parts, None, schedule, cu_seqlens, shape, rule, lists, 0, 0, window,
+        scale, gates, weight, lengths, None, 1, False,
+    )  # fmt: skip
+
+
+def decode_select(
+    parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial, num_local
+) -> None:
+    out, count = lists, lists.shape[-1]
     assert num_initial + num_local <= count <= MAX_LISTED
     assert out.dtype == torch.int32
     assert out.is_contiguous()

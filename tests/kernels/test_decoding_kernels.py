@@ -151,7 +151,18 @@ def test_append_drops_tokens_without_a_place(case):
 )
 def test_compressed(form, case, page_blocks, after_append):
     """In pages of parts of a tile, and in those of a tile; with a schedule, or its own."""
-    state = make_state(form, *case, page_blocks=page_blocks)
+    check_compressed(make_state(form, *case, page_blocks=page_blocks), form, after_append)
+
+
+@pytest.mark.parametrize("page_blocks", [2, 16])
+def test_compressed_of_many_tiles(page_blocks):
+    """So that each of the warpgroups that take tiles in turn has several."""
+    form = FORMS[0]
+    state = make_state(form, [9000, 700, 3000], 4, kv_heads=1, ctas=2, page_blocks=page_blocks)
+    check_compressed(state, form, True)
+
+
+def check_compressed(state, form, after_append):
     on_gpu = state.to("cuda")
     schedule, _ = append(emulated, state, form.rule)
     if after_append:
@@ -188,7 +199,24 @@ def draw_gates(state, dtype):
     return torch.nn.functional.one_hot(torch.randint(3, shape[:2]), 3).to(dtype)
 
 
-def check_finish(state, schedule, results, rule, lists, floors=None, **options):
+def finish(kernels, records, arguments):
+    """The step's end where each list has a CTA, or several."""
+    return kernels.decode_finish(records=records, **arguments)
+
+
+def unite(kernels, records, arguments):
+    """The step's end where a CTA has all tokens of a unit."""
+    selecting = "parts", "schedule", "cu_seqlens", "shape", "rule", "lists"
+    forced = {name: arguments.pop(name) for name in ("num_initial", "num_local")}
+    if records is not None:
+        given = {name: arguments[name] for name in selecting}
+        kernels.decode_select(records=records, **given, **forced)
+    for name in ("rings", "floors", "cluster", "of_tokens"):
+        del arguments[name]
+    return kernels.decode_units(**arguments)
+
+
+def check_finish(state, schedule, results, rule, lists, floors=None, end=finish, **options):
     """The step's end by the kernel is that by the emulation: outputs, lists, lengths and floors.
 
     ``results`` are parts and records of the compressed branch in float64.
@@ -213,11 +241,12 @@ def check_finish(state, schedule, results, rule, lists, floors=None, **options):
         else:
             made = lists.to(device, copy=True)
         lengths = state.lengths.to(device, copy=True)
-        out = kernels.decode_finish(
-            q=here.q, pool=here.pool, table=here.table, parts=parts, records=records,
-            schedule=tensors(schedule, device), cu_seqlens=here.cu_seqlens, shape=here.shape,
-            rule=rule, lists=made, lengths=lengths, **own,
+        common = dict(
+            parts=parts, schedule=tensors(schedule, device), cu_seqlens=here.cu_seqlens,
+            shape=here.shape, rule=rule, lists=made,
         )  # fmt: skip
+        own |= common | dict(q=here.q, pool=here.pool, table=here.table, lengths=lengths)
+        out = end(kernels, records, own)
         blocks = made.blocks if isinstance(made, TileLists) else made
         written = (lengths, blocks, *([own["floors"]] if floors is not None else []))
         found.append((out.cpu().double(), [x.cpu() for x in written]))
@@ -263,17 +292,53 @@ def test_select(form, case, cluster, of_tokens, count):
     )  # fmt: skip
 
 
+UNITED = [
+    # And blocks of a list, and how gates are given.
+    (*WIDE[0], COUNT, "gates"),
+    (*WIDE[0], 32, "weight"),
+    (Form(FP16, 64, 64, 8, DecodeRule(16, 16, 64)), CASES[1], 16, "weight"),
+    (Form(BF16, 96, 96, 12, DecodeRule(32, 16, 128)), ([300, 40, 0, 127], 5), 3, "mean"),
+    (Form(BF16, 128, 64, 32, PAPER), ([3000, 62], 2), 40, "gates"),
+]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["selected", "given"])
+@pytest.mark.parametrize(("form", "case", "count", "gating"), UNITED, ids=str)
+def test_units(form, case, count, gating, given):
+    """Tokens whose lists have blocks in common and others, and sequences with fewer tokens."""
+    state = make_state(form, *case)
+    schedule, _ = append(emulated, state, form.rule)
+    parts, records = compress(emulated, wide(state), schedule, form.rule)
+    lists = torch.full((state.q.shape[0], state.shape.kv_heads, count), -7, dtype=torch.int32)
+    if given:
+        lists, records = make_lists(state, schedule, form.rule), None
+    options = {}
+    if gating == "gates":
+        options["gates"] = draw_gates(state, form.dtype)
+    if gating == "weight":
+        options["weight"] = torch.randn(state.q.shape[1], 3, form.head_dim).to(form.dtype)
+        options["weight"] *= form.head_dim**-0.5
+    check_finish(state, schedule, (parts, records), form.rule, lists, end=unite, **options)
+
+
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
 def test_select_among_many(cluster):
     """More blocks than a CTA scores at a time; scores of few values, so that many tie."""
-    form = FORMS[3]
-    state = make_state(form, [18000, 200], 1, kv_heads=1)
+    check_select_among_many(FORMS[3], 1, 16, cluster=cluster)
+
+
+def test_select_among_many_for_units():
+    check_select_among_many(FORMS[0], 4, 16, end=unite)
+
+
+def check_select_among_many(form, tokens, count, **options):
+    state = make_state(form, [18000, 200], tokens, kv_heads=1)
     keys = torch.randn(5, form.head_dim).to(form.dtype)
     state.compressed.k.copy_(keys[torch.randint(5, state.compressed.k.shape[:3])])
     schedule, _ = append(emulated, state, form.rule)
     results = compress(emulated, wide(state), schedule, form.rule)
-    lists = torch.full((2, 1, 16), -7, dtype=torch.int32)
-    check_finish(state, schedule, results, form.rule, lists, cluster=cluster)
+    lists = torch.full((2 * tokens, 1, count), -7, dtype=torch.int32)
+    check_finish(state, schedule, results, form.rule, lists, **options)
 
 
 ATTENDED = [

@@ -258,7 +258,7 @@ class DecodeCompressed:
                 low.append(self.rule.carried - slot)
                 for r in cutlass.range_constexpr(2):
                     high[r].append(limits[r] - slot)
-            softmax(accs, acc_O, reference, total, low, high, lane, scale_log2)
+            softmax(accs, acc_O, reference, total, [low, low], high, lane, scale_log2)
             self.attention.add_values(
                 mmas, acc_O, accs, sV[None, None, stage], key_group, warp, lane
             )

@@ -18,19 +18,18 @@ from nsa.fused.kernels.hopper import store_shared_remote
 
 # Ranks that a thread brings at a time.
 _RANKS = 4
-# Records of heads that a thread loads together.
-_LOADS = 16
 
 
 class BlockLists:
     """Lists of ``count`` blocks for ``group`` query heads, by ``cluster`` CTAs of some warps.
 
-    ``record_groups`` groups of slots were recorded together.
+    ``record_groups`` groups of slots were recorded together. A thread loads the records of
+    ``loads`` heads at a time.
     """
 
     def __init__(
         self, rule: DecodeRule, group: int, count: int, cluster: int, warps: int,
-        record_groups: int,
+        record_groups: int, loads: int = 16,
     ):  # fmt: skip
         self.rule = rule
         self.cluster = cluster
@@ -43,7 +42,7 @@ class BlockLists:
         # Groups that a thread scores together: each trip to memory delays what follows, but the
         # code takes time to load where a CTA has few groups.
         most = max(1, self.pass_blocks // rule.group_blocks // WARP)
-        self.together = min(most, max(1, _LOADS // self.scores.each), max(1, 8 // cluster))
+        self.together = min(most, max(1, loads // self.scores.each), max(1, 8 // cluster))
 
     @cute.jit
     def select(

@@ -29,13 +29,13 @@ def softmax(
     """Turn products into exponentials relative to ``reference``, which rises with them.
 
     ``accs[u]`` is for 16 keys, of which row ``r`` of the thread's two sees those from
-    ``low[u]`` up to but without ``high[r][u]``. ``total`` has this thread's sums.
+    ``low[r][u]`` up to but without ``high[r][u]``. ``total`` has this thread's sums.
     """
     first, units = lane % QUAD * 4, const_expr(len(accs))
     hidden = Boolean(False)
     for u in cutlass.range_constexpr(units):
         for r in cutlass.range_constexpr(2):
-            hidden = hidden or low[u] > 0 or high[r][u] < SLOT_GROUP
+            hidden = hidden or low[r][u] > 0 or high[r][u] < SLOT_GROUP
     hidden = cute.arch.vote_any_sync(hidden)
     # Rounded exponents, as the bits of a float above those of none.
     bits = [[cute.make_rmem_tensor(4, Int32) for _ in range(units)] for _ in range(2)]
@@ -52,7 +52,7 @@ def softmax(
         for r in cutlass.range_constexpr(2):
             for u in cutlass.range_constexpr(units):
                 for q in cutlass.range_constexpr(4):
-                    seen = first + q >= low[u] and first + q < high[r][u]
+                    seen = first + q >= low[r][u] and first + q < high[r][u]
                     n = bits[r][u][q]
                     bits[r][u][q] = n if seen else Int32(NO_REFERENCE + _ROUNDER_BITS)
     for r in cutlass.range_constexpr(2):

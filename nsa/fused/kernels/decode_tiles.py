@@ -354,7 +354,7 @@ class TileAttention:
             position = key_position(key)
             low.append(first - position)
             high.append(last + 1 - position)
-        softmax(accs, acc_O, reference, total, low, [high, high], lane, scale_log2)
+        softmax(accs, acc_O, reference, total, [low, low], [high, high], lane, scale_log2)
         self.add_values(mmas, acc_O, accs, sV, key_group, warp_index, lane)
 
 
