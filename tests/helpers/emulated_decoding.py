@@ -193,7 +193,9 @@ def decode_finish(
         assert 1 < cluster <= most_sharing(shape.group)
         assert not isinstance(lists, TileLists)
     if records is not None:
-        decode_select(parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial, num_local)
+        decode_select(
+            parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial, num_local
+        )
     others = _attend(
         q, pool, rings, table, schedule, cu_seqlens, lists, shape, rule.select_size, window, scale,
         cluster,

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-import torch
 from cutlass import Float32, Int32, Int64, const_expr
 from torch import Tensor
 

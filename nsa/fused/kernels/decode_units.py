@@ -31,10 +31,10 @@ from nsa.fused.hardware import LOG2_E, QUAD, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_outputs import load_gates
 from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
-from nsa.fused.kernels.decode_parts import COLUMNS, WarpOutputs
-from nsa.fused.kernels.decode_schedule import PDL, divide, unit_parts, wait_for_previous
-from nsa.fused.kernels.decode_softmax import power_of_two, softmax
+from nsa.fused.kernels.decode_schedule import PDL, divide, wait_for_previous
+from nsa.fused.kernels.decode_softmax import softmax
 from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
+from nsa.fused.kernels.decode_unit_outputs import UnitOutputs
 from nsa.fused.kernels.decode_united import UnitedLists
 from nsa.fused.kernels.gates import FORMS
 from nsa.fused.kernels.hopper import mlir_namedtuple
@@ -112,7 +112,7 @@ class DecodeUnits:
 
     def __init__(self, attention: TileAttention, group: int, select_size: int, form: str):
         self.attention = attention
-        self.outputs = WarpOutputs(attention)
+        self.outputs = UnitOutputs(attention, group)
         self.group = group
         self.select_size = select_size
         self.form = form
@@ -206,7 +206,13 @@ class DecodeUnits:
         if tile_group > 0:
             wait_for_previous()
             blocks = self.lists.unite(
-                tensors.blocks, sizes, sLists, pages, unit, position, tidx - self.attention.tile_threads
+                tensors.blocks,
+                sizes,
+                sLists,
+                pages,
+                unit,
+                position,
+                tidx - self.attention.tile_threads,
             )
             count = blocks * self.block_tiles - keys.first_tile
             count = (count + (self.listed_groups - 1)) // self.listed_groups
@@ -217,9 +223,10 @@ class DecodeUnits:
             row = Int64(unit.row0 + unit.token0 + token)
             place = sGates.iterator + token * (3 * self.group)
             load_gates(
-                self.form, self.attention.head_dim, self.attention.warps, tensors.gates, tensors.weight,
-                tensors.q, row * sizes.q_stride, row * heads, unit.kv_head * self.group,
-                self.group, cute.make_tensor(place, cute.make_layout(3 * self.group)), tidx,
+                self.form, self.attention.head_dim, self.attention.warps, tensors.gates,
+                tensors.weight, tensors.q, row * sizes.q_stride, row * heads,
+                unit.kv_head * self.group, self.group,
+                cute.make_tensor(place, cute.make_layout(3 * self.group)), tidx,
             )  # fmt: skip
         self.attention.wait_for_queries()
 
@@ -269,8 +276,8 @@ class DecodeUnits:
                 total[r] += cute.arch.shuffle_sync_bfly(total[r], offset=1 << offset)
         if tile_group == 0:
             wait_for_previous()
-            self._add_parts(tensors, sizes, sGates, unit, acc_O, total, row, lane)
-        self._store(
+            self.outputs.add_parts(tensors, sizes, sGates, unit, acc_O, total, row, lane)
+        self.outputs.store(
             tensors, sizes, sGates, unit, ring, warp_sums, acc_O, reference, total, tile_group,
             row, lane, tidx,
         )  # fmt: skip
@@ -321,99 +328,6 @@ class DecodeUnits:
     def _place(self, keys: _Keys, first: Int32, page: Int32, row: Int32, key: Int32):
         position = first + key
         return page, row + key, (position >= keys.first) & (position <= keys.last)
-
-    @cute.jit
-    def _add_parts(
-        self, tensors: _Tensors, sizes: _Sizes, sGates: cute.Tensor, unit: _Unit,
-        acc_O: cute.Tensor, total: cute.Tensor, first_row: Int32, lane: Int32,
-    ):  # fmt: skip
-        """Multiply the window's output with its gate, and add the compressed branch's parts."""
-        dim, rows = const_expr(self.attention.head_dim_v), sizes.unit_tokens * self.group
-        slot, count = unit_parts(tensors.tiles, unit.sequence, unit.unit, unit.units)
-        for r in cutlass.range_constexpr(2):
-            row = cutlass.min(first_row + 8 * r, rows - 1)
-            # A branch without keys adds nothing.
-            share = sGates[row * 3 + 2] / total[r] if total[r] != 0.0 else Float32(0.0)
-            for i in cutlass.range_constexpr(dim // 8):
-                for c in cutlass.range_constexpr(2):
-                    acc_O[c + 2 * r + 4 * i] = acc_O[c + 2 * r + 4 * i] * share
-            largest, whole = Int32(NO_REFERENCE), Float32(0.0)
-            for part in cutlass.range(count, unroll=1):
-                place = Int64(slot + part) * rows + row
-                reference, sum_of_part = tensors.cmp_reference[place], tensors.cmp_total[place]
-                higher = cutlass.max(largest, reference)
-                whole = whole * power_of_two(largest - higher)
-                whole = whole + sum_of_part * power_of_two(reference - higher)
-                largest = higher
-            share = sGates[row * 3] / whole if whole != 0.0 else Float32(0.0)
-            for part in cutlass.range(count, unroll=1):
-                place = Int64(slot + part) * rows + row
-                factor = power_of_two(tensors.cmp_reference[place] - largest) * share
-                pairs = []
-                for i in cutlass.range_constexpr(dim // 8):
-                    offset = cute.assume(place * dim + (8 * i + lane % QUAD * 2), divby=2)
-                    rPair = cute.make_rmem_tensor(2, Float32)
-                    source = cute.make_tensor(tensors.cmp_out.iterator + offset, cute.make_layout(2))
-                    cute.autovec_copy(source, rPair)
-                    pairs.append(rPair)
-                for i in cutlass.range_constexpr(dim // 8):
-                    for c in cutlass.range_constexpr(2):
-                        x = 4 * i + 2 * r + c
-                        acc_O[x] = acc_O[x] + pairs[i][c] * factor
-
-    @cute.jit
-    def _store(
-        self, tensors: _Tensors, sizes: _Sizes, sGates: cute.Tensor, unit: _Unit,
-        ring: cute.Pointer, warp_sums, acc_O: cute.Tensor, reference: cute.Tensor,
-        total: cute.Tensor, tile_group: Int32, first_row: Int32, lane: Int32, tidx: Int32,
-    ):  # fmt: skip
-        """Add up the warpgroups' outputs, of which the first one's has its gates, and store."""
-        attention = self.attention
-        dim, pitch = const_expr(attention.head_dim_v), const_expr(attention.pitch)
-        layout = cute.make_layout(
-            (attention.tile_groups, attention.rows), stride=(attention.rows, 1)
-        )
-        sM, sL = (cute.make_tensor(x.iterator, layout) for x in warp_sums)
-        sO = cute.recast_ptr(ring, dtype=Float32)
-        for r in cutlass.range_constexpr(2):
-            if lane % QUAD == 0:
-                sM[tile_group, first_row + 8 * r] = reference[r]
-                sL[tile_group, first_row + 8 * r] = total[r]
-        # No thread reads tiles any more.
-        cute.arch.barrier()
-        for r in cutlass.range_constexpr(2):
-            row, factor = first_row + 8 * r, Float32(1.0)
-            if tile_group > 0:
-                largest, whole = sM[1, row], Float32(0.0)
-                for g in cutlass.range_constexpr(2, attention.tile_groups):
-                    largest = cutlass.max(largest, sM[g, row])
-                for g in cutlass.range_constexpr(1, attention.tile_groups):
-                    whole += sL[g, row] * power_of_two(sM[g, row] - largest)
-                gate = sGates[cutlass.min(row, sizes.unit_tokens * self.group - 1) * 3 + 1]
-                share = gate / whole if whole != 0.0 else Float32(0.0)
-                factor = share * power_of_two(reference[r] - largest)
-            for i in cutlass.range_constexpr(dim // 8):
-                rPair = cute.make_rmem_tensor(2, Float32)
-                for c in cutlass.range_constexpr(2):
-                    rPair[c] = acc_O[c + 2 * r + 4 * i] * factor
-                place = (tile_group * attention.rows + row) * pitch + (8 * i + lane % QUAD * 2)
-                pointer = sO + cute.assume(place, divby=2)
-                cute.autovec_copy(rPair, cute.make_tensor(pointer, cute.make_layout(2)))
-        cute.arch.barrier()
-        each = const_expr(dim // COLUMNS)
-        tokens, heads = unit.last_token + 1 - unit.token0, sizes.kv_heads * self.group
-        for v in cutlass.range_constexpr(cute.ceil_div(attention.rows * each, attention.threads)):
-            index = v * attention.threads + tidx
-            row, column = index // each, index % each * COLUMNS
-            token, head = row // self.group, row % self.group
-            if token < tokens and row < attention.rows:
-                whole = self.outputs.sum_copies(sO, row, column, _ROW_GROUPS)
-                rounded = cute.make_rmem_tensor(COLUMNS, tensors.out.element_type)
-                rounded.store(whole.load().to(tensors.out.element_type))
-                out_row = Int64(unit.row0 + unit.token0 + token) * heads
-                offset = (out_row + unit.kv_head * self.group + head) * dim + column
-                target = tensors.out.iterator + cute.assume(offset, divby=COLUMNS)
-                cute.autovec_copy(rounded, cute.make_tensor(target, cute.make_layout(COLUMNS)))
 
 
 @kept
