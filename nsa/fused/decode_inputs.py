@@ -88,6 +88,11 @@ class DecodeRule(NamedTuple):
         """Selection blocks of a group of slots."""
         return SLOT_GROUP // self.per_select
 
+    @property
+    def thread_blocks(self) -> int:
+        """Blocks of a group of which a thread has all of its 4 slots, 1 if threads share them."""
+        return max(1, 4 // self.per_select)
+
 
 class TileRule(NamedTuple):
     """The part of the configuration that the selection of tile mode is compiled for.
@@ -202,14 +207,17 @@ class Parts(NamedTuple):
 class Records(NamedTuple):
     """What selection needs of the compressed branch.
 
-    An entry is of one group of 16 slots, or of as many as :func:`record_groups` says.
+    An entry is of one group of 16 slots, or of as many as :func:`record_groups` says. Then the rows
+    of an entry lie together, so that a warp writes whole sectors of memory: L2 would fetch the
+    others. The blocks of an entry are then in :func:`record_order`.
 
     Args:
-        sums: float32 ``(units, rows, blocks)``: of each selection block, the exponentials of the
-            slots of the block times their overlap with it, and what slots of the next block in the
-            same entry add.
-        carried: float32 ``(units, rows, entries)``: what its slots add to the block before them.
-        reference: int32 ``(units, rows, entries)``: as in :class:`Parts`.
+        sums: float32 ``(units, rows, blocks)`` or ``(units, entries, rows, blocks of an entry)``:
+            of each selection block, the exponentials of the slots of the block times their overlap
+            with it, and what slots of the next block in the same entry add.
+        carried: float32 ``(units, rows, entries)`` or ``(units, entries, rows)``: what its slots
+            add to the block before them.
+        reference: int32, as ``carried``: as in :class:`Parts`.
     """
 
     sums: Tensor
@@ -226,6 +234,40 @@ def most_groups(table: Tensor, slots_per_page: int) -> int:
 def record_groups(row_groups: int) -> int:
     """Groups of slots that are recorded together: those of a tile, where a warp has all of them."""
     return TILE_KEYS // SLOT_GROUP if row_groups >= 4 else 1
+
+
+def record_shapes(
+    shape: DecodeShape, rule: DecodeRule, groups: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the sums, and of the other records, where a row has ``groups`` groups of slots."""
+    together = record_groups(shape.row_groups)
+    if together == 1:
+        return (shape.units, shape.rows, groups * rule.group_blocks), (
+            *(shape.units, shape.rows, groups),
+        )
+    entries = shape.units, groups // together, shape.rows
+    return (*entries, together * rule.group_blocks), entries
+
+
+def num_groups(records: Records, row_groups: int) -> int:
+    """Groups of slots for which a row's records have room."""
+    together = record_groups(row_groups)
+    return records.reference.shape[-1 if together == 1 else 1] * together
+
+
+def record_order(rule: DecodeRule) -> list[int]:
+    """Which block of an entry of several groups is at each place of it.
+
+    A thread has the same blocks of all groups, and stores them together.
+    """
+    groups, each = TILE_KEYS // SLOT_GROUP, rule.thread_blocks
+    threads = rule.group_blocks // each
+    return [
+        group * rule.group_blocks + thread * each + block
+        for thread in range(threads)
+        for group in range(groups)
+        for block in range(each)
+    ]
 
 
 def most_sharing(group: int) -> int:

@@ -25,6 +25,7 @@ from nsa.fused.decode_inputs import (
     most_groups,
     most_sharing,
     record_groups,
+    record_order,
 )
 from nsa.precision import accumulation_dtype
 
@@ -96,7 +97,8 @@ def decode_compressed(
     groups = most_groups(table, pool.k.shape[1])
     made = None
     if records:
-        entries = shape.units, rows, groups // record_groups(shape.row_groups)
+        together = record_groups(shape.row_groups)
+        entries = shape.units, rows, groups // together
         made = Records(
             _nans((shape.units, rows, groups * rule.group_blocks), dtype, q.device),
             _nans(entries, dtype, q.device) if rule.carried else None,
@@ -134,7 +136,33 @@ def decode_compressed(
                     )  # fmt: skip
                     if made is not None:
                         _store_records(made, y, rule, unit, row, record_groups(shape.row_groups))
-    return parts, made
+    return parts, None if made is None else _as_stored(made, rule, shape)
+
+
+def _as_stored(records, rule, shape):
+    """Records ``(units, rows, ...)`` in the order in which they lie."""
+    together = record_groups(shape.row_groups)
+    if together == 1:
+        return records
+    blocks = records.sums.unflatten(2, (-1, together * rule.group_blocks))
+    sums = blocks[..., record_order(rule)].transpose(1, 2).contiguous()
+    others = (
+        None if x is None else x.transpose(1, 2).contiguous()
+        for x in (records.carried, records.reference)
+    )  # fmt: skip
+    return Records(sums, *others)
+
+
+def records_of_rows(records, rule, shape):
+    """Records as ``(units, rows, ...)``, blocks in their order."""
+    if record_groups(shape.row_groups) == 1:
+        return records
+    order = torch.tensor(record_order(rule)).argsort()
+    sums = records.sums.transpose(1, 2)[..., order.to(records.sums.device)].flatten(2)
+    others = (
+        None if x is None else x.transpose(1, 2) for x in (records.carried, records.reference)
+    )
+    return Records(sums, *others)
 
 
 def _store_compressed_parts(parts, y, values, rule, row, unit, tile0, share):
@@ -222,6 +250,7 @@ def decode_select(
     parts, records, schedule, cu_seqlens, shape, rule, lists, num_initial, num_local
 ) -> None:
     out, count = lists, lists.shape[-1]
+    records = records_of_rows(records, rule, shape)
     assert num_initial + num_local <= count <= MAX_LISTED
     assert out.dtype == torch.int32
     assert out.is_contiguous()

@@ -173,6 +173,9 @@ def check_compressed(state, form, after_append):
     parts, records = compress(decode_calls, on_gpu, made, form.rule, after_append)
     exact, exact_records = compress(emulated, wide(state), schedule, form.rule)
     written_parts(parts, exact, rounding(form.dtype))
+    records, exact_records = (
+        emulated.records_of_rows(x, form.rule, state.shape) for x in (records, exact_records)
+    )
     for name in ("sums", "carried"):
         actual, wanted = (getattr(x, name) for x in (records, exact_records))
         if wanted is None:

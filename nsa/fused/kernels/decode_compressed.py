@@ -29,7 +29,7 @@ from nsa.fused.decode_inputs import (
     Records,
     Schedule,
     most_groups,
-    record_groups,
+    record_shapes,
 )
 from nsa.fused.hardware import LOG2_E, QUAD, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
@@ -235,9 +235,8 @@ class DecodeCompressed:
             token, _ = self._split_row(sizes, row + 8 * r)
             position = start + token0 + token
             limits[r] = cutlass.min((position + 1) // self.rule.stride, end_slot)
-        # The unit among those of all sequences, and where the records of this thread's rows are.
+        # The unit among those of all sequences.
         index = sequence * (sizes.kv_heads * sizes.token_blocks) + unit
-        record_row = Int64(index) * rows + row
 
         for i in cutlass.range(count, unroll=1):
             self.attention.wait_for_tile(tile_group)
@@ -265,8 +264,8 @@ class DecodeCompressed:
             if const_expr(self.records):
                 for r in cutlass.range_constexpr(2):
                     self.recorder.record(
-                        tensors, sizes.groups, accs, r, reference[r], record_row + 8 * r,
-                        row + 8 * r < rows, first_group, lane,
+                        tensors, sizes.groups, accs, r, reference[r], index, rows, row + 8 * r,
+                        first_group, lane,
                     )  # fmt: skip
             if const_expr(self.attention.warpgroups > 0):
                 warpgroup.wait_group(0)
@@ -373,7 +372,8 @@ def compile_decode_compressed(
             integers(packed),
             *(integers(after_append), integers(), integers(), integers()),
             *(fake_flat(Float32), integers(), floats()),
-            *(floats(records), floats(records and rule.carried > 0), integers(records)),
+            fake_flat(Float32 if records else None),
+            *(floats(records and rule.carried > 0), integers(records)),
         ),
         fake_pages(CUTE_DTYPES[dtype]),
         _Sizes(*(Int32(1) for _ in range(9)), Int64(1)),
@@ -420,14 +420,11 @@ def decode_compressed(
     integers = functools.partial(torch.empty, dtype=torch.int32, device=q.device)
     slots, rows = shape.part_slots, shape.rows
     parts = Parts(floats(slots, rows, head_dim_v), integers(slots, rows), floats(slots, rows))
-    groups, together = most_groups(table, pool.k.shape[1]), record_groups(shape.row_groups)
-    made = None
+    groups, made = most_groups(table, pool.k.shape[1]), None
     if records:
-        made = Records(
-            floats(shape.units, rows, groups * rule.group_blocks),
-            floats(shape.units, rows, groups // together) if rule.carried else None,
-            integers(shape.units, rows, groups // together),
-        )
+        sums, entries = record_shapes(shape, rule, groups)
+        carried = floats(entries) if rule.carried else None
+        made = Records(floats(sums), carried, integers(entries))
     flat_q, q_stride = flat_rows(q)
     results = (*parts, *(made or (None, None, None)))
     compile_decode_compressed(

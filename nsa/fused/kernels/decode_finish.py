@@ -35,6 +35,7 @@ from nsa.fused.decode_inputs import (
     Records,
     Schedule,
     TileLists,
+    num_groups,
     record_groups,
 )
 from nsa.fused.hardware import LOG2_E, WARP
@@ -45,7 +46,7 @@ from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_argume
 from nsa.fused.kernels.decode_parts import COLUMNS
 from nsa.fused.kernels.decode_places import MOST_TILES, KeyRange, ListTiles
 from nsa.fused.kernels.decode_schedule import PDL, divide, unit_parts, wait_for_previous
-from nsa.fused.kernels.decode_scores import RecordTensors, sum_parts
+from nsa.fused.kernels.decode_scores import RecordRows, RecordTensors, sum_parts
 from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
 from nsa.fused.kernels.gates import FORMS
 from nsa.fused.kernels.hopper import mlir_namedtuple
@@ -304,10 +305,10 @@ class DecodeFinish:
                 )
                 list_row = row * sizes.lists + index
                 if const_expr(self.selects):
-                    record_row = Int64(sParts[3]) * unit_rows + unit_row
+                    record_rows = RecordRows(sParts[3], unit_rows, unit_row)
                     self.lists.select(
                         records, sizes.groups, (sizes.num_initial, sizes.num_local), ring,
-                        exchange, sBest, compressed, sum_up, receive_window, position, record_row,
+                        exchange, sBest, compressed, sum_up, receive_window, position, record_rows,
                         rank % self.splits, tidx,
                     )  # fmt: skip
                     valid = self.lists.list_best(
@@ -573,7 +574,7 @@ def decode_finish(
         _Sizes(
             *(shape.batch, shape.tokens, shape.kv_heads * kv_share, kv_share),
             *(shape.unit_tokens, shape.token_blocks, blocks.shape[-1], window),
-            *(tile_size, tile_slots, records.reference.shape[-1] * together if records else 1),
+            *(tile_size, tile_slots, num_groups(records, shape.row_groups) if records else 1),
             *(num_initial, num_local, q_stride),
         ),
         scale * LOG2_E,

@@ -13,7 +13,7 @@ from nsa.fused.hardware import WARP
 from nsa.fused.kernels.best_blocks import NO_RANK
 from nsa.fused.kernels.decode_best import BestOfCta, block_rank
 from nsa.fused.kernels.decode_outputs import Exchange, recomputed
-from nsa.fused.kernels.decode_scores import BlockScores, RecordTensors
+from nsa.fused.kernels.decode_scores import BlockScores, RecordRows, RecordTensors
 from nsa.fused.kernels.hopper import store_shared_remote
 
 # Ranks that a thread brings at a time.
@@ -48,7 +48,7 @@ class BlockLists:
     def select(
         self, records: RecordTensors, groups: Int32, forced: tuple[Int32, Int32],
         ring: cute.Pointer, exchange: Exchange | None, sBest: cute.Tensor, compressed, sum_up,
-        meanwhile, position: Int32, record_row: Int64, rank: Int32, tidx: Int32,
+        meanwhile, position: Int32, rows: RecordRows, rank: Int32, tidx: Int32,
     ):  # fmt: skip
         """Write the ranks of the best blocks to ``sBest``, best first, in all CTAs.
 
@@ -68,11 +68,14 @@ class BlockLists:
             sBest[tidx] = Int64(NO_RANK)
         own = position // self.rule.select_size
         seen = (position + 1) // self.rule.stride
-        scored = own // self.rule.group_blocks + 1
-        share = cute.ceil_div(scored, self.cluster)
+        # Groups, in whole entries.
+        together = const_expr(self.scores.record_groups)
+        scored = own // self.scores.entry_blocks + 1
+        share = cute.ceil_div(scored, self.cluster) * together
+        scored *= together
         first = rank * share
-        # One group at least, which may have no block up to the token's own: it sums up the parts.
-        last = cutlass.max(cutlass.min(first + share, scored), first + 1)
+        # One entry at least, which may have no block up to the token's own: it sums up the parts.
+        last = cutlass.max(cutlass.min(first + share, scored), first + together)
         warp, lane = cute.arch.make_warp_uniform(tidx // WARP), tidx % WARP
         pass_groups = const_expr(self.pass_blocks // self.rule.group_blocks)
         for begin in cutlass.range(first, last, pass_groups, unroll=1):
@@ -83,7 +86,7 @@ class BlockLists:
                     place = some + (i * WARP + lane)
                     places.append(place)
                     group = cutlass.min(begin + place, scored - 1)
-                    loaded.append(self.scores.load(records, groups, record_row, group, warp))
+                    loaded.append(self.scores.load(records, groups, rows, group, warp))
                 if begin + some == first:
                     # While the first records are on their way.
                     sum_up()
@@ -92,10 +95,14 @@ class BlockLists:
                     group = cutlass.min(begin + places[i], scored - 1)
                     scores = self.scores.add_up(loaded[i], compressed, seen, group, warp)
                     if places[i] < here:
-                        sRow = cute.local_tile(
-                            sPartial[warp, None], (self.rule.group_blocks,), (places[i],)
-                        )
-                        cute.autovec_copy(scores, sRow)
+                        if const_expr(together > 1):
+                            for b in cutlass.range_constexpr(self.rule.group_blocks):
+                                sPartial[warp, self.scores.block(places[i], b)] = scores[b]
+                        else:
+                            sRow = cute.local_tile(
+                                sPartial[warp, None], (self.rule.group_blocks,), (places[i],)
+                            )
+                            cute.autovec_copy(scores, sRow)
             cute.arch.barrier()
             scores = cute.make_rmem_tensor(self.best.per_thread, Float32)
             scores.fill(0.0)

@@ -2,11 +2,14 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 
 from nsa.fused.decode_inputs import DecodeRule, record_groups
 from nsa.fused.hardware import QUAD
 from nsa.fused.kernels.decode_tiles import TileAttention
+
+# Numbers of a 16-byte store.
+_FLOATS = 4
 
 
 class Recorder:
@@ -18,17 +21,18 @@ class Recorder:
         # A warp that has all slots of a tile records them together.
         self.record_groups = record_groups(attention.row_groups)
         # Blocks of which a thread has all slots, or threads that share a block.
-        self.thread_blocks = max(1, 4 // rule.per_select)
+        self.thread_blocks = rule.thread_blocks
         self.block_threads = max(1, rule.per_select // 4)
 
     @cute.jit
     def record(
         self, tensors, groups: Int32, accs, r: cutlass.Constexpr[int], reference: Int32,
-        row: Int64, real: Boolean, first_group: Int32, lane: Int32,
+        unit: Int32, rows: Int32, row: Int32, first_group: Int32, lane: Int32,
     ):  # fmt: skip
         """Record the exponentials of a row and the warp's slots of a tile.
 
         ``tensors`` has the flat records, with room for ``groups`` groups of slots in a row.
+        Row ``row`` is one of the ``rows`` of a unit, or none of them.
         The first of the warp's groups of 16 slots is ``first_group``. Its others are the next ones
         where they are recorded together, else ``key_groups`` apart.
         """
@@ -51,20 +55,40 @@ class Recorder:
                 given = after if t < threads else back[u][0]
                 source = (lane & ~(QUAD - 1)) | ((t + threads) % QUAD)
                 own[u][-1] = own[u][-1] + cute.arch.shuffle_sync(given, source)
-        if real:
-            place = row * (groups * rule.group_blocks) + t // threads * self.thread_blocks
-            for u in cutlass.range_constexpr(self.attention.units):
-                group = first_group + u * self.attention.key_groups
+        if row < rows:
+            if const_expr(together):
+                entry = Int64(unit) * (groups // self.record_groups)
+                entry = (entry + first_group // self.record_groups) * rows + row
                 if const_expr(threads == 1) or t % threads == 0:
-                    for block in cutlass.range_constexpr(self.thread_blocks):
-                        tensors.sums[place + group * rule.group_blocks + block] = own[u][block]
-                if const_expr(u == 0 or not together):
-                    entry = row * (groups // self.record_groups)
-                    entry += group // self.record_groups
+                    self._store_together(tensors.sums, own, entry, t // threads)
+                if t == 0:
+                    tensors.references[entry] = reference
+                    if const_expr(rule.carried > 0):
+                        tensors.carried[entry] = back[0][0]
+            else:
+                first = (Int64(unit) * rows + row) * groups
+                for u in cutlass.range_constexpr(self.attention.units):
+                    group = first + (first_group + u * self.attention.key_groups)
+                    if const_expr(threads == 1) or t % threads == 0:
+                        place = group * rule.group_blocks + t // threads * self.thread_blocks
+                        for block in cutlass.range_constexpr(self.thread_blocks):
+                            tensors.sums[place + block] = own[u][block]
                     if t == 0:
-                        tensors.references[entry] = reference
+                        tensors.references[group] = reference
                         if const_expr(rule.carried > 0):
-                            tensors.carried[entry] = back[u][0]
+                            tensors.carried[group] = back[u][0]
+
+    @cute.jit
+    def _store_together(self, mSums: cute.Tensor, own, entry: Int64, thread: Int32):
+        """Store a thread's sums of all groups of an entry, 16 bytes at a time."""
+        sums = [x for of_group in own for x in of_group]
+        place = entry * (self.record_groups * self.rule.group_blocks) + thread * len(sums)
+        for first in cutlass.range_constexpr(0, len(sums), _FLOATS):
+            rX = cute.make_rmem_tensor(_FLOATS, Float32)
+            for i in cutlass.range_constexpr(_FLOATS):
+                rX[i] = sums[first + i]
+            pointer = mSums.iterator + cute.assume(place + first, divby=_FLOATS)
+            cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(_FLOATS)))
 
     @cute.jit
     def _weigh(self, acc: cute.Tensor, r: cutlass.Constexpr[int], t: Int32):

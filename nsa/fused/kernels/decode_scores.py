@@ -29,6 +29,14 @@ class RecordTensors(NamedTuple):
     reference: cute.Tensor
 
 
+class RecordRows(NamedTuple):
+    """Rows of records from ``first`` on, of the ``rows`` of a unit."""
+
+    unit: Int32
+    rows: Int32
+    first: Int32
+
+
 class GroupRecords(NamedTuple):
     """What a thread loads of a head and group of slots."""
 
@@ -48,31 +56,47 @@ class BlockScores:
         self.rule = rule
         self.heads = heads
         self.record_groups = record_groups
+        # Where groups were recorded together, what is loaded as a group is a part of an entry.
+        self.entry_blocks = record_groups * rule.group_blocks
         self.each = -(-heads // warps)
         self.is_uneven = self.each * warps != heads
 
     def load(
-        self, records: RecordTensors, groups: Int32, record_row: Int64, group: Int32, warp: Int32
+        self, records: RecordTensors, groups: Int32, rows: RecordRows, group: Int32, warp: Int32
     ) -> list[GroupRecords]:
         """What was recorded of a group, for the heads of a warp.
 
         ``groups`` have room in the records of a row. What is added up should be loaded long before.
         """
         loaded = []
-        entry = group // self.record_groups
+        entry, part = group // self.record_groups, group % self.record_groups
         following = cutlass.min(group + 1, groups - 1) // self.record_groups
         for h in range(self.each):
-            head = cutlass.min(warp * self.each + h, self.heads - 1)
-            row = record_row + head
-            own = self._load_sums(records.sums, row * groups + group)
-            row = row * (groups // self.record_groups)
+            row = rows.first + cutlass.min(warp * self.each + h, self.heads - 1)
+            if self.record_groups == 1:
+                first = (Int64(rows.unit) * rows.rows + row) * groups
+                own_place, next_place = first + entry, first + following
+            else:
+                first = Int64(rows.unit) * (groups // self.record_groups)
+                own_place, next_place = ((first + x) * rows.rows + row for x in (entry, following))
+            own = self._load_sums(records.sums, own_place * self.record_groups + part)
             carried, next_reference = None, None
             if self.rule.carried > 0:
-                carried = records.carried[row + following]
-                next_reference = records.reference[row + following]
-            reference = records.reference[row + entry]
+                carried = records.carried[next_place]
+                next_reference = records.reference[next_place]
+            reference = records.reference[own_place]
             loaded.append(GroupRecords(own, reference, carried, next_reference))
         return loaded
+
+    def block(self, group: Int32, b: int) -> Int32:
+        """Block number ``b`` of what is loaded as a group: see ``record_order``."""
+        blocks, each = self.rule.group_blocks, self.rule.thread_blocks
+        if self.record_groups == 1:
+            return group * blocks + b
+        place = group % self.record_groups * blocks + b
+        thread, within = place // each // self.record_groups, place // each % self.record_groups
+        first = group // self.record_groups * self.entry_blocks
+        return first + within * blocks + thread * each + b % each
 
     @cute.jit
     def add_up(
@@ -109,7 +133,7 @@ class BlockScores:
                     scores[b] = cute.math.fma(own[b], factor * inverse, scores[b])
         # Blocks of which the token sees nothing score 0.
         for b in cutlass.range_constexpr(blocks):
-            block = group * blocks + b
+            block = self.block(group, b)
             scores[b] = scores[b] if block * rule.per_select < seen else Float32(0.0)
         return scores
 

@@ -22,13 +22,14 @@ from nsa.fused.decode_inputs import (
     Parts,
     Records,
     Schedule,
+    num_groups,
     record_groups,
 )
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_lists import BlockLists
 from nsa.fused.kernels.decode_schedule import PDL, divide, unit_parts, wait_for_previous
-from nsa.fused.kernels.decode_scores import RecordTensors, sum_parts
+from nsa.fused.kernels.decode_scores import RecordRows, RecordTensors, sum_parts
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import fake_flat
 
@@ -122,10 +123,10 @@ class DecodeSelect:
                 slot, count, unit_rows, Int64(unit_row), self.group, _WARPS, tidx,
             )  # fmt: skip
             position = cutlass.min(start + token, end - 1)
-            record_row = Int64(sequence * units + unit) * unit_rows + unit_row
+            rows = RecordRows(sequence * units + unit, unit_rows, unit_row)
             self.lists.select(
                 records, sizes.groups, (sizes.num_initial, sizes.num_local), memory.iterator, None,
-                sBest, compressed, sum_up, None, position, record_row, Int32(0), tidx,
+                sBest, compressed, sum_up, None, position, rows, Int32(0), tidx,
             )  # fmt: skip
             list_row = Int64(row0 + token) * sizes.kv_heads + kv_head
             self.lists.list_best(tensors.blocks, listed, sBest, list_row, Int32(0))
@@ -185,6 +186,6 @@ def decode_select(
         RecordTensors(*(None if x is None else x.view(-1) for x in records)),
         _Sizes(
             *(shape.batch, shape.tokens, shape.kv_heads, shape.unit_tokens, shape.token_blocks),
-            *(records.reference.shape[-1] * together, num_initial, num_local),
+            *(num_groups(records, shape.row_groups), num_initial, num_local),
         ),
     )  # fmt: skip
