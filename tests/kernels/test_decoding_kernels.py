@@ -46,6 +46,7 @@ PAIRS += [(FORMS[2], CASES[1]), (FORMS[3], CASES[0]), (FORMS[4], CASES[0])]
 WIDE = [
     (FORMS[0], ([0, 40, 1090, 5, 1200], [4, 3, 2, 0, 1])),
     (Form(FP16, 192, 128, 16, DecodeRule(64, 4, 64)), ([300, 40], 3)),
+    (Form(FP16, 64, 64, 12, DecodeRule(16, 16, 32)), ([1300, 40, 0], 5)),
 ]
 SCALE = 0.1
 COUNT = 12
@@ -276,6 +277,8 @@ SELECTED = [
     (*WIDE[0], 1, False, COUNT),
     (*WIDE[0], 2, True, COUNT),
     (*WIDE[1], 2, True, COUNT),
+    (*WIDE[1], 4, False, COUNT),
+    (*WIDE[2], 2, False, COUNT),
 ]
 
 
