@@ -12,6 +12,7 @@ Nothing is reported unless the ranks first agree with one GPU on a short sequenc
 """
 
 import argparse
+import os
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -33,6 +34,8 @@ CHECKED = 16384
 def main(argv: list[str] | None = None):
     options = parse_arguments(argv)
     environment.require_gpu()
+    # As docs/several-gpus.md advises.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     distributed.init_process_group("cpu:gloo,cuda:nccl")
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     torch.cuda.set_device(rank % torch.cuda.device_count())

@@ -61,6 +61,8 @@ class Ranks(Alone):
         super().__init__(device)
         # Flags and losses go between CPUs, so that no rank waits for its GPU.
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        # Else transfers wait for the kernels before them.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         distributed.init_process_group(backend, timeout=TIMEOUT)
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.first = self.rank == 0
