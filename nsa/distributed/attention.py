@@ -68,8 +68,9 @@ class _Chunks:
             yield chunk, [take_rows(x, self.call.layout) for x in received], arrive
 
     def _gather(self, chunk: Chunk) -> list[Gathering]:
-        runs = runs_to_take(self.call.layout)
-        return [Gathering(x[:, chunk.kv], self.call.group, runs) for x in self.inputs.kv]
+        layout = self.call.layout
+        options = (self.call.group, runs_to_take(layout), layout.heads)
+        return [Gathering(x[:, chunk.kv], *options) for x in self.inputs.kv]
 
 
 def _wait_for_all(gatherings: list[Gathering]):

@@ -3,7 +3,8 @@
 Every rank calls the same collectives in the same order, so shapes alone decide which there are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from hashlib import blake2b
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import DeviceMesh, ProcessGroup
 
-from nsa.distributed.copies import contiguous
+from nsa.distributed.copies import copy_rows
 from nsa.precision import accumulation_dtype
 
 # PyTorch 2.13 renamed both and deprecates the old names.
@@ -63,23 +64,50 @@ class Gathering:
         group: the ranks.
         runs: which of the rows to take, of those of all ranks one after another: where each run
             starts, and its length; all by default.
+        heads: the first runs are the first so many rows of each rank in turn. They are received
+            where they belong.
     """
 
-    def __init__(self, x: Tensor, group: ProcessGroup, runs: list[tuple[int, int]] | None = None):
-        x = contiguous(x)
-        self._out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    def __init__(
+        self,
+        x: Tensor,
+        group: ProcessGroup,
+        runs: list[tuple[int, int]] | None = None,
+        heads: int = 0,
+    ):
+        self._finish: list[Callable[[], None]] = []
+        self._held: list[Tensor] = []  # until they are sent and read
+        rows, ranks = x.shape[0], group.size()
+        count = ranks * rows if runs is None else sum(count for _, count in runs)
+        self._out = x.new_empty(count, *x.shape[1:])
         # Autograd, which may record views of the rows before, is not to see that they change.
-        received = self._out.data
-        self._finish: Callable[[], None] | None = None
-        self._held: tuple[Tensor, ...] = (x, received)  # until they are sent and read
-        if runs is not None:
-            self._out = x.new_empty(sum(count for _, count in runs), *x.shape[1:])
-        if x.numel():
-            work = all_gather(received, x, group=group, async_op=True)
-            self._finish = work.wait
-            if runs is not None:
-                take = partial(_take, received, self._out.data, runs)
-                self._finish = after(work, take, x.device)
+        out = self._out.data
+        if not x.numel():
+            return
+        if heads:
+            assert runs is not None  # the first of which the heads are
+            self._gather(x[:heads], out[: ranks * heads], group)
+            x, out, tails = x[heads:], out[ranks * heads :], rows - heads
+            runs = [(at // rows * tails + at % rows - heads, n) for at, n in runs[ranks:]]
+        if runs is None:
+            self._gather(x, out, group)
+        else:
+            received = x.new_empty(ranks * x.shape[0], *x.shape[1:])
+            work = self._gather(x, received, group)
+            self._finish[-1] = after(work, partial(_take, received, out, runs), x.device)
+
+    def _gather(self, x: Tensor, received: Tensor, group: ProcessGroup):
+        if x.is_contiguous():
+            sent = x
+            work = all_gather(received, sent, group=group, async_op=True)
+        else:
+            sent = torch.empty_like(x, memory_format=torch.contiguous_format)
+            with beside(x.device):
+                copy_rows(sent, x)
+                work = all_gather(received, sent, group=group, async_op=True)
+        self._held += [sent, received]
+        self._finish.append(work.wait)
+        return work
 
     @property
     def rows(self) -> Tensor:
@@ -87,9 +115,9 @@ class Gathering:
         return self._out
 
     def wait(self) -> Tensor:
-        if self._finish is not None:
-            self._finish()
-            self._finish, self._held = None, ()
+        for finish in self._finish:
+            finish()
+        self._finish, self._held = [], []
         return self._out
 
 
@@ -113,14 +141,24 @@ def after(work, function: Callable[[], None], device: torch.device) -> Callable[
             function()
 
         return wait
-    stream = _second_stream(device)
-    # What it writes to may have been used by work that is not done.
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    with beside(device):
         work.wait()
         function()
-    done = stream.record_event()
+        done = torch.cuda.current_stream(device).record_event()
     return lambda: torch.cuda.current_stream(device).wait_event(done)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Queue after what is queued now, and beside what will be. Nothing is to be allocated."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _second_stream(device)
+    # What is written to may have been used by work that is not done.
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 @lru_cache(maxsize=None)

@@ -14,15 +14,6 @@ def copy_rows(target: Tensor, source: Tensor):
     target.copy_(source)
 
 
-def contiguous(x: Tensor) -> Tensor:
-    """``x.contiguous()``."""
-    if x.is_contiguous():
-        return x
-    copied = torch.empty_like(x, memory_format=torch.contiguous_format)
-    copy_rows(copied, x)
-    return copied
-
-
 def _is_wide(x: Tensor) -> bool:
     """Whether its rows consist of elements of the widest dtype."""
     *strides, last = x.stride()

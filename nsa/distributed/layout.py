@@ -184,6 +184,16 @@ class Layout:
             return self.all_runs
         return self._runs_of(list(zip(*(x.tolist() for x in self._taken), strict=True)))
 
+    @cached_property
+    def heads(self) -> int:
+        """Rows of a rank that come first among its own and, rank after rank, among the keys.
+
+        Those of the first of two pieces of one sequence, on every rank; else 0.
+        """
+        two_pieces = len(self._start) == 2 and len(self._runs.rank) == 2 * self.ranks
+        shared = self.key_runs is not None and (self.separate or not self.last_queries)
+        return self.all_runs[0][1] if two_pieces and shared else 0
+
     @property
     def _own_ends(self) -> list[tuple[int, int]]:
         return list(zip(self._own.sequence.tolist(), self._own.end.tolist(), strict=True))

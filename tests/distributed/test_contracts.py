@@ -91,15 +91,21 @@ def test_more_ranks_than_kv_heads(world):
     check_ranks(world, make_problem(SMALL["token"], heads=(2, 1)), 3, "head-tail")
 
 
-def test_what_is_sent(world):
-    """Blocks once, borders of less than a block, keys and values a head at a time, sums in fp64."""
+@pytest.mark.parametrize("separate", [False, True], ids=["one call", "a call for each piece"])
+def test_what_is_sent(world, separate):
+    """Blocks once, borders of less than a block, keys and values a head at a time, sums in fp64.
+
+    Where pieces share keys, the first ones are gathered into their place, apart from the others.
+    """
     config, ranks, tokens = SMALL["token"], 2, 96
     problem = make_problem(config, tokens)
     dout = torch.ones(problem.q.shape, dtype=torch.float64)
-    found = world.run(rank_cases.traffic, problem, "head-tail", dout, "reference", ranks=ranks)
+    arguments = (problem, "head-tail", dout, "reference", separate)
+    found = world.run(rank_cases.traffic, *arguments, ranks=ranks)
     assert found[0] == found[1]
     own, dtype = tokens // ranks, "torch.float64"
-    gather = [("all_gather", (own, 1, 4), dtype)] * 2
+    parts = 2 if separate else 1
+    gather = [("all_gather", (own // parts, 1, 4), dtype)] * 2 * parts
     summed = [("all_to_all", (tokens, 1, 4), dtype)] * 2
     name, shape, _ = found[0][0]
     assert (name, shape) == ("all_gather", (32,))  # the agreement

@@ -174,8 +174,13 @@ def checkpointed(group, problem: Problem, order: str, dout: Tensor, backend: str
         return output_and_gradients(group, problem, order, dout, backend)
 
 
-def traffic(group, problem: Problem, order: str, dout: Tensor, backend: str) -> list:
-    """What each collective of a forward and backward sends: ``(name, shape, dtype)``."""
+def traffic(
+    group, problem: Problem, order: str, dout: Tensor, backend: str, separate: bool = False
+) -> list:
+    """What each collective of a forward and backward sends: ``(name, shape, dtype)``.
+
+    With ``separate``, of :func:`separate_calls`.
+    """
     found = []
 
     def spy(name: str, original):
@@ -189,7 +194,8 @@ def traffic(group, problem: Problem, order: str, dout: Tensor, backend: str) -> 
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(spy(name, getattr(collectives, name)))
-        several_chunks(group, problem, order, dout, backend)
+        case = separate_calls if separate else several_chunks
+        case(group, problem, order, dout, backend)
     return found
 
 
