@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None):
     configs = make_configs(options)
     for config in tqdm(configs.values(), desc="accuracy gate", unit="configuration"):
         check_accuracy(options, config)
+    compile_dense(options)
     print(f"about {estimate_seconds(options, configs):.0f} s of GPU time, compiling not counted")
     table = Table(options.csv, FIELDS)
     rows = []
@@ -105,6 +106,13 @@ def make_configs(options) -> dict[int | None, nsa.NSAConfig]:
     """What is measured, by ``num_cmp_selected_blocks``."""
     groups = [None] if options.selection == "token" else options.cmp_groups
     return {m: workloads.make_config(options, m) for m in groups}
+
+
+def compile_dense(options):
+    """Compile dense's kernels in short calls, because of a long one only the first may be timed."""
+    for name in PASSES:
+        tensors = workloads.make_tensors((1, 1024), options, backward=name != "forward")
+        workloads.make_step(workloads.dense_attention(tensors), tensors)()
 
 
 def bench(length: int, name: str, configs: dict, options) -> list[dict]:

@@ -254,21 +254,13 @@ def backward(
         else:
             dq_slc, dk_slc, dv_slc = selected()
             dq_cmp, dk_cmp, dv_cmp = compressed()
-    weight = inputs.gate_proj_weight
     if last:
         # After the block, because it needs what the window has added.
         dq_slc, dk_slc, dv_slc = selected()
-        dq = dq_slc if dq is None else dq
-    elif query_sums is not None:
-        scale = plan.config.softmax_scale(q.shape[-1])
-        dq = gradient_of_sums(query_sums, dq_slc, dlogits, weight, scale, dq)
-    else:
-        assert dq_cmp is not None  # as without sums
-        assert dq_win is not None
-        dqs = (dq_cmp, dq_slc, dq_win)
-        out = dq_win if dq is None else dq
-        dq = query_gradient(dqs, dlogits, weight, out=out, placements=placements)
-        del dqs, out
+    dq = _add_query_gradients(
+        *((dq_cmp, dq_slc, dq_win), query_sums, dlogits, inputs.gate_proj_weight),
+        *(q.shape[-1], dq, plan, placements),
+    )
     del dq_cmp, dq_slc, dq_win
     query_sums = None
     if not shared:
@@ -279,6 +271,32 @@ def backward(
         inputs, (dk_cmp, dv_cmp), (dk_slc, dv_slc), (dk_win, dv_win), plan, keys, summed=summed
     )
     return Inputs(**gradients)
+
+
+def _add_query_gradients(
+    dqs: tuple[Tensor | None, Tensor, Tensor | None],
+    query_sums: Tensor | None,
+    dlogits: Tensor | None,
+    weight: Tensor | None,
+    head_dim: int,
+    dq: Tensor | None,
+    plan: Plan,
+    placements: Placements,
+) -> Tensor:
+    """The gradient of ``q``, in ``dq`` if that is given.
+
+    ``dqs`` are of the compressed, selected and window branch; None of those in ``query_sums``.
+    """
+    dq_cmp, dq_slc, dq_win = dqs
+    if query_sums is not None and plan.config.selection == "token":
+        return dq_slc if dq is None else dq
+    if query_sums is not None:
+        scale = plan.config.softmax_scale(head_dim)
+        return gradient_of_sums(query_sums, dq_slc, dlogits, weight, scale, dq)
+    assert dq_cmp is not None  # as without sums
+    assert dq_win is not None
+    out = dq_win if dq is None else dq
+    return query_gradient((dq_cmp, dq_slc, dq_win), dlogits, weight, out=out, placements=placements)
 
 
 def _gating_backward(
