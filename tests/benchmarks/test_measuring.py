@@ -10,7 +10,7 @@ import torch
 import nsa
 from measuring import gate, stages, work, workloads
 from nsa.blocks import num_compressed_blocks
-from nsa.fused import kernel_calls, pipeline
+from nsa.fused import compressed_forms, kernel_calls, pipeline
 
 OPTIONS = argparse.Namespace(heads=4, kv_heads=2, head_dim=16, dtype="bfloat16")
 WIDE = vars(OPTIONS) | {"head_dim": 64}
@@ -72,11 +72,15 @@ def test_stages_of_a_pass_and_nothing_left_behind(parts, monkeypatch):
         unmet -= {name} if results else set()
     # Stages of a long batch, and of sums that are rounded once.
     monkeypatch.setattr(pipeline, "SHORT_TOKENS", 100)
+    monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
+    monkeypatch.setattr(compressed_forms, "UNFOLDED_CTAS", 0)
     tensors = workloads.make_tensors((1, 256), argparse.Namespace(**WIDE), backward=True)
-    ticks = count()
-    times = stages.StageTimes(lambda: next(ticks))
-    times.run(workloads.make_step(workloads.nsa_attention(tensors, CONFIG), tensors), parts=parts)
-    unmet -= {path[0] for path in times.milliseconds(stages.between_host) if len(path) == 1}
+    for config in (CONFIG, TOKEN):
+        ticks = count()
+        times = stages.StageTimes(lambda ticks=ticks: next(ticks))
+        attention = workloads.nsa_attention(tensors, config)
+        times.run(workloads.make_step(attention, tensors), parts=parts)
+        unmet -= {path[0] for path in times.milliseconds(stages.between_host) if len(path) == 1}
     # Sums that no means are added to.
     q, k, v = tensors.q, tensors.k, tensors.v
     given = tuple(x[:, : num_compressed_blocks(256, CONFIG)].detach() for x in (k, v))
