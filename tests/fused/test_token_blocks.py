@@ -77,15 +77,23 @@ def test_a_wave_fits_the_workspace_but_is_a_unit_at_least(chunk_tokens, units):
     assert units == 1 or units * unit_bytes <= WORKSPACE_BYTES < (units + 1) * unit_bytes
 
 
-@pytest.mark.parametrize("query_bytes", [GRADIENT_BYTES // 2, 3 * GRADIENT_BYTES])
+@pytest.mark.parametrize(
+    ("query_bytes", "room"),
+    [
+        (GRADIENT_BYTES // 2, GRADIENT_BYTES),
+        (1000 << 20, 2000 << 20),
+        (1500 << 20, 2048 << 20),
+        (3 << 30, 3 << 30),
+    ],
+)
 @pytest.mark.parametrize(
     ("chunk_tokens", "tiles", "units"), [(2048, 1, 8), (2048, 2, 4), (1 << 20, 1, 1)]
 )
-def test_a_wave_of_partial_gradients_fits_too(chunk_tokens, tiles, units, query_bytes):
+def test_a_wave_of_partial_gradients_fits_too(chunk_tokens, tiles, units, query_bytes, room):
     unit_bytes = chunk_tokens * partial_gradient_bytes(16, 16, 128, tiles)
     assert unit_bytes >= chunk_tokens * 16 * 16 * tiles * (128 * 2 + 4 * 2)
-    room, actual = gradient_wave_bytes(query_bytes), units_of_gradient_wave(unit_bytes, query_bytes)
-    assert room == max(GRADIENT_BYTES, 2 * query_bytes)
+    actual = units_of_gradient_wave(unit_bytes, query_bytes)
+    assert gradient_wave_bytes(query_bytes) == room
     assert actual == 1 or actual * unit_bytes <= room < (actual + 1) * unit_bytes
     if room == GRADIENT_BYTES:
         assert actual == units
