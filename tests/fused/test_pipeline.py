@@ -188,7 +188,13 @@ def test_what_traces_sees_the_whole_as_one_operation():
         assert nsa.forward(fake, fake[:, :, :1], fake[:, :, :1], backend="fused").shape == q.shape
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize(
+    ("compressed_calls", "packed"),
+    # A pack has one way.
+    [("masked", False), ("folded", False), ("shared keys", False), ("folded", True)],
+    ids=["masked", "folded", "shared keys", "packed"],
+    indirect=["compressed_calls"],
+)
 @pytest.mark.parametrize("config", [tile_config(), token_config()], ids=["tile", "token"])
 def test_compiles_once_for_all_lengths(config, packed):
     torch._dynamo.reset()

@@ -151,6 +151,7 @@ def test_later_tokens_change_nothing(packed):
 
 
 @pytest.mark.parametrize("compressor", ["mlp", "mean"])
+@pytest.mark.parametrize("compressed_calls", ["folded"], indirect=True)  # a pack has one way
 def test_layer_equals_reference(compressor):
     """Also what it compiles to, for packed sequences some of which have no compressed block."""
     torch._dynamo.reset()
