@@ -64,8 +64,9 @@ class NativeSparseAttention(nn.Module):
             the values; it has no weights.
         bias: whether the four projections have a bias.
         recompute: save less for backward, which computes cheap parts again: the compressors, the
-            gate MLP and the window branch. Of long inputs (2^27 elements of hidden states or more)
-            the window branch and the gate MLP's activation are never saved.
+            gate MLP and the window branch. Eager calls of long inputs (2^27 elements of hidden
+            states or more) never save the window branch and, with plain projections and rotary
+            embedding, the gate MLP's activation.
         max_workspace_bytes, backend: as in :func:`nsa.forward`.
         device, dtype: of the parameters; by default torch's defaults.
 

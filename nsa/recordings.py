@@ -121,8 +121,8 @@ def _find(
 ) -> Recording | None:
     """The recording of a form, if there is one.
 
-    ``seen`` is kept of the first call. ``record`` gives the recording in the first later one for
-    which ``is_again`` of what was kept.
+    The first call keeps ``seen``. The first later call for which ``is_again(seen)`` is true keeps
+    what ``record()`` returns.
     """
     with _lock:
         recording = _recordings.setdefault(form, _NEW)

@@ -22,8 +22,8 @@ and not 142, and 2.46 ms of GPU time and not 2.6. With 256 of 16K it takes 2.25 
 
 
 UNFOLDED_CTAS = 256
-"""CTAs, one for a head and tile of keys, from which the backward of a batch is not folded: a long
-and a short one for each processor."""
+"""From so many CTAs on, one for each head and tile of keys, the backward of a batch is not folded:
+then each processor has about two, a long and a short one."""
 
 
 class CompressedForm(Enum):

@@ -197,7 +197,7 @@ def add_dense_backward(
             shapes = f"q {tuple(q.shape)} and k {tuple(k.shape)}"
             raise ValueError(f"key_times needs one entry and several heads a KV head, got {shapes}")
         mask = Mask(left=True, right=True, step=step)
-        window = (segment_tiles(q, k), first)
+        window = (segment_tiles(q, k, deterministic), first)
     if not mask.skips_tiles:
         raise ValueError(
             "sums of queries need a mask that skips tiles, got one that shows all keys"

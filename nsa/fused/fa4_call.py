@@ -23,8 +23,12 @@ With more, a causal call would have too few CTAs of too different lengths.
 """
 
 SEGMENT_QUERIES, SHORT_SEGMENT = 8192, 2048
-"""Queries of a head that a CTA of the backward of blocks passes, at most and at least. With the
-gradients, those of the heads that are under way together fit L2."""
+"""Queries of a head that a CTA of the backward of blocks passes, at most and at least. L2 holds so
+many of each head that CTAs work on at a time, with their gradients."""
+
+ORDERED_SEGMENTS = 8
+"""Segments of a head's queries, at most, if gradients have a fixed order: each segment has float32
+sums of all keys then, so more segments would take memory by the square of the length."""
 
 SEGMENT_CTAS = 1024
 """CTAs of that backward up to which segments are shortened."""
@@ -95,7 +99,7 @@ class Call(NamedTuple):
         return together if apart and rows * head_dim * together < 1 << 31 else 1
 
 
-def segment_tiles(q: Tensor, k: Tensor) -> int:
+def segment_tiles(q: Tensor, k: Tensor, deterministic: bool) -> int:
     """Tiles of queries that a CTA of the backward of blocks passes: fewer where CTAs are few."""
     tile = sums_order(q.shape[-1]).rows
     tiles = -(-q.shape[1] // tile)
@@ -105,7 +109,7 @@ def segment_tiles(q: Tensor, k: Tensor) -> int:
         q.shape[2] * key_tiles * -(-tiles // of_segment) < SEGMENT_CTAS
     ):
         of_segment //= 2
-    return of_segment
+    return max(of_segment, -(-tiles // ORDERED_SEGMENTS)) if deterministic else of_segment
 
 
 def in_segments(call: Call) -> Call:
@@ -234,9 +238,19 @@ def sums_bytes(
     """Bytes of :class:`Sums` and of padded statistics, at most, for so many queries and keys in one
     entry of a batch."""
     numbers = heads * padded_rows(queries, sequences, LARGEST_TILE) * (head_dim + 2)
-    if heads > kv_heads:
-        numbers += 2 * kv_heads * padded_rows(keys, sequences, LARGEST_TILE) * head_dim
-    return 4 * numbers
+    shared = heads > kv_heads
+    return 4 * numbers + shared * key_sums_bytes(kv_heads, head_dim, keys, sequences)
+
+
+def key_sums_bytes(kv_heads: int, head_dim: int, keys: int, sequences: int | None = None) -> int:
+    """Bytes of the sums of keys and values in :class:`Sums`, at most."""
+    return 8 * kv_heads * padded_rows(keys, sequences, LARGEST_TILE) * head_dim
+
+
+def more_segments_bytes(kv_heads: int, head_dim: int, queries: int, keys: int) -> int:
+    """Bytes, at most, of the sums of keys of all segments but the first, in a fixed order."""
+    segments = min(ORDERED_SEGMENTS, -(-queries // SHORT_SEGMENT))
+    return (segments - 1) * key_sums_bytes(kv_heads, head_dim, keys)
 
 
 def query_sums_bytes(batch: int, heads: int, head_dim: int, queries: int) -> int:

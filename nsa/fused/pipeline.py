@@ -246,7 +246,7 @@ def backward(
         )
 
     with side_stream:
-        # That first which leaves less, or needs more.
+        # The compressed branch leaves less memory, but in token mode the selected needs more.
         if plan.config.selection == "tile" or last:
             dq_cmp, dk_cmp, dv_cmp = compressed()
             if not last:

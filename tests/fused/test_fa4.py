@@ -11,6 +11,7 @@ from nsa.fused.fa4_call import (
     Semaphores,
     Sums,
     in_segments,
+    more_segments_bytes,
     new_query_sums,
     segment_tiles,
     side_by_side,
@@ -309,7 +310,7 @@ def test_blocks_have_keys_for_each_segment_in_one_memory(length, heads, keys, qu
     kind = dict(dtype=torch.bfloat16, device="meta")
     q = torch.empty(1, length, heads, 128, **kind)
     k = torch.empty(1, keys, heads // 16, 128, **kind)
-    tiles = segment_tiles(q, k)
+    tiles = segment_tiles(q, k, deterministic=False)
     assert tiles * 64 == queries
     mask = Mask(left=True, right=True, step=16)
     plain = Call(q, k, k, 1.0, mask, (tiles, 31))
@@ -325,6 +326,22 @@ def test_blocks_have_keys_for_each_segment_in_one_memory(length, heads, keys, qu
     semaphores = Semaphores.new(ordered, variant, backward_tile(variant))
     assert semaphores.dq.shape[0] == 1
     assert semaphores.dk.shape[0] == segments
+
+
+@pytest.mark.parametrize("length", [300, 8192, 65536, 100000, 1 << 20])
+def test_sums_of_segments_in_a_fixed_order_are_those_of_the_estimate(length):
+    """They would grow by the square of the length, were there ever more segments."""
+    keys, kind = length // 16 - 1, dict(dtype=torch.bfloat16, device="meta")
+    q, k = torch.empty(1, length, 8, 128, **kind), torch.empty(1, keys, 2, 128, **kind)
+    mask, found = Mask(left=True, right=True, step=16), []
+    for deterministic in (False, True):
+        window = (segment_tiles(q, k, deterministic), 31)
+        call = in_segments(Call(q, k, k, 1.0, mask, window, deterministic=deterministic))
+        variant = call.variant(q)
+        sums = Sums.new(call, variant, backward_tile(variant), q)
+        found.append(sums.dk.nbytes + sums.dv.nbytes)
+    assert found[1] <= 8 * found[0]
+    assert found[1] - found[0] <= more_segments_bytes(2, 128, length, keys)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 0), (0, 5)])

@@ -98,8 +98,7 @@ def test_of_recordings(mode, fused_on_cpu, monkeypatch):
     )
     out.grad_fn.recording = recording._replace(backward_steps=(*steps[:-1], last))
     second = torch.autograd.grad(out.sum(), inputs)
-    assert alive == [0] or alive[0] < len(own)
-    assert all(x.expired() for x in own)
+    assert alive == [0]
     assert all(map(torch.equal, first, second))
     recordings.clear()
     assert not recordings._recordings

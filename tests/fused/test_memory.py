@@ -6,6 +6,7 @@ import torch
 import nsa
 from nsa.blocks import num_compressed_blocks
 from nsa.fused import compressed_forms
+from nsa.fused.attention.compressed import compressed_backward_bytes
 from nsa.fused.memory import workspace_bytes
 from nsa.fused.schedule import USABLE, ChunkSchedule, choose
 from nsa.fused.sizes import Sizes
@@ -128,6 +129,9 @@ def test_shared_sums_of_queries_take_no_more(case, monkeypatch):
     sizes = PROBLEMS[case]
     assert sizes.sums_queries
     shared = workspace_bytes(sizes, sizes.num_kv_heads, save=True, recompute=False)
+    # A fixed order takes more: sums of keys for each segment of the queries.
+    ordered = sizes._replace(deterministic=True)
+    assert compressed_backward_bytes(ordered) > compressed_backward_bytes(sizes)
     monkeypatch.setattr(compressed_forms, "UNFOLDED_CTAS", 1 << 60)
     assert not sizes.sums_queries
     assert shared <= workspace_bytes(sizes, sizes.num_kv_heads, save=True, recompute=False)

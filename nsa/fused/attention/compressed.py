@@ -23,7 +23,7 @@ from nsa.fused.attention.fa4_calls import (
 from nsa.fused.attention.folded import folded_attention, folded_attention_backward
 from nsa.fused.block_lists import compressed_lists
 from nsa.fused.compressed_forms import CompressedForm, is_folded, num_folded_rows
-from nsa.fused.fa4_call import query_sums_bytes, sums_bytes
+from nsa.fused.fa4_call import more_segments_bytes, query_sums_bytes, sums_bytes
 from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.plan import Plan, choose_key_block
 from nsa.fused.sizes import Sizes
@@ -190,6 +190,8 @@ def compressed_backward_bytes(sizes: Sizes) -> int:
     if sizes.sums_queries:
         shape = (sizes.num_kv_heads, sizes.head_dim, sizes.length, sizes.compressed // sizes.batch)
         sums = sizes.batch * sums_bytes(sizes.num_heads, *shape)
+        if sizes.deterministic:
+            sums += more_segments_bytes(*shape)
         # Those of queries are there already.
         own = (sizes.batch, sizes.num_heads, sizes.head_dim, sizes.length)
         return 2 * sizes.key_cmp + sums - query_sums_bytes(*own)
