@@ -16,6 +16,7 @@ from nsa.cache import Cache
 from nsa.cached_layer import arguments_of_new_tokens, as_candidates, is_first_call
 from nsa.compressor import BlockCompressor, kept_items
 from nsa.config import NSAConfig
+from nsa.host import needs_gradients
 from nsa.joint_products import Projections, project_jointly
 from nsa.layer_checks import check_choice, check_input, check_rope, check_sizes
 from nsa.layer_compression import compress_tokens
@@ -388,6 +389,8 @@ class NativeSparseAttention(nn.Module):
 
     def _run(self, module: nn.Module, *arguments) -> Tensor:
         """``module(*arguments)``, with ``recompute`` once more in backward."""
-        if self.recompute and torch.is_grad_enabled():
+        tensors = (x for x in arguments if isinstance(x, Tensor))
+        # A checkpoint refuses inference tensors even if there is no backward.
+        if self.recompute and needs_gradients(*tensors, *module.parameters()):
             return checkpoint(module, *arguments, use_reentrant=False)
         return module(*arguments)

@@ -282,6 +282,15 @@ def test_compiled_packed_layer_on_the_reference(config, backend):
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_frozen_layer_takes_inference_tensors(config, recompute):
+    layer = make_layer(config, recompute=recompute).requires_grad_(False)
+    with torch.inference_mode():
+        x = torch.randn(2, 30, DIM, dtype=torch.float64)
+        expected = layer(x)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("gate", ["hidden", "q"])
 def test_constructor_takes_device_and_dtype(gate):
     arguments = (DIM, HEADS, KV_HEADS, TOKEN)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nsa.host import needs_gradients
+
 CPU_CHUNK_ELEMENTS = 1 << 21
 """Elements of scores and gathered keys that one chunk may hold: about the size of a cache."""
 
@@ -61,4 +63,7 @@ def covered_range(first: Tensor, end: Tensor, start: int, stop: int) -> tuple[in
 
 def recomputed(function, *args):
     """Call ``function``. Backward recomputes it instead of keeping its intermediates."""
+    # A checkpoint saves its arguments even if there is no backward, and refuses inference tensors.
+    if not needs_gradients(*(x for x in args if isinstance(x, Tensor))):
+        return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

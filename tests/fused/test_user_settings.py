@@ -216,6 +216,25 @@ def test_overwritten_tensors_are_noticed(packed, mode, backend):
         assert_noticed(lambda out=out: gradients(out, written), expected)
 
 
+@both
+@modes
+@forms
+def test_inference_tensors_need_no_inference_mode(packed, mode, backend):
+    """Where nothing requires a gradient, as weights loaded in inference mode."""
+    tensors, extras = make_call(mode, packed)
+    with torch.inference_mode():
+        given = {name: x.detach().clone() for name, x in tensors.items()}
+        extras["block_indices"] = nsa.select_blocks(
+            *(given[name] for name in "qk"),
+            compress_k_weight=given["compress_k_weight"],
+            **extras,
+            backend=backend,
+        )
+    out = nsa.forward(**given, **extras, backend=backend)
+    with torch.no_grad():
+        assert_same_bits([out], [nsa.forward(**tensors, **extras, backend=backend)])
+
+
 def gradients(out, tensors):
     return torch.autograd.grad(out, list(tensors.values()), torch.ones_like(out))
 
