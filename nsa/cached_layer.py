@@ -51,13 +51,24 @@ def arguments_of_new_tokens(
         position = tokens.position.view(q.shape[:-2])
         q = apply_rope(q, position, rope_theta)
         rotated = tuple(apply_rope(x, position, rope_theta) for x in keys)
-        if compressors is not None and len(keys) == 3:
-            # A cache keeps the keys of the open block as the compressor takes them.
-            rotated = keys[0], *rotated[1:]
-        keys = rotated
-    if len(keys) == 1:
-        return q, keys[0], values[0], compressed_kv
-    return q, keys, values, compressed_kv
+        keys = rotated if compressors is None else as_kept(rotated, keys[0], cache)
+    return q, one_or_three(keys), one_or_three(values), compressed_kv
+
+
+def as_kept(rotated: Branches, unrotated: Tensor, cache: Cache) -> Branches:
+    """Keys of one branch or three as the cache keeps them for a compressor of the layer.
+
+    Its ring, where it has one, keeps the keys of the open block as the compressor takes them.
+    """
+    if not cache.separate_kv:
+        return rotated
+    _, selected, window = per_branch("k", one_or_three(rotated))
+    return unrotated, selected, window
+
+
+def one_or_three(x: Branches) -> Tensor | Branches:
+    """Keys or values of one branch or three in the form of :func:`nsa.forward`."""
+    return x if len(x) == 3 else x[0]
 
 
 def is_first_call(cache: Cache, boundaries: Boundaries | None) -> bool:
@@ -112,7 +123,7 @@ def locate_checked(
         q, keys, values: ``(B, N, H, D)`` or ``(T, H, D)`` and so on, of one branch or three.
     """
     cache_config(cache, config)
-    k, v = (per_branch(n, x if len(x) == 3 else x[0]) for n, x in (("k", keys), ("v", values)))
+    k, v = (per_branch(n, one_or_three(x)) for n, x in (("k", keys), ("v", values)))
     cu_seqlens = None if boundaries is None else boundaries.cu_seqlens
     problem = check_qkv(q, k, v, cache.config, cu_seqlens)
     check_cached_call(cache, k, v, {"q": q, "k": k, "v": v}, boundaries, problem)

@@ -13,7 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from nsa import backends, dispatch
 from nsa.cache import Cache
-from nsa.cached_layer import arguments_of_new_tokens, as_candidates, is_first_call
+from nsa.cached_layer import (
+    arguments_of_new_tokens,
+    as_candidates,
+    as_kept,
+    is_first_call,
+    one_or_three,
+)
 from nsa.compressor import BlockCompressor, kept_items
 from nsa.config import NSAConfig
 from nsa.host import needs_gradients
@@ -332,18 +338,16 @@ class NativeSparseAttention(nn.Module):
             bounds, rows = boundaries.cu_seqlens, x.shape[0]
             locate = kept_items(boundaries, "tokens", bounds, rows)
             positions = Positions(bounds=bounds, locate=lambda: locate()[1])
-        q, *rotated = self._rotate([q, *keys], positions, fused)
+        q, *others = self._rotate([q, *keys], positions, fused)
+        rotated = tuple(others)
         if cache is not None and compressed_kv is not None:
             config = check_config(self.config)
             compressed_kv = tuple(
                 as_candidates(c, x.shape[-2], boundaries, config) for c in compressed_kv
             )
-            if self.num_kv_branches == 3:
-                # A cache keeps the keys of the open block as the compressor takes them.
-                rotated[0] = keys[0]
-        if self.num_kv_branches == 1:
-            return q, rotated[0], values[0], compressed_kv, projections.logits
-        return q, tuple(rotated), values, compressed_kv, projections.logits
+            rotated = as_kept(rotated, keys[0], cache)
+        k, v = one_or_three(rotated), one_or_three(values)
+        return q, k, v, compressed_kv, projections.logits
 
     def _heads(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated."""

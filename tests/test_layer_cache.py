@@ -64,6 +64,19 @@ def test_steps_equal_one_call(name, separate_kv, compressor, rope_theta):
     assert_decodes(layer, cache, sequences, draw_steps(rng, LENGTHS, 8))
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("compressor", ["mlp", "mean"])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_cache_with_rings_serves_one_key_for_all_branches(
+    name, compressor, backend, fused_on_cpu
+):
+    layer = make_layer(SMALL[name], compressor=compressor, backend=backend)
+    sequences = [torch.randn(n, DIM, dtype=F64) for n in LENGTHS]
+    sizes = len(LENGTHS), max(LENGTHS) + 8, KV_HEADS, 8, 6
+    cache = nsa.Cache(SMALL[name], *sizes, separate_kv=True, dtype=F64)
+    assert_decodes(layer, cache, sequences, draw_steps(random.Random(name), LENGTHS, 8))
+
+
 @pytest.mark.parametrize("gate", ["hidden", "q"])
 def test_gates_and_bias(gate):
     layer = make_layer(SMALL["token"], gate=gate, bias=True)
