@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nsa import dispatch
+from nsa.blocks import num_query_tiles
 from nsa.config import NSAConfig
 from nsa.distributed.attention import attend
 from nsa.distributed.call import NO_LIMIT, RankCall, RankInputs
@@ -204,7 +205,10 @@ def select_part(
         return blocks
     if layout.token_mode:
         return blocks.unflatten(0, part.q.shape[:2])
-    return blocks.unflatten(1, (part.q.shape[0], -1)).transpose(0, 1).contiguous()
+    batch, tokens = part.q.shape[:2]
+    # Pieces start at tiles, so a rank holds whole ones.
+    shape = (batch, num_query_tiles(tokens, part.config))
+    return blocks.unflatten(1, shape).transpose(0, 1).contiguous()
 
 
 def _own_blocks(

@@ -1,13 +1,16 @@
 """Outputs, gradients and selection of several ranks equal those of one process, in float64."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nsa.testing import make_inputs
 from tests.helpers import rank_cases
 from tests.helpers.profiles import examples
 from tests.helpers.shared_problems import COMMON, check_ranks, cut_problems
-from tests.helpers.strategies import tile_problems, token_problems
+from tests.helpers.small_configs import SMALL
+from tests.helpers.strategies import Problem, tile_problems, token_problems
 
 CALLS = st.sampled_from([rank_cases.output_and_gradients, rank_cases.separate_calls])
 """One call of the backend for all query segments, or one for each."""
@@ -39,3 +42,16 @@ def test_selection_equals_one_process_and_may_be_given(world, case):
         part = rank_cases.own_part(given, ranks, rank, order)
         assert torch.equal(own, part.extras["block_indices"])
     check_ranks(world, given, ranks, order)
+
+
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
+def test_a_batch_without_sequences(world, config):
+    q, k, v = make_inputs((0, 4 * config.q_tile_size), 4, 2, 4, dtype=torch.float64)
+    problem = Problem(q, k, v, config, {})
+    indices = problem.select_blocks(backend="reference")
+    arguments = problem, "head-tail", "reference"
+    for own in world.run(rank_cases.selected_blocks, *arguments, ranks=2):
+        shape = (0, *indices.shape[1:])
+        units = 1 if config.selection == "token" else 2
+        assert own.shape == (*shape[:units], shape[units] // 2, *shape[units + 1 :])
+    check_ranks(world, problem, 2, "head-tail")

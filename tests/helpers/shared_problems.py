@@ -28,8 +28,8 @@ def cut_layouts(draw, config: nsa.NSAConfig, ranks: int, order: str, most: int):
     cuts = ranks if order == "contiguous" else 2 * ranks
     unit = 1 if config.selection == "token" else config.q_tile_size
     if draw(st.booleans()):
-        batch = draw(st.sampled_from([1, 2]))
-        length = cuts * unit * draw(st.integers(0, max(1, most // (batch * cuts * unit))))
+        batch = draw(st.sampled_from([1, 2, 1, 0]))
+        length = cuts * unit * draw(st.integers(0, max(1, most // (max(1, batch) * cuts * unit))))
         return [length] * batch, (batch, length), {}
     if order == "head-tail-each":
         each = st.integers(0, max(1, most // (3 * cuts * unit)))
