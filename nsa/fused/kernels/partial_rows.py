@@ -51,13 +51,14 @@ _INTEGER = ((1 << _BITS) - 1) << _PLACE
 
 class PartialRows:
     """How rows of ``head_dim_v`` numbers of ``dtype`` are kept, ``packed`` or not, in a tensor of
-    Int32.
+    Int32. Of rows in ``parts``, those of the same part of 8 rows lie together.
 
     A thread has ``words`` words of a row, which it loads to ``vectors`` places of 16 bytes.
     """
 
-    def __init__(self, dtype: type[cutlass.Numeric], head_dim_v: int, packed: bool):
+    def __init__(self, dtype: type[cutlass.Numeric], head_dim_v: int, packed: bool, parts: int = 1):
         self.dtype = dtype
+        self.parts = parts
         self.groups = head_dim_v // GROUP_COLUMNS
         self.is_packed = packed
         self.words = partial_words(head_dim_v, self.is_packed) // QUAD
@@ -75,36 +76,42 @@ class PartialRows:
         them, in words a thread. The row that is 8 further begins ``8 * QUAD * words`` words later.
         """
         # Shifts of signed numbers take fewer instructions than // and %.
-        rows = Int64(row >> _LOG2_ROWS) * (_ROWS * QUAD * self.words)
+        rows = Int64(row >> _LOG2_ROWS) * (_ROWS * QUAD * self.words * self.parts)
         return rows, (row & (_ROWS - 1)) * QUAD + lane
 
-    def _offset(self, place: tuple[Int64, Int32], first: int, width: int) -> Int64:
+    def _offset(
+        self, place: tuple[Int64, Int32], part: Int32 | int, first: int, width: int
+    ) -> Int64:
         """Of ``width`` words of a thread from ``first`` on."""
         rows, thread = place
-        return rows + thread * width + _ROWS * QUAD * first
+        return rows + thread * width + _ROWS * QUAD * (part * self.words + first)
+
+    def of_accumulator(self, acc: cute.Tensor, r: int) -> list[Int32]:
+        """The words of row ``r`` of the two that a thread has in an accumulator."""
+        sums = cute.make_tensor(acc.iterator, cute.size(acc))
+        words = []
+        for group in range(cute.size(acc) // (2 * VECTOR)):
+            words += self._pack(
+                [sums[2 * word + e] for word in row_words(r, group) for e in (0, 1)]
+            )
+        return words
 
     @cute.jit
     def store(
         self,
-        acc: cute.Tensor,
-        r: cutlass.Constexpr[int],
+        words: list[Int32],
         mPartial: cute.Tensor,
         place: tuple[Int64, Int32],
         more: Int32,
+        part: Int32 | int = 0,
     ):
-        """Store row ``r`` of the two that a thread has in an accumulator, ``more`` rows, a multiple
-        of 8, after ``place``.
+        """Store the words of a row that is ``more`` rows, a multiple of 8, after ``place``.
 
         The stores are marked to leave L2 first: partial results are larger than L2.
         """
-        sums = cute.make_tensor(acc.iterator, cute.size(acc))
-        words = []
-        for group in cutlass.range_constexpr(self.groups):
-            vector = [sums[2 * word + e] for word in row_words(r, group) for e in range(2)]
-            words += self._pack(vector)
-        further = Int64(more * (QUAD * self.words))
+        further = Int64(more * (QUAD * self.words * self.parts))
         for first, width in self.pieces:
-            offset = cute.assume(self._offset(place, first, width) + further, divby=width)
+            offset = cute.assume(self._offset(place, part, first, width) + further, divby=width)
             chosen, pointer = words[first : first + width], mPartial.iterator + offset
             if const_expr(width == _WIDTH):
                 store_v4(pointer, *chosen, cop="cs")
@@ -120,6 +127,7 @@ class PartialRows:
         place: tuple[Int64, Int32],
         sWords: cute.Tensor,
         wanted: Boolean,
+        part: Int32 | int = 0,
     ):
         """Start to copy a thread's words to ``sWords (vectors, 4)``, or zeros."""
         predicate = cute.make_rmem_tensor(1, Boolean)
@@ -130,7 +138,7 @@ class PartialRows:
             atom = cute.make_copy_atom(
                 cpasync.CopyG2SOp(cache_mode=mode), Int32, num_bits_per_copy=32 * width
             )
-            offset = cute.assume(self._offset(place, first, width), divby=width)
+            offset = cute.assume(self._offset(place, part, first, width), divby=width)
             layout = cute.make_layout(((width, 1),))
             source = cute.make_tensor(mPartial.iterator + offset, layout)
             sPiece = sWords[first // _WIDTH, None]
@@ -206,11 +214,12 @@ class PartialRows:
         scale = (Int32(_SCALE) - exponent).bitcast(Float32)
         x = [(value * scale + _ROUNDER).bitcast(Int32) for value in values]
         low = (1 << _BITS) - 1
-        # Two integers have their lowest bit in the first word, the others in the other words.
+        # Two integers have their lowest bit in the first word, the others in the other words. The
+        # 8 highest bits of a sum, which are the same in all, leave a word that is shifted by 8.
         return [
-            exponent | (x[0] & low) << 12 | (x[1] & low) << 1 | (x[6] & 1) | x[7] << 31,
-            x[2] << 21 | (x[3] & low) << 10 | (x[6] & low) >> 1,
-            x[4] << 21 | (x[5] & low) << 10 | (x[7] & low) >> 1,
+            exponent | x[0] << 12 | (x[1] & low) << 1 | (x[6] & 1) | x[7] << 31,
+            x[2] << 21 | x[3] << 10 | (x[6] & low) >> 1,
+            x[4] << 21 | x[5] << 10 | (x[7] & low) >> 1,
         ]
 
     def _unpack(self, words: list[Int32], one: Int32) -> list[Float32]:

@@ -58,56 +58,45 @@ def fake_others(element: type[cutlass.Numeric], *, with_weight: bool) -> OtherTe
     return OtherTensors(fake_flat(Float32), *weight)
 
 
-class Others(NamedTuple):
-    """A thread's part of these for one row, in registers: two columns of each of four vectors.
-
-    Attributes:
-        sums: Float32 ``(8,)``.
-        dlogits: three numbers, or none.
-        weight: ``(8, 3)``.
-    """
-
-    sums: cute.Tensor
-    dlogits: tuple[Float32, ...]
-    weight: cute.Tensor
-
-
 @cute.jit
-def load_others(
-    others: OtherTensors,
-    head_dim: cutlass.Constexpr[int],
-    place: Int64,
-    row_head: Int64,
-    head: Int32,
-    group: Int32,
-    lane: Int32,
-) -> Others:
-    """Load those of a row, whose sums begin at ``place``, and 32 columns."""
+def load_sums(others: OtherTensors, place: Int64, lane: Int32) -> cute.Tensor:
+    """A thread's sums of a row and 32 columns, which begin at ``place``: Float32 ``(8,)``, two
+    columns of each of four vectors."""
     sums = cute.make_rmem_tensor(VECTOR, Float32)
-    weight = cute.make_rmem_tensor((VECTOR, 3), others.sums.element_type)
-    dlogits = ()
     for j in cutlass.range_constexpr(QUAD):
         offset = place + (j * WGMMA_ROWS * VECTOR + lane % QUAD * 4)
         pair = _load_pair(others.sums, offset)
         for e in cutlass.range_constexpr(2):
             sums[2 * j + e] = pair[e]
-    if const_expr(others.weight is not None):
-        dlogits = tuple(others.dlogits[row_head * 3 + i] for i in range(3))
-        for i in cutlass.range_constexpr(3):
-            first = (head * 3 + i) * head_dim + group * _COLUMNS + lane % QUAD * 2
-            for j in cutlass.range_constexpr(QUAD):
-                pair = _load_pair(others.weight, Int64(first + j * VECTOR))
-                for e in cutlass.range_constexpr(2):
-                    weight[2 * j + e, i] = Float32(pair[e])
-    return Others(sums, dlogits, weight)
+    return sums
+
+
+def load_dlogits(others: OtherTensors, row_head: Int64) -> list[Float32]:
+    """Those of a row, if gates depend on queries."""
+    if others.weight is None:
+        return []
+    return [others.dlogits[row_head * 3 + i] for i in range(3)]
 
 
 @cute.jit
-def gate_terms(others: Others) -> cute.TensorSSA:
-    """What the gates add to the gradient."""
+def gate_terms(
+    others: OtherTensors,
+    dlogits: list[Float32],
+    head_dim: cutlass.Constexpr[int],
+    head: Int32,
+    group: Int32,
+    lane: Int32,
+) -> cute.TensorSSA:
+    """What the gates add to the gradient of 32 columns, as :func:`load_sums` has them."""
     value = cute.full(VECTOR, 0.0, Float32)
-    for i in cutlass.range_constexpr(len(others.dlogits)):
-        value = value + others.weight[None, i].load() * others.dlogits[i]
+    for i in cutlass.range_constexpr(len(dlogits)):
+        weight = cute.make_rmem_tensor(VECTOR, Float32)
+        first = (head * 3 + i) * head_dim + group * _COLUMNS + lane % QUAD * 2
+        for j in cutlass.range_constexpr(QUAD):
+            pair = _load_pair(others.weight, Int64(first + j * VECTOR))
+            for e in cutlass.range_constexpr(2):
+                weight[2 * j + e] = Float32(pair[e])
+        value = value + weight.load() * dlogits[i]
     return value
 
 

@@ -57,15 +57,9 @@ from nsa.fused.kernels.hopper import (
 from nsa.fused.kernels.inverted_index import ITEM_FIELDS, invert_index, item_tokens
 from nsa.fused.kernels.query_partials import (
     AddSizes,
-    PartialRow,
+    PartialFormat,
     Partials,
     compile_add,
-    fake_partials,
-    find_largest,
-    new_partials,
-    partial_row,
-    scale_partial,
-    store_partial,
 )
 from nsa.fused.kernels.query_sums import check_others, other_arguments
 from nsa.fused.kernels.query_tiles import QueryRows, QueryTiles, SharedRows
@@ -169,7 +163,8 @@ class SelectedBackward:
         # Of a product, and of a part of a partial dQ, which is scaled at once.
         self.dq_columns = 64 if columns % 64 == 0 else columns
         self.dq_parts = columns // self.dq_columns
-        self.part_columns = columns if self.overlap else self.dq_columns
+        part_columns = columns if self.overlap else self.dq_columns
+        self.format = PartialFormat(dtype, head_dim, part_columns)
         dims, parts = (head_dim, head_dim_v), self.column_parts
         widths = (head_dim // parts, head_dim_v // parts)
         self.query_tiles = QueryTiles(dtype, group, dims, widths, self.threads)
@@ -354,10 +349,7 @@ class SelectedBackward:
             rows = count * self.group
             first_pair = begin - sizes.first_unit * sizes.unit_pairs + part * sizes.wave_pairs
             thread_row = warp * WARP_ROWS + lane // QUAD
-            place = partial_row(
-                *(first_pair * self.group + thread_row, lane),
-                *(self.head_dim // self.part_columns, self.part_columns),
-            )
+            place = self.format.place(first_pair * self.group + thread_row, lane)
             hidden = keys < self.keys
             if const_expr(self.causal):
                 # Tokens of the item do not come before its chunk.
@@ -457,28 +449,21 @@ class SelectedBackward:
     def _store_dq(
         self,
         partials: Partials,
-        place: PartialRow,
+        place: tuple,
         rows: Int32,
         wg: Int32 | int,
         tile: Int32,
         accs: list[cute.Tensor],
         i: cutlass.Constexpr[int],
     ):
-        """Scale and store part ``i`` of a warpgroup's columns of a tile's partial dQ."""
-        largest = cute.make_rmem_tensor(2, Float32)
-        largest.fill(0.0)
-        for j in cutlass.range_constexpr(len(accs)):
+        """Round and store part ``i`` of a warpgroup's columns of a tile's partial dQ."""
+
+        def wait(j: int):
             # With overlap, the product for dK is under way as well.
             warpgroup.wait_group(len(accs) - 1 - j + self.overlap)
-            find_largest(accs[j], largest)
-        words = cute.make_rmem_tensor((self.part_columns // 8, 2), Int32)
-        factors = cute.make_rmem_tensor(2, Float32)
-        scale_partial(accs, largest, words, factors)
-        parts = const_expr(self.head_dim // self.part_columns)
-        store_partial(
-            *(words, factors, partials, place, tile, rows - tile * TILE_ROWS),
-            *(wg * (parts // self.warpgroups) + i, parts),
-        )
+
+        part = wg * (self.format.parts // self.warpgroups) + i
+        self.format.store(accs, wait, partials, place, tile, rows - tile * TILE_ROWS, part)
 
     @cute.jit
     def _columns_of(
@@ -531,13 +516,14 @@ def compile_backward(
     ordered: bool,
 ) -> Callable:
     cute_dtype = CUTE_DTYPES[dtype]
+    kernel = SelectedBackward(cute_dtype, head_dim, head_dim_v, group, block_size, causal, ordered)
     return compile_kernel(
-        SelectedBackward(cute_dtype, head_dim, head_dim_v, group, block_size, causal, ordered),
+        kernel,
         _Tensors(
             *(fake_flat(cute_dtype) for _ in range(4)),
             *(fake_flat(Float32) for _ in range(2)),
             *(fake_flat(Int32, alignment=4) for _ in range(3)),
-            fake_partials(),
+            kernel.format.fakes(),
             *(fake_flat(Float32) for _ in range(2)),
             fake_flat(Int32 if ordered else None, alignment=4),
         ),
@@ -615,14 +601,16 @@ def selected_backward(
     rows = [flat_rows(x) for x in (q, k, v, dout)]
     (q, q_stride), (k, k_stride), (v, v_stride), (dout, do_stride) = rows
     lse_log2, delta = (flat(x) for x in statistics)
-    key = (q.dtype, head_dim, head_dim_v, group, block_size, causal, deterministic)
-    backward, part = compile_backward(*key), SelectedBackward(*key).part_columns
+    key = (head_dim, head_dim_v, group, block_size, causal, deterministic)
+    backward = compile_backward(q.dtype, *key)
+    partial_format = SelectedBackward(CUTE_DTYPES[q.dtype], *key).format
+    part = partial_format.columns
     add = compile_add(q.dtype, head_dim, part, group, slots, tiles, form)
     added, length, row_blocks = other_arguments(others, total, head_dim)
     flat_dq, dq_stride = flat_rows(dq)
     unit_pairs = chunk * slots
     wave_pairs = wave_units * unit_pairs
-    partials = new_partials(wave_pairs * tiles * group, head_dim, part, q.device)
+    partials = partial_format.new(wave_pairs * tiles * group, q.device)
     listed = (index.tokens, index.items.view(-1), index.num_items)
     tensors = _Tensors(q, k, v, dout, lse_log2, delta, *listed, partials, *totals, turns)
     strides = _Strides(q_stride, k_stride, v_stride, do_stride)

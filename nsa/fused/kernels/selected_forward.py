@@ -326,7 +326,8 @@ class SelectedForward:
                 for r in cutlass.range_constexpr(2):
                     if row + 8 * r < rows:
                         more = tile * TILE_ROWS + 8 * r
-                        self.rows.store(acc_O, r, tensors.partial, place, more)
+                        words = self.rows.of_accumulator(acc_O, r)
+                        self.rows.store(words, tensors.partial, place, more)
             warpgroup.wait_group(0)
             cute.arch.cp_async_wait_group(0)
 
