@@ -155,10 +155,13 @@ class TopBlocks:
                 flags, bar_score = self._promising(mRow, block, lane, limit, scale, bar_score)
             else:
                 flags, bar_score = self._promising(mRow, block, lane, None, scale, bar_score)
-            flags = cute.arch.warp_redux_sync(flags, "or")
-            while flags != 0:
+            # Of all lanes that share the block.
+            for bit in cutlass.range_constexpr(self.lanes_per_block.bit_length() - 1):
+                flags = flags | cute.arch.shuffle_sync_bfly(flags, offset=1 << bit)
+            # Each block has its own next round, so that few times serve all rounds.
+            while cute.arch.vote_any_sync(flags != 0):
                 # The lowest bit that is set, then cleared.
-                round_index = cute.arch.popc((flags & -flags) - 1)
+                round_index, promising = cute.arch.popc((flags & -flags) - 1), flags != 0
                 flags = flags & (flags - 1)
                 seen = block + round_index * self.blocks_per_round
                 score = scale * self._block_maximum(mRow, seen, lane, limit)
@@ -166,7 +169,7 @@ class TopBlocks:
                 rank = rank_of(score, seen)
                 free = seen >= initial_end and (seen < local_begin or seen >= local_end)
                 # Not true of NaN.
-                wanted = score >= bar_score and rank > bar and free
+                wanted = score >= bar_score and rank > bar and free and promising
                 if const_expr(self.lanes_per_block > 1):
                     wanted = wanted and lane % self.lanes_per_block == 0
                 ballot = cute.arch.vote_ballot_sync(wanted)
