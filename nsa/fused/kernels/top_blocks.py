@@ -221,14 +221,17 @@ class TopBlocks:
                 seen = block + u * self.blocks_per_round
                 loaded.append(self._load_block(mRow, seen, lane, limit))
         scores = [scale * functools.reduce(cute.arch.fmax, loads) for loads in loaded]
-        if const_expr(self.lanes_per_block == 1 and self.count <= WARP):
-            # As many lanes as there are blocks to take have one that is as good.
-            best = functools.reduce(cute.arch.fmax, scores, Float32(-math.inf))  # for NaN
-            reached = cute.arch.shuffle_sync(sorted_lanes(best, lane), self.count - 1)
-            bar_score = cute.arch.fmax(bar_score, reached)
+        best = functools.reduce(cute.arch.fmax, scores, Float32(-math.inf))  # for NaN
+        # In most steps of a long row no lane, or few, have such a block.
+        reaching = cute.arch.vote_ballot_sync(best >= bar_score)
+        if const_expr(self.lanes_per_block == 1 and self.count <= WARP):  # noqa: SIM102
+            if cute.arch.popc(reaching) >= self.count:
+                # As many lanes as there are blocks to take have one that is as good.
+                bar_score = cute.arch.shuffle_sync(sorted_lanes(best, lane), self.count - 1)
         flags = Int32(0)
-        for u in cutlass.range_constexpr(self.rounds):
-            flags = flags | (Int32(1 << u) if scores[u] >= bar_score else Int32(0))
+        if reaching != 0:
+            for u in cutlass.range_constexpr(self.rounds):
+                flags = flags | (Int32(1 << u) if scores[u] >= bar_score else Int32(0))
         return flags, bar_score
 
     def _load_block(self, mRow, block, lane, limit) -> list[Float32]:
