@@ -217,9 +217,9 @@ class PartialRows:
         # Two integers have their lowest bit in the first word, the others in the other words. The
         # 8 highest bits of a sum, which are the same in all, leave a word that is shifted by 8.
         return [
-            exponent | x[0] << 12 | (x[1] & low) << 1 | (x[6] & 1) | x[7] << 31,
-            x[2] << 21 | x[3] << 10 | (x[6] & low) >> 1,
-            x[4] << 21 | x[5] << 10 | (x[7] & low) >> 1,
+            exponent | x[0] << 12 | (x[1] << 1) & (low << 1) | (x[6] & 1) | x[7] << 31,
+            ((x[6] >> 1) & (low >> 1)) + x[3] * (1 << 10) + x[2] * (1 << 21),
+            ((x[7] >> 1) & (low >> 1)) + x[5] * (1 << 10) + x[4] * (1 << 21),
         ]
 
     def _unpack(self, words: list[Int32], one: Int32) -> list[Float32]:
