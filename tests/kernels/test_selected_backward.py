@@ -1,5 +1,7 @@
 """On the GPU: the gradients of token mode's selected branch against their emulation."""
 
+import math
+
 import pytest
 import torch
 
@@ -96,6 +98,23 @@ def test_many_short_items_have_the_same_bits_each_time(group, monkeypatch):
     for _ in range(20):
         assert all(map(torch.equal, gradients(deterministic=True), expected))
         assert torch.equal(gradients(deterministic=False)[0], expected[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_not_finite_reaches_its_query_alone(dtype, value):
+    total, heads = 300, KV_HEADS * 4
+    shapes = (heads, heads, KV_HEADS, KV_HEADS)
+    dout, q, k, v = (torch.randn(total, h, 128, device="cuda", dtype=dtype) for h in shapes)
+    dout[200, 5, 7] = value
+    token_blocks = make_plan(q[None], None, None, nsa.NSAConfig.paper()).token_blocks
+    order = torch.rand(total, KV_HEADS, 5, device="cuda")
+    statistics = RowStatistics(torch.full((total, heads), 8.0, device="cuda"), q[..., 0].float())
+    chosen = (order.topk(3).indices.int(), token_blocks, 64, 128**-0.5, True)
+    dq, *_ = kernel_calls.selected_backward(dout, q, k, v, statistics, *chosen)
+    assert not dq[200, 5].isfinite().any()
+    dq[200, 5] = 0
+    assert dq.isfinite().all()
 
 
 @pytest.mark.parametrize("with_weight", [False, True])

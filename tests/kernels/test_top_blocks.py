@@ -16,6 +16,7 @@ pytestmark = gpu_test
 # Blocks taken and compressed tokens in a block: one to eight registers, each way to share lanes.
 FORMS = [(1, 1), (16, 1), (16, 3), (16, 4), (33, 1), (64, 128), (200, 2), (256, 1)]
 WIDTHS = [1, 31, 32, 33, 127, 128, 513, 1000, 16384, 40000]
+KINDS = ["ties", "rising", "equal", "a lane", "NaN"]
 BATCH, HEADS, TILES, TOTAL, TILE_OFFSET, COLUMN_OFFSET = 2, 3, 5, 8, 2, 7
 
 
@@ -28,10 +29,12 @@ def make_scores(width: int, kind: str) -> torch.Tensor:
         return scores + torch.arange(width, device="cuda") * 0.01
     if kind == "equal":
         return scores.zero_()
+    if kind == "a lane":  # has the best of all steps
+        return scores + (torch.arange(width, device="cuda") % 32 == 5) * 10.0
     return torch.where(scores < -1, math.nan, scores)
 
 
-@pytest.mark.parametrize("kind", ["ties", "rising", "equal", "NaN"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("count", "per_block"), FORMS, ids=str)
 def test_top_blocks(count, per_block, kind):
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +73,7 @@ def test_top_blocks(count, per_block, kind):
         assert torch.equal(actual, expected), width
 
 
-@pytest.mark.parametrize("kind", ["ties", "rising", "equal", "NaN"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", [(16, 1, 16, 32), (5, 3, 40, 12)], ids=str)
 def test_blocks_and_groups(form, kind):
     count, per_block, group_count, per_group = form
