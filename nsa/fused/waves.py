@@ -11,13 +11,14 @@ channels and 16 blocks in bfloat16. 1.5 GiB would leave an eighth of them to a s
 
 
 GRADIENT_BYTES = 9 << 27
-"""Bytes of partial gradients of queries that a wave may have at any length: those of 8 chunks of
-2,048 tokens with 16 heads of 128 channels and 16 blocks."""
+"""Bytes of partial gradients of queries that a wave may have at any length: those of 4 chunks of
+4,096 tokens with 16 heads of 128 channels and 16 blocks."""
 
 
 def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_bytes: int) -> int:
     """Tokens of a chunk, a power of two. The queries of a KV head and chunk take about 16 MiB of
-    L2, beside data that streams through. More if a block's keys would serve too few tokens."""
+    L2, and so do output gradients, beside data that streams through. More if a block's keys would
+    serve too few tokens."""
     fits = (16 << 20) // (group * row_bytes)
     enough = 16 * blocks // slots
     return 1 << min(max(fits, enough, 64) - 1, max(total - 1, 63)).bit_length()
@@ -47,7 +48,7 @@ def key_tiles(head_dim: int, head_dim_v: int, block_size: int) -> int:
 
 def partial_gradient_bytes(slots: int, group: int, head_dim: int, tiles: int) -> int:
     """Bytes, at most, of the partial gradients of a token's queries of one KV head: 2 a channel,
-    and 4 a part of 32 channels or more."""
+    and 4 a part of 32 channels or more. Packed ones have 1.5 a channel and no more."""
     return slots * tiles * group * (2 * head_dim + head_dim // 8)
 
 

@@ -212,7 +212,7 @@ def selected_backward_bytes(sizes: Sizes) -> int:
         return sparse_backward_bytes(sizes, block_size, sizes.key_rows, copies=sizes.key_copy > 0)
     dim, slots = sizes.head_dim, sizes.config.num_selected_blocks
     blocks = num_selection_blocks(sizes.batch * sizes.keys, sizes.config)
-    chunk = choose_chunk_tokens(sizes.tokens, sizes.group, blocks, slots, 4 * dim)
+    chunk = choose_chunk_tokens(sizes.tokens, sizes.group, blocks, slots, 2 * dim)
     tiles = key_tiles(dim, dim, sizes.config.select_block_size)
     of_token = partial_gradient_bytes(slots, sizes.group, dim, tiles)
     results = _wave_bytes(sizes, chunk, of_token, gradient_wave_bytes(sizes.query))

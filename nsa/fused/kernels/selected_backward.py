@@ -573,8 +573,9 @@ def selected_backward(
     total, heads, head_dim = q.shape
     kv_heads, head_dim_v = v.shape[1:]
     group, slots = heads // kv_heads, block_indices.shape[2]
-    # The q and dout of a chunk stay in L2.
-    chunk = choose_chunk_tokens(total, group, len(blocks.first), slots, 2 * (head_dim + head_dim_v))
+    # The q and dout of a chunk take 32 MiB of L2. Half as many would make twice as many items,
+    # each of which loads keys and adds to their gradients.
+    chunk = choose_chunk_tokens(total, group, len(blocks.first), slots, head_dim + head_dim_v)
     # Each unit has a list of items of its own.
     index = invert_index(block_indices, blocks, block_size, causal, chunk, 1, item_tokens(group))
     tiles = key_tiles(head_dim, head_dim_v, block_size)
