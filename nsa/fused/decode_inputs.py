@@ -168,6 +168,12 @@ class DecodeShape(NamedTuple):
         return self.batch * self.sequence_units
 
     @property
+    def whole_units(self) -> int:
+        """Units that CTAs of the compressed branch should not share with others if they can, 0 for
+        none: to begin and end a unit takes long where it has 64 rows."""
+        return self.units if self.row_groups == 4 else 0
+
+    @property
     def part_slots(self) -> int:
         """Parts of the compressed branch: a CTA's in a row, with one more slot for each unit."""
         return self.ctas + self.units

@@ -349,14 +349,24 @@ def _write_new(
     tiles = torch.where((count > 0) & (slots > rule.carried), -(-slots // TILE_KEYS), 0)
     starts_of_tiles = prefix_sum(tiles)
     total = starts_of_tiles[-1:] * shape.sequence_units
-    share = tile_share(total, shape.ctas)
+    share = tile_share(total, shape.ctas, shape.whole_units)
     return Schedule(starts, tokens.end.int(), torch.cat([share, starts_of_tiles]).int())
 
 
-def tile_share(tiles: Tensor, ctas: int) -> Tensor:
-    """Tiles of a CTA, of those of all units."""
+def tile_share(tiles: Tensor, ctas: int, whole_units: int) -> Tensor:
+    """Tiles of a CTA, of those of all units.
+
+    They are those of a whole unit, or of an equal part of it, where all of ``whole_units`` have as
+    many and these are hardly more than the least. So no CTA has parts of two units.
+    """
     least = (-(-2 * tiles // ctas)).clamp(min=1, max=LEAST_SHARE)
-    return (-(-tiles // ctas)).maximum(least)
+    share = (-(-tiles // ctas)).maximum(least)
+    if whole_units == 0:
+        return share
+    parts = whole_units * max(1, ctas // whole_units)
+    whole = tiles // parts
+    suits = (whole * parts == tiles) & (whole >= share) & (whole * 32 <= share * 33)
+    return torch.where(suits, whole, share)
 
 
 def _flatten(x: Branches) -> Branches:

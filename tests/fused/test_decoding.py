@@ -88,7 +88,12 @@ def test_a_step_reads_nothing_on_the_host(extras, packed, decoded, monkeypatch):
 def test_tiles_of_a_cta():
     """Two at least, where half of the CTAs then suffice; one where there are few tiles."""
     tiles = torch.tensor([0, 1, 5, 6, 10, 11, 21])
-    assert decoding.tile_share(tiles, 10).tolist() == [1, 1, 1, 2, 2, 2, 3]
+    assert decoding.tile_share(tiles, 10, 0).tolist() == [1, 1, 1, 2, 2, 2, 3]
+    # Whole units, of 8 or of 4 that two share, where that is little more.
+    tiles = torch.tensor([8 * 64, 8 * 65, 4 * 128, 4 * 130])
+    assert decoding.tile_share(tiles, 8, 8).tolist() == [64, 65, 64, 65]
+    assert decoding.tile_share(tiles, 9, 8).tolist() == [57, 58, 57, 58]
+    assert decoding.tile_share(torch.tensor([128 * 65]), 132, 128).tolist() == [65]
 
 
 def test_tokens_without_a_place_are_dropped():

@@ -68,6 +68,7 @@ class _Sizes(NamedTuple):
     kv_heads: Int32
     sequence_units: Int32
     ctas: Int32
+    whole_units: Int32
     num_pages: Int32
     max_length: Int32
     k_stride: Int64
@@ -191,7 +192,9 @@ class DecodeAppend:
                     tensors.overflowed[0] = Uint8(1)
             before += cute.arch.shuffle_sync(sum_to, WARP - 1)
         if lane == 0:
-            tensors.tiles[0] = tile_share(before * sizes.sequence_units, sizes.ctas)
+            tensors.tiles[0] = tile_share(
+                before * sizes.sequence_units, sizes.ctas, sizes.whole_units
+            )
             tensors.tiles[sizes.batch + 1] = before
 
     @cute.jit
@@ -270,7 +273,7 @@ def compile_decode_append(
             *(integers(), integers(), integers()),
         ),
         *(fake_pages(vector), fake_pages(vector)),
-        _Sizes(*(Int32(1) for _ in range(7)), Int64(8), Int64(8)),
+        _Sizes(*(Int32(1) for _ in range(8)), Int64(8), Int64(8)),
     )
 
 
@@ -310,7 +313,8 @@ def decode_append(
         ),
         *(page_arguments(pool, table), page_arguments(compressed, table)),
         _Sizes(
-            *(shape.batch, shape.tokens, shape.kv_heads, shape.sequence_units, shape.ctas),
+            *(shape.batch, shape.tokens, shape.kv_heads, shape.sequence_units),
+            *(shape.ctas, shape.whole_units),
             *(pool.k.shape[0], max_length, k_stride, v_stride),
         ),
     )

@@ -75,6 +75,7 @@ class _Sizes(NamedTuple):
     unit_tokens: Int32
     token_blocks: Int32
     ctas: Int32
+    whole_units: Int32
     limit: Int32
     groups: Int32
     q_stride: Int64
@@ -376,7 +377,7 @@ def compile_decode_compressed(
             *(floats(records and rule.carried > 0), integers(records)),
         ),
         fake_pages(CUTE_DTYPES[dtype]),
-        _Sizes(*(Int32(1) for _ in range(9)), Int64(1)),
+        _Sizes(*(Int32(1) for _ in range(10)), Int64(1)),
         Float32(1.0),
     )
 
@@ -446,7 +447,8 @@ def decode_compressed(
         page_arguments(pool, table),
         _Sizes(
             *(shape.batch, shape.tokens, shape.kv_heads, shape.group),
-            *(shape.unit_tokens, shape.token_blocks, shape.ctas, limit, groups, q_stride),
+            *(shape.unit_tokens, shape.token_blocks, shape.ctas, shape.whole_units),
+            *(limit, groups, q_stride),
         ),
         scale * LOG2_E,
     )

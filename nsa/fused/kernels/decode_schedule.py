@@ -33,10 +33,17 @@ def num_tiles(rule: DecodeRule, start: Int32, new: Int32, limit: Int32) -> Int32
     return tiles if new > 0 and slots > rule.carried else Int32(0)
 
 
-def tile_share(tiles: Int32, ctas: Int32) -> Int32:
-    """Tiles of a CTA, of those of all units."""
+@cute.jit
+def tile_share(tiles: Int32, ctas: Int32, whole_units: Int32) -> Int32:
+    """See :func:`nsa.fused.decoding.tile_share`."""
     least = cutlass.min(cute.ceil_div(2 * tiles, ctas), LEAST_SHARE)
-    return cutlass.max(cute.ceil_div(tiles, ctas), cutlass.max(least, 1))
+    share = cutlass.max(cute.ceil_div(tiles, ctas), cutlass.max(least, 1))
+    if whole_units > 0:
+        parts = whole_units * cutlass.max(ctas // whole_units, 1)
+        whole = tiles // parts
+        if whole * parts == tiles and whole >= share and whole * 32 <= share * 33:
+            share = whole
+    return share
 
 
 def divide(x: Int32, by: Int32) -> tuple[Int32, Int32]:
@@ -92,7 +99,7 @@ class TileSchedule:
             tiles = tiles if lane < sizes.batch else Int32(0)
             after = warp_prefix_sum(tiles, lane)
             total = cute.arch.shuffle_sync(after, WARP - 1)
-            share = tile_share(total * sequence_units, sizes.ctas)
+            share = tile_share(total * sequence_units, sizes.ctas, sizes.whole_units)
             extents = start, after - tiles, after
         else:
             wait_for_previous()
