@@ -123,8 +123,8 @@ def test_append(form, case):
     assert torch.equal(schedule.starts.cpu(), expected.starts)
     assert torch.equal(schedule.ends.cpu(), expected.ends)
     assert torch.equal(schedule.tiles[1:].cpu(), expected.tiles[1:])
-    total = expected.tiles[-1] * state.shape.sequence_units
-    assert schedule.tiles[0].item() == tile_share(total, state.shape.ctas).item()
+    shape, total = state.shape, expected.tiles[-1] * state.shape.sequence_units
+    assert schedule.tiles[0].item() == tile_share(total, shape.ctas, shape.whole_units).item()
 
 
 @pytest.mark.parametrize("case", [([120, 3, 65], [8, 8, 2]), ([120, 3], 4)], ids=str)
@@ -304,6 +304,8 @@ UNITED = [
     (*WIDE[0], 32, "weight"),
     (Form(FP16, 64, 64, 8, DecodeRule(16, 16, 64)), CASES[1], 16, "weight"),
     (Form(BF16, 96, 96, 12, DecodeRule(32, 16, 128)), ([300, 40, 0, 127], 5), 3, "mean"),
+    # Heads that warps do not share evenly, and whose records share lines of memory.
+    (Form(FP16, 64, 64, 9, PAPER), ([1300, 40], 5), 20, "mean"),
     (Form(BF16, 128, 64, 32, PAPER), ([3000, 62], 2), 40, "gates"),
 ]
 
@@ -334,11 +336,12 @@ def test_select_among_many(cluster):
 
 
 def test_select_among_many_for_units():
-    check_select_among_many(FORMS[0], 4, 16, end=unite)
+    form = Form(BF16, 64, 64, 16, DecodeRule(64, 64, 64))
+    check_select_among_many(form, 4, 16, length=100_000, end=unite)
 
 
-def check_select_among_many(form, tokens, count, **options):
-    state = make_state(form, [18000, 200], tokens, kv_heads=1)
+def check_select_among_many(form, tokens, count, length=18000, **options):
+    state = make_state(form, [length, 200], tokens, kv_heads=1)
     keys = torch.randn(5, form.head_dim).to(form.dtype)
     state.compressed.k.copy_(keys[torch.randint(5, state.compressed.k.shape[:3])])
     schedule, _ = append(emulated, state, form.rule)

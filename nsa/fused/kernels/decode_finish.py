@@ -488,7 +488,7 @@ def compile_decode_finish(
             fake_flat(vector if form == "weight" else None),
             *(fake_flat(vector), integers(), integers(tile_mode)),
         ),
-        RecordTensors(floats(), floats(rule.carried > 0), integers()) if count else None,
+        RecordTensors(floats(), floats(rule.carried > 0), fake_flat(Int32)) if count else None,
         fake_pages(vector),
         fake_pages(vector) if rings else None,
         _Sizes(*(Int32(1) for _ in range(13)), Int64(1)),

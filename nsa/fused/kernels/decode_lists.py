@@ -13,10 +13,10 @@ from nsa.fused.hardware import WARP
 from nsa.fused.kernels.best_blocks import NO_RANK
 from nsa.fused.kernels.decode_best import BestOfCta, block_rank
 from nsa.fused.kernels.decode_outputs import Exchange, recomputed
-from nsa.fused.kernels.decode_scores import BlockScores, RecordRows, RecordTensors
+from nsa.fused.kernels.decode_scores import BlockScores, EntryScores, RecordRows, RecordTensors
 from nsa.fused.kernels.hopper import store_shared_remote
 
-# Ranks that a thread brings at a time.
+# Ranks that a thread brings at a time, once or some times.
 _RANKS = 4
 
 
@@ -24,21 +24,23 @@ class BlockLists:
     """Lists of ``count`` blocks for ``group`` query heads, by ``cluster`` CTAs of some warps.
 
     ``record_groups`` groups of slots were recorded together. A thread loads the records of
-    ``loads`` heads at a time.
+    ``loads`` heads at a time, and brings ``times`` times a few ranks.
     """
 
     def __init__(
         self, rule: DecodeRule, group: int, count: int, cluster: int, warps: int,
-        record_groups: int, loads: int = 16,
+        record_groups: int, loads: int = 16, times: int = 1,
     ):  # fmt: skip
         self.rule = rule
         self.cluster = cluster
         self.warps = warps
-        per_thread = min(_RANKS, rule.group_blocks)
+        per_thread = times * min(_RANKS, rule.group_blocks)
         # Blocks that are scored together.
         self.pass_blocks = warps * WARP * per_thread
         self.best = BestOfCta(count, warps * WARP, per_thread)
-        self.scores = BlockScores(rule, group, warps, record_groups)
+        self.scores = (BlockScores if record_groups == 1 else EntryScores)(rule, group, warps)
+        # Entries that are scored together.
+        self.pass_entries = self.pass_blocks // self.scores.entry_blocks
         # Groups that a thread scores together: each trip to memory delays what follows, but the
         # code takes time to load where a CTA has few groups.
         most = max(1, self.pass_blocks // rule.group_blocks // WARP)
@@ -63,6 +65,9 @@ class BlockLists:
         sPartial = cute.make_tensor(cute.recast_ptr(ring, dtype=Float32), layout)
         memory = cute.recast_ptr(ring, dtype=Int64) + self.warps * self.pass_blocks // 2
         shared = self.best.views(memory)
+        if const_expr(self.scores.record_groups > 1):
+            memory = cute.recast_ptr(memory + self.best.words, dtype=Float32)
+            tables = self.scores.tables(memory, self.pass_entries)
         self.best.reset(shared, tidx)
         if tidx < self.best.count:
             sBest[tidx] = Int64(NO_RANK)
@@ -91,9 +96,22 @@ class BlockLists:
                     # While the first records are on their way.
                     sum_up()
                     cute.arch.barrier()
+                if const_expr(together > 1):  # noqa: SIM102 (one is decided at compile time)
+                    if some == 0:
+                        self.scores.tabulate(
+                            records, groups, rows, tables, compressed, seen, begin // together,
+                            here // together, tidx,
+                        )  # fmt: skip
+                        cute.arch.barrier()
                 for i in cutlass.range_constexpr(self.together):
                     group = cutlass.min(begin + places[i], scored - 1)
-                    scores = self.scores.add_up(loaded[i], compressed, seen, group, warp)
+                    if const_expr(together > 1):
+                        scores = self.scores.add_up_tabulated(
+                            loaded[i], tables, compressed, seen, group,
+                            cutlass.min(places[i], here - 1) // together, warp,
+                        )  # fmt: skip
+                    else:
+                        scores = self.scores.add_up(loaded[i], compressed, seen, group, warp)
                     if places[i] < here:
                         if const_expr(together > 1):
                             for b in cutlass.range_constexpr(self.rule.group_blocks):

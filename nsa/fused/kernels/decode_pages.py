@@ -15,6 +15,7 @@ from nsa.fused.kernels.vectors import VECTOR, fake_flat, is_aligned
 
 # Keys and values that are read once leave L2 first.
 _EVICT_FIRST = 0x12F0000000000000
+_EVICT_LAST = 0x14F0000000000000
 
 
 @mlir_namedtuple
@@ -63,6 +64,38 @@ def prefetch(pointer: cute.Pointer, *, loc=None, ip=None):
         [pointer.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip)],
         "prefetch.global.L2 [$0];",
         "l",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+
+
+@dsl_user_op
+def discard(pointer: cute.Pointer, *, loc=None, ip=None):
+    """Drop 128 bytes, which begin at such an address, from L2 without writing them to memory."""
+    llvm.inline_asm(
+        None,
+        [pointer.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip)],
+        "discard.global.L2 [$0], 128;",
+        "l",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+
+
+@dsl_user_op
+def store_kept(pointer: cute.Pointer, x0, x1, x2, x3, *, loc=None, ip=None):
+    """Store 16 bytes that L2 is to keep."""
+    llvm.inline_asm(
+        None,
+        [
+            pointer.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip),
+            *(x.ir_value(loc=loc, ip=ip) for x in (x0, x1, x2, x3)),
+            Int64(_EVICT_LAST).ir_value(loc=loc, ip=ip),
+        ],
+        "st.global.L2::cache_hint.v4.f32 [$0], {$1, $2, $3, $4}, $5;",
+        "l,f,f,f,f,l",
         has_side_effects=True,
         is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT,

@@ -6,6 +6,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 
 from nsa.fused.decode_inputs import DecodeRule, record_groups
 from nsa.fused.hardware import QUAD
+from nsa.fused.kernels.decode_pages import store_kept
 from nsa.fused.kernels.decode_tiles import TileAttention
 
 # Numbers of a 16-byte store.
@@ -80,15 +81,15 @@ class Recorder:
 
     @cute.jit
     def _store_together(self, mSums: cute.Tensor, own, entry: Int64, thread: Int32):
-        """Store a thread's sums of all groups of an entry, 16 bytes at a time."""
+        """Store a thread's sums of all groups of an entry, 16 bytes at a time.
+
+        L2 is to keep them until they are read: they are more than it keeps else.
+        """
         sums = [x for of_group in own for x in of_group]
         place = entry * (self.record_groups * self.rule.group_blocks) + thread * len(sums)
         for first in cutlass.range_constexpr(0, len(sums), _FLOATS):
-            rX = cute.make_rmem_tensor(_FLOATS, Float32)
-            for i in cutlass.range_constexpr(_FLOATS):
-                rX[i] = sums[first + i]
-            pointer = mSums.iterator + cute.assume(place + first, divby=_FLOATS)
-            cute.autovec_copy(rX, cute.make_tensor(pointer, cute.make_layout(_FLOATS)))
+            pointer = mSums.iterator + (place + first)
+            store_kept(pointer, *sums[first : first + _FLOATS])
 
     @cute.jit
     def _weigh(self, acc: cute.Tensor, r: cutlass.Constexpr[int], t: Int32):

@@ -28,6 +28,7 @@ from nsa.fused.decode_inputs import (
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_lists import BlockLists
+from nsa.fused.kernels.decode_pages import discard
 from nsa.fused.kernels.decode_schedule import PDL, divide, unit_parts, wait_for_previous
 from nsa.fused.kernels.decode_scores import RecordRows, RecordTensors, sum_parts
 from nsa.fused.kernels.hopper import mlir_namedtuple
@@ -37,7 +38,11 @@ _WARPS = 4
 # CTAs of an SM, so that the loads of one hide the sorting of others.
 _CTAS = 4
 # Records of heads that a thread loads at a time, for which it has registers.
-_LOADS = 8
+_LOADS = 12
+# Times as many ranks that a thread brings together, so that blocks of 96K tokens are sorted once.
+_TIMES = 3
+# Bytes of a line of L2.
+_LINE = 128
 
 
 @mlir_namedtuple
@@ -73,7 +78,7 @@ class DecodeSelect:
 
     def __init__(self, group: int, rule: DecodeRule, count: int, record_groups: int):
         self.group = group
-        self.lists = BlockLists(rule, group, count, 1, _WARPS, record_groups, _LOADS)
+        self.lists = BlockLists(rule, group, count, 1, _WARPS, record_groups, _LOADS, _TIMES)
 
     @cute.jit
     def __call__(self, tensors: _Tensors, records: RecordTensors, sizes: _Sizes, stream):
@@ -107,7 +112,9 @@ class DecodeSelect:
 
         smem = cutlass.memory.SmemAllocator()
         lists = self.lists
-        words = const_expr(_WARPS * lists.pass_blocks // 2 + lists.best.words)
+        words = const_expr(
+            _WARPS * lists.pass_blocks // 2 + lists.best.words + lists.pass_entries * self.group
+        )
         memory = smem.allocate_tensor(Int64, cute.make_layout(words), 16)
         listed = smem.allocate_tensor(Int32, cute.make_layout(MAX_LISTED), 16)
         sBest = smem.allocate_tensor(Int64, cute.make_layout(MAX_LISTED), 16)
@@ -128,8 +135,25 @@ class DecodeSelect:
                 records, sizes.groups, (sizes.num_initial, sizes.num_local), memory.iterator, None,
                 sBest, compressed, sum_up, None, position, rows, Int32(0), tidx,
             )  # fmt: skip
+            self._discard(records.sums, sizes.groups, rows, position, tidx)
             list_row = Int64(row0 + token) * sizes.kv_heads + kv_head
             self.lists.list_best(tensors.blocks, listed, sBest, list_row, Int32(0))
+
+    @cute.jit
+    def _discard(
+        self, mSums: cute.Tensor, groups: Int32, rows: RecordRows, position: Int32, tidx: Int32
+    ):
+        """Drop the sums, which have been read, from L2, so that they need not go to memory."""
+        scores = self.lists.scores
+        lines = const_expr(self.group * scores.entry_blocks * 4 // _LINE)
+        # Else other tokens have parts of the lines.
+        if const_expr(self.group * scores.entry_blocks * 4 % _LINE == 0):
+            entries = position // self.lists.rule.select_size // scores.entry_blocks + 1
+            for i in cutlass.range(tidx, entries * lines, _WARPS * WARP, unroll=1):
+                row = Int64(rows.unit) * (groups // scores.record_groups) + i // lines
+                row = row * rows.rows + rows.first
+                place = row * scores.entry_blocks + i % lines * (_LINE // 4)
+                discard(mSums.iterator + place)
 
 
 @kept
@@ -150,7 +174,7 @@ def compile_decode_select(
             *(integers(packed), integers(), integers(), integers()),
             *(floats(), integers(), floats(), integers()),
         ),
-        RecordTensors(floats(), floats(rule.carried > 0), integers()),
+        RecordTensors(floats(), floats(rule.carried > 0), fake_flat(Int32)),
         _Sizes(*(Int32(1) for _ in range(8))),
     )
 
