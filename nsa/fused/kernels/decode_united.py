@@ -8,8 +8,8 @@ from nsa.fused.decode_inputs import MAX_UNITED
 from nsa.fused.kernels.decode_pages import PagedTensors
 from nsa.fused.kernels.decode_schedule import divide
 
-# Behind all blocks.
-_NO_BLOCK = (1 << 31) - 1
+# Behind all blocks, of which the last one comes first.
+_NO_BLOCK = -1
 
 
 class UnitedLists:
@@ -32,7 +32,7 @@ class UnitedLists:
         self, mBlocks: cute.Tensor, sizes, shared, pages: PagedTensors, unit, position,
         tidx: Int32,
     ) -> Int32:  # fmt: skip
-        """Write the blocks in their order; returns how many there are.
+        """Write the blocks, the last one first; returns how many there are.
 
         ``unit`` names tokens, whose ``position(token)`` no block of their list is past.
         """
@@ -63,7 +63,7 @@ class UnitedLists:
         place, count = Int32(0), Int32(0)
         for entry in cutlass.range(entries, unroll=8):
             other = sFirst[entry]
-            place += Int32(1) if other < block else Int32(0)
+            place += Int32(1) if other > block else Int32(0)
             count += Int32(1) if other != Int32(_NO_BLOCK) else Int32(0)
         if is_first and tidx < entries:
             index, row = divide(block * self.select_size, pages.page_rows)

@@ -97,8 +97,9 @@ class _Unit(NamedTuple):
 class _Keys(NamedTuple):
     """The keys of a warpgroup, of the window (0) or of the lists.
 
-    ``first_tile`` of the window, or of the tiles of all lists. Keys are loaded from position
-    ``first`` to ``last``.
+    Of the window ``first_tile`` is the last one, as the last ones come first: what both have is
+    then loaded at about the same time. Else it is a number among the tiles of all lists. Keys are
+    loaded from position ``first`` to ``last``.
     """
 
     tile_group: Int32
@@ -196,7 +197,7 @@ class DecodeUnits:
         count = last_key // TILE_KEYS + 1 - window_tile
         keys = _Keys(
             tile_group,
-            window_tile if tile_group == 0 else tile_group - 1,
+            window_tile + count - 1 if tile_group == 0 else tile_group - 1,
             first_key if tile_group == 0 else Int32(0),
             last_key,
         )
@@ -297,7 +298,7 @@ class DecodeUnits:
     def _tile(self, sLists, keys: _Keys, i: Int32) -> tuple[Int32, Int32]:
         """The first position of a warpgroup's tile, and the tokens that attend it, a bit each."""
         sBlock, sSelectors, _, _ = sLists
-        first, selectors = (keys.first_tile + i) * TILE_KEYS, Int32(-1)
+        first, selectors = (keys.first_tile - i) * TILE_KEYS, Int32(-1)
         if keys.tile_group > 0:
             tile = keys.first_tile + i * self.listed_groups
             entry = tile // self.block_tiles
