@@ -25,7 +25,7 @@ from nsa.config import NSAConfig
 from nsa.host import needs_gradients
 from nsa.joint_products import Projections, project_jointly
 from nsa.layer_checks import check_choice, check_input, check_rope, check_sizes
-from nsa.layer_compression import compress_tokens
+from nsa.layer_compression import compress_tokens, rotate_and_compress
 from nsa.linears import (
     apply_linear,
     common_dtype,
@@ -33,7 +33,7 @@ from nsa.linears import (
     make_mlp,
     to_one_dtype,
 )
-from nsa.packing import Packing, check_boundaries, read_once
+from nsa.packing import Boundaries, Packing, check_boundaries, read_once
 from nsa.precision import autocast_dtype
 from nsa.recorded_layer import run_recorded
 from nsa.rope import Positions, rotate
@@ -328,18 +328,7 @@ class NativeSparseAttention(nn.Module):
             )
             return *arguments, None
         fused = backends.uses_fused(self.backend, q, values[0], check_config(self.config))
-        compressed_kv = None
-        if self.compress_k is not None:
-            pair = keys[0].to(dtype), values[0].to(dtype)
-            compressed = compress_tokens(self, *pair, boundaries, fused, both=projections.both)
-            compressed_kv = tuple(c.to(q.dtype) for c in compressed)
-        positions = Positions()
-        if boundaries is not None:
-            bounds, rows = boundaries.cu_seqlens, x.shape[0]
-            locate = kept_items(boundaries, "tokens", bounds, rows)
-            positions = Positions(bounds=bounds, locate=lambda: locate()[1])
-        q, *others = self._rotate([q, *keys], positions, fused)
-        rotated = tuple(others)
+        q, rotated, compressed_kv = self._rotate_and_compress(projections, dtype, boundaries, fused)
         if cache is not None and compressed_kv is not None:
             config = check_config(self.config)
             compressed_kv = tuple(
@@ -348,6 +337,33 @@ class NativeSparseAttention(nn.Module):
             rotated = as_kept(rotated, keys[0], cache)
         k, v = one_or_three(rotated), one_or_three(values)
         return q, k, v, compressed_kv, projections.logits
+
+    def _rotate_and_compress(
+        self,
+        projections: Projections,
+        dtype: torch.dtype,
+        boundaries: Boundaries | None,
+        fused: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        """Rotated queries, rotated keys of each branch, and ``compressed_kv`` of
+        :func:`nsa.forward`, for which keys and values are cast to ``dtype``."""
+        q, keys, values = projections.heads
+        if fused:
+            found = rotate_and_compress(self, projections, boundaries)
+            if found is not None:
+                return found
+        compressed_kv = None
+        if self.compress_k is not None:
+            pair = keys[0].to(dtype), values[0].to(dtype)
+            compressed = compress_tokens(self, *pair, boundaries, fused, both=projections.both)
+            compressed_kv = tuple(c.to(q.dtype) for c in compressed)
+        positions = Positions()
+        if boundaries is not None:
+            bounds, rows = boundaries.cu_seqlens, q.shape[0]
+            locate = kept_items(boundaries, "tokens", bounds, rows)
+            positions = Positions(bounds=bounds, locate=lambda: locate()[1])
+        q, *rotated = self._rotate([q, *keys], positions, fused)
+        return q, tuple(rotated), compressed_kv
 
     def _heads(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated."""

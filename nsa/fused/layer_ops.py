@@ -165,51 +165,81 @@ def compress_both(
 
 
 class _BothCompressed(torch.autograd.Function):
-    """One product does what two would. Parameters are copied into one tensor at once, because each
-    copy takes the host as long as an operation. The copy is not saved. ``parameters`` are pairs: of
-    positions, then weights and biases of two layers."""
+    """See :func:`compress_pair`, for which ``parameters`` are."""
 
     @staticmethod
     def forward(ctx, x, places, *parameters):
-        shapes = [p.shape for p in parameters[::2]]
-        with torch.cuda.device_of(x), without_autocast(x.device):
-            joined = _stacked(_joined(parameters, x.dtype), shapes)
-            position, weight, bias, last_weight, last_bias = joined
-            rows = kernel_calls.gather_blocks(x, position, places)
-            flat = rows.flatten(3).flatten(1, 2)
-            hidden = torch.baddbmm(bias[:, None], flat, weight.mT)
-            active = torch.nn.functional.silu(hidden)
-            out = torch.baddbmm(last_bias[:, None], active, last_weight.mT)
+        k, v, *saved = compress_pair(x, places, parameters)
         *numbers, token_bounds, block_bounds = places
-        ctx.save_for_backward(flat, hidden, active, token_bounds, block_bounds, *parameters)
-        ctx.numbers, ctx.shape, ctx.rows, ctx.shapes = numbers, x.shape, rows.shape, shapes
-        k, v = out.unflatten(1, rows.shape[1:3])
+        ctx.save_for_backward(*saved, token_bounds, block_bounds, *parameters)
+        ctx.numbers, ctx.shape = numbers, x.shape
         return k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dk, dv):
         flat, hidden, active, *others = ctx.saved_tensors
-        bounds, parameters = others[:2], others[2:]
-        gradients = _stacked(flat.new_empty(sum(p.numel() for p in parameters)), ctx.shapes)
-        dposition, dweight, dbias, dlast_weight, dlast_bias = gradients
-        with torch.cuda.device_of(flat), without_autocast(flat.device):
-            joined = _joined([*parameters[2:4], *parameters[6:8]], flat.dtype)
-            weight, last_weight = _stacked(joined, ctx.shapes[1::2])
-            dout = torch.cat((dk, dv)).view(2, -1, dk.shape[-1])
-            torch.sum(dout, 1, out=dlast_bias)
-            torch.bmm(dout.mT, active, out=dlast_weight)
-            dhidden = torch.ops.aten.silu_backward(torch.bmm(dout, last_weight), hidden)
-            torch.sum(dhidden, 1, out=dbias)
-            torch.bmm(dhidden.mT, flat, out=dweight)
-            drows = torch.bmm(dhidden, weight).view(ctx.rows)
-            torch.sum(drows, (1, 2), out=dposition)
-            places = BlockPlaces(*ctx.numbers, *bounds)
-            dx = kernel_calls.scatter_blocks(drows, ctx.shape, places)
-            # Copies, because who holds one gradient would hold all.
-            grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
-            torch._foreach_copy_(grads, [x for both in gradients for x in both])
+        places, parameters = BlockPlaces(*ctx.numbers, *others[:2]), others[2:]
+        saved = (flat, hidden, active)
+        dx, grads = compress_pair_backward(dk, dv, saved, ctx.shape, places, parameters)
         return dx, None, *grads
+
+
+def compress_pair(
+    x: Tensor, places: BlockPlaces, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`compress_both` gives, and three tensors for its backward.
+
+    One product does what two would. Parameters are copied into one tensor at once, because each
+    copy takes the host as long as an operation. The copy is not saved. ``parameters`` are pairs: of
+    positions, then weights and biases of two layers.
+    """
+    with torch.cuda.device_of(x), without_autocast(x.device):
+        joined = _stacked(_joined(parameters, x.dtype), _pair_shapes(parameters))
+        position, weight, bias, last_weight, last_bias = joined
+        rows = kernel_calls.gather_blocks(x, position, places)
+        flat = rows.flatten(3).flatten(1, 2)
+        hidden = torch.baddbmm(bias[:, None], flat, weight.mT)
+        active = torch.nn.functional.silu(hidden)
+        out = torch.baddbmm(last_bias[:, None], active, last_weight.mT)
+    k, v = out.unflatten(1, rows.shape[1:3])
+    return k, v, flat, hidden, active
+
+
+def compress_pair_backward(
+    dk: Tensor,
+    dv: Tensor,
+    saved: Sequence[Tensor],
+    shape: Sequence[int],
+    places: BlockPlaces,
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of the ``x`` of this shape, and of the parameters, each in memory of its own."""
+    flat, hidden, active = saved
+    shapes = _pair_shapes(parameters)
+    gradients = _stacked(flat.new_empty(sum(p.numel() for p in parameters)), shapes)
+    dposition, dweight, dbias, dlast_weight, dlast_bias = gradients
+    with torch.cuda.device_of(flat), without_autocast(flat.device):
+        joined = _joined([*parameters[2:4], *parameters[6:8]], flat.dtype)
+        weight, last_weight = _stacked(joined, shapes[1::2])
+        dout = torch.cat((dk, dv)).view(2, -1, dk.shape[-1])
+        torch.sum(dout, 1, out=dlast_bias)
+        torch.bmm(dout.mT, active, out=dlast_weight)
+        dhidden = torch.ops.aten.silu_backward(torch.bmm(dout, last_weight), hidden)
+        torch.sum(dhidden, 1, out=dbias)
+        torch.bmm(dhidden.mT, flat, out=dweight)
+        rows = (2, *dk.shape[:2], *shapes[0])
+        drows = torch.bmm(dhidden, weight).view(rows)
+        torch.sum(drows, (1, 2), out=dposition)
+        dx = kernel_calls.scatter_blocks(drows, tuple(shape), places)
+        # Copies, because who holds one gradient would hold all.
+        grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
+        torch._foreach_copy_(grads, [x for both in gradients for x in both])
+    return dx, grads
+
+
+def _pair_shapes(parameters: Sequence[Tensor]) -> list[torch.Size]:
+    return [p.shape for p in parameters[::2]]
 
 
 def _joined(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -222,13 +252,13 @@ def _stacked(joined: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     return [part.view(2, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-_PLACES = (
+PLACES = (
     "SymInt block_size, SymInt stride, SymInt blocks, SymInt entry_tokens, SymInt entry_blocks, "
     "Tensor? token_bounds, Tensor? block_bounds"
 )
 
 
-@custom_op("gather_blocks", f"(Tensor x, Tensor position, {_PLACES}) -> Tensor")
+@custom_op("gather_blocks", f"(Tensor x, Tensor position, {PLACES}) -> Tensor")
 def gather_blocks_op(x, position, *places):
     """The same as one op."""
     with torch.cuda.device_of(x):
@@ -242,7 +272,7 @@ def _(x, position, block_size, stride, blocks, *_):
     return x.new_empty(*parts, blocks, heads, block_size, x.shape[-1])
 
 
-@custom_op("scatter_blocks", f"(Tensor drows, SymInt[] shape, {_PLACES}) -> Tensor")
+@custom_op("scatter_blocks", f"(Tensor drows, SymInt[] shape, {PLACES}) -> Tensor")
 def scatter_blocks_op(drows, shape, *places):
     """The gradient of :func:`gather_blocks_op` for ``x`` of this shape."""
     with torch.cuda.device_of(drows):

@@ -5,14 +5,19 @@ import torch
 
 import nsa
 from nsa import recordings
-from nsa.fused import compressed_forms, ops, schedule
+from nsa.fused import compiled_heads, compressed_forms, ops, schedule
 from nsa.recorded_call import Recording
 from nsa.testing import make_cu_seqlens
 from tests.helpers.noted_kernels import note_kernels
 
 TOKENS, DIM = 200, 64
 PRESETS = {"token": nsa.NSAConfig.paper, "tile": nsa.NSAConfig}
-OPS = (ops._attention, ops._attention_backward)
+OPS = (
+    compiled_heads.run_forward,
+    compiled_heads.run_backward,
+    ops._attention,
+    ops._attention_backward,
+)
 
 
 @pytest.fixture(autouse=True)
