@@ -71,8 +71,10 @@ class Packing:
         self.max_seqlen = max_seqlen
         self.max_seqlen_k = max_seqlen if cu_seqlens_k is None else max_seqlen_k
         self._kept: dict = {}
+        self._rounded: Packing | None = None
         if has_readable_values(cu_seqlens):
             self._set_lengths(*_read_both(self.cu_seqlens, self.cu_seqlens_k))
+            self._rounded = self._round()
             _by_address[_address(self.cu_seqlens)] = self
 
     def _set_lengths(self, lengths: list[int], lengths_k: list[int]):
@@ -97,20 +99,39 @@ class Packing:
                 self._kept[key] = make()
         return self._kept[key]
 
-    def rounded(self, tokens: int) -> tuple[Tensor, int] | None:
-        """The boundaries and ``max_seqlen`` in one of few forms, for calls that do not read them:
-        both rounded up to powers of two, with empty sequences at the end.
+    @property
+    def rounded(self) -> "Packing":
+        """The same sequences in one of few forms, so that calls for other boundaries are alike:
+        their number and ``max_seqlen`` are rounded up to powers of two, with empty sequences at the
+        end. This Packing itself if it has no sequences, keys of their own, or was not read.
+        """
+        return self if self._rounded is None else self._rounded
 
-        None where calls would read them, if keys may have other boundaries, and if there are not
+    def unread(self, tokens: int) -> tuple[Tensor, int] | None:
+        """The boundaries and ``max_seqlen`` of :attr:`rounded`, for calls that do not read them.
+
+        None where calls would read them, if there are no such boundaries, and if there are not
         ``tokens`` in all.
         """
-        if not self.lengths or not _waits(self.cu_seqlens):
+        rounded = self._rounded
+        if rounded is None or not _waits(self.cu_seqlens) or sum(self.lengths or ()) != tokens:
             return None
-        total, missing = sum(self.lengths), _power_of_two(len(self.lengths)) - len(self.lengths)
-        if total != tokens or self.cu_seqlens_k is not self.cu_seqlens:
+        assert rounded.max_seqlen is not None  # as the lengths were read
+        return rounded.cu_seqlens, rounded.max_seqlen
+
+    def _round(self) -> "Packing | None":
+        if not self.lengths or self.cu_seqlens_k is not self.cu_seqlens:
             return None
-        bounds = self.keep("rounded", lambda: pad(self.cu_seqlens, (0, missing), value=total))
-        return bounds, min(total, _power_of_two(max(self.lengths)))
+        total, missing = sum(self.lengths), power_of_two(len(self.lengths)) - len(self.lengths)
+        # Nothing is read again, so the constructor does not run.
+        other = object.__new__(Packing)
+        with torch.inference_mode(False):
+            other.cu_seqlens = other.cu_seqlens_k = pad(self.cu_seqlens, (0, missing), value=total)
+        other.lengths = other.lengths_k = self.lengths + [0] * missing
+        other.max_seqlen = other.max_seqlen_k = min(total, power_of_two(max(self.lengths)))
+        other._kept, other._rounded = {}, None
+        _by_address[_address(other.cu_seqlens)] = other
+        return other
 
     def __reduce__(self):
         bounds = (self.cu_seqlens, self.max_seqlen)
@@ -128,7 +149,7 @@ class Packing:
         return f"Packing({text})"
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """The next one, from ``number`` on."""
     return 1 << max(0, number - 1).bit_length()
 
@@ -196,7 +217,9 @@ class Boundaries(NamedTuple):
 def has_key_boundaries(cu_seqlens, cu_seqlens_k) -> bool:
     """Whether packed keys may have other boundaries than the queries."""
     if isinstance(cu_seqlens, Packing):
-        return cu_seqlens.cu_seqlens_k is not cu_seqlens.cu_seqlens
+        # Of the rounded one, on whose form torch.compile's guards hold on.
+        rounded = cu_seqlens.rounded
+        return rounded.cu_seqlens_k is not rounded.cu_seqlens
     return cu_seqlens_k is not None
 
 
@@ -222,7 +245,8 @@ def check_boundaries(
                 "cu_seqlens_k must be None with a Packing as cu_seqlens, which has the boundaries "
                 f"of the keys, got {type(cu_seqlens_k).__name__}"
             )
-        packing = cu_seqlens
+        # Compiled calls read no lengths, and are recorded for each form.
+        packing = cu_seqlens.rounded if torch.compiler.is_compiling() else cu_seqlens
         cu_seqlens, cu_seqlens_k = packing.cu_seqlens, packing.cu_seqlens_k
     else:
         _check_tensors(cu_seqlens, cu_seqlens_k, "; or a Packing")

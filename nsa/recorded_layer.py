@@ -33,14 +33,14 @@ def run_recorded(layer: Layer, x: Any, cu_seqlens: Tensor | Packing | None) -> T
     )
     if cu_seqlens is None:
         return recordings.run(form, layer._forward, (x,), parameters)
-    rounded = None
+    unread = None
     if type(cu_seqlens) is Packing and x.ndim == 2:
-        rounded = cu_seqlens.rounded(x.shape[0])
-    if rounded is None:
+        unread = cu_seqlens.unread(x.shape[0])
+    if unread is None:
         return None
     # A recording is for other values of the boundaries too, so it reads none. Step by step, the
     # Packing is faster: what it keeps serves all layers and steps.
-    bounds, most = rounded
+    bounds, most = unread
     function = partial(layer._forward, max_seqlen=most)
     return recordings.run((*form, most), function, (x, bounds), parameters)
 

@@ -35,7 +35,11 @@ ENABLED = True
 exist."""
 
 MAX_RECORDINGS = 64
-"""Recordings to keep, and forms that were seen once: those that were called last."""
+"""Recordings to keep: those that were called last."""
+
+MAX_SEEN = 1024
+"""Forms without a recording to remember, seen once or refused: those that were called last. They
+are many where each step has another length, and take no place of recordings."""
 
 MAX_ELEMENTS = 1 << 25
 """Elements of the first tensor up to which calls are recorded. The host is faster than the GPU in
@@ -125,24 +129,38 @@ def _find(
     what ``record()`` returns.
     """
     with _lock:
-        recording = _recordings.setdefault(form, _NEW)
-        if recording is _NEW:
-            _recordings[form] = seen
-            while len(_recordings) > MAX_RECORDINGS:
-                _recordings.popitem(last=False)
-        else:
+        recording = _recordings.get(form)
+        if recording is not None:
             _recordings.move_to_end(form)
+            return recording
+        first = _seen.setdefault(form, seen)
+        _seen.move_to_end(form)
+        _forget(_seen, MAX_SEEN)
     # One at a time, because recorders mark memories. Others run step by step instead of waiting,
     # which could be for their own thread: an autograd thread whose backward calls this again.
-    again = isinstance(recording, _Seen) and is_again(recording)
-    if again and _one_records.acquire(blocking=False):
-        try:
-            recording = record()
-        finally:
-            _one_records.release()
-        with _lock:
-            _recordings[form] = recording
-    return recording if isinstance(recording, Recording) else None
+    is_new = first is seen
+    if is_new or first is _REFUSED or not is_again(first):
+        return None
+    if not _one_records.acquire(blocking=False):
+        return None
+    try:
+        recording = record()
+    finally:
+        _one_records.release()
+    with _lock:
+        if recording is _REFUSED:
+            _seen[form] = _REFUSED
+            return None
+        _seen.pop(form, None)
+        _recordings[form] = recording
+        _forget(_recordings, MAX_RECORDINGS)
+    return recording
+
+
+def _forget(forms: OrderedDict[Hashable, Any], most: int) -> None:
+    """Keep those that were called last."""
+    while len(forms) > most:
+        forms.popitem(last=False)
 
 
 class _Steps:
@@ -166,6 +184,7 @@ def clear() -> None:
     again."""
     with _lock:
         _recordings.clear()
+        _seen.clear()
 
 
 def launch(kernel: Callable, *arguments) -> None:
@@ -176,7 +195,7 @@ def launch(kernel: Callable, *arguments) -> None:
     kernel(*arguments)
 
 
-_NEW, _REFUSED = object(), object()
+_REFUSED = object()
 
 
 class _Seen(NamedTuple):
@@ -193,7 +212,8 @@ class _Seen(NamedTuple):
         return first is None or any(first is p for p in parameters[:1])
 
 
-_recordings: OrderedDict[Hashable, Any] = OrderedDict()
+_recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+_seen: OrderedDict[Hashable, Any] = OrderedDict()
 _lock = Lock()
 _one_records = Lock()
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)

@@ -30,7 +30,7 @@ modes = pytest.mark.parametrize("mode", PRESETS)
 @pytest.fixture(autouse=True)
 def _no_recordings(monkeypatch):
     monkeypatch.setattr(recordings, "ENABLED", True)
-    monkeypatch.setattr(recordings, "_recordings", type(recordings._recordings)())
+    recordings.clear()
 
 
 @pytest.fixture
@@ -42,10 +42,11 @@ def emulated(fused_on_cpu, monkeypatch):
 
 def recorded() -> list[Recording]:
     """The recordings, but those that a layer's steps made of :func:`nsa.forward`."""
-    found = recordings._recordings.items()
-    if any(form[0][0] is nsa.NativeSparseAttention for form, _ in found):
-        found = [x for x in found if x[0][0][0] is nsa.NativeSparseAttention]
-    return [x for _, x in found if isinstance(x, Recording)]
+    found = recordings._recordings
+    forms = [*found, *recordings._seen]
+    if any(form[0][0] is nsa.NativeSparseAttention for form in forms):
+        forms = [form for form in forms if form[0][0] is nsa.NativeSparseAttention]
+    return [found[form] for form in forms if form in found]
 
 
 def make_layer(mode="token", **options):
@@ -170,11 +171,11 @@ def test_packings_of_other_tokens_raise(emulated, unread):
 )
 def test_rounded_packings(lengths, bounds, most, unread):
     given = nsa.Packing(make_cu_seqlens(lengths))
-    found, longest = given.rounded(sum(lengths))
+    found, longest = given.unread(sum(lengths))
     assert (found.tolist(), found.dtype, longest) == (bounds, torch.int32, most)
-    assert given.rounded(sum(lengths) + 1) is None
+    assert given.unread(sum(lengths) + 1) is None
     longer = nsa.Packing(make_cu_seqlens(lengths), make_cu_seqlens([x + 1 for x in lengths]))
-    assert longer.rounded(sum(lengths)) is None
+    assert longer.unread(sum(lengths)) is None
 
 
 def test_frozen_parameters(emulated):
@@ -687,6 +688,34 @@ def test_those_called_last_are_kept(monkeypatch):
             run("key", function, (x,))
     # In the first call, and to rehearse and record in the second.
     assert seen.count((1,)) <= 3
+
+
+def test_forms_without_a_recording_take_no_place(monkeypatch):
+    """As where each step has another length: what is recorded stays, though it is called rarely."""
+    monkeypatch.setattr(recordings, "MAX_RECORDINGS", 2)
+    monkeypatch.setattr(recordings, "MAX_SEEN", 5)
+    seen = []
+
+    def function(x):
+        seen.append(x.shape)
+        return x * 2
+
+    def refused(x):
+        return x * x.sum().item()
+
+    for _ in range(2):
+        run("key", function, (torch.randn(1),))
+    seen.clear()
+    for size in range(2, 20):
+        run("key", function, (torch.randn(size),))
+        for _ in range(2):
+            run("refused", refused, (torch.randn(size),))
+    assert (1,) not in seen
+    seen.clear()
+    run("key", function, (torch.randn(1),))
+    assert not seen
+    assert len(recordings._recordings) == 1
+    assert len(recordings._seen) == 5
 
 
 def test_constants_are_kept_and_parameters_are_not():

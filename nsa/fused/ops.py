@@ -23,7 +23,7 @@ from nsa.fused.planning import make_plan, with_scale
 from nsa.fused.schedule import ChunkSchedule, fewest_chunks, run_backward, run_forward, split_heads
 from nsa.fused.sizes import Sizes, make_sizes
 from nsa.fused.strides import as_rows
-from nsa.packing import find_packing
+from nsa.packing import find_packing, power_of_two
 from nsa.results import Results
 from nsa.validation import UnsupportedError
 
@@ -213,18 +213,24 @@ def _run_recorded(
     """
     optional = (*inputs, options.block_indices, options.cu_seqlens, options.cu_seqlens_k)
     present = [x is not None for x in optional]
+    longest = options.max_seqlen_k
+    if longest is not None:
+        # One recording for some bounds, as for eager calls; the results have the same shapes.
+        longest = min(inputs.k.shape[1], power_of_two(longest))
+    plain = options._replace(
+        block_indices=None, cu_seqlens=None, cu_seqlens_k=None, max_seqlen_k=longest
+    )
 
     def call(*tensors: Tensor) -> list[Tensor]:
         following = iter(tensors)
         *parts, blocks, first, second = (next(following) if x else None for x in present)
         # Copies, which no Packing owns: its plan would be of its boundaries alone.
         first, second = (None if x is None else x.clone() for x in (first, second))
-        own = options._replace(block_indices=blocks, cu_seqlens=first, cu_seqlens_k=second)
+        own = plain._replace(block_indices=blocks, cu_seqlens=first, cu_seqlens_k=second)
         return function(Inputs._make(parts), own, *following)
 
-    rest = options._replace(block_indices=None, cu_seqlens=None, cu_seqlens_k=None)
     found = recordings.run_op(
-        (function, rest, *present),
+        (function, plain, *present),
         call,
         [*(x for x in optional if x is not None), *others],
         trains=options.save,

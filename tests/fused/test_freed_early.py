@@ -66,7 +66,7 @@ def test_of_recordings(mode, fused_on_cpu, monkeypatch):
     """A step frees what no later one uses; a kept graph keeps it."""
     note_kernels(monkeypatch.setattr)
     monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
-    monkeypatch.setattr(recordings, "_recordings", type(recordings._recordings)())
+    recordings.clear()
     monkeypatch.setattr(recordings, "ENABLED", True)
     for _ in range(2):
         inputs, out = call(mode)

@@ -8,7 +8,6 @@ import torch
 
 import nsa
 from nsa import recordings
-from nsa.recorded_call import Recording
 from nsa.testing import make_cu_seqlens
 from tests.helpers.gpu_cases import gpu_test
 
@@ -33,11 +32,11 @@ DIM, HEADS, TOKENS = 1024, 16, 1500
 @pytest.fixture(autouse=True)
 def _no_recordings(monkeypatch):
     monkeypatch.setattr(recordings, "ENABLED", True)
-    monkeypatch.setattr(recordings, "_recordings", type(recordings._recordings)())
+    recordings.clear()
 
 
 def is_recorded() -> bool:
-    return any(isinstance(x, Recording) for x in recordings._recordings.values())
+    return bool(recordings._recordings)
 
 
 def make_layer(config, num_kv_heads=1, **options):
