@@ -37,20 +37,27 @@ class _Options(NamedTuple):
 
     @property
     def places(self) -> BlockPlaces:
-        return BlockPlaces(*self[: len(BlockPlaces._fields)])
+        return BlockPlaces(
+            self.block_size,
+            self.stride,
+            self.blocks,
+            self.entry_tokens,
+            self.entry_blocks,
+            self.token_bounds,
+            self.block_bounds,
+        )
 
     @property
     def bounds(self) -> list[Tensor]:
         """None for a batch."""
         return [x for x in (self.token_bounds, self.block_bounds) if x is not None]
 
-    def rotate(
-        self, x: Tensor, other: Tensor | None, *, inverse: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def rotate(self, q: Tensor, k: Tensor, *, inverse: bool = False) -> list[Tensor]:
         """Tokens rotated by their positions, or back."""
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(q):
             angles = (0.0, 1, self.theta, inverse)
-            return kernel_calls.rotate(x, other, self.token_bounds, None, *angles)
+            rotated = kernel_calls.rotate(q, k, self.token_bounds, None, *angles)
+        return [x for x in rotated if x is not None]
 
     def rotate_blocks(self, x: Tensor, *, inverse: bool = False) -> Tensor:
         """Compressed tokens rotated by the positions of their centres, or back."""
@@ -154,8 +161,9 @@ def run_backward(
 ) -> list[Tensor]:
     saved, parameters = tensors[:-NUM_PARAMETERS], tensors[-NUM_PARAMETERS:]
     dk_cmp = options.rotate_blocks(dk_cmp, inverse=True)
-    pair = (x.flatten(0, -3) for x in (dk_cmp, dv_cmp))
-    dboth, grads = compress_pair_backward(*pair, saved, shape, options.places, parameters)
+    dk_cmp, dv_cmp = (x.flatten(0, -3) for x in (dk_cmp, dv_cmp))
+    places = options.places
+    dboth, grads = compress_pair_backward(dk_cmp, dv_cmp, saved, shape, places, parameters)
     return [*options.rotate(dq, dk, inverse=True), dboth, *grads]
 
 
