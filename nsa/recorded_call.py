@@ -2,7 +2,8 @@
 
 It knows tensors by their memory. The memory of each tensor that is given, and of each that an
 operation allocates, has a number; all others are constants. An argument of a step is a view of a
-memory. What PyTorch allocates is allocated in each call, and freed after its last use.
+memory. What PyTorch allocates is allocated in each call, and freed after its last use. The first
+numbers are those of the given tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,69 +14,38 @@ from torch import Tensor
 
 from nsa.precision import without_autocast
 
-Memories = list[Any]
-"""By number, a tensor that has the memory; None before it is allocated and after its last use."""
-
-Getter = Callable[[Memories], Any]
-"""Gives an argument of a step."""
-
-
-class Step(NamedTuple):
-    """A call of ``function``, whose arguments are getters, or places while it is recorded.
-
-    ``made`` is the memory of its result, or of each of its results, None for what is not new.
-    ``done`` are memories that no later step uses.
-    """
-
-    function: Callable
-    arguments: tuple
-    keywords: dict[str, Any]
-    made: int | tuple[int | None, ...] | None
-    done: tuple[int, ...]
-
 
 class Recording(NamedTuple):
     """A recorded call. The first memories are the tensors that are given.
 
     Attributes:
-        memories: how many there are.
-        steps, output: of the forward; the output is a tensor, or a list of them.
-        saved: memories that the backward needs.
-        dout: the memory of the output's gradient; None without a backward.
-        backward_steps, gradients: of the backward. There is a gradient for each given tensor, None
-            for one without.
+        run_forward: gives the output, a tensor or a list of them, and a list of what the backward
+            needs, from a list of the given tensors, which it empties.
+        saved: the memories of what the backward needs.
+        run_backward: gives the gradients of the given tensors, None for one without, from a list of
+            the output's gradient and one of what is saved, which it empties. None without any.
     """
 
-    memories: int
-    steps: tuple[Step, ...]
-    output: Getter
+    run_forward: Callable[[list[Tensor]], tuple[Any, list[Tensor]]]
     saved: tuple[int, ...]
-    dout: int | None
-    backward_steps: tuple[Step, ...]
-    gradients: tuple[Getter | None, ...]
+    run_backward: Callable[[list[Tensor], list[Tensor]], list[Tensor | None]] | None
 
     def forward(self, given: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
         """The output, and what the backward needs."""
-        memories: Memories = [*given, *(None,) * (self.memories - len(given))]
         with torch.cuda.device_of(given[0]), without_autocast(given[0].device):
-            _run(self.steps, memories)
-        return self.output(memories), [memories[number] for number in self.saved]
+            return self.run_forward(list(given))
 
     def backward(self, dout: Tensor, saved: list[Tensor]) -> list[Tensor | None]:
         """The gradients of the given tensors. ``saved`` is emptied, so that steps free memory."""
-        memories: Memories = [None] * self.memories
-        for number in reversed(self.saved):
-            memories[number] = saved.pop()
         if type(dout) is not Tensor:
             dout = _plain(dout)
         if not dout.is_contiguous() or dout.data_ptr() % 16:
             dout = dout.clone(memory_format=torch.contiguous_format)
-        assert self.dout is not None  # as there is a backward
-        memories[self.dout] = dout
+        assert self.run_backward is not None  # as there is a gradient
         with torch.cuda.device_of(dout), without_autocast(dout.device):
+            douts = [dout]
             del dout
-            _run(self.backward_steps, memories)
-        return [None if get is None else get(memories) for get in self.gradients]
+            return self.run_backward(douts, saved)
 
 
 def _plain(dout: Tensor) -> Tensor:
@@ -85,21 +55,6 @@ def _plain(dout: Tensor) -> Tensor:
     if type(copy) is not Tensor:
         raise TypeError(f"the output's gradient must be a plain tensor, got {type(copy).__name__}")
     return copy
-
-
-def _run(steps: tuple[Step, ...], memories: Memories) -> None:
-    for function, arguments, keywords, made, done in steps:
-        named = {name: get(memories) for name, get in keywords.items()} if keywords else keywords
-        result = function(*[get(memories) for get in arguments], **named)
-        if isinstance(made, int):
-            memories[made] = result
-        elif made is not None:
-            for number, x in zip(made, result, strict=True):
-                if number is not None:
-                    memories[number] = x
-        del result, named
-        for number in done:
-            memories[number] = None
 
 
 class RecordingNode(torch.autograd.Function):

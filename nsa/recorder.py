@@ -3,27 +3,15 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 from nsa.host import NotRecordable, RecordingMode
-from nsa.recorded_call import Getter, Memories, Recording, Step
-
-
-class _Base(NamedTuple):
-    """The tensor that a memory is known by. A given one may start anywhere in its memory."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-    contiguous: bool
-    given: bool
-
+from nsa.recorded_call import Recording
+from nsa.recorded_code import Base, Parts, Step, View, Writer, contiguous_strides
 
 MARK = "_nsa_memory"
 """Attribute of a storage, with its recorder's mark and its number. PyTorch keeps it as long as the
@@ -36,7 +24,7 @@ class Recorder(RecordingMode):
     def __init__(self, given: Sequence[Tensor]):
         super().__init__()
         self._mark = object()
-        self._bases: list[_Base] = []
+        self._bases: list[Base] = []
         self._steps: list[Step] = []
         # Memories that each step uses or makes.
         self._uses: list[set[int]] = []
@@ -45,7 +33,7 @@ class Recorder(RecordingMode):
                 raise NotRecordable("parameters share memory")
             self._add(x, given=True)
         self._num_given = len(given)
-        self._views: Counter[_View] = Counter()
+        self._views: Counter[View] = Counter()
         # Steps that allocate, and whether they fill with zeros.
         self._allocations: dict[int, bool] = {}
         self._dout: int | None = None
@@ -112,7 +100,7 @@ class Recorder(RecordingMode):
         """The recording; ``grads`` are the gradients of what was given."""
         at_end: set[int] = set()
         places = [None if x is None else self._place(x, at_end) for x in grads]
-        if not all(x is None or isinstance(x, _View) for x in places):
+        if not all(x is None or isinstance(x, View) for x in places):
             raise NotRecordable("a gradient is a constant")
         first: dict[int, int] = {}
         last: dict[int, int] = {}
@@ -133,22 +121,32 @@ class Recorder(RecordingMode):
             if at in self._allocations:
                 function = self._allocation(step.made, zeros=self._allocations[at])
             steps.append(step._replace(function=function, done=done))
-        steps = [
-            step._replace(
-                arguments=tuple(map(self._getter, step.arguments)),
-                keywords={name: self._getter(x) for name, x in step.keywords.items()},
-            )
-            for step in steps
-        ]
+        forward, backward = steps[: self._split], steps[self._split :]
         return Recording(
-            memories=len(self._bases),
-            steps=tuple(steps[: self._split]),
-            output=self._getter_of_outputs(),
+            run_forward=self._write_forward(forward, saved),
             saved=saved,
-            dout=self._dout,
-            backward_steps=tuple(steps[self._split :]),
-            gradients=tuple(None if x is None else self._getter(x) for x in places),
+            run_backward=self._write_backward(backward, saved, places) if grads else None,
         )
+
+    def _write_forward(self, steps: Sequence[Step], saved: Sequence[int]) -> Callable:
+        writer = Writer(self._bases)
+        writer.take(range(self._num_given), "given")
+        for step in steps:
+            writer.step(step)
+        outputs = [self._output(number, shape, writer) for number, shape in self._outputs]
+        output = f"[{', '.join(outputs)}]" if self._is_list else outputs[0]
+        return writer.finish("given", f"{output}, [{', '.join(f'm{n}' for n in saved)}]")
+
+    def _write_backward(
+        self, steps: Sequence[Step], saved: Sequence[int], gradients: Sequence[View | None]
+    ) -> Callable:
+        writer = Writer(self._bases)
+        writer.take(saved, "saved")
+        assert self._dout is not None  # as there is a backward
+        writer.take([self._dout], "douts")
+        for step in steps:
+            writer.step(step)
+        return writer.finish("douts, saved", f"[{', '.join(map(writer.value, gradients))}]")
 
     def _allocation(self, number: Any, *, zeros: bool) -> Callable[[], Tensor]:
         """Allocates a memory in the shape that most steps take, of those that have all of it."""
@@ -157,34 +155,29 @@ class Recorder(RecordingMode):
             times = {base.shape: 0}
             for view in (view for view in self._views if view.memory == number):
                 is_all = view.shape.numel() == base.shape.numel()
-                if is_all and _contiguous_strides(view.shape) == view.strides:
+                if is_all and contiguous_strides(view.shape) == view.strides:
                     times[view.shape] = self._views[view]
             shape = max(times, key=times.__getitem__)
-            base = base._replace(shape=shape, strides=_contiguous_strides(shape))
+            base = base._replace(shape=shape, strides=contiguous_strides(shape))
             self._bases[number] = base
         kind: dict[str, Any] = dict(dtype=base.dtype, device=self._device)
         if zeros:
             return partial(torch.zeros, base.shape, **kind)
         return partial(torch.empty_strided, base.shape, base.strides, **kind)
 
-    def _getter_of_outputs(self) -> Getter:
-        getters = [self._output_getter(number, shape) for number, shape in self._outputs]
-        if not self._is_list:
-            return getters[0]
-        return lambda memories: [get(memories) for get in getters]
-
-    def _output_getter(self, number: int, shape: torch.Size) -> Getter:
+    def _output(self, number: int, shape: torch.Size, writer: Writer) -> str:
         if shape == self._bases[number].shape:
-            return itemgetter(number)
+            return f"m{number}"
+        whole = View(number, self._bases[number].shape, self._bases[number].strides, 0)
         view = torch.ops.aten._unsafe_view.default
-        return lambda memories: view(memories[number], shape)
+        return writer.call(view, (whole, tuple(shape)))
 
     def _add(self, x: Tensor, *, given: bool = False) -> int:
         """The number of the memory of ``x``, which has none yet."""
         number = len(self._bases)
         setattr(x.untyped_storage(), MARK, (self._mark, number))
         self._bases.append(
-            _Base(
+            Base(
                 shape=x.shape,
                 strides=x.stride(),
                 offset=int(x.storage_offset()),
@@ -207,7 +200,7 @@ class Recorder(RecordingMode):
         return self._add(x)
 
     def _place(self, x: Any, uses: set[int]) -> Any:
-        """``x`` with a :class:`_View` for each tensor; adds the memories to ``uses``."""
+        """``x`` with a :class:`View` for each tensor; adds the memories to ``uses``."""
         if isinstance(x, Tensor):
             number = self._number_of(x)
             if number is None:
@@ -218,49 +211,13 @@ class Recorder(RecordingMode):
             if x.dtype != base.dtype:
                 raise NotRecordable(f"memory of {base.dtype} is read as {x.dtype}")
             uses.add(number)
-            view = _View(number, x.shape, x.stride(), int(x.storage_offset()) - base.offset)
+            view = View(number, x.shape, x.stride(), int(x.storage_offset()) - base.offset)
             self._views[view] += 1
             return view
         if isinstance(x, (tuple, list)) and next(tensors_in(x), None) is not None:
             make = getattr(type(x), "_make", type(x))
-            return _Parts(make, tuple(self._place(part, uses) for part in x))
+            return Parts(make, tuple(self._place(part, uses) for part in x))
         return x
-
-    def _getter(self, place: Any) -> Getter:
-        """Gives the argument that :meth:`_place` was made from."""
-        if isinstance(place, _Parts):
-            make, parts = place.make, tuple(map(self._getter, place.parts))
-            return lambda memories: make([get(memories) for get in parts])
-        if not isinstance(place, _View):
-            return lambda _: place
-        number, shape, strides, offset = place
-        base = self._bases[number]
-        if (shape, strides, offset) == (base.shape, base.strides, 0):
-            return itemgetter(number)
-        if not base.given:
-            return lambda memories: torch.as_strided(memories[number], shape, strides, offset)
-
-        def of_given(memories: Memories) -> Tensor:
-            given = memories[number]
-            return torch.as_strided(given, shape, strides, given.storage_offset() + offset)
-
-        return of_given
-
-
-class _View(NamedTuple):
-    """A tensor, as what it is of a memory."""
-
-    memory: int
-    shape: torch.Size
-    strides: tuple[int, ...]
-    offset: int
-
-
-class _Parts(NamedTuple):
-    """A tuple or list of some kind, with tensors in it."""
-
-    make: Callable
-    parts: tuple
 
 
 _NOT_RECORDABLE = {
@@ -293,10 +250,6 @@ _DIRECT: dict[OpOverload, Callable] = {
     torch.ops.aten._foreach_copy_.default: torch._foreach_copy_,
 }
 """Functions that do the same as operations, and take less time to call."""
-
-
-def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
 
 
 def _makes_new(args: tuple, kwargs: dict, result: Any) -> bool:

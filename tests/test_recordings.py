@@ -248,7 +248,7 @@ def test_without_gradients(mode, grad_mode, emulated):
             x = new_input()
             assert torch.equal(layer(x), layer._forward(x))
     (found,) = recorded()
-    assert not found.backward_steps
+    assert found.run_backward is None
     assert not found.saved
 
 

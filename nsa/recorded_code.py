@@ -1,0 +1,128 @@
+"""Writes what a recording runs, as a Python function: one line for each step.
+
+A line takes the host about a third of what a loop over steps does. Memories are local variables,
+and are deleted after their last use.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+
+
+class View(NamedTuple):
+    """A tensor, as what it is of a memory."""
+
+    memory: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+
+
+class Parts(NamedTuple):
+    """A tuple or list of some kind, with tensors in it."""
+
+    make: Callable
+    parts: tuple
+
+
+class Base(NamedTuple):
+    """The tensor that a memory is known by. A given one may start anywhere in its memory."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    contiguous: bool
+    given: bool
+
+
+class Step(NamedTuple):
+    """A call of ``function``. Arguments are a :class:`View` for a tensor of a memory,
+    :class:`Parts`, or constants.
+
+    ``made`` is the memory of its result, or of each of its results, None for what is not new.
+    ``done`` are memories that no later step uses.
+    """
+
+    function: Callable
+    arguments: tuple
+    keywords: dict[str, Any]
+    made: int | tuple[int | None, ...] | None
+    done: tuple[int, ...]
+
+
+class Writer:
+    """Writes a function for memories that ``bases`` describe."""
+
+    def __init__(self, bases: Sequence[Base]):
+        self._bases = bases
+        self._lines: list[str] = []
+        self._values: dict[str, Any] = {"as_strided": torch.as_strided}
+        self._names: dict[int, str] = {}
+        self._number = count()
+
+    def take(self, memories: Sequence[int], source: str) -> None:
+        """Take these memories from the end of the list ``source``, which it no longer holds."""
+        for memory in reversed(memories):
+            self._lines.append(f"m{memory} = {source}.pop()")
+
+    def step(self, step: Step) -> None:
+        """Call a function, and delete what no later one uses."""
+        line = self.call(step.function, step.arguments, step.keywords)
+        done = [f"m{memory}" for memory in step.done]
+        if isinstance(step.made, int):
+            line = f"m{step.made} = {line}"
+        elif step.made is not None:
+            names = ["_" if memory is None else f"m{memory}" for memory in step.made]
+            done += ["_"] if "_" in names else []
+            line = f"[{', '.join(names)}] = {line}"
+        self._lines.append(line)
+        if done:
+            self._lines.append(f"del {', '.join(done)}")
+
+    def call(self, function: Callable, arguments: Sequence, keywords: dict | None = None) -> str:
+        written = [self.value(x) for x in arguments]
+        written += [f"{name}={self.value(x)}" for name, x in (keywords or {}).items()]
+        return f"{self._name(function)}({', '.join(written)})"
+
+    def value(self, x: Any) -> str:
+        """An argument, or a result."""
+        if isinstance(x, Parts):
+            parts = "".join(f"{self.value(part)}, " for part in x.parts)
+            if x.make is list:
+                return f"[{parts}]"
+            return f"({parts})" if x.make is tuple else f"{self._name(x.make)}(({parts}))"
+        if isinstance(x, View):
+            return self._view(*x)
+        # Others may not be written as they are, such as infinity and types.
+        return repr(x) if type(x) in (int, bool, type(None)) else self._name(x)
+
+    def _view(self, memory: int, shape: torch.Size, strides: tuple[int, ...], offset: int) -> str:
+        base, name = self._bases[memory], f"m{memory}"
+        if (shape, strides, offset) == (base.shape, base.strides, 0):
+            return name
+        sizes, is_all = tuple(shape), offset == 0 and shape.numel() == base.shape.numel()
+        if is_all and base.contiguous and strides == contiguous_strides(shape):
+            return f"{name}.view({sizes})"
+        start = f"{name}.storage_offset() + {offset}" if base.given else f"{offset}"
+        return f"as_strided({name}, {sizes}, {tuple(strides)}, {start})"
+
+    def _name(self, x: Any) -> str:
+        """A name for a value, which is kept."""
+        name = self._names.get(id(x))
+        if name is None:
+            name = self._names[id(x)] = f"x{next(self._number)}"
+            self._values[name] = x
+        return name
+
+    def finish(self, parameters: str, result: str) -> Callable:
+        """The function of ``parameters``, which gives ``result``."""
+        body = "".join(f"    {line}\n" for line in (*self._lines, f"return {result}"))
+        exec(f"def run({parameters}):\n{body}", self._values)
+        return self._values.pop("run")
+
+
+def contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
