@@ -1,7 +1,6 @@
 """Custom ops for torch.compile whose calls on a GPU take the host less time."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +27,11 @@ def custom_op(name: str, schema: str | None = None) -> Callable[[Callable], Cust
         )
         _LIBRARY.impl(name, function, "CUDA")
         differentiable = make_autograd_impl(op._opoverload, op)
-        direct = partial(call_directly, function, differentiable, _C.DispatchKey.CUDA)
-        _LIBRARY.impl(name, direct, "AutogradCUDA", with_keyset=True)
+
+        def call(*arguments):
+            return call_directly(function, differentiable, _C.DispatchKey.CUDA, *arguments)
+
+        _LIBRARY.impl(name, call, "AutogradCUDA", with_keyset=True)
         return op
 
     return register

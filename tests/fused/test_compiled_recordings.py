@@ -151,3 +151,30 @@ def test_nothing_is_recorded_where_nothing_may_be_kept(monkeypatch):
         x = torch.randn(1, TOKENS, DIM, dtype=torch.float64)
         assert_same(compiled, model, x, monkeypatch=monkeypatch)
     assert not recordings._recordings
+
+
+@pytest.mark.parametrize("mode", PRESETS)
+def test_under_autocast_and_with_frozen_parameters(mode, monkeypatch):
+    """The one op before attention computes in autocast's dtype, and gives gradients in that of the
+    parameters."""
+    torch.manual_seed(0)
+    model = nsa.NativeSparseAttention(DIM, 4, 2, PRESETS[mode](), backend="fused")
+    for p in (model.compress_k.mlp[0].weight, model.compress_v.position):
+        p.requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(2, TOKENS, DIM)
+        found = []
+        for call, enabled in ((model, False), (compiled, True)):
+            monkeypatch.setattr(recordings, "ENABLED", enabled)
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = call(x)
+            y.float().square().sum().backward()
+            grads = {name: p.grad for name, p in model.named_parameters()}
+            assert all(
+                (g is None) != model.get_parameter(name).requires_grad for name, g in grads.items()
+            )
+            found.append([y.detach(), *(g for g in grads.values() if g is not None)])
+        torch.testing.assert_close(*found)
+    assert recorded() == set(OPS)
