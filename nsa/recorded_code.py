@@ -20,7 +20,7 @@ class View(NamedTuple):
     offset: int
 
 
-class Parts(NamedTuple):
+class Nested(NamedTuple):
     """A tuple or list of some kind, with tensors in it."""
 
     make: Callable
@@ -40,7 +40,7 @@ class Base(NamedTuple):
 
 class Step(NamedTuple):
     """A call of ``function``. Arguments are a :class:`View` for a tensor of a memory,
-    :class:`Parts`, or constants.
+    :class:`Nested`, or constants.
 
     ``made`` is the memory of its result, or of each of its results, None for what is not new.
     ``done`` are memories that no later step uses.
@@ -89,7 +89,7 @@ class Writer:
 
     def value(self, x: Any) -> str:
         """An argument, or a result."""
-        if isinstance(x, Parts):
+        if isinstance(x, Nested):
             parts = "".join(f"{self.value(part)}, " for part in x.parts)
             if x.make is list:
                 return f"[{parts}]"

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 
 from nsa.host import NotRecordable, RecordingMode
 from nsa.recorded_call import Recording
-from nsa.recorded_code import Base, Parts, Step, View, Writer, contiguous_strides
+from nsa.recorded_code import Base, Nested, Step, View, Writer, contiguous_strides
 
 MARK = "_nsa_memory"
 """Attribute of a storage, with its recorder's mark and its number. PyTorch keeps it as long as the
@@ -216,7 +216,7 @@ class Recorder(RecordingMode):
             return view
         if isinstance(x, (tuple, list)) and next(tensors_in(x), None) is not None:
             make = getattr(type(x), "_make", type(x))
-            return Parts(make, tuple(self._place(part, uses) for part in x))
+            return Nested(make, tuple(self._place(part, uses) for part in x))
         return x
 
 

@@ -190,7 +190,7 @@ LAYERS = [
     {"config"},
     {"precision", "host", "blocks", "segments", "results"},
     {"geometry", "packing", "testing"},
-    {"validation", "rope", "recorded_call"},
+    {"validation", "rope", "recorded_call", "recorded_code"},
     {"block_index_checks", "recorder"},
     {"recordings"},
     {"cache"},
