@@ -7,7 +7,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nsa import recordings
 from nsa.fused import compressed_forms
-from nsa.fused.attention import folded
 from tests.helpers import poison, profiles, requirements
 from tests.helpers.emulation import emulate_kernels
 from tests.helpers.world import World
@@ -67,17 +66,17 @@ def fused_on_cpu(monkeypatch):
     emulate_kernels(monkeypatch.setattr)
 
 
-@pytest.fixture(params=["masked", "folded", "shared keys"])
+@pytest.fixture(params=["masked", "folded", "sums of queries"])
 def compressed_calls(monkeypatch, request):
-    """All ways to compute the compressed branch of a batch: as of few, more and many tokens.
+    """All ways to compute the compressed branch of a batch: backward in three forms.
 
-    Of many, backward is not folded.
+    Forward skips tiles in the last two.
     """
     if request.param != "masked":
         monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
-    if request.param == "shared keys":
-        monkeypatch.setattr(folded, "SHARED_KEY_BYTES", 0)
-        monkeypatch.setattr(compressed_forms, "UNFOLDED_CTAS", 0)
+    least = 0 if request.param == "sums of queries" else 1 << 60
+    for name in ("UNFOLDED_CTAS", "SINGLE_CTAS"):
+        monkeypatch.setattr(compressed_forms, name, least)
 
 
 @pytest.fixture

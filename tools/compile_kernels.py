@@ -128,7 +128,9 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         for group, packed in ((16, False), (64, False), (256, True)):
             name = f"folded D={dim} G={group} {'packed' if packed else 'batched'}"
             yield name, partial(compile_dense, dim, group, packed, True, (None, None), "bfloat16")
-        yield f"folded D={dim} shared keys", partial(compile_shared_keys, dim)
+        for group, step in ((1, 64), (4, 16)):
+            name = f"seen blocks D={dim} G={group} step={step}"
+            yield name, partial(compile_seen_blocks, dim, group, step)
         for group, dtype in ((1, "float16"), (4, "bfloat16")):
             name = f"key times D={dim} G={group} {dtype}"
             times = partial(compile_dense, dim, group, False, False, (None, None), dtype)
@@ -200,8 +202,9 @@ def compile_dense(
     fa4_sm90.forward_kernels(variant)
     fa4_sm90.backward_kernels(variant._replace(deterministic=deterministic))
     together = math.gcd(group, MOST_TOGETHER)
-    if together > 1 and not deterministic:
-        fa4_sm90.backward_kernels(variant._replace(together=together))
+    if together > 1 and (not deterministic or (mask.left and not packed)):
+        whole = variant._replace(together=together, deterministic=deterministic)
+        fa4_sm90.backward_kernels(whole)
 
 
 def compile_blocks(dim, segments, deterministic):
@@ -224,13 +227,13 @@ def compile_closing(dim, group, form, keep, dtype):
     fa4_closing.compile_closing(variant, form, keep)
 
 
-def compile_shared_keys(dim):
-    """Folded queries of the heads of a group, whose keys have stride 0."""
+def compile_seen_blocks(dim, group, step):
+    """The forward of the compressed branch of a batch."""
     from nsa.fused.fa4_variants import Mask, Variant
     from nsa.fused.kernels import fa4_sm90
 
-    shape = (getattr_torch("bfloat16"), dim, dim, 64)
-    fa4_sm90.forward_kernels(Variant(*shape, Mask(causal=True), repeated=((), (0,), (0,))))
+    mask = Mask(right=True, step=step)
+    fa4_sm90.forward_kernels(Variant(getattr_torch("bfloat16"), dim, dim, group, mask))
 
 
 def compile_sparse(dim, group, query_block, key_block, mask, dtype):

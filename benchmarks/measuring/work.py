@@ -79,10 +79,14 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
         "combine_branches": Work(5 * query, 0),
         # dout, the branches' outputs and q.
         "combine_branches_backward": Work(5 * query, 0),
-        "query_gradient": Work(4 * query, 0),
         # Adds to the gradients of the window's and the selected branch's keys.
         "compress_pair_backward": Work(2 * (3 * key + compressed_key), 0),
     }
+    if options.heads == options.kv_heads:
+        work["query_gradient"] = Work(4 * query, 0)
+    elif not token:
+        # Sums in float32, the selected branch's gradient, and the result.
+        work["gradient_of_sums"] = Work(4 * query, 0)
     if not token:
         # int32 entries, read and written.
         work |= {

@@ -13,17 +13,20 @@ ONE_TILE = 128
 """Keys in a tile of FA4's kernels."""
 
 FEW_TOKENS = 4096
-"""Keys of a sequence up to which its compressed keys may be two tiles that are not folded.
+"""Keys of a sequence up to which its compressed keys may be two tiles of which none is skipped.
 
-Folding has FA4 skip tiles of keys, but takes a call for each sequence, copies of keys, and a call
-for the last query. With 255 compressed keys of 4 x 4K tokens, a layer of dim 1024 takes 92 launches
+Folding had FA4 skip tiles of keys, but took a call for each sequence, copies of keys, and a call
+for the last query; forward does without now, but not the backward of several sequences. With 255 compressed keys of 4 x 4K tokens, a layer of dim 1024 takes 92 launches
 and not 142, and 2.46 ms of GPU time and not 2.6. With 256 of 16K it takes 2.25 and not 2.09.
 """
 
 
 UNFOLDED_CTAS = 256
-"""From so many CTAs on, one for each head and tile of keys, the backward of a batch is not folded:
-then each processor has about two, a long and a short one."""
+"""From so many CTAs on, one for each head and tile of keys, the backward of several entries is not
+folded: then each processor has about two, a long and a short one."""
+
+SINGLE_CTAS = 1
+"""The same of a single entry, whose CTAs have short segments of queries if they are few."""
 
 
 class CompressedForm(Enum):
@@ -32,7 +35,7 @@ class CompressedForm(Enum):
     Attributes:
         NONE: there is no compressed token; the output is 0.
         LISTED: tiles attend listed groups (``num_cmp_selected_blocks``), queries in aligned rows.
-        BATCH: causal, batched input. It may be folded, see :func:`is_folded`.
+        BATCH: causal, batched input. Tiles may be skipped, see :func:`is_folded`.
         FOLDED_ROWS: causal, packed sequences. Their queries are gathered into folded rows.
         ALL: not causal; every query attends all compressed tokens of its sequence.
     """
@@ -56,11 +59,12 @@ def compressed_form(config: NSAConfig, *, packed: bool, num_compressed: int) -> 
 
 
 def is_folded(form: CompressedForm, num_compressed: int, config: NSAConfig, *, whole: bool) -> bool:
-    """Whether queries that see the same blocks become heads for FA4, so that it skips key tiles.
+    """Whether FA4 skips key tiles that no query of a tile sees.
 
-    A batch is folded by views if it has more than a tile of keys, or two of few tokens, or not the
-    ``whole`` sequences as queries. Else a mask compares positions, which is compiled for the first
-    of them.
+    Of packed sequences, queries that see the same blocks become heads for that. So they do in the
+    backward of a batch, unless :func:`sums_queries`; its forward has a kernel of its own. A batch
+    skips tiles if it has more than one, or two of few tokens, or not the ``whole`` sequences as
+    queries. Else a mask compares positions, which is compiled for the first of them.
     """
     # Not part of the form, because torch.compile would then recompile for longer inputs.
     if form is not CompressedForm.BATCH:
@@ -69,16 +73,18 @@ def is_folded(form: CompressedForm, num_compressed: int, config: NSAConfig, *, w
     return num_compressed > (2 * ONE_TILE if is_short else ONE_TILE) or not whole
 
 
-def sums_queries(form: CompressedForm, num_compressed: int, heads: int, group: int) -> bool:
+def sums_queries(
+    form: CompressedForm, num_compressed: int, entries: int, heads: int, group: int
+) -> bool:
     """Whether backward adds gradients of queries of the compressed and window branch in float32.
 
-    ``heads`` are those of an entry, of which ``group`` share a KV head: one alone has no sums of
-    keys, to which several CTAs could add.
+    An entry has ``num_compressed`` keys and ``heads``, of which ``group`` share a KV head: one
+    alone has no sums of keys, to which several CTAs could add.
     """
-    if group == 1:
+    if group == 1 or form is not CompressedForm.BATCH:
         return False
     tiles = -(-num_compressed // LARGEST_TILE)
-    return form is CompressedForm.BATCH and heads * tiles >= UNFOLDED_CTAS
+    return heads * tiles >= (SINGLE_CTAS if entries == 1 else UNFOLDED_CTAS)
 
 
 def results_in_order(config: NSAConfig, packed: bool) -> bool:

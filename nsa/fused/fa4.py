@@ -84,6 +84,25 @@ def dense_forward(
     return _forward(Call(q, k, v, scale, mask, window, bounds), out, lse)
 
 
+def forward_of_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    key_times: tuple[int, int],
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`dense_forward` of a batch with ``key_times``, which skips tiles of keys.
+
+    ``first`` of these is an argument of the kernel, which is compiled for the stride.
+    """
+    step, first = key_times
+    mask = Mask(right=True, step=step)
+    return _forward(Call(q, k, v, scale, mask, (None, first)), out, lse)
+
+
 def closing_forward(
     q: Tensor,
     k: Tensor,

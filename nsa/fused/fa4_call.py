@@ -88,7 +88,9 @@ class Call(NamedTuple):
         heads, head_dim = self.q.shape[-2:]
         together = math.gcd(variant.group, MOST_TOGETHER)
         tiles = math.prod(self.k.shape[:-2]) // LARGEST_TILE
-        alone = variant.deterministic or variant.blocks is not None or variant.repeated
+        # In a fixed order only a window's, which go through heads one after the other.
+        ordered = variant.deterministic and (variant.packed or not variant.mask.left)
+        alone = ordered or variant.blocks is not None or variant.repeated
         if variant.mask.step is not None:
             return 1
         if alone or together == 1 or tiles * (heads // together) < FEWEST_CTAS:

@@ -26,8 +26,8 @@ class Mask(NamedTuple):
         left, right: a window bounds the keys before, or after, the query.
         times: (stride, first): query ``i`` sees the keys ``j`` with ``j * stride + first <= i``.
         limited: each query has its own limit, and sees the keys before it.
-        step: in backward: query ``i`` sees the keys ``j`` with ``j * step + first <= i``, where
-            ``first`` is the bound on the right; that on the left is the tiles of queries of a CTA.
+        step: query ``i`` sees the keys ``j`` with ``j * step + first <= i``, where ``first`` is the
+            bound on the right; in backward that on the left is the tiles of queries of a CTA.
     """
 
     causal: bool = False
@@ -101,7 +101,7 @@ class Variant(NamedTuple):
     def pack_heads(self) -> bool:
         """Whether a tile of the forward holds the queries of a group's heads. FA4's rule."""
         # Lists are by query head. Packing would read one head's list for the whole group.
-        return self.group > 1 and self.blocks is None
+        return self.group > 1 and self.blocks is None and self.mask.step is None
 
     def plain(self) -> "Variant":
         """The fields on which the kernels before and after the main one of a backward depend."""
@@ -177,16 +177,17 @@ def _measured_tile(variant: Variant) -> tuple[int, int] | None:
     If 192 rows of several heads share a window of some hundred keys, it takes 0.69 ms instead of
     0.82 (32K tokens, H=32, H_kv=8, w=512). With one head, 128 by 128 is faster. The same holds for
     few keys with times (8K tokens over 127, 0.088 ms instead of 0.094). Without either, folded
-    queries take 14.2 ms instead of 15.4 (256K tokens, l=64) if heads do not share their keys.
+    queries take 14.2 ms instead of 15.4 (256K tokens, l=64), and those that see blocks no more.
     """
     group, mask = variant.group, variant.mask
+    if mask.step is not None and 96 < variant.head_dim <= 128:
+        return 128, 160
     if group == 1 or not 96 < variant.head_dim <= 128:
         return None
     if mask.left or mask.times is not None:
         return (192, 80) if 192 % group == 0 else None
-    shared_keys = variant.repeated and 0 in variant.repeated[1]
     # A window with only a right bound belongs to folded queries with started blocks.
-    return None if mask.right or shared_keys else (128, 160)
+    return None if mask.right else (128, 160)
 
 
 def _sparse_forward_tile(head_dim: int, query_block: int, key_block: int) -> tuple[int, int]:

@@ -58,11 +58,12 @@ class Turns(NamedTuple):
 
     There are ``blocks`` sums for each KV head: one a key block. Blocks that many lists name, as the
     first one of a sequence, have one for each query head instead, so that fewer wait for another:
-    ``shared`` blocks of each KV head, whose sums come after all others.
+    ``shared`` blocks of each KV head, whose sums come after all others. Of few keys, all have, and
+    are where a query head's follow those of the one before.
 
     Attributes:
         partial_slot: int32, like the index of the partial blocks: which of the sums. That of a key
-            block is ``kv_head * blocks + block``.
+            block is ``kv_head * blocks + block``, or ``head * blocks + block``.
         partial_turn: how many entries are added to these sums before.
         full_slot, full_turn: the same for full blocks; None if there are none.
         popular: ``(H_kv, shared)``, the blocks with sums for each query head; those of query head
@@ -75,6 +76,15 @@ class Turns(NamedTuple):
     full_slot: Tensor | None
     full_turn: Tensor | None
     popular: Tensor
+
+
+APART_BYTES = 1 << 30
+"""Bytes of sums up to which each query head has its own of all key blocks."""
+
+
+def apart(num_blocks: int, heads: int, head_dim: int) -> bool:
+    """Whether query heads have their own sums of all key blocks, of 64 keys and as many values."""
+    return 2 * 64 * 4 * num_blocks * heads * head_dim <= APART_BYTES
 
 
 TOGETHER = 16
@@ -93,8 +103,10 @@ def num_popular(num_blocks: int, group: int) -> int:
     return 0 if group == 1 else min(num_blocks, max(1, num_blocks // (4 * group)))
 
 
-def take_turns(lists: BlockLists, num_blocks: int, kv_heads: int) -> Turns:
+def take_turns(lists: BlockLists, num_blocks: int, kv_heads: int, *, alone: bool = False) -> Turns:
     """An order of the entries of ``lists`` of key blocks below ``num_blocks``, for each sum.
+
+    If ``alone``, each query head has its own sums of all blocks, and ``popular`` names none.
 
     Entries go by their CTAs, in the order in which these are launched: query tiles of
     :func:`heads_together`, tile after tile, then those of the next heads.
@@ -103,8 +115,9 @@ def take_turns(lists: BlockLists, num_blocks: int, kv_heads: int) -> Turns:
     group = heads // kv_heads
     index, valid = _entries(lists)
     head = torch.arange(heads, device=device)[:, None, None]
-    slot = torch.where(valid, head // group * num_blocks + index, kv_heads * num_blocks)
-    shared = num_popular(num_blocks, group)
+    owner, owners = (head, heads) if alone else (head // group, kv_heads)
+    slot = torch.where(valid, owner * num_blocks + index, owners * num_blocks)
+    shared = 0 if alone else num_popular(num_blocks, group)
     popular = torch.empty(kv_heads, 0, dtype=torch.int64, device=device)
     if shared:
         ends = torch.arange(kv_heads * num_blocks + 1, device=device)

@@ -34,6 +34,11 @@ out, lse) -> (out, lse)`` and
     first)`` excludes both and aligns nothing: query ``i`` sees keys ``j`` with
     ``j * stride + first <= i``. ``Dv`` may differ from ``D``, in backward only if ``H == H_kv``.
 
+``forward_of_blocks(q, k, v, *, scale, key_times, out, lse) -> (out, lse)``
+
+    ``dense_forward`` of a batch, which skips tiles of keys that no query of a tile sees. A query
+    that sees none has an output of 0.
+
 ``closing_forward(q, k, v, others, gates, weight, *, scale, causal, window_size, keep, out, lse) ->
 (total, out, lse)``
 

@@ -4,6 +4,7 @@ Queries are ``(B, T, H, D)``, keys ``(B, Tk, H_kv, D)``, with ``B = 1`` for pack
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from nsa.fused.attention import (
     window_attention_backward,
 )
 from nsa.fused.call_tensors import BranchResults, Inputs
+from nsa.fused.compressed_forms import CompressedForm
 from nsa.fused.compression import compress, compress_pair, compress_pair_backward
 from nsa.fused.fa4_call import new_query_sums
 from nsa.fused.gating import (
@@ -84,7 +86,9 @@ def attend(
     # Of short inputs the window comes first, because the host would not be ready with the others.
     # By tokens, which all chunks of heads have alike, so that their results have the same bits.
     window_last = combines and not plan.packed and q.shape[0] * q.shape[1] > SHORT_TOKENS
-    side_stream = SideStream(q)
+    # In tile mode the selection and its branch then run beside the compressed one, but for groups.
+    apart = window_last and not token_mode and plan.compressed_form is not CompressedForm.LISTED
+    side_stream = nullcontext() if window_last else SideStream(q)
     o_win = lse_win = None
     if before_keys is None and not window_last:
         # It needs no plan tensors, and runs while the host prepares the rest.
@@ -92,36 +96,43 @@ def attend(
     with side_stream:
         k_cmp, v_cmp = _compressed_pair(inputs, plan)
         q_rows = plan.align_queries(q)
-        if not token_mode:
+        if not token_mode and not apart:
             block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
+        beside = SideStream(q) if apart else nullcontext()
         o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
-        if block_indices is None:  # only in token mode
+        if token_mode and block_indices is None:
             lse = compressed_lse(lse_cmp, q, k_cmp, plan)
             block_indices = select_blocks(q_rows, k_cmp, lse, plan)
             del lse
-    if before_keys is not None:
-        # What needs no keys has come first.
-        before_keys()
-        if not window_last:
-            o_win, lse_win = window_attention(q, k_win, v_win, plan)
     o_slc: Tensor | None
     gating = (inputs.gates, inputs.gate_proj_weight, out)
-    if combines and plan.has_band and not window_last:
-        assert o_win is not None  # as it came first
-        out, o_slc, lse_slc = closing_attention(
-            *(q_rows, k_slc, v_slc, block_indices, (o_cmp, o_win)), *gating, plan, keep=keep
-        )
-    else:
-        o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
-        del q_rows
-        if window_last:
-            out, o_win, lse_win = closing_window(
-                *(q, k_win, v_win, (o_cmp, o_slc)), *gating, plan, keep=keep and keep_window
-            )
-        elif combines:
+    with beside:
+        if apart:
+            block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
+        assert block_indices is not None  # as by now they are selected
+        if before_keys is not None:
+            # What needs no keys has come first.
+            before_keys()
+            if not window_last:
+                o_win, lse_win = window_attention(q, k_win, v_win, plan)
+        if combines and plan.has_band and not window_last:
             assert o_win is not None  # as it came first
-            placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
-            out = combine_branches((o_cmp, o_slc, o_win), q, *gating, placements)
+            out, o_slc, lse_slc = closing_attention(
+                *(q_rows, k_slc, v_slc, block_indices, (o_cmp, o_win)), *gating, plan, keep=keep
+            )
+        else:
+            o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
+    del q_rows
+    if window_last:
+        assert o_slc is not None  # as closing_attention alone may leave it out
+        out, o_win, lse_win = closing_window(
+            *(q, k_win, v_win, (o_cmp, o_slc)), *gating, plan, keep=keep and keep_window
+        )
+    elif combines and not plan.has_band:
+        assert o_win is not None  # as it came first
+        assert o_slc is not None
+        placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
+        out = combine_branches((o_cmp, o_slc, o_win), q, *gating, placements)
     if not keep:
         return out, None, block_indices, groups
     assert o_slc is not None  # as it is kept

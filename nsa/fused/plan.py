@@ -106,14 +106,15 @@ class Plan:
 
     @property
     def folds(self) -> bool:
-        """Whether the compressed branch folds queries into heads."""
+        """See :func:`nsa.fused.compressed_forms.is_folded`."""
         count = self.geometry.compressed.total
         return is_folded(self.compressed_form, count, self.config, whole=self.whole)
 
     def sums_queries(self, num_heads: int, num_kv_heads: int) -> bool:
         """See :func:`nsa.fused.compressed_forms.sums_queries`."""
         total = self.geometry.compressed.total
-        return sums_queries(self.compressed_form, total, num_heads, num_heads // num_kv_heads)
+        group = num_heads // num_kv_heads
+        return sums_queries(self.compressed_form, total, self.batch, num_heads, group)
 
     @cached_property
     def queries(self) -> AlignedRows:

@@ -135,7 +135,7 @@ class Sizes(NamedTuple):
     def sums_queries(self) -> bool:
         """As :meth:`nsa.fused.plan.Plan.sums_queries`."""
         keys = self.compressed // self.batch
-        return sums_queries(self.form, keys, self.num_heads, self.group)
+        return sums_queries(self.form, keys, self.batch, self.num_heads, self.group)
 
     # Shapes of results.
 

@@ -2,8 +2,7 @@
 
 This happens while a CUDA graph of short inputs is captured. Outside a graph, the kernels of short
 inputs end before the host has launched what could run beside them. Long inputs gain nothing,
-because their kernels fill the GPU, and their workspace would be split. It also happens where few
-queries have to pass many keys, because their kernel runs on a few processors for a long time.
+because their kernels fill the GPU, and their workspace would be split.
 """
 
 from functools import lru_cache
@@ -11,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nsa.host import is_capturing, refuse_recording
+from nsa.host import is_capturing
 
 SHORT = 1 << 27
 """The most elements of the queries for which a second stream is used: 32K tokens, H=32, D=128."""
@@ -29,15 +28,11 @@ class SideStream:
 
     Args:
         q: the queries.
-        always: whether to use the second stream for any inputs and outside of graphs too. The block
-            then allocates nothing.
     """
 
-    def __init__(self, q: Tensor, *, always: bool = False):
+    def __init__(self, q: Tensor):
         self._inside = None
-        if always:
-            refuse_recording("the second stream is no step")
-        if (always and q.is_cuda) or (is_capturing(q) and q.numel() <= SHORT):
+        if is_capturing(q) and q.numel() <= SHORT:
             self._outside = torch.cuda.current_stream(q.device)
             # Within a block on the second stream, what runs beside needs a third.
             self._stream = next(x for x in _side_streams(q.device) if x != self._outside)

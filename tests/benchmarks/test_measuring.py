@@ -63,6 +63,11 @@ def test_stages_of_a_pass_and_nothing_left_behind(parts, monkeypatch):
         with stages.results_of(pipeline.compress) as compressed:
             nsa.select_blocks(tensors.q, tensors.k, config=config, backend="fused")
         unmet -= {"compress"} if compressed else set()
+    # A stage of several entries.
+    tensors = workloads.make_tensors((2, 200), OPTIONS, backward=True)
+    with stages.results_of(pipeline.query_gradient) as results:
+        workloads.make_step(workloads.nsa_attention(tensors, CONFIG), tensors)()
+    unmet -= {"query_gradient"} if results else set()
     # Stages of the sparse compressed branch.
     call = dict(config=SPARSE, backend="fused")
     blocks = nsa.select_blocks(tensors.q, tensors.k, **call)

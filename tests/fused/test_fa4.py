@@ -72,6 +72,7 @@ def test_keys_with_times_have_no_other_mask(other):
 CAUSAL = Mask(causal=True)
 WINDOW = Mask(left=True, right=True)
 TIMES = Mask(times=(64, 63))
+BLOCKS = Mask(right=True, step=16)
 
 
 @pytest.mark.parametrize(
@@ -89,18 +90,16 @@ TIMES = Mask(times=(64, 63))
         (64, 128, Mask(right=True), (128, 128)),
         (4, 128, TIMES, (192, 80)),
         (5, 128, TIMES, (128, 128)),
+        (1, 128, BLOCKS, (128, 160)),
+        (16, 128, BLOCKS, (128, 160)),
+        (4, 64, BLOCKS, (192, 128)),
+        (4, 256, BLOCKS, (128, 64)),
         (4, 256, WINDOW, (128, 64)),
         (4, 256, CAUSAL, (128, 80)),
     ],
 )
 def test_forward_tiles(group, dim, mask, tile):
     assert forward_tile(Variant(torch.bfloat16, dim, dim, group, mask)) == tile
-
-
-def test_shared_keys_have_a_tile_of_their_own():
-    shape = (torch.bfloat16, 128, 128, 64, CAUSAL)
-    assert forward_tile(Variant(*shape, repeated=((), (0,), (0,)))) == (128, 128)
-    assert forward_tile(Variant(*shape, repeated=((0,), (), ()))) == (128, 160)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +196,8 @@ def test_heads_share_a_cta_where_enough_are_left():
     assert call_of(q[:, :2048], k[:, :2048]).variant(q).together == 1
     assert call_of(q[:, :, :24], k).variant(q[:, :, :24]).together == 2
     assert call._replace(deterministic=True).variant(q).together == 1
+    in_order = call._replace(mask=WINDOW, deterministic=True)
+    assert in_order.variant(q).together == 8
     assert call._replace(blocks=(64, 128)).variant(q).together == 1
     wide = torch.empty(1, 4096, 64, 136, device="meta")[..., :128]
     assert call.variant(wide).together == 1

@@ -52,14 +52,15 @@ def random_lists(heads: int, tiles: int, blocks: int, width: int, full: bool) ->
     )
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("heads", "group"), [(1, 1), (6, 3), (32, 16), (40, 4), (20, 1)])
-def test_entries_take_turns_as_their_tiles_are_launched(heads, group, full):
+def test_entries_take_turns_as_their_tiles_are_launched(heads, group, full, alone):
     tiles, blocks, width, kv_heads = 7, 90, 4, heads // group
     lists = random_lists(heads, tiles, blocks, width, full)
-    turns = take_turns(lists, blocks, kv_heads)
+    turns = take_turns(lists, blocks, kv_heads, alone=alone)
     together = heads_together(heads, group)
-    shared = num_popular(blocks, group)
+    shared = 0 if alone else num_popular(blocks, group)
     assert together % group == heads % together == 0
     assert turns.popular.shape == (kv_heads, shared)
     if shared:
@@ -69,8 +70,8 @@ def test_entries_take_turns_as_their_tiles_are_launched(heads, group, full):
         for tile in range(tiles):
             for head in range(first, first + together):
                 for entry in entries(lists, turns, head, tile):
-                    check_entry(*entry, added, head, group, blocks, turns.popular)
-    assert max(added) < kv_heads * (blocks + shared * group)
+                    check_entry(*entry, added, head, 1 if alone else group, blocks, turns.popular)
+    assert max(added) < (heads if alone else kv_heads) * blocks + kv_heads * shared * group
 
 
 def entries(lists: BlockLists, turns, head: int, tile: int):
@@ -89,7 +90,9 @@ def check_entry(block, slot, turn, added, head, group, blocks, popular):
     added[slot] += 1
     kv_heads, shared = popular.shape
     kv_head, own = divmod(head, group)
-    place = popular[kv_head].tolist().index(block) if block in popular[kv_head] else None
+    # None are popular, and there may be fewer KV heads, if each head is alone.
+    named = popular[kv_head].tolist() if shared else []
+    place = named.index(block) if block in named else None
     if place is None:
         assert slot == kv_head * blocks + block
     else:

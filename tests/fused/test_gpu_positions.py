@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import nsa
-from nsa.fused.attention import folded
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.cuda_graphs import Call, check_replays
 from tests.helpers.gpu_cases import (
@@ -81,11 +80,10 @@ def test_tile_mode(name, monkeypatch):
 
 
 @pytest.mark.parametrize("visibility", ["complete", "started"])
-def test_parts_of_rows_on_a_second_stream(visibility, monkeypatch):
-    """As after many keys. Rows of each KV head have a call of their own then."""
-    monkeypatch.setattr(folded, "MANY_KEYS", 0)
+def test_parts_of_rows(visibility, monkeypatch):
+    """In backward, which folds where it does not add to sums of queries."""
     config = nsa.NSAConfig.paper(compressed_visibility=visibility)
-    case = paper_case(lengths=(4103,), queries=(1001,), config=config, shared=True)
+    case = paper_case(lengths=(4103,), queries=(1001,), config=config, summed=False)
     check_against_reference(case, monkeypatch)
     check_nothing_is_left_unwritten(case)
     call = LastQueries(config, (2, 1001), (2, 4103))

@@ -90,17 +90,17 @@ def test_estimate_by_hand():
     # and the first query of each tile, by head; indices and lists.
     forward = branches + 8 + 0.25 + 2 * 0.25 + 2 * 0.125
     assert workspace_bytes(sizes, 2, save=False, recompute=False) == forward * mib
-    # In the selected branch: compressed keys; gradients of q, k and v of the window, of q and in
-    # float32 of compressed keys; those of q, k and v, and sums of keys in float32; what was
-    # selected, twice; dlogits; statistics.
-    others = 64 + 2 * 16 + 64 + 4 * 0.25
+    # In the selected branch: compressed keys; sums of q in float32, gradients of k and v of the
+    # window and in float32 of compressed keys; those of q, k and v, and sums of keys in float32;
+    # what was selected, twice; dlogits; statistics.
+    others = 2 * 64 + 2 * 16 + 4 * 0.25
     backward = 2 * 0.25 + others + 64 + 2 * 16 + 4 * 16 + 2 * 0.125 + 6 + 2 * 6
     assert workspace_bytes(sizes, 2, save=True, recompute=False) == (branches + backward) * mib
-    # With given gates, in the window branch: gradients of three outputs, and of q, k and v; FA4's
-    # accumulators of them with two numbers a query; the gates' gradients, statistics and compressed
-    # keys as above.
+    # With given gates, in the window branch: gradients of three outputs, and of k and v; FA4's
+    # accumulators of them and of q with two numbers a query; the gates' gradients, statistics and
+    # compressed keys as above.
     accumulators = 128 + 2 * 2 + 2 * 32
-    given = 3 * 64 + (64 + 2 * 16) + accumulators + 6 + 2 * 6 + 0.125 + 2 * 0.25
+    given = 3 * 64 + 2 * 16 + accumulators + 6 + 2 * 6 + 0.125 + 2 * 0.25
     whole = sizes._replace(gated_gradients=True)
     assert workspace_bytes(whole, 2, save=True, recompute=False) == (branches + given) * mib
     # One of the two KV heads holds half of that, but all that was selected.
@@ -132,7 +132,8 @@ def test_shared_sums_of_queries_take_no_more(case, monkeypatch):
     # A fixed order takes more: sums of keys for each segment of the queries.
     ordered = sizes._replace(deterministic=True)
     assert compressed_backward_bytes(ordered) > compressed_backward_bytes(sizes)
-    monkeypatch.setattr(compressed_forms, "UNFOLDED_CTAS", 1 << 60)
+    for name in ("UNFOLDED_CTAS", "SINGLE_CTAS"):
+        monkeypatch.setattr(compressed_forms, name, 1 << 60)
     assert not sizes.sums_queries
     assert shared <= workspace_bytes(sizes, sizes.num_kv_heads, save=True, recompute=False)
 

@@ -1,7 +1,6 @@
 """The order of streams that run side by side, with stand-ins for CUDA's."""
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,15 +82,3 @@ def test_one_stream_for_long_inputs_and_outside_of_a_graph(log, monkeypatch):
     monkeypatch.undo()
     run(log)
     assert log == ["first", "second", "after"]
-
-
-def test_always_a_second_stream(log, monkeypatch):
-    """Of any inputs on a GPU, and of none on a CPU."""
-    monkeypatch.setattr(streams, "is_capturing", lambda _: False)
-    for on_gpu in (True, False):
-        log.clear()
-        q = SimpleNamespace(is_cuda=on_gpu, device=None, numel=lambda: 2 * streams.SHORT)
-        with streams.SideStream(q, always=True):
-            log.append("inside")
-        joined = ["side waits for main", "on side", "inside", "off side", "main waits for side"]
-        assert log == (joined if on_gpu else ["inside"])

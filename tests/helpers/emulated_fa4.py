@@ -15,8 +15,8 @@ from nsa.fused.hardware import LOG2_E
 from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 
 NAMES = (
-    *("dense_forward", "closing_forward", "dense_backward", "add_dense_backward"),
-    *("sparse_forward", "sparse_backward"),
+    *("dense_forward", "forward_of_blocks", "closing_forward"),
+    *("dense_backward", "add_dense_backward", "sparse_forward", "sparse_backward"),
 )
 
 
@@ -48,6 +48,11 @@ def dense_forward(
         mask = _dense_mask(queries, keys, q, k, causal, window_size, key_times)
         out[queries], lse[_rows(queries)] = attend(q[queries], k[keys], v[keys], mask, scale)
     return out, lse
+
+
+def forward_of_blocks(q, k, v, *, scale, key_times, out=None, lse=None):
+    call = dict(scale=scale, causal=False, window_size=(None, None), key_times=key_times)
+    return dense_forward(q, k, v, out=out, lse=lse, **call)
 
 
 def closing_forward(

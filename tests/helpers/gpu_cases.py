@@ -10,7 +10,6 @@ from torch import Tensor
 
 import nsa
 from nsa.fused import compressed_forms, constraints, entry, pipeline
-from nsa.fused.attention import folded
 from nsa.fused.compression import compress
 from nsa.fused.planning import make_plan
 from nsa.fused.selection import select_groups
@@ -82,7 +81,7 @@ class Case(NamedTuple):
     compressor: str
     seed: int
     folded: bool = False  # fold the compressed branch of a batch even if keys are few
-    shared: bool = False  # and make one call per KV head, in forward; do not fold in backward
+    summed: bool | None = None  # whether backward adds to sums of queries; None for the default
     queries: tuple[int, ...] | None = None  # of each sequence, its last tokens; None: all
     closing: bool = False  # the window's kernel adds the branches up, of few tokens too
 
@@ -169,7 +168,7 @@ def cases(draw, variant: Variant) -> Case:
         compressor=draw(st.sampled_from(["mean", "mean", "weights", "given"])),
         seed=draw(st.integers(0, 2**16)),
         folded=draw(st.booleans()),
-        shared=draw(st.booleans()),
+        summed=draw(st.none() | st.booleans()),
         queries=queries,
         closing=draw(st.booleans()),
     )
@@ -294,9 +293,9 @@ def check_against_reference(case: Case, monkeypatch) -> None:
     arguments, config = make_tensors(case), case.config
     if case.folded:
         monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
-    if case.shared:
-        monkeypatch.setattr(folded, "SHARED_KEY_BYTES", 0)
-        monkeypatch.setattr(compressed_forms, "UNFOLDED_CTAS", 0)
+    if case.summed is not None:
+        for name in ("UNFOLDED_CTAS", "SINGLE_CTAS"):
+            monkeypatch.setattr(compressed_forms, name, 0 if case.summed else 1 << 60)
     if case.closing:
         monkeypatch.setattr(pipeline, "SHORT_TOKENS", 0)
     assert constraints.unsupported_reason(arguments["q"], _first(arguments["v"]), config) is None

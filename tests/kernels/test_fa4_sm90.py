@@ -26,6 +26,7 @@ CLASSES = {
     "FlashAttentionForwardSm90": "Forward",
     "TallForward": "Forward",
     "ClosingForward": "Forward",
+    "ForwardOfBlocks": "Forward",
     "FlashAttentionBackwardSm90": "Backward",
     "BackwardThroughHeads": "Backward",
     "FlashAttentionBackwardPostprocess": "Postprocess",
@@ -141,9 +142,13 @@ def into_slices():
     return out, lse, *fa4.dense_backward(out, q, k, k, statistics_like(lse), dq=dq, **mask)
 
 
-def shared_keys():
-    q, k = make(4, 10, HEADS, DIM), make(10, 1, DIM).expand(4, 10, 1, DIM)
-    return fa4.dense_forward(q, k, k, scale=0.2, causal=True, window_size=(None, None))
+def of_blocks(group=4):
+    q, k = make(2, ROWS, HEADS, DIM), make(2, 100, HEADS // group, DIM)
+    return fa4.forward_of_blocks(q, k, k, scale=0.1, key_times=(16, 31))
+
+
+def of_blocks_of_every_head():
+    return of_blocks(1)
 
 
 def packed(group=4, sequences=3, **options):
@@ -208,7 +213,8 @@ def sparse_wide():
 
 
 CALLS = [
-    *(window, window_of_every_head, window_with_other_values, key_times, into_slices, shared_keys),
+    *(window, window_of_every_head, window_with_other_values, key_times, into_slices),
+    *(of_blocks, of_blocks_of_every_head),
     *(packed, packed_of_every_head, packed_many, packed_many_of_every_head),
     *(sparse_causal, sparse_limit, sparse_wide),
 ]

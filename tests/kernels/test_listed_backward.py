@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from nsa.fused import kernel_calls
+from nsa.fused import fixed_order, kernel_calls
 from nsa.fused.kernel_inputs import BlockLists, RowStatistics
 from tests.helpers import emulated_fa4
 from tests.helpers.gpu_cases import gpu_test
@@ -54,9 +54,12 @@ def random_lists(heads, tiles, num_keys, query_block, limit) -> BlockLists:
     return BlockLists(*lists, query_block, 64)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("sums", [None, "of KV heads", "of query heads"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_gradients(form, deterministic):
+def test_gradients(form, sums, monkeypatch):
+    """In any order, or in a fixed one with sums of few or of all blocks for each query head."""
+    deterministic = sums is not None
+    monkeypatch.setattr(fixed_order, "APART_BYTES", 1 << 60 if sums == "of query heads" else -1)
     head_dim, group, kv_heads, query_block, limited, dtype = form
     heads, scale = group * kv_heads, head_dim**-0.5
     for tiles, extra_keys in itertools.product((1, 3), (0, 128)):

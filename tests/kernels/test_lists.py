@@ -7,6 +7,9 @@ import torch
 from nsa.fused import kernel_calls
 from tests.helpers import emulated_kernels
 from tests.helpers.gpu_cases import gpu_test
+from tests.helpers.requirements import import_fused
+
+rank_query_tiles = import_fused("nsa.fused.kernels.lists").rank_query_tiles
 
 pytestmark = gpu_test
 
@@ -56,3 +59,33 @@ def test_list_query_tiles(heads, tiles, width, num_blocks):
         wanted = (expected[0], expected[1][..., :new_width])
         assert_same_lists([actual], [wanted])
     assert torch.equal(kernel_calls.count_query_tiles(count, index, num_blocks), expected[0])
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "tiles", "width", "num_blocks"),
+    [(1, 1, 1, 1), (3, 31, 16, 1024), (2, 300, 33, 1025), (5, 17, 70, 5000), (2, 9, 3, 4)],
+)
+def test_ranks_of_entries(heads, tiles, width, num_blocks, repeats):
+    """Those of each block of a head go up by one, from tile to tile."""
+    count = torch.randint(width + 1, (1, heads, tiles)).int()
+    order = torch.rand(1, heads, tiles, max(num_blocks, width)).argsort(-1)[..., :width]
+    if repeats:
+        order = order // 3
+    index = (order % num_blocks).int()
+    rank = rank_query_tiles(count.cuda(), index.cuda(), num_blocks).cpu()
+    for head in range(heads):
+        added = {}
+        for tile in range(tiles):
+            entries = int(count[0, head, tile])
+            found = {}
+            for block, place in zip(
+                index[0, head, tile, :entries].tolist(),
+                rank[0, head, tile, :entries].tolist(),
+                strict=True,
+            ):
+                found.setdefault(block, []).append(place)
+            for block, places in found.items():
+                first = added.get(block, 0)
+                assert sorted(places) == list(range(first, first + len(places)))
+                added[block] = first + len(places)

@@ -3,18 +3,17 @@
 Shapes as in :mod:`nsa.fused.attention`; ``k_cmp`` and ``v_cmp`` are ``(B, M, H_kv, D)``.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from nsa.blocks import covered_tokens
-from nsa.fused import kernel_calls
+from nsa.fused import fa4, kernel_calls
 from nsa.fused.attention.fa4_calls import (
     add_dense_backward,
     by_entry,
     dense_backward,
     dense_forward,
+    new_lse,
     row_limit,
     sparse_backward,
     sparse_backward_bytes,
@@ -50,9 +49,30 @@ def compressed_attention(
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
         return sparse_forward(q_rows, k_rows, v_rows, lists, _compressed_mask(q_rows, plan), plan)
-    if plan.folds:
+    if form is CompressedForm.FOLDED_ROWS:
         return folded_attention(q, k_cmp, v_cmp, plan)
+    if plan.folds:
+        return _forward_of_blocks(q, k_cmp, v_cmp, plan)
     return dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan))
+
+
+def _forward_of_blocks(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """Of a batch with many compressed tokens."""
+    lse, scale = new_lse(q), plan.config.softmax_scale(q.shape[-1])
+    own, times = by_entry(lse, len(q)), _key_times(q, plan)
+    out, _ = fa4.forward_of_blocks(q, k_cmp, v_cmp, scale=scale, key_times=times, lse=own)
+    return out, lse
+
+
+def _key_times(q: Tensor, plan: Plan) -> tuple[int, int]:
+    """(stride, first): query ``i`` of a batch sees the blocks ``j`` with
+    ``j * stride + first <= i``."""
+    config = plan.config
+    passed = plan.geometry.keys.total - q.shape[1]
+    first = covered_tokens(config, config.compressed_visibility) - 1 - passed
+    return config.compress_stride, first
 
 
 def compressed_lse(lse: Tensor, q: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
@@ -120,13 +140,7 @@ def _unfolded_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``k_cmp`` and ``v_cmp`` of a batch; that of ``q`` is added to the sums."""
-    config = plan.config
-    passed = plan.geometry.keys.total - q.shape[1]
-    first = covered_tokens(config, config.compressed_visibility) - 1 - passed
-    if first > 0 and plan.folds:
-        # The folded forward leaves those of queries that see no block as they were.
-        by_entry(statistics.lse_log2, len(q))[..., :first].fill_(math.inf)
-    call: dict = dict(key_times=(config.compress_stride, first), deterministic=deterministic)
+    call: dict = dict(key_times=_key_times(q, plan), deterministic=deterministic)
     if len(q) == 1:
         tensors = (dout, q, k_cmp, v_cmp, statistics, query_sums)
         return add_dense_backward(*tensors, plan, **call)
@@ -157,7 +171,7 @@ def _correct_few_keys(
 
 
 def _compressed_call(plan: Plan) -> dict:
-    """Mask and lengths of the dense compressed branch if it is not folded."""
+    """Mask and lengths of the dense compressed branch of few compressed tokens, or of all."""
     config, call = plan.config, dict(causal=False, window_size=(None, None))
     if plan.compressed_form is CompressedForm.BATCH:
         first = covered_tokens(config, config.compressed_visibility) - 1
@@ -178,6 +192,8 @@ def _compressed_mask(q_rows: Tensor, plan: Plan) -> dict:
 
 def compressed_forward_bytes(sizes: Sizes) -> int:
     """Bytes that the forward allocates in addition to its results: copies."""
+    if sizes.form is CompressedForm.BATCH:
+        return 0
     return _copies(sizes, queries=2 if sizes.in_order else 1)
 
 

@@ -56,6 +56,10 @@ class BackwardOfBlocks(BackwardThroughHeads):
         scheduler = self._in_segments(scheduler)
         super().dQaccum_store(mdQ, sdQ, blocks, scheduler, seqlen_info, lists, semaphores)
 
+    def _keys_before(self, block_info, seqlen, row_tile: Int32, n_block: Int32) -> Int32:
+        """All tiles of keys before this one: they see the queries too."""
+        return n_block
+
     @cute.jit
     def epilogue_dKV(
         self,

@@ -152,6 +152,12 @@ class BackwardThroughHeads(FlashAttentionBackwardSm90):
         """How many tiles a head is from the next: the last head of a set has one alone."""
         return (tiles - 1) // (self.heads - 1) if const_expr(self.heads > 1) else Int32(0)
 
+    def _keys_before(self, block_info, seqlen, row_tile: Int32, n_block: Int32) -> Int32:
+        """How many tiles of keys add to the gradient of a tile of queries before this one: those
+        after it, as FA4 launches them."""
+        _, end = block_info.get_n_block_min_max(seqlen, row_tile)
+        return end - 1 - n_block
+
     def _has_tiles(self, count: Int32):
         """Whether a CTA has tiles; FA4 knows at compile time where all have."""
         return const_expr(not self.is_local and not self.is_varlen_q) or count > 0
@@ -206,9 +212,10 @@ class BackwardThroughHeads(FlashAttentionBackwardSm90):
                             number_of_threads=threads,
                         )
                     if const_expr(self.deterministic):
-                        # All tiles of keys before this one see the queries, and come before it.
-                        turn = semaphores[row_tile, None, head_set, batch].iterator
-                        wait_eq(turn, cute.arch.lane_idx(), 0, n_block)
+                        own = head_set * self.heads + head
+                        turn = semaphores[row_tile, None, own, batch].iterator
+                        before = self._keys_before(block_info, seqlen, row_tile, n_block)
+                        wait_eq(turn, cute.arch.lane_idx(), 0, before)
                     for part in cutlass.range_constexpr(parts):
                         cute.arch.barrier(
                             barrier_id=int(NamedBarrierBwd.dQFullWG0) + part,

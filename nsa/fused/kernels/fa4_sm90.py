@@ -40,6 +40,7 @@ from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.fa4_blocks import BackwardOfBlocks
 from nsa.fused.kernels.fa4_fakes import Fakes, fake
 from nsa.fused.kernels.fa4_heads import BackwardThroughHeads
+from nsa.fused.kernels.fa4_seen_blocks import ForwardOfBlocks
 from nsa.fused.kernels.fa4_tall import TallForward
 from nsa.fused.kernels.hopper import (
     AuxData,
@@ -262,6 +263,8 @@ def _tile_starts_arguments(starts: Tensor, bounds: Tensor) -> list:
 def compile_forward(variant: Variant) -> Callable:
     """The compiled forward of a variant."""
     kernel_class = TallForward if tall_tile(variant) else FlashAttentionForwardSm90
+    if variant.mask.step is not None:
+        kernel_class = partial(ForwardOfBlocks, step=variant.mask.step)
     fakes = Fakes(variant)
     arguments = _forward_arguments(fakes.call(), fakes.out(), fakes.lse(), fakes.starts)
     return compile_kernel(forward_kernel(kernel_class, variant), *arguments)

@@ -16,6 +16,7 @@ from flash_attn.cute.cu_blocks_kernel import CuSeqlensToBlocksKernel
 from flash_attn.cute.flash_bwd_postprocess import FlashAttentionBackwardPostprocess
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+from flash_attn.cute.mask import mask_r2p_lambda, r2p_bitmask_below, sm90_col_to_r2p_idx
 from flash_attn.cute.named_barrier import NamedBarrierBwd
 from flash_attn.cute.pack_gqa import make_packgqa_tiled_tma_atom
 from flash_attn.cute.tile_scheduler import (
@@ -97,13 +98,16 @@ __all__ = [
     "load_s2r",
     "make_packgqa_tiled_tma_atom",
     "make_smem_layout",
+    "mask_r2p_lambda",
     "mlir_namedtuple",
     "mma_partition_C_vec",
     "partition_D_position_independent",
     "partition_fragment_ABC",
+    "r2p_bitmask_below",
     "reshape_acc_to_frgA",
     "reshape_acc_to_mn",
     "scalar_to_ssa",
+    "sm90_col_to_r2p_idx",
     "store",
     "store_shared_remote",
     "store_shared_remote_x4",

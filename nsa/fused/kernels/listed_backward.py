@@ -25,7 +25,7 @@ from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 from torch import Tensor
 
-from nsa.fused.fixed_order import heads_together, take_turns
+from nsa.fused.fixed_order import Turns, apart, heads_together, take_turns
 from nsa.fused.hardware import LOG2_E, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
 from nsa.fused.kernels.block_sums import add_block, round_listed_sums
@@ -44,6 +44,7 @@ from nsa.fused.kernels.hopper import (
     transpose_view,
     wait_eq,
 )
+from nsa.fused.kernels.lists import rank_query_tiles
 from nsa.fused.kernels.rows import TILE_KEYS, TILE_ROWS, load_rows, row_copy, row_lanes
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
@@ -527,9 +528,12 @@ def listed_backward(
     group, num_blocks = heads // kv_heads, k.shape[1] // TILE_KEYS
     together, slots, turns = heads, num_blocks * kv_heads, None
     if deterministic:
-        order = take_turns(lists, num_blocks, kv_heads)
+        alone = apart(num_blocks, heads, head_dim)
+        order = _turns_alone(lists, num_blocks) if alone else None
+        if order is None:
+            order = take_turns(lists, num_blocks, kv_heads, alone=alone)
         together = heads_together(heads, group)
-        slots += order.popular.numel() * group
+        slots = num_blocks * heads if alone else slots + order.popular.numel() * group
         added = torch.zeros(slots, dtype=torch.int32, device=q.device)
         turns = _Turns(*(None if x is None else x.view(-1) for x in order[:4]), added)
     size = slots * TILE_KEYS * head_dim
@@ -555,11 +559,37 @@ def listed_backward(
     if sums:
         return dq, *sums
     if deterministic:
-        dk, dv = (_of_key_blocks(x, order.popular, num_blocks, k) for x in (dk, dv))
+        if alone:
+            dk, dv = (_of_kv_heads(x, num_blocks, k) for x in (dk, dv))
+        else:
+            dk, dv = (_of_key_blocks(x, order.popular, num_blocks, k) for x in (dk, dv))
     grads = [torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (k, v)]
     for total, grad, factor in zip((dk, dv), grads, (scale, 1.0), strict=True):
         round_listed_sums(total, grad, factor)
     return dq, *grads
+
+
+def _turns_alone(lists: BlockLists, num_blocks: int) -> Turns | None:
+    """:func:`take_turns` of query heads that have sums of their own; None if there are full blocks.
+
+    The order of a head's entries is that of its tiles.
+    """
+    if lists.full_count is not None:
+        return None
+    index, heads = lists.partial_index, lists.partial_count.shape[1]
+    turn = rank_query_tiles(lists.partial_count, index, num_blocks)
+    first = torch.arange(0, heads * num_blocks, num_blocks, dtype=torch.int32, device=index.device)
+    slot = index + first[:, None, None]
+    return Turns(slot, turn, None, None, index.new_empty(0))
+
+
+def _of_kv_heads(sums: Tensor, num_blocks: int, k: Tensor) -> Tensor:
+    """The sums of key blocks, in their order, from those of each query head."""
+    kv_heads, head_dim = k.shape[2:]
+    of_heads = sums.view(kv_heads, -1, num_blocks, TILE_KEYS * head_dim)
+    total = sums.new_empty(num_blocks, kv_heads, TILE_KEYS * head_dim)
+    torch.sum(of_heads, 1, out=total.transpose(0, 1))
+    return total.flatten()
 
 
 def _of_key_blocks(sums: Tensor, popular: Tensor, num_blocks: int, k: Tensor) -> Tensor:

@@ -125,12 +125,13 @@ class ListKeyBlocks:
 
 @mlir_namedtuple
 class _QueryTileTensors(NamedTuple):
-    """What :func:`list_query_tiles` takes and returns."""
+    """What :func:`list_query_tiles` takes and returns; ``rank`` is of :func:`rank_query_tiles`."""
 
     block_count: cute.Tensor
     block_index: cute.Tensor
-    tile_count: cute.Tensor
+    tile_count: cute.Tensor | None
     tile_index: cute.Tensor | None
+    rank: cute.Tensor | None
 
 
 @mlir_namedtuple
@@ -144,10 +145,11 @@ class _QueryTileSizes(NamedTuple):
 
 
 class ListQueryTiles:
-    """Counts each key block's query tiles, and with ``fill`` lists them."""
+    """Counts each key block's query tiles and with ``fill`` lists them, or only ``ranks`` them."""
 
-    def __init__(self, fill: bool):
+    def __init__(self, fill: bool, ranks: bool = False):
         self.fill = fill
+        self.ranks = ranks
 
     @cute.jit
     def __call__(self, tensors: _QueryTileTensors, heads: Int32, sizes: _QueryTileSizes, stream):
@@ -172,7 +174,8 @@ class ListQueryTiles:
             for run in cutlass.range_constexpr(_WARPS):
                 sNext[run, local] = Int32(0)
         cute.arch.barrier()
-        self._pass(tensors._replace(tile_index=None), sizes, sNext, head, low, high)
+        counted = tensors._replace(tile_index=None, rank=None)
+        self._pass(counted, sizes, sNext, head, low, high)
         cute.arch.barrier()
         # From the entries of each run to where they start in the list.
         for block in cutlass.range(low + tidx, high, _THREADS):
@@ -185,10 +188,24 @@ class ListQueryTiles:
                 # Longer lists come only of a caller's blocks that repeat, which nothing checks
                 # while a CUDA graph is captured: they must not lead out of the index.
                 total = cutlass.min(total, sizes.tile_width)
-            tensors.tile_count[head * blocks + block] = total
-        if const_expr(self.fill):
+            if const_expr(not self.ranks):
+                tensors.tile_count[head * blocks + block] = total
+        if const_expr(self.fill or self.ranks):
             cute.arch.barrier()
             self._pass(tensors, sizes, sNext, head, low, high)
+
+    @cute.jit
+    def _count(self, sNext: cute.Tensor, run: Int32, local: Int32) -> Int32:
+        """The counter of a block, which it adds 1 to."""
+        place = Int32(0)
+        if const_expr(self.ranks):
+            # A caller's blocks may repeat. Each has a turn then, for which CTAs wait.
+            pointer = sNext.iterator + cute.crd2idx((run, local), sNext.layout)
+            place = cute.arch.atomic_add(pointer.llvm_ptr, Int32(1))
+        else:
+            place = sNext[run, local]
+            sNext[run, local] = place + 1
+        return place
 
     @cute.jit
     def _pass(
@@ -223,12 +240,13 @@ class ListQueryTiles:
                 block = tensors.block_index[source * width + cutlass.min(entry, width - 1)]
                 listed = step < steps and entry < count
                 wanted = listed and block >= low and block < high
-                loaded.append((tile, block, wanted))
+                loaded.append((tile, block, wanted, source * width + entry))
             for u in cutlass.range_constexpr(_LISTS_IN_FLIGHT):
-                tile, block, wanted = loaded[u]
+                tile, block, wanted, own = loaded[u]
                 if wanted:
-                    place = sNext[run, block - low]
-                    sNext[run, block - low] = place + 1
+                    place = self._count(sNext, run, block - low)
+                    if const_expr(tensors.rank is not None):
+                        tensors.rank[own] = place
                     if const_expr(tensors.tile_index is not None):
                         fits = place < tile_width
                         if fits:
@@ -250,11 +268,11 @@ def compile_list_key_blocks(parts: int, has_full: bool) -> Callable:
 
 
 @kept
-def compile_list_query_tiles(fill: bool) -> Callable:
-    """The compiled kernel that counts query tiles, and with ``fill`` lists them."""
+def compile_list_query_tiles(fill: bool, ranks: bool = False) -> Callable:
+    """The compiled kernel that counts query tiles and with ``fill`` lists them, or ``ranks``."""
     return compile_kernel(
-        ListQueryTiles(fill),
-        _QueryTileTensors(*map(_fake_int32, (True, True, True, fill))),
+        ListQueryTiles(fill, ranks),
+        _QueryTileTensors(*map(_fake_int32, (True, True, not ranks, fill, ranks))),
         Int32(1),
         _QueryTileSizes(*(Int32(1) for _ in range(4))),
     )
@@ -273,6 +291,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for fill in (False, True):
         name = "list-query-tiles" if fill else "count-query-tiles"
         yield name, functools.partial(compile_list_query_tiles, fill)
+    yield "rank-query-tiles", functools.partial(compile_list_query_tiles, False, True)
 
 
 def list_key_blocks(
@@ -331,11 +350,35 @@ def _list_query_tiles(
     if index.numel() == 0 or tile_count.numel() == 0 or width == 0:
         return tile_count.zero_(), tile_index
     compile_list_query_tiles(width is not None)(
-        _QueryTileTensors(*map(_flat, (count, index, tile_count, tile_index))),
+        _QueryTileTensors(*map(_flat, (count, index, tile_count, tile_index, None))),
         num_heads,
         _QueryTileSizes(num_tiles, listed, num_blocks, width or 0),
     )
     return tile_count, tile_index
+
+
+def rank_query_tiles(count: Tensor, index: Tensor, num_blocks: int) -> Tensor:
+    """How many earlier tiles of the head list the block that an entry of ``index`` names.
+
+    Args:
+        count: int32 ``(1, H, tiles)``, the entries of each list.
+        index: int32 ``(1, H, tiles, width)``, the key blocks that it names.
+        num_blocks: number of key blocks.
+
+    Returns:
+        int32 like ``index``; past the count undefined.
+    """
+    _check_lists("index", index)
+    _, num_heads, num_tiles, listed = index.shape
+    check_tensor("count", count, (1, num_heads, num_tiles), torch.int32, index.device)
+    rank = torch.empty_like(index, memory_format=torch.contiguous_format)
+    if index.numel() and num_blocks:
+        compile_list_query_tiles(False, True)(
+            _QueryTileTensors(*map(_flat, (count, index, None, None, rank))),
+            num_heads,
+            _QueryTileSizes(num_tiles, listed, num_blocks, 0),
+        )
+    return rank
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
