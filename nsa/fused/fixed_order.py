@@ -79,7 +79,9 @@ class Turns(NamedTuple):
 
 
 APART_BYTES = 1 << 30
-"""Bytes of sums up to which each query head has its own of all key blocks."""
+"""Bytes of sums up to which each query head has its own of all key blocks. Heads then do not wait
+for one another, and are all under way together: 0.80 ms instead of 1.28 at 8K tokens of 32 heads,
+and 3.5 instead of 3.9 at 32K, where adding them up takes 0.5."""
 
 
 def apart(num_blocks: int, heads: int, head_dim: int) -> bool:

@@ -40,7 +40,7 @@ from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_
 from nsa.fused.streams import SideStream
 from nsa.precision import without_autocast
 
-SHORT_TOKENS = 1 << 15
+SHORT_TOKENS = 1 << 12
 """Tokens of a batch up to which the window comes first."""
 
 _Gradients = tuple[Tensor, Tensor, Tensor]

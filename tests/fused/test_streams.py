@@ -5,7 +5,10 @@ import contextlib
 import pytest
 import torch
 
-from nsa.fused import streams
+import nsa
+from nsa.fused import pipeline, streams
+from nsa.testing import make_inputs
+from tests.helpers.small_configs import tile_config
 
 Q = torch.zeros(1, 4, 2, 8)
 
@@ -82,3 +85,27 @@ def test_one_stream_for_long_inputs_and_outside_of_a_graph(log, monkeypatch):
     monkeypatch.undo()
     run(log)
     assert log == ["first", "second", "after"]
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_tile_mode_selects_beside_the_compressed_branch(groups, log, fused_on_cpu, monkeypatch):
+    """If the window comes last. Groups are selected before the compressed branch attends them."""
+    monkeypatch.setattr(pipeline, "SHORT_TOKENS", 0)
+    for name in ("_select_missing", "compressed_attention", "selected_attention", "closing_window"):
+        function = getattr(pipeline, name)
+
+        def noted(*arguments, function=function, name=name, **options):
+            log.append(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(pipeline, name, noted)
+    config = tile_config(num_cmp_selected_blocks=groups)
+    nsa.forward(*make_inputs((1, 300), 4, 2, 16), config=config, backend="fused")
+    beside = ["_select_missing", "selected_attention"]
+    if groups is None:
+        assert log == [
+            *("side waits for main", "compressed_attention", "on side", *beside, "off side"),
+            *("main waits for side", "closing_window"),
+        ]
+    else:
+        assert log == [beside[0], "compressed_attention", beside[1], "closing_window"]

@@ -532,7 +532,7 @@ def listed_backward(
         order = _turns_alone(lists, num_blocks) if alone else None
         if order is None:
             order = take_turns(lists, num_blocks, kv_heads, alone=alone)
-        together = heads_together(heads, group)
+        together = heads if alone else heads_together(heads, group)
         slots = num_blocks * heads if alone else slots + order.popular.numel() * group
         added = torch.zeros(slots, dtype=torch.int32, device=q.device)
         turns = _Turns(*(None if x is None else x.view(-1) for x in order[:4]), added)
