@@ -32,6 +32,7 @@ CONFIGS = {
 }
 PACKS = {
     "batched": dict(batch=2, lengths=(4096,)),
+    "one sequence": dict(batch=1, lengths=(5000,)),
     "packed": dict(packed=True, lengths=(3000, 0, 1, 63, 2100)),
     "many sequences": dict(packed=True, lengths=(17,) * 300),
 }
