@@ -28,7 +28,8 @@ demo: $(STAMP)
 	$(PY) tools/train_lm.py --attention both --output $(OUTPUT)
 
 test: $(STAMP)
-	$(PY) -m pytest -q -m "not gpu" -n auto --maxprocesses 8 --benchmark-disable --cov --cov-fail-under=95
+	$(PY) -m pytest -q -m "not gpu" -n auto --maxprocesses 8 --dist worksteal --benchmark-disable \
+		--cov --cov-fail-under=95
 
 # Eight processes, because most of the time is compiling kernels; they take over tests from each
 # other, because property tests take minutes. Not -q, which hides the seed. Then, alone, the tests that

@@ -1,14 +1,15 @@
 """What a run needs and draws from, one seed and thread count for every test, and fixtures."""
 
+import gc
+
 import pytest
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from nsa import recordings
-from nsa.fused import compressed_forms
-from tests.helpers import poison, profiles, requirements
-from tests.helpers.emulation import emulate_kernels
+from tests.helpers import measuring, poison, profiles, requirements
+from tests.helpers.emulation import COMPRESSED_CALLS, compute_compressed, emulate_kernels
 from tests.helpers.world import World
 
 # pytest-xdist runs one worker a core; more threads than that only contend.
@@ -22,6 +23,22 @@ def pytest_configure():
 
 def pytest_report_header() -> str:
     return f"GPU property tests draw from {profiles.seed_line()}"
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays, so garbage collections need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with measuring.measured(item):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,17 +83,10 @@ def fused_on_cpu(monkeypatch):
     emulate_kernels(monkeypatch.setattr)
 
 
-@pytest.fixture(params=["masked", "folded", "sums of queries"])
+@pytest.fixture(params=COMPRESSED_CALLS)
 def compressed_calls(monkeypatch, request):
-    """All ways to compute the compressed branch of a batch: backward in three forms.
-
-    Forward skips tiles in the last two.
-    """
-    if request.param != "masked":
-        monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
-    least = 0 if request.param == "sums of queries" else 1 << 60
-    for name in ("UNFOLDED_CTAS", "SINGLE_CTAS"):
-        monkeypatch.setattr(compressed_forms, name, least)
+    """All ways to compute the compressed branch of a batch. A pack has one."""
+    compute_compressed(monkeypatch.setattr, request.param)
 
 
 @pytest.fixture

@@ -62,20 +62,13 @@ class Finder:
     def exec_module(self, module):
         module.__path__ = []
 
-sys.meta_path.insert(0, Finder())
-import nsa
-assert not asked, asked
-print("done")
-"""
-
-
-LAZY = """
-import sys
 import torch
 
+sys.meta_path.insert(0, Finder())
 before = set(sys.modules)
 import nsa
 
+assert not asked, asked
 added = {name for name in set(sys.modules) - before if name.startswith("torch.distributed")}
 assert not added, added
 assert "nsa.distributed" not in sys.modules
@@ -106,9 +99,6 @@ def test_the_reference_runs_where_every_optional_package_is_absent():
     _run(BLOCK + USE)
 
 
-def test_import_leaves_optional_packages_alone_where_they_are_present():
+def test_import_leaves_optional_packages_and_torch_distributed_alone():
+    """The packages where they are present, and torch.distributed until its first use."""
     _run(PRESENT)
-
-
-def test_torch_distributed_is_imported_at_first_use():
-    _run(LAZY)

@@ -92,6 +92,7 @@ def test_blocks_longer_than_the_sequences_can_be():
     assert_decodes(layer, layer.make_cache(1, 28), sequences, draw_steps(random.Random(1), [20], 8))
 
 
+@pytest.mark.unmeasured
 @torch.no_grad()
 def test_compiled_with_dynamic_shapes():
     """The sizes of the layer's configuration are then symbols."""

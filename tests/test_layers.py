@@ -270,6 +270,7 @@ def test_global_defaults_leave_positions_past_65536_alone(name):
 
 # torch.compile looks at the gradients of what it resumes with after the reference, which it skips.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_packed_layer_on_the_reference(config, backend):
     torch._dynamo.reset()

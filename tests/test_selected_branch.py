@@ -310,6 +310,7 @@ def test_fake_tensors(packed):
     assert [x.shape for x in grads] == [x.shape for x in problem.leaves]
 
 
+@pytest.mark.unmeasured
 @layouts
 def test_compiles_once_for_all_lengths(packed):
     torch._dynamo.reset()

@@ -278,6 +278,9 @@ def test_stages_allocate_what_is_estimated(name, form, allocations):
         most = SLACK * (estimate - inside + earlier) + INDEX_TENSORS
         assert peak <= most, (stage, peak, estimate, inside)
         assert peak >= SPARE * (estimate - inside), (stage, peak, estimate, inside)
+        if stage in ("compress", "selected", "window backward"):
+            # One copy of the queries more would be noticed.
+            assert peak + inputs.q.nbytes > most, stage
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -292,21 +295,6 @@ def test_a_backward_holds_no_more_than_is_estimated(name, form, allocations):
     assert peak <= SLACK * backward_bytes(sizes) + INDEX_TENSORS
     gradients = sum(x.nbytes for x in grads if x is not None)
     assert gradients == sizes.query + 2 * sizes.key
-
-
-@pytest.mark.parametrize(("name", "form"), CASES)
-def test_one_copy_of_the_queries_more_is_noticed(name, form, allocations):
-    inputs, plan, sizes = make_case(name, form)
-    stages = stages_of(inputs, plan, sizes)
-    for stage in ("compress", "selected", "window backward"):
-        call, estimate, inside, _ = stages[stage]
-
-        def with_copy(call=call):
-            copy = inputs.q.clone()
-            return copy, call()
-
-        peak, _ = allocations(with_copy)
-        assert peak > SLACK * (estimate - inside) + INDEX_TENSORS, stage
 
 
 @pytest.mark.parametrize("sequences", [None, 1, 8, 1000])

@@ -18,6 +18,8 @@ OPS = (
     ops._attention_backward,
 )
 
+pytestmark = pytest.mark.unmeasured
+
 
 @pytest.fixture(autouse=True)
 def _emulated(fused_on_cpu, monkeypatch):

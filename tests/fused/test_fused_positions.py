@@ -15,6 +15,7 @@ from nsa.reference import attention, selection
 from nsa.segments import QuerySegments, Segments, prefix_sum
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers import emulated_fa4
+from tests.helpers.emulation import compressed, drawn_compressed_calls
 from tests.helpers.pieces import CLOSE, assert_pieces_equal_whole, cut_problems
 from tests.helpers.profiles import WITH_FIXTURES, examples
 from tests.helpers.small_configs import tile_config, token_config
@@ -38,18 +39,20 @@ CONFIGS = {
 }
 
 
-@all_compressed_calls
-@settings(max_examples=examples(30), **WITH_FIXTURES)
-@given(case=cut_problems(token_problems()))
-def test_pieces_equal_the_whole_in_token_mode(case):
-    assert_pieces_equal_whole(case, "fused", given_indices=False)
+@pytest.mark.unmeasured
+@settings(max_examples=examples(60), **WITH_FIXTURES)
+@given(case=cut_problems(token_problems()), calls=drawn_compressed_calls)
+def test_pieces_equal_the_whole_in_token_mode(case, calls):
+    with compressed(calls):
+        assert_pieces_equal_whole(case, "fused", given_indices=False)
 
 
-@all_compressed_calls
-@settings(max_examples=examples(30), **WITH_FIXTURES)
-@given(case=cut_problems(tile_problems()))
-def test_pieces_equal_the_whole_in_tile_mode(case):
-    assert_pieces_equal_whole(case, "fused", given_indices=True)
+@pytest.mark.unmeasured
+@settings(max_examples=examples(60), **WITH_FIXTURES)
+@given(case=cut_problems(tile_problems()), calls=drawn_compressed_calls)
+def test_pieces_equal_the_whole_in_tile_mode(case, calls):
+    with compressed(calls):
+        assert_pieces_equal_whole(case, "fused", given_indices=True)
 
 
 def results(backend, config, inputs, **bounds):
@@ -126,6 +129,7 @@ def test_gradcheck(packed, name):
     assert torch.autograd.gradcheck(function, (q, k, v, gates, *square), fast_mode=True)
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("mode", ["token", "tile"])
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_compiles_once_for_all_offsets(packed, mode):
@@ -153,6 +157,7 @@ def test_compiles_once_for_all_offsets(packed, mode):
         torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("mode", ["token", "tile"])
 def test_boundaries_may_be_overwritten_before_the_backward(mode):
     queries, keys = [6, 7, 0], [70, 71, 64]

@@ -5,27 +5,27 @@ import torch
 
 import nsa
 from nsa.testing import make_cu_seqlens
+from tests.helpers.small_configs import tile_config, token_config
 
-pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+pytestmark = [pytest.mark.usefixtures("fused_on_cpu"), pytest.mark.unmeasured]
 
 LENGTHS = ([100, 3, 0, 70], [50, 90, 1, 40], [300, 2, 3, 4])
 
 
 # Each two options meet, not each three, because a case takes seconds.
 @pytest.mark.parametrize(
-    ("gate", "compressor", "packed"),
+    ("config", "gate", "compressor", "packed"),
     [
-        ("hidden", "mlp", False),
-        ("hidden", "mean", True),
-        ("q", "mlp", True),
-        ("q", "mean", False),
+        (tile_config(), "hidden", "mlp", False),
+        (token_config(), "hidden", "mean", True),
+        (tile_config(), "q", "mlp", True),
+        (token_config(), "q", "mean", False),
     ],
+    ids=["tile-hidden-mlp", "token-hidden-mean-packed", "tile-q-mlp-packed", "token-q-mean"],
 )
-def test_layer_compiles_once_for_all_lengths(gate, compressor, packed):
+def test_layer_compiles_once_for_all_lengths(config, gate, compressor, packed):
+    """Of packed sequences some have no compressed block."""
     torch._dynamo.reset()
-    config = nsa.NSAConfig(
-        compress_block_size=16, select_block_size=64, q_tile_size=64, num_selected_blocks=2
-    )
     layer = nsa.NativeSparseAttention(
         32,
         num_heads=4,
@@ -34,6 +34,7 @@ def test_layer_compiles_once_for_all_lengths(gate, compressor, packed):
         gate=gate,
         compressor=compressor,
         separate_kv=gate == "q",
+        value_head_dim=8 if gate == "q" else 6,
         backend="fused",
     ).double()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")

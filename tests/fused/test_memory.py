@@ -68,11 +68,14 @@ def test_the_cheapest_schedule_that_fits_is_chosen(case, save):
     if save:
         schedules += [(chunks, True) for chunks in range(1, heads + 1)]
 
-    def needed(chunks, recompute):
-        return workspace_bytes(sizes, -(-heads // chunks), save=save, recompute=recompute)
-
-    for limit in (needed(*schedule) + extra for schedule in schedules for extra in (-1, 0)):
-        fitting = [schedule for schedule in schedules if needed(*schedule) <= limit]
+    needed = {
+        (chunks, recompute): workspace_bytes(
+            sizes, -(-heads // chunks), save=save, recompute=recompute
+        )
+        for chunks, recompute in schedules
+    }
+    for limit in (needed[schedule] + extra for schedule in schedules for extra in (-1, 0)):
+        fitting = [schedule for schedule in schedules if needed[schedule] <= limit]
         expected = fitting[0] if fitting else (heads, save)
         assert choose(sizes, save, limit) == ChunkSchedule(*expected)
     assert choose(sizes, save, 1 << 60) == ChunkSchedule(1, False)

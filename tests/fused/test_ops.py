@@ -26,6 +26,7 @@ from tests.helpers.packed_calls import (
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 
 
+@pytest.mark.unmeasured
 @modes
 def test_boundaries_may_be_overwritten_before_the_backward_of_a_compiled_call(mode):
     torch._dynamo.reset()
@@ -43,6 +44,7 @@ def test_boundaries_may_be_overwritten_before_the_backward_of_a_compiled_call(mo
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.unmeasured
 @modes
 def test_one_trace_serves_all_packings(mode):
     torch._dynamo.reset()
@@ -65,6 +67,7 @@ def test_one_trace_serves_all_packings(mode):
         assert len(given.rounded._kept) == 1
 
 
+@pytest.mark.unmeasured
 @modes
 def test_select_blocks_compiles(mode):
     torch._dynamo.reset()
@@ -107,6 +110,7 @@ def test_fake_tensors(mode, bound):
                 assert out.shape == q.shape
 
 
+@pytest.mark.unmeasured
 @modes
 @pytest.mark.parametrize("huge", [2**31, 2**63, 10**30])
 def test_a_huge_bound_of_a_compiled_call(huge, mode):
@@ -180,6 +184,7 @@ def test_selective_checkpointing(mode, backend):
     torch.testing.assert_close(actual, run(cu_seqlens, mode, backend), rtol=0, atol=1e-10)
 
 
+@pytest.mark.unmeasured
 @modes
 def test_a_packing_of_inference_mode_trains(mode):
     torch._dynamo.reset()

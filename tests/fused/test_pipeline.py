@@ -13,22 +13,30 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import nsa
 from nsa.testing import make_cu_seqlens, make_inputs
+from tests.helpers.emulation import (
+    batched_in_all_ways_and_packed,
+    compressed,
+    drawn_compressed_calls,
+)
 from tests.helpers.profiles import WITH_FIXTURES, examples
 from tests.helpers.small_configs import tile_config, token_config
 from tests.helpers.strategies import leaves, tile_problems
 
-pytestmark = pytest.mark.usefixtures("fused_on_cpu", "compressed_calls")
+pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+all_compressed_calls = pytest.mark.usefixtures("compressed_calls")
 
 
-@settings(max_examples=examples(80), **WITH_FIXTURES)
-@given(problem=tile_problems())
-def test_output_and_gradients_equal_reference(problem):
+@pytest.mark.unmeasured
+@settings(max_examples=examples(150), **WITH_FIXTURES)
+@given(problem=tile_problems(), calls=drawn_compressed_calls)
+def test_output_and_gradients_equal_reference(problem, calls):
     inputs = [x.requires_grad_() for x in leaves(problem)]
     results = []
     for backend in ("reference", "fused"):
-        out = problem.forward(backend=backend)
-        dout = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-        grads = torch.autograd.grad(out, inputs, dout, allow_unused=True)
+        with compressed(calls):
+            out = problem.forward(backend=backend)
+            dout = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+            grads = torch.autograd.grad(out, inputs, dout, allow_unused=True)
         results.append((out, *grads))
     for expected, actual in zip(*results, strict=True):
         # An input that is unused has no gradient in one backend and zeros in the other.
@@ -61,12 +69,13 @@ def test_no_block_past_the_end_is_listed(block, tile, causal):
         assert torch.equal(nsa.select_blocks(q, k, config=config, backend="fused"), expected)
 
 
-@settings(max_examples=examples(30), **WITH_FIXTURES)
-@given(problem=tile_problems())
-def test_block_indices_of_the_caller(problem):
+@settings(max_examples=examples(60), **WITH_FIXTURES)
+@given(problem=tile_problems(), calls=drawn_compressed_calls)
+def test_block_indices_of_the_caller(problem, calls):
     indices = problem.select_blocks(backend="reference")
     expected = problem.forward(backend="reference", block_indices=indices)
-    actual = problem.forward(backend="fused", block_indices=indices)
+    with compressed(calls):
+        actual = problem.forward(backend="fused", block_indices=indices)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
@@ -80,7 +89,7 @@ def test_block_indices_of_the_caller(problem):
     ],
     ids=["default", "non-causal", "started", "sparse compressed"],
 )
-@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@batched_in_all_ways_and_packed
 def test_gradcheck(packed, changes):
     config = tile_config(**changes)
     lengths = [3, 0, 70, 1]
@@ -101,6 +110,7 @@ def test_gradcheck(packed, changes):
     assert torch.autograd.gradcheck(function, (q, k, v, weight, *square), fast_mode=True)
 
 
+@all_compressed_calls
 def test_gradcheck_of_separate_inputs():
     """Three keys and values, gates and compressed keys and values of the caller."""
     config = tile_config()
@@ -132,6 +142,7 @@ def keep_attention():
     return create_selective_checkpoint_contexts([torch.ops.nsa.attention.default])
 
 
+@all_compressed_calls
 @pytest.mark.parametrize("form", ["again", "kept", "moved to the host"])
 def test_what_is_saved_may_be_computed_again_or_moved(form):
     q, k, v = make_inputs((1, 70), 2, 1, 64, dtype=torch.float64, requires_grad=True)
@@ -188,16 +199,22 @@ def test_what_traces_sees_the_whole_as_one_operation():
         assert nsa.forward(fake, fake[:, :, :1], fake[:, :, :1], backend="fused").shape == q.shape
 
 
+# Dynamo sees one op; the way decides what that saves.
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(
-    ("compressed_calls", "packed"),
-    # A pack has one way.
-    [("masked", False), ("folded", False), ("shared keys", False), ("folded", True)],
-    ids=["masked", "folded", "shared keys", "packed"],
+    ("mode", "compressed_calls", "packed"),
+    [
+        ("tile", "masked", False),
+        ("token", "folded", False),
+        ("tile", "shared keys", False),
+        ("tile", "folded", True),
+        ("token", "folded", True),
+    ],
     indirect=["compressed_calls"],
 )
-@pytest.mark.parametrize("config", [tile_config(), token_config()], ids=["tile", "token"])
-def test_compiles_once_for_all_lengths(config, packed):
+def test_compiles_once_for_all_lengths(mode, compressed_calls, packed):
     torch._dynamo.reset()
+    config = tile_config() if mode == "tile" else token_config()
     weight = torch.randn(4, 3, 8, dtype=torch.float64, requires_grad=True)
 
     def function(q, k, v, cu_seqlens, max_seqlen):

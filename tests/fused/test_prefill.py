@@ -18,11 +18,13 @@ from tests.helpers.decoding import (
     decodings,
     lengths_of,
 )
+from tests.helpers.emulation import compressed, drawn_compressed_calls
 from tests.helpers.profiles import WITH_FIXTURES, examples
 from tests.helpers.small_configs import tile_config, token_config
 from tests.helpers.strategies import tile_problems, token_problems
 
-pytestmark = pytest.mark.usefixtures("fused_on_cpu", "compressed_calls")
+pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+all_compressed_calls = pytest.mark.usefixtures("compressed_calls")
 
 RULES = dict(causal=True, compressed_visibility="complete", tile_summary="first")
 
@@ -36,10 +38,11 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("mode", PROBLEMS)
 def test_a_prompt_equals_the_reference(mode):
-    @settings(max_examples=examples(30), **WITH_FIXTURES)
-    @given(case=decodings(PROBLEMS[mode]))
-    def check(case):
-        check_prompt(case, given_indices=mode == "token")
+    @settings(max_examples=examples(45), **WITH_FIXTURES)
+    @given(case=decodings(PROBLEMS[mode]), calls=drawn_compressed_calls)
+    def check(case, calls):
+        with compressed(calls):
+            check_prompt(case, given_indices=mode == "token")
 
     check()
 
@@ -61,6 +64,7 @@ def check_prompt(case: Decoding, given_indices: bool):
     assert_same_contents(*caches)
 
 
+@all_compressed_calls
 def test_it_selects_for_itself():
     config = token_config()
     q, k, v = make_inputs((2, 300), 4, 2, 64, dtype=torch.float64)
@@ -70,9 +74,15 @@ def test_it_selects_for_itself():
     assert cache.lengths.tolist() == [300, 300]
 
 
-@settings(max_examples=examples(40), **WITH_FIXTURES)
-@given(case=decodings(PROBLEMS["token"]))
-def test_chunks_equal_the_whole(case):
+@pytest.mark.unmeasured
+@settings(max_examples=examples(45), **WITH_FIXTURES)
+@given(case=decodings(PROBLEMS["token"]), calls=drawn_compressed_calls)
+def test_chunks_equal_the_whole(case, calls):
+    with compressed(calls):
+        check_chunks(case)
+
+
+def check_chunks(case: Decoding):
     problem, steps, cache, seed = case
     whole = problem.forward(backend="reference")
     rows, feed = whole.reshape(-1, *whole.shape[-2:]), Feed(problem, seed)
@@ -89,6 +99,7 @@ def test_chunks_equal_the_whole(case):
         cache.truncate(feed.at)
 
 
+@all_compressed_calls
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("given_indices", [False, True])
 def test_chunks_of_whole_tiles(given_indices, separate):
@@ -122,6 +133,7 @@ def test_chunks_of_whole_tiles(given_indices, separate):
     torch.testing.assert_close(out, whole[:, 290:], **CLOSE)
 
 
+@all_compressed_calls
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_pages_are_read_in_place_until_beams_share_them(packed):
     config = token_config()

@@ -101,7 +101,8 @@ def scheduled(monkeypatch):
 def test_results_do_not_depend_on_the_schedule(form, packed, scheduled):
     function, leaves = make_problem(packed, **FORMS[form])
     expected = run(function, leaves)
-    for schedule in [(1, True), (2, False), (2, True), (3, False), (3, True)]:
+    # The last of two chunks is shorter, and of three all are alike.
+    for schedule in [(2, False), (3, True)] if packed else [(1, True), (2, True), (3, False)]:
         scheduled(*schedule)
         actual = run(function, leaves)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
@@ -135,8 +136,10 @@ def test_what_is_kept_for_backward(schedule, scheduled, monkeypatch):
 
 
 @pytest.mark.usefixtures("fused_on_cpu")
-@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
-@pytest.mark.parametrize("schedule", [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("packed", "schedule"),
+    [(False, (1, False)), (False, (2, True)), (True, (1, False)), (True, (2, False))],
+)
 @pytest.mark.parametrize(
     "form", ["gates", "sparse compressed", "non-causal", "block_indices", *TOKEN_FORMS]
 )
@@ -159,12 +162,15 @@ def test_fakes_agree_with_the_ops(form, schedule, packed, scheduled, monkeypatch
         torch.library.opcheck(op, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.unmeasured
 @pytest.mark.usefixtures("fused_on_cpu")
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_max_workspace_bytes_compiles_once_for_all_lengths(packed):
     torch._dynamo.reset()
     config = tile_config()
-    weight = torch.randn(4, 3, 8, dtype=DOUBLE, requires_grad=True)
+    # Packed heads run one by one; Dynamo takes 10 s more to read the choice for two.
+    heads, kv_heads = (4, 2) if packed else (2, 1)
+    weight = torch.randn(heads, 3, 8, dtype=DOUBLE, requires_grad=True)
 
     def function(q, k, v, cu_seqlens, max_seqlen):
         return nsa.forward(
@@ -175,7 +181,7 @@ def test_max_workspace_bytes_compiles_once_for_all_lengths(packed):
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for index, lengths in enumerate(([200, 5, 0], [17, 100, 140], [300, 1, 2])):
         leading = (sum(lengths),) if packed else (2, sum(lengths))
-        q, k, v = make_inputs(leading, 4, 2, 8, dtype=DOUBLE, requires_grad=True)
+        q, k, v = make_inputs(leading, heads, kv_heads, 8, dtype=DOUBLE, requires_grad=True)
         extra = (make_cu_seqlens(lengths), max(lengths)) if packed else (None, None)
         with torch._dynamo.config.patch(error_on_recompile=index > 0):
             results = [f(q, k, v, *extra) for f in (function, compiled)]

@@ -158,11 +158,35 @@ def listed_gradients(
 
 def attend(q, k, v, mask, scale):
     """Attention of one sequence: q (Sq, H, D), k and v (Sk, H_kv, .), mask (H or 1, Sq, Sk)."""
-    q, k, v, dtype = _wide(q), _per_query_head(k, q), _per_query_head(v, q), q.dtype
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    lse = out.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=_compute_dtype(q))
+    for rows, keys, part in _parts(mask):
+        out[rows], lse[:, rows] = _attend(q[rows], k[keys], v[keys], part, scale)
+    return out, lse
+
+
+_PART = 128
+
+
+def _parts(mask):
+    """Some queries, the keys that any of them sees, and their mask: most pairs may be hidden."""
+    queries, keys = mask.shape[-2:]
+    if queries * keys <= _PART * _PART:
+        yield slice(None), slice(None), mask
+        return
+    seen = mask.any(0)
+    for start in range(0, queries, _PART):
+        rows = slice(start, start + _PART)
+        index = seen[rows].any(0).nonzero()[:, 0]
+        yield rows, index, mask[:, rows, index]
+
+
+def _attend(q, k, v, mask, scale):
+    q, k, v = _wide(q), _per_query_head(k, q), _per_query_head(v, q)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     lse = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
     probability = _probability(scores, mask, lse)
-    return torch.einsum("hqk,khd->qhd", probability, v).to(dtype), lse
+    return torch.einsum("hqk,khd->qhd", probability, v), lse
 
 
 def row_statistics(dout, out, lse, dlse=None):
@@ -180,6 +204,18 @@ def row_statistics(dout, out, lse, dlse=None):
 
 def attend_backward(dout, q, k, v, statistics, mask, scale):
     """Gradients of one sequence, computed as in the kernels; statistics are ``(H, Sq)``."""
+    dq = torch.zeros_like(q)
+    dk, dv = (torch.zeros_like(x, dtype=_compute_dtype(x)) for x in (k, v))
+    for rows, keys, part in _parts(mask):
+        of_rows = RowStatistics(*(x[:, rows] for x in statistics))
+        tensors = (dout[rows], q[rows], k[keys], v[keys])
+        dq[rows], dk_part, dv_part = _attend_backward(*tensors, of_rows, part, scale)
+        dk[keys] += dk_part
+        dv[keys] += dv_part
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _attend_backward(dout, q, k, v, statistics, mask, scale):
     dtype, num_kv_heads = q.dtype, k.shape[1]
     lse_log2, delta = statistics
     dout, q = _wide(dout), _wide(q)
@@ -194,7 +230,7 @@ def attend_backward(dout, q, k, v, statistics, mask, scale):
     dk = torch.einsum("hqk,qhd->khd", dscores, q)
     dv = torch.einsum("hqk,qhd->khd", probability, dout)
     dk, dv = (x.unflatten(1, (num_kv_heads, -1)).sum(2) for x in (dk, dv))
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+    return dq, dk, dv
 
 
 def _check_pairs(mask, lse_log2, probability, dprobability, centred, dtype):
@@ -307,8 +343,12 @@ def _sparse_mask(q, k, lists: BlockLists, causal, key_limit, transposed):
         visible = key < key_limit[:, None]
     if transposed:
         partial, full = partial.mT, full.mT
-    pairs = (query // lists.query_block, key // lists.key_block)
-    partial, full = (x[:, pairs[0], pairs[1]] for x in (partial, full))
+    partial, full = (
+        x.repeat_interleave(lists.query_block, 1)[:, :num_queries].repeat_interleave(
+            lists.key_block, 2
+        )[..., :num_keys]
+        for x in (partial, full)
+    )
     # Kernels may or may not apply the mask to full blocks.
     assert (visible | ~full).all(), "a full block has a pair that the mask hides"
     return (partial & visible) | full

@@ -106,18 +106,20 @@ def few_key_deltas(dout, q, k, v, statistics, few, scale, statistics_placement, 
     dout, q = (x.flatten(0, -3).to(dtype) for x in (_read(dout, placement, q), q))
     k, v = (x.flatten(0, -3).to(dtype).repeat_interleave(group, 1) for x in (k, v))
     places = _vectors(statistics_placement, q)
-    for query, first, count in zip(*map(Tensor.tolist, few), strict=True):
-        # The kernel reads the keys of a row that is none, too.
-        assert 0 <= first < first + count <= len(k)
-        if query < 0:
-            continue
-        assert 2 <= count <= MOST_FEW_KEYS
-        keys, at = slice(first, first + count), places[query]
-        scores = torch.einsum("hd,khd->hk", q[query], k[keys]) * scale
-        weights = (scores * LOG2_E - lse_log2.view(-1)[at, None]).exp2()
-        total = weights.sum(-1)
-        product = (weights * torch.einsum("hd,khd->hk", dout[query], v[keys])).sum(-1)
-        delta.view(-1)[at] = torch.where(total > 0, product / total, delta.view(-1)[at])
+    query, first, count = (x.long() for x in few)
+    # The kernel reads the keys of a row that is none, too.
+    assert ((first >= 0) & (count > 0) & (first + count <= len(k))).all()
+    query, first, count = (x[query >= 0] for x in (query, first, count))
+    assert ((count >= 2) & (count <= MOST_FEW_KEYS)).all()
+    place = torch.arange(MOST_FEW_KEYS, device=q.device)
+    seen, at = (place < count[:, None])[:, None], places[query]
+    keys = (first[:, None] + place).clamp(max=len(k) - 1)
+    scores = torch.einsum("rhd,rkhd->rhk", q[query], k[keys]) * scale
+    weights = (scores * LOG2_E - lse_log2.view(-1)[at, None]).exp2().where(seen, 0)
+    total = weights.sum(-1)
+    products = torch.einsum("rhd,rkhd->rhk", dout[query], v[keys])
+    product = (weights * products).where(seen, 0).sum(-1)
+    delta.view(-1)[at] = torch.where(total > 0, product / total, delta.view(-1)[at])
 
 
 def rotate(x, other, bounds, origin, start, step, theta, inverse):

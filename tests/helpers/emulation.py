@@ -1,8 +1,12 @@
 """The fused backend on a CPU and in any dtype: its kernel calls answered by PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from nsa.fused import constraints, decode_calls, decoding, fa4, kernel_calls
+import pytest
+from hypothesis import strategies as st
+
+from nsa.fused import compressed_forms, constraints, decode_calls, decoding, fa4, kernel_calls
 from tests.helpers import (
     emulated_decoding,
     emulated_fa4,
@@ -25,3 +29,38 @@ def emulate_kernels(replace: Callable):
     replace(constraints, "_tensor_limit", lambda *_: None)
     replace(constraints, "_device_limit", lambda *_: None)
     replace(fa4, "version_problem", lambda: None)
+
+
+COMPRESSED_CALLS = ("masked", "folded", "sums of queries")
+"""Ways to compute the compressed branch of a batch: backward in three forms. Forward skips tiles
+in the last two."""
+
+drawn_compressed_calls = st.sampled_from(COMPRESSED_CALLS)
+"""For tests that draw problems, so that each problem meets one way and not all the same ones."""
+
+
+def compute_compressed(replace: Callable, calls: str):
+    """Compute the compressed branch in a way of ``COMPRESSED_CALLS``."""
+    if calls != "masked":
+        replace(compressed_forms, "ONE_TILE", 0)
+    least = 0 if calls == "sums of queries" else 1 << 60
+    for name in ("UNFOLDED_CTAS", "SINGLE_CTAS"):
+        replace(compressed_forms, name, least)
+
+
+@contextmanager
+def compressed(calls: str) -> Iterator[None]:
+    """The same for a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        compute_compressed(patch.setattr, calls)
+        yield
+
+
+def batched_in_all_ways_and_packed(test: Callable) -> Callable:
+    """Give a test the parameter ``packed``: batches meet all ways, and packs have one."""
+    cases = [("masked", False), ("folded", False), ("sums of queries", False), ("folded", True)]
+    names = ["masked", "folded", "sums of queries", "packed"]
+    parametrize = pytest.mark.parametrize(
+        ("compressed_calls", "packed"), cases, ids=names, indirect=["compressed_calls"]
+    )
+    return pytest.mark.usefixtures("compressed_calls")(parametrize(test))

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
+from tests.helpers.measuring import measured_rank, options_of_ranks
+
 RANKS = 3
 SECONDS = 30
 
@@ -75,7 +77,8 @@ class World:
         for rank in range(self._size):
             near, far = context.Pipe()
             arguments = (rank, self._size, self._backend, store, self._seconds, far)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            options = options_of_ranks()
+            process = context.Process(target=_start_rank, args=(options, *arguments), daemon=True)
             process.start()
             far.close()
             self._processes.append(process)
@@ -92,12 +95,19 @@ class World:
         self._processes, self._pipes = [], []
 
 
-def _serve(rank: int, size: int, backend: str, store: str, seconds: float, pipe: Connection):
+def _start_rank(measuring: dict | None, *arguments):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+
+    torch.set_num_threads(1)
+    with measured_rank(measuring):
+        _serve(*arguments)
+
+
+def _serve(rank: int, size: int, backend: str, store: str, seconds: float, pipe: Connection):
     import torch
     from torch import distributed
 
-    torch.set_num_threads(1)
     if "nccl" in backend:
         torch.cuda.set_device(rank)
     distributed.init_process_group(

@@ -203,6 +203,7 @@ def test_generation_without_a_cache():
         assert torch.equal(out[row, start:], alone[0])
 
 
+@pytest.mark.unmeasured
 @torch.no_grad()  # with gradients, a graph break makes PyTorch warn of its own doing
 def test_a_compiled_model_gives_the_same_logits():
     """transformers then cannot tell packed sequences from others, and hands on a mask of both.

@@ -208,6 +208,7 @@ def test_a_cache_goes_on_where_it_was_copied(make_cache):
         torch.testing.assert_close(out, logits(model, torch.cat((ids[:, :40], last), 1))[:, 40:])
 
 
+@pytest.mark.unmeasured
 @torch.no_grad()
 def test_a_compiled_model_decodes():
     model, ids = make(model_config(num_hidden_layers=1)), tokens(2, 40)
