@@ -1,5 +1,6 @@
 """Decoding with a cache on the reference: any split of sequences equals one call."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 
@@ -15,6 +16,7 @@ from tests.helpers.decoding import (
 from tests.helpers.profiles import examples
 
 
+@pytest.mark.unmeasured
 @settings(max_examples=examples(100))
 @given(decodings(decodable()))
 def test_steps_equal_the_whole(case):

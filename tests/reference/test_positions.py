@@ -30,6 +30,7 @@ from tests.oracle import nsa_oracle
 F64 = torch.float64
 
 
+@pytest.mark.unmeasured
 @settings(max_examples=examples(150))
 @given(cut_problems(problems()), st.booleans())
 def test_pieces_equal_the_whole(case, given_indices):
@@ -196,6 +197,7 @@ def _segments(draw):
     return config, lengths, runs[: draw(st.integers(0, len(runs)))]
 
 
+@pytest.mark.unmeasured
 @settings(max_examples=examples(150))
 @given(_segments())
 def test_segments_anywhere_share_keys(case):
