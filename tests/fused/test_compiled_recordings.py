@@ -54,9 +54,9 @@ def recorded() -> set:
     return {form[0][0] for form in recordings._recordings}
 
 
-def make_layers(mode="token", layers=1):
+def make_layers(mode="token", layers=1, **options):
     torch.manual_seed(0)
-    options = dict(backend="fused", dtype=torch.float64)
+    options |= dict(backend="fused", dtype=torch.float64)
     make = nsa.NativeSparseAttention
     return Stack(make(DIM, 4, 2, PRESETS[mode](), **options) for _ in range(layers))
 
@@ -100,8 +100,7 @@ def test_from_the_third_step_on_no_op_runs_step_by_step(mode, runs, monkeypatch)
         torch.testing.assert_close(got, a_step(model, model, x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("mode", PRESETS)
-@pytest.mark.parametrize("form", ["packing", "bare"])
+@pytest.mark.parametrize(("mode", "form"), [("token", "packing"), ("tile", "bare")])
 def test_boundaries_of_a_form_share_a_recording(mode, form, monkeypatch):
     """Also of other longest sequences; and of a Packing, of other numbers of sequences."""
     model = make_layers(mode)
@@ -121,7 +120,8 @@ def test_boundaries_of_a_form_share_a_recording(mode, form, monkeypatch):
 
 def test_a_form_of_one_step_is_not_recorded(monkeypatch):
     """As where each step has another number of tokens."""
-    model = make_layers(layers=2)
+    # What is not in the ops takes Dynamo long with symbols for sizes.
+    model = make_layers(layers=2, compressor="mean", rope_theta=None)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     monkeypatch.setattr(recordings, "ENABLED", True)
     for tokens in (TOKENS, TOKENS + 70, TOKENS + 133):

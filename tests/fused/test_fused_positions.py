@@ -130,8 +130,7 @@ def test_gradcheck(packed, name):
 
 
 @pytest.mark.unmeasured
-@pytest.mark.parametrize("mode", ["token", "tile"])
-@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize(("mode", "packed"), [("token", False), ("tile", True)])
 def test_compiles_once_for_all_offsets(packed, mode):
     torch._dynamo.reset()
     config = CONFIGS[mode]
@@ -163,17 +162,17 @@ def test_boundaries_may_be_overwritten_before_the_backward(mode):
     queries, keys = [6, 7, 0], [70, 71, 64]
     q, *_ = make_inputs((13,), 4, 2, 8, dtype=F64, requires_grad=True)
     _, k, v = make_inputs((205,), 4, 2, 8, dtype=F64, requires_grad=True)
-    grads = []
+    grads, bounds = [], [make_cu_seqlens(x) for x in (queries, keys)]
+
+    def function(q, k, v, cu_seqlens, cu_seqlens_k):
+        return nsa.forward(
+            q, k, v, config=CONFIGS[mode], backend="fused", cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k, max_seqlen=7, max_seqlen_k=71,
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for overwritten in (False, True):
-        bounds = [make_cu_seqlens(x) for x in (queries, keys)]
-
-        def function(q, k, v, cu_seqlens, cu_seqlens_k):
-            return nsa.forward(
-                q, k, v, config=CONFIGS[mode], backend="fused", cu_seqlens=cu_seqlens,
-                cu_seqlens_k=cu_seqlens_k, max_seqlen=7, max_seqlen_k=71,
-            )  # fmt: skip
-
-        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
         for call in (function, compiled):
             given = [x.clone() for x in bounds]
             out = call(q, k, v, *given)

@@ -14,6 +14,8 @@ from tests.helpers.measuring import measured_rank, options_of_ranks
 
 RANKS = 3
 SECONDS = 30
+START_SECONDS = 240
+"""In which all ranks start: they import PyTorch, on a machine that may do much else."""
 
 
 class World:
@@ -23,7 +25,7 @@ class World:
         folder: a new folder.
         size: how many processes.
         backend: of :func:`torch.distributed.init_process_group`.
-        seconds: a case that takes longer has failed. Ranks may start half as long after each other.
+        seconds: a case that takes longer has failed.
     """
 
     def __init__(
@@ -83,6 +85,12 @@ class World:
             far.close()
             self._processes.append(process)
             self._pipes.append(near)
+        end = time.monotonic() + START_SECONDS
+        for rank in range(self._size):
+            started, problem = self._answer(rank, self._pipes[rank], end)
+            if not started:
+                self.stop()
+                raise AssertionError(f"rank {rank} did not start: {problem}")
 
     def stop(self):
         """End all processes: those that wait for a case at once, others by force."""
@@ -105,6 +113,7 @@ def _start_rank(measuring: dict | None, *arguments):
 
 
 def _serve(rank: int, size: int, backend: str, store: str, seconds: float, pipe: Connection):
+    """Answer that this rank has started, and then each case."""
     import torch
     from torch import distributed
 
@@ -115,6 +124,7 @@ def _serve(rank: int, size: int, backend: str, store: str, seconds: float, pipe:
         timeout=timedelta(seconds=seconds / 2),
     )  # fmt: skip
     groups = {2: distributed.new_group([0, 1]), size: distributed.group.WORLD}
+    pipe.send_bytes(pickle.dumps((True, "started")))
     while True:
         try:
             case = pipe.recv_bytes()
