@@ -71,7 +71,7 @@ def mesh(tmp_path):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Three ranks, which start with the first test that needs them."""
+    """Four ranks, which start with the first test that needs them."""
     ranks = World(str(tmp_path_factory.mktemp("world")))
     yield ranks
     ranks.stop()

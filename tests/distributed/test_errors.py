@@ -213,7 +213,9 @@ def test_a_mesh_of_another_device(world):
 
 
 def test_errors_of_helpers(world):
-    unshard, gradient, pieces, mesh, kind, order, fine = world.run(rank_cases.errors_of_helpers)[0]
+    unshard, gradient, pieces, mesh, kind, order, fine = world.run(
+        rank_cases.errors_of_helpers, ranks=3
+    )[0]
     assert "shape of x: rank 0 (1, 12, 2), rank 1 (1, 13, 2)" in unshard
     assert "unshard has none" in gradient
     assert "must be a multiple of 6" in pieces

@@ -14,13 +14,6 @@ from tests.helpers.world import World
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    ranks = World(str(tmp_path_factory.mktemp("four")), size=4, seconds=120)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     ranks = World(str(tmp_path_factory.mktemp("eight")), size=8, seconds=240)
     yield ranks
@@ -38,8 +31,8 @@ def eight(tmp_path_factory):
     ],
     ids=["token", "tile", "each", "contiguous"],
 )
-def test_four_ranks_equal_one_process(four, mode, order, lengths, calls):
-    check_ranks(four, make_problem(mode, lengths), 4, order, case=getattr(rank_cases, calls))
+def test_four_ranks_equal_one_process(world, mode, order, lengths, calls):
+    check_ranks(world, make_problem(mode, lengths), 4, order, case=getattr(rank_cases, calls))
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="eight processes take long on few CPUs")

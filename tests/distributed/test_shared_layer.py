@@ -128,7 +128,7 @@ def test_layers_that_tensor_parallelism_cannot_share(mesh):
 
 def test_heads_that_ranks_cannot_share(world):
     layer = nsa.NativeSparseAttention(16, 4, 2)
-    text = world.run(layer_cases.error_of_tensor_parallel, layer)[0]
+    text = world.run(layer_cases.error_of_tensor_parallel, layer, ranks=3)[0]
     assert text == "num_kv_heads must be a multiple of the 3 ranks, got 2"
 
 

@@ -12,14 +12,14 @@ from multiprocessing.connection import Connection
 
 from tests.helpers.measuring import measured_rank, options_of_ranks
 
-RANKS = 3
+RANKS = 4
 SECONDS = 30
 START_SECONDS = 240
 """In which all ranks start: they import PyTorch, on a machine that may do much else."""
 
 
 class World:
-    """Processes with a group of all of them and one of the first two.
+    """Processes with a group of all of them, and of the first two, three, and so on.
 
     Args:
         folder: a new folder.
@@ -123,7 +123,8 @@ def _serve(rank: int, size: int, backend: str, store: str, seconds: float, pipe:
         backend, init_method=f"file://{store}", rank=rank, world_size=size,
         timeout=timedelta(seconds=seconds / 2),
     )  # fmt: skip
-    groups = {2: distributed.new_group([0, 1]), size: distributed.group.WORLD}
+    groups = {ranks: distributed.new_group(list(range(ranks))) for ranks in range(2, size)}
+    groups[size] = distributed.group.WORLD
     pipe.send_bytes(pickle.dumps((True, "started")))
     while True:
         try:
