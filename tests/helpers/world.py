@@ -74,7 +74,7 @@ class World:
         if self._processes:
             return
         self._started += 1
-        context = multiprocessing.get_context("spawn")
+        context = self._context()
         store = os.path.join(self._folder, f"store{self._started}")
         for rank in range(self._size):
             near, far = context.Pipe()
@@ -91,6 +91,14 @@ class World:
             if not started:
                 self.stop()
                 raise AssertionError(f"rank {rank} did not start: {problem}")
+
+    def _context(self):
+        if "nccl" in self._backend:
+            return multiprocessing.get_context("spawn")
+        # Ranks fork from a process that has imported what they need and done nothing.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.helpers.rank_cases", "tests.helpers.layer_cases"])
+        return context
 
     def stop(self):
         """End all processes: those that wait for a case at once, others by force."""
