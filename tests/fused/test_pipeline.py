@@ -206,7 +206,7 @@ def test_what_traces_sees_the_whole_as_one_operation():
     [
         ("tile", "masked", False),
         ("token", "folded", False),
-        ("tile", "shared keys", False),
+        ("tile", "sums of queries", False),
         ("tile", "folded", True),
         ("token", "folded", True),
     ],
