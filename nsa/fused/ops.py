@@ -243,6 +243,9 @@ def _apart(x: Tensor | None, like: Tensor) -> Tensor:
     """``x``, contiguous, or an empty tensor: in memory of its own, as results of an op must be."""
     if x is None:
         return like.new_empty(0)
+    if x.numel() == 0:
+        # Two of them may share a storage, which is as empty as they are.
+        return x.new_empty(x.shape)
     alone = x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
     return x if alone else x.clone(memory_format=torch.contiguous_format)
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import nsa
 from nsa.fused import layer_ops, ops, schedule
-from nsa.testing import make_cu_seqlens
+from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.packed_calls import (
     CONFIGS,
     F64,
@@ -201,3 +201,19 @@ def test_a_packing_of_inference_mode_trains(mode):
 
     grads = torch.autograd.grad(call(q, k, v).square().sum(), (q, k, v))
     torch.testing.assert_close(grads, expected[1:], rtol=0, atol=1e-12)
+
+
+@modes
+@pytest.mark.parametrize("shape", [(1, 3), (2, 15), (2, 0), (0, 3)])
+@pytest.mark.parametrize("recompute_window", [False, True])
+def test_sequences_without_a_compressed_block_compile(mode, shape, recompute_window):
+    """The results of an op must not share memory, even if they are empty."""
+    torch._dynamo.reset()
+    q, k, v = make_inputs(shape, 4, 2, 64, requires_grad=True)
+    options = dict(config=CONFIGS[mode], recompute_window=recompute_window, backend="fused")
+    results = []
+    for call in (nsa.forward, torch.compile(nsa.forward, backend="aot_eager", fullgraph=True)):
+        out = call(q, k, v, **options)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
