@@ -265,6 +265,15 @@ def test_a_server_tells_of_no_more_tokens_than_pages_hold(length):
         nsa.Cache.from_pages(SMALL["token"], **pages, page_table=table, lengths=lengths)
 
 
+@pytest.mark.parametrize("name", ["k_pages", "v_cmp_pages"])
+def test_pages_of_one_place_are_refused(name):
+    pages = server_pages(SMALL["token"], 4, 16)
+    pages[name] = pages[name][:1].expand_as(pages[name])
+    table, lengths = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"{name} must have a place for each entry"):
+        nsa.Cache.from_pages(SMALL["token"], **pages, page_table=table, lengths=lengths)
+
+
 def test_pages_that_the_table_lacks_are_seen():
     config = SMALL["token"]
     pages = server_pages(config, 2, 16)

@@ -71,6 +71,13 @@ def check_pages(k_pages, v_pages, k_cmp_pages, v_cmp_pages, config: NSAConfig):
                 f"{name} must have the dtype and device of k_pages, {k_pages.dtype} on "
                 f"{k_pages.device}, got {pool.dtype} on {pool.device}"
             )
+        if any(
+            size > 1 and not stride for size, stride in zip(pool.shape, pool.stride(), strict=True)
+        ):
+            raise ValueError(
+                f"{name} must have a place for each entry, as it is written to, got strides "
+                f"{pool.stride()} of an expanded tensor"
+            )
     pages, page_size, heads, dim = k_pages.shape
     check_page_size(page_size, config)
     slots = page_size // config.compress_stride
