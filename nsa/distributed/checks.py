@@ -228,6 +228,10 @@ def _check_compression(
     config = problem.config
     batch = problem.leading[0] if problem.batched else 1
     each = blocks // max(1, batch)
+    if batch == 0 and isinstance(compressed_kv, tuple) and compressed_kv:
+        # There is nothing to count them by, and they have no elements.
+        first = compressed_kv[0]
+        each = first.shape[1] if isinstance(first, Tensor) and first.ndim == 4 else 0
     tokens = (each - 1) * config.compress_stride + config.compress_block_size if each else 0
     if problem.batched:
         problem = problem._replace(leading_k=(batch, tokens))

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nsa.blocks import num_compressed_blocks
 from nsa.testing import make_inputs
 from tests.helpers import rank_cases
 from tests.helpers.profiles import examples
@@ -49,6 +50,9 @@ def test_a_batch_without_sequences(world, config):
     q, k, v = make_inputs((0, 4 * config.q_tile_size), 4, 2, 4, dtype=torch.float64)
     problem = Problem(q, k, v, config, {})
     indices = problem.select_blocks(backend="reference")
+    blocks = num_compressed_blocks(q.shape[1], config)
+    given = {"compressed_kv": (q.new_empty(0, blocks, 2, 4), q.new_empty(0, blocks, 2, 4))}
+    check_ranks(world, problem._replace(extras=given), 2, "head-tail")
     arguments = problem, "head-tail", "reference"
     for own in world.run(rank_cases.selected_blocks, *arguments, ranks=2):
         shape = (0, *indices.shape[1:])
