@@ -136,9 +136,15 @@ def enough_kv_heads(
     The gradient through a softmax over two keys is one number per pair, and its error comes from
     few roundings. Over 64 pairs the fused error is 1.2 times the reference's (measured for packs of
     2 and 1 tokens). For one pair the ratio of the two errors is luck.
+
+    Where no query sees two keys, 64 pairs of one: all of a pair's gradient of v has the error of
+    one rounded gate. By simulation 64 pairs err 1.4 times as much as without, at most 1.6 times in
+    4000 draws; two pairs over 2 times in 192 of them.
     """
     queries = lengths if queries is None else queries
-    pairs = group * sum(min(n, max(0, m - 1)) for n, m in zip(queries, lengths, strict=True))
+    seen = list(zip(queries, lengths, strict=True))
+    pairs = group * sum(min(n, max(0, m - 1)) for n, m in seen)
+    pairs = pairs or group * sum(min(n, m) for n, m in seen)
     return max(kv_heads, -(-64 // pairs)) if pairs else kv_heads
 
 
