@@ -101,7 +101,7 @@ def test_compiled_with_dynamic_shapes():
     cache = layer.make_cache(2, 40)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="eager", dynamic=True)
-    out = [compiled(x[:, a:b], cache=cache) for a, b in pairwise((0, 20, 21, 29, 40))]
+    out = [compiled(x[:, a:b], cache=cache) for a, b in pairwise((0, 20, 21, 40))]
     torch.testing.assert_close(torch.cat(out, 1), layer(x), **CLOSE)
 
 

@@ -13,7 +13,7 @@ from nsa.config import NSAConfig
 from nsa.distributed.backend_calls import BackendCall
 from nsa.distributed.layout import Layout
 
-CHUNK_BYTES = 1 << 28
+CHUNK_BYTES = 1 << 27
 """Gathered keys and values of a chunk, unless one KV head has more. From half of that on there are
 two chunks at least, so that keys are gathered beside the work of others."""
 
