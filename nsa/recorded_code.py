@@ -12,7 +12,7 @@ import torch
 
 
 class View(NamedTuple):
-    """A tensor, as what it is of a memory."""
+    """A tensor, described as a view of a memory."""
 
     memory: int
     shape: torch.Size

@@ -39,8 +39,8 @@ MAX_RECORDINGS = 64
 """Recordings to keep: those that were called last."""
 
 MAX_SEEN = 1024
-"""Forms without a recording to remember, seen once or refused: those that were called last. They
-are many where each step has another length, and take no place of recordings."""
+"""Forms without a recording to remember, seen once or refused: those that were called last. Each
+new length makes one, so they are counted separately from recordings."""
 
 MAX_ELEMENTS = 1 << 25
 """Elements of the first tensor up to which calls are recorded. The host is faster than the GPU in

@@ -78,15 +78,15 @@ class Turns(NamedTuple):
     popular: Tensor
 
 
-APART_BYTES = 1 << 30
+OWN_SUMS_BYTES = 1 << 30
 """Bytes of sums up to which each query head has its own of all key blocks. Heads then do not wait
 for one another, and are all under way together: 0.80 ms instead of 1.28 at 8K tokens of 32 heads,
 and 3.5 instead of 3.9 at 32K, where adding them up takes 0.5."""
 
 
-def apart(num_blocks: int, heads: int, head_dim: int) -> bool:
+def has_own_sums(num_blocks: int, heads: int, head_dim: int) -> bool:
     """Whether query heads have their own sums of all key blocks, of 64 keys and as many values."""
-    return 2 * 64 * 4 * num_blocks * heads * head_dim <= APART_BYTES
+    return 2 * 64 * 4 * num_blocks * heads * head_dim <= OWN_SUMS_BYTES
 
 
 TOGETHER = 16
@@ -105,10 +105,12 @@ def num_popular(num_blocks: int, group: int) -> int:
     return 0 if group == 1 else min(num_blocks, max(1, num_blocks // (4 * group)))
 
 
-def take_turns(lists: BlockLists, num_blocks: int, kv_heads: int, *, alone: bool = False) -> Turns:
+def take_turns(
+    lists: BlockLists, num_blocks: int, kv_heads: int, *, own_sums: bool = False
+) -> Turns:
     """An order of the entries of ``lists`` of key blocks below ``num_blocks``, for each sum.
 
-    If ``alone``, each query head has its own sums of all blocks, and ``popular`` names none.
+    If ``own_sums``, each query head has its own sums of all blocks, and ``popular`` names none.
 
     Entries go by their CTAs, in the order in which these are launched: query tiles of
     :func:`heads_together`, tile after tile, then those of the next heads.
@@ -117,9 +119,9 @@ def take_turns(lists: BlockLists, num_blocks: int, kv_heads: int, *, alone: bool
     group = heads // kv_heads
     index, valid = _entries(lists)
     head = torch.arange(heads, device=device)[:, None, None]
-    owner, owners = (head, heads) if alone else (head // group, kv_heads)
+    owner, owners = (head, heads) if own_sums else (head // group, kv_heads)
     slot = torch.where(valid, owner * num_blocks + index, owners * num_blocks)
-    shared = 0 if alone else num_popular(num_blocks, group)
+    shared = 0 if own_sums else num_popular(num_blocks, group)
     popular = torch.empty(kv_heads, 0, dtype=torch.int64, device=device)
     if shared:
         ends = torch.arange(kv_heads * num_blocks + 1, device=device)

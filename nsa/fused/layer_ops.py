@@ -232,7 +232,7 @@ def compress_pair_backward(
         drows = torch.bmm(dhidden, weight).view(rows)
         torch.sum(drows, (1, 2), out=dposition)
         dx = kernel_calls.scatter_blocks(drows, tuple(shape), places)
-        # Copies, because who holds one gradient would hold all.
+        # Copies, because a view would keep the memory of all gradients.
         grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
         torch._foreach_copy_(grads, [x for both in gradients for x in both])
     return dx, grads

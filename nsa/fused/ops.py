@@ -197,7 +197,7 @@ def _attention(inputs: Inputs, options: OpOptions) -> list[Tensor]:
     out, saved = run_forward(
         inputs, options.block_indices, plan, options.schedule, save=options.save
     )
-    tensors = [_apart(x, q) for part in saved for x in part.tensors()]
+    tensors = [_owned(x, q) for part in saved for x in part.tensors()]
     return [out, *tensors, *(x.clone() for x in options.returned_bounds)]
 
 
@@ -239,7 +239,7 @@ def _run_recorded(
     return function(inputs, options, *others) if found is None else found
 
 
-def _apart(x: Tensor | None, like: Tensor) -> Tensor:
+def _owned(x: Tensor | None, like: Tensor) -> Tensor:
     """``x``, contiguous, or an empty tensor: in memory of its own, as results of an op must be."""
     if x is None:
         return like.new_empty(0)
@@ -324,7 +324,7 @@ def _attention_backward(
     parts = [_without_empty(part) for part in parts]
     plan = options.plan(inputs.q, inputs.k)
     grads = run_backward(dout, inputs, options.block_indices, parts, plan, options.schedule)
-    return [_apart(grad, inputs.q) for grad in grads]
+    return [_owned(grad, inputs.q) for grad in grads]
 
 
 def _without_empty(saved: Saved) -> Saved:

@@ -87,7 +87,9 @@ def attend(
     # By tokens, which all chunks of heads have alike, so that their results have the same bits.
     window_last = combines and not plan.packed and q.shape[0] * q.shape[1] > SHORT_TOKENS
     # In tile mode the selection and its branch then run beside the compressed one, but for groups.
-    apart = window_last and not token_mode and plan.compressed_form is not CompressedForm.LISTED
+    selects_beside = (
+        window_last and not token_mode and plan.compressed_form is not CompressedForm.LISTED
+    )
     side_stream = nullcontext() if window_last else SideStream(q)
     o_win = lse_win = None
     if before_keys is None and not window_last:
@@ -96,9 +98,9 @@ def attend(
     with side_stream:
         k_cmp, v_cmp = _compressed_pair(inputs, plan)
         q_rows = plan.align_queries(q)
-        if not token_mode and not apart:
+        if not token_mode and not selects_beside:
             block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
-        beside = SideStream(q) if apart else nullcontext()
+        beside = SideStream(q) if selects_beside else nullcontext()
         o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
         if token_mode and block_indices is None:
             lse = compressed_lse(lse_cmp, q, k_cmp, plan)
@@ -107,7 +109,7 @@ def attend(
     o_slc: Tensor | None
     gating = (inputs.gates, inputs.gate_proj_weight, out)
     with beside:
-        if apart:
+        if selects_beside:
             block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
         assert block_indices is not None  # as by now they are selected
         if before_keys is not None:

@@ -59,7 +59,7 @@ def random_lists(heads, tiles, num_keys, query_block, limit) -> BlockLists:
 def test_gradients(form, sums, monkeypatch):
     """In any order, or in a fixed one with sums of few or of all blocks for each query head."""
     deterministic = sums is not None
-    monkeypatch.setattr(fixed_order, "APART_BYTES", 1 << 60 if sums == "of query heads" else -1)
+    monkeypatch.setattr(fixed_order, "OWN_SUMS_BYTES", 1 << 60 if sums == "of query heads" else -1)
     head_dim, group, kv_heads, query_block, limited, dtype = form
     heads, scale = group * kv_heads, head_dim**-0.5
     for tiles, extra_keys in itertools.product((1, 3), (0, 128)):

@@ -59,7 +59,7 @@ def compressed_attention(
 def _forward_of_blocks(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    """Of a batch with many compressed tokens."""
+    """The compressed branch of a batch with many compressed tokens."""
     lse, scale = new_lse(q), plan.config.softmax_scale(q.shape[-1])
     own, times = by_entry(lse, len(q)), _key_times(q, plan)
     out, _ = fa4.forward_of_blocks(q, k_cmp, v_cmp, scale=scale, key_times=times, lse=own)

@@ -12,7 +12,7 @@ from nsa.fused.block_lists import (
     transpose_lists,
 )
 from nsa.fused.fa4_call import sums_bytes
-from nsa.fused.fixed_order import apart
+from nsa.fused.fixed_order import has_own_sums
 from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
 from nsa.fused.plan import Plan, choose_key_block
 from nsa.fused.sizes import Sizes
@@ -136,8 +136,8 @@ def sparse_sums_bytes(sizes: Sizes, block_size: int, num_keys: int) -> int:
     sums = 2 * num_keys * kv_heads * head_dim * 4
     if sizes.deterministic:
         # Sums of query heads too, then all in the order of the keys; and the order of entries.
-        alone = apart(num_keys // 64, heads, head_dim)
-        return (sums * (1 + sizes.group) if alone else sums * 9 // 4) + 32 * sizes.indices
+        own_sums = has_own_sums(num_keys // 64, heads, head_dim)
+        return (sums * (1 + sizes.group) if own_sums else sums * 9 // 4) + 32 * sizes.indices
     if goes_by_query(choose_key_block(block_size, sizes.config, head_dim), head_dim):
         return sums
     sums = sums_bytes(heads, kv_heads, head_dim, sizes.rows, num_keys)

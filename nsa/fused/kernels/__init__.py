@@ -7,7 +7,8 @@ Files with an operation: ``plan_tables``, ``rope``, ``block_rows``, ``means``, `
 ``few_keys``, ``query_gradient``, ``query_sums``, ``lists``, ``tile_scores``, ``top_blocks``,
 ``importance``, ``selected_forward``, ``selected_backward``, ``row_statistics`` and
 ``listed_backward``; and of decoding ``decode_append``, ``decode_compressed``,
-``decode_tile_select``, ``decode_finish`` and ``decode_attend``, which
+``decode_select``, ``decode_units``, ``decode_tile_select``, ``decode_finish`` and
+``decode_attend``, which
 :mod:`nsa.fused.decode_calls` documents. Each has
 
 - classes of kernels. ``__call__`` runs on the host and launches ``kernel``. Tensors and sizes come

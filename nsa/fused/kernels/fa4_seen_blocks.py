@@ -25,7 +25,7 @@ from nsa.fused.kernels.hopper import (
 
 
 class ForwardOfBlocks(FlashAttentionForwardSm90):
-    """``first`` is the right bound of the window."""
+    """FA4's forward with the mask of seen blocks. The window's right bound holds ``first``."""
 
     def __init__(self, *arguments, step: int, **options):
         options |= dict(is_causal=True, is_local=False, pack_gqa=False)
@@ -53,11 +53,11 @@ class _SeenBlocks:
     step: cutlass.Constexpr[int]
 
     def keys_of(self, query: Int32) -> Int32:
-        """How many keys a query sees, of as many as it likes."""
+        """The number of keys that a query sees if there are enough."""
         return cutlass.max(query - self.block_info.window_size_right + self.step, 0) // self.step
 
     def get_n_block_min_max(self, seqlen, m_block: Int32) -> tuple[Int32, Int32]:
-        """One tile at least, whose keys the mask then hides."""
+        """The range of key tiles: one at least, which the mask hides if no key is seen."""
         info = self.block_info
         seen = self.keys_of((m_block + 1) * info.tile_m - 1)
         tiles = cute.ceil_div(cutlass.min(seen, seqlen.seqlen_k), info.tile_n)
@@ -73,7 +73,7 @@ class _SeenBlocks:
 
 
 class _SeenMask:
-    """FA4's mask, of the blocks that a query sees alone."""
+    """FA4's mask, limited to the blocks that a query sees."""
 
     def __init__(self, mask, seen: _SeenBlocks):
         self.mask, self.seen = mask, seen

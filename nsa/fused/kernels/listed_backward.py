@@ -25,7 +25,7 @@ from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 from torch import Tensor
 
-from nsa.fused.fixed_order import Turns, apart, heads_together, take_turns
+from nsa.fused.fixed_order import Turns, has_own_sums, heads_together, take_turns
 from nsa.fused.hardware import LOG2_E, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
 from nsa.fused.kernels.block_sums import add_block, round_listed_sums
@@ -528,12 +528,12 @@ def listed_backward(
     group, num_blocks = heads // kv_heads, k.shape[1] // TILE_KEYS
     together, slots, turns = heads, num_blocks * kv_heads, None
     if deterministic:
-        alone = apart(num_blocks, heads, head_dim)
-        order = _turns_alone(lists, num_blocks) if alone else None
+        own_sums = has_own_sums(num_blocks, heads, head_dim)
+        order = _turns_of_own_sums(lists, num_blocks) if own_sums else None
         if order is None:
-            order = take_turns(lists, num_blocks, kv_heads, alone=alone)
-        together = heads if alone else heads_together(heads, group)
-        slots = num_blocks * heads if alone else slots + order.popular.numel() * group
+            order = take_turns(lists, num_blocks, kv_heads, own_sums=own_sums)
+        together = heads if own_sums else heads_together(heads, group)
+        slots = num_blocks * heads if own_sums else slots + order.popular.numel() * group
         added = torch.zeros(slots, dtype=torch.int32, device=q.device)
         turns = _Turns(*(None if x is None else x.view(-1) for x in order[:4]), added)
     size = slots * TILE_KEYS * head_dim
@@ -559,7 +559,7 @@ def listed_backward(
     if sums:
         return dq, *sums
     if deterministic:
-        if alone:
+        if own_sums:
             dk, dv = (_of_kv_heads(x, num_blocks, k) for x in (dk, dv))
         else:
             dk, dv = (_of_key_blocks(x, order.popular, num_blocks, k) for x in (dk, dv))
@@ -569,7 +569,7 @@ def listed_backward(
     return dq, *grads
 
 
-def _turns_alone(lists: BlockLists, num_blocks: int) -> Turns | None:
+def _turns_of_own_sums(lists: BlockLists, num_blocks: int) -> Turns | None:
     """:func:`take_turns` of query heads that have sums of their own; None if there are full blocks.
 
     The order of a head's entries is that of its tiles.
