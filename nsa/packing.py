@@ -103,7 +103,8 @@ class Packing:
     def rounded(self) -> "Packing":
         """The same sequences with sizes rounded up, so that calls with other boundaries share
         recordings and compiled code: their number and ``max_seqlen`` become powers of two, with
-        empty sequences at the end. This Packing itself if it has no sequences, keys of their own, or was not read.
+        empty sequences at the end. This Packing itself if it has no sequences, keys of their own,
+        or was not read.
         """
         return self if self._rounded is None else self._rounded
 
