@@ -12,14 +12,14 @@ from nsa.distributed.call import RankInputs
 @pytest.mark.parametrize(
     ("heads", "megabytes", "sizes"),
     [
-        (8, 16, [8]),
-        (8, 32, [8]),  # half of a chunk's bytes: few launches
-        (8, 64, [4, 4]),  # the second half is gathered beside the work of the first
-        (8, 256, [2, 2, 2, 2]),
-        (8, 1024, [1] * 8),
-        (5, 200, [2, 2, 1]),
-        (1, 400, [1]),
-        (1, 1024, [1]),
+        (8, 4, [8]),
+        (8, 8, [8]),  # half of a chunk's bytes: few launches
+        (8, 16, [4, 4]),  # the second half is gathered beside the work of the first
+        (8, 64, [2, 2, 2, 2]),
+        (8, 256, [1] * 8),
+        (5, 50, [2, 2, 1]),
+        (1, 100, [1]),
+        (1, 256, [1]),
     ],
 )
 def test_chunks_follow_from_the_bytes_of_a_head(heads, megabytes, sizes):

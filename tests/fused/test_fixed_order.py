@@ -52,15 +52,15 @@ def random_lists(heads: int, tiles: int, blocks: int, width: int, full: bool) ->
     )
 
 
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("own_sums", [False, True])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("heads", "group"), [(1, 1), (6, 3), (32, 16), (40, 4), (20, 1)])
-def test_entries_take_turns_as_their_tiles_are_launched(heads, group, full, alone):
+def test_entries_take_turns_as_their_tiles_are_launched(heads, group, full, own_sums):
     tiles, blocks, width, kv_heads = 7, 90, 4, heads // group
     lists = random_lists(heads, tiles, blocks, width, full)
-    turns = take_turns(lists, blocks, kv_heads, alone=alone)
+    turns = take_turns(lists, blocks, kv_heads, own_sums=own_sums)
     together = heads_together(heads, group)
-    shared = 0 if alone else num_popular(blocks, group)
+    shared = 0 if own_sums else num_popular(blocks, group)
     assert together % group == heads % together == 0
     assert turns.popular.shape == (kv_heads, shared)
     if shared:
@@ -70,8 +70,10 @@ def test_entries_take_turns_as_their_tiles_are_launched(heads, group, full, alon
         for tile in range(tiles):
             for head in range(first, first + together):
                 for entry in entries(lists, turns, head, tile):
-                    check_entry(*entry, added, head, 1 if alone else group, blocks, turns.popular)
-    assert max(added) < (heads if alone else kv_heads) * blocks + kv_heads * shared * group
+                    check_entry(
+                        *entry, added, head, 1 if own_sums else group, blocks, turns.popular
+                    )
+    assert max(added) < (heads if own_sums else kv_heads) * blocks + kv_heads * shared * group
 
 
 def entries(lists: BlockLists, turns, head: int, tile: int):
@@ -88,9 +90,9 @@ def entries(lists: BlockLists, turns, head: int, tile: int):
 def check_entry(block, slot, turn, added, head, group, blocks, popular):
     assert turn == added[slot]
     added[slot] += 1
-    kv_heads, shared = popular.shape
+    # None are popular, and there may be fewer KV heads, if each head has its own sums.
     kv_head, own = divmod(head, group)
-    # None are popular, and there may be fewer KV heads, if each head is alone.
+    # None are popular, and there may be fewer KV heads, if each head is own_sums.
     named = popular[kv_head].tolist() if shared else []
     place = named.index(block) if block in named else None
     if place is None:
