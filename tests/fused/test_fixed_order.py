@@ -90,9 +90,9 @@ def entries(lists: BlockLists, turns, head: int, tile: int):
 def check_entry(block, slot, turn, added, head, group, blocks, popular):
     assert turn == added[slot]
     added[slot] += 1
-    # None are popular, and there may be fewer KV heads, if each head has its own sums.
+    kv_heads, shared = popular.shape
     kv_head, own = divmod(head, group)
-    # None are popular, and there may be fewer KV heads, if each head is own_sums.
+    # None are popular, and there may be fewer KV heads, if each head has its own sums.
     named = popular[kv_head].tolist() if shared else []
     place = named.index(block) if block in named else None
     if place is None:
