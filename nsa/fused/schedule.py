@@ -23,8 +23,9 @@ from nsa.host import is_capturing, refuse_recording
 from nsa.precision import without_autocast
 from nsa.results import Results
 
-ALWAYS_FITS = 1 << 30
-"""Workspace up to which the free memory is not queried, because that takes some 0.04 ms."""
+ALWAYS_FITS = 1 / 32
+"""Part of the GPU's memory that a workspace may take without a query of the free memory. A query
+takes some 0.04 ms, and a call that depends on it cannot be recorded."""
 
 USABLE = 0.9
 """Fraction of the free memory to use. The rest is lost to fragmentation and rounding."""
@@ -66,7 +67,7 @@ def make_schedule(
     if not q.is_cuda or is_capturing(q):
         return whole
     workspace = _whole_bytes(sizes, save)
-    if workspace <= ALWAYS_FITS:
+    if workspace <= ALWAYS_FITS * _total_bytes(q.device):
         return whole
     refuse_recording("the schedule depends on the free memory")
     # The results are the output; with a backward, also its gradient and those of the inputs.
@@ -109,6 +110,12 @@ def _fewest(sizes: Sizes) -> int:
 def _whole_bytes(sizes: Sizes, save: bool) -> int:
     """Workspace with all KV heads at a time."""
     return workspace_bytes(sizes, sizes.num_kv_heads, save=save, recompute=False)
+
+
+@lru_cache
+def _total_bytes(device: torch.device) -> int:
+    """Memory of the device."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def _unused_bytes(device: torch.device) -> int:

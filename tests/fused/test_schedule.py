@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import nsa
+from nsa import recordings
 from nsa.blocks import num_compressed_blocks
 from nsa.fused import entry, ops
 from nsa.fused.call_tensors import Inputs
-from nsa.fused.schedule import ChunkSchedule, make_schedule, run_forward
-from nsa.fused.sizes import Sizes
+from nsa.fused.memory import workspace_bytes
+from nsa.fused.schedule import ALWAYS_FITS, ChunkSchedule, make_schedule, run_forward
+from nsa.fused.sizes import Sizes, make_sizes
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.small_configs import tile_config, token_config
 
@@ -224,5 +226,26 @@ def test_a_limit_asks_for_no_free_memory(monkeypatch):
     assert make_schedule(**call, max_workspace_bytes=1 << 60) == ChunkSchedule(1, False)
     assert make_schedule(**call, max_workspace_bytes=1) == ChunkSchedule(4, True)
     monkeypatch.setattr("nsa.fused.schedule.is_capturing", lambda _: False)
+    monkeypatch.setattr("nsa.fused.schedule._total_bytes", lambda _: 80 << 30)
     with pytest.raises(AssertionError, match="free memory"):
         make_schedule(**call, max_workspace_bytes=None)
+
+
+@pytest.mark.parametrize("config", [nsa.NSAConfig.paper(), nsa.NSAConfig()], ids=["token", "tile"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads"), [(1024, 16, 1), (2048, 16, 1), (4096, 32, 2)]
+)
+def test_layers_that_may_be_recorded_ask_for_no_free_memory(
+    config, deterministic, dim, heads, kv_heads
+):
+    """On 80 GB. Otherwise each call would run step by step, and say nothing."""
+    tokens = recordings.MAX_ELEMENTS // dim
+    for batch in (1, 4, tokens // 1024):
+        q = torch.empty(batch, tokens // batch, heads, dim // heads, device="meta").bfloat16()
+        sizes = make_sizes(
+            q, kv_heads, None, None, config, num_keys=q.shape[1], gated_gradients=True
+        )
+        sizes = sizes._replace(deterministic=deterministic)
+        needed = workspace_bytes(sizes, kv_heads, save=True, recompute=False)
+        assert needed <= ALWAYS_FITS * 80e9
