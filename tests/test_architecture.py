@@ -3,7 +3,7 @@
 import ast
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -186,6 +186,18 @@ def test_every_module_of_the_large_packages_has_a_place_on_the_page():
     assert not missing
 
 
+def test_every_file_of_kernels_has_a_line():
+    text = ast.get_docstring(ast.parse((ROOT / "nsa/fused/kernels/__init__.py").read_text()))
+    named = [
+        name
+        for line in text.partition("\nOperations:\n")[2].splitlines()
+        if line.startswith("- ")
+        for name in re.findall(r"``(\w+)``", line.partition(": ")[0])
+    ]
+    files = {path.stem for path in (ROOT / "nsa/fused/kernels").glob("*.py")}
+    assert sorted(named) == sorted(files - {"__init__"})
+
+
 LAYERS = [
     {"config"},
     {"precision", "host", "blocks", "segments", "results"},
@@ -197,7 +209,7 @@ LAYERS = [
     {"reference", "fused"},
     {"backends", "call_checks", "flat_arguments"},
     {"dispatch"},
-    {"selected_branch"},
+    {"selected_dispatch"},
     {"linears", "plain_modules"},
     {"compressor", "cached_layer", "layer_checks"},
     {"joint_products"},
@@ -226,6 +238,18 @@ def imports(path: Path) -> set[str]:
 def imported_modules(path: Path) -> set[str]:
     """The modules and packages of nsa that a file imports."""
     return {name.split(".")[1] for name in imports(path) if name.startswith("nsa.")}
+
+
+def test_files_have_a_name_of_their_own():
+    """A stage has the same name in both backends, and no other file has it."""
+    places = defaultdict(set)
+    for path in (ROOT / "nsa").rglob("*.py"):
+        if path.stem not in ("__init__", "__main__"):
+            places[path.stem].add(str(path.parent.relative_to(ROOT)))
+    assert len(places) > 150
+    backends = {"nsa/reference", "nsa/fused"}
+    twice = {name: found for name, found in places.items() if len(found) > 1 and found != backends}
+    assert not twice
 
 
 def test_classes_have_a_name_of_their_own():

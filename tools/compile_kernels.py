@@ -60,18 +60,18 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Our own kernels. A case has all forms of one file, for one dtype if the file has dtypes."""
     from nsa.fused.kernels import (
         block_rows,
-        gates,
-        lists,
+        gated_sum,
+        key_block_lists,
         means,
-        plan_tables,
         query_gradient,
-        rope,
+        rotation,
+        sequence_tables,
         tile_scores,
         top_blocks,
     )
 
-    by_dtype = [gates, query_gradient, means, rope, block_rows, tile_scores]
-    others = [lists, top_blocks, plan_tables]
+    by_dtype = [gated_sum, query_gradient, means, rotation, block_rows, tile_scores]
+    others = [key_block_lists, top_blocks, sequence_tables]
     if arch == "sm_90a":
         # On Hopper's matrix instructions.
         from nsa.fused.kernels import (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import num_selection_blocks
-from nsa.cache.checks import check_table
+from nsa.cache.argument_checks import check_table
 from nsa.cache.context import segments_of
 from nsa.cache.places import page_places
 from nsa.config import NSAConfig

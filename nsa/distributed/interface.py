@@ -10,12 +10,12 @@ from torch.distributed import ProcessGroup
 from nsa import dispatch
 from nsa.blocks import num_query_tiles
 from nsa.config import NSAConfig
-from nsa.distributed.attention import attend
+from nsa.distributed.block_sharing import compress_own, gather_blocks
 from nsa.distributed.call import NO_LIMIT, RankCall, RankInputs
-from nsa.distributed.checks import Part, check_call, check_equal_tokens, distinct, flat
+from nsa.distributed.chunked_attention import attend
 from nsa.distributed.collectives import process_group
-from nsa.distributed.compression import compress_own, gather_blocks
 from nsa.distributed.order import check_order
+from nsa.distributed.rank_checks import Part, check_call, check_equal_tokens, distinct, flat
 from nsa.distributed.sharding import Mesh
 from nsa.packing import Packing
 from nsa.validation import check_deterministic

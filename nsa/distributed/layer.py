@@ -10,11 +10,11 @@ from torch.distributed import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from nsa import backends
-from nsa.distributed.checks import Part, flat, part_layout
+from nsa.distributed.block_sharing import block_rows
 from nsa.distributed.collectives import process_group
-from nsa.distributed.compression import block_rows
 from nsa.distributed.interface import attend_part, select_part
 from nsa.distributed.order import check_order
+from nsa.distributed.rank_checks import Part, flat, part_layout
 from nsa.host import has_readable_values
 from nsa.layer_checks import check_input
 from nsa.layer_compression import compress_tokens

@@ -18,7 +18,7 @@ from nsa.blocks import most_completed_blocks, num_compressed_blocks
 from nsa.cache import Cache
 from nsa.cache.append import NewTokens, append, new_blocks
 from nsa.cache.context import check_all_stored, gather_context, locate_in_cache
-from nsa.cache.lists import NewTileLists, keep_lists, open_lists
+from nsa.cache.new_tile_lists import NewTileLists, keep_lists, open_lists
 from nsa.cache.spans import Spans, find_spans, ordered_rows, write_blocks, write_tokens
 from nsa.cache.state import Pair
 from nsa.fused.compression import compress_in_order

@@ -26,9 +26,9 @@ print("compiled", len(compiled))
 """
 
 ONE_KERNEL = """
-from nsa.fused.kernels import gates
+from nsa.fused.kernels import gated_sum
 for _ in range(2):
-    gates.compile_forward(torch.bfloat16, 64, "gates", (False, False))
+    gated_sum.compile_forward(torch.bfloat16, 64, "gates", (False, False))
 """
 
 MASKS = """

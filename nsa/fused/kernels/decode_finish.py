@@ -48,7 +48,7 @@ from nsa.fused.kernels.decode_places import MOST_TILES, KeyRange, ListTiles
 from nsa.fused.kernels.decode_schedule import PDL, divide, unit_parts, wait_for_previous
 from nsa.fused.kernels.decode_scores import RecordRows, RecordTensors, sum_parts
 from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
-from nsa.fused.kernels.gates import FORMS
+from nsa.fused.kernels.gated_sum import FORMS
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat, flat_rows
 

@@ -41,7 +41,7 @@ from nsa.fused.kernels.forward_tiles import (
     store_values,
     weigh,
 )
-from nsa.fused.kernels.gates import gating_form, gating_forward
+from nsa.fused.kernels.gated_sum import gating_form, gating_forward
 from nsa.fused.kernels.hopper import (
     cvt_f16,
     gemm_w_idx,

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from nsa.distributed.backend_calls import BackendCall
 from nsa.distributed.call import Chunk, RankCall, RankInputs, chunks
 from nsa.distributed.collectives import Exchanging, Gathering
-from nsa.distributed.copies import copy_rows
+from nsa.distributed.head_copies import copy_rows
 from nsa.distributed.key_rows import RowSums, in_place, runs_to_take, take_rows
 from nsa.host import needs_gradients
 from nsa.precision import accumulation_dtype
