@@ -59,12 +59,12 @@ class AttentionNode(torch.autograd.Function):
         del tensors
         arguments = (as_rows(dout), block_indices, saved, ctx.plan, ctx.schedule)
         if torch.is_grad_enabled():  # create_graph
-            return None, None, None, None, *_Gradients.apply(*arguments, *inputs)
+            return None, None, None, None, *_AttentionGradients.apply(*arguments, *inputs)
         grads = run_backward(arguments[0], Inputs(*inputs), *arguments[1:], ctx.results)
         return None, None, None, None, *grads
 
 
-class _Gradients(torch.autograd.Function):
+class _AttentionGradients(torch.autograd.Function):
     """A separate node, so that with ``create_graph`` a second derivative raises an error."""
 
     @staticmethod

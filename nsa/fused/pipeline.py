@@ -43,7 +43,7 @@ from nsa.precision import without_autocast
 SHORT_TOKENS = 1 << 12
 """Tokens of a batch up to which the window comes first."""
 
-_Gradients = tuple[Tensor, Tensor, Tensor]
+_BranchGradients = tuple[Tensor, Tensor, Tensor]
 """Of ``q``, ``k`` and ``v``."""
 
 
@@ -242,7 +242,7 @@ def backward(
     # The last kernel of token mode's selected branch then gives the whole gradient.
     last = query_sums is not None and plan.config.selection == "token"
 
-    def selected() -> _Gradients:
+    def selected() -> _BranchGradients:
         others = None
         if last and query_sums is not None:
             others = other_gradients(query_sums, dlogits, inputs.gate_proj_weight, dq)

@@ -40,7 +40,7 @@ from nsa.fused.decode_inputs import (
 )
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_lists import BlockLists, load_list
+from nsa.fused.kernels.decode_lists import ClusterLists, load_list
 from nsa.fused.kernels.decode_outputs import ClusterOutputs, Exchange, load_gates
 from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
 from nsa.fused.kernels.decode_parts import COLUMNS
@@ -117,7 +117,7 @@ class DecodeFinish:
         self.cluster_tokens, self.splits = (cluster, 1) if of_tokens else (1, cluster)
         self.of_tokens = of_tokens
         self.tile_mode = tile_mode
-        self.lists = BlockLists(rule, group, count, self.splits, attention.warps, record_groups)
+        self.lists = ClusterLists(rule, group, count, self.splits, attention.warps, record_groups)
         self.tiles = ListTiles(attention, rule.select_size, rings)
         self.outputs = ClusterOutputs(attention, cluster, of_tokens)
 
