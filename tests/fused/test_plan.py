@@ -133,5 +133,5 @@ def test_two_tiles_of_compressed_keys_are_masked_in_short_sequences():
         (tile, 128, False),
         (tile, 129, True),
     ):
-        assert compressed_forms.is_folded(form, count, config, whole=True) == folded
-        assert compressed_forms.is_folded(form, count, config, whole=False)
+        assert compressed_forms.skips_key_tiles(form, count, config, whole=True) == folded
+        assert compressed_forms.skips_key_tiles(form, count, config, whole=False)
