@@ -179,7 +179,8 @@ def forward(
     )
     limit = partial(_limit_of_forward, call, cache, block_indices is not None)
     module = choose_module(backend, call.q, limit)
-    return module.forward(
+    run = module.forward if cache is None else partial(module.forward_cached, cache=cache)
+    return run(
         call.q,
         call.k,
         call.v,
@@ -191,7 +192,6 @@ def forward(
         compressed_kv=call.compressed_kv,
         block_indices=block_indices,
         boundaries=call.boundaries,
-        cache=cache,
         max_workspace_bytes=max_workspace_bytes,
         recompute_window=recompute_window,
         deterministic=call.deterministic,

@@ -1,15 +1,14 @@
 """The entry points of the fused backend: convert arguments to the kernels' form, call the ops."""
 
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from nsa.blocks import num_query_tiles
-from nsa.cache import Cache
 from nsa.config import NSAConfig
-from nsa.fused import decoding, ops, pipeline, prefill
+from nsa.fused import ops, pipeline
 from nsa.fused.call_tensors import Inputs
 from nsa.fused.compressed_forms import num_compressed_bound
 from nsa.fused.constraints import deterministic_limit
@@ -52,28 +51,12 @@ def forward(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     boundaries: Boundaries | None = None,
-    cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
     deterministic: bool = False,
     results: Results | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
-    if cache is not None:
-        return _forward_cached(
-            q,
-            k,
-            v,
-            max_workspace_bytes,
-            cache=cache,
-            gate_proj_weight=gate_proj_weight,
-            gates=gates,
-            compress_k_weight=compress_k_weight,
-            compress_v_weight=compress_v_weight,
-            compressed_kv=compressed_kv,
-            block_indices=block_indices,
-            boundaries=boundaries,
-        )
     bounds = _bounds(boundaries)
     if gates is not None:
         gate_proj_weight = None
@@ -118,18 +101,6 @@ def forward(
     # squeeze, because the derivative of out[0] first fills a tensor with zeros.
     out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim].contiguous()
-
-
-def _forward_cached(
-    q: Tensor, k: Branches, v: Branches, max_workspace_bytes: int | None, **arguments: Any
-) -> Tensor:
-    """:func:`forward` with a cache: a decoding step, or else what :mod:`nsa.fused.prefill` does."""
-    given = arguments["block_indices"] is not None
-    if decoding.unsupported_reason(q, arguments["cache"], arguments["boundaries"], given) is None:
-        return decoding.forward(q, k, v, **arguments)
-    backend = prefill.Backend(forward, select_blocks)
-    arguments |= dict(backend=backend, max_workspace_bytes=max_workspace_bytes)
-    return prefill.forward(q, k, v, **arguments)
 
 
 def _make_inputs(
