@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from nsa.blocks import BlockPlaces, num_compressed_blocks
+from nsa.boundaries import Boundaries
 from nsa.config import NSAConfig
 from nsa.host import is_traced
 from nsa.linears import MLP, make_mlp
-from nsa.packing import Boundaries
 from nsa.plain_modules import Types
 from nsa.segments import locate_items, prefix_sum
 

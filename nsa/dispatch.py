@@ -14,12 +14,13 @@ from nsa.backends import (
     describe_limit,
     limit_without_cache,
 )
+from nsa.boundaries import check_boundaries
 from nsa.cache import Cache
 from nsa.cache.calls import cache_config, check_cached_call
 from nsa.call_checks import CheckedCall, check_call
 from nsa.config import NSAConfig
 from nsa.flat_arguments import flatten, unflatten
-from nsa.packing import Packing, check_boundaries
+from nsa.packing import Packing
 from nsa.precision import autocast_tensors
 
 

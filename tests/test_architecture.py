@@ -202,6 +202,7 @@ LAYERS = [
     {"config"},
     {"precision", "host", "blocks", "segments", "results"},
     {"geometry", "packing", "testing"},
+    {"boundaries"},
     {"validation", "rope", "recorded_call", "recorded_code"},
     {"block_index_checks", "recorder"},
     {"recordings"},

@@ -18,20 +18,16 @@ from nsa.distributed.call import Chunk, RankCall, RankInputs, chunks
 from nsa.distributed.collectives import Exchanging, Gathering
 from nsa.distributed.head_copies import copy_rows
 from nsa.distributed.key_rows import RowSums, in_place, runs_to_take, take_rows
-from nsa.host import needs_gradients
 from nsa.precision import accumulation_dtype
 from nsa.results import Results
 
 
 def attend(call: RankCall, block_indices: Tensor | None, inputs: RankInputs) -> Tensor:
-    """Output ``(T, H, Dv)`` of this rank's queries; differentiable once.
+    """Output ``(T, H, Dv)`` of this rank's queries, without gradients.
 
     Args:
         block_indices: ``(T, H_kv, n)``, or ``(H, tiles, n)`` in tile mode; None to select.
     """
-    flat = (*inputs.tensors, *inputs.kv)
-    if needs_gradients(*flat):
-        return _AttentionNode.apply(call, block_indices, *flat)
     out = _empty_output(call, inputs)
     for chunk, keys, arrive in _Chunks(call, inputs):
         for one in call.layout.calls:
@@ -69,8 +65,10 @@ class _Chunks:
 
     def _gather(self, chunk: Chunk) -> list[Gathering]:
         layout = self.call.layout
-        options = (self.call.group, runs_to_take(layout), layout.heads)
-        return [Gathering(x[:, chunk.kv], *options) for x in self.inputs.kv]
+        runs = runs_to_take(layout)
+        return [
+            Gathering(x[:, chunk.kv], self.call.group, runs, layout.heads) for x in self.inputs.kv
+        ]
 
 
 def _wait_for_all(gatherings: list[Gathering]):
@@ -192,7 +190,9 @@ class _Leaves(torch.autograd.Function):
         return (None,) * (len(grads) + 1)
 
 
-class _AttentionNode(torch.autograd.Function):
+class RankAttention(torch.autograd.Function):
+    """:func:`attend` of the tensors of :class:`RankInputs`; differentiable once."""
+
     @staticmethod
     def forward(ctx, call: RankCall, block_indices: Tensor | None, *flat):
         inputs = RankInputs.of(flat)
@@ -226,8 +226,8 @@ class _AttentionNode(torch.autograd.Function):
         # Read once, because checkpointing unpacks once.
         tensors = ctx.saved_tensors
         flat, saved = tensors[: len(needed)], tensors[len(needed) :]
-        arguments = (dout, ctx.call, ctx.graphs, ctx.saved, saved, needed)
-        return None, None, *_RankGradients.apply(*arguments, *flat)
+        grads = _RankGradients.apply(dout, ctx.call, ctx.graphs, ctx.saved, saved, needed, *flat)
+        return None, None, *grads
 
 
 class _RankGradients(torch.autograd.Function):

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from nsa.boundaries import Boundaries
 from nsa.cache import Cache
 from nsa.config import NSAConfig
 from nsa.fused import decoding, prefill
 from nsa.fused.entry import forward, select_blocks
-from nsa.packing import Boundaries
 
 Branches = tuple[Tensor, Tensor, Tensor]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import num_selection_blocks
+from nsa.boundaries import Boundaries
 from nsa.cache import Cache
 from nsa.cache.append import NewTokens, advance, compress_candidates, write_new
 from nsa.cache.context import locate_in_cache
@@ -35,7 +36,6 @@ from nsa.fused.decode_inputs import (
     resident_ctas,
 )
 from nsa.fused.token_inputs import MAX_GROUP
-from nsa.packing import Boundaries
 from nsa.segments import prefix_sum
 
 Branches = tuple[Tensor, Tensor, Tensor]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import most_completed_blocks, num_compressed_blocks
+from nsa.boundaries import Boundaries
 from nsa.cache import Cache
 from nsa.cache.append import NewTokens, append, new_blocks
 from nsa.cache.context import check_all_stored, gather_context, locate_in_cache
@@ -22,7 +23,6 @@ from nsa.cache.spans import Spans, find_spans, ordered_rows, write_blocks, write
 from nsa.cache.state import Pair
 from nsa.fused.compression import compress_in_order
 from nsa.host import is_capturing
-from nsa.packing import Boundaries
 from nsa.segments import locate_items, prefix_sum
 
 Branches = tuple[Tensor, Tensor, Tensor]

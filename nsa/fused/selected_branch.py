@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nsa.boundaries import Boundaries
 from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
 from nsa.fused.custom_ops import custom_op
@@ -18,7 +19,7 @@ from nsa.fused.planning import MAX_PLANS
 from nsa.fused.token_inputs import TokenBlocks, make_token_blocks
 from nsa.geometry import Geometry
 from nsa.host import is_traced, may_keep
-from nsa.packing import Boundaries, find_packing
+from nsa.packing import find_packing
 from nsa.precision import accumulation_dtype, without_autocast
 
 

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import num_query_tiles
+from nsa.boundaries import Boundaries
 from nsa.cache import Cache
 from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
 from nsa.geometry import Geometry
-from nsa.packing import Boundaries
 from nsa.precision import without_autocast
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
 from nsa.reference.cached import attend_cached, select_cached
