@@ -355,8 +355,8 @@ class NativeSparseAttention(nn.Module):
                 return found
         compressed_kv = None
         if self.compress_k is not None:
-            pair = keys[0].to(dtype), values[0].to(dtype)
-            compressed = compress_tokens(self, *pair, boundaries, fused, both=projections.both)
+            k, v = keys[0].to(dtype), values[0].to(dtype)
+            compressed = compress_tokens(self, k, v, boundaries, fused, both=projections.both)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         positions = Positions()
         if boundaries is not None:

@@ -70,8 +70,9 @@ class LayerPart:
         self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None, cache
     ) -> Tensor:
         """See :meth:`nsa.NativeSparseAttention.forward`."""
-        call = (layer, x, cu_seqlens, max_seqlen, cache)
-        arguments, compress, problem = self._arguments(*call, attends=True)
+        arguments, compress, problem = self._arguments(
+            layer, x, cu_seqlens, max_seqlen, cache, attends=True
+        )
         out = attend_part(self.mesh, self.order, arguments, compress, problem)
         return apply_linear(layer.o_proj, out.flatten(-2), x.dtype)
 
@@ -79,8 +80,9 @@ class LayerPart:
         self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None, cache
     ) -> Tensor:
         """See :meth:`nsa.NativeSparseAttention.select_blocks`."""
-        call = (layer, x, cu_seqlens, max_seqlen, cache)
-        arguments, compress, problem = self._arguments(*call, attends=False)
+        arguments, compress, problem = self._arguments(
+            layer, x, cu_seqlens, max_seqlen, cache, attends=False
+        )
         return select_part(self.mesh, self.order, arguments, compress, problem)
 
     def _arguments(

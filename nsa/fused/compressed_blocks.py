@@ -36,8 +36,8 @@ def compress_blocks(
     dim = kernel_head_dim(head_dim, value_dim)
     rows, values = kernel_rows(k, dim), kernel_rows(v, dim)
     plan = make_plan(rows, with_scale(config, config.softmax_scale(head_dim)), boundaries)
-    weights = (widen_square(compress_k_weight, dim), widen_square(compress_v_weight, dim))
-    k_cmp, v_cmp = _CompressionNode.apply(plan, rows, values, *weights)
+    k_weight, v_weight = widen_square(compress_k_weight, dim), widen_square(compress_v_weight, dim)
+    k_cmp, v_cmp = _CompressionNode.apply(plan, rows, values, k_weight, v_weight)
     assert boundaries.lengths is not None
     # The plan has an upper bound on the blocks.
     count = sum(num_compressed_blocks(length, config) for length in boundaries.lengths)

@@ -392,7 +392,10 @@ def _sparse_call(
         if padding:
             key_limit = torch.nn.functional.pad(key_limit, (0, padding))
     return Call(
-        *(q, k, v, scale),
+        q,
+        k,
+        v,
+        scale,
         mask=Mask(causal=causal, limited=key_limit is not None),
         lists=_list_tensors(lists),
         blocks=(lists.query_block, lists.key_block),

@@ -209,8 +209,8 @@ class Semaphores(NamedTuple):
         dq = zeros(*rounded_rows(call.q, call.bounds[0], tile.queries), tile.queries)
         if not variant.adds_keys:
             return cls(dq)
-        keys = (*rounded_rows(call.k, call.bounds[1], tile.keys), tile.keys)
-        return cls(dq, zeros(*keys), zeros(*keys))
+        leading, rows = rounded_rows(call.k, call.bounds[1], tile.keys)
+        return cls(dq, zeros(leading, rows, tile.keys), zeros(leading, rows, tile.keys))
 
 
 def _zero_tiles(leading: tuple[int, ...], rows: int, tile: int, device: torch.device) -> Tensor:

@@ -107,7 +107,7 @@ class Variant(NamedTuple):
     def plain(self) -> "Variant":
         """The fields on which the kernels before and after the main one of a backward depend."""
         return Variant(
-            *(self.dtype, self.head_dim, self.value_dim, 1), packed=self.packed, many=self.many
+            self.dtype, self.head_dim, self.value_dim, 1, packed=self.packed, many=self.many
         )
 
     @property

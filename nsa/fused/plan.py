@@ -352,7 +352,9 @@ class Plan:
         if key not in self._token_tiles:
             made = self.rule is not None and self.rule.tile == tile_tokens
             fields = self.tables.tile_fields if made else None
-            self._token_tiles[key] = make_token_tiles(self.geometry, *key, fields)
+            self._token_tiles[key] = make_token_tiles(
+                self.geometry, tile_tokens, step_tokens, fields
+            )
         return self._token_tiles[key]
 
     @cached_property

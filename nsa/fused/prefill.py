@@ -241,9 +241,9 @@ def _in_pages(
     k_cmp, v_cmp = (
         _rows(cache, x, shift, blocks, spans) for x in (cache.k_cmp_pages, cache.v_cmp_pages)
     )
-    branches, compressed = ((k, k, k), (v, v, v)), (k_cmp, v_cmp)
+    compressed = k_cmp, v_cmp
     if spans.whole:
-        return UncachedCall(q, *branches, compressed, None)
+        return UncachedCall(q, (k, k, k), (v, v, v), compressed, None)
     if boundaries is None:
         cu_seqlens = torch.arange(len(lengths) + 1, dtype=torch.int32, device=q.device) * lengths[0]
     else:
@@ -253,7 +253,7 @@ def _in_pages(
         cu_seqlens_k = cu_seqlens
     most, most_k = max(lengths), max(lengths_k)
     bounds = Boundaries(cu_seqlens, lengths, most, None, cu_seqlens_k, lengths_k, most_k)
-    return UncachedCall(q.flatten(0, -3), *branches, compressed, bounds)
+    return UncachedCall(q.flatten(0, -3), (k, k, k), (v, v, v), compressed, bounds)
 
 
 def _rows(cache: Cache, pool: Tensor, first: int, counts: list[int], spans: Spans) -> Tensor:
@@ -330,5 +330,5 @@ def _behind_context(
     most, most_k = max(lengths), max(lengths_k)
     bounds = Boundaries(cu_seqlens, lengths, most, None, cu_seqlens_k, lengths_k, most_k)
     # Its own compressed tokens are given, so the first branch is not read.
-    branches = (k_slc, k_slc, k_win), (v_slc, v_slc, v_win)
-    return UncachedCall(q.flatten(0, -3), *branches, context.compressed, bounds)
+    k, v = (k_slc, k_slc, k_win), (v_slc, v_slc, v_win)
+    return UncachedCall(q.flatten(0, -3), k, v, context.compressed, bounds)

@@ -110,8 +110,10 @@ def compressed_attention_backward(
         return torch.zeros_like(q), torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
     _correct_few_keys(dout, q, k_cmp, v_cmp, statistics, plan)
     if query_sums is not None:
-        tensors = (dout, q, k_cmp, v_cmp, statistics, query_sums)
-        return None, *_unfolded_backward(*tensors, plan, deterministic)
+        dk, dv = _unfolded_backward(
+            dout, q, k_cmp, v_cmp, statistics, query_sums, plan, deterministic
+        )
+        return None, dk, dv
     if form is CompressedForm.LISTED:
         assert groups is not None
         lists = compressed_lists(groups, plan)
@@ -119,8 +121,9 @@ def compressed_attention_backward(
         q_rows = plan.align_queries(q)
         mask = _compressed_mask(q_rows, plan)
         dq, dk, dv = sparse_backward(
-            dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan, deterministic
-        )
+            dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan,
+            deterministic=deterministic,
+        )  # fmt: skip
         dk, dv = (plan.compressed.unpack(x)[:, : k_cmp.shape[1]] for x in (dk, dv))
         return dq, dk, dv
     if plan.skips_key_tiles:
@@ -142,14 +145,16 @@ def _unfolded_backward(
     """Gradients of ``k_cmp`` and ``v_cmp`` of a batch; that of ``q`` is added to the sums."""
     call: dict = dict(block_ends=_block_ends(q, plan), deterministic=deterministic)
     if len(q) == 1:
-        tensors = (dout, q, k_cmp, v_cmp, statistics, query_sums)
-        return add_dense_backward(*tensors, plan, **call)
+        return add_dense_backward(dout, q, k_cmp, v_cmp, statistics, query_sums, plan, **call)
     found = []
     for entry in range(len(q)):
         one = slice(entry, entry + 1)
         own = RowStatistics(*(by_entry(x, len(q))[entry] for x in statistics))
-        tensors = (dout[one], q[one], k_cmp[one], v_cmp[one], own, query_sums[one])
-        found.append(add_dense_backward(*tensors, plan, **call))
+        found.append(
+            add_dense_backward(
+                dout[one], q[one], k_cmp[one], v_cmp[one], own, query_sums[one], plan, **call
+            )
+        )
     dk, dv = (torch.cat(x) for x in zip(*found, strict=True))
     return dk, dv
 
@@ -160,14 +165,14 @@ def _correct_few_keys(
     """Make ``delta`` exact, in place, for queries that see a few compressed tokens."""
     if plan.few_keys is None:
         return
-    heads = q.shape[2], k_cmp.shape[2]
-    statistics_placement, *_ = plan.statistics_placements(*heads)
-    placement, _ = plan.query_placements(*heads)
+    statistics_placement, *_ = plan.statistics_placements(q.shape[2], k_cmp.shape[2])
+    placement, _ = plan.query_placements(q.shape[2], k_cmp.shape[2])
     assert statistics_placement is not None  # as of all statistics
     kernel_calls.few_key_deltas(
-        *(dout, q, k_cmp, v_cmp, statistics, plan.few_keys),
-        *(plan.config.softmax_scale(q.shape[-1]), statistics_placement, placement),
-    )
+        dout, q, k_cmp, v_cmp, statistics, plan.few_keys,
+        scale=plan.config.softmax_scale(q.shape[-1]),
+        statistics_placement=statistics_placement, placement=placement,
+    )  # fmt: skip
 
 
 def _compressed_call(plan: Plan) -> dict:
@@ -204,13 +209,13 @@ def compressed_backward_bytes(sizes: Sizes) -> int:
             sizes, sizes.config.cmp_group_size, _key_rows(sizes), copies=True
         )
     if sizes.sums_queries:
-        shape = (sizes.num_kv_heads, sizes.head_dim, sizes.length, sizes.compressed // sizes.batch)
-        sums = sizes.batch * sums_bytes(sizes.num_heads, *shape)
+        heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+        length, keys = sizes.length, sizes.compressed // sizes.batch
+        sums = sizes.batch * sums_bytes(heads, kv_heads, dim, length, keys)
         if sizes.deterministic:
-            sums += more_segments_bytes(*shape)
+            sums += more_segments_bytes(kv_heads, dim, length, keys)
         # Those of queries are there already.
-        own = (sizes.batch, sizes.num_heads, sizes.head_dim, sizes.length)
-        return 2 * sizes.key_cmp + sums - query_sums_bytes(*own)
+        return 2 * sizes.key_cmp + sums - query_sums_bytes(sizes.batch, heads, dim, length)
     copies = _copies(sizes, queries=3 if sizes.token_mode else 1)
     # Each query head may have its own keys. This adds their gradients, and the sum in float32.
     folded = sizes.form is CompressedForm.FOLDED_ROWS and not sizes.in_order
