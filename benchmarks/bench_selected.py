@@ -171,7 +171,7 @@ def attended_pairs(blocks: Tensor, block_size: int) -> int:
 def our_steps(tensors: Tensors, blocks: Tensor, config) -> tuple:
     """Our forward, our backward, and both with their results, as calls without arguments."""
     q, k, v = (x.detach() for x in tensors.leaves[:3])
-    plan = make_plan(q, None, None, config)
+    plan = make_plan(q, config)
 
     def forward():
         return selected_attention(q, k, v, blocks, plan)

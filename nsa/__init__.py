@@ -7,7 +7,7 @@ from nsa.config import NSAConfig
 from nsa.dispatch import explain_backend, forward, select_blocks
 from nsa.layers import NativeSparseAttention
 from nsa.packing import Packing
-from nsa.selected_branch import selected_attention
+from nsa.selected_dispatch import selected_attention
 from nsa.validation import UnsupportedError
 
 __version__ = "0.1.0"

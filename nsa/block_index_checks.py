@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import most_query_tiles, num_query_tiles, num_selection_blocks
+from nsa.boundaries import Boundaries
 from nsa.host import has_readable_values
-from nsa.packing import Boundaries
 from nsa.validation import Problem
 
 

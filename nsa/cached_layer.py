@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import most_completed_blocks, num_compressed_blocks
+from nsa.boundaries import Boundaries
 from nsa.cache import Cache
 from nsa.cache.append import NewTokens, candidate_positions, candidate_tokens
 from nsa.cache.calls import cache_config, check_cached_call
 from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
 from nsa.host import is_capturing
-from nsa.packing import Boundaries
 from nsa.rope import apply_rope
 from nsa.validation import check_qkv, per_branch
 

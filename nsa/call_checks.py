@@ -6,10 +6,10 @@ from torch import Tensor
 
 from nsa import validation
 from nsa.block_index_checks import check_block_indices
+from nsa.boundaries import Boundaries, check_boundaries
 from nsa.cache.calls import cache_config, check_cached_call, check_cached_indices
 from nsa.config import NSAConfig
 from nsa.host import needs_gradients
-from nsa.packing import Boundaries, check_boundaries
 from nsa.precision import autocast_tensors
 
 _FLOATS = (

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from nsa.blocks import BlockPlaces, num_compressed_blocks
+from nsa.boundaries import Boundaries
 from nsa.config import NSAConfig
 from nsa.host import is_traced
 from nsa.linears import MLP, make_mlp
-from nsa.packing import Boundaries
 from nsa.plain_modules import Types
 from nsa.segments import locate_items, prefix_sum
 
@@ -78,12 +78,12 @@ def block_places(
 
     For packed sequences of unknown lengths their number is an upper bound.
     """
-    sizes = (config.compress_block_size, config.compress_stride)
+    size, stride = config.compress_block_size, config.compress_stride
     if boundaries is None:
         batch, length = x.shape[:2]
         count = num_compressed_blocks(length, config)
-        return BlockPlaces(*sizes, batch * count, length, count, None, None)
-    total = x.shape[0] // config.compress_stride
+        return BlockPlaces(size, stride, batch * count, length, count, None, None)
+    total = x.shape[0] // stride
     if boundaries.lengths is not None:
         total = sum(num_compressed_blocks(length, config) for length in boundaries.lengths)
 
@@ -97,7 +97,7 @@ def block_places(
         return prefix_sum(num_compressed_blocks(cu_seqlens.diff(), config)).int()
 
     bounds = boundaries.keep(("block bounds", config), count_blocks)
-    return BlockPlaces(*sizes, total, num_tokens, total, cu_seqlens, bounds)
+    return BlockPlaces(size, stride, total, num_tokens, total, cu_seqlens, bounds)
 
 
 def kept_items(

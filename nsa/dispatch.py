@@ -14,12 +14,13 @@ from nsa.backends import (
     describe_limit,
     limit_without_cache,
 )
+from nsa.boundaries import check_boundaries
 from nsa.cache import Cache
 from nsa.cache.calls import cache_config, check_cached_call
 from nsa.call_checks import CheckedCall, check_call
 from nsa.config import NSAConfig
 from nsa.flat_arguments import flatten, unflatten
-from nsa.packing import Packing, check_boundaries
+from nsa.packing import Packing
 from nsa.precision import autocast_tensors
 
 
@@ -179,7 +180,8 @@ def forward(
     )
     limit = partial(_limit_of_forward, call, cache, block_indices is not None)
     module = choose_module(backend, call.q, limit)
-    return module.forward(
+    run = module.forward if cache is None else partial(module.forward_cached, cache=cache)
+    return run(
         call.q,
         call.k,
         call.v,
@@ -191,7 +193,6 @@ def forward(
         compressed_kv=call.compressed_kv,
         block_indices=block_indices,
         boundaries=call.boundaries,
-        cache=cache,
         max_workspace_bytes=max_workspace_bytes,
         recompute_window=recompute_window,
         deterministic=call.deterministic,

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa.boundaries import Boundaries
 from nsa.compressor import block_places, gather_blocks, kept_items
 from nsa.host import needs_gradients
 from nsa.joint_products import Projections, compress_both, parameters_of_both
-from nsa.packing import Boundaries
 from nsa.rope import Positions
 from nsa.validation import check_config
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nsa import backends, dispatch
+from nsa.boundaries import Boundaries, check_boundaries
 from nsa.cache import Cache
 from nsa.cached_layer import (
     arguments_of_new_tokens,
@@ -33,7 +34,7 @@ from nsa.linears import (
     make_mlp,
     to_one_dtype,
 )
-from nsa.packing import Boundaries, Packing, check_boundaries, read_once
+from nsa.packing import Packing, read_once
 from nsa.precision import autocast_dtype
 from nsa.recorded_layer import run_recorded
 from nsa.rope import Positions, rotate
@@ -354,8 +355,8 @@ class NativeSparseAttention(nn.Module):
                 return found
         compressed_kv = None
         if self.compress_k is not None:
-            pair = keys[0].to(dtype), values[0].to(dtype)
-            compressed = compress_tokens(self, *pair, boundaries, fused, both=projections.both)
+            k, v = keys[0].to(dtype), values[0].to(dtype)
+            compressed = compress_tokens(self, k, v, boundaries, fused, both=projections.both)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         positions = Positions()
         if boundaries is not None:

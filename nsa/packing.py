@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,8 +14,7 @@ from nsa.host import has_readable_values, is_capturing, may_keep
 MAX_KEPT = 16
 """Results that a Packing keeps. Few, because index tensors are as long as the sequences."""
 
-_MAX_INT32 = 2**31 - 1
-_Kept = TypeVar("_Kept")
+Kept = TypeVar("Kept")
 
 
 class Packing:
@@ -57,8 +56,8 @@ class Packing:
         max_seqlen: int | None = None,
         max_seqlen_k: int | None = None,
     ):
-        _check_tensors(cu_seqlens, cu_seqlens_k)
-        _check_bounds(max_seqlen, max_seqlen_k, cu_seqlens_k)
+        check_bound_tensors(cu_seqlens, cu_seqlens_k)
+        check_bounds_given(max_seqlen, max_seqlen_k, cu_seqlens_k)
         if is_capturing(cu_seqlens):
             raise ValueError("a Packing must be made before, not while a CUDA graph is captured")
         # A tensor made in inference mode cannot be saved for backward.
@@ -73,18 +72,18 @@ class Packing:
         self._kept: dict = {}
         self._rounded: Packing | None = None
         if has_readable_values(cu_seqlens):
-            self._set_lengths(*_read_both(self.cu_seqlens, self.cu_seqlens_k))
+            self._set_lengths(*read_both(self.cu_seqlens, self.cu_seqlens_k))
             self._rounded = self._round()
             _by_address[_address(self.cu_seqlens)] = self
 
     def _set_lengths(self, lengths: list[int], lengths_k: list[int]):
         self.lengths, self.lengths_k = lengths, lengths_k
-        self.max_seqlen = _checked_bound("max_seqlen", self.max_seqlen, lengths)
-        self.max_seqlen_k = _checked_bound("max_seqlen_k", self.max_seqlen_k, lengths_k)
+        self.max_seqlen = checked_bound("max_seqlen", self.max_seqlen, lengths)
+        self.max_seqlen_k = checked_bound("max_seqlen_k", self.max_seqlen_k, lengths_k)
         if lengths == lengths_k:
             self.cu_seqlens_k, self.max_seqlen_k = self.cu_seqlens, self.max_seqlen
 
-    def keep(self, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
+    def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """The result of ``make()``, which depends on the boundaries and ``key`` only; kept.
 
         It is not kept where :func:`nsa.host.may_keep` forbids it, such as in CUDA graph capture. It
@@ -115,7 +114,11 @@ class Packing:
         ``tokens`` in all.
         """
         rounded = self._rounded
-        if rounded is None or not _waits(self.cu_seqlens) or sum(self.lengths or ()) != tokens:
+        if (
+            rounded is None
+            or not waits_to_read(self.cu_seqlens)
+            or sum(self.lengths or ()) != tokens
+        ):
             return None
         assert rounded.max_seqlen is not None  # as the lengths were read
         return rounded.cu_seqlens, rounded.max_seqlen
@@ -190,121 +193,7 @@ def _address(x: Tensor) -> tuple[torch.device, int]:
     return x.device, x.data_ptr()
 
 
-class Boundaries(NamedTuple):
-    """What a call knows of its packed sequences.
-
-    Attributes:
-        cu_seqlens: boundaries of the queries, int32 ``(S + 1,)``.
-        lengths: queries of each sequence; None if they were not read.
-        max_seqlen: an upper bound on the lengths; None if it was neither given nor read.
-        packing: the caller's Packing, or None for bare tensors.
-        cu_seqlens_k, lengths_k, max_seqlen_k: the same for the keys. ``cu_seqlens_k`` is
-            ``cu_seqlens`` itself if queries and keys are known to have the same boundaries.
-    """
-
-    cu_seqlens: Tensor
-    lengths: list[int] | None
-    max_seqlen: int | None
-    packing: Packing | None
-    cu_seqlens_k: Tensor
-    lengths_k: list[int] | None
-    max_seqlen_k: int | None
-
-    def keep(self, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
-        """:meth:`Packing.keep`. Nothing is kept for a bare tensor."""
-        return make() if self.packing is None else self.packing.keep(key, make)
-
-
-def has_key_boundaries(cu_seqlens, cu_seqlens_k) -> bool:
-    """Whether packed keys may have other boundaries than the queries."""
-    if isinstance(cu_seqlens, Packing):
-        # Of the rounded one, on whose form torch.compile's guards hold on.
-        rounded = cu_seqlens.rounded
-        return rounded.cu_seqlens_k is not rounded.cu_seqlens
-    return cu_seqlens_k is not None
-
-
-def check_boundaries(
-    cu_seqlens, max_seqlen, q: Tensor, k: Tensor, cu_seqlens_k=None, max_seqlen_k=None
-) -> Boundaries | None:
-    """Check the boundaries of packed ``q`` and ``k (T, ...)``; None for batched input without any.
-
-    Bare tensors are read on a CPU, and on a GPU unless an upper bound is given for each; never
-    while torch.compile traces or a CUDA graph is captured. Nothing about them is kept.
-    """
-    if cu_seqlens is None:
-        others = (max_seqlen, cu_seqlens_k, max_seqlen_k)
-        names = ("max_seqlen", "cu_seqlens_k", "max_seqlen_k")
-        for name, value in zip(names, others, strict=True):
-            if value is not None:
-                raise ValueError(f"{name} must be None without cu_seqlens, got {value}")
-        return None
-    packing = None
-    if isinstance(cu_seqlens, Packing):
-        if cu_seqlens_k is not None:
-            raise ValueError(
-                "cu_seqlens_k must be None with a Packing as cu_seqlens, which has the boundaries "
-                f"of the keys, got {type(cu_seqlens_k).__name__}"
-            )
-        # Compiled calls read no lengths, and are recorded for each form.
-        packing = cu_seqlens.rounded if torch.compiler.is_compiling() else cu_seqlens
-        cu_seqlens, cu_seqlens_k = packing.cu_seqlens, packing.cu_seqlens_k
-    else:
-        _check_tensors(cu_seqlens, cu_seqlens_k, "; or a Packing")
-    _check_bounds(max_seqlen, max_seqlen_k, cu_seqlens_k)
-    if packing is None and cu_seqlens_k is None:
-        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
-    for name, bounds in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-        if bounds.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {bounds.device}")
-    found = Boundaries(cu_seqlens, None, max_seqlen, packing, cu_seqlens_k, None, max_seqlen_k)
-    if torch.compiler.is_compiling():
-        # Lengths are not read, because torch.compile would guard their values.
-        if packing is not None:
-            found = _with_bounds(found, packing.max_seqlen, packing.max_seqlen_k)
-        return _limited(found, _MAX_INT32, _MAX_INT32)
-    lengths, lengths_k = _lengths(found)
-    if lengths is None or lengths_k is None:
-        for name, bound in (("max_seqlen", max_seqlen), ("max_seqlen_k", found.max_seqlen_k)):
-            if bound is None and is_capturing(cu_seqlens):
-                raise ValueError(f"{name} must be an int while a CUDA graph is captured, got None")
-        return _limited(found, q.shape[0], k.shape[0])
-    _check_end("cu_seqlens", lengths, "q", q)
-    _check_end("cu_seqlens_k", lengths_k, "k", k)
-    max_seqlen = _checked_bound("max_seqlen", max_seqlen, lengths)
-    max_seqlen_k = _checked_bound("max_seqlen_k", max_seqlen_k, lengths_k)
-    if packing is not None:
-        # All calls use one bound, so that they share what was computed.
-        max_seqlen, max_seqlen_k = packing.max_seqlen, packing.max_seqlen_k
-    elif lengths == lengths_k:
-        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
-    found = Boundaries(
-        cu_seqlens, lengths, max_seqlen, packing, cu_seqlens_k, lengths_k, max_seqlen_k
-    )
-    return _limited(found, q.shape[0], k.shape[0])
-
-
-def _with_bounds(found: Boundaries, max_seqlen: int | None, max_seqlen_k: int | None) -> Boundaries:
-    return found._replace(max_seqlen=max_seqlen, max_seqlen_k=max_seqlen_k)
-
-
-def _limited(found: Boundaries, most: int, most_k: int) -> Boundaries:
-    """``found`` with bounds of at most ``most`` queries and ``most_k`` keys a sequence."""
-    bounds = ((found.max_seqlen, most), (found.max_seqlen_k, most_k))
-    return _with_bounds(found, *(None if x is None else min(x, limit) for x, limit in bounds))
-
-
-def _lengths(found: Boundaries) -> tuple[list[int] | None, list[int] | None]:
-    """The lengths of queries and keys if they are known or may be read, else None for both."""
-    if found.packing is not None:
-        return found.packing.lengths, found.packing.lengths_k
-    bounded = found.max_seqlen is not None and found.max_seqlen_k is not None
-    if not has_readable_values(found.cu_seqlens) or (bounded and _waits(found.cu_seqlens)):
-        return None, None
-    return _read_both(found.cu_seqlens, found.cu_seqlens_k)
-
-
-def _waits(x: Tensor) -> bool:
+def waits_to_read(x: Tensor) -> bool:
     """Whether the host waits for a device when it reads ``x``."""
     return x.device.type != "cpu"
 
@@ -330,7 +219,7 @@ def read_lengths(cu_seqlens: Tensor, name: str = "cu_seqlens") -> list[int]:
     return [end - start for start, end in pairwise(bounds)]
 
 
-def _read_both(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> tuple[list[int], list[int]]:
+def read_both(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> tuple[list[int], list[int]]:
     """The numbers of queries and of keys of each sequence, read on the host and checked."""
     lengths = read_lengths(cu_seqlens)
     if cu_seqlens_k is cu_seqlens:
@@ -346,7 +235,7 @@ def _read_both(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> tuple[list[int], lis
     return lengths, lengths_k
 
 
-def _check_tensors(cu_seqlens, cu_seqlens_k, alternative: str = ""):
+def check_bound_tensors(cu_seqlens, cu_seqlens_k, alternative: str = ""):
     _check_tensor("cu_seqlens", cu_seqlens, alternative)
     if cu_seqlens_k is None:
         return
@@ -374,19 +263,14 @@ def _check_tensor(name: str, cu_seqlens, alternative: str = ""):
         raise ValueError(f"{name} must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
 
 
-def _check_bounds(max_seqlen, max_seqlen_k, cu_seqlens_k):
+def check_bounds_given(max_seqlen, max_seqlen_k, cu_seqlens_k):
     check_max_seqlen(max_seqlen)
     check_max_seqlen(max_seqlen_k, "max_seqlen_k")
     if max_seqlen_k is not None and cu_seqlens_k is None:
         raise ValueError(f"max_seqlen_k must be None without cu_seqlens_k, got {max_seqlen_k}")
 
 
-def _check_end(name: str, lengths: list[int], of: str, x: Tensor):
-    if sum(lengths) != x.shape[0]:
-        raise ValueError(f"{name} must end at the {x.shape[0]} tokens of {of}, got {sum(lengths)}")
-
-
-def _checked_bound(name: str, bound: int | None, lengths: list[int]) -> int:
+def checked_bound(name: str, bound: int | None, lengths: list[int]) -> int:
     """``bound``, which must hold, or the largest of ``lengths``."""
     longest = max(lengths, default=0)
     if bound is not None and bound < longest:

@@ -75,14 +75,14 @@ class RecordingNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         if torch.is_grad_enabled():  # create_graph
-            return None, *_Gradients.apply(ctx.recording, dout, *ctx.saved_tensors)
+            return None, *_RecordedGradients.apply(ctx.recording, dout, *ctx.saved_tensors)
         saved = list(ctx.saved_tensors[: len(ctx.recording.saved)])
         # Unless there may be another backward.
         ctx.maybe_clear_saved_tensors()
         return None, *ctx.recording.backward(dout, saved)
 
 
-class _Gradients(torch.autograd.Function):
+class _RecordedGradients(torch.autograd.Function):
     """A separate node, so that with ``create_graph`` a second derivative raises an error."""
 
     @staticmethod

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import most_completed_blocks, num_compressed_blocks, num_selection_blocks
+from nsa.boundaries import Boundaries, has_key_boundaries
 from nsa.config import NSAConfig, check_int
-from nsa.packing import Boundaries, has_key_boundaries
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

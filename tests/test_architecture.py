@@ -3,11 +3,12 @@
 import ast
 import re
 import sys
-from collections import Counter
-from functools import cache
+from collections import Counter, defaultdict
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import nsa
 from nsa.fused import decode_calls
@@ -103,18 +104,29 @@ def ways(monkeypatch):
     return watch, found
 
 
-def call_branches(ways, module, names, config, grad, backend):
+def call_branches(ways, module, names, call) -> dict[str, list[tuple[str, str]]]:
+    """The ways that ``call()`` takes to functions of a module."""
     watch, found = ways
     for name in names:
         watch(module, name)
-    q, k, v = make_inputs((1, 300), 4, 2, 16)
-    nsa.forward(q.requires_grad_(grad), k, v, config=config, backend=backend)
+    call()
     assert found
     for name, way in found:
-        assert way[0] == ("forward", "nsa/dispatch.py"), name
         assert len(way) <= MOST_CALLS, (name, way)
         assert len(set(way)) == len(way), (name, way)
     return dict(found)
+
+
+def forward_of(config, grad, backend, function=nsa.forward, **options):
+    q, k, v = make_inputs((1, 300), 4, 2, 16)
+    function(q.requires_grad_(grad), k, v, config=config, backend=backend, **options)
+
+
+def chains() -> dict[str, list[tuple[str, str]]]:
+    """The ways that the page names, from the public function to what calls the branches."""
+    section = PAGE.split("## Ways to a branch")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| ")][1:]
+    return {row[1].strip(): NAME_IN_PATH.findall(row[2]) for row in rows}
 
 
 BRANCHES = ("compressed_attention", "selected_attention", "window_attention")
@@ -128,17 +140,37 @@ CONFIGS = {"token": token_config(), "tile": tile_config()}
 def test_a_branch_is_few_calls_away(mode, grad, last, ways, fused_on_cpu, monkeypatch):
     if last == "window":
         monkeypatch.setattr(fused_pipeline, "SHORT_TOKENS", 0)
-    names = (*BRANCHES, *CLOSING)
-    found = call_branches(ways, fused_pipeline, names, CONFIGS[mode], grad, "fused")
+    names, call = (*BRANCHES, *CLOSING), partial(forward_of, CONFIGS[mode], grad, "fused")
+    found = call_branches(ways, fused_pipeline, names, call)
+    chain = chains()["training" if grad else "inference"]
+    assert all(way == chain for way in found.values())
     if grad:
         section = PAGE.split("## Life of a call")[1].split("\n## ")[0]
-        steps = re.findall(r"^\d\. `(\w+)` in `([\w./]+)`", section, re.MULTILINE)
-        assert all(way == steps for way in found.values())
+        assert chain == re.findall(r"^\d\. `(\w+)` in `([\w./]+)`", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize("mode", CONFIGS)
+def test_a_branch_of_a_compiled_call_is_few_calls_away(mode, ways, fused_on_cpu):
+    torch.compiler.reset()
+    compiled = torch.compile(nsa.forward, backend="aot_eager")
+    call = partial(forward_of, CONFIGS[mode], True, "fused", compiled)
+    found = call_branches(ways, fused_pipeline, (*BRANCHES, *CLOSING), call)
+    assert all(way == chains()["compiled"] for way in found.values())
+
+
+@pytest.mark.parametrize("mode", CONFIGS)
+def test_a_branch_of_a_prompt_is_few_calls_away(mode, ways, fused_on_cpu):
+    cache = nsa.Cache(CONFIGS[mode], 1, 320, 2, 16)
+    call = partial(forward_of, CONFIGS[mode], False, "fused", cache=cache)
+    found = call_branches(ways, fused_pipeline, (*BRANCHES, *CLOSING), call)
+    assert all(way == chains()["prompt"] for way in found.values())
 
 
 @pytest.mark.parametrize("mode", CONFIGS)
 def test_a_branch_of_the_reference_is_few_calls_away(mode, ways):
-    call_branches(ways, reference_pipeline, BRANCHES, CONFIGS[mode], True, "reference")
+    call = partial(forward_of, CONFIGS[mode], True, "reference")
+    found = call_branches(ways, reference_pipeline, BRANCHES, call)
+    assert all(way == chains()["reference"] for way in found.values())
 
 
 def test_a_kernel_of_a_decoding_step_is_few_calls_away(ways, fused_on_cpu):
@@ -148,9 +180,7 @@ def test_a_kernel_of_a_decoding_step_is_few_calls_away(ways, fused_on_cpu):
     cache = nsa.Cache(config, 1, 64, 2, 32)
     watch(decode_calls, "decode_compressed")
     nsa.forward(q, k, v, cache=cache, backend="fused")
-    ((_, way),) = found
-    assert way[-1] == ("forward", "nsa/fused/decoding.py")
-    assert len(way) <= MOST_CALLS, way
+    assert found == [("decode_compressed", chains()["decoding step"])]
 
 
 def stage_rows() -> list[tuple[list[str], list[str]]]:
@@ -186,10 +216,65 @@ def test_every_module_of_the_large_packages_has_a_place_on_the_page():
     assert not missing
 
 
+def test_every_file_of_kernels_has_a_line():
+    text = ast.get_docstring(ast.parse((ROOT / "nsa/fused/kernels/__init__.py").read_text()))
+    named = [
+        name
+        for line in text.partition("\nOperations:\n")[2].splitlines()
+        if line.startswith("- ")
+        for name in re.findall(r"``(\w+)``", line.partition(": ")[0])
+    ]
+    files = {path.stem for path in (ROOT / "nsa/fused/kernels").glob("*.py")}
+    assert sorted(named) == sorted(files - {"__init__"})
+
+
+def tuples_of(function: ast.FunctionDef) -> set[str]:
+    """Names of a function for tuples that are written out in it."""
+    return {
+        target.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+OPS = {"apply", "save_for_backward", "_gradients", "rotate_and_compress"}
+"""Autograd nodes and custom ops, whose arguments have positions alone."""
+
+OF_ANY_NUMBER = {"autocast_tensors", "needs_gradients", "empty"}
+"""Functions of any number of tensors or sizes."""
+
+
+def test_arguments_are_not_packed_for_a_call():
+    """A reader follows an argument by its name, or by its position in the call."""
+    packed = []
+    for path in (ROOT / "nsa").rglob("*.py"):
+        if "kernels" in path.parts or path.name in ("compiled_heads.py", "layer_ops.py"):
+            continue
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            tuples = tuples_of(function)
+            for call in ast.walk(function):
+                if not isinstance(call, ast.Call):
+                    continue
+                name = ast.unparse(call.func).split(".")[-1]
+                for x in call.args:
+                    value = x.value if isinstance(x, ast.Starred) else None
+                    written = isinstance(value, ast.Tuple) or (
+                        isinstance(value, ast.Name) and value.id in tuples
+                    )
+                    if written and name not in OPS | OF_ANY_NUMBER:
+                        packed.append(f"{path.name}:{call.lineno} {name}")
+    assert not packed
+
+
 LAYERS = [
     {"config"},
     {"precision", "host", "blocks", "segments", "results"},
     {"geometry", "packing", "testing"},
+    {"boundaries"},
     {"validation", "rope", "recorded_call", "recorded_code"},
     {"block_index_checks", "recorder"},
     {"recordings"},
@@ -197,7 +282,7 @@ LAYERS = [
     {"reference", "fused"},
     {"backends", "call_checks", "flat_arguments"},
     {"dispatch"},
-    {"selected_branch"},
+    {"selected_dispatch"},
     {"linears", "plain_modules"},
     {"compressor", "cached_layer", "layer_checks"},
     {"joint_products"},
@@ -228,16 +313,28 @@ def imported_modules(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imports(path) if name.startswith("nsa.")}
 
 
+def test_files_have_a_name_of_their_own():
+    """A stage has the same name in both backends, and no other file has it."""
+    places = defaultdict(set)
+    for path in (ROOT / "nsa").rglob("*.py"):
+        if path.stem not in ("__init__", "__main__"):
+            places[path.stem].add(str(path.parent.relative_to(ROOT)))
+    assert len(places) > 150
+    backends = {"nsa/reference", "nsa/fused"}
+    twice = {name: found for name, found in places.items() if len(found) > 1 and found != backends}
+    assert not twice
+
+
 def test_classes_have_a_name_of_their_own():
-    """Kernels' files have words of their own, which may be those of others."""
+    """Private ones of kernels' files, as ``_Tensors``, are words of a file alone."""
     names = Counter(
-        name
+        node.name
         for path in (ROOT / "nsa").rglob("*.py")
-        if "kernels" not in path.parts
         for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.ClassDef) and not (name := node.name).startswith("_")
+        if isinstance(node, ast.ClassDef)
+        if not (node.name.startswith("_") and "kernels" in path.parts)
     )
-    assert len(names) > 50
+    assert len(names) > 200
     assert not {name for name, count in names.items() if count > 1}
 
 

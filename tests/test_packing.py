@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nsa
 from nsa import compressor, packing, segments, validation
 from nsa.block_index_checks import check_block_indices
+from nsa.boundaries import check_boundaries
 from nsa.fused import token_inputs
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.packed_calls import (
@@ -154,20 +155,20 @@ def test_a_bound_spares_reading_on_a_gpu(monkeypatch, reads):
     cu_seqlens = make_cu_seqlens(LENGTHS)
     x = torch.zeros(TOTAL, 1, 1)
     on_gpu, like = cu_seqlens.as_subclass(OnGpu), x.as_subclass(OnGpu)
-    found = packing.check_boundaries(on_gpu, 140, like, like)
+    found = check_boundaries(on_gpu, 140, like, like)
     assert (found.lengths, found.max_seqlen, len(reads)) == (None, 140, 0)
-    found = packing.check_boundaries(on_gpu, None, like, like)
+    found = check_boundaries(on_gpu, None, like, like)
     assert (found.lengths, found.max_seqlen, len(reads)) == (LENGTHS, 130, 1)
     # Keys of their own need a bound of their own.
     del reads[:]
     keys = make_cu_seqlens(MORE).as_subclass(OnGpu)
     many = torch.zeros(sum(MORE), 1, 1).as_subclass(OnGpu)
     for bounds in ((140, None), (None, 200)):
-        found = packing.check_boundaries(on_gpu, bounds[0], like, many, keys, bounds[1])
+        found = check_boundaries(on_gpu, bounds[0], like, many, keys, bounds[1])
         assert (found.lengths, found.lengths_k) == (LENGTHS, MORE)
         assert (found.max_seqlen, found.max_seqlen_k) == (bounds[0] or 130, bounds[1] or 194)
     assert len(reads) == 4
-    found = packing.check_boundaries(on_gpu, 140, like, many, keys, 200)
+    found = check_boundaries(on_gpu, 140, like, many, keys, 200)
     assert (found.lengths, found.lengths_k, found.max_seqlen, found.max_seqlen_k) == (
         None, None, 140, 200,
     )  # fmt: skip
@@ -182,8 +183,8 @@ def test_a_captured_call_needs_both_bounds(monkeypatch):
     for given in ((None, 200), (140, None)):
         name = "max_seqlen" if given[0] is None else "max_seqlen_k"
         with pytest.raises(ValueError, match=rf"{name} must be an int while a CUDA graph is"):
-            packing.check_boundaries(bounds, given[0], q, k, keys, given[1])
-    assert packing.check_boundaries(bounds, 140, q, k, keys, 200).max_seqlen_k == 200
+            check_boundaries(bounds, given[0], q, k, keys, given[1])
+    assert check_boundaries(bounds, 140, q, k, keys, 200).max_seqlen_k == 200
 
 
 @both
@@ -211,7 +212,7 @@ def test_keys_with_the_boundaries_of_the_queries_are_the_default():
     assert given.cu_seqlens_k is given.cu_seqlens
     assert (given.lengths_k, given.max_seqlen_k) == (LENGTHS, 131)
     q = torch.zeros(TOTAL, 1, 1)
-    found = packing.check_boundaries(bounds, None, q, q, bounds.clone(), 150)
+    found = check_boundaries(bounds, None, q, q, bounds.clone(), 150)
     assert found.cu_seqlens_k is found.cu_seqlens
     assert (found.lengths_k, found.max_seqlen_k) == (LENGTHS, 130)
 
@@ -322,7 +323,7 @@ UNREAD = {
 @pytest.fixture
 def unread_with_a_bound(monkeypatch):
     """As on a GPU, where a bound spares reading."""
-    monkeypatch.setattr(packing, "_waits", lambda _: True)
+    monkeypatch.setattr(packing, "waits_to_read", lambda _: True)
 
 
 @both
@@ -368,7 +369,7 @@ def test_block_indices_are_waited_for_once():
     q, k, _ = inputs(requires_grad=False)
     call = dict(config=CONFIGS["token"], cu_seqlens=nsa.Packing(make_cu_seqlens(LENGTHS)))
     blocks = nsa.select_blocks(q, k, **call)
-    boundaries = packing.check_boundaries(call["cu_seqlens"], None, q, q)
+    boundaries = check_boundaries(call["cu_seqlens"], None, q, q)
     problem = validation.check_qkv(q, (k,) * 3, (k,) * 3, call["config"], call["cu_seqlens"])
     with Waits():
         check_block_indices(blocks, boundaries, q, problem)

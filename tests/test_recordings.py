@@ -116,7 +116,7 @@ def test_batch(mode, emulated):
 @pytest.fixture
 def unread(monkeypatch):
     """Boundaries that the host would wait for, as those on a GPU."""
-    monkeypatch.setattr(packing, "_waits", lambda _: True)
+    monkeypatch.setattr(packing, "waits_to_read", lambda _: True)
 
 
 @modes

@@ -60,18 +60,18 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Our own kernels. A case has all forms of one file, for one dtype if the file has dtypes."""
     from nsa.fused.kernels import (
         block_rows,
-        gates,
-        lists,
+        gated_sum,
+        key_block_lists,
         means,
-        plan_tables,
         query_gradient,
-        rope,
+        rotation,
+        sequence_tables,
         tile_scores,
         top_blocks,
     )
 
-    by_dtype = [gates, query_gradient, means, rope, block_rows, tile_scores]
-    others = [lists, top_blocks, plan_tables]
+    by_dtype = [gated_sum, query_gradient, means, rotation, block_rows, tile_scores]
+    others = [key_block_lists, top_blocks, sequence_tables]
     if arch == "sm_90a":
         # On Hopper's matrix instructions.
         from nsa.fused.kernels import (
@@ -132,9 +132,9 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
             name = f"seen blocks D={dim} G={group} step={step}"
             yield name, partial(compile_seen_blocks, dim, group, step)
         for group, dtype in ((1, "float16"), (4, "bfloat16")):
-            name = f"key times D={dim} G={group} {dtype}"
-            times = partial(compile_dense, dim, group, False, False, (None, None), dtype)
-            yield name, partial(times, key_times=(64, 63))
+            name = f"block ends D={dim} G={group} {dtype}"
+            ends = partial(compile_dense, dim, group, False, False, (None, None), dtype)
+            yield name, partial(ends, block_ends=(64, 63))
     for dim, group, form, keep, dtype in (
         (128, 4, "weight", False, "bfloat16"),
         (128, 16, "weight", True, "bfloat16"),
@@ -190,20 +190,20 @@ def sparse_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def compile_dense(
-    dim, group, packed, causal, window, dtype, *, many=False, key_times=None, deterministic=False
+    dim, group, packed, causal, window, dtype, *, many=False, block_ends=None, deterministic=False
 ):
     """Forward and backward of ``nsa.fused.fa4``'s dense calls."""
-    from nsa.fused.fa4_call import MOST_TOGETHER
+    from nsa.fused.fa4_call import MOST_HEADS_PER_CTA
     from nsa.fused.fa4_variants import Variant, dense_mask
     from nsa.fused.kernels import fa4_sm90
 
-    mask, _ = dense_mask(causal, window, key_times)
+    mask, _ = dense_mask(causal, window, block_ends)
     variant = Variant(getattr_torch(dtype), dim, dim, group, mask, packed, many)
     fa4_sm90.forward_kernels(variant)
     fa4_sm90.backward_kernels(variant._replace(deterministic=deterministic))
-    together = math.gcd(group, MOST_TOGETHER)
-    if together > 1 and (not deterministic or (mask.left and not packed)):
-        whole = variant._replace(together=together, deterministic=deterministic)
+    heads = math.gcd(group, MOST_HEADS_PER_CTA)
+    if heads > 1 and (not deterministic or (mask.left and not packed)):
+        whole = variant._replace(heads_per_cta=heads, deterministic=deterministic)
         fa4_sm90.backward_kernels(whole)
 
 
@@ -212,7 +212,7 @@ def compile_blocks(dim, segments, deterministic):
     from nsa.fused.fa4_variants import Mask, Variant
     from nsa.fused.kernels import fa4_sm90
 
-    mask = Mask(left=True, right=True, step=16)
+    mask = Mask(left=True, right=True, block_stride=16)
     repeated = ((), (0,), (0,), ()) if segments else ()
     shape = (getattr_torch("bfloat16"), dim, dim, 4, mask)
     fa4_sm90.compile_backward(Variant(*shape, repeated=repeated, deterministic=deterministic))
@@ -232,7 +232,7 @@ def compile_seen_blocks(dim, group, step):
     from nsa.fused.fa4_variants import Mask, Variant
     from nsa.fused.kernels import fa4_sm90
 
-    mask = Mask(right=True, step=step)
+    mask = Mask(right=True, block_stride=step)
     fa4_sm90.forward_kernels(Variant(getattr_torch("bfloat16"), dim, dim, group, mask))
 
 

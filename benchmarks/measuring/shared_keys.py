@@ -8,8 +8,8 @@ from torch import Tensor
 import nsa
 from measuring.workloads import Tensors
 from nsa.blocks import num_compressed_blocks
+from nsa.boundaries import Boundaries
 from nsa.fused import compress_blocks, forward, make_key_sums
-from nsa.packing import Boundaries
 from nsa.results import Results
 from nsa.testing import make_cu_seqlens
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from nsa.block_index_checks import check_block_values, check_index_tensor
 from nsa.blocks import num_selection_blocks
+from nsa.boundaries import Boundaries
 from nsa.cache.state import Cache
 from nsa.config import NSAConfig
 from nsa.host import has_no_values, has_readable_values
-from nsa.packing import Boundaries
 from nsa.validation import (
     Problem,
     UnsupportedError,

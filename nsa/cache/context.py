@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import num_compressed_blocks
+from nsa.boundaries import Boundaries
 from nsa.cache.append import NewTokens, locate_new_tokens
 from nsa.cache.places import CachePlaces, block_places, token_places, window_places
 from nsa.cache.state import Cache, Pair
-from nsa.packing import Boundaries
 from nsa.segments import Segments, prefix_sum
 
 

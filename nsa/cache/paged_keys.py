@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import num_selection_blocks
-from nsa.cache.checks import check_table
+from nsa.boundaries import Boundaries
+from nsa.cache.argument_checks import check_table
 from nsa.cache.context import segments_of
 from nsa.cache.places import page_places
 from nsa.config import NSAConfig
 from nsa.host import has_readable_values, needs_gradients
-from nsa.packing import Boundaries
 from nsa.segments import locate_items
 from nsa.validation import Problem, check_qkv, check_tensor
 

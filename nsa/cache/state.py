@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import Count
-from nsa.cache import checks
+from nsa.cache import argument_checks
 from nsa.cache.host_copy import HostCopy, PageOrder
 from nsa.cache.layout import MAX_GUESSES, CacheLayout, choose_page_size, make_layout
 from nsa.cache.reordering import reorder
@@ -80,7 +80,7 @@ class Cache:
         num_heads: int | None = None,
         page_size: int | None = None,
     ):
-        config = checks.check_decodable(config)
+        config = argument_checks.check_decodable(config)
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         for name, value in (
             ("batch_size", batch_size),
@@ -89,11 +89,11 @@ class Cache:
             ("value_head_dim", value_head_dim),
             ("max_length", max_length),
         ):
-            check_size(name, value, checks.MAX_LENGTH)
+            check_size(name, value, argument_checks.MAX_LENGTH)
         check_flag("separate_kv", separate_kv)
         if page_size is None:
             page_size = choose_page_size(config, max_length)
-        checks.check_page_size(page_size, config)
+        argument_checks.check_page_size(page_size, config)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         check_dtype("dtype", dtype)
         # A tensor made in inference mode could not be written outside of it.
@@ -148,24 +148,24 @@ class Cache:
                 them on the host.
             num_heads: as of :class:`nsa.Cache`.
         """
-        config = checks.check_decodable(config)
-        checks.check_pages(k_pages, v_pages, k_cmp_pages, v_cmp_pages, config)
-        checks.check_table(page_table, lengths, k_pages.device)
+        config = argument_checks.check_decodable(config)
+        argument_checks.check_pages(k_pages, v_pages, k_cmp_pages, v_cmp_pages, config)
+        argument_checks.check_table(page_table, lengths, k_pages.device)
         page_size, max_pages = k_pages.shape[1], page_table.shape[1]
-        checks.check_held(lengths, max_pages * page_size)
+        argument_checks.check_held(lengths, max_pages * page_size)
         self = cls.__new__(cls)
         self.k_pages, self.v_pages = k_pages, v_pages
         self.k_cmp_pages, self.v_cmp_pages = k_cmp_pages, v_cmp_pages
         self.page_table = page_table
         self.window_rings = self.open_rings = None
         with torch.inference_mode(False):
-            max_length = min(max_pages * page_size, checks.MAX_LENGTH)
+            max_length = min(max_pages * page_size, argument_checks.MAX_LENGTH)
             layout = make_layout(config, max_length, page_size)
             own = lengths.detach().clone()
             self._set_up(config, layout, max_length, own, num_heads, owns_pages=False)
             if config.selection == "tile":
                 # Only tiles that start in later calls have lists.
-                checks.check_whole_tiles(own, config)
+                argument_checks.check_whole_tiles(own, config)
                 self.floors.copy_(own)
         return self
 
@@ -189,7 +189,7 @@ class Cache:
         self.group_lists: Tensor | None = None
         self._host = HostCopy(self.lengths, self.floors, known=owns_pages)
         if num_heads is not None:
-            checks.check_num_heads(num_heads, self.num_kv_heads)
+            argument_checks.check_num_heads(num_heads, self.num_kv_heads)
             self.use_num_heads(num_heads)
 
     @property
@@ -240,7 +240,7 @@ class Cache:
             ValueError: a sequence cannot be made so short, as far as the host knows the lengths.
                 Else it becomes as short as it can, and ``overflowed`` is set.
         """
-        lengths, values = checks.check_lengths(lengths, self.batch_size)
+        lengths, values = argument_checks.check_lengths(lengths, self.batch_size)
         # Clamped first, because int64 wraps in int32.
         new = lengths.to(self.device).clamp(0, self.max_length).to(torch.int32)
         host = None if values is None else self._host.read()
@@ -273,7 +273,7 @@ class Cache:
                 "reorder cannot move the pages of a server: reorder its page_table, copy the open "
                 "pages, and make a cache of them with Cache.from_pages"
             )
-        index = checks.check_index(index, self.batch_size, self.device)
+        index = argument_checks.check_index(index, self.batch_size, self.device)
         self._page_order.record(ordered=False)
         self._host.record(reorder(self, index, self._host.read()))
 

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from nsa.config import NSAConfig
 from nsa.distributed.backend_calls import BackendCall
-from nsa.distributed.layout import Layout
+from nsa.distributed.rank_layout import Layout
 
 CHUNK_BYTES = 1 << 27
 """Gathered keys and values of a chunk, unless one KV head has more. From half of that on there are

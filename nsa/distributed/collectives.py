@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import DeviceMesh, ProcessGroup
 
-from nsa.distributed.copies import copy_rows
+from nsa.distributed.head_copies import copy_rows
 from nsa.precision import accumulation_dtype
 
 # PyTorch 2.13 renamed both and deprecates the old names.

@@ -10,13 +10,14 @@ from torch.distributed import ProcessGroup
 from nsa import dispatch
 from nsa.blocks import num_query_tiles
 from nsa.config import NSAConfig
-from nsa.distributed.attention import attend
+from nsa.distributed.block_sharing import compress_own, gather_blocks
 from nsa.distributed.call import NO_LIMIT, RankCall, RankInputs
-from nsa.distributed.checks import Part, check_call, check_equal_tokens, distinct, flat
+from nsa.distributed.chunked_attention import RankAttention, attend
 from nsa.distributed.collectives import process_group
-from nsa.distributed.compression import compress_own, gather_blocks
 from nsa.distributed.order import check_order
+from nsa.distributed.rank_checks import Part, check_call, check_equal_tokens, distinct, flat
 from nsa.distributed.sharding import Mesh
+from nsa.host import needs_gradients
 from nsa.packing import Packing
 from nsa.validation import check_deterministic
 
@@ -167,10 +168,15 @@ def attend_part(
     inputs = RankInputs(flat(part.q), gates, part.gate_proj_weight, k_cmp, v_cmp, kv)
     call = RankCall(
         part.layout, group, part.backend, part.config, branches,
-        arguments.get("max_workspace_bytes") or NO_LIMIT, arguments.get("recompute_window", False),
-        check_deterministic(arguments.get("deterministic")),
+        max_workspace_bytes=arguments.get("max_workspace_bytes") or NO_LIMIT,
+        recompute_window=arguments.get("recompute_window", False),
+        deterministic=check_deterministic(arguments.get("deterministic")),
     )  # fmt: skip
-    out = attend(call, _flat_indices(part), inputs)
+    tensors, block_indices = (*inputs.tensors, *inputs.kv), _flat_indices(part)
+    if needs_gradients(*tensors):
+        out = RankAttention.apply(call, block_indices, *tensors)
+    else:
+        out = attend(call, block_indices, inputs)
     return out.reshape(*part.q.shape[:-1], out.shape[-1])
 
 
@@ -223,8 +229,7 @@ def _own_blocks(
     # Selection has no values, so keys take their place.
     values = part.k[0] if part.v is None else part.v[0]
     weights = (part.compress_k_weight, None if part.v is None else part.compress_v_weight)
-    rows = (flat(part.k[0]), flat(values))
-    return compress_own(*rows, weights, part.layout, part.backend, group)
+    return compress_own(flat(part.k[0]), flat(values), weights, part.layout, part.backend, group)
 
 
 def _flat_indices(part: Part) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa.distributed.backend_calls import BackendCall
-from nsa.distributed.layout import Layout
+from nsa.distributed.rank_layout import Layout
 from nsa.precision import accumulation_dtype
 
 

@@ -10,11 +10,11 @@ from torch.distributed import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from nsa import backends
-from nsa.distributed.checks import Part, flat, part_layout
+from nsa.distributed.block_sharing import block_rows
 from nsa.distributed.collectives import process_group
-from nsa.distributed.compression import block_rows
 from nsa.distributed.interface import attend_part, select_part
 from nsa.distributed.order import check_order
+from nsa.distributed.rank_checks import Part, flat, part_layout
 from nsa.host import has_readable_values
 from nsa.layer_checks import check_input
 from nsa.layer_compression import compress_tokens
@@ -70,8 +70,9 @@ class LayerPart:
         self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None, cache
     ) -> Tensor:
         """See :meth:`nsa.NativeSparseAttention.forward`."""
-        call = (layer, x, cu_seqlens, max_seqlen, cache)
-        arguments, compress, problem = self._arguments(*call, attends=True)
+        arguments, compress, problem = self._arguments(
+            layer, x, cu_seqlens, max_seqlen, cache, attends=True
+        )
         out = attend_part(self.mesh, self.order, arguments, compress, problem)
         return apply_linear(layer.o_proj, out.flatten(-2), x.dtype)
 
@@ -79,8 +80,9 @@ class LayerPart:
         self, layer: Layer, x: Tensor, cu_seqlens: Bounds, max_seqlen: int | None, cache
     ) -> Tensor:
         """See :meth:`nsa.NativeSparseAttention.select_blocks`."""
-        call = (layer, x, cu_seqlens, max_seqlen, cache)
-        arguments, compress, problem = self._arguments(*call, attends=False)
+        arguments, compress, problem = self._arguments(
+            layer, x, cu_seqlens, max_seqlen, cache, attends=False
+        )
         return select_part(self.mesh, self.order, arguments, compress, problem)
 
     def _arguments(

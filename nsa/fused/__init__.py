@@ -1,5 +1,6 @@
 """The fused backend: FlashAttention-4's kernels and our own, in the CuTe DSL, for a GPU."""
 
+from nsa.fused.cached import forward_cached
 from nsa.fused.compressed_blocks import compress_blocks
 from nsa.fused.entry import forward, select_blocks
 from nsa.fused.key_sums import make_key_sums
@@ -9,6 +10,7 @@ from nsa.fused.selected_branch import selected_attention
 __all__ = [
     "compress_blocks",
     "forward",
+    "forward_cached",
     "make_key_sums",
     "select_blocks",
     "selected_attention",

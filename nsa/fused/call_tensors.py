@@ -11,6 +11,12 @@ from torch import Tensor
 from nsa.fused.kernel_inputs import Pair
 
 
+def made(x: Tensor | None) -> Tensor:
+    """A tensor that an earlier stage has made."""
+    assert x is not None
+    return x
+
+
 class Inputs(NamedTuple):
     """The differentiable arguments of a call. Optional ones that it does not use are None.
 

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import num_compressed_blocks
+from nsa.boundaries import Boundaries
 from nsa.config import NSAConfig
 from nsa.fused.compression import compress_pair, compress_pair_backward
 from nsa.fused.entry import kernel_rows, widen_square
 from nsa.fused.kernel_inputs import kernel_head_dim
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan, with_scale
-from nsa.packing import Boundaries
 from nsa.precision import without_autocast
 
 
@@ -35,13 +35,9 @@ def compress_blocks(
     head_dim, value_dim = k.shape[-1], v.shape[-1]
     dim = kernel_head_dim(head_dim, value_dim)
     rows, values = kernel_rows(k, dim), kernel_rows(v, dim)
-    scaled = with_scale(config, config.softmax_scale(head_dim))
-    plan = make_plan(
-        rows, boundaries.cu_seqlens, boundaries.max_seqlen, scaled, boundaries.packing,
-        num_keys=rows.shape[1],
-    )  # fmt: skip
-    weights = (widen_square(compress_k_weight, dim), widen_square(compress_v_weight, dim))
-    k_cmp, v_cmp = _CompressionNode.apply(plan, rows, values, *weights)
+    plan = make_plan(rows, with_scale(config, config.softmax_scale(head_dim)), boundaries)
+    k_weight, v_weight = widen_square(compress_k_weight, dim), widen_square(compress_v_weight, dim)
+    k_cmp, v_cmp = _CompressionNode.apply(plan, rows, values, k_weight, v_weight)
     assert boundaries.lengths is not None
     # The plan has an upper bound on the blocks.
     count = sum(num_compressed_blocks(length, config) for length in boundaries.lengths)

@@ -15,19 +15,18 @@ ONE_TILE = 128
 FEW_TOKENS = 4096
 """Keys of a sequence up to which its compressed keys may be two tiles of which none is skipped.
 
-Folding had FA4 skip tiles of keys, but took a call for each sequence, copies of keys, and a call
-for the last query; forward does without now, but not the backward of several sequences. When both
-were folded, a layer of dim 1024 with 255 compressed keys of 4 x 4K tokens took 92 launches and not
-142, and 2.46 ms of GPU time and not 2.6; with 256 of 16K 2.25 and not 2.09.
+The backward of several sequences folds queries to skip tiles, which takes more launches: a call for
+each sequence, copies of keys, and a call for the last query. With both passes folded, a layer of
+dim 1024 with 255 compressed keys of 4 x 4K tokens took 142 launches and 2.6 ms of GPU time, else 92
+and 2.46. With 256 compressed keys of 16K tokens folding took 2.09 ms, else 2.25.
 """
 
-
 UNFOLDED_CTAS = 256
-"""From so many CTAs on, one for each head and tile of keys, the backward of several entries is not
-folded: then each processor has about two, a long and a short one."""
+"""CTAs of a backward that is not folded, one for each head and tile of keys, from which on several
+entries take it: then each processor has about two, a long and a short one."""
 
 SINGLE_CTAS = 1
-"""The same of a single entry, whose CTAs have short segments of queries if they are few."""
+"""The same for a single entry, whose CTAs get short segments of queries if they are few."""
 
 
 class CompressedForm(Enum):
@@ -36,7 +35,7 @@ class CompressedForm(Enum):
     Attributes:
         NONE: there is no compressed token; the output is 0.
         LISTED: tiles attend listed groups (``num_cmp_selected_blocks``), queries in aligned rows.
-        BATCH: causal, batched input. Tiles may be skipped, see :func:`is_folded`.
+        BATCH: causal, batched input. Tiles may be skipped, see :func:`skips_key_tiles`.
         FOLDED_ROWS: causal, packed sequences. Their queries are gathered into folded rows.
         ALL: not causal; every query attends all compressed tokens of its sequence.
     """
@@ -59,13 +58,18 @@ def compressed_form(config: NSAConfig, *, packed: bool, num_compressed: int) -> 
     return CompressedForm.FOLDED_ROWS if packed else CompressedForm.BATCH
 
 
-def is_folded(form: CompressedForm, num_compressed: int, config: NSAConfig, *, whole: bool) -> bool:
-    """Whether FA4 skips key tiles that no query of a tile sees.
+def skips_key_tiles(
+    form: CompressedForm, num_compressed: int, config: NSAConfig, *, whole: bool
+) -> bool:
+    """Whether kernels skip key tiles that no query of a tile sees.
 
-    Of packed sequences, queries that see the same blocks become heads for that. So they do in the
-    backward of a batch, unless :func:`sums_queries`; its forward has a kernel of its own. A batch
-    skips tiles if it has more than one, or two of few tokens, or not the ``whole`` sequences as
-    queries. Else a mask compares positions, which is compiled for the first of them.
+    Packed queries are folded for that: those that see the same blocks become heads. The forward of
+    a batch has a kernel of its own. Its backward has one too if :func:`sums_queries`; otherwise it
+    folds.
+
+    A batch skips tiles if it has more than one tile of compressed keys (more than two, up to
+    ``FEW_TOKENS`` keys), or if its queries are not the ``whole`` sequences. Otherwise a mask
+    compares positions.
     """
     # Not part of the form, because torch.compile would then recompile for longer inputs.
     if form is not CompressedForm.BATCH:

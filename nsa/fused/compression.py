@@ -55,12 +55,14 @@ def compress_in_order(k: Tensor, v: Tensor, start: Tensor, size: int, weights: W
     dtype, dims = _mean_dtype(k, *weights), (k.shape[-1], v.shape[-1])
     # The kernel reads 8 channels at a time.
     rows = [pad(x, (0, -dim % 8)) if dim % 8 else x for x, dim in zip((k, v), dims, strict=True)]
-    sizes = (start, size, dtype)
     with torch.cuda.device_of(k):
         if rows[0].shape == rows[1].shape:
-            means = kernel_calls.mean_forward(rows[0], *sizes, rows[1], in_order=True).unbind()
+            both = kernel_calls.mean_forward(rows[0], start, size, dtype, rows[1], in_order=True)
+            means = both.unbind()
         else:
-            means = tuple(kernel_calls.mean_forward(x, *sizes, in_order=True) for x in rows)
+            means = tuple(
+                kernel_calls.mean_forward(x, start, size, dtype, in_order=True) for x in rows
+            )
     k_cmp, v_cmp = (
         transform_means(mean.flatten(0, -3)[..., :dim], weight).to(k.dtype)
         for mean, weight, dim in zip(means, weights, dims, strict=True)

@@ -24,6 +24,7 @@ import math
 import torch
 from torch import Tensor
 
+from nsa.boundaries import Boundaries
 from nsa.cache import Cache
 from nsa.cache.paged_keys import PagedKeys
 from nsa.config import NSAConfig
@@ -32,7 +33,6 @@ from nsa.fused.decode_inputs import MAX_TOKENS
 from nsa.fused.kernel_inputs import HEAD_DIMS, MAX_BLOCKS
 from nsa.fused.token_inputs import MAX_GROUP, Rule
 from nsa.host import has_no_values, is_capturing
-from nsa.packing import Boundaries
 
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK = 64

@@ -238,7 +238,7 @@ def most_groups(table: Tensor, slots_per_page: int) -> int:
 
 
 def record_groups(row_groups: int) -> int:
-    """Groups of slots that are recorded together: those of a tile, where a warp has all of them."""
+    """Groups of slots that have one record: those of a tile, where a warp has all of them."""
     return TILE_KEYS // SLOT_GROUP if row_groups >= 4 else 1
 
 
@@ -246,19 +246,18 @@ def record_shapes(
     shape: DecodeShape, rule: DecodeRule, groups: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of the sums, and of the other records, where a row has ``groups`` groups of slots."""
-    together = record_groups(shape.row_groups)
-    if together == 1:
-        return (shape.units, shape.rows, groups * rule.group_blocks), (
-            *(shape.units, shape.rows, groups),
-        )
-    entries = shape.units, groups // together, shape.rows
-    return (*entries, together * rule.group_blocks), entries
+    of_record = record_groups(shape.row_groups)
+    if of_record == 1:
+        rows = shape.units, shape.rows
+        return (*rows, groups * rule.group_blocks), (*rows, groups)
+    entries = shape.units, groups // of_record, shape.rows
+    return (*entries, of_record * rule.group_blocks), entries
 
 
 def num_groups(records: Records, row_groups: int) -> int:
     """Groups of slots for which a row's records have room."""
-    together = record_groups(row_groups)
-    return records.reference.shape[-1 if together == 1 else 1] * together
+    of_record = record_groups(row_groups)
+    return records.reference.shape[-1 if of_record == 1 else 1] * of_record
 
 
 def record_order(rule: DecodeRule) -> list[int]:

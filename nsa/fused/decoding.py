@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa.blocks import num_selection_blocks
+from nsa.boundaries import Boundaries
 from nsa.cache import Cache
 from nsa.cache.append import NewTokens, advance, compress_candidates, write_new
 from nsa.cache.context import locate_in_cache
@@ -35,13 +36,9 @@ from nsa.fused.decode_inputs import (
     resident_ctas,
 )
 from nsa.fused.token_inputs import MAX_GROUP
-from nsa.packing import Boundaries
 from nsa.segments import prefix_sum
 
 Branches = tuple[Tensor, Tensor, Tensor]
-Attended = tuple[Tensor, Pool, Tensor, Schedule, Tensor | None, DecodeShape]
-"""Queries, compressed pages, page table, schedule, boundaries and shape, as kernels take them."""
-
 _SELECT_SIZES = (32, 64, 128)
 _USE_REFERENCE = "use backend='reference'"
 
@@ -199,23 +196,33 @@ def forward(
         tokens = locate_in_cache(cache, q, boundaries, compressed_kv)
         schedule = _write_new(tokens, (k_rows, v_rows), cache, weights, compressed_kv, shape, rule)
     scale, tile_mode = config.softmax_scale(q.shape[-1]), config.selection == "tile"
-    attended = rows, compressed, cache.page_table, schedule, cu_seqlens, shape
     parts, records = decode_calls.decode_compressed(
-        *attended, rule, scale, block_indices is None and not tile_mode,
-        cache.lengths if tokens is None else None, cache.max_length,
+        rows, compressed, cache.page_table, schedule, cu_seqlens, shape, rule, scale,
+        records=block_indices is None and not tile_mode,
+        lengths=cache.lengths if tokens is None else None, limit=cache.max_length,
     )  # fmt: skip
     lists: Tensor | TileLists
     if tile_mode:
-        lists = _select_for_tiles(cache, attended, scale)
+        cache.use_num_heads(rows.shape[1])
+        assert cache.block_lists is not None
+        decode_calls.decode_tile_select(
+            rows, compressed, cache.page_table, schedule, cu_seqlens, shape,
+            TileRule(config.compress_block_size, config.select_block_size), scale,
+            tile_size=config.q_tile_size, lists=cache.block_lists,
+            count=config.num_selected_blocks,
+            limit=num_selection_blocks(cache.max_length, config),
+            num_initial=config.num_initial_blocks, num_local=config.num_local_blocks,
+        )  # fmt: skip
+        lists = TileLists(cache.block_lists, config.q_tile_size)
     elif block_indices is None:
         width = rows.shape[0], shape.kv_heads, config.num_selected_blocks
         lists = torch.empty(width, dtype=torch.int32, device=q.device)
     else:
         lists = block_indices.flatten(0, -3)
     out = _finish(
-        cache, rows, parts, records, schedule, cu_seqlens, shape, rule, lists, scale,
-        None if gates is None else gates.flatten(0, -3),
-        gate_proj_weight if gates is None else None,
+        cache, rows, parts, records, schedule, cu_seqlens, shape, rule, lists, scale=scale,
+        gates=None if gates is None else gates.flatten(0, -3),
+        weight=gate_proj_weight if gates is None else None,
     )  # fmt: skip
     # The last kernel has written the lengths, so that an error leaves the cache as it was.
     if tokens is None:
@@ -242,22 +249,24 @@ def _finish(
     """The end of a step, with the kernels that suit its sizes."""
     config, pool = cache.config, Pool(cache.k_pages, cache.v_pages)
     window = min(config.window_size, cache.max_length)
-    forced = config.num_initial_blocks, config.num_local_blocks
     if not isinstance(lists, TileLists) and _unites_tokens(cache, shape, rule, lists.shape[-1]):
         if records is not None:
             decode_calls.decode_select(
-                parts, records, schedule, cu_seqlens, shape, rule, lists, *forced
-            )
+                parts, records, schedule, cu_seqlens, shape, rule, lists,
+                num_initial=config.num_initial_blocks, num_local=config.num_local_blocks,
+            )  # fmt: skip
         return decode_calls.decode_units(
-            q, pool, cache.page_table, parts, schedule, cu_seqlens, shape, rule, lists, window,
-            scale, gates, weight, cache.lengths,
+            q, pool, cache.page_table, parts, schedule, cu_seqlens, shape, rule, lists,
+            window=window, scale=scale, gates=gates, weight=weight, lengths=cache.lengths,
         )  # fmt: skip
-    rings = None if cache.window_rings is None else Pool(*cache.window_rings)
+    cluster, of_tokens = _choose_cluster(cache, shape, q.shape[0])
     return decode_calls.decode_finish(
-        q, pool, rings, cache.page_table, parts, records, schedule, cu_seqlens, shape, rule, lists,
-        *forced, window, scale, gates, weight, cache.lengths,
-        cache.floors if isinstance(lists, TileLists) else None,
-        *_choose_cluster(cache, shape, q.shape[0]),
+        q, pool, None if cache.window_rings is None else Pool(*cache.window_rings),
+        cache.page_table, parts, records, schedule, cu_seqlens, shape, rule, lists,
+        num_initial=config.num_initial_blocks, num_local=config.num_local_blocks,
+        window=window, scale=scale, gates=gates, weight=weight, lengths=cache.lengths,
+        floors=cache.floors if isinstance(lists, TileLists) else None,
+        cluster=cluster, of_tokens=of_tokens,
     )  # fmt: skip
 
 
@@ -269,20 +278,6 @@ def _unites_tokens(cache: Cache, shape: DecodeShape, rule: DecodeRule, slots: in
         and can_unite(dims, shape, rule.select_size, slots)
         and 4 * shape.units >= 3 * _num_sms(cache.device)
     )
-
-
-def _select_for_tiles(cache: Cache, attended: Attended, scale: float) -> TileLists:
-    """Select for the tiles that begin in the step; ``attended`` as for the compressed branch."""
-    config = cache.config
-    cache.use_num_heads(attended[0].shape[1])
-    assert cache.block_lists is not None
-    decode_calls.decode_tile_select(
-        *attended, TileRule(config.compress_block_size, config.select_block_size), scale,
-        config.q_tile_size, cache.block_lists, config.num_selected_blocks,
-        num_selection_blocks(cache.max_length, config),
-        config.num_initial_blocks, config.num_local_blocks,
-    )  # fmt: skip
-    return TileLists(cache.block_lists, config.q_tile_size)
 
 
 def _make_shape(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> DecodeShape:

@@ -1,42 +1,31 @@
-"""The entry points of the fused backend: convert arguments to the kernels' form, call the ops."""
+"""The entry points of the fused backend: convert arguments to the kernels' layout, call the ops."""
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from nsa.blocks import num_query_tiles
-from nsa.cache import Cache
+from nsa.boundaries import Boundaries
 from nsa.config import NSAConfig
-from nsa.fused import decoding, ops, pipeline, prefill
+from nsa.fused import ops, pipeline
 from nsa.fused.call_tensors import Inputs
 from nsa.fused.compressed_forms import num_compressed_bound
 from nsa.fused.constraints import deterministic_limit
-from nsa.fused.kernel_inputs import kernel_head_dim, multiplies_gates
-from nsa.fused.plan import Plan
+from nsa.fused.kernel_inputs import Pair, kernel_head_dim, multiplies_gates
+from nsa.fused.op_arguments import OpOptions, op_bounds
 from nsa.fused.planning import make_plan, with_scale
 from nsa.fused.schedule import make_schedule, run_forward
 from nsa.fused.sizes import Sizes, make_sizes
 from nsa.fused.strides import are_rows
 from nsa.host import is_traced, needs_gradients
-from nsa.packing import Boundaries, Packing
 from nsa.results import Results
 from nsa.validation import UnsupportedError
 
 Branches = tuple[Tensor, Tensor, Tensor]
 Given = TypeVar("Given", Tensor, Tensor | None)
 """A tensor, or None if it is not given."""
-
-
-class _Bounds(NamedTuple):
-    """Boundaries of queries and of keys, which are None if they are those of the queries; the bound
-    on the keys of a sequence; and the caller's Packing. All are None for a batch."""
-
-    cu_seqlens: Tensor | None
-    cu_seqlens_k: Tensor | None
-    max_seqlen_k: int | None
-    packing: Packing | None
 
 
 def forward(
@@ -49,32 +38,15 @@ def forward(
     gates: Tensor | None = None,
     compress_k_weight: Tensor | None = None,
     compress_v_weight: Tensor | None = None,
-    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    compressed_kv: Pair | None = None,
     block_indices: Tensor | None = None,
     boundaries: Boundaries | None = None,
-    cache: Cache | None = None,
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
     deterministic: bool = False,
     results: Results | None = None,
 ) -> Tensor:
     """See :func:`nsa.forward`; arguments are valid and within :mod:`nsa.fused.constraints`."""
-    if cache is not None:
-        return _forward_cached(
-            q,
-            k,
-            v,
-            max_workspace_bytes,
-            cache=cache,
-            gate_proj_weight=gate_proj_weight,
-            gates=gates,
-            compress_k_weight=compress_k_weight,
-            compress_v_weight=compress_v_weight,
-            compressed_kv=compressed_kv,
-            block_indices=block_indices,
-            boundaries=boundaries,
-        )
-    bounds = _bounds(boundaries)
     if gates is not None:
         gate_proj_weight = None
     weights = (gate_proj_weight, compress_k_weight, compress_v_weight)
@@ -93,24 +65,32 @@ def forward(
     limit = deterministic_limit(q, v[0], config) if save and deterministic else None
     if limit is not None:
         raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
-    inputs = _make_inputs(q, k, v, gates, *weights, compressed_kv, boundaries, config, dim)
+    inputs = Inputs(
+        **_keys_and_values(k, v, dim),
+        **_compressed_pair(compressed_kv, k[0].shape[-3], boundaries, config, dim),
+        q=kernel_rows(q, dim),
+        gates=_batched(gates),
+        gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
+        compress_k_weight=widen_square(compress_k_weight, dim),
+        compress_v_weight=widen_square(compress_v_weight, dim),
+    )
     sizes = make_sizes(
-        *(inputs.q, inputs.k.shape[2], bounds.cu_seqlens, bounds.max_seqlen_k, config),
-        num_keys=inputs.k.shape[1],
-        cu_seqlens_k=bounds.cu_seqlens_k,
+        inputs.q, config, boundaries, num_keys=inputs.k.shape[1], num_kv_heads=inputs.k.shape[2],
         gated_gradients=multiplies_gates(q.dtype, inputs.gates, inputs.gate_proj_weight),
-    )._replace(deterministic=deterministic)
+        deterministic=deterministic,
+    )  # fmt: skip
     schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
     schedule = schedule._replace(recompute_window=recompute_window, deterministic=deterministic)
     block_indices = _unit_major(block_indices, sizes, save)
-    if is_traced(*inputs, block_indices, bounds.cu_seqlens, bounds.cu_seqlens_k):
-        options = ops.OpOptions(
-            *(block_indices, *bounds[:3], bounds.packing is not None, config.encoded, scale),
-            *(*schedule, save),
-        )
+    if is_traced(*inputs, block_indices, *_tensors_of(boundaries)):
+        # The arguments of an op have no names.
+        options = OpOptions.of(block_indices, boundaries, config, scale, schedule, save=save)
         out = ops.attention(*inputs, *options)[0]
     else:
-        plan = _make_plan(inputs.q, inputs.k, inputs.k.shape[1], bounds, with_scale(config, scale))
+        plan = make_plan(
+            inputs.q, with_scale(config, scale), boundaries,
+            num_keys=inputs.k.shape[1], num_kv_heads=inputs.k.shape[2],
+        )  # fmt: skip
         if save:
             out = ops.AttentionNode.apply(plan, schedule, results, block_indices, *inputs)
         else:
@@ -120,52 +100,28 @@ def forward(
     return out if dim == value_dim else out[..., :value_dim].contiguous()
 
 
-def _forward_cached(
-    q: Tensor, k: Branches, v: Branches, max_workspace_bytes: int | None, **arguments: Any
-) -> Tensor:
-    """:func:`forward` with a cache: a decoding step, or else what :mod:`nsa.fused.prefill` does."""
-    given = arguments["block_indices"] is not None
-    if decoding.unsupported_reason(q, arguments["cache"], arguments["boundaries"], given) is None:
-        return decoding.forward(q, k, v, **arguments)
-    backend = prefill.Backend(forward, select_blocks)
-    arguments |= dict(backend=backend, max_workspace_bytes=max_workspace_bytes)
-    return prefill.forward(q, k, v, **arguments)
+def _tensors_of(boundaries: Boundaries | None) -> tuple[Tensor, ...]:
+    return () if boundaries is None else (boundaries.cu_seqlens, boundaries.cu_seqlens_k)
 
 
-def _make_inputs(
-    q: Tensor,
-    k: Branches,
-    v: Branches,
-    gates: Tensor | None,
-    gate_proj_weight: Tensor | None,
-    compress_k_weight: Tensor | None,
-    compress_v_weight: Tensor | None,
-    compressed_kv: tuple[Tensor, Tensor] | None,
-    boundaries: Boundaries | None,
-    config: NSAConfig,
-    dim: int,
-) -> Inputs:
-    """The arguments of a call in the kernels' form, with heads of ``dim`` channels."""
-    k_cmp, v_cmp = (None, None)
-    if compressed_kv is not None:
-        num_keys = k[0].shape[-3]
-        k_cmp, v_cmp = (_pad_compressed(x, num_keys, boundaries, config) for x in compressed_kv)
-    (k_first, k_slc, k_win), (v_first, v_slc, v_win) = _drop_repeats(k, v)
-    return Inputs(
-        q=kernel_rows(q, dim),
-        k=kernel_rows(k_first, dim),
-        v=kernel_rows(v_first, dim),
-        k_slc=kernel_rows(k_slc, dim),
-        v_slc=kernel_rows(v_slc, dim),
-        k_win=kernel_rows(k_win, dim),
-        v_win=kernel_rows(v_win, dim),
-        k_cmp=kernel_rows(k_cmp, dim),
-        v_cmp=kernel_rows(v_cmp, dim),
-        gates=_batched(gates),
-        gate_proj_weight=_contiguous(_widen(gate_proj_weight, dim)),
-        compress_k_weight=widen_square(compress_k_weight, dim),
-        compress_v_weight=widen_square(compress_v_weight, dim),
-    )
+def _keys_and_values(k: Branches, v: Branches, dim: int) -> dict[str, Any]:
+    """Those of :class:`Inputs`, with heads of ``dim`` channels: one if the branches share them."""
+    if k[0] is k[1] is k[2] and v[0] is v[1] is v[2]:
+        rows, values = kernel_rows(k[0], dim), kernel_rows(v[0], dim)
+        return dict(k=rows, v=values, k_slc=None, v_slc=None, k_win=None, v_win=None)
+    k_first, k_slc, k_win = (kernel_rows(x, dim) for x in k)
+    v_first, v_slc, v_win = (kernel_rows(x, dim) for x in v)
+    return dict(k=k_first, v=v_first, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win)
+
+
+def _compressed_pair(
+    pair: Pair | None, num_keys: int, boundaries: Boundaries | None, config: NSAConfig, dim: int
+) -> dict[str, Any]:
+    """The caller's compressed keys and values as in :class:`Inputs`."""
+    if pair is None:
+        return dict(k_cmp=None, v_cmp=None)
+    k_cmp, v_cmp = (_pad_compressed(x, num_keys, boundaries, config) for x in pair)
+    return dict(k_cmp=kernel_rows(k_cmp, dim), v_cmp=kernel_rows(v_cmp, dim))
 
 
 @torch.no_grad()
@@ -175,12 +131,11 @@ def select_blocks(
     *,
     config: NSAConfig,
     compress_k_weight: Tensor | None = None,
-    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    compressed_kv: Pair | None = None,
     boundaries: Boundaries | None = None,
     cache: None = None,
 ) -> Tensor:
     """See :func:`nsa.select_blocks`; ``k`` is the compressed branch's."""
-    bounds = _bounds(boundaries)
     if q.numel() == 0:
         return _empty_selection(q, k.shape[-2], config)
     dim, scale = kernel_head_dim(q.shape[-1], q.shape[-1]), config.softmax_scale(q.shape[-1])
@@ -189,11 +144,16 @@ def select_blocks(
         k = _pad_compressed(compressed_kv[0], num_keys, boundaries, config)
     rows, k = kernel_rows(q, dim), kernel_rows(k, dim)
     weight = None if compressed else widen_square(compress_k_weight, dim)
-    if is_traced(rows, k, weight, bounds.cu_seqlens, bounds.cu_seqlens_k):
-        options = (*bounds[:3], config.encoded, scale)
-        blocks = ops.select_blocks(rows, k, weight, compressed, num_keys, *options)
+    if is_traced(rows, k, weight, *_tensors_of(boundaries)):
+        bounds = op_bounds(boundaries)
+        blocks = ops.select_blocks(
+            rows, k, weight, compressed, num_keys, *bounds, config.encoded, scale
+        )
     else:
-        plan = _make_plan(rows, k, num_keys, bounds, with_scale(config, scale))
+        plan = make_plan(
+            rows, with_scale(config, scale), boundaries,
+            num_keys=num_keys, num_kv_heads=k.shape[2],
+        )  # fmt: skip
         blocks = pipeline.select(rows, k, weight, compressed, plan)
     if config.selection == "token":
         return blocks if q.ndim == 4 else blocks[0]
@@ -203,35 +163,11 @@ def select_blocks(
     return blocks[0, :, : _num_tiles(boundaries, config)].contiguous()
 
 
-def _bounds(boundaries: Boundaries | None) -> _Bounds:
-    if boundaries is None:
-        return _Bounds(None, None, None, None)
-    same = boundaries.cu_seqlens_k is boundaries.cu_seqlens
-    cu_seqlens_k = None if same else boundaries.cu_seqlens_k
-    return _Bounds(boundaries.cu_seqlens, cu_seqlens_k, boundaries.max_seqlen_k, boundaries.packing)
-
-
-def _make_plan(q: Tensor, k: Tensor, num_keys: int, bounds: _Bounds, config: NSAConfig) -> Plan:
-    return make_plan(
-        *(q, bounds.cu_seqlens, bounds.max_seqlen_k, config, bounds.packing),
-        num_keys=num_keys,
-        num_kv_heads=k.shape[2],
-        cu_seqlens_k=bounds.cu_seqlens_k,
-    )
-
-
 def _num_tiles(boundaries: Boundaries, config: NSAConfig) -> int:
     """Query tiles of all packed sequences. Waits for the device if their lengths are unknown."""
     if boundaries.lengths is None:
         return int(num_query_tiles(boundaries.cu_seqlens.diff(), config).sum())
     return sum(num_query_tiles(length, config) for length in boundaries.lengths)
-
-
-def _drop_repeats(k: Branches, v: Branches) -> tuple[tuple, tuple]:
-    """``(x, None, None)`` for both if the branches share keys and values, else all three."""
-    if k[0] is k[1] is k[2] and v[0] is v[1] is v[2]:
-        return (k[0], None, None), (v[0], None, None)
-    return k, v
 
 
 def _contiguous(x: Given) -> Given:

@@ -54,7 +54,7 @@ def dense_forward(
     scale: float,
     causal: bool,
     window_size: Window,
-    key_times: tuple[int, int] | None = None,
+    block_ends: tuple[int, int] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     out: Tensor | None = None,
@@ -69,7 +69,7 @@ def dense_forward(
         scale: multiplies ``q @ k^T``.
         causal: no key after the query.
         window_size: keys visible to the (left, right) of a query beside its own; None is no bound.
-        key_times: (stride, first) instead of both: a query sees the keys ``j`` with
+        block_ends: (stride, first) instead of both: a query sees the keys ``j`` with
             ``j * stride + first`` at most its own index. No tile is skipped.
         cu_seqlens_q: int32 ``(S + 1,)``, and ``cu_seqlens_k`` likewise.
         out, lse: where to write the results, ``out`` with stride 1 in the last dimension; by
@@ -79,7 +79,7 @@ def dense_forward(
         out: ``(B, Sq, H, Dv)`` or ``(Tq, H, Dv)`` in the dtype of ``q``.
         lse: float32 ``(B, H, Sq)`` or ``(H, Tq)``.
     """
-    mask, window = dense_mask(causal, window_size, key_times)
+    mask, window = dense_mask(causal, window_size, block_ends)
     bounds = (cu_seqlens_q, cu_seqlens_k)
     return _forward(Call(q, k, v, scale, mask, window, bounds), out, lse)
 
@@ -90,16 +90,16 @@ def forward_of_blocks(
     v: Tensor,
     *,
     scale: float,
-    key_times: tuple[int, int],
+    block_ends: tuple[int, int],
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`dense_forward` of a batch with ``key_times``, which skips tiles of keys.
+    """:func:`dense_forward` of a batch with ``block_ends``, which skips tiles of keys.
 
     ``first`` of these is an argument of the kernel, which is compiled for the stride.
     """
-    step, first = key_times
-    mask = Mask(right=True, step=step)
+    stride, first = block_ends
+    mask = Mask(right=True, block_stride=stride)
     return _forward(Call(q, k, v, scale, mask, (None, first)), out, lse)
 
 
@@ -155,7 +155,7 @@ def dense_backward(
     scale: float,
     causal: bool,
     window_size: Window,
-    key_times: tuple[int, int] | None = None,
+    block_ends: tuple[int, int] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     dq: Tensor | None = None,
@@ -173,7 +173,7 @@ def dense_backward(
     Returns:
         dq, dk, dv: in the shapes and dtype of ``q``, ``k`` and ``v``.
     """
-    mask, window = dense_mask(causal, window_size, key_times)
+    mask, window = dense_mask(causal, window_size, block_ends)
     bounds = (cu_seqlens_q, cu_seqlens_k)
     call = Call(q, k, v, scale, mask, window, bounds, deterministic=deterministic)
     return _backward(dout, call, statistics, dq)
@@ -190,7 +190,7 @@ def add_dense_backward(
     scale: float,
     causal: bool = False,
     window_size: Window = (None, None),
-    key_times: tuple[int, int] | None = None,
+    block_ends: tuple[int, int] | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:func:`dense_backward` of a batch, with the gradient of ``q`` added to float32 sums.
@@ -200,7 +200,7 @@ def add_dense_backward(
             must skip tiles, so that all such calls have the sums in the same order.
         query_sums: :func:`nsa.fused.fa4_call.new_query_sums`, to which the gradient without the
             scale is added.
-        key_times: (stride, first) instead of the mask: a query sees the keys ``j`` with
+        block_ends: (stride, first) instead of the mask: a query sees the keys ``j`` with
             ``j * stride + first`` at most its own index, and tiles without such keys are skipped.
             A query that sees none needs an infinite log-sum-exp and a finite delta. There is one
             entry, and several heads share a KV head.
@@ -208,14 +208,16 @@ def add_dense_backward(
     Returns:
         dk, dv: in the shapes and dtype of ``k`` and ``v``.
     """
-    if key_times is None:
+    if block_ends is None:
         mask, window = dense_mask(causal, window_size, None)
     else:
-        step, first = key_times
+        stride, first = block_ends
         if q.shape[0] != 1 or q.shape[2] == k.shape[2]:
             shapes = f"q {tuple(q.shape)} and k {tuple(k.shape)}"
-            raise ValueError(f"key_times needs one entry and several heads a KV head, got {shapes}")
-        mask = Mask(left=True, right=True, step=step)
+            raise ValueError(
+                f"block_ends needs one entry and several heads a KV head, got {shapes}"
+            )
+        mask = Mask(left=True, right=True, block_stride=stride)
         window = (segment_tiles(q, k, deterministic), first)
     if not mask.skips_tiles:
         raise ValueError(
@@ -390,7 +392,10 @@ def _sparse_call(
         if padding:
             key_limit = torch.nn.functional.pad(key_limit, (0, padding))
     return Call(
-        *(q, k, v, scale),
+        q,
+        k,
+        v,
+        scale,
         mask=Mask(causal=causal, limited=key_limit is not None),
         lists=_list_tensors(lists),
         blocks=(lists.query_block, lists.key_block),

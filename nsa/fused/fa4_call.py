@@ -16,7 +16,7 @@ LARGEST_TILE = 128
 MANY_SEQUENCES = 256
 """Above this number, kernels look up the first tile of each sequence in a table, as FA4 does."""
 
-MOST_TOGETHER = 8
+MOST_HEADS_PER_CTA = 8
 """Heads that a CTA of the backward passes through, at most: a power of 2.
 
 With more, a causal call would have too few CTAs of too different lengths.
@@ -81,24 +81,26 @@ class Call(NamedTuple):
             repeated=repeated if any(repeated) else (),
             deterministic=self.deterministic,
         )
-        return variant._replace(together=self._heads_together(variant, *dout)) if dout else variant
+        if not dout:
+            return variant
+        return variant._replace(heads_per_cta=self._heads_per_cta(variant, *dout))
 
-    def _heads_together(self, variant: Variant, dout: Tensor) -> int:
+    def _heads_per_cta(self, variant: Variant, dout: Tensor) -> int:
         """The heads of a CTA of the backward."""
         heads, head_dim = self.q.shape[-2:]
-        together = math.gcd(variant.group, MOST_TOGETHER)
+        shared = math.gcd(variant.group, MOST_HEADS_PER_CTA)
         tiles = math.prod(self.k.shape[:-2]) // LARGEST_TILE
         # In a fixed order only a window's, which go through heads one after the other.
         ordered = variant.deterministic and (variant.packed or not variant.mask.left)
         alone = ordered or variant.blocks is not None or variant.repeated
-        if variant.mask.step is not None:
+        if variant.mask.block_stride is not None:
             return 1
-        if alone or together == 1 or tiles * (heads // together) < FEWEST_CTAS:
+        if alone or shared == 1 or tiles * (heads // shared) < FEWEST_CTAS:
             return 1
         # The heads lie whole rows apart, and their sums and padded statistics are indexed by int32.
         apart = all(x.stride(-2) % head_dim == 0 for x in (self.q, dout))
         rows = padded_rows(math.prod(self.q.shape[:-2]), _sequences(self.bounds[0]), LARGEST_TILE)
-        return together if apart and rows * head_dim * together < 1 << 31 else 1
+        return shared if apart and rows * head_dim * shared < 1 << 31 else 1
 
 
 def segment_tiles(q: Tensor, k: Tensor, deterministic: bool) -> int:
@@ -118,7 +120,7 @@ def in_segments(call: Call) -> Call:
     """A call with an entry of keys and values for each segment of its queries, in one memory."""
     tiles = -(-call.q.shape[1] // sums_order(call.q.shape[-1]).rows)
     of_segment, _ = call.window
-    assert of_segment is not None  # as of all masks with a step
+    assert of_segment is not None  # as of all masks with a stride
     segments = -(-tiles // of_segment)
     k, v = (x.expand(segments, -1, -1, -1) for x in (call.k, call.v))
     return call._replace(k=k, v=v)
@@ -164,7 +166,7 @@ class Sums(NamedTuple):
         if variant.adds_keys:
             # The kernels use one head dimension for both if heads share a KV head.
             k = call.k
-            if variant.mask.step is not None and not variant.deterministic:
+            if variant.mask.block_stride is not None and not variant.deterministic:
                 k = k[:1]  # which all segments add to
             leading, rows = rounded_rows(k, call.bounds[1], tile.keys)
             shapes += [(*leading, rows * channels)] * 2
@@ -207,8 +209,8 @@ class Semaphores(NamedTuple):
         dq = zeros(*rounded_rows(call.q, call.bounds[0], tile.queries), tile.queries)
         if not variant.adds_keys:
             return cls(dq)
-        keys = (*rounded_rows(call.k, call.bounds[1], tile.keys), tile.keys)
-        return cls(dq, zeros(*keys), zeros(*keys))
+        leading, rows = rounded_rows(call.k, call.bounds[1], tile.keys)
+        return cls(dq, zeros(leading, rows, tile.keys), zeros(leading, rows, tile.keys))
 
 
 def _zero_tiles(leading: tuple[int, ...], rows: int, tile: int, device: torch.device) -> Tensor:

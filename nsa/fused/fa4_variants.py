@@ -24,18 +24,19 @@ class Mask(NamedTuple):
     Attributes:
         causal: no key after the query, and no other bound.
         left, right: a window bounds the keys before, or after, the query.
-        times: (stride, first): query ``i`` sees the keys ``j`` with ``j * stride + first <= i``.
+        block_ends: (stride, first): key ``j`` is a block that ends at ``j * stride + first``, and a
+            query sees the blocks that end before or at it. No tile is skipped.
         limited: each query has its own limit, and sees the keys before it.
-        step: query ``i`` sees the keys ``j`` with ``j * step + first <= i``, where ``first`` is the
-            bound on the right; in backward that on the left is the tiles of queries of a CTA.
+        block_stride: the stride of ``block_ends`` where tiles are skipped; ``first`` is the bound
+            on the right, and in backward that on the left is the tiles of queries of a CTA.
     """
 
     causal: bool = False
     left: bool = False
     right: bool = False
-    times: tuple[int, int] | None = None
+    block_ends: tuple[int, int] | None = None
     limited: bool = False
-    step: int | None = None
+    block_stride: int | None = None
 
     @property
     def local(self) -> bool:
@@ -49,17 +50,17 @@ class Mask(NamedTuple):
 # Cached, because the calls of a plan use the same few masks.
 @lru_cache(maxsize=64)
 def dense_mask(
-    causal: bool, window: Window, key_times: tuple[int, int] | None
+    causal: bool, window: Window, block_ends: tuple[int, int] | None
 ) -> tuple[Mask, Window]:
     """The mask of a dense call, and the bounds of the window as the kernels take them."""
     left, right = window
-    if key_times is not None:
+    if block_ends is not None:
         if causal or window != (None, None):
-            # FA4 would obey only the times in forward, and only the others in backward.
+            # FA4 would obey only these in forward, and only the others in backward.
             raise ValueError(
-                f"key_times excludes causal and window_size, got causal={causal} and {window}"
+                f"block_ends excludes causal and window_size, got causal={causal} and {window}"
             )
-        return Mask(times=key_times), window
+        return Mask(block_ends=block_ends), window
     if causal:
         right = 0
     if left is None and right == 0:
@@ -82,7 +83,7 @@ class Variant(NamedTuple):
         repeated: for q, k, v, and in backward dout, the dimensions of stride 0; empty if no tensor
             has any.
         deterministic: in backward, CTAs add to float32 sums in a fixed order.
-        together: in backward, heads that share keys and one CTA; it divides the group.
+        heads_per_cta: in backward, heads that share keys and one CTA; it divides the group.
     """
 
     dtype: torch.dtype
@@ -95,24 +96,24 @@ class Variant(NamedTuple):
     blocks: tuple[int, int] | None = None
     repeated: tuple[tuple[int, ...], ...] = ()
     deterministic: bool = False
-    together: int = 1
+    heads_per_cta: int = 1
 
     @property
     def pack_heads(self) -> bool:
         """Whether a tile of the forward holds the queries of a group's heads. FA4's rule."""
         # Lists are by query head. Packing would read one head's list for the whole group.
-        return self.group > 1 and self.blocks is None and self.mask.step is None
+        return self.group > 1 and self.blocks is None and self.mask.block_stride is None
 
     def plain(self) -> "Variant":
         """The fields on which the kernels before and after the main one of a backward depend."""
         return Variant(
-            *(self.dtype, self.head_dim, self.value_dim, 1), packed=self.packed, many=self.many
+            self.dtype, self.head_dim, self.value_dim, 1, packed=self.packed, many=self.many
         )
 
     @property
     def adds_keys(self) -> bool:
         """Whether CTAs of several heads add to the gradients of one KV head, in float32."""
-        return self.group > self.together
+        return self.group > self.heads_per_cta
 
 
 def forward_tile(variant: Variant) -> tuple[int, int]:
@@ -176,15 +177,16 @@ def _measured_tile(variant: Variant) -> tuple[int, int] | None:
 
     If 192 rows of several heads share a window of some hundred keys, it takes 0.69 ms instead of
     0.82 (32K tokens, H=32, H_kv=8, w=512). With one head, 128 by 128 is faster. The same holds for
-    few keys with times (8K tokens over 127, 0.088 ms instead of 0.094). Without either, folded
-    queries take 14.2 ms instead of 15.4 (256K tokens, l=64), and those that see blocks no more.
+    few keys with ``block_ends`` (8K tokens over 127, 0.088 ms instead of 0.094). Without either,
+    128 by 160 is faster for folded queries, 14.2 ms instead of 15.4 (256K tokens, l=64), and not
+    slower for those that see blocks.
     """
     group, mask = variant.group, variant.mask
-    if mask.step is not None and 96 < variant.head_dim <= 128:
+    if mask.block_stride is not None and 96 < variant.head_dim <= 128:
         return 128, 160
     if group == 1 or not 96 < variant.head_dim <= 128:
         return None
-    if mask.left or mask.times is not None:
+    if mask.left or mask.block_ends is not None:
         return (192, 80) if 192 % group == 0 else None
     # A window with only a right bound belongs to folded queries with started blocks.
     return None if mask.right else (128, 160)

@@ -17,7 +17,7 @@ replace the functions of that module. For all of them:
   in the shape of ``lse``, with any strides. ``dout`` is the gradient of ``out``, or of what ``out``
   is multiplied by a gate for; then the gate is in the statistics.
 
-``dense_forward(q, k, v, *, scale, causal, window_size, key_times, cu_seqlens_q, cu_seqlens_k,
+``dense_forward(q, k, v, *, scale, causal, window_size, block_ends, cu_seqlens_q, cu_seqlens_k,
 out, lse) -> (out, lse)`` and
 ``dense_backward(dout, q, k, v, statistics, *, ...the same, dq) -> (dq, dk, dv)``
 
@@ -30,11 +30,11 @@ out, lse) -> (out, lse)`` and
 
     Positions are aligned at the end: query ``i`` of ``Sq`` has the position of key
     ``p = i + Sk - Sq``. With ``window_size=(left, right)`` it sees keys ``p - left`` to
-    ``p + right`` inclusive; None is no bound. ``causal`` sets ``right`` to 0. ``key_times=(stride,
+    ``p + right`` inclusive; None is no bound. ``causal`` sets ``right`` to 0. ``block_ends=(stride,
     first)`` excludes both and aligns nothing: query ``i`` sees keys ``j`` with
     ``j * stride + first <= i``. ``Dv`` may differ from ``D``, in backward only if ``H == H_kv``.
 
-``forward_of_blocks(q, k, v, *, scale, key_times, out, lse) -> (out, lse)``
+``forward_of_blocks(q, k, v, *, scale, block_ends, out, lse) -> (out, lse)``
 
     ``dense_forward`` of a batch, which skips tiles of keys that no query of a tile sees. A query
     that sees none has an output of 0.

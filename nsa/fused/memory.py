@@ -50,8 +50,9 @@ def backward_bytes(sizes: Sizes) -> int:
     dout_cmp, dout_slc, _ = douts
     of_window = query + keys
     if sizes.sums_queries:
-        shape = (sizes.batch, sizes.num_heads, sizes.head_dim, sizes.length)
-        of_window = query_sums_bytes(*shape) + keys
+        of_window = keys + query_sums_bytes(
+            sizes.batch, sizes.num_heads, sizes.head_dim, sizes.length
+        )
         query = 0  # of the compressed branch, which adds to the same
     window = sum(douts) + window_backward_bytes(sizes)
     selected = dout_slc + of_window + selected_backward_bytes(sizes)

@@ -7,23 +7,23 @@ if there is none, because an op supports only tensors there.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from nsa import recordings
+from nsa.boundaries import boundaries_of, with_packing
 from nsa.config import NSAConfig
 from nsa.fused import pipeline
 from nsa.fused.call_tensors import SAVED_TENSORS, Inputs, Saved
 from nsa.fused.custom_ops import custom_op
+from nsa.fused.op_arguments import OpOptions, decoded_config, schema_of
 from nsa.fused.plan import Plan
-from nsa.fused.planning import make_plan, with_scale
+from nsa.fused.planning import make_plan
 from nsa.fused.schedule import ChunkSchedule, fewest_chunks, run_backward, run_forward, split_heads
 from nsa.fused.sizes import Sizes, make_sizes
 from nsa.fused.strides import as_rows
-from nsa.packing import find_packing, power_of_two
+from nsa.packing import power_of_two
 from nsa.results import Results
 from nsa.validation import UnsupportedError
 
@@ -42,8 +42,7 @@ class AttentionNode(torch.autograd.Function):
         block_indices: Tensor | None,
         *inputs,
     ):
-        arguments = (Inputs(*inputs), block_indices, plan, schedule, results)
-        out, saved = run_forward(*arguments, save=True)
+        out, saved = run_forward(Inputs(*inputs), block_indices, plan, schedule, results, save=True)
         tensors = (x for part in saved for x in part.tensors())
         ctx.save_for_backward(*inputs, block_indices, *tensors)
         ctx.plan, ctx.schedule, ctx.results = plan, schedule, results
@@ -57,14 +56,17 @@ class AttentionNode(torch.autograd.Function):
         inputs, block_indices = tensors[:NUM_INPUTS], tensors[NUM_INPUTS]
         saved = Saved.of_chunks(tensors[NUM_INPUTS + 1 :], recompute=ctx.schedule.recompute)
         del tensors
-        arguments = (as_rows(dout), block_indices, saved, ctx.plan, ctx.schedule)
+        plan, schedule, dout = ctx.plan, ctx.schedule, as_rows(dout)
         if torch.is_grad_enabled():  # create_graph
-            return None, None, None, None, *_Gradients.apply(*arguments, *inputs)
-        grads = run_backward(arguments[0], Inputs(*inputs), *arguments[1:], ctx.results)
+            grads = _AttentionGradients.apply(dout, block_indices, saved, plan, schedule, *inputs)
+        else:
+            grads = run_backward(
+                dout, Inputs(*inputs), block_indices, saved, plan, schedule, ctx.results
+            )
         return None, None, None, None, *grads
 
 
-class _Gradients(torch.autograd.Function):
+class _AttentionGradients(torch.autograd.Function):
     """A separate node, so that with ``create_graph`` a second derivative raises an error."""
 
     @staticmethod
@@ -80,105 +82,11 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-class OpOptions(NamedTuple):
-    """The arguments of the ops after :class:`Inputs`.
-
-    Attributes:
-        block_indices: as in :func:`nsa.fused.schedule.run_forward`.
-        cu_seqlens: boundaries of packed queries, int32 ``(S + 1,)``.
-        cu_seqlens_k: boundaries of packed keys; None if those of the queries.
-        max_seqlen_k: upper bound on the keys of a packed sequence.
-        owned: whether a Packing owns the boundaries. Else the forward returns copies, because the
-            caller may change them before the backward.
-        config: the caller's configuration, encoded.
-        scale: the scale for that configuration.
-        chunks, recompute, recompute_window, deterministic: the schedule.
-        save: whether there will be a backward.
-    """
-
-    block_indices: Tensor | None
-    cu_seqlens: Tensor | None
-    cu_seqlens_k: Tensor | None
-    max_seqlen_k: int | None
-    owned: bool
-    config: str
-    scale: float
-    chunks: int
-    recompute: bool
-    recompute_window: bool
-    deterministic: bool
-    save: bool
-
-    @property
-    def scaled_config(self) -> NSAConfig:
-        return _config(self.config, self.scale)
-
-    @property
-    def schedule(self) -> ChunkSchedule:
-        return ChunkSchedule(self.chunks, self.recompute, self.recompute_window, self.deterministic)
-
-    @property
-    def returned_bounds(self) -> list[Tensor]:
-        """The boundaries of which the forward returns copies."""
-        if not self.save or self.owned:
-            return []
-        return [x for x in (self.cu_seqlens, self.cu_seqlens_k) if x is not None]
-
-    def plan(self, q: Tensor, k: Tensor) -> Plan:
-        """The plan for ``q (B, Nq, H, D)`` and ``k (B, Nk, H_kv, D)``."""
-        bounds = (self.cu_seqlens, self.cu_seqlens_k, self.max_seqlen_k)
-        return _plan(q, k.shape[1], k.shape[2], *bounds, self.scaled_config)
-
-
-_SCHEMA_TYPES = {
-    Tensor: "Tensor",
-    Tensor | None: "Tensor?",
-    int: "SymInt",
-    int | None: "SymInt?",
-    bool: "bool",
-    str: "str",
-    float: "float",
-}
-
-
-def _schema(fields: type) -> str:
-    """The arguments of an op, one for each field of a NamedTuple."""
-    types = get_type_hints(fields)
-    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in types.items())
-
-
-@lru_cache(maxsize=64)
-def _config(encoded: str, scale: float) -> NSAConfig:
-    return with_scale(NSAConfig.decode(encoded), scale)
-
-
 def _split(arguments: Sequence) -> tuple[Inputs, OpOptions]:
     return Inputs(*arguments[:NUM_INPUTS]), OpOptions(*arguments[NUM_INPUTS:])
 
 
-def _plan(
-    q: Tensor,
-    num_keys: int,
-    num_kv_heads: int,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_k: int | None,
-    config: NSAConfig,
-) -> Plan:
-    packing = None if cu_seqlens is None else find_packing(cu_seqlens, cu_seqlens_k)
-    return make_plan(
-        q,
-        cu_seqlens,
-        max_seqlen_k,
-        config,
-        packing,
-        num_keys=num_keys,
-        num_kv_heads=num_kv_heads,
-        cu_seqlens_k=cu_seqlens_k,
-    )
-
-
-@custom_op("attention", f"({_schema(Inputs)}, {_schema(OpOptions)}) -> (Tensor, Tensor[])")
+@custom_op("attention", f"({schema_of(Inputs)}, {schema_of(OpOptions)}) -> (Tensor, Tensor[])")
 def attention(*arguments):
     """Output ``(B, T, H, Dv)`` and, with ``save``, :meth:`Saved.tensors` of each chunk.
 
@@ -188,7 +96,7 @@ def attention(*arguments):
     """
     inputs, options = _split(arguments)
     _check_pairs(inputs.q, inputs.k, options.scaled_config, options.chunks)
-    out, *saved = _run_recorded(_attention, inputs, options)
+    out, *saved = _run_recorded(_attention, inputs, options) or _attention(inputs, options)
     return out, saved
 
 
@@ -206,8 +114,8 @@ def _run_recorded(
     inputs: Inputs,
     options: OpOptions,
     others: Sequence[Tensor] = (),
-) -> list[Tensor]:
-    """``function(inputs, options, *others)``, as a recording where it can.
+) -> list[Tensor] | None:
+    """``function(inputs, options, *others)`` as a recording; None if it is to run step by step.
 
     A backward has ``others``.
     """
@@ -229,14 +137,13 @@ def _run_recorded(
         own = plain._replace(block_indices=blocks, cu_seqlens=first, cu_seqlens_k=second)
         return function(Inputs._make(parts), own, *following)
 
-    found = recordings.run_op(
+    return recordings.run_op(
         (function, plain, *present),
         call,
         [*(x for x in optional if x is not None), *others],
         trains=options.save,
         backward=len(others) > 0,
     )
-    return function(inputs, options, *others) if found is None else found
 
 
 def _owned(x: Tensor | None, like: Tensor) -> Tensor:
@@ -271,13 +178,7 @@ def _(*arguments):
     config = options.scaled_config
     # Shapes of outputs, whose channels are those of the values.
     whole = make_sizes(
-        out,
-        v.shape[2],
-        options.cu_seqlens,
-        options.max_seqlen_k,
-        config,
-        num_keys=v.shape[1],
-        cu_seqlens_k=options.cu_seqlens_k,
+        out, config, options.boundaries, num_keys=v.shape[1], num_kv_heads=v.shape[2]
     )
     saved = []
     for heads in split_heads(q.shape[2], v.shape[2], options.chunks):
@@ -309,12 +210,14 @@ def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions, *, given: bool) -
 
 @custom_op(
     "attention_backward",
-    f"(Tensor dout, {_schema(Inputs)}, {_schema(OpOptions)}, Tensor[] saved) -> Tensor[]",
+    f"(Tensor dout, {schema_of(Inputs)}, {schema_of(OpOptions)}, Tensor[] saved) -> Tensor[]",
 )
 def attention_backward(dout, *arguments):
     """Gradients of the :class:`Inputs` of :func:`attention`, empty where None."""
     *call, saved = arguments
-    return _run_recorded(_attention_backward, *_split(call), (dout, *saved))
+    inputs, options = _split(call)
+    found = _run_recorded(_attention_backward, inputs, options, (dout, *saved))
+    return found or _attention_backward(inputs, options, dout, *saved)
 
 
 def _attention_backward(
@@ -391,8 +294,10 @@ def select_blocks(
     scale: float,
 ) -> Tensor:
     """See :func:`nsa.fused.pipeline.select`; the rest as in :class:`OpOptions`."""
-    bounds = (cu_seqlens, cu_seqlens_k, max_seqlen_k)
-    plan = _plan(q, num_keys, k.shape[2], *bounds, _config(config, scale))
+    boundaries = with_packing(boundaries_of(cu_seqlens, max_seqlen_k, cu_seqlens_k))
+    plan = make_plan(
+        q, decoded_config(config, scale), boundaries, num_keys=num_keys, num_kv_heads=k.shape[2]
+    )
     return pipeline.select(q, k, compress_k_weight, compressed, plan)
 
 
@@ -401,13 +306,8 @@ def _(
     q, k, compress_k_weight, compressed, num_keys,
     cu_seqlens, cu_seqlens_k, max_seqlen_k, config, scale,
 ):  # fmt: skip
+    boundaries = boundaries_of(cu_seqlens, max_seqlen_k, cu_seqlens_k)
     sizes = make_sizes(
-        q,
-        k.shape[2],
-        cu_seqlens,
-        max_seqlen_k,
-        _config(config, scale),
-        num_keys=num_keys,
-        cu_seqlens_k=cu_seqlens_k,
+        q, decoded_config(config, scale), boundaries, num_keys=num_keys, num_kv_heads=k.shape[2]
     )
     return q.new_empty(sizes.saved_shapes()["block_indices"], dtype=torch.int32)

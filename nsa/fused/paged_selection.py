@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nsa.boundaries import Boundaries
 from nsa.cache.paged_keys import PagedKeys, attend_copied
 from nsa.fused import decode_calls
 from nsa.fused.constraints import in_place_limit
@@ -19,7 +20,6 @@ from nsa.fused.decode_inputs import (
 )
 from nsa.fused.decoding import choose_splits, most_tokens
 from nsa.fused.selected_branch import selected_attention
-from nsa.packing import Boundaries
 from nsa.precision import accumulation_dtype
 
 

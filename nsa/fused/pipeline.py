@@ -21,7 +21,7 @@ from nsa.fused.attention import (
     window_attention,
     window_attention_backward,
 )
-from nsa.fused.call_tensors import BranchResults, Inputs
+from nsa.fused.call_tensors import BranchResults, Inputs, made
 from nsa.fused.compressed_forms import CompressedForm
 from nsa.fused.compression import compress, compress_pair, compress_pair_backward
 from nsa.fused.fa4_call import new_query_sums
@@ -43,7 +43,7 @@ from nsa.precision import without_autocast
 SHORT_TOKENS = 1 << 12
 """Tokens of a batch up to which the window comes first."""
 
-_Gradients = tuple[Tensor, Tensor, Tensor]
+_BranchGradients = tuple[Tensor, Tensor, Tensor]
 """Of ``q``, ``k`` and ``v``."""
 
 
@@ -107,7 +107,10 @@ def attend(
             block_indices = select_blocks(q_rows, k_cmp, lse, plan)
             del lse
     o_slc: Tensor | None
-    gating = (inputs.gates, inputs.gate_proj_weight, out)
+    closes = combines and plan.has_band and not window_last
+    gates: dict[str, Any] = dict(
+        gates=inputs.gates, gate_proj_weight=inputs.gate_proj_weight, out=out
+    )
     with beside:
         if selects_beside:
             block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
@@ -117,30 +120,31 @@ def attend(
             before_keys()
             if not window_last:
                 o_win, lse_win = window_attention(q, k_win, v_win, plan)
-        if combines and plan.has_band and not window_last:
-            assert o_win is not None  # as it came first
+        if closes:
             out, o_slc, lse_slc = closing_attention(
-                *(q_rows, k_slc, v_slc, block_indices, (o_cmp, o_win)), *gating, plan, keep=keep
-            )
+                q_rows, k_slc, v_slc, block_indices, others=(o_cmp, made(o_win)),
+                plan=plan, keep=keep, **gates,
+            )  # fmt: skip
         else:
             o_slc, lse_slc = selected_attention(q_rows, k_slc, v_slc, block_indices, plan)
     del q_rows
     if window_last:
-        assert o_slc is not None  # as closing_attention alone may leave it out
         out, o_win, lse_win = closing_window(
-            *(q, k_win, v_win, (o_cmp, o_slc)), *gating, plan, keep=keep and keep_window
-        )
-    elif combines and not plan.has_band:
-        assert o_win is not None  # as it came first
-        assert o_slc is not None
+            q, k_win, v_win, others=(o_cmp, made(o_slc)),
+            plan=plan, keep=keep and keep_window, **gates,
+        )  # fmt: skip
+    elif combines and not closes:
         placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
-        out = combine_branches((o_cmp, o_slc, o_win), q, *gating, placements)
+        branches = (o_cmp, made(o_slc), made(o_win))
+        out = combine_branches(branches, q, placements=placements, **gates)
     if not keep:
         return out, None, block_indices, groups
-    assert o_slc is not None  # as it is kept
-    window = (o_win, lse_win) if keep_window else (None, None)
-    compressed = (k_cmp, v_cmp) if inputs.k_cmp is None else (None, None)
-    results = BranchResults(o_cmp, lse_cmp, o_slc, lse_slc, *window, *compressed)
+    given = inputs.k_cmp is not None
+    results = BranchResults(
+        o_cmp=o_cmp, lse_cmp=lse_cmp, o_slc=made(o_slc), lse_slc=lse_slc,
+        o_win=o_win if keep_window else None, lse_win=lse_win if keep_window else None,
+        k_cmp=None if given else k_cmp, v_cmp=None if given else v_cmp,
+    )  # fmt: skip
     return out, results, block_indices, groups
 
 
@@ -207,11 +211,16 @@ def backward(
 ) -> Inputs:
     """The gradient of each input, None if there is no such input.
 
-    The branches, which are taken out of ``saved`` so that their memory is freed, ``block_indices``
-    and ``groups`` are the results of :func:`attend`. The gradient
-    of ``q`` is written to ``dq``, if given: a contiguous tensor, or a slice of heads of one. Those
-    of ``k`` and ``v`` are added to ``keys`` instead, if given, all branches share them and their
-    compressed ones are given too. If ``deterministic``, gradients have the same bits each time.
+    Args:
+        dout: gradient of the sum.
+        inputs: of the call.
+        saved: the results of the branches, which are taken out, so that their memory is freed.
+        block_indices, groups: what :func:`attend` returned.
+        plan: the sequences.
+        dq: where to write the gradient of ``q``: a contiguous tensor, or a slice of heads of one.
+        keys: what to add the gradients of ``k`` and ``v`` to, if all branches share them and their
+            compressed ones are given too.
+        deterministic: give the same bits each time.
 
     Branches run one after another. Each is freed before the next, except its gradients. One pass
     at the end adds those of ``q``, and another those of ``k`` and ``v`` if branches share them.
@@ -240,44 +249,40 @@ def backward(
     side_stream = side_stream or SideStream(q)
 
     # The last kernel of token mode's selected branch then gives the whole gradient.
-    last = query_sums is not None and plan.config.selection == "token"
+    token_mode = plan.config.selection == "token"
+    last = query_sums is not None and token_mode
 
-    def selected() -> _Gradients:
+    def selected() -> _BranchGradients:
         others = None
         if last and query_sums is not None:
             others = other_gradients(query_sums, dlogits, inputs.gate_proj_weight, dq)
-        sums = new_sums(inputs.k) if summed else None if keys is None else keys.selected
         return selected_attention_backward(
-            *(douts.pop(), q, k_slc, v_slc, statistics_slc, block_indices, plan),
-            *(deterministic, sums, others),
-        )
-
-    def compressed() -> tuple[Tensor | None, Tensor, Tensor]:
-        pair = _compressed_pair(inputs, plan) if k_cmp is None or v_cmp is None else (k_cmp, v_cmp)
-        return compressed_attention_backward(
-            *(douts.pop(0), q, *pair, statistics_cmp, groups, plan, deterministic, query_sums)
-        )
+            douts.pop(), q, k_slc, v_slc, statistics_slc, block_indices, plan,
+            deterministic=deterministic, others=others,
+            sums=new_sums(inputs.k) if summed else None if keys is None else keys.selected,
+        )  # fmt: skip
 
     with side_stream:
         # The compressed branch leaves less memory, but in token mode the selected needs more.
-        if plan.config.selection == "tile" or last:
-            dq_cmp, dk_cmp, dv_cmp = compressed()
-            if not last:
-                dq_slc, dk_slc, dv_slc = selected()
-        else:
+        if token_mode and not last:
             dq_slc, dk_slc, dv_slc = selected()
-            dq_cmp, dk_cmp, dv_cmp = compressed()
+        pair = _compressed_pair(inputs, plan) if k_cmp is None or v_cmp is None else (k_cmp, v_cmp)
+        dq_cmp, dk_cmp, dv_cmp = compressed_attention_backward(
+            douts.pop(0), q, pair[0], pair[1], statistics_cmp, groups, plan,
+            deterministic=deterministic, query_sums=query_sums,
+        )  # fmt: skip
+        del pair
+        if not token_mode:
+            dq_slc, dk_slc, dv_slc = selected()
     if last:
         # After the block, because it needs what the window has added.
         dq_slc, dk_slc, dv_slc = selected()
     dq = _add_query_gradients(
-        *((dq_cmp, dq_slc, dq_win), query_sums, dlogits, inputs.gate_proj_weight),
-        *(q.shape[-1], dq, plan, placements),
-    )
+        (dq_cmp, dq_slc, dq_win), query_sums=query_sums, dlogits=dlogits,
+        weight=inputs.gate_proj_weight, dq=dq, plan=plan, placements=placements,
+    )  # fmt: skip
     del dq_cmp, dq_slc, dq_win
     query_sums = None
-    if not shared:
-        dk_win, dv_win = (_with_zeros_before(x, inputs.k) for x in (dk_win, dv_win))
     gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)
     gradients |= dict(q=dq, gates=dgates, gate_proj_weight=dgate_weight)
     gradients |= _key_gradients(
@@ -288,10 +293,10 @@ def backward(
 
 def _add_query_gradients(
     dqs: tuple[Tensor | None, Tensor, Tensor | None],
+    *,
     query_sums: Tensor | None,
     dlogits: Tensor | None,
     weight: Tensor | None,
-    head_dim: int,
     dq: Tensor | None,
     plan: Plan,
     placements: Placements,
@@ -304,7 +309,7 @@ def _add_query_gradients(
     if query_sums is not None and plan.config.selection == "token":
         return dq_slc if dq is None else dq
     if query_sums is not None:
-        scale = plan.config.softmax_scale(head_dim)
+        scale = plan.config.softmax_scale(dq_slc.shape[-1])
         return gradient_of_sums(query_sums, dq_slc, dlogits, weight, scale, dq)
     assert dq_cmp is not None  # as without sums
     assert dq_win is not None
@@ -345,19 +350,19 @@ def _key_gradients(
     """Gradients of keys, values and what compresses them, by their names in :class:`Inputs`, from
     those of each branch's keys and values.
 
-    The ``window`` has those of the last keys if branches share them. ``selected`` are sums if
-    ``summed``.
+    The ``window`` has those of the last keys. ``selected`` are sums if ``summed``.
     """
     found: dict[str, Any] = {}
     shared = inputs.k_slc is None
     if not shared:
         found["k_slc"], found["v_slc"] = selected
-        found["k_win"], found["v_win"] = window
+        k_win, v_win = (_with_zeros_before(x, inputs.k) for x in window)
+        found["k_win"], found["v_win"] = k_win, v_win
     if inputs.k_cmp is None:
         (found["k"], found["v"]), weights = compress_pair_backward(
-            *(*compressed, inputs.k, inputs.v, inputs.compress_weights, plan),
-            *((selected, window) if shared else None, summed),
-        )
+            compressed[0], compressed[1], inputs.k, inputs.v, inputs.compress_weights, plan,
+            addends=(selected, window) if shared else None, summed=summed,
+        )  # fmt: skip
         found["compress_k_weight"], found["compress_v_weight"] = weights
         return found
     if keys is not None:

@@ -16,8 +16,8 @@ from nsa.fused import kernel_calls
 from nsa.fused.compressed_forms import (
     CompressedForm,
     compressed_form,
-    is_folded,
     results_in_order,
+    skips_key_tiles,
     sums_queries,
 )
 from nsa.fused.compressed_indices import blocks_of_tokens, queries_of_few_keys, starts_of_blocks
@@ -105,10 +105,10 @@ class Plan:
         return compressed_form(self.config, packed=self.packed, num_compressed=total)
 
     @property
-    def folds(self) -> bool:
-        """See :func:`nsa.fused.compressed_forms.is_folded`."""
+    def skips_key_tiles(self) -> bool:
+        """See :func:`nsa.fused.compressed_forms.skips_key_tiles`."""
         count = self.geometry.compressed.total
-        return is_folded(self.compressed_form, count, self.config, whole=self.whole)
+        return skips_key_tiles(self.compressed_form, count, self.config, whole=self.whole)
 
     def sums_queries(self, num_heads: int, num_kv_heads: int) -> bool:
         """See :func:`nsa.fused.compressed_forms.sums_queries`."""
@@ -352,7 +352,9 @@ class Plan:
         if key not in self._token_tiles:
             made = self.rule is not None and self.rule.tile == tile_tokens
             fields = self.tables.tile_fields if made else None
-            self._token_tiles[key] = make_token_tiles(self.geometry, *key, fields)
+            self._token_tiles[key] = make_token_tiles(
+                self.geometry, tile_tokens, step_tokens, fields
+            )
         return self._token_tiles[key]
 
     @cached_property

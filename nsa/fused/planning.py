@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nsa.boundaries import Boundaries
 from nsa.config import NSAConfig
 from nsa.fused.compressed_forms import (
     CompressedForm,
@@ -17,7 +19,6 @@ from nsa.fused.plan_tables import make_rule
 from nsa.fused.token_inputs import choose_shape
 from nsa.geometry import Geometry
 from nsa.host import may_keep
-from nsa.packing import Packing
 
 MAX_PLANS = 8
 """Plans of batches to keep. Few, because each keeps index tensors on the device
@@ -32,48 +33,53 @@ def with_scale(config: NSAConfig, scale: float) -> NSAConfig:
 
 def make_plan(
     q: Tensor,
-    cu_seqlens: Tensor | None,
-    max_seqlen_k: int | None,
     config: NSAConfig,
-    packing: Packing | None = None,
+    boundaries: Boundaries | None = None,
     *,
     num_keys: int | None = None,
     num_kv_heads: int | None = None,
-    cu_seqlens_k: Tensor | None = None,
 ) -> Plan:
-    """The plan for ``q (B, Nq, H, D)``, or for packed ``q (1, T, H, D)`` with ``cu_seqlens``.
+    """The plan for ``q (B, Nq, H, D)``, or for packed ``q (1, T, H, D)`` with ``boundaries``.
 
-    The plan is kept with ``packing``, if given. Otherwise it has copies of the boundaries, which
-    nobody changes before backward. The host reads the lengths if ``max_seqlen_k`` is None.
+    The plan is kept with the caller's :class:`Packing`, if any. Otherwise it has copies of the
+    boundaries, which nobody changes before backward. The host reads the lengths of the keys if no
+    bound is known.
 
     Args:
-        q, cu_seqlens: see above.
-        max_seqlen_k: upper bound on the keys of a packed sequence.
+        q, boundaries: see above.
         config: the configuration, with its scale.
-        packing: the caller's; its boundaries take the place of the others.
         num_keys: keys of an entry; by default as many as queries.
         num_kv_heads: KV heads; by default as many as query heads.
-        cu_seqlens_k: boundaries of the keys; by default those of the queries.
     """
     num_keys = q.shape[1] if num_keys is None else num_keys
-    if cu_seqlens is None:
+    if boundaries is None:
         plan = _cached_batched_plan if may_keep(q) else _batched_plan
         return plan(q.shape[0], q.shape[1], num_keys, q.shape[-1], q.device, config)
+    packing = boundaries.packing
     if packing is not None:
+        # An op has aliases of these.
         cu_seqlens, cu_seqlens_k = packing.cu_seqlens, packing.cu_seqlens_k
         max_seqlen_k = packing.max_seqlen_k
-    elif cu_seqlens_k is None or cu_seqlens_k is cu_seqlens:
-        cu_seqlens = cu_seqlens_k = cu_seqlens.clone()
     else:
-        cu_seqlens, cu_seqlens_k = cu_seqlens.clone(), cu_seqlens_k.clone()
+        cu_seqlens = cu_seqlens_k = boundaries.cu_seqlens.clone()
+        if boundaries.cu_seqlens_k is not boundaries.cu_seqlens:
+            cu_seqlens_k = boundaries.cu_seqlens_k.clone()
+        max_seqlen_k = boundaries.max_seqlen_k
     if max_seqlen_k is None:
         max_seqlen_k = int(cu_seqlens_k.diff().max()) if len(cu_seqlens_k) > 1 else 0
     num_heads, head_dim = q.shape[2:]
     group = 1 if num_kv_heads is None else num_heads // num_kv_heads
     tile_tokens = 1 if config.selection == "tile" else choose_shape(head_dim, group).tile_tokens
-    sizes = (q.shape[1], num_keys, head_dim, tile_tokens, min(max_seqlen_k, num_keys))
-    make = partial(_packed_plan, cu_seqlens, cu_seqlens_k, *sizes, config)
-    return make() if packing is None else packing.keep((*sizes, config), make)
+    sizes: dict[str, Any] = dict(
+        num_queries=q.shape[1],
+        num_keys=num_keys,
+        head_dim=head_dim,
+        tile_tokens=tile_tokens,
+        max_seqlen_k=min(max_seqlen_k, num_keys),
+        config=config,
+    )
+    make = partial(_packed_plan, cu_seqlens, cu_seqlens_k, **sizes)
+    return make() if packing is None else packing.keep(tuple(sizes.values()), make)
 
 
 def _packed_plan(
@@ -86,8 +92,7 @@ def _packed_plan(
     max_seqlen_k: int,
     config: NSAConfig,
 ) -> Plan:
-    bounds = (cu_seqlens, cu_seqlens_k)
-    geometry = Geometry.packed(*bounds, num_queries, num_keys, config, exact=False)
+    geometry = Geometry.packed(cu_seqlens, cu_seqlens_k, num_queries, num_keys, config, exact=False)
     form = compressed_form(config, packed=True, num_compressed=geometry.compressed.total)
     has_few = config.causal and form is not CompressedForm.NONE
     key_block = choose_key_block(config.select_block_size, config, head_dim)
@@ -103,7 +108,7 @@ def _packed_plan(
         key_blocks=(key_block, cmp_key_block),
         most_few_keys=MOST_FEW_KEYS if has_few else 1,
     )
-    return Plan(geometry, 1, head_dim, *bounds, max_seqlen_k, rule)
+    return Plan(geometry, 1, head_dim, cu_seqlens, cu_seqlens_k, max_seqlen_k, rule)
 
 
 def _batched_plan(

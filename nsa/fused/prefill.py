@@ -8,35 +8,27 @@ Other pages, and rings, are gathered token by token, and so written: a server's,
 sequences share after :meth:`nsa.Cache.reorder`.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from nsa.blocks import most_completed_blocks, num_compressed_blocks
+from nsa.boundaries import Boundaries
 from nsa.cache import Cache
 from nsa.cache.append import NewTokens, append, new_blocks
 from nsa.cache.context import check_all_stored, gather_context, locate_in_cache
-from nsa.cache.lists import NewTileLists, keep_lists, open_lists
+from nsa.cache.new_tile_lists import NewTileLists, keep_lists, open_lists
 from nsa.cache.spans import Spans, find_spans, ordered_rows, write_blocks, write_tokens
 from nsa.cache.state import Pair
 from nsa.fused.compression import compress_in_order
 from nsa.host import is_capturing
-from nsa.packing import Boundaries
 from nsa.segments import locate_items, prefix_sum
 
 Branches = tuple[Tensor, Tensor, Tensor]
 
 
 _REMEDY = "use backend='reference' or 'auto'"
-
-
-class Backend(NamedTuple):
-    """:func:`nsa.fused.entry.forward` and ``select_blocks``, for calls without a cache."""
-
-    forward: Callable[..., Tensor]
-    select_blocks: Callable[..., Tensor]
 
 
 def unsupported_reason(q: Tensor, cache: Cache, boundaries: Boundaries | None) -> str | None:
@@ -71,44 +63,6 @@ class UncachedCall(NamedTuple):
     boundaries: Boundaries | None
 
 
-@torch.compiler.disable(reason="a cache is read on the host")
-@torch.no_grad()
-def forward(
-    q: Tensor,
-    k: Branches,
-    v: Branches,
-    *,
-    cache: Cache,
-    backend: Backend,
-    gate_proj_weight: Tensor | None = None,
-    gates: Tensor | None = None,
-    compress_k_weight: Tensor | None = None,
-    compress_v_weight: Tensor | None = None,
-    compressed_kv: Pair | None = None,
-    block_indices: Tensor | None = None,
-    boundaries: Boundaries | None = None,
-    max_workspace_bytes: int | None = None,
-) -> Tensor:
-    """See :func:`nsa.forward`; :func:`unsupported_reason` has no objection."""
-
-    def attend(call: UncachedCall, block_indices: Tensor | None) -> Tensor:
-        out = backend.forward(
-            **call._asdict(),
-            config=cache.config,
-            gate_proj_weight=gate_proj_weight,
-            gates=None if gates is None else gates.reshape(*call.q.shape[:-1], 3),
-            block_indices=block_indices,
-            max_workspace_bytes=max_workspace_bytes,
-        )
-        return out.reshape(*q.shape[:-1], out.shape[-1])
-
-    new = NewKeys(k, v, (compress_k_weight, compress_v_weight), compressed_kv, boundaries)
-    spans = _find_spans(q, new, cache)
-    if spans is not None:
-        return _forward_in_order(q, new, cache, spans, backend, attend, block_indices)
-    return _forward_anywhere(q, new, cache, backend, attend, block_indices)
-
-
 class NewKeys(NamedTuple):
     """Keys and values of new tokens, what compresses them, and where each sequence has its own."""
 
@@ -119,8 +73,45 @@ class NewKeys(NamedTuple):
     boundaries: Boundaries | None
 
 
-Attend = Callable[[UncachedCall, Tensor | None], Tensor]
-"""The output for a call and the blocks that it attends, None to select."""
+class Prompt(Protocol):
+    """A call with a cache that has begun.
+
+    Attributes:
+        call: what its tokens attend.
+        block_indices: the caller's, as ``call`` takes them; None to select.
+    """
+
+    call: UncachedCall
+    block_indices: Tensor | None
+
+    def end(self, block_indices: Tensor | None) -> None:
+        """Take the new tokens into the cache.
+
+        In tile mode, ``block_indices`` are what they have attended, which the cache keeps.
+        """
+
+
+def begin(
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    *,
+    cache: Cache,
+    compress_weights: tuple[Tensor | None, Tensor | None],
+    compressed_kv: Pair | None,
+    block_indices: Tensor | None,
+    boundaries: Boundaries | None,
+) -> Prompt:
+    """The call without a cache that a call of :func:`nsa.forward` is.
+
+    :func:`unsupported_reason` has no objection. An error before :meth:`Prompt.end` leaves the cache
+    as it was.
+    """
+    new = NewKeys(k, v, compress_weights, compressed_kv, boundaries)
+    spans = _find_spans(q, new, cache)
+    if spans is None:
+        return _PromptAnywhere(q, new, cache, block_indices)
+    return _PromptInOrder(q, new, cache, spans, block_indices)
 
 
 def _find_spans(q: Tensor, new: NewKeys, cache: Cache) -> Spans | None:
@@ -134,45 +125,52 @@ def _find_spans(q: Tensor, new: NewKeys, cache: Cache) -> Spans | None:
     return spans
 
 
-def _forward_in_order(
-    q: Tensor,
-    new: NewKeys,
-    cache: Cache,
-    spans: Spans,
-    backend: Backend,
-    attend: Attend,
-    block_indices: Tensor | None,
-) -> Tensor:
-    """Write the new tokens into the pages, and attend keys where they lie.
+class _PromptInOrder:
+    """Attends keys where they lie in the pages, where the new ones are written first.
 
-    An error leaves the cache as it was, because tokens past its lengths are none.
+    Tokens past the lengths of a cache are none, so an error leaves it as it was.
     """
-    bounds = new.boundaries
-    added = spans.counts[0] if bounds is None else bounds.cu_seqlens.diff()
-    end = cache.lengths + added
-    write_tokens(cache, spans, new.k, new.v)
-    compressed = _compress(new, cache, spans, end)
-    write_blocks(cache, spans, compressed)
-    if any(spans.starts):
-        call = _in_pages(q, cache, spans, end, bounds)
-    else:
-        if bounds is None:
-            k_cmp, v_cmp = (x.unflatten(0, (q.shape[0], -1)) for x in compressed)
-            compressed = k_cmp, v_cmp
-        call = UncachedCall(q, new.k, new.v, compressed, bounds)
-    if cache.config.selection == "token":
-        if block_indices is not None:
-            block_indices = block_indices.reshape(*call.q.shape[:-2], *block_indices.shape[-2:])
-        out = attend(call, block_indices)
-    else:
-        if block_indices is None:
-            block_indices = _select(call, cache, backend)
-        elif call.q.ndim < block_indices.ndim:
+
+    def __init__(
+        self,
+        q: Tensor,
+        new: NewKeys,
+        cache: Cache,
+        spans: Spans,
+        block_indices: Tensor | None,
+    ):
+        self._cache, self._spans = cache, spans
+        bounds = new.boundaries
+        self._end = cache.lengths + (
+            spans.counts[0] if bounds is None else bounds.cu_seqlens.diff()
+        )
+        write_tokens(cache, spans, new.k, new.v)
+        compressed = _compress(new, cache, spans, self._end)
+        write_blocks(cache, spans, compressed)
+        if any(spans.starts):
+            self.call = _in_pages(q, cache, spans, self._end, bounds)
+        else:
+            if bounds is None:
+                k_cmp, v_cmp = (x.unflatten(0, (q.shape[0], -1)) for x in compressed)
+                compressed = k_cmp, v_cmp
+            self.call = UncachedCall(q, new.k, new.v, compressed, bounds)
+        if block_indices is not None and cache.config.selection == "token":
+            block_indices = _in_token_order(block_indices, self.call.q)
+        elif block_indices is not None and self.call.q.ndim < block_indices.ndim:
             block_indices = block_indices.transpose(0, 1).flatten(1, 2)
-        out = attend(call, block_indices)
-        keep_lists(cache, spans, end, block_indices.transpose(-3, -2).flatten(0, -3))
-    cache.advance(end, spans.counts)
-    return out
+        self.block_indices = block_indices
+
+    def end(self, block_indices: Tensor | None) -> None:
+        if self._cache.config.selection == "tile":
+            assert block_indices is not None
+            lists = block_indices.transpose(-3, -2).flatten(0, -3)
+            keep_lists(self._cache, self._spans, self._end, lists)
+        self._cache.advance(self._end, self._spans.counts)
+
+
+def _in_token_order(block_indices: Tensor, q: Tensor) -> Tensor:
+    """Token mode's ``block_indices`` with the leading dimensions of ``q``."""
+    return block_indices.reshape(*q.shape[:-2], *block_indices.shape[-2:])
 
 
 def _compress(new: NewKeys, cache: Cache, spans: Spans, end: Tensor) -> Pair:
@@ -243,9 +241,9 @@ def _in_pages(
     k_cmp, v_cmp = (
         _rows(cache, x, shift, blocks, spans) for x in (cache.k_cmp_pages, cache.v_cmp_pages)
     )
-    branches, compressed = ((k, k, k), (v, v, v)), (k_cmp, v_cmp)
+    compressed = k_cmp, v_cmp
     if spans.whole:
-        return UncachedCall(q, *branches, compressed, None)
+        return UncachedCall(q, (k, k, k), (v, v, v), compressed, None)
     if boundaries is None:
         cu_seqlens = torch.arange(len(lengths) + 1, dtype=torch.int32, device=q.device) * lengths[0]
     else:
@@ -255,7 +253,7 @@ def _in_pages(
         cu_seqlens_k = cu_seqlens
     most, most_k = max(lengths), max(lengths_k)
     bounds = Boundaries(cu_seqlens, lengths, most, None, cu_seqlens_k, lengths_k, most_k)
-    return UncachedCall(q.flatten(0, -3), *branches, compressed, bounds)
+    return UncachedCall(q.flatten(0, -3), (k, k, k), (v, v, v), compressed, bounds)
 
 
 def _rows(cache: Cache, pool: Tensor, first: int, counts: list[int], spans: Spans) -> Tensor:
@@ -268,37 +266,45 @@ def _rows(cache: Cache, pool: Tensor, first: int, counts: list[int], spans: Span
     return torch.cat([part[first : first + count] for part, count in parts])
 
 
-def _forward_anywhere(
-    q: Tensor,
-    new: NewKeys,
-    cache: Cache,
-    backend: Backend,
-    attend: Attend,
-    block_indices: Tensor | None,
-) -> Tensor:
-    """Attend a copy of the keys, which may be in any pages or in rings."""
-    tokens = locate_in_cache(cache, q, new.boundaries, new.compressed_kv)
-    check_all_stored(cache, tokens)
-    k, v = _flatten(new.k), _flatten(new.v)
-    given = new.compressed_kv
-    if given is not None:
-        given = given[0].flatten(0, -3), given[1].flatten(0, -3)
-    k_new, v_new = (
-        new_blocks(cache, tokens, kind, x[0], new.weights[kind], given)
-        for kind, x in enumerate((k, v))
-    )
-    compressed = k_new, v_new
-    call = _behind_context(q, cache, tokens, k, v, compressed)
-    lists = None
-    if cache.config.selection == "tile":
-        block_indices, lists = _lists(call, cache, tokens, backend, block_indices)
-    elif block_indices is not None:
-        block_indices = block_indices.reshape(*call.q.shape[:-2], *block_indices.shape[-2:])
-    out = attend(call, block_indices)
-    append(cache, tokens, k, v, compressed)
-    if lists is not None:
-        lists.store()
-    return out
+class _PromptAnywhere:
+    """Attends a copy of the keys, which may be in any pages or in rings."""
+
+    def __init__(self, q: Tensor, new: NewKeys, cache: Cache, block_indices: Tensor | None):
+        self._cache = cache
+        self._tokens = tokens = locate_in_cache(cache, q, new.boundaries, new.compressed_kv)
+        check_all_stored(cache, tokens)
+        self._k, self._v = _flatten(new.k), _flatten(new.v)
+        given = new.compressed_kv
+        if given is not None:
+            given = given[0].flatten(0, -3), given[1].flatten(0, -3)
+        k_cmp, v_cmp = (
+            new_blocks(cache, tokens, kind, x[0], new.weights[kind], given)
+            for kind, x in enumerate((self._k, self._v))
+        )
+        self._compressed = k_cmp, v_cmp
+        self.call = _behind_context(q, cache, tokens, self._k, self._v, self._compressed)
+        self._lists: NewTileLists | None = None
+        if cache.config.selection == "tile":
+            self._lists = open_lists(cache, tokens, q.shape[-2])
+        self._given = block_indices is not None
+        if block_indices is not None:
+            block_indices = self._in_layout_of_call(block_indices)
+        self.block_indices = block_indices
+
+    def _in_layout_of_call(self, block_indices: Tensor) -> Tensor:
+        if self._lists is None:
+            return _in_token_order(block_indices, self.call.q)
+        self._lists = self._lists.with_blocks(block_indices).with_later_blocks()
+        return self._lists.in_layout_of(self.call.q)
+
+    def end(self, block_indices: Tensor | None) -> None:
+        lists = self._lists
+        if lists is not None and not self._given:
+            assert block_indices is not None
+            lists = lists.with_blocks(block_indices).with_later_blocks()
+        append(self._cache, self._tokens, self._k, self._v, self._compressed)
+        if lists is not None:
+            lists.store()
 
 
 def _flatten(x: Branches) -> Branches:
@@ -324,31 +330,5 @@ def _behind_context(
     most, most_k = max(lengths), max(lengths_k)
     bounds = Boundaries(cu_seqlens, lengths, most, None, cu_seqlens_k, lengths_k, most_k)
     # Its own compressed tokens are given, so the first branch is not read.
-    branches = (k_slc, k_slc, k_win), (v_slc, v_slc, v_win)
-    return UncachedCall(q.flatten(0, -3), *branches, context.compressed, bounds)
-
-
-def _lists(
-    call: UncachedCall,
-    cache: Cache,
-    tokens: NewTokens,
-    backend: Backend,
-    block_indices: Tensor | None,
-) -> tuple[Tensor, NewTileLists]:
-    """Blocks of each tile, as the kernels and as the cache take them."""
-    lists = open_lists(cache, tokens, call.q.shape[-2])
-    if block_indices is None:
-        block_indices = _select(call, cache, backend)
-        return block_indices, lists.with_blocks(block_indices).with_later_blocks()
-    lists = lists.with_blocks(block_indices).with_later_blocks()
-    return lists.in_layout_of(call.q), lists
-
-
-def _select(call: UncachedCall, cache: Cache, backend: Backend) -> Tensor:
-    return backend.select_blocks(
-        call.q,
-        call.k[0],
-        config=cache.config,
-        compressed_kv=call.compressed_kv,
-        boundaries=call.boundaries,
-    )
+    k, v = (k_slc, k_slc, k_win), (v_slc, v_slc, v_win)
+    return UncachedCall(q.flatten(0, -3), k, v, context.compressed, bounds)

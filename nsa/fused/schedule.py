@@ -196,7 +196,12 @@ def run_forward(
                 part, blocks = heads.of(inputs), heads.of_indices(block_indices, plan)
                 target = heads.of_queries(out)
             result, branches, selected, groups = pipeline.attend(
-                *(part, blocks, None, plan, target, results.before_keys),
+                part,
+                blocks,
+                None,
+                plan,
+                out=target,
+                before_keys=results.before_keys,
                 keep=save and not schedule.recompute,
                 keep_window=not schedule.recompute_window,
             )
@@ -229,16 +234,18 @@ def run_backward(
     parts = split_heads(q.shape[2], inputs.k.shape[2], schedule.chunks)
     with torch.cuda.device_of(q), without_autocast(q.device):
         if len(parts) == 1:
-            arguments = (dout, inputs, block_indices, saved, plan)
             return _run_chunk_backward(
-                *arguments, dq, results.keys, deterministic=schedule.deterministic
-            )
+                dout, inputs, block_indices, saved, plan, dq=dq, keys=results.keys,
+                deterministic=schedule.deterministic,
+            )  # fmt: skip
         others = [None if x is None else x.new_empty(x.shape) for x in inputs[1:]]
         grads = Inputs._make([q.new_empty(q.shape) if dq is None else dq, *others])
         for heads in parts:
-            blocks, targets = heads.of_indices(block_indices, plan), heads.of(grads)
-            arguments = (heads.of_queries(dout), heads.of(inputs), blocks, saved, plan)
-            found = _run_chunk_backward(*arguments, targets.q, deterministic=schedule.deterministic)
+            targets = heads.of(grads)
+            found = _run_chunk_backward(
+                heads.of_queries(dout), heads.of(inputs), heads.of_indices(block_indices, plan),
+                saved, plan, dq=targets.q, keys=None, deterministic=schedule.deterministic,
+            )  # fmt: skip
             for target, result in zip(targets[1:], found[1:], strict=True):
                 if target is not None:
                     assert result is not None
@@ -262,22 +269,24 @@ def _run_chunk_backward(
     block_indices: Tensor | None,
     saved: list[Saved],
     plan: Plan,
-    dq: Tensor | None = None,
-    keys: CallSums | None = None,
     *,
+    dq: Tensor | None,
+    keys: CallSums | None,
     deterministic: bool,
 ) -> Inputs:
+    """The gradients of the first chunk in ``saved``, from which it is taken."""
     branches, selected, groups = saved.pop(0)
     selected = selected if block_indices is None else block_indices
     assert selected is not None
     if branches is None:
         _, branches, selected, groups = pipeline.attend(
-            *(inputs, selected, groups, plan), combines=False
+            inputs, selected, groups, plan, combines=False
         )
         assert branches is not None  # as attend keeps them
     elif branches.o_win is None:
         branches = pipeline.attend_window(inputs, branches, plan)
     last = [branches]
     del branches
-    arguments = (dout, inputs, last, selected, groups, plan)
-    return pipeline.backward(*arguments, dq, keys, deterministic=deterministic)
+    return pipeline.backward(
+        dout, inputs, last, selected, groups, plan, dq=dq, keys=keys, deterministic=deterministic
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nsa.boundaries import Boundaries
 from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
 from nsa.fused.custom_ops import custom_op
@@ -18,7 +19,7 @@ from nsa.fused.planning import MAX_PLANS
 from nsa.fused.token_inputs import TokenBlocks, make_token_blocks
 from nsa.geometry import Geometry
 from nsa.host import is_traced, may_keep
-from nsa.packing import Boundaries, find_packing
+from nsa.packing import find_packing
 from nsa.precision import accumulation_dtype, without_autocast
 
 
@@ -48,9 +49,9 @@ def selected_attention(
             block_indices = block_indices.clone()
     dim = kernel_head_dim(q.shape[-1], value_dim)
     # Channels of 0 change neither logits nor the real channels.
+    q, k, v = (x if x.shape[-1] == dim else pad(x, (0, dim - x.shape[-1])) for x in (q, k, v))
     out, lse = _attention(
-        *(x if x.shape[-1] == dim else pad(x, (0, dim - x.shape[-1])) for x in (q, k, v)),
-        *(block_indices, cu_seqlens, cu_seqlens_k, block_size, causal, scale, deterministic),
+        q, k, v, block_indices, cu_seqlens, cu_seqlens_k, block_size, causal, scale, deterministic
     )
     if dim != value_dim:
         out = out[..., :value_dim].contiguous()
@@ -91,9 +92,11 @@ def _attention(
     flat = partial(_flatten, batched=q.ndim == 4)
     with torch.cuda.device_of(q), without_autocast(q.device):
         blocks = _blocks(q, k, cu_seqlens, cu_seqlens_k, block_size, causal)
-        lists = (flat(block_indices), blocks, block_size, scale, causal)
-        # Lists of the caller need not name a band that most neighbours share.
-        out, lse = kernel_calls.selected_forward(flat(q), flat(k), flat(v), *lists, False)
+        out, lse = kernel_calls.selected_forward(
+            flat(q), flat(k), flat(v), flat(block_indices), blocks, block_size, scale, causal,
+            # Lists of the caller need not name a band that most neighbours share.
+            band=False,
+        )  # fmt: skip
     return out.view(*q.shape[:-1], v.shape[-1]), lse.view(q.shape[:-1])
 
 
@@ -131,11 +134,11 @@ def _gradients(
     dlse = None if dlse is None else flat(dlse)
     with torch.cuda.device_of(q), without_autocast(q.device):
         blocks = _blocks(q, k, cu_seqlens, cu_seqlens_k, block_size, causal)
-        lists = (flat(block_indices), blocks, block_size, scale, causal)
         statistics = kernel_calls.row_statistics(flat(dout), flat(out), flat(lse), dlse)
         grads = kernel_calls.selected_backward(
-            flat(dout), flat(q), flat(k), flat(v), statistics, *lists, deterministic
-        )
+            flat(dout), flat(q), flat(k), flat(v), statistics, flat(block_indices), blocks,
+            block_size, scale, causal, deterministic=deterministic,
+        )  # fmt: skip
     dq, dk, dv = (grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv
 
@@ -190,8 +193,9 @@ def _blocks(
     if packing is None:
         cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
         return _packed_blocks(cu_seqlens, cu_seqlens_k, num_queries, num_keys, config)
-    bounds = (packing.cu_seqlens, packing.cu_seqlens_k)
-    make_kept = partial(_packed_blocks, *bounds, num_queries, num_keys, config)
+    make_kept = partial(
+        _packed_blocks, packing.cu_seqlens, packing.cu_seqlens_k, num_queries, num_keys, config
+    )
     return packing.keep(("selected branch", num_queries, num_keys, config), make_kept)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nsa.blocks import most_query_tiles, num_compressed_blocks, num_query_tiles
+from nsa.boundaries import Boundaries
 from nsa.config import NSAConfig
 from nsa.fused.compressed_forms import (
     CompressedForm,
@@ -277,35 +278,39 @@ class Sizes(NamedTuple):
 
 def make_sizes(
     q: Tensor,
-    num_kv_heads: int,
-    cu_seqlens: Tensor | None,
-    max_seqlen_k: int | None,
     config: NSAConfig,
+    boundaries: Boundaries | None,
     *,
-    num_keys: int | None = None,
-    cu_seqlens_k: Tensor | None = None,
+    num_keys: int,
+    num_kv_heads: int,
     gated_gradients: bool = False,
+    deterministic: bool = False,
 ) -> Sizes:
-    """Sizes of a call for ``q (B, Nq, H, D)``, with ``B = 1`` for packed input.
+    """Sizes of a call, whose arguments are those of :func:`nsa.fused.planning.make_plan`.
 
-    ``num_keys`` and ``cu_seqlens_k`` as in :func:`nsa.fused.planning.make_plan`; ``max_seqlen_k``
-    likewise. ``gated_gradients`` matters for memory alone.
+    The last two matter for memory alone, and are attributes of :class:`Sizes`.
     """
     batch, length, num_heads, head_dim = q.shape
-    num_keys = length if num_keys is None else num_keys
+    sequences, key_bounds, longest = None, False, num_keys
+    if boundaries is not None:
+        sequences = boundaries.cu_seqlens.shape[0] - 1
+        key_bounds = boundaries.cu_seqlens_k is not boundaries.cu_seqlens
+        if boundaries.max_seqlen_k is not None:
+            longest = boundaries.max_seqlen_k
     return Sizes(
         batch=batch,
         length=length,
         keys=num_keys,
-        sequences=None if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        key_bounds=cu_seqlens_k is not None and cu_seqlens_k is not cu_seqlens,
-        longest=num_keys if max_seqlen_k is None else max_seqlen_k,
+        sequences=sequences,
+        key_bounds=key_bounds,
+        longest=longest,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         itemsize=q.element_size(),
         config=config,
         gated_gradients=gated_gradients,
+        deterministic=deterministic,
     )
 
 

@@ -13,7 +13,7 @@ from nsa.cache.context import (
     gather_context,
     segments_of,
 )
-from nsa.cache.lists import fit_slots
+from nsa.cache.new_tile_lists import fit_slots
 from nsa.cache.state import Cache, Pair
 from nsa.config import NSAConfig
 from nsa.geometry import Geometry

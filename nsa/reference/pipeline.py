@@ -1,16 +1,14 @@
 """The stages of Native Sparse Attention: compress, select, attend in three branches, gate."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from nsa.blocks import num_query_tiles
+from nsa.boundaries import Boundaries
 from nsa.cache import Cache
 from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
 from nsa.geometry import Geometry
-from nsa.packing import Boundaries
 from nsa.precision import without_autocast
 from nsa.reference.attention import compressed_attention, selected_attention, window_attention
 from nsa.reference.cached import attend_cached, select_cached
@@ -39,7 +37,6 @@ def forward(
     compressed_kv: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     boundaries: Boundaries | None = None,
-    cache: Cache | None = None,
     segments: QuerySegments | None = None,
     max_workspace_bytes: int | None = None,
     recompute_window: bool = False,
@@ -54,29 +51,54 @@ def forward(
     if results is not None:
         results.may_read_keys()
     with without_autocast(q.device):
-        inputs = _flatten(q), _flatten_branches(k), _flatten_branches(v)
-        weights: dict[str, Any] = dict(
+        out = attend(
+            _flatten(q),
+            _flatten_branches(k),
+            _flatten_branches(v),
+            _geometry(q, k[0], boundaries, segments, config),
             gate_proj_weight=gate_proj_weight,
             gates=None if gates is None else _flatten(gates),
             compress_weights=(compress_k_weight, compress_v_weight),
+            compressed_kv=compressed_kv,
+            indices=None if block_indices is None else _flatten_indices(block_indices, config),
         )
-        if cache is not None:
-            out = attend_cached(
-                *inputs,
-                cache,
-                locate_in_cache(cache, q, boundaries, compressed_kv),
-                compressed_kv=_flatten_pair(compressed_kv),
-                block_indices=block_indices,
-                **weights,
-            )
-        else:
-            out = attend(
-                *inputs,
-                _geometry(q, k[0], boundaries, segments, config),
-                compressed_kv=compressed_kv,
-                indices=None if block_indices is None else _flatten_indices(block_indices, config),
-                **weights,
-            )
+        return out.reshape(*q.shape[:-1], out.shape[-1])
+
+
+@torch.compiler.disable(reason="nsa's reference reads lengths on the host")
+def forward_cached(
+    q: Tensor,
+    k: Branches,
+    v: Branches,
+    *,
+    cache: Cache,
+    config: NSAConfig,
+    gate_proj_weight: Tensor | None = None,
+    gates: Tensor | None = None,
+    compress_k_weight: Tensor | None = None,
+    compress_v_weight: Tensor | None = None,
+    compressed_kv: tuple[Tensor, Tensor] | None = None,
+    block_indices: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+    max_workspace_bytes: int | None = None,
+    recompute_window: bool = False,
+    deterministic: bool = False,
+) -> Tensor:
+    """:func:`forward` with a cache, whose configuration is ``config``. There are no gradients."""
+    check_deterministic_device(deterministic, q)
+    with without_autocast(q.device):
+        out = attend_cached(
+            _flatten(q),
+            _flatten_branches(k),
+            _flatten_branches(v),
+            cache,
+            locate_in_cache(cache, q, boundaries, compressed_kv),
+            gate_proj_weight=gate_proj_weight,
+            gates=None if gates is None else _flatten(gates),
+            compress_weights=(compress_k_weight, compress_v_weight),
+            compressed_kv=_flatten_pair(compressed_kv),
+            block_indices=block_indices,
+        )
         return out.reshape(*q.shape[:-1], out.shape[-1])
 
 

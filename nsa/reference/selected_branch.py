@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from nsa.boundaries import Boundaries
 from nsa.cache.paged_keys import PagedKeys, attend_copied
 from nsa.config import NSAConfig
 from nsa.geometry import Geometry
-from nsa.packing import Boundaries
 from nsa.precision import without_autocast
 from nsa.reference import attention
 from nsa.reference.determinism import check_deterministic_device

@@ -35,8 +35,8 @@ def select_blocks(q: Tensor, k_cmp: Tensor, geometry: Geometry) -> Tensor:
     position, owner = geometry.unit_position, geometry.unit_owner
     taken = []
     for start, stop, scores, low in chunks:
-        where = (position[start:stop], owner[start:stop], low)
-        taken.append(_take_blocks(scores, *where, geometry).transpose(0, 1))
+        found = _take_blocks(scores, position[start:stop], owner[start:stop], low, geometry)
+        taken.append(found.transpose(0, 1))
     return torch.cat(taken)
 
 

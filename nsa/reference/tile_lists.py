@@ -8,7 +8,7 @@ from torch import Tensor
 from nsa.blocks import num_selection_blocks
 from nsa.cache.append import NewTokens
 from nsa.cache.context import gather_compressed, segments_of
-from nsa.cache.lists import NewTileLists, fit_slots, open_lists
+from nsa.cache.new_tile_lists import NewTileLists, fit_slots, open_lists
 from nsa.cache.state import Cache
 from nsa.geometry import Geometry
 from nsa.reference.selection import select_blocks, select_groups

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import cache_utils
 
 from nsa.cache import Cache
-from nsa.cache.checks import check_decodable
+from nsa.cache.argument_checks import check_decodable
 from nsa.cache.copies import copy_sequences
 from nsa.cache.layout import round_up
 from nsa.config import NSAConfig

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from nsa.selected_branch import selected_attention
+from nsa.selected_dispatch import selected_attention
 from nsa.transformers.sequences import Sequences
 from nsa.validation import UnsupportedError
 

@@ -6,8 +6,8 @@ import torch
 import nsa
 from nsa.distributed import backend_calls
 from nsa.distributed.call import NO_LIMIT
-from nsa.distributed.layout import Layout, Whole
 from nsa.distributed.order import ORDERS
+from nsa.distributed.rank_layout import Layout, Whole
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers import rank_cases
 from tests.helpers.shared_problems import check_ranks

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import nsa
+from nsa.boundaries import boundaries_of
 from nsa.fused import fa4, kernel_calls, pipeline, selection
 from nsa.fused.attention import (
     compressed_attention,
@@ -151,13 +152,12 @@ def make_case(name: str, form: str):
     leading, leading_k = ((1, sum(x)) if packed else (2, x[0]) for x in (LENGTHS, lengths))
     q, _, _ = make_inputs(leading, *kind, dtype=torch.bfloat16)
     _, k, v = make_inputs(leading_k, *kind, dtype=torch.bfloat16)
-    bounds, keys = (None, None), dict(num_keys=k.shape[1])
+    bounds = None
     if packed:
-        bounds = (make_cu_seqlens(LENGTHS), max(lengths))
-        if lengths is not LENGTHS:
-            keys["cu_seqlens_k"] = make_cu_seqlens(lengths)
-    plan = make_plan(q, *bounds, with_scale(config, DIM**-0.5), **keys)
-    sizes = make_sizes(q, KV_HEADS, *bounds, config, **keys)
+        keys = None if lengths is LENGTHS else make_cu_seqlens(lengths)
+        bounds = boundaries_of(make_cu_seqlens(LENGTHS), max(lengths), keys)
+    plan = make_plan(q, with_scale(config, DIM**-0.5), bounds, num_keys=k.shape[1])
+    sizes = make_sizes(q, config, bounds, num_keys=k.shape[1], num_kv_heads=KV_HEADS)
     none = dict.fromkeys(Inputs._fields)
     return Inputs(**(none | dict(q=q, k=k, v=v))), plan, sizes
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nsa
+from nsa.boundaries import boundaries_of
 from nsa.fused import block_lists
 from nsa.fused.kernel_inputs import BlockLists
 from nsa.fused.planning import make_plan
@@ -56,7 +57,7 @@ def list_cases(draw) -> Case:
 def plan_of(case: Case):
     q = torch.empty(case.batch, sum(case.lengths), HEADS, case.head_dim)
     cu_seqlens = make_cu_seqlens(case.lengths) if case.packed else None
-    return make_plan(q, cu_seqlens, None, case.config)
+    return make_plan(q, case.config, boundaries_of(cu_seqlens))
 
 
 def draw_indices(case: Case, num_tiles: int, width: int, blocks: list[int]) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 
 import nsa
 from nsa.blocks import num_compressed_blocks
+from nsa.boundaries import boundaries_of
 from nsa.fused.compression import compress, compress_pair, compress_pair_backward
 from nsa.fused.planning import make_plan
 from nsa.testing import make_cu_seqlens
@@ -45,7 +46,8 @@ def test_equals_autograd(config, lengths, weighted, shared):
         torch.randn(HEADS, DIM, DIM, **double).requires_grad_() if name in weighted else None
         for name in "kv"
     )
-    plan = make_plan(k, make_cu_seqlens(lengths) if packed else None, max(lengths), config)
+    bounds = boundaries_of(make_cu_seqlens(lengths), max(lengths)) if packed else None
+    plan = make_plan(k, config, bounds)
     rows = plan.geometry.compressed.total
     expected = [
         compress_plainly(x, weight, lengths, config, rows)

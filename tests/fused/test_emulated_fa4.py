@@ -77,10 +77,10 @@ def test_dense(lengths, causal, window):
     )
 
 
-@pytest.mark.parametrize("times", [(1, 0), (3, 2), (2, 9)])
-def test_keys_with_times(times):
-    keywords = {"causal": False, "window_size": (None, None), "key_times": times}
-    stride, first = times
+@pytest.mark.parametrize("ends", [(1, 0), (3, 2), (2, 9)])
+def test_keys_that_are_blocks(ends):
+    keywords = {"causal": False, "window_size": (None, None), "block_ends": ends}
+    stride, first = ends
     query, key = torch.arange(9)[:, None], torch.arange(4)
     check(
         lambda *a, **k: emulation.dense_forward(*a, **k, **keywords),

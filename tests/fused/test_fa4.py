@@ -62,17 +62,17 @@ def test_masks(causal, window, mask, bounds):
 
 
 @pytest.mark.parametrize("other", [dict(causal=True), dict(window_size=(3, None))])
-def test_keys_with_times_have_no_other_mask(other):
+def test_block_ends_exclude_other_masks(other):
     q, k = make(1, 2, 4, 128), make(1, 2, 1, 128)
     mask = dict(causal=False, window_size=NO_BOUNDS) | other
-    with pytest.raises(ValueError, match="key_times excludes"):
-        fa4.dense_forward(q, k, k, scale=1.0, key_times=(64, 63), **mask)
+    with pytest.raises(ValueError, match="block_ends excludes"):
+        fa4.dense_forward(q, k, k, scale=1.0, block_ends=(64, 63), **mask)
 
 
 CAUSAL = Mask(causal=True)
 WINDOW = Mask(left=True, right=True)
-TIMES = Mask(times=(64, 63))
-BLOCKS = Mask(right=True, step=16)
+BLOCK_ENDS = Mask(block_ends=(64, 63))
+BLOCKS = Mask(right=True, block_stride=16)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ BLOCKS = Mask(right=True, step=16)
         (4, 128, CAUSAL, (128, 160)),
         (64, 128, Mask(), (128, 160)),
         (64, 128, Mask(right=True), (128, 128)),
-        (4, 128, TIMES, (192, 80)),
-        (5, 128, TIMES, (128, 128)),
+        (4, 128, BLOCK_ENDS, (192, 80)),
+        (5, 128, BLOCK_ENDS, (128, 128)),
         (1, 128, BLOCKS, (128, 160)),
         (16, 128, BLOCKS, (128, 160)),
         (4, 64, BLOCKS, (192, 128)),
@@ -132,7 +132,7 @@ def test_forward_tiles_of_lists(dim, blocks, tile):
         (96, CAUSAL, None, (64, 128)),
         (128, CAUSAL, None, (64, 128)),
         (128, WINDOW, None, (64, 128)),
-        (128, TIMES, None, (80, 128)),
+        (128, BLOCK_ENDS, None, (80, 128)),
         (128, Mask(limited=True), (320, 128), (80, 128)),
         (128, Mask(limited=True), (256, 128), (64, 128)),
         (256, CAUSAL, None, (64, 48)),
@@ -190,17 +190,17 @@ def test_heads_side_by_side():
 def test_heads_share_a_cta_where_enough_are_left():
     q, k = (torch.empty(1, 4096, heads, 128, device="meta") for heads in (64, 4))
     call = call_of(q, k)
-    assert call.variant().together == 1
-    assert call.variant(q).together == 8
+    assert call.variant().heads_per_cta == 1
+    assert call.variant(q).heads_per_cta == 8
     assert not call.variant(q).plain().adds_keys
-    assert call_of(q[:, :2048], k[:, :2048]).variant(q).together == 1
-    assert call_of(q[:, :, :24], k).variant(q[:, :, :24]).together == 2
-    assert call._replace(deterministic=True).variant(q).together == 1
+    assert call_of(q[:, :2048], k[:, :2048]).variant(q).heads_per_cta == 1
+    assert call_of(q[:, :, :24], k).variant(q[:, :, :24]).heads_per_cta == 2
+    assert call._replace(deterministic=True).variant(q).heads_per_cta == 1
     in_order = call._replace(mask=WINDOW, deterministic=True)
-    assert in_order.variant(q).together == 8
-    assert call._replace(blocks=(64, 128)).variant(q).together == 1
+    assert in_order.variant(q).heads_per_cta == 8
+    assert call._replace(blocks=(64, 128)).variant(q).heads_per_cta == 1
     wide = torch.empty(1, 4096, 64, 136, device="meta")[..., :128]
-    assert call.variant(wide).together == 1
+    assert call.variant(wide).heads_per_cta == 1
 
 
 def make_statistics(*shape) -> RowStatistics:
@@ -283,7 +283,7 @@ def test_gradients_of_queries_are_added_to_sums_of_whole_tiles(launches):
         sums = new_query_sums(q)
     assert sums.shape == (1, 8, 128 * 128)
     assert not sums.any()
-    masks = dict(causal=True, window_size=(63, None)), dict(key_times=(16, 31))
+    masks = dict(causal=True, window_size=(63, None)), dict(block_ends=(16, 31))
     for mask in masks:
         grads = fa4.add_dense_backward(q, q, k, k, statistics, sums, scale=1.0, **mask)
         _, call, given, (dq, *written), added = launches.pop()
@@ -313,7 +313,7 @@ def test_blocks_have_keys_for_each_segment_in_one_memory(length, heads, keys, qu
     k = torch.empty(1, keys, heads // 16, 128, **kind)
     tiles = segment_tiles(q, k, deterministic=False)
     assert tiles * 64 == queries
-    mask = Mask(left=True, right=True, step=16)
+    mask = Mask(left=True, right=True, block_stride=16)
     plain = Call(q, k, k, 1.0, mask, (tiles, 31))
     call = in_segments(plain)
     assert call.k.shape == call.v.shape == (segments, keys, heads // 16, 128)
@@ -334,7 +334,7 @@ def test_sums_of_segments_in_a_fixed_order_are_those_of_the_estimate(length):
     """They would grow by the square of the length, were there ever more segments."""
     keys, kind = length // 16 - 1, dict(dtype=torch.bfloat16, device="meta")
     q, k = torch.empty(1, length, 8, 128, **kind), torch.empty(1, keys, 2, 128, **kind)
-    mask, found = Mask(left=True, right=True, step=16), []
+    mask, found = Mask(left=True, right=True, block_stride=16), []
     for deterministic in (False, True):
         window = (segment_tiles(q, k, deterministic), 31)
         call = in_segments(Call(q, k, k, 1.0, mask, window, deterministic=deterministic))

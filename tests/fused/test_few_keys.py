@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nsa
+from nsa.boundaries import boundaries_of
 from nsa.fused import kernel_calls
 from nsa.fused.kernel_inputs import MOST_FEW_KEYS
 from nsa.fused.planning import make_plan
@@ -22,12 +23,11 @@ SHAPES = {
 
 def plan_of(config, *, batch=1, queries=0, keys=0, lengths=None, key_lengths=None):
     if lengths is None:
-        return make_plan(torch.empty(batch, queries, 2, 8), None, None, config, num_keys=keys)
-    bounds = [make_cu_seqlens(x) for x in (lengths, key_lengths)]
-    return make_plan(
-        torch.empty(1, sum(lengths), 2, 8), bounds[0], max(key_lengths), config,
-        num_keys=sum(key_lengths), cu_seqlens_k=bounds[0] if lengths is key_lengths else bounds[1],
-    )  # fmt: skip
+        return make_plan(torch.empty(batch, queries, 2, 8), config, num_keys=keys)
+    keys = None if lengths is key_lengths else make_cu_seqlens(key_lengths)
+    bounds = boundaries_of(make_cu_seqlens(lengths), max(key_lengths), keys)
+    q = torch.empty(1, sum(lengths), 2, 8)
+    return make_plan(q, config, bounds, num_keys=sum(key_lengths))
 
 
 @pytest.mark.usefixtures("fused_on_cpu")

@@ -213,7 +213,7 @@ def test_selection_of_64k_tokens_takes_2_gib_at_most(heads):
     geometry = Geometry.of(q, k, config)
     k_cmp = compress(k[0], None, geometry)[None]
     lse = torch.randn(1, heads[0], length, device="cuda").add(9)
-    plan = make_plan(q, None, None, config)
+    plan = make_plan(q, config)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     taken = select_blocks(q, k_cmp, lse, plan)

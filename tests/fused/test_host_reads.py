@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nsa
-from nsa import block_index_checks, host, packing
+from nsa import block_index_checks, boundaries, host, packing
 from nsa.fused import entry, schedule
 from nsa.fused import planning as plans
 from nsa.fused.schedule import run_backward, run_forward
@@ -105,9 +105,9 @@ def test_packed_sequences_need_max_seqlen_to_be_captured():
         nsa.forward(q, k, v, config=tile_config(), cu_seqlens=make_cu_seqlens(LENGTHS))
 
 
-def _boundaries(lengths: list[int] | None, longest: int | None) -> packing.Boundaries:
+def _boundaries(lengths: list[int] | None, longest: int | None) -> boundaries.Boundaries:
     bounds = make_cu_seqlens(LENGTHS)
-    return packing.Boundaries(bounds, lengths, longest, None, bounds, lengths, longest)
+    return boundaries.Boundaries(bounds, lengths, longest, None, bounds, lengths, longest)
 
 
 @pytest.mark.usefixtures("capturing")
@@ -137,14 +137,14 @@ def test_a_captured_plan_is_not_kept(monkeypatch):
     """Its tensors would hold what no replay outside of its graph computes."""
     q = torch.zeros(1, 77, 2, 8)
     config = tile_config()
-    kept = plans.make_plan(q, None, None, config)
-    assert plans.make_plan(q, None, None, config) is kept
+    kept = plans.make_plan(q, config)
+    assert plans.make_plan(q, config) is kept
     monkeypatch.setattr(plans, "may_keep", lambda _: False)
-    assert plans.make_plan(q, None, None, config) is not kept
+    assert plans.make_plan(q, config) is not kept
     q = torch.zeros(1, 78, 2, 8)
-    captured = plans.make_plan(q, None, None, config)
+    captured = plans.make_plan(q, config)
     monkeypatch.setattr(plans, "may_keep", lambda _: True)
-    assert plans.make_plan(q, None, None, config) is not captured
+    assert plans.make_plan(q, config) is not captured
 
 
 @pytest.mark.parametrize(("stream", "capturing"), [(1, False), (0, True)], ids=str)

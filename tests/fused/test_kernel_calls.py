@@ -20,15 +20,15 @@ EMULATIONS = {
     for name in module.NAMES
 }
 LAUNCHERS = {
-    "gates": ("gating_forward", "gating_backward"),
+    "gated_sum": ("gating_forward", "gating_backward"),
     "few_keys": ("few_key_deltas",),
     "query_gradient": ("query_gradient",),
     "query_sums": ("gradient_of_sums",),
-    "rope": ("rotate",),
+    "rotation": ("rotate",),
     "block_rows": ("gather_blocks", "scatter_blocks"),
     "means": ("mean_forward", "mean_backward"),
-    "plan_tables": ("sequence_bounds", "plan_tables"),
-    "lists": ("list_key_blocks", "count_query_tiles", "list_query_tiles"),
+    "sequence_tables": ("sequence_bounds", "plan_tables"),
+    "key_block_lists": ("list_key_blocks", "count_query_tiles", "list_query_tiles"),
     "listed_backward": ("listed_backward",),
     "block_sums": ("round_listed_sums",),
     "float_sums": ("round_sums",),

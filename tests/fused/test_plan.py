@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import nsa
+from nsa.boundaries import boundaries_of
 from nsa.fused import compressed_forms
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan
@@ -69,7 +70,8 @@ class TestPackedPlans:
     def plan(self, packing, q=None, config=None):
         cu_seqlens = packing.cu_seqlens
         q = self.q if q is None else q
-        return make_plan(q, cu_seqlens, packing.max_seqlen, config or self.config, packing)
+        bounds = boundaries_of(cu_seqlens, packing.max_seqlen)._replace(packing=packing)
+        return make_plan(q, config or self.config, bounds)
 
     def test_of_the_same_packing_is_the_same(self):
         packing = nsa.Packing(make_cu_seqlens([100, 0, 200]))
@@ -82,8 +84,9 @@ class TestPackedPlans:
 
     def test_of_a_bare_tensor_is_new_and_has_a_copy(self):
         cu_seqlens = make_cu_seqlens([100, 0, 200])
-        plan = make_plan(self.q, cu_seqlens, 200, self.config)
-        assert make_plan(self.q, cu_seqlens, 200, self.config) is not plan
+        bounds = boundaries_of(cu_seqlens, 200)
+        plan = make_plan(self.q, self.config, bounds)
+        assert make_plan(self.q, self.config, bounds) is not plan
         assert plan.cu_seqlens.data_ptr() != cu_seqlens.data_ptr()
 
     @pytest.mark.usefixtures("fused_on_cpu")
@@ -116,9 +119,9 @@ class TestPackedPlans:
 def test_none_is_kept_of_tensors_without_data():
     with FakeTensorMode():
         q = torch.zeros(1, 4321, 2, 64)
-        fake = make_plan(q, None, None, nsa.NSAConfig())
-        assert make_plan(q, None, None, nsa.NSAConfig()) is not fake
-    plan = make_plan(torch.zeros(1, 4321, 2, 64), None, None, nsa.NSAConfig())
+        fake = make_plan(q, nsa.NSAConfig())
+        assert make_plan(q, nsa.NSAConfig()) is not fake
+    plan = make_plan(torch.zeros(1, 4321, 2, 64), nsa.NSAConfig())
     assert plan is not fake
     assert type(plan.scoring.own) is torch.Tensor
 
@@ -133,5 +136,5 @@ def test_two_tiles_of_compressed_keys_are_masked_in_short_sequences():
         (tile, 128, False),
         (tile, 129, True),
     ):
-        assert compressed_forms.is_folded(form, count, config, whole=True) == folded
-        assert compressed_forms.is_folded(form, count, config, whole=False)
+        assert compressed_forms.skips_key_tiles(form, count, config, whole=True) == folded
+        assert compressed_forms.skips_key_tiles(form, count, config, whole=False)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nsa
+from nsa.boundaries import boundaries_of
 from nsa.fused import kernel_calls, selection
 from nsa.fused.planning import make_plan
 from nsa.testing import make_cu_seqlens, make_inputs
@@ -101,7 +102,7 @@ def selected_columns(monkeypatch, q, k_cmp, plan):
 
 def test_columns_past_the_tile_are_not_computed(fused_on_cpu, monkeypatch):
     q, k, _ = make_inputs((2, 400), 2, 1, 8, dtype=torch.float64)
-    plan = make_plan(q, None, None, tile_config())
+    plan = make_plan(q, tile_config())
     widths = selected_columns(monkeypatch, q, k[:, :25], plan)
     assert widths == [4, 8, 12, 16, 20, 24, 25]  # blocks of 16 complete at 64, 128, ..., 400
 
@@ -109,7 +110,7 @@ def test_columns_past_the_tile_are_not_computed(fused_on_cpu, monkeypatch):
 def test_columns_far_before_the_tile_are_not_computed(fused_on_cpu, monkeypatch):
     q, k, _ = make_inputs((1, 4000), 2, 1, 8, dtype=torch.float64)
     cu_seqlens = make_cu_seqlens([400] * 10)
-    plan = make_plan(q, cu_seqlens, 400, tile_config())
+    plan = make_plan(q, tile_config(), boundaries_of(cu_seqlens, 400))
     widths = selected_columns(monkeypatch, q, k[:, :250], plan)
     # A sequence has 25; tiles and blocks that may be short leave some doubt about where it starts.
     assert max(widths) < 100

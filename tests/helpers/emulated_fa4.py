@@ -28,7 +28,7 @@ def dense_forward(
     scale,
     causal,
     window_size,
-    key_times=None,
+    block_ends=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
     out=None,
@@ -45,13 +45,13 @@ def dense_forward(
     assert out.stride(-1) == 1 or out.shape[-1] == 1, "outputs need stride 1 at the end"
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     for queries, keys in sequences:
-        mask = _dense_mask(queries, keys, q, k, causal, window_size, key_times)
+        mask = _dense_mask(queries, keys, q, k, causal, window_size, block_ends)
         out[queries], lse[_rows(queries)] = attend(q[queries], k[keys], v[keys], mask, scale)
     return out, lse
 
 
-def forward_of_blocks(q, k, v, *, scale, key_times, out=None, lse=None):
-    call = dict(scale=scale, causal=False, window_size=(None, None), key_times=key_times)
+def forward_of_blocks(q, k, v, *, scale, block_ends, out=None, lse=None):
+    call = dict(scale=scale, causal=False, window_size=(None, None), block_ends=block_ends)
     return dense_forward(q, k, v, out=out, lse=lse, **call)
 
 
@@ -74,7 +74,7 @@ def dense_backward(
     scale,
     causal,
     window_size,
-    key_times=None,
+    block_ends=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
     dq=None,
@@ -86,7 +86,7 @@ def dense_backward(
     dk, dv = (torch.full_like(x, torch.nan) for x in (k, v))
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     for queries, keys in sequences:
-        mask = _dense_mask(queries, keys, q, k, causal, window_size, key_times)
+        mask = _dense_mask(queries, keys, q, k, causal, window_size, block_ends)
         dq[queries], dk[keys], dv[keys] = attend_backward(
             *(x[queries] for x in (dout, q)),
             *(x[keys] for x in (k, v)),
@@ -108,15 +108,15 @@ def add_dense_backward(
     scale,
     causal=False,
     window_size=(None, None),
-    key_times=None,
+    block_ends=None,
     deterministic=False,
 ):
-    assert causal or key_times is not None or window_size != (None, None), "skips no tiles"
-    assert key_times is None or (len(q) == 1 and q.shape[2] > k.shape[2]), "one entry, and groups"
+    assert causal or block_ends is not None or window_size != (None, None), "skips no tiles"
+    assert block_ends is None or (len(q) == 1 and q.shape[2] > k.shape[2]), "one entry, and groups"
     # The kernels add what is hidden too, times 0.
     assert not statistics.lse_log2.isnan().any(), "P would not be 0"
     assert statistics.delta.isfinite().all()
-    mask = dict(causal=causal, window_size=window_size, key_times=key_times)
+    mask = dict(causal=causal, window_size=window_size, block_ends=block_ends)
     dq, dk, dv = dense_backward(dout, q, k, v, statistics, scale=scale, **mask)
     rows_of_sums(query_sums, q)[:, :, : q.shape[1]] += dq.transpose(1, 2) / scale
     return dk, dv
@@ -292,13 +292,13 @@ def _slices(cu_seqlens, total):
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def _dense_mask(queries, keys, q, k, causal, window_size, key_times):
+def _dense_mask(queries, keys, q, k, causal, window_size, block_ends):
     num_queries, num_keys = q[queries].shape[0], k[keys].shape[0]
     left, right = window_size
-    if key_times is not None:
+    if block_ends is not None:
         assert not causal, "FA4 passes would each obey another of the two"
         assert window_size == (None, None), window_size
-        stride, first = key_times
+        stride, first = block_ends
         query = torch.arange(num_queries, device=q.device)[:, None]
         return (torch.arange(num_keys, device=q.device) * stride + first <= query)[None]
     # FA4 reads a single -1 as a bound of -1, not as no bound.

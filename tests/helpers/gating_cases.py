@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 import nsa
+from nsa.boundaries import boundaries_of
 from nsa.fused.kernel_inputs import IN_ORDER, Placement, StatisticsPlacements
 from nsa.fused.planning import make_plan
 from nsa.precision import accumulation_dtype
@@ -94,6 +95,6 @@ def make_placements(lengths, heads, kv_heads, visibility, device="cpu"):
         compressed_visibility=visibility,
     )  # fmt: skip
     q = torch.empty(1, sum(lengths), heads, 8, device=device)
-    plan = make_plan(q, make_cu_seqlens(lengths).to(device), max(lengths), config)
+    plan = make_plan(q, config, boundaries_of(make_cu_seqlens(lengths).to(device), max(lengths)))
     placements = plan.query_placements(q.shape[2], kv_heads)
     return placements, (plan.folded.rows.total * 16 * heads, plan.queries.rows * heads), plan

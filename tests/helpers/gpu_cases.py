@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nsa
+from nsa.boundaries import boundaries_of, check_boundaries
 from nsa.fused import compressed_forms, constraints, entry, pipeline
 from nsa.fused.compression import compress
 from nsa.fused.planning import make_plan
 from nsa.fused.selection import select_groups
-from nsa.packing import check_boundaries
 from nsa.reference import pipeline as reference_pipeline
 from nsa.testing import assert_as_accurate, make_cu_seqlens
 from tests.helpers.poison import poisoned_memory
@@ -261,11 +261,13 @@ def fused_groups(arguments: dict, config: nsa.NSAConfig) -> Tensor | None:
         return None
     q, k, cu_seqlens = arguments["q"], _first(arguments["k"]), arguments.get("cu_seqlens")
     rows, num_keys = q.detach() if q.ndim == 4 else q.detach()[None], k.shape[-3]
-    keys = dict(num_keys=num_keys, cu_seqlens_k=arguments.get("cu_seqlens_k"))
-    plan = make_plan(rows, cu_seqlens, None, config, **keys)
+    bounds = boundaries_of(cu_seqlens, None, arguments.get("cu_seqlens_k"))
+    plan = make_plan(rows, config, bounds, num_keys=num_keys)
     if "compressed_kv" in arguments:
-        k_cmp, bounds = arguments["compressed_kv"][0], (cu_seqlens, None)
-        boundaries = check_boundaries(*bounds, q, _first(arguments["k"]), keys["cu_seqlens_k"])
+        boundaries = check_boundaries(
+            cu_seqlens, None, q, _first(arguments["k"]), arguments.get("cu_seqlens_k")
+        )
+        k_cmp = arguments["compressed_kv"][0]
         k_cmp = entry._batched(entry._pad_compressed(k_cmp, num_keys, boundaries, config).detach())
     else:
         weight = arguments.get("compress_k_weight")

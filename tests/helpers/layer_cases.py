@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nsa
 from nsa import rope
-from nsa.distributed import layout
+from nsa.distributed import rank_layout
 from nsa.distributed.order import make_pieces
 from tests.helpers.emulation import emulate_kernels
 
@@ -88,11 +88,11 @@ def tensor_parallel_step(group, model: Model, x: Tensor) -> tuple:
 
 def tables(group, model: Model, x: Tensor) -> tuple[int, int]:
     """Rotary tables and layouts that are made for two steps of all layers."""
-    for kept in (rope._kept_table, layout._kept_layout):
+    for kept in (rope._kept_table, rank_layout._kept_layout):
         kept.cache_clear()
     for _ in range(2):
         train_step(group, model, x, None, "head-tail", "plain")
-    return rope._kept_table.cache_info().misses, layout._kept_layout.cache_info().misses
+    return rope._kept_table.cache_info().misses, rank_layout._kept_layout.cache_info().misses
 
 
 def selected(group, layer: nn.Module, x: Tensor, bounds, order: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nsa
 from nsa.blocks import num_compressed_blocks, num_query_tiles
-from nsa.distributed import backend_calls, call, collectives, layout
+from nsa.distributed import backend_calls, call, collectives, rank_layout
 from nsa.distributed.order import make_pieces
 from nsa.fused import entry, key_sums
 from nsa.testing import assert_as_accurate
@@ -112,24 +112,24 @@ def several_chunks(group, *arguments) -> list:
 
 def many_runs(group, *arguments) -> list:
     """:func:`output_and_gradients` with keys taken by index, as of many sequences."""
-    with patch.object(layout, "MAX_RUNS", 0):
-        layout._kept_layout.cache_clear()
+    with patch.object(rank_layout, "MAX_RUNS", 0):
+        rank_layout._kept_layout.cache_clear()
         results = output_and_gradients(group, *arguments)
-    layout._kept_layout.cache_clear()
+    rank_layout._kept_layout.cache_clear()
     return results
 
 
 def separate_calls(group, *arguments) -> list:
     """:func:`output_and_gradients` with a call of the backend for each query segment."""
     with patch.multiple(backend_calls, MAX_CALLS=1000, MIN_TOKENS=0):
-        layout._kept_layout.cache_clear()
+        rank_layout._kept_layout.cache_clear()
         results = several_chunks(group, *arguments)
-    layout._kept_layout.cache_clear()
+    rank_layout._kept_layout.cache_clear()
     return results
 
 
 def separate_calls_of_many_runs(group, *arguments) -> list:
-    with patch.object(layout, "MAX_RUNS", 0):
+    with patch.object(rank_layout, "MAX_RUNS", 0):
         return separate_calls(group, *arguments)
 
 
@@ -150,7 +150,7 @@ def separate_calls_that_add(group, *arguments) -> list:
 
 def after_inference(group, problem: Problem, *arguments) -> list:
     """:func:`output_and_gradients`, after calls without gradients that make the index tensors."""
-    layout._kept_layout.cache_clear()
+    rank_layout._kept_layout.cache_clear()
     order = arguments[0]
     own = own_part(problem, group.size(), group.rank(), order)
     with torch.inference_mode():
@@ -313,7 +313,7 @@ def gpu_accuracy(
     Returns:
         The share of rows whose selection is that of one GPU.
     """
-    layout._kept_layout.cache_clear()
+    rank_layout._kept_layout.cache_clear()
     backend_calls.MIN_TOKENS = 0 if separate else 1 << 30
     ranks, rank = group.size(), group.rank()
     problem = moved(problem, device, torch.bfloat16)

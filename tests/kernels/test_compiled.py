@@ -26,16 +26,16 @@ print("compiled", len(compiled))
 """
 
 ONE_KERNEL = """
-from nsa.fused.kernels import gates
+from nsa.fused.kernels import gated_sum
 for _ in range(2):
-    gates.compile_forward(torch.bfloat16, 64, "gates", (False, False))
+    gated_sum.compile_forward(torch.bfloat16, 64, "gates", (False, False))
 """
 
 MASKS = """
 from nsa.fused.fa4_variants import Mask, Variant
 from nsa.fused.kernels import fa4_sm90
-for times in ((16, 31), (16, 0), (16, 31)):
-    fa4_sm90.compile_forward(Variant(torch.bfloat16, 64, 64, 4, Mask(times=times)))
+for ends in ((16, 31), (16, 0), (16, 31)):
+    fa4_sm90.compile_forward(Variant(torch.bfloat16, 64, 64, 4, Mask(block_ends=ends)))
 """
 
 

@@ -28,14 +28,14 @@ CASES = {
     "causal": (64, 1, 128, CAUSAL, (700,), False),
     "packed, causal": (16, 2, 96, CAUSAL, (300, 1, 500), True),
     "all keys": (4, 2, 128, ALL, (300, 300), False),
-    "key times": (8, 2, 64, ALL | dict(key_times=(4, 3)), (400, 400), False),
+    "block ends": (8, 2, 64, ALL | dict(block_ends=(4, 3)), (400, 400), False),
 }
 
 
 def gradients(case, monkeypatch, together, **options):
     group, kv_heads, head_dim, mask, lengths, packed = case
     monkeypatch.setattr(fa4_call, "FEWEST_CTAS", 1)
-    monkeypatch.setattr(fa4_call, "MOST_TOGETHER", together)
+    monkeypatch.setattr(fa4_call, "MOST_HEADS_PER_CTA", together)
     torch.manual_seed(3)
     tokens = (sum(lengths),) if packed else (len(lengths), lengths[0])
     kind = dict(device="cuda", dtype=torch.bfloat16)

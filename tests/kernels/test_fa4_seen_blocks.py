@@ -41,7 +41,7 @@ def test_as_masks_in_float64(name, dtype):
     wide = torch.full((batch, queries, heads + 1, head_dim), torch.nan, **kind)
     out = wide[:, :, 1:]
     lse = torch.full((heads, batch, queries), torch.nan, device="cuda").transpose(0, 1)
-    call = dict(scale=head_dim**-0.5, key_times=(step, first))
+    call = dict(scale=head_dim**-0.5, block_ends=(step, first))
     found = fa4.forward_of_blocks(q, k, v, out=out, lse=lse, **call)
     assert found[0] is out
     assert found[1] is lse
@@ -55,9 +55,9 @@ def test_as_masks_in_float64(name, dtype):
     assert_as_accurate("lse", lse[~hidden], rounded_lse[~hidden].float(), exact_lse[~hidden])
 
 
-def attend(q, k, v, scale, key_times):
+def attend(q, k, v, scale, block_ends):
     """Output and log-sum-exp, with probabilities in the dtype of the values."""
-    (step, first), group = key_times, q.shape[2] // k.shape[2]
+    (step, first), group = block_ends, q.shape[2] // k.shape[2]
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
     query, key = (torch.arange(x.shape[1], device=q.device) for x in (q, k))
     mask = key * step + first <= query[:, None]

@@ -123,9 +123,9 @@ def closing_without_output():
     return out, lse
 
 
-def key_times():
+def block_ends():
     q, k = make(2, ROWS, HEADS, DIM), make(2, 4, KV_HEADS, DIM)
-    mask = dict(scale=0.1, causal=False, window_size=(None, None), key_times=(64, 63))
+    mask = dict(scale=0.1, causal=False, window_size=(None, None), block_ends=(64, 63))
     out, lse = fa4.dense_forward(q, k, k, **mask)
     return out, lse, *fa4.dense_backward(out, q, k, k, statistics_like(lse), **mask)
 
@@ -144,7 +144,7 @@ def into_slices():
 
 def of_blocks(group=4):
     q, k = make(2, ROWS, HEADS, DIM), make(2, 100, HEADS // group, DIM)
-    return fa4.forward_of_blocks(q, k, k, scale=0.1, key_times=(16, 31))
+    return fa4.forward_of_blocks(q, k, k, scale=0.1, block_ends=(16, 31))
 
 
 def of_blocks_of_every_head():
@@ -213,7 +213,7 @@ def sparse_wide():
 
 
 CALLS = [
-    *(window, window_of_every_head, window_with_other_values, key_times, into_slices),
+    *(window, window_of_every_head, window_with_other_values, block_ends, into_slices),
     *(of_blocks, of_blocks_of_every_head),
     *(packed, packed_of_every_head, packed_many, packed_many_of_every_head),
     *(sparse_causal, sparse_limit, sparse_wide),

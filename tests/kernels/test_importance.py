@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nsa
+from nsa.boundaries import boundaries_of
 from nsa.fused import kernel_calls
 from nsa.fused.planning import make_plan
 from nsa.fused.token_inputs import Rule, choose_shape
@@ -33,7 +34,7 @@ def make_case(form, lengths: list[int]):
     batch, total = 1 if packed else 2, sum(lengths)
     q = torch.randn(batch, total, kv_heads * group, head_dim, device="cuda").to(dtype)
     cu_seqlens = make_cu_seqlens(lengths, "cuda") if packed else None
-    plan = make_plan(q, cu_seqlens, max(lengths), config)
+    plan = make_plan(q, config, boundaries_of(cu_seqlens, max(lengths)))
     compressed = plan.geometry.compressed.total
     k_cmp = torch.randn(batch, compressed, kv_heads, head_dim, device="cuda").to(dtype)
     # About what the sums are of some hundred keys.

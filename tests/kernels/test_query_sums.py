@@ -85,17 +85,17 @@ BLOCKS = {
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
 @pytest.mark.parametrize("case", BLOCKS)
-def test_gradients_of_blocks_are_those_of_a_mask_of_times(case, deterministic):
+def test_gradients_of_blocks_are_those_of_a_mask(case, deterministic):
     *sizes, step, first = BLOCKS[case]
-    mask = dict(key_times=(step, first))
+    mask = dict(block_ends=(step, first))
     tensors, call = make_call(*sizes, torch.bfloat16, mask)
     _, q, *_ = tensors
     expected = fa4.dense_backward(*tensors, **call)
-    times = dict(key_times=call["key_times"], scale=call["scale"], deterministic=deterministic)
+    options = dict(mask, scale=call["scale"], deterministic=deterministic)
     results = []
     for _ in range(5 if deterministic else 1):
         sums = new_query_sums(q)
-        dk, dv = fa4.add_dense_backward(*tensors, sums, **times)
+        dk, dv = fa4.add_dense_backward(*tensors, sums, **options)
         zeros = torch.zeros_like(expected[0])
         dq = kernel_calls.gradient_of_sums(sums, zeros, None, None, call["scale"])
         results.append((dq, dk, dv))

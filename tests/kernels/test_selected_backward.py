@@ -85,7 +85,7 @@ def test_many_short_items_have_the_same_bits_each_time(group, monkeypatch):
 
     dout, q, k, v = draw(heads), draw(heads), draw(KV_HEADS), draw(KV_HEADS)
     order = torch.rand(total, KV_HEADS, blocks, generator=generator, device="cuda")
-    token_blocks = make_plan(q[None], None, None, nsa.NSAConfig.paper()).token_blocks
+    token_blocks = make_plan(q[None], nsa.NSAConfig.paper()).token_blocks
     statistics = RowStatistics(torch.full((total, heads), 8.0, device="cuda"), q[..., 0].float())
     chosen = (order.topk(16).indices.int(), token_blocks, 64, 128**-0.5, True)
 
@@ -107,7 +107,7 @@ def test_what_is_not_finite_reaches_its_query_alone(dtype, value):
     shapes = (heads, heads, KV_HEADS, KV_HEADS)
     dout, q, k, v = (torch.randn(total, h, 128, device="cuda", dtype=dtype) for h in shapes)
     dout[200, 5, 7] = value
-    token_blocks = make_plan(q[None], None, None, nsa.NSAConfig.paper()).token_blocks
+    token_blocks = make_plan(q[None], nsa.NSAConfig.paper()).token_blocks
     order = torch.rand(total, KV_HEADS, 5, device="cuda")
     statistics = RowStatistics(torch.full((total, heads), 8.0, device="cuda"), q[..., 0].float())
     chosen = (order.topk(3).indices.int(), token_blocks, 64, 128**-0.5, True)
@@ -133,7 +133,7 @@ def test_other_gradients_are_added_before_rounding(group, head_dim, dtype, with_
     dout, q = (torch.randn(batch * length, heads, head_dim, **kind) for _ in "dq")
     k, v = (torch.randn(batch * length, KV_HEADS, head_dim, **kind) for _ in "kv")
     entries = q.unflatten(0, (batch, -1))
-    token_blocks = make_plan(entries, None, None, nsa.NSAConfig.paper()).token_blocks
+    token_blocks = make_plan(entries, nsa.NSAConfig.paper()).token_blocks
     order = torch.rand(batch * length, KV_HEADS, 10, device="cuda")
     statistics = RowStatistics(
         torch.full((batch * length, heads), 8.0, device="cuda"), q[..., 0].float()

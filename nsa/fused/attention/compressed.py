@@ -21,7 +21,7 @@ from nsa.fused.attention.fa4_calls import (
 )
 from nsa.fused.attention.folded import folded_attention, folded_attention_backward
 from nsa.fused.block_lists import compressed_lists
-from nsa.fused.compressed_forms import CompressedForm, is_folded, num_folded_rows
+from nsa.fused.compressed_forms import CompressedForm, num_folded_rows, skips_key_tiles
 from nsa.fused.fa4_call import more_segments_bytes, query_sums_bytes, sums_bytes
 from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.plan import Plan, choose_key_block
@@ -51,7 +51,7 @@ def compressed_attention(
         return sparse_forward(q_rows, k_rows, v_rows, lists, _compressed_mask(q_rows, plan), plan)
     if form is CompressedForm.FOLDED_ROWS:
         return folded_attention(q, k_cmp, v_cmp, plan)
-    if plan.folds:
+    if plan.skips_key_tiles:
         return _forward_of_blocks(q, k_cmp, v_cmp, plan)
     return dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan))
 
@@ -61,13 +61,13 @@ def _forward_of_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The compressed branch of a batch with many compressed tokens."""
     lse, scale = new_lse(q), plan.config.softmax_scale(q.shape[-1])
-    own, times = by_entry(lse, len(q)), _key_times(q, plan)
-    out, _ = fa4.forward_of_blocks(q, k_cmp, v_cmp, scale=scale, key_times=times, lse=own)
+    own, ends = by_entry(lse, len(q)), _block_ends(q, plan)
+    out, _ = fa4.forward_of_blocks(q, k_cmp, v_cmp, scale=scale, block_ends=ends, lse=own)
     return out, lse
 
 
-def _key_times(q: Tensor, plan: Plan) -> tuple[int, int]:
-    """(stride, first): query ``i`` of a batch sees the blocks ``j`` with
+def _block_ends(q: Tensor, plan: Plan) -> tuple[int, int]:
+    """(stride, first): query ``i`` of a batch sees the compressed blocks ``j`` with
     ``j * stride + first <= i``."""
     config = plan.config
     passed = plan.geometry.keys.total - q.shape[1]
@@ -110,8 +110,10 @@ def compressed_attention_backward(
         return torch.zeros_like(q), torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
     _correct_few_keys(dout, q, k_cmp, v_cmp, statistics, plan)
     if query_sums is not None:
-        tensors = (dout, q, k_cmp, v_cmp, statistics, query_sums)
-        return None, *_unfolded_backward(*tensors, plan, deterministic)
+        dk, dv = _unfolded_backward(
+            dout, q, k_cmp, v_cmp, statistics, query_sums, plan, deterministic
+        )
+        return None, dk, dv
     if form is CompressedForm.LISTED:
         assert groups is not None
         lists = compressed_lists(groups, plan)
@@ -119,11 +121,12 @@ def compressed_attention_backward(
         q_rows = plan.align_queries(q)
         mask = _compressed_mask(q_rows, plan)
         dq, dk, dv = sparse_backward(
-            dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan, deterministic
-        )
+            dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan,
+            deterministic=deterministic,
+        )  # fmt: skip
         dk, dv = (plan.compressed.unpack(x)[:, : k_cmp.shape[1]] for x in (dk, dv))
         return dq, dk, dv
-    if plan.folds:
+    if plan.skips_key_tiles:
         return folded_attention_backward(dout, q, k_cmp, v_cmp, statistics, plan, deterministic)
     call = _compressed_call(plan) | dict(deterministic=deterministic)
     return dense_backward(dout, q, k_cmp, v_cmp, statistics, plan, **call)
@@ -140,16 +143,18 @@ def _unfolded_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``k_cmp`` and ``v_cmp`` of a batch; that of ``q`` is added to the sums."""
-    call: dict = dict(key_times=_key_times(q, plan), deterministic=deterministic)
+    call: dict = dict(block_ends=_block_ends(q, plan), deterministic=deterministic)
     if len(q) == 1:
-        tensors = (dout, q, k_cmp, v_cmp, statistics, query_sums)
-        return add_dense_backward(*tensors, plan, **call)
+        return add_dense_backward(dout, q, k_cmp, v_cmp, statistics, query_sums, plan, **call)
     found = []
     for entry in range(len(q)):
         one = slice(entry, entry + 1)
         own = RowStatistics(*(by_entry(x, len(q))[entry] for x in statistics))
-        tensors = (dout[one], q[one], k_cmp[one], v_cmp[one], own, query_sums[one])
-        found.append(add_dense_backward(*tensors, plan, **call))
+        found.append(
+            add_dense_backward(
+                dout[one], q[one], k_cmp[one], v_cmp[one], own, query_sums[one], plan, **call
+            )
+        )
     dk, dv = (torch.cat(x) for x in zip(*found, strict=True))
     return dk, dv
 
@@ -160,14 +165,14 @@ def _correct_few_keys(
     """Make ``delta`` exact, in place, for queries that see a few compressed tokens."""
     if plan.few_keys is None:
         return
-    heads = q.shape[2], k_cmp.shape[2]
-    statistics_placement, *_ = plan.statistics_placements(*heads)
-    placement, _ = plan.query_placements(*heads)
+    statistics_placement, *_ = plan.statistics_placements(q.shape[2], k_cmp.shape[2])
+    placement, _ = plan.query_placements(q.shape[2], k_cmp.shape[2])
     assert statistics_placement is not None  # as of all statistics
     kernel_calls.few_key_deltas(
-        *(dout, q, k_cmp, v_cmp, statistics, plan.few_keys),
-        *(plan.config.softmax_scale(q.shape[-1]), statistics_placement, placement),
-    )
+        dout, q, k_cmp, v_cmp, statistics, plan.few_keys,
+        scale=plan.config.softmax_scale(q.shape[-1]),
+        statistics_placement=statistics_placement, placement=placement,
+    )  # fmt: skip
 
 
 def _compressed_call(plan: Plan) -> dict:
@@ -175,7 +180,7 @@ def _compressed_call(plan: Plan) -> dict:
     config, call = plan.config, dict(causal=False, window_size=(None, None))
     if plan.compressed_form is CompressedForm.BATCH:
         first = covered_tokens(config, config.compressed_visibility) - 1
-        return call | dict(key_times=(config.compress_stride, first))
+        return call | dict(block_ends=(config.compress_stride, first))
     if not plan.packed:
         return call
     return call | dict(
@@ -204,13 +209,13 @@ def compressed_backward_bytes(sizes: Sizes) -> int:
             sizes, sizes.config.cmp_group_size, _key_rows(sizes), copies=True
         )
     if sizes.sums_queries:
-        shape = (sizes.num_kv_heads, sizes.head_dim, sizes.length, sizes.compressed // sizes.batch)
-        sums = sizes.batch * sums_bytes(sizes.num_heads, *shape)
+        heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+        length, keys = sizes.length, sizes.compressed // sizes.batch
+        sums = sizes.batch * sums_bytes(heads, kv_heads, dim, length, keys)
         if sizes.deterministic:
-            sums += more_segments_bytes(*shape)
+            sums += more_segments_bytes(kv_heads, dim, length, keys)
         # Those of queries are there already.
-        own = (sizes.batch, sizes.num_heads, sizes.head_dim, sizes.length)
-        return 2 * sizes.key_cmp + sums - query_sums_bytes(*own)
+        return 2 * sizes.key_cmp + sums - query_sums_bytes(sizes.batch, heads, dim, length)
     copies = _copies(sizes, queries=3 if sizes.token_mode else 1)
     # Each query head may have its own keys. This adds their gradients, and the sum in float32.
     folded = sizes.form is CompressedForm.FOLDED_ROWS and not sizes.in_order
@@ -227,7 +232,7 @@ def compressed_sums_bytes(sizes: Sizes) -> int:
         assert sizes.sequences is not None
         rows = num_folded_rows(sizes.length, sizes.sequences, sizes.config, whole=sizes.whole)
         return sums_bytes(heads * stride, kv_heads, dim, rows, keys, sizes.sequences)
-    if is_folded(sizes.form, keys, sizes.config, whole=sizes.whole):
+    if skips_key_tiles(sizes.form, keys, sizes.config, whole=sizes.whole):
         # One entry after another. Each query head has the keys to itself.
         return heads * sums_bytes(stride, 1, dim, -(-sizes.length // stride), keys)
     return sizes.batch * sums_bytes(heads, kv_heads, dim, sizes.length, keys, sizes.sequences)

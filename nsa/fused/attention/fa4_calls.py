@@ -85,6 +85,7 @@ def sparse_backward(
     lists: BlockLists,
     mask: dict,
     plan: Plan,
+    *,
     deterministic: bool,
     sums: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,18 +93,19 @@ def sparse_backward(
     scale = plan.config.softmax_scale(q_rows.shape[-1])
     if plan.in_order:
         dout = plan.queries.pack(dout)
-    tensors = (dout, q_rows, k_rows, v_rows, statistics)
     if deterministic:
         # FA4's backward has no fixed order for lists.
         lists = split_key_blocks(lists)
     if goes_by_query(lists.key_block, q_rows.shape[-1]):
-        limit = mask.get("key_limit")
         dq, dk, dv = kernel_calls.listed_backward(
-            *tensors, lists, scale, limit, deterministic=deterministic, sums=sums
-        )
+            dout, q_rows, k_rows, v_rows, statistics, lists, scale, mask.get("key_limit"),
+            deterministic=deterministic, sums=sums,
+        )  # fmt: skip
     else:
         transposed = transpose_lists(lists, k_rows.shape[1])
-        dq, dk, dv = fa4.sparse_backward(*tensors, transposed, scale=scale, **mask)
+        dq, dk, dv = fa4.sparse_backward(
+            dout, q_rows, k_rows, v_rows, statistics, transposed, scale=scale, **mask
+        )
     return plan.query_rows(dq), dk, dv
 
 

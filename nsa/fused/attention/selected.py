@@ -3,6 +3,8 @@
 Tile mode runs on FlashAttention-4 and a kernel of our own, token mode on kernels of our own.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from nsa.blocks import num_selection_blocks
@@ -17,7 +19,6 @@ from nsa.fused.block_lists import selected_lists
 from nsa.fused.kernel_inputs import OtherGradients, Pair, RowStatistics
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
-from nsa.fused.token_inputs import TokenBlocks
 from nsa.fused.waves import (
     WORKSPACE_BYTES,
     choose_chunk_tokens,
@@ -42,7 +43,9 @@ def selected_attention(
         The output, and the log-sum-exp, which is ``(B * T, H)`` in token mode.
     """
     if plan.config.selection == "token":
-        return _token_forward(q_rows, k, v, block_indices, plan)
+        arguments = _token_arguments(q_rows, k, v, block_indices, plan)
+        out, lse = kernel_calls.selected_forward(**arguments, band=plan.has_band)
+        return out.view(*q_rows.shape[:2], *out.shape[1:]), lse
     lists = selected_lists(block_indices, plan)
     k_rows, v_rows = plan.keys.pack(k), plan.keys.pack(v)
     return sparse_forward(q_rows, k_rows, v_rows, lists, _mask(q_rows, plan), plan)
@@ -66,15 +69,19 @@ def selected_attention_backward(
     With ``others``, in token mode, that of ``q`` is the whole gradient.
     """
     if plan.config.selection == "token":
-        tensors = (dout, q, k, v, statistics, block_indices)
-        return _token_backward(*tensors, plan, deterministic, sums, others)
+        dq, dk, dv = kernel_calls.selected_backward(
+            **_token_arguments(q, k, v, block_indices, plan), dout=_of_batch(dout),
+            statistics=statistics, deterministic=deterministic, sums=sums, others=others,
+        )  # fmt: skip
+        return dq.unflatten(0, q.shape[:2]), dk.view(k.shape), dv.view(v.shape)
     lists = selected_lists(block_indices, plan)
     k_rows, v_rows = plan.keys.pack(k), plan.keys.pack(v)
     q_rows = plan.align_queries(q)
     mask = _mask(q_rows, plan)
     dq, dk, dv = sparse_backward(
-        dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan, deterministic, sums
-    )
+        dout, q_rows, k_rows, v_rows, statistics, lists, mask, plan,
+        deterministic=deterministic, sums=sums,
+    )  # fmt: skip
     return dq, plan.keys.unpack(dk), plan.keys.unpack(dv)
 
 
@@ -84,14 +91,6 @@ def _mask(q_rows: Tensor, plan: Plan) -> dict:
         return dict(causal=True)
     # Without the causal flag, which also hides the padding, each sequence's end limits the keys.
     return dict(causal=False, key_limit=row_limit(plan.key_limit, q_rows, plan.keys.rows))
-
-
-def _token_forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, plan: Plan
-) -> tuple[Tensor, Tensor]:
-    lists = _lists(q, k, v, block_indices, plan)
-    out, lse = kernel_calls.selected_forward(*lists, plan.has_band)
-    return out.view(*q.shape[:2], *out.shape[1:]), lse
 
 
 def closing_attention(
@@ -118,67 +117,35 @@ def closing_attention(
     Returns:
         The sum, the output of the selected branch or None, and its log-sum-exp.
     """
-    weight = None if gates is not None else gate_proj_weight
     total, o_slc, lse = kernel_calls.closing_forward(
-        *_lists(q, k, v, block_indices, plan),
-        _of_batch(others[0]),
-        _of_batch(others[1]),
-        None if gates is None else _of_batch(gates),
-        weight,
-        None if out is None else _of_batch(out),
-        keep,
+        **_token_arguments(q, k, v, block_indices, plan),
+        o_cmp=_of_batch(others[0]),
+        o_win=_of_batch(others[1]),
+        gates=None if gates is None else _of_batch(gates),
+        weight=None if gates is not None else gate_proj_weight,
+        out=None if out is None else _of_batch(out),
+        keep=keep,
     )
     shape = (*q.shape[:2], *total.shape[1:])
     total = total.view(shape) if out is None else out
     return total, None if o_slc is None else o_slc.view(shape), lse
 
 
-def _lists(
+def _token_arguments(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, plan: Plan
-) -> tuple[Tensor, Tensor, Tensor, Tensor, TokenBlocks, int, float, bool]:
-    """The first arguments of token mode's kernels for the selected branch."""
+) -> dict[str, Any]:
+    """The arguments that all kernels of token mode's selected branch share, by name."""
     config = plan.config
-    return (
-        _of_batch(q),
-        _of_batch(k),
-        _of_batch(v),
-        _of_batch(block_indices),
-        plan.token_blocks,
-        config.select_block_size,
-        config.softmax_scale(q.shape[-1]),
-        config.causal,
+    return dict(
+        q=_of_batch(q),
+        k=_of_batch(k),
+        v=_of_batch(v),
+        block_indices=_of_batch(block_indices),
+        blocks=plan.token_blocks,
+        block_size=config.select_block_size,
+        scale=config.softmax_scale(q.shape[-1]),
+        causal=config.causal,
     )
-
-
-def _token_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    statistics: RowStatistics,
-    block_indices: Tensor,
-    plan: Plan,
-    deterministic: bool,
-    sums: Pair | None,
-    others: OtherGradients | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    config, shape = plan.config, q.shape[:2]
-    dq, dk, dv = kernel_calls.selected_backward(
-        _of_batch(dout),
-        _of_batch(q),
-        _of_batch(k),
-        _of_batch(v),
-        statistics,
-        _of_batch(block_indices),
-        plan.token_blocks,
-        config.select_block_size,
-        config.softmax_scale(q.shape[-1]),
-        config.causal,
-        deterministic=deterministic,
-        sums=sums,
-        others=others,
-    )
-    return dq.unflatten(0, shape), dk.view(k.shape), dv.view(v.shape)
 
 
 def _of_batch(x: Tensor) -> Tensor:

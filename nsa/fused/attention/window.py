@@ -114,6 +114,6 @@ def window_sums_bytes(sizes: Sizes) -> int:
     """Bytes of FA4's sums."""
     heads, kv_heads = sizes.num_heads, sizes.num_kv_heads
     passed = _unseen_keys(sizes.length, sizes.keys, sizes.config, sizes.packed)
-    lengths = (sizes.length, sizes.keys - passed)
-    sums = sums_bytes(heads, kv_heads, sizes.head_dim, *lengths, sizes.sequences)
+    keys = sizes.keys - passed
+    sums = sums_bytes(heads, kv_heads, sizes.head_dim, sizes.length, keys, sizes.sequences)
     return sizes.batch * sums

@@ -32,7 +32,7 @@ def gating_forward(
     Returns:
         ``(..., H, D)`` in the dtype of ``o_win``: ``out`` where it is given.
     """
-    return kernels.load("gates").gating_forward(**locals())
+    return kernels.load("gated_sum").gating_forward(**locals())
 
 
 def gating_backward(
@@ -81,7 +81,7 @@ def gating_backward(
         dgates: ``(..., H, 3)`` in the dtype of ``gates``; None without these.
         dweight: like ``weight``; None without it.
     """
-    return kernels.load("gates").gating_backward(**locals())
+    return kernels.load("gated_sum").gating_backward(**locals())
 
 
 def query_gradient(

@@ -36,7 +36,7 @@ def rotate(
     Returns:
         ``x`` and ``other`` rotated, contiguous.
     """
-    return kernels.load("rope").rotate(**locals())
+    return kernels.load("rotation").rotate(**locals())
 
 
 def gather_blocks(x: Tensor, position: Tensor, places: BlockPlaces) -> Tensor:

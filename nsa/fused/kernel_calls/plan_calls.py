@@ -17,7 +17,7 @@ def sequence_bounds(cu_seqlens: Tensor, cu_seqlens_k: Tensor, rule: TableRule) -
     Returns:
         int32 ``(7, S + 1)``: a row for each of :data:`nsa.fused.plan_tables.BOUNDS`.
     """
-    return kernels.load("plan_tables").sequence_bounds(**locals())
+    return kernels.load("sequence_tables").sequence_bounds(**locals())
 
 
 def plan_tables(
@@ -31,7 +31,7 @@ def plan_tables(
         rule: what the tables depend on.
         means: whether the tables for means of blocks are wanted, or all others.
     """
-    return kernels.load("plan_tables").plan_tables(**locals())
+    return kernels.load("sequence_tables").plan_tables(**locals())
 
 
 def list_key_blocks(
@@ -62,12 +62,12 @@ def list_key_blocks(
         full_count: like ``partial_count``; None without ``num_full``.
         full_index: like ``partial_index``; None without ``num_full``.
     """
-    return kernels.load("lists").list_key_blocks(**locals())
+    return kernels.load("key_block_lists").list_key_blocks(**locals())
 
 
 def count_query_tiles(count: Tensor, index: Tensor, num_blocks: int) -> Tensor:
     """Only the counts of :func:`list_query_tiles`: int32 ``(1, H, num_blocks)``."""
-    return kernels.load("lists").count_query_tiles(**locals())
+    return kernels.load("key_block_lists").count_query_tiles(**locals())
 
 
 def list_query_tiles(
@@ -87,4 +87,4 @@ def list_query_tiles(
         index: int32 ``(1, H, num_blocks, width)``, query tiles in ascending order. Entries past
             the count are not written.
     """
-    return kernels.load("lists").list_query_tiles(**locals())
+    return kernels.load("key_block_lists").list_query_tiles(**locals())

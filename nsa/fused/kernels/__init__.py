@@ -1,15 +1,9 @@
 """Our own CuTe DSL kernels.
 
 Importing a file imports cutlass; importing this package does not. Callers use
-:mod:`nsa.fused.kernel_calls`, which documents the operations.
+:mod:`nsa.fused.kernel_calls` and :mod:`nsa.fused.decode_calls`, which document the operations.
 
-Files with an operation: ``plan_tables``, ``rope``, ``block_rows``, ``means``, ``gates``,
-``few_keys``, ``query_gradient``, ``query_sums``, ``lists``, ``tile_scores``, ``top_blocks``,
-``importance``, ``selected_forward``, ``selected_backward``, ``row_statistics`` and
-``listed_backward``; and of decoding ``decode_append``, ``decode_compressed``,
-``decode_select``, ``decode_units``, ``decode_tile_select``, ``decode_finish`` and
-``decode_attend``, which
-:mod:`nsa.fused.decode_calls` documents. Each has
+A file of an operation has
 
 - classes of kernels. ``__call__`` runs on the host and launches ``kernel``. Tensors and sizes come
   in named tuples, so that each list of arguments is written once;
@@ -17,25 +11,74 @@ Files with an operation: ``plan_tables``, ``rope``, ``block_rows``, ``means``, `
 - ``compile_cases``, with which a tool compiles every form on a machine without a GPU;
 - the functions that check, allocate and launch.
 
-Parts of other operations, with kernels of their own: ``inverted_index`` (selected forward and
-backward), ``selected_band`` (selected forward), ``float_sums`` (the backward kernels of attention)
-and ``padded_rows`` (FlashAttention-4's backward).
+Operations:
 
-Files without kernels: ``vectors`` (16-byte loads and stores, how tensors are passed), ``head_rows``
-(the tiles of ``gates``, ``few_keys`` and
-``query_gradient``), ``sequences`` (the sequence of a row), ``rows``
-(copies of rows to shared memory), ``pair_copies`` (those of pairs by TMA, in the selected
-forward), ``forward_tiles`` (what the two forward kernels of token mode
-share), ``partial_rows`` (partial outputs between these), ``row_gates`` (the gated sum in the
-second), ``best_blocks`` (ranked blocks in a warp's registers), ``decode_best`` (those of a CTA),
-``decode_pages`` (keys and values in pages), ``decode_tiles`` (attention to tiles of them),
-``decode_softmax`` (its softmax), ``decode_schedule`` (the split of compressed keys, and when
-kernels start), ``decode_records`` (what is recorded of blocks), ``decode_scores`` (blocks scored
-from records), ``decode_lists`` (lists of the best blocks), ``decode_places`` (their tiles),
-``decode_parts`` (outputs of warps added up), ``decode_outputs`` (those of a cluster), ``hopper``
-(all that is used of FlashAttention-4 and quack-kernels),
-``fa4_sm90`` and ``fa4_fakes`` (FlashAttention-4's kernel classes, compiled as ours are) and
-``compiled`` (compiled kernels in memory and on disk).
+- ``sequence_tables``: the index tensors of packed sequences
+- ``rotation``: rotary embedding, forward and backward
+- ``block_rows``: rows of the learned compression, gathered and scattered
+- ``means``: means of blocks, forward and backward
+- ``gated_sum``: the gated sum of branches, forward and backward
+- ``few_keys``: the delta of queries that see a few compressed keys
+- ``query_gradient``: the gradient of queries, added up over branches
+- ``query_sums``: the same from float32 sums
+- ``key_block_lists``: block lists by query tile, and their transpose
+- ``tile_scores``, ``importance``: scores of blocks, in tile mode and in token mode
+- ``top_blocks``: the best-scored blocks
+- ``selected_forward``, ``selected_backward``: the selected branch of token mode
+- ``row_statistics``: what a backward needs of one branch by itself
+- ``listed_backward``: backward of query tiles that attend 64-key blocks
+
+Operations of decoding:
+
+- ``decode_append``: new tokens into pages, and the schedule
+- ``decode_compressed``: the compressed branch, and records for the selection
+- ``decode_select``, ``decode_tile_select``: the selection by itself, by token and by tile
+- ``decode_units``: the rest of a step of a few tokens, a CTA for each unit
+- ``decode_finish``: the rest of any step: selection, selected and window branch, gated sum
+- ``decode_attend``: selected blocks in pages, for few queries
+
+Parts of other operations, with kernels of their own:
+
+- ``inverted_index``: which tokens selected each block, for the selected branch of token mode
+- ``selected_band``: attention over the band, for ``selected_forward``
+- ``query_partials``: partial gradients of queries, for ``selected_backward``
+- ``float_sums``, ``block_sums``: float32 sums of keys, for the backward kernels of attention
+- ``padded_rows``: row statistics for FlashAttention-4's backward
+
+FlashAttention-4:
+
+- ``fa4_sm90``: its kernel classes, compiled as ours are, and called
+- ``fa4_fakes``: tensors to compile them with
+- ``fa4_tall``: its forward with tiles of 256 queries
+- ``fa4_seen_blocks``, ``fa4_blocks``: forward and backward over compressed blocks
+- ``fa4_closing``: its forward that ends with the gated sum
+- ``fa4_heads``: its backward with CTAs that pass through several heads
+
+Device functions that several kernels share:
+
+- ``vectors``: 16-byte loads and stores, and how tensors are passed
+- ``rows``: copies of rows of heads to shared memory
+- ``head_rows``: tiles of tensors ``(R, H, D)``
+- ``sequence_search``: the sequence of a row
+- ``forward_tiles``: a tile of 64 rows in the forward of token mode
+- ``pair_copies``: rows of pairs to shared memory by TMA, in that forward
+- ``partial_rows``: partial outputs between its kernels
+- ``row_gates``: the gated sum at its end
+- ``query_tiles``: tiles of the rows of pairs, in the backward of token mode
+- ``best_blocks``, ``decode_best``: the best of ranked blocks, by a warp and by a CTA
+- ``decode_pages``: keys and values in pages
+- ``decode_tiles``, ``decode_softmax``: attention to tiles of them, and its softmax
+- ``decode_schedule``: how compressed keys are split, and when kernels start
+- ``decode_records``, ``decode_scores``: what is recorded of blocks, and scores from it
+- ``decode_lists``, ``decode_united``: lists of the best blocks, and those of a unit as one
+- ``decode_places``: the tiles of the window and of listed blocks
+- ``decode_parts``, ``decode_outputs``, ``decode_unit_outputs``: outputs added up over warps, over
+  CTAs, and over what a unit attends
+
+On the host:
+
+- ``compiled``: compiled kernels, in memory and on disk
+- ``hopper``: all that is used of FlashAttention-4 and quack-kernels
 """
 
 from functools import cache

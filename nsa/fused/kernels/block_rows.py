@@ -20,7 +20,7 @@ from torch import Tensor
 from nsa.blocks import BlockPlaces
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import mlir_namedtuple
-from nsa.fused.kernels.sequences import find_sequence
+from nsa.fused.kernels.sequence_search import find_sequence
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     FLOAT_DTYPES,

@@ -35,7 +35,7 @@ from nsa.fused.hardware import LOG2_E, QUAD, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
 from nsa.fused.kernels.decode_parts import WarpOutputs
-from nsa.fused.kernels.decode_records import Recorder
+from nsa.fused.kernels.decode_records import BlockRecorder
 from nsa.fused.kernels.decode_schedule import PDL, TileSchedule, divide, wait_for_previous
 from nsa.fused.kernels.decode_softmax import softmax
 from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
@@ -93,7 +93,7 @@ class DecodeCompressed:
         self.rule = rule
         self.records = records
         self.schedule = TileSchedule(rule)
-        self.recorder = Recorder(attention, rule)
+        self.recorder = BlockRecorder(attention, rule)
         self.whole = whole
 
     @cute.jit

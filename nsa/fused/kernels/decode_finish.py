@@ -40,7 +40,7 @@ from nsa.fused.decode_inputs import (
 )
 from nsa.fused.hardware import LOG2_E, WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_lists import BlockLists, load_list
+from nsa.fused.kernels.decode_lists import ClusterLists, load_list
 from nsa.fused.kernels.decode_outputs import ClusterOutputs, Exchange, load_gates
 from nsa.fused.kernels.decode_pages import PagedTensors, fake_pages, page_arguments
 from nsa.fused.kernels.decode_parts import COLUMNS
@@ -48,7 +48,7 @@ from nsa.fused.kernels.decode_places import MOST_TILES, KeyRange, ListTiles
 from nsa.fused.kernels.decode_schedule import PDL, divide, unit_parts, wait_for_previous
 from nsa.fused.kernels.decode_scores import RecordRows, RecordTensors, sum_parts
 from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
-from nsa.fused.kernels.gates import FORMS
+from nsa.fused.kernels.gated_sum import FORMS
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat, flat_rows
 
@@ -117,7 +117,7 @@ class DecodeFinish:
         self.cluster_tokens, self.splits = (cluster, 1) if of_tokens else (1, cluster)
         self.of_tokens = of_tokens
         self.tile_mode = tile_mode
-        self.lists = BlockLists(rule, group, count, self.splits, attention.warps, record_groups)
+        self.lists = ClusterLists(rule, group, count, self.splits, attention.warps, record_groups)
         self.tiles = ListTiles(attention, rule.select_size, rings)
         self.outputs = ClusterOutputs(attention, cluster, of_tokens)
 

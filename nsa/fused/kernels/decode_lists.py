@@ -20,7 +20,7 @@ from nsa.fused.kernels.hopper import store_shared_remote
 _RANKS = 4
 
 
-class BlockLists:
+class ClusterLists:
     """Lists of ``count`` blocks for ``group`` query heads, by ``cluster`` CTAs of some warps.
 
     ``record_groups`` groups of slots were recorded together. A thread loads the records of

@@ -13,7 +13,7 @@ from nsa.fused.kernels.decode_tiles import TileAttention
 _FLOATS = 4
 
 
-class Recorder:
+class BlockRecorder:
     """Records of the blocks of ``rule``, of the slots that the warps of ``attention`` have."""
 
     def __init__(self, attention: TileAttention, rule: DecodeRule):

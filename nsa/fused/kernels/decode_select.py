@@ -27,7 +27,7 @@ from nsa.fused.decode_inputs import (
 )
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.decode_lists import BlockLists
+from nsa.fused.kernels.decode_lists import ClusterLists
 from nsa.fused.kernels.decode_pages import discard
 from nsa.fused.kernels.decode_schedule import PDL, divide, unit_parts, wait_for_previous
 from nsa.fused.kernels.decode_scores import RecordRows, RecordTensors, sum_parts
@@ -78,7 +78,7 @@ class DecodeSelect:
 
     def __init__(self, group: int, rule: DecodeRule, count: int, record_groups: int):
         self.group = group
-        self.lists = BlockLists(rule, group, count, 1, _WARPS, record_groups, _LOADS, _TIMES)
+        self.lists = ClusterLists(rule, group, count, 1, _WARPS, record_groups, _LOADS, _TIMES)
 
     @cute.jit
     def __call__(self, tensors: _Tensors, records: RecordTensors, sizes: _Sizes, stream):

@@ -36,7 +36,7 @@ from nsa.fused.kernels.decode_softmax import softmax
 from nsa.fused.kernels.decode_tiles import MMA_ROWS, TileAttention, make_attention
 from nsa.fused.kernels.decode_unit_outputs import UnitOutputs
 from nsa.fused.kernels.decode_united import UnitedLists
-from nsa.fused.kernels.gates import FORMS
+from nsa.fused.kernels.gated_sum import FORMS
 from nsa.fused.kernels.hopper import mlir_namedtuple
 from nsa.fused.kernels.vectors import CUTE_DTYPES, fake_flat, flat, flat_rows
 

@@ -29,7 +29,7 @@ from nsa.fused.kernel_inputs import IN_ORDER, Pair
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.fa4_fakes import Fakes
 from nsa.fused.kernels.fa4_sm90 import forward_kernel, ordered
-from nsa.fused.kernels.gates import gating_form
+from nsa.fused.kernels.gated_sum import gating_form
 from nsa.fused.kernels.hopper import (
     FlashAttentionForwardSm90,
     get_smem_load_atom,
@@ -123,7 +123,7 @@ class _Carrier(cute.TiledCopy):
 
 class ClosingForward(FlashAttentionForwardSm90):
     """Writes the sum of the branches in place of its output; gates in a form of
-    :mod:`nsa.fused.kernels.gates`. For batches, and where TMA loads queries."""
+    :mod:`nsa.fused.kernels.gated_sum`. For batches, and where TMA loads queries."""
 
     def __init__(self, *arguments, form: str, **options):
         super().__init__(*arguments, **options)

@@ -39,7 +39,7 @@ class Fakes:
         variant, mask = self.variant, self.variant.mask
         q, k, v, *_ = variant.repeated or _NONE
         # Keys of blocks have an entry for each segment of queries.
-        leading = self.leading if mask.step is None else (cute.sym_int(),)
+        leading = self.leading if mask.block_stride is None else (cute.sym_int(),)
         keys = (*leading, self.keys, self.key_heads)
         query_shape = (*self.leading, self.queries, self.heads, cute.sym_int())
         return Call(
@@ -87,7 +87,7 @@ class Fakes:
         return Semaphores(*(fake(Int32, shape, aligned=False) for shape in shapes))
 
     def key_sums(self) -> tuple[cute.Tensor, cute.Tensor]:
-        leading = self.leading if self.variant.mask.step is None else (cute.sym_int(),)
+        leading = self.leading if self.variant.mask.block_stride is None else (cute.sym_int(),)
         return tuple(fake(Float32, (*leading, self.key_heads, cute.sym_int())) for _ in range(2))
 
     def key_gradients(self) -> tuple[cute.Tensor, cute.Tensor]:

@@ -76,7 +76,7 @@ def launch_backward(
 ):
     """Write the gradients of ``q``, ``k`` and ``v``; with ``query_sums``, add that of ``q``,
     without the scale, to these instead."""
-    if call.mask.step is not None:
+    if call.mask.block_stride is not None:
         call = in_segments(call)
     variant, (bounds_q, bounds_k), (dq, dk, dv) = call.variant(dout), call.bounds, grads
     kernels = backward_kernels(variant)
@@ -89,14 +89,14 @@ def launch_backward(
     padded = _padded(statistics, call, kernels.tile.queries)
     written = (sums.dk, sums.dv) if variant.adds_keys else (dk, dv)
     by_heads = (call, dout, padded, sums.dq)
-    if variant.together > 1:
+    if variant.heads_per_cta > 1:
         by_heads = _side_by_side(*by_heads, variant, kernels.tile)
     kernels.main(*_backward_arguments(*by_heads, turns, *written, starts_k))
     if query_sums is None:
         convert = kernels.convert_queries
         convert(*_conversion_arguments(sums.dq, dq, call.scale, bounds_q, starts_q))
     if variant.adds_keys:
-        if variant.mask.step is not None and variant.deterministic:
+        if variant.mask.block_stride is not None and variant.deterministic:
             sums = sums._replace(dk=sums.dk.sum(0, True), dv=sums.dv.sum(0, True))
         convert = kernels.convert_keys
         convert(*_conversion_arguments(sums.dk, dk, call.scale, bounds_k, starts_k))
@@ -112,7 +112,7 @@ def _side_by_side(
     tile: BackwardTile,
 ) -> tuple[Call, Tensor, RowStatistics, Tensor]:
     """What is by query head, with the heads of a CTA side by side."""
-    view = partial(side_by_side, heads=variant.together)
+    view = partial(side_by_side, heads=variant.heads_per_cta)
     q, dout = (view(x, size=variant.head_dim) for x in (call.q, dout))
     statistics = RowStatistics(*(view(x, size=tile.queries) for x in statistics))
     channels = rounded_up(variant.head_dim, tile.channels)
@@ -263,8 +263,8 @@ def _tile_starts_arguments(starts: Tensor, bounds: Tensor) -> list:
 def compile_forward(variant: Variant) -> Callable:
     """The compiled forward of a variant."""
     kernel_class = TallForward if tall_tile(variant) else FlashAttentionForwardSm90
-    if variant.mask.step is not None:
-        kernel_class = partial(ForwardOfBlocks, step=variant.mask.step)
+    if variant.mask.block_stride is not None:
+        kernel_class = partial(ForwardOfBlocks, step=variant.mask.block_stride)
     fakes = Fakes(variant)
     arguments = _forward_arguments(fakes.call(), fakes.out(), fakes.lse(), fakes.starts)
     return compile_kernel(forward_kernel(kernel_class, variant), *arguments)
@@ -301,17 +301,17 @@ def compile_backward(variant: Variant) -> Callable:
     tile = backward_tile(variant)
     in_one_row = variant.deterministic and variant.packed
     kernel_class = _SemaphoresInOneRow if in_one_row else FlashAttentionBackwardSm90
-    if variant.mask.step is not None:
-        kernel_class = partial(BackwardOfBlocks, step=variant.mask.step)
-    elif variant.together > 1:
+    if variant.mask.block_stride is not None:
+        kernel_class = partial(BackwardOfBlocks, step=variant.mask.block_stride)
+    elif variant.heads_per_cta > 1:
         kernel_class = partial(
-            BackwardThroughHeads, heads=variant.together, by_head=variant.mask.left
+            BackwardThroughHeads, heads=variant.heads_per_cta, by_head=variant.mask.left
         )
     kernel = kernel_class(
         CUTE_DTYPES[variant.dtype],
         variant.head_dim,
         variant.value_dim,
-        variant.group // variant.together,
+        variant.group // variant.heads_per_cta,
         variant.mask.causal,
         is_local=variant.mask.local,
         deterministic=variant.deterministic,
@@ -415,7 +415,7 @@ def _mask_function(mask: Mask) -> Callable | None:
     """The mask in the form that FA4 compiles into its kernels; None where it has it itself."""
     if mask.limited:
         return _limit_mask
-    return None if mask.times is None else _times_mask(*mask.times)
+    return None if mask.block_ends is None else _block_ends_mask(*mask.block_ends)
 
 
 @cute.jit
@@ -424,12 +424,12 @@ def _limit_mask(batch, head, query, key, seqlen_info, aux_tensors):
     return key < scalar_to_ssa(aux_tensors[0][query[0]], cutlass.Int32)
 
 
-def _times_mask(stride: int, first: int) -> Callable:
+def _block_ends_mask(stride: int, first: int) -> Callable:
     """Keys with ``key * stride + first <= query``."""
 
     @cute.jit
-    def times_mask(batch, head, query, key, seqlen_info, aux_tensors):
-        times = key * scalar_to_ssa(stride, cutlass.Int32) + scalar_to_ssa(first, cutlass.Int32)
-        return times <= query
+    def block_ends_mask(batch, head, query, key, seqlen_info, aux_tensors):
+        ends = key * scalar_to_ssa(stride, cutlass.Int32) + scalar_to_ssa(first, cutlass.Int32)
+        return ends <= query
 
-    return times_mask
+    return block_ends_mask

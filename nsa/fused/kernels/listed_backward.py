@@ -44,7 +44,7 @@ from nsa.fused.kernels.hopper import (
     transpose_view,
     wait_eq,
 )
-from nsa.fused.kernels.lists import rank_query_tiles
+from nsa.fused.kernels.key_block_lists import rank_query_tiles
 from nsa.fused.kernels.rows import TILE_KEYS, TILE_ROWS, load_rows, row_copy, row_lanes
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,

@@ -2,7 +2,7 @@
 
 The last kernel of token mode's forward has the selected branch's output in registers. It adds the
 others there, which saves writing the output, where no backward needs it, and reading it and q. The
-forms of the gates are those of :mod:`nsa.fused.kernels.gates`.
+forms of the gates are those of :mod:`nsa.fused.kernels.gated_sum`.
 """
 
 from typing import NamedTuple

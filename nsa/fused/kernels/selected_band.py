@@ -133,7 +133,7 @@ class Strides(NamedTuple):
 
 
 @mlir_namedtuple
-class Results(NamedTuple):
+class BandResults(NamedTuple):
     """Partial results, where each token's pairs stand among them, and the results of the tokens.
 
     Without ``out`` only the sum of the branches is wanted.
@@ -222,7 +222,7 @@ class BandForward:
         num_runs: Int32,
         chunk_runs: Int32,
         branches: SumTensors | None,
-        results: Results,
+        results: BandResults,
         sizes: WaveSizes,
         stream,
     ):
@@ -254,7 +254,7 @@ class BandForward:
         self,
         tensors: BandTensors,
         branches: SumTensors | None,
-        results: Results,
+        results: BandResults,
         strides: Strides,
         scale_log2: Float32,
         counts: tuple[Int32, Int32],
@@ -681,9 +681,9 @@ def compile_band(
     )
 
 
-def fake_results(dtype: type[cutlass.Numeric]) -> tuple[Results, WaveSizes]:
+def fake_results(dtype: type[cutlass.Numeric]) -> tuple[BandResults, WaveSizes]:
     """Stand-ins, to compile with."""
-    results = Results(
+    results = BandResults(
         *(fake_flat(Int32), fake_flat(Float32, alignment=4), fake_flat(Int32)),
         *(fake_flat(dtype), fake_flat(Float32, alignment=4)),
     )

@@ -41,7 +41,7 @@ from nsa.fused.kernels.forward_tiles import (
     store_values,
     weigh,
 )
-from nsa.fused.kernels.gates import gating_form, gating_forward
+from nsa.fused.kernels.gated_sum import gating_form, gating_forward
 from nsa.fused.kernels.hopper import (
     cvt_f16,
     gemm_w_idx,
@@ -71,8 +71,8 @@ from nsa.fused.kernels.rows import (
     pair_rows,
 )
 from nsa.fused.kernels.selected_band import (
+    BandResults,
     BandTensors,
-    Results,
     Strides,
     WaveSizes,
     band_fits,
@@ -379,7 +379,7 @@ class CombinePartials:
     @cute.jit
     def __call__(
         self,
-        results: Results,
+        results: BandResults,
         sizes: WaveSizes,
         stream,
     ):
@@ -392,7 +392,7 @@ class CombinePartials:
     @cute.kernel
     def kernel(
         self,
-        results: Results,
+        results: BandResults,
         sizes: WaveSizes,
     ):
         chunk_tokens, num_tokens = sizes.chunk_tokens, sizes.num_tokens
@@ -666,7 +666,7 @@ def _forward(
     items, position = index.items.view(-1), index.position.view(-1)
     tensors = _Tensors(q, k, v, index.tokens, items, index.num_items, partial, partial_lse)
     flat_out = None if out is None else out.view(-1)
-    results = Results(partial, partial_lse, position, flat_out, lse.view(-1))
+    results = BandResults(partial, partial_lse, position, flat_out, lse.view(-1))
     for wave in range(waves):
         first_unit = wave * index.wave_units
         wave_start = first_unit * unit_pairs

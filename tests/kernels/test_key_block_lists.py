@@ -9,7 +9,7 @@ from tests.helpers import emulated_kernels
 from tests.helpers.gpu_cases import gpu_test
 from tests.helpers.requirements import import_fused
 
-rank_query_tiles = import_fused("nsa.fused.kernels.lists").rank_query_tiles
+rank_query_tiles = import_fused("nsa.fused.kernels.key_block_lists").rank_query_tiles
 
 pytestmark = gpu_test
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nsa.distributed.collectives import gather_rows
-from nsa.distributed.layout import Layout
+from nsa.distributed.rank_layout import Layout
 
 
 def block_rows(rows: Sequence[Tensor], layout: Layout, group: ProcessGroup) -> list[Tensor]:

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nsa.blocks import num_compressed_blocks, num_query_tiles, num_selection_blocks
+from nsa.boundaries import Boundaries
 from nsa.config import NSAConfig
 from nsa.distributed.backend_calls import BackendCall, are_few, call_each, one_call
 from nsa.distributed.order import Pieces, QueryRuns, check_tiles, expand, make_pieces, make_runs
 from nsa.host import may_keep
-from nsa.packing import Boundaries, Packing
+from nsa.packing import Packing
 from nsa.rope import Positions
 from nsa.segments import QuerySegments, Segments, prefix_sum
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from nsa.fused.hardware import WARP
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import mlir_namedtuple, warp_prefix_sum
-from nsa.fused.kernels.sequences import find_sequence
+from nsa.fused.kernels.sequence_search import find_sequence
 from nsa.fused.kernels.vectors import check_tensor, fake_flat
 from nsa.fused.plan_tables import BOUNDS, Items, TableRule, Tables, count_items, table_shapes
 

@@ -16,22 +16,18 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from nsa.distributed.backend_calls import BackendCall
 from nsa.distributed.call import Chunk, RankCall, RankInputs, chunks
 from nsa.distributed.collectives import Exchanging, Gathering
-from nsa.distributed.copies import copy_rows
+from nsa.distributed.head_copies import copy_rows
 from nsa.distributed.key_rows import RowSums, in_place, runs_to_take, take_rows
-from nsa.host import needs_gradients
 from nsa.precision import accumulation_dtype
 from nsa.results import Results
 
 
 def attend(call: RankCall, block_indices: Tensor | None, inputs: RankInputs) -> Tensor:
-    """Output ``(T, H, Dv)`` of this rank's queries; differentiable once.
+    """Output ``(T, H, Dv)`` of this rank's queries, without gradients.
 
     Args:
         block_indices: ``(T, H_kv, n)``, or ``(H, tiles, n)`` in tile mode; None to select.
     """
-    flat = (*inputs.tensors, *inputs.kv)
-    if needs_gradients(*flat):
-        return _AttentionNode.apply(call, block_indices, *flat)
     out = _empty_output(call, inputs)
     for chunk, keys, arrive in _Chunks(call, inputs):
         for one in call.layout.calls:
@@ -69,8 +65,10 @@ class _Chunks:
 
     def _gather(self, chunk: Chunk) -> list[Gathering]:
         layout = self.call.layout
-        options = (self.call.group, runs_to_take(layout), layout.heads)
-        return [Gathering(x[:, chunk.kv], *options) for x in self.inputs.kv]
+        runs = runs_to_take(layout)
+        return [
+            Gathering(x[:, chunk.kv], self.call.group, runs, layout.heads) for x in self.inputs.kv
+        ]
 
 
 def _wait_for_all(gatherings: list[Gathering]):
@@ -171,7 +169,7 @@ class _Saved:
         return self.gathered[at].as_strided(*place)
 
 
-class _Part(NamedTuple):
+class _CallGraph(NamedTuple):
     """The graph of a call of a chunk: its output, its inputs by name (``kv`` by number), and where
     it may write gradients."""
 
@@ -192,12 +190,14 @@ class _Leaves(torch.autograd.Function):
         return (None,) * (len(grads) + 1)
 
 
-class _AttentionNode(torch.autograd.Function):
+class RankAttention(torch.autograd.Function):
+    """:func:`attend` of the tensors of :class:`RankInputs`; differentiable once."""
+
     @staticmethod
     def forward(ctx, call: RankCall, block_indices: Tensor | None, *flat):
         inputs = RankInputs.of(flat)
         needed = dict(zip(_keys(inputs), ctx.needs_input_grad[2:], strict=True))
-        saved, parts = _Saved(), []
+        saved, graphs = _Saved(), []
         out = _empty_output(call, inputs)
         for chunk, keys, arrive in _Chunks(call, inputs):
             saved.gathered = keys
@@ -205,18 +205,18 @@ class _AttentionNode(torch.autograd.Function):
                 target = out[one.rows, chunk.query]
                 results = Results(out=target, before_keys=arrive)
                 with torch.enable_grad(), saved.hooks():
-                    part, result = _record(
+                    graph, result = _record(
                         call, chunk, one, block_indices, inputs, keys, needed, results
                     )
                 _put(target, result.detach())
                 results.out = results.before_keys = None
-                parts.append(part)
+                graphs.append(graph)
                 del result
             saved.gathered = []
             # Free these before more is gathered.
             del keys, arrive
         ctx.save_for_backward(*flat, *saved.tensors)
-        ctx.call, ctx.parts, ctx.saved = call, parts, saved
+        ctx.call, ctx.graphs, ctx.saved = call, graphs, saved
         saved.tensors = []
         return out
 
@@ -226,16 +226,23 @@ class _AttentionNode(torch.autograd.Function):
         # Read once, because checkpointing unpacks once.
         tensors = ctx.saved_tensors
         flat, saved = tensors[: len(needed)], tensors[len(needed) :]
-        arguments = (dout, ctx.call, ctx.parts, ctx.saved, saved, needed)
-        return None, None, *_Gradients.apply(*arguments, *flat)
+        grads = _RankGradients.apply(dout, ctx.call, ctx.graphs, ctx.saved, saved, needed, *flat)
+        return None, None, *grads
 
 
-class _Gradients(torch.autograd.Function):
+class _RankGradients(torch.autograd.Function):
     """A separate node, so that with ``create_graph`` a second derivative raises an error."""
 
     @staticmethod
     def forward(
-        _, dout: Tensor, call: RankCall, parts: list[_Part], saved: _Saved, tensors, needed, *flat
+        _,
+        dout: Tensor,
+        call: RankCall,
+        graphs: list[_CallGraph],
+        saved: _Saved,
+        tensors,
+        needed,
+        *flat,
     ):
         inputs = RankInputs.of(flat)
         names = _keys(inputs)
@@ -246,7 +253,7 @@ class _Gradients(torch.autograd.Function):
         }
         saved.tensors = list(tensors)
         sums: list[tuple[Tensor, Exchanging]] = []
-        coming = iter(parts)
+        coming = iter(graphs)
         for chunk, keys, arrive in _Chunks(call, inputs):
             arrive()
             saved.gathered = keys
@@ -257,16 +264,16 @@ class _Gradients(torch.autograd.Function):
                 if at in grads
             }
             for one in call.layout.calls:
-                part = next(coming)
-                part.results.dq = chunk.of_call("q", grads.get("q"), one)
-                part.results.keys = None if key_sums is None else key_sums.of_call(one.keys)
+                graph = next(coming)
+                graph.results.dq = chunk.of_call("q", grads.get("q"), one)
+                graph.results.keys = None if key_sums is None else key_sums.of_call(one.keys)
                 results = torch.autograd.grad(
-                    part.out, tuple(part.inputs.values()), dout[one.rows, chunk.query],
+                    graph.out, tuple(graph.inputs.values()), dout[one.rows, chunk.query],
                     retain_graph=True, allow_unused=True,
                 )  # fmt: skip
-                for name, result in zip(part.inputs, results, strict=True):
+                for name, result in zip(graph.inputs, results, strict=True):
                     _store(chunk, one, name, result, grads, totals)
-                part.results.dq = part.results.keys = None
+                graph.results.dq = graph.results.keys = None
                 del results, result
             saved.gathered = []
             if key_sums is not None:
@@ -308,7 +315,7 @@ def _record(
     keys: Sequence[Tensor],
     needed: dict,
     results: Results,
-) -> tuple[_Part, Tensor]:
+) -> tuple[_CallGraph, Tensor]:
     """Run a call of a chunk and keep its graph."""
     given: dict[str | int, Any] = {
         name: None if x is None else chunk.of_call(name, x.detach(), one)
@@ -323,7 +330,7 @@ def _record(
     named = {name: given[name] for name, _ in _named(inputs)}
     own = [given[i] for i in range(len(keys))]
     result = _run(call, chunk, one, block_indices, named, own, results)
-    return _Part(get_gradient_edge(result), edges, results), result
+    return _CallGraph(get_gradient_edge(result), edges, results), result
 
 
 def _empty_gradient(name: str | int, x: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from torch import Tensor
 from nsa import validation
 from nsa.backends import choose_module
 from nsa.block_index_checks import check_listed_blocks
+from nsa.boundaries import check_boundaries, has_key_boundaries
 from nsa.cache.paged_keys import PagedKeys, blocks_of_rows, check_paged_qkv, check_used_pages
 from nsa.config import NSAConfig, check_positive
 from nsa.host import has_readable_values
-from nsa.packing import Packing, check_boundaries, has_key_boundaries
+from nsa.packing import Packing
 from nsa.precision import autocast_tensors
 
 # What a block size says about the sequences. Made once, because tracing cannot make them.

@@ -10,13 +10,13 @@ from torch.distributed.tensor import DTensor
 
 from nsa import backends, validation
 from nsa.block_index_checks import check_block_indices
+from nsa.boundaries import Boundaries, check_boundaries
 from nsa.config import NSAConfig
 from nsa.distributed.collectives import agree, process_group
-from nsa.distributed.layout import Layout, Whole, make_layout
 from nsa.distributed.order import check_order
+from nsa.distributed.rank_layout import Layout, Whole, make_layout
 from nsa.distributed.sharding import describe_bounds, read_lengths
 from nsa.host import is_capturing
-from nsa.packing import Boundaries, check_boundaries
 from nsa.precision import autocast_tensors
 from nsa.validation import UnsupportedError
 
