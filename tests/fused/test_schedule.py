@@ -244,8 +244,13 @@ def test_layers_that_may_be_recorded_ask_for_no_free_memory(
     for batch in (1, 4, tokens // 1024):
         q = torch.empty(batch, tokens // batch, heads, dim // heads, device="meta").bfloat16()
         sizes = make_sizes(
-            q, kv_heads, None, None, config, num_keys=q.shape[1], gated_gradients=True
+            q,
+            config,
+            None,
+            num_keys=q.shape[1],
+            num_kv_heads=kv_heads,
+            gated_gradients=True,
+            deterministic=deterministic,
         )
-        sizes = sizes._replace(deterministic=deterministic)
         needed = workspace_bytes(sizes, kv_heads, save=True, recompute=False)
         assert needed <= ALWAYS_FITS * 80e9
