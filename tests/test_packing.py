@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa
-from nsa import compressor, packing, segments, validation
+from nsa import boundaries, compressor, packing, segments, validation
 from nsa.block_index_checks import check_block_indices
 from nsa.boundaries import check_boundaries
 from nsa.fused import token_inputs
@@ -176,8 +176,8 @@ def test_a_bound_spares_reading_on_a_gpu(monkeypatch, reads):
 
 
 def test_a_captured_call_needs_both_bounds(monkeypatch):
-    monkeypatch.setattr(packing, "is_capturing", lambda _: True)
-    monkeypatch.setattr(packing, "has_readable_values", lambda _: False)
+    monkeypatch.setattr("nsa.boundaries.is_capturing", lambda _: True)
+    monkeypatch.setattr("nsa.boundaries.has_readable_values", lambda _: False)
     bounds, keys = make_cu_seqlens(LENGTHS), make_cu_seqlens(MORE)
     q, k = torch.zeros(TOTAL, 1, 1), torch.zeros(sum(MORE), 1, 1)
     for given in ((None, 200), (140, None)):
@@ -323,7 +323,8 @@ UNREAD = {
 @pytest.fixture
 def unread_with_a_bound(monkeypatch):
     """As on a GPU, where a bound spares reading."""
-    monkeypatch.setattr(packing, "waits_to_read", lambda _: True)
+    for module in (boundaries, packing):
+        monkeypatch.setattr(module, "waits_to_read", lambda _: True)
 
 
 @both
@@ -369,10 +370,10 @@ def test_block_indices_are_waited_for_once():
     q, k, _ = inputs(requires_grad=False)
     call = dict(config=CONFIGS["token"], cu_seqlens=nsa.Packing(make_cu_seqlens(LENGTHS)))
     blocks = nsa.select_blocks(q, k, **call)
-    boundaries = check_boundaries(call["cu_seqlens"], None, q, q)
+    found = check_boundaries(call["cu_seqlens"], None, q, q)
     problem = validation.check_qkv(q, (k,) * 3, (k,) * 3, call["config"], call["cu_seqlens"])
     with Waits():
-        check_block_indices(blocks, boundaries, q, problem)
+        check_block_indices(blocks, found, q, problem)
     assert sum(waits) == 1
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import nsa
-from nsa import packing, recordings
+from nsa import boundaries, packing, recordings
 from nsa.fused import compressed_forms
 from nsa.recorded_call import Recording
 from nsa.recorder import MARK, Recorder
@@ -116,7 +116,8 @@ def test_batch(mode, emulated):
 @pytest.fixture
 def unread(monkeypatch):
     """Boundaries that the host would wait for, as those on a GPU."""
-    monkeypatch.setattr(packing, "waits_to_read", lambda _: True)
+    for module in (boundaries, packing):
+        monkeypatch.setattr(module, "waits_to_read", lambda _: True)
 
 
 @modes

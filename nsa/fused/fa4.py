@@ -19,9 +19,9 @@ from torch import Tensor
 
 from nsa.fused import kernel_calls
 from nsa.fused.fa4_call import Call, segment_tiles
+from nsa.fused.fa4_lists import sparse_call
 from nsa.fused.fa4_variants import Mask, Window, closing_fits, dense_mask
 from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
-from nsa.host import may_keep
 
 WRITTEN_FOR = "4.0.0b36"
 
@@ -253,7 +253,7 @@ def sparse_forward(
         out: ``(1, Tq, H, Dv)`` in the dtype of ``q``.
         lse: float32 ``(1, H, Tq)``.
     """
-    return _forward(_sparse_call(q, k, v, lists, scale, causal, key_limit), None, None)
+    return _forward(sparse_call(q, k, v, lists, scale, causal, key_limit), None, None)
 
 
 def sparse_backward(
@@ -280,7 +280,7 @@ def sparse_backward(
     Returns:
         dq, dk, dv: in the shapes and dtype of ``q``, ``k`` and ``v``.
     """
-    call = _sparse_call(q, k, v, lists, scale, causal, key_limit)
+    call = sparse_call(q, k, v, lists, scale, causal, key_limit)
     return _backward(dout, call, statistics, None)
 
 
@@ -368,62 +368,3 @@ def _aligned(x: Tensor) -> Tensor:
 def _has_aligned_rows(x: Tensor) -> bool:
     *strides, last = x.stride()
     return last == 1 and not any(stride * x.element_size() % 16 for stride in strides)
-
-
-def _sparse_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: BlockLists,
-    scale: float,
-    causal: bool,
-    key_limit: Tensor | None,
-) -> Call:
-    if causal and key_limit is not None:
-        # FA4 would obey only the limit in forward, and only the causal flag in backward.
-        raise ValueError("causal and key_limit exclude each other")
-    if causal and q.shape[1] > k.shape[1]:
-        raise ValueError(
-            f"causal needs no more queries than keys, got q {tuple(q.shape)} and k {tuple(k.shape)}"
-        )
-    if key_limit is not None:
-        # The kernels read the limit of every row of a tile, even past the last query.
-        padding = -q.shape[1] % lists.query_block
-        if padding:
-            key_limit = torch.nn.functional.pad(key_limit, (0, padding))
-    return Call(
-        q,
-        k,
-        v,
-        scale,
-        mask=Mask(causal=causal, limited=key_limit is not None),
-        lists=_list_tensors(lists),
-        blocks=(lists.query_block, lists.key_block),
-        limit=key_limit,
-    )
-
-
-def _list_tensors(lists: BlockLists) -> tuple[Tensor, ...]:
-    """Count and index of the partial blocks, then of the full ones, as FA4 takes them."""
-    full_count, full_index = lists.full_count, lists.full_index
-    if full_count is None or full_index is None:
-        # SM90's forward reads the second list even if it is None.
-        full_count, full_index = _zero_count(lists.partial_count), lists.partial_index
-    tensors = (lists.partial_count, lists.partial_index, full_count, full_index)
-    return tuple(map(_unit_stride, tensors))
-
-
-def _zero_count(count: Tensor) -> Tensor:
-    if not may_keep(count):
-        return torch.zeros_like(count)
-    return _zeros(count.shape, count.device)
-
-
-@lru_cache(maxsize=8)
-def _zeros(shape: torch.Size, device: torch.device) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int32, device=device)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """``x`` with stride 1 in its last dimension, which torch does not ensure if the size is 1."""
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

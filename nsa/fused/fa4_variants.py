@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nsa.config import NSAConfig
 from nsa.fused.hardware import SHARED_BYTES, WGMMA_ROWS
 
 TALL = 256
@@ -204,6 +205,13 @@ def _sparse_forward_tile(head_dim: int, query_block: int, key_block: int) -> tup
             f"dimension 128, 128 keys, got {query_block} and {key_block}"
         )
     return tile
+
+
+def choose_key_block(block_size: int, config: NSAConfig, head_dim: int) -> int:
+    """Keys of a key block, for selection blocks or groups of ``block_size``."""
+    # Tiles of 128 keys need 128 queries, and a head dimension that fits shared memory.
+    wide = block_size % 128 == 0 and config.q_tile_size % 128 == 0
+    return 128 if wide and head_dim <= 128 else 64
 
 
 class BackwardTile(NamedTuple):

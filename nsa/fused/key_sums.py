@@ -16,8 +16,9 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
 from nsa.fused.block_lists import goes_by_query
+from nsa.fused.fa4_variants import choose_key_block
 from nsa.fused.kernel_inputs import Pair, kernel_head_dim
-from nsa.fused.plan import Plan, choose_key_block
+from nsa.fused.plan import Plan
 from nsa.precision import accumulation_dtype
 
 

@@ -43,9 +43,6 @@ from nsa.precision import without_autocast
 SHORT_TOKENS = 1 << 12
 """Tokens of a batch up to which the window comes first."""
 
-_BranchGradients = tuple[Tensor, Tensor, Tensor]
-"""Of ``q``, ``k`` and ``v``."""
-
 
 def attend(
     inputs: Inputs,
@@ -83,9 +80,7 @@ def attend(
     """
     q, token_mode = inputs.q, plan.config.selection == "token"
     (k_slc, v_slc), (k_win, v_win) = inputs.keys_and_values()
-    # Of short inputs the window comes first, because the host would not be ready with the others.
-    # By tokens, which all chunks of heads have alike, so that their results have the same bits.
-    window_last = combines and not plan.packed and q.shape[0] * q.shape[1] > SHORT_TOKENS
+    window_last = combines and _window_comes_last(q, plan)
     # In tile mode the selection and its branch then run beside the compressed one, but for groups.
     selects_beside = (
         window_last and not token_mode and plan.compressed_form is not CompressedForm.LISTED
@@ -103,9 +98,7 @@ def attend(
         beside = SideStream(q) if selects_beside else nullcontext()
         o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
         if token_mode and block_indices is None:
-            lse = compressed_lse(lse_cmp, q, k_cmp, plan)
-            block_indices = select_blocks(q_rows, k_cmp, lse, plan)
-            del lse
+            block_indices = _select_by_token(q, q_rows, k_cmp, lse_cmp, plan)
     o_slc: Tensor | None
     closes = combines and plan.has_band and not window_last
     gates: dict[str, Any] = dict(
@@ -139,13 +132,22 @@ def attend(
         out = combine_branches(branches, q, placements=placements, **gates)
     if not keep:
         return out, None, block_indices, groups
-    given = inputs.k_cmp is not None
     results = BranchResults(
         o_cmp=o_cmp, lse_cmp=lse_cmp, o_slc=made(o_slc), lse_slc=lse_slc,
         o_win=o_win if keep_window else None, lse_win=lse_win if keep_window else None,
-        k_cmp=None if given else k_cmp, v_cmp=None if given else v_cmp,
+        k_cmp=k_cmp if inputs.k_cmp is None else None,
+        v_cmp=v_cmp if inputs.v_cmp is None else None,
     )  # fmt: skip
     return out, results, block_indices, groups
+
+
+def _window_comes_last(q: Tensor, plan: Plan) -> bool:
+    """Whether the last kernel is the window's: not in short calls, where the window runs while the
+    host prepares the rest.
+
+    Chunks of heads have as many tokens as the whole call, so that their results have the same bits.
+    """
+    return not plan.packed and q.shape[0] * q.shape[1] > SHORT_TOKENS
 
 
 def _compressed_pair(inputs: Inputs, plan: Plan) -> Pair:
@@ -175,12 +177,17 @@ def select(
         # The first queries of the tiles of one sequence need no other rows.
         single = plan.batch == 1 and plan.geometry.queries.rows.single
         in_place = single and plan.config.tile_summary == "first"
-        q_rows, lse = q if in_place else plan.align_queries(q), None
-        if plan.config.selection == "token":
-            # Only the log-sum-exp is used, so the values do not matter.
-            _, lse_cmp = compressed_attention(q, q_rows, k_cmp, k_cmp, None, plan)
-            lse = compressed_lse(lse_cmp, q, k_cmp, plan)
-        return select_blocks(q_rows, k_cmp, lse, plan)
+        q_rows = q if in_place else plan.align_queries(q)
+        if plan.config.selection == "tile":
+            return select_blocks(q_rows, k_cmp, None, plan)
+        # Only the log-sum-exp is used, so the values do not matter.
+        _, lse_cmp = compressed_attention(q, q_rows, k_cmp, k_cmp, None, plan)
+        return _select_by_token(q, q_rows, k_cmp, lse_cmp, plan)
+
+
+def _select_by_token(q: Tensor, q_rows: Tensor, k_cmp: Tensor, lse: Tensor, plan: Plan) -> Tensor:
+    """Token mode's blocks, from the log-sum-exp of :func:`compressed_attention`."""
+    return select_blocks(q_rows, k_cmp, compressed_lse(lse, q, k_cmp, plan), plan)
 
 
 def _select_missing(
@@ -252,7 +259,7 @@ def backward(
     token_mode = plan.config.selection == "token"
     last = query_sums is not None and token_mode
 
-    def selected() -> _BranchGradients:
+    def selected() -> tuple[Tensor, Tensor, Tensor]:
         others = None
         if last and query_sums is not None:
             others = other_gradients(query_sums, dlogits, inputs.gate_proj_weight, dq)
@@ -283,12 +290,10 @@ def backward(
     )  # fmt: skip
     del dq_cmp, dq_slc, dq_win
     query_sums = None
-    gradients: dict[str, Any] = dict.fromkeys(Inputs._fields)
-    gradients |= dict(q=dq, gates=dgates, gate_proj_weight=dgate_weight)
-    gradients |= _key_gradients(
+    gradients = _key_gradients(
         inputs, (dk_cmp, dv_cmp), (dk_slc, dv_slc), (dk_win, dv_win), plan, keys, summed=summed
     )
-    return Inputs(**gradients)
+    return gradients._replace(q=dq, gates=dgates, gate_proj_weight=dgate_weight)
 
 
 def _add_query_gradients(
@@ -346,13 +351,13 @@ def _key_gradients(
     keys: CallSums | None,
     *,
     summed: bool,
-) -> dict[str, Any]:
-    """Gradients of keys, values and what compresses them, by their names in :class:`Inputs`, from
-    those of each branch's keys and values.
+) -> Inputs:
+    """Gradients of keys, values and what compresses them, from those of each branch's keys and
+    values. The others are None.
 
     The ``window`` has those of the last keys. ``selected`` are sums if ``summed``.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict.fromkeys(Inputs._fields)
     shared = inputs.k_slc is None
     if not shared:
         found["k_slc"], found["v_slc"] = selected
@@ -364,7 +369,7 @@ def _key_gradients(
             addends=(selected, window) if shared else None, summed=summed,
         )  # fmt: skip
         found["compress_k_weight"], found["compress_v_weight"] = weights
-        return found
+        return Inputs(**found)
     if keys is not None:
         keys.windows.append((window[0][0], window[1][0]))
     elif summed:
@@ -379,7 +384,7 @@ def _key_gradients(
     copies = [x.new_empty(x.shape, dtype=dtype) for x in compressed]
     torch._foreach_copy_(copies, compressed)
     found["k_cmp"], found["v_cmp"] = copies
-    return found
+    return Inputs(**found)
 
 
 def _with_window(selected: Pair, window: Pair) -> Pair:

@@ -21,6 +21,7 @@ from nsa.fused.compressed_forms import (
     sums_queries,
 )
 from nsa.fused.compressed_indices import blocks_of_tokens, queries_of_few_keys, starts_of_blocks
+from nsa.fused.fa4_variants import choose_key_block
 from nsa.fused.kernel_inputs import IN_ORDER, FewKeys, Placement, Placements, StatisticsPlacements
 from nsa.fused.plan_tables import BOUNDS, NO_TABLES, TableRule, Tables, expect
 from nsa.fused.row_layouts import AlignedRows, FoldedQueries
@@ -397,10 +398,3 @@ class Plan:
     def max_selection_blocks(self) -> int:
         """Upper bound on the selection blocks of a sequence."""
         return num_selection_blocks(self.longest, self.config)
-
-
-def choose_key_block(block_size: int, config: NSAConfig, head_dim: int) -> int:
-    """Keys of a key block, for selection blocks or groups of ``block_size``."""
-    # FA4's tiles of 128 keys need 128 queries, and a head dimension that fits shared memory.
-    wide = block_size % 128 == 0 and config.q_tile_size % 128 == 0
-    return 128 if wide and head_dim <= 128 else 64

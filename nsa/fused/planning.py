@@ -13,8 +13,9 @@ from nsa.fused.compressed_forms import (
     CompressedForm,
     compressed_form,
 )
+from nsa.fused.fa4_variants import choose_key_block
 from nsa.fused.kernel_inputs import MOST_FEW_KEYS
-from nsa.fused.plan import Plan, choose_key_block
+from nsa.fused.plan import Plan
 from nsa.fused.plan_tables import make_rule
 from nsa.fused.token_inputs import choose_shape
 from nsa.geometry import Geometry

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 
 import nsa
-from nsa import block_index_checks, packing
+from nsa import block_index_checks, boundaries
 from nsa.cache import calls
 from nsa.fused import decoding
 from nsa.testing import make_cu_seqlens, make_inputs
@@ -61,7 +61,7 @@ def forget_lengths(cache):
 def test_a_step_reads_nothing_on_the_host(extras, packed, decoded, monkeypatch):
     cache = make_cache(length=190)
     # As while a CUDA graph is captured.
-    for module in (block_index_checks, packing, calls):
+    for module in (block_index_checks, boundaries, calls):
         monkeypatch.setattr(module, "has_readable_values", lambda _: False)
     cu_seqlens = make_cu_seqlens([3, 0]) if packed else None
     leading = (3,) if packed else (2, 3)

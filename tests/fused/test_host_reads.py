@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nsa
-from nsa import block_index_checks, boundaries, host, packing
+from nsa import block_index_checks, boundaries, host
 from nsa.fused import entry, schedule
 from nsa.fused import planning as plans
 from nsa.fused.schedule import run_backward, run_forward
@@ -22,10 +22,10 @@ LENGTHS = [70, 0, 1, 130]
 @pytest.fixture
 def capturing(monkeypatch):
     """As while a CUDA graph is captured."""
-    for module in (schedule, packing):
+    for module in (schedule, boundaries):
         monkeypatch.setattr(module, "is_capturing", lambda _: True)
     monkeypatch.setattr(plans, "may_keep", lambda _: False)
-    for module in (block_index_checks, packing):
+    for module in (block_index_checks, boundaries):
         monkeypatch.setattr(module, "has_readable_values", lambda _: False)
     # A dispatch mode, which the tests look with, is no reason for custom ops.
     monkeypatch.setattr(entry, "is_traced", lambda *_: False)

@@ -23,8 +23,9 @@ from nsa.fused.attention.folded import folded_attention, folded_attention_backwa
 from nsa.fused.block_lists import compressed_lists
 from nsa.fused.compressed_forms import CompressedForm, num_folded_rows, skips_key_tiles
 from nsa.fused.fa4_call import more_segments_bytes, query_sums_bytes, sums_bytes
+from nsa.fused.fa4_variants import choose_key_block
 from nsa.fused.kernel_inputs import RowStatistics
-from nsa.fused.plan import Plan, choose_key_block
+from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 from nsa.precision import accumulation_dtype
 

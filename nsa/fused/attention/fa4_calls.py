@@ -12,9 +12,10 @@ from nsa.fused.block_lists import (
     transpose_lists,
 )
 from nsa.fused.fa4_call import sums_bytes
+from nsa.fused.fa4_variants import choose_key_block
 from nsa.fused.fixed_order import has_own_sums
 from nsa.fused.kernel_inputs import BlockLists, Pair, RowStatistics
-from nsa.fused.plan import Plan, choose_key_block
+from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
 from nsa.precision import accumulation_dtype
 
