@@ -21,6 +21,14 @@ from nsa.cache.state import Cache, Pair
 from nsa.precision import accumulation_dtype, without_autocast
 from nsa.segments import locate_items, prefix_sum
 
+Branches = tuple[Tensor, Tensor, Tensor]
+
+
+def flat_branches(x: Branches) -> Branches:
+    """Keys or values of each branch, batched or packed, as ``(T, H_kv, C)``."""
+    first, second, third = (part.flatten(0, -3) for part in x)
+    return first, second, third
+
 
 @dataclass(frozen=True, eq=False)
 class NewTokens:

@@ -12,7 +12,7 @@ from torch import Tensor
 from nsa.blocks import num_selection_blocks
 from nsa.boundaries import Boundaries
 from nsa.cache import Cache
-from nsa.cache.append import NewTokens, advance, compress_candidates, write_new
+from nsa.cache.append import NewTokens, advance, compress_candidates, flat_branches, write_new
 from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
 from nsa.fused import decode_calls
@@ -182,7 +182,7 @@ def forward(
     cu_seqlens = None if boundaries is None else boundaries.cu_seqlens.int()
     shape = _make_shape(q, cache, boundaries)
     rows = q.flatten(0, -3)
-    k_rows, v_rows = (_flatten(x) for x in (k, v))
+    k_rows, v_rows = flat_branches(k), flat_branches(v)
     compressed = Pool(cache.k_cmp_pages, cache.v_cmp_pages)
     weights = compress_k_weight, compress_v_weight
     means = compressed_kv is None and all(weight is None for weight in weights)
@@ -362,11 +362,6 @@ def tile_share(tiles: Tensor, ctas: int, whole_units: int) -> Tensor:
     whole = tiles // parts
     suits = (whole * parts == tiles) & (whole >= share) & (whole * 32 <= share * 33)
     return torch.where(suits, whole, share)
-
-
-def _flatten(x: Branches) -> Branches:
-    first, second, third = (part.flatten(0, -3) for part in x)
-    return first, second, third
 
 
 def _counts(q: Tensor, boundaries: Boundaries | None) -> list[int] | None:

@@ -1,4 +1,20 @@
-"""FlashAttention-4 (CuTe DSL) on Hopper, with the contract of ``nsa.fused.kernel_inputs``.
+"""Calls of FlashAttention-4 (CuTe DSL) on Hopper.
+
+Callers write ``fa4.dense_forward(...)``, so that tests can replace the functions of this module
+with PyTorch, on a CPU and in any float dtype. For all of them:
+
+- Query head ``h`` attends KV head ``h // (H / H_kv)``.
+- ``scale`` multiplies ``q @ k^T``. Softmax is over the visible keys of a query. A query that sees
+  none gets output 0 and ``lse`` -inf, and sends no gradient.
+- ``lse`` is float32: the natural logarithm of the sum of ``exp(scale * q . k)`` over visible keys.
+- Inputs may be strided (copied unless the last dimension is contiguous). A gradient has the layout
+  of its input. Gradients of ``k`` and ``v`` are summed over the heads of a group.
+- Forward gives the same bits each time. Backward adds into float32 in any order, unless it is
+  ``deterministic``.
+- Values that no query may see must still be finite: they are multiplied by 0, not skipped.
+- Backward takes, of the forward's results, only ``statistics``: :class:`RowStatistics`. ``dout`` is
+  the gradient of ``out``, or of what ``out`` is multiplied by a gate for; then the gate is in the
+  statistics.
 
 It is written for flash-attn-4 4.0.0b36 (``WRITTEN_FOR``) and uses its kernel classes for SM90,
 because its functions take neither tiles nor buffers for results. :mod:`nsa.fused.fa4_variants` says
@@ -62,11 +78,14 @@ def dense_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention of batched or packed sequences, aligned at their ends.
 
+    Query ``i`` of ``Sq`` has the position of key ``i + Sk - Sq``. Packed sequences may end before
+    the tensors do; results past the end are not written, nor statistics read in backward.
+
     Args:
         q: ``(B, Sq, H, D)``, or ``(Tq, H, D)`` with ``cu_seqlens``; float16 or bfloat16.
         k: ``(B, Sk, H_kv, D)`` or ``(Tk, H_kv, D)``.
         v: ``(B, Sk, H_kv, Dv)`` or ``(Tk, H_kv, Dv)``.
-        scale: multiplies ``q @ k^T``.
+        scale: see above.
         causal: no key after the query.
         window_size: keys visible to the (left, right) of a query beside its own; None is no bound.
         block_ends: (stride, first) instead of both: a query sees the keys ``j`` with
@@ -96,7 +115,8 @@ def forward_of_blocks(
 ) -> tuple[Tensor, Tensor]:
     """:func:`dense_forward` of a batch with ``block_ends``, which skips tiles of keys.
 
-    ``first`` of these is an argument of the kernel, which is compiled for the stride.
+    ``first`` of these is an argument of the kernel, which is compiled for the stride. A query that
+    sees no key has an output of 0.
     """
     stride, first = block_ends
     mask = Mask(right=True, block_stride=stride)
@@ -244,9 +264,8 @@ def sparse_forward(
         k: ``(1, Tk, H_kv, D)``.
         v: ``(1, Tk, H_kv, Dv)``.
         lists: key blocks of each query block and head.
-        scale: multiplies ``q @ k^T``.
-        causal: hide keys after the query, aligned at the end; needs ``Tq <= Tk``, and excludes
-            ``key_limit``.
+        scale: see above.
+        causal: ``key <= query + Tk - Tq``; needs ``Tq <= Tk``, and excludes ``key_limit``.
         key_limit: int32 ``(Tq,)``: a query sees keys before it.
 
     Returns:
@@ -274,7 +293,8 @@ def sparse_backward(
         dout: gradient of ``out``, in its shape and dtype.
         q, k, v: arguments of :func:`sparse_forward`.
         statistics: float32, in the shape of ``lse``, with any strides.
-        lists: the transpose of the forward's: query blocks of each key block and head.
+        lists: the transpose of the forward's, with the same pairs: query blocks of each key block
+            and head.
         scale, causal, key_limit: as in forward.
 
     Returns:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa.blocks import most_completed_blocks, num_compressed_blocks
 from nsa.boundaries import Boundaries
 from nsa.cache import Cache
-from nsa.cache.append import NewTokens, append, new_blocks
+from nsa.cache.append import NewTokens, append, flat_branches, new_blocks
 from nsa.cache.context import check_all_stored, gather_context, locate_in_cache
 from nsa.cache.new_tile_lists import NewTileLists, keep_lists, open_lists
 from nsa.cache.spans import Spans, find_spans, ordered_rows, write_blocks, write_tokens
@@ -273,7 +273,7 @@ class _PromptAnywhere:
         self._cache = cache
         self._tokens = tokens = locate_in_cache(cache, q, new.boundaries, new.compressed_kv)
         check_all_stored(cache, tokens)
-        self._k, self._v = _flatten(new.k), _flatten(new.v)
+        self._k, self._v = flat_branches(new.k), flat_branches(new.v)
         given = new.compressed_kv
         if given is not None:
             given = given[0].flatten(0, -3), given[1].flatten(0, -3)
@@ -305,11 +305,6 @@ class _PromptAnywhere:
         append(self._cache, self._tokens, self._k, self._v, self._compressed)
         if lists is not None:
             lists.store()
-
-
-def _flatten(x: Branches) -> Branches:
-    first, second, third = (part.flatten(0, -3) for part in x)
-    return first, second, third
 
 
 def _behind_context(

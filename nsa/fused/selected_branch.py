@@ -15,6 +15,7 @@ from nsa.config import NSAConfig
 from nsa.fused import kernel_calls
 from nsa.fused.custom_ops import custom_op
 from nsa.fused.kernel_inputs import kernel_head_dim
+from nsa.fused.op_arguments import op_bounds
 from nsa.fused.planning import MAX_PLANS
 from nsa.fused.token_inputs import TokenBlocks, make_token_blocks
 from nsa.geometry import Geometry
@@ -38,7 +39,7 @@ def selected_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`nsa.selected_attention`. Arguments are checked."""
     value_dim = v.shape[-1]
-    cu_seqlens, cu_seqlens_k = _bounds(boundaries)
+    cu_seqlens, cu_seqlens_k, _ = op_bounds(boundaries)
     if torch.is_grad_enabled() and not is_traced(q, block_indices, cu_seqlens):
         # The caller may overwrite boundaries before the backward. Tensors of inference mode cannot
         # be saved for it.
@@ -56,14 +57,6 @@ def selected_attention(
     if dim != value_dim:
         out = out[..., :value_dim].contiguous()
     return (out, lse.transpose(-1, -2)) if return_lse else out
-
-
-def _bounds(boundaries: Boundaries | None) -> tuple[Tensor | None, Tensor | None]:
-    """Boundaries of queries and of keys; None for the latter if they are the former."""
-    if boundaries is None:
-        return None, None
-    same = boundaries.cu_seqlens_k is boundaries.cu_seqlens
-    return boundaries.cu_seqlens, None if same else boundaries.cu_seqlens_k
 
 
 def _copied(x: Tensor | None) -> Tensor | None:

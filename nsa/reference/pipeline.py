@@ -6,6 +6,7 @@ from torch import Tensor
 from nsa.blocks import num_query_tiles
 from nsa.boundaries import Boundaries
 from nsa.cache import Cache
+from nsa.cache.append import flat_branches
 from nsa.cache.context import locate_in_cache
 from nsa.config import NSAConfig
 from nsa.geometry import Geometry
@@ -53,8 +54,8 @@ def forward(
     with without_autocast(q.device):
         out = attend(
             _flatten(q),
-            _flatten_branches(k),
-            _flatten_branches(v),
+            flat_branches(k),
+            flat_branches(v),
             _geometry(q, k[0], boundaries, segments, config),
             gate_proj_weight=gate_proj_weight,
             gates=None if gates is None else _flatten(gates),
@@ -89,8 +90,8 @@ def forward_cached(
     with without_autocast(q.device):
         out = attend_cached(
             _flatten(q),
-            _flatten_branches(k),
-            _flatten_branches(v),
+            flat_branches(k),
+            flat_branches(v),
             cache,
             locate_in_cache(cache, q, boundaries, compressed_kv),
             gate_proj_weight=gate_proj_weight,
@@ -212,11 +213,6 @@ def _geometry(
 def _flatten(x: Tensor) -> Tensor:
     """Batched ``(B, N, H, ...)`` to ``(B * N, H, ...)``; packed ``(T, H, ...)`` stays."""
     return x.flatten(0, 1) if x.ndim == 4 else x
-
-
-def _flatten_branches(x: Branches) -> Branches:
-    first, second, third = map(_flatten, x)
-    return first, second, third
 
 
 def _flatten_pair(x: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:

@@ -1,4 +1,4 @@
-"""The kernel calls of ``nsa.fused.kernel_inputs`` in PyTorch: any float dtype, any device.
+"""The calls of ``nsa.fused.fa4`` in PyTorch: any float dtype, any device.
 
 They have the arguments and results of ``nsa.fused.fa4``, and use dense masks, for small inputs.
 Float16 and bfloat16 are computed in float32. Other dtypes are computed as they are, and ``lse`` has
