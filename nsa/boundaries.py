@@ -49,7 +49,7 @@ class Boundaries(NamedTuple):
 def has_key_boundaries(cu_seqlens, cu_seqlens_k) -> bool:
     """Whether packed keys may have other boundaries than the queries."""
     if isinstance(cu_seqlens, Packing):
-        # Of the rounded one, on whose form torch.compile's guards hold on.
+        # The rounded Packing, because torch.compile guards on its sizes.
         rounded = cu_seqlens.rounded
         return rounded.cu_seqlens_k is not rounded.cu_seqlens
     return cu_seqlens_k is not None
@@ -77,7 +77,7 @@ def check_boundaries(
                 "cu_seqlens_k must be None with a Packing as cu_seqlens, which has the boundaries "
                 f"of the keys, got {type(cu_seqlens_k).__name__}"
             )
-        # Compiled calls read no lengths, and are recorded for each form.
+        # Compiled calls read no lengths, and share recordings by rounded sizes.
         packing = cu_seqlens.rounded if torch.compiler.is_compiling() else cu_seqlens
         cu_seqlens, cu_seqlens_k = packing.cu_seqlens, packing.cu_seqlens_k
     else:

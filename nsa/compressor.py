@@ -56,7 +56,7 @@ class BlockCompressor(nn.Module):
         """
         position = self.position.to(x.dtype)
         blocks = x.transpose(1, 2) + position if gather is None else gather(x, position)
-        # Of two dimensions, because linear layers then need no views, which cost host time.
+        # Two dimensions, because linear layers then need no views, which cost host time.
         return self.mlp(blocks.reshape(-1, blocks.shape[2] * blocks.shape[3])).unflatten(
             0, blocks.shape[:2]
         )
@@ -135,7 +135,7 @@ def gather_blocks(
         assert places.token_bounds is not None
         first = places.token_bounds.long()[owner] + local * places.stride
     index = first[:, None] + torch.arange(places.block_size, device=x.device)
-    # Blocks past the real ones may read any token.
+    # Rows past the last block may read any token.
     index = index.clamp(max=max(0, x.shape[:-2].numel() - 1))
     blocks = x.flatten(0, -3).index_select(0, index.flatten()).unflatten(0, index.shape)
     return blocks.transpose(1, 2) + position
@@ -144,6 +144,6 @@ def gather_blocks(
 def _first_tokens(places: BlockPlaces, device: torch.device) -> Tensor:
     """The flat first token of each block of a batch, int64 ``(M,)``."""
     block = torch.arange(places.blocks, device=device)
-    # No entry may have a block.
+    # There may be no block.
     entry, local = block // max(1, places.entry_blocks), block % max(1, places.entry_blocks)
     return entry * places.entry_tokens + local * places.stride

@@ -28,7 +28,7 @@ class RecordingMode(TorchDispatchMode):
 
 
 class NotRecordable(Exception):
-    """A call does what may differ in a later call with tensors of the same form."""
+    """Raised where a call does what may differ in a later call of the same form."""
 
 
 def refuse_recording(reason: str) -> None:

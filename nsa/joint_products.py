@@ -1,4 +1,4 @@
-"""Linear layers of one product, which stay modules with parameters.
+"""One product for several linear layers, which stay modules with their own parameters.
 
 A small product costs the host as much as a large one, and one product reads its input once. Modules
 that are wrapped or hooked are called instead.
@@ -28,7 +28,7 @@ _OF_COMPRESSOR = [BlockCompressor, MLP, nn.Linear, nn.SiLU, nn.Linear]
 
 
 class Projections(NamedTuple):
-    """What a layer projects from its input; jointly, where the last two are given.
+    """What a layer projects from its input. The last two are given if one product made them.
 
     Attributes:
         heads: queries ``(..., H, D)``, and keys and values of each branch, or of all; not rotated.
@@ -46,7 +46,7 @@ def project_jointly(layer: Layer, x: Tensor) -> Projections | None:
     """The projections, or None if modules must be called."""
     if layer.backend == "reference" or not (layer.backend == "fused" or x.is_cuda):
         return None
-    # Without rotation, q would be kept for backward, and with it all that is beside it.
+    # Without rotation q is saved for backward, and a view would keep the whole product alive.
     if layer.recompute or layer.rope_theta is None or not _has_plain_derivatives():
         return None
     linears, mlp = [layer.q_proj, layer.k_proj, layer.v_proj], layer.gate_mlp
@@ -61,7 +61,7 @@ def project_jointly(layer: Layer, x: Tensor) -> Projections | None:
         return None
     if not _have_sizes_of(layer, x, weights):
         return None
-    # Aliases keep the memory that they have now, as `leaf.data` may be set to another.
+    # Aliases keep the current memory, because `leaf.data` may be set to another.
     aliases = [t.view_as(t) for t in (x.to(dtype), *weights)]
     rows = list(map(len, weights))
     # torch.compile chooses itself what to save, and warns of nodes in Python.
@@ -100,7 +100,7 @@ def _key_heads(layer: Layer, kv: Tensor) -> tuple[tuple, Tensor | None]:
         k, v = (x.flatten(-2) for x in both.chunk(2, -2))
     else:
         k, v = kv.split([branches * num_heads * dim for dim in dims], -1)
-    # Values are kept for backward, and with a view all that they are a part of.
+    # Values are saved for backward, and a view would keep the whole product alive.
     pair = zip((k, v.contiguous()), dims, strict=True)
     return tuple(layer._branches(x, dim) for x, dim in pair), both
 
@@ -108,8 +108,8 @@ def _key_heads(layer: Layer, kv: Tensor) -> tuple[tuple, Tensor | None]:
 def compress_both(
     compressors: Sequence[nn.Module | None], x: Tensor, places: BlockPlaces
 ) -> tuple[Tensor, Tensor] | None:
-    """What both compressors give for the keys and values ``(..., 2 * H_kv, D)``, on the fused
-    backend; None if they must be called."""
+    """The results of both compressors for keys and values ``(..., 2 * H_kv, D)``, on the fused
+    backend. None if the modules must be called."""
     from nsa.fused import layer_ops
 
     parameters = parameters_of_both(compressors, x)
@@ -122,9 +122,8 @@ def compress_both(
 def parameters_of_both(
     compressors: Sequence[nn.Module | None], x: Tensor
 ) -> list[list[Tensor]] | None:
-    """Of each, position, then weight and bias of the first and the last linear layer.
-
-    None if they must be called, or have different shapes. ``x`` is what they compress.
+    """For each compressor: position, then weight and bias of the first and the last linear layer.
+    None if the modules must be called, or if shapes differ. ``x`` is what they compress.
     """
     found = []
     for module in compressors:
@@ -139,7 +138,8 @@ def parameters_of_both(
 
 
 def _joint_dtype(parameters: Sequence[Tensor], x: Tensor) -> torch.dtype | None:
-    """The dtype in which linear layers compute, None if not all in one; or not of plain tensors."""
+    """The dtype in which linear layers compute. None if they differ, or if a tensor is not
+    plain."""
     if not all(type(p) in (Tensor, nn.Parameter) for p in parameters):
         return None
     given, wanted = {x.dtype, *(p.dtype for p in parameters)}, autocast_dtype(x.device)
@@ -150,7 +150,8 @@ def _joint_dtype(parameters: Sequence[Tensor], x: Tensor) -> torch.dtype | None:
 
 
 def _has_plain_derivatives() -> bool:
-    """Whether no transform and no forward mode wants more of a node than its gradients."""
+    """Whether a node needs gradients alone: no transform of torch.func and no forward-mode AD is
+    active."""
     if torch.compiler.is_dynamo_compiling():
         return True
     return forward_ad._current_level < 0 and not in_function_transform()
@@ -160,12 +161,12 @@ def _product(sizes: Sequence[int], x: Tensor, *weights: Tensor) -> tuple[Tensor,
     """``x`` times weights below one another, in parts of ``sizes`` columns."""
     with without_autocast(x.device):
         product = linear(x, torch.cat(weights).to(x.dtype))
-    # Not views of one another, of which autograd would keep account.
+    # Not views of one tensor, because autograd tracks those.
     return torch.unsafe_split_with_sizes(product, sizes, -1)
 
 
 class _JointProduct(torch.autograd.Function):
-    """:func:`_product`, which saves the weights, and not what is made of them."""
+    """:func:`_product`, which saves the weights themselves, not the joint weight made of them."""
 
     @staticmethod
     def forward(ctx, sizes: Sequence[int], x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -181,7 +182,7 @@ class _JointProduct(torch.autograd.Function):
         rows_of_x = x.flatten(0, -2)
         if all(of_weights):
             dweight = dout.flatten(0, -2).mT @ rows_of_x
-            # Copies, because who holds one gradient would hold all; in one launch.
+            # Copies, in one launch, because a view of one gradient would keep all of them alive.
             grads = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
             torch._foreach_copy_(grads, dweight.split(list(map(len, weights))))
             return None, dx, *grads

@@ -78,7 +78,8 @@ class _Initialiser:
 
 
 def apply_linear(linear: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``linear(x)``, with ``x`` cast to the weight's dtype of a plain layer, else to ``dtype``.
+    """``linear(x)``, with ``x`` cast to the dtype of the weight if the layer is plain, else to
+    ``dtype``.
 
     Under autocast ``x`` is not cast.
     """
@@ -102,10 +103,10 @@ def weight_dtype(linear: nn.Module) -> torch.dtype | None:
 
 
 def common_dtype(*linears: nn.Module) -> torch.dtype:
-    """The dtype of :func:`to_one_dtype` for what the layers return, as far as their weights tell.
+    """The dtype that :func:`to_one_dtype` gives the outputs of the layers, judged by their weights.
 
-    The first weight of a wrapped layer tells. Where no weight is in a dtype that nsa computes in,
-    as in quantised layers, it is torch's default dtype.
+    A wrapped layer is judged by its first weight. If no weight has a dtype that nsa computes in, as
+    in quantised layers, it is torch's default dtype.
     """
     first = (next((x.dtype for x in m.parameters() if x.dtype in DTYPES), None) for m in linears)
     known = [dtype for dtype in first if dtype is not None]

@@ -1,4 +1,5 @@
-"""What a caller and a backend agree on beside arguments and results: when and where."""
+"""What a caller and a backend agree on beside arguments and results: where results are written, and
+when keys may be read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ class Results:
     set before the pass and cleared after it.
 
     Attributes:
-        out: in the form of the output.
-        dq: in the form of the queries.
+        out: in the shape of the output.
+        dq: in the shape of the queries.
         keys: the backend's :class:`nsa.fused.key_sums.CallSums`.
         before_keys: to be called before the forward reads ``k`` or ``v``.
     """

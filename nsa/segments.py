@@ -94,7 +94,7 @@ class Segments:
 
 
 class CountedSegments(Segments):
-    """So many items of each sequence as a function counts when they are needed.
+    """Items of each sequence, counted by a function when they are first needed.
 
     Args:
         count: gives the items of each sequence, int64 ``(S,)``.

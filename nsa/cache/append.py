@@ -106,7 +106,7 @@ def locate_new_tokens(
 
 
 def candidate_tokens(cache: Cache, tokens: NewTokens, kind: int, new: Tensor) -> Tensor:
-    """Keys or values of the tokens of each candidate, from the cache or the new ones.
+    """Keys or values of each candidate's tokens, taken from the cache and from the new tokens.
 
     Args:
         kind: 0 for keys, 1 for values.
@@ -128,7 +128,8 @@ def candidate_tokens(cache: Cache, tokens: NewTokens, kind: int, new: Tensor) ->
 
 
 def candidate_positions(cache: Cache, tokens: NewTokens) -> tuple[Tensor, Tensor]:
-    """Positions of the tokens of each candidate, int64 ``(M, l)``; which the cache has, bool."""
+    """Positions of each candidate's tokens, int64 ``(M, l)``, and which of them are in the cache,
+    bool."""
     size = cache.config.compress_block_size if tokens.num_candidates else 0
     within = torch.arange(size, device=tokens.block.device)
     position = tokens.block[:, None] * cache.config.compress_stride + within
@@ -198,7 +199,7 @@ def write_new(
     v: tuple[Tensor, Tensor, Tensor],
     compressed: Pair,
 ):
-    """Write new tokens and completed blocks where no earlier token is that a later one needs.
+    """Write new tokens and completed blocks, without overwriting a token that a later one needs.
 
     Args:
         k, v: new keys ``(T, H_kv, D)`` and values ``(T, H_kv, Dv)`` of each branch.

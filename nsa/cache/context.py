@@ -39,9 +39,8 @@ class Context(NamedTuple):
 def locate_in_cache(
     cache: Cache, x: Tensor, boundaries: Boundaries | None, compressed_kv: Pair | None = None
 ) -> NewTokens:
-    """Where the new tokens of batched ``x (B, N, ...)`` or packed ``(T, ...)`` go.
-
-    ``compressed_kv``, where the caller has it, sets the number of candidates.
+    """Where the new tokens of batched ``x (B, N, ...)`` or packed ``(T, ...)`` go. The caller's
+    ``compressed_kv``, if given, sets the number of candidates.
     """
     if boundaries is None:
         batch, length = x.shape[:2]
@@ -74,7 +73,8 @@ def gather_context(
     """The context of new tokens, which are not in the cache yet.
 
     Arguments as of :func:`nsa.cache.append.append`. With ``whole_window``, the window branch has as
-    many keys as the others; before its window they may be those of other tokens.
+    many keys as the others. Those before the window, which no query sees, may belong to other
+    tokens.
     """
     nothing = torch.zeros_like(tokens.start)
     has_new = tokens.offset.diff() > 0

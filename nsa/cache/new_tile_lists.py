@@ -1,4 +1,4 @@
-"""Selections of the tiles that hold new tokens behind a cache; the first of them may be open."""
+"""Selections of the tiles that hold new tokens in a cache; the first of them may be open."""
 
 from dataclasses import dataclass, replace
 
@@ -24,8 +24,8 @@ class NewTileLists:
         end: lengths after the call, ``(B,)``.
         tiles: those of each sequence.
         first: the first of them, ``(B,)``.
-        blocks: int32 ``(tiles, H, list_width)``; those of a tile's end, even if the sequence ends
-            earlier.
+        blocks: int32 ``(tiles, H, list_width)``; those up to a tile's end, even if the sequence
+            ends earlier.
         groups: int32 ``(tiles, H, group_list_width)``, or None to attend all compressed tokens.
     """
 
@@ -49,11 +49,11 @@ class NewTileLists:
         return torch.where(self.blocks < count, self.blocks, -1)
 
     def with_blocks(self, block_indices: Tensor) -> "NewTileLists":
-        """With the caller's blocks, ``(H, tiles, n)`` or ``(B, H, tiles, n)``.
+        """The same tiles with the caller's blocks, ``(H, tiles, n)`` or ``(B, H, tiles, n)``.
 
         Raises:
-            ValueError: it is another number of tiles, which only this knows if no one has read the
-                lengths before, such as while torch.compile traces.
+            ValueError: the number of tiles is wrong. Earlier checks miss this where they cannot
+                read the lengths, as while torch.compile traces.
         """
         rows = block_indices.transpose(-3, -2)
         wanted = self.tiles.total if rows.ndim == 3 else max(self.tiles.counts, default=0)
@@ -67,7 +67,8 @@ class NewTileLists:
         return replace(self, blocks=fit_slots(rows, self.blocks.shape[-1]))
 
     def with_later_blocks(self) -> "NewTileLists":
-        """With the blocks past the end of the sequence that are forced at the end of a tile."""
+        """The same lists with the forced blocks of a tile's end that lie past the end of the
+        sequence."""
         config, slots = self.cache.config, self.blocks.shape[-1]
         count = num_selection_blocks(self.end, config)[self.tiles.owner]
         end = (self.tile + 1) * config.q_tile_size - 1
@@ -87,7 +88,8 @@ class NewTileLists:
         return num_selection_blocks(self.cache.max_length, self.cache.config)
 
     def in_layout_of(self, q: Tensor) -> Tensor:
-        """Real blocks in the layout of ``block_indices``, -1 in rows that a sequence lacks."""
+        """The blocks that exist, in the layout of ``block_indices``; -1 in rows that a sequence
+        does not have."""
         rows = fit_slots(self.real_blocks, self.cache.config.num_selected_blocks)
         if q.ndim == 4:
             most = max(self.tiles.counts, default=0)
@@ -164,7 +166,7 @@ def _touched(start: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _may_have_later_blocks(length: int, cache: Cache) -> bool:
-    """Whether the last tile ends in a block past those of a sequence of ``length`` tokens."""
+    """Whether the last tile of a sequence of ``length`` tokens ends in a block past its end."""
     tile_end = round_up(length, cache.config.q_tile_size)
     last, now = (
         num_selection_blocks(n, cache.config) for n in (min(tile_end, cache.max_length), length)
@@ -173,6 +175,6 @@ def _may_have_later_blocks(length: int, cache: Cache) -> bool:
 
 
 def fit_slots(lists: Tensor, width: int) -> Tensor:
-    """Lists of ``width`` slots; they name no more than that."""
+    """Lists cut or padded to ``width`` slots, which hold all that they name."""
     lists = lists[..., :width]
     return torch.nn.functional.pad(lists, (0, width - lists.shape[-1]), value=-1)

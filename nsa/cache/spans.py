@@ -1,6 +1,7 @@
-"""New tokens whose places the host knows, in pages that lie in order: they are written by slices.
+"""New tokens whose places the host knows, in pages that lie in order.
 
-Such pages hold the tokens of a sequence one after another, so they can be read where they lie too.
+Such pages hold the tokens of a sequence one after another, so tokens are written, and read where
+they lie, as slices.
 """
 
 from typing import NamedTuple
@@ -67,7 +68,8 @@ def ordered_rows(cache: Cache, pool: Tensor) -> Tensor:
 def write_tokens(cache: Cache, spans: Spans, k: Branches, v: Branches):
     """Write new tokens into the pages and the rings.
 
-    In rings, old tokens that the call attends make way. Pages have free places for new tokens.
+    In rings they overwrite old tokens, which the call may still attend. In pages their places are
+    free.
 
     Args:
         k, v: of each branch, ``(B, N, H_kv, C)`` or packed ``(T, H_kv, C)``.
@@ -97,7 +99,7 @@ def write_blocks(cache: Cache, spans: Spans, compressed: Pair):
 
 
 class SliceCopies:
-    """Copies of slices. Few are made one by one, which is fastest, and many by few launches."""
+    """Copies of slices: a few one by one, which is fastest; many in a few launches."""
 
     def __init__(self, spans: Spans):
         self.spans = spans

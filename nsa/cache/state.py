@@ -23,10 +23,11 @@ class Cache:
 
     Memory is paged. Token ``p`` of sequence ``b`` lies in page ``page_table[b, p // page_size]`` at
     slot ``p % page_size``. Compressed block ``j`` lies in the page of its last token
-    ``e = j * d + l - 1``, at slot ``(e % page_size) // d``; so it depends on no later page. Beyond
-    the keys and values of the selected branch, the cache needs ``1/d`` of them for compressed
-    blocks; where each branch has keys of its own, also the last ``w`` tokens of the window branch
-    and the ``l`` of the open compressed block; and in tile mode the lists of the last tiles.
+    ``e = j * d + l - 1``, at slot ``(e % page_size) // d``; so it depends on no later page. Beside
+    the keys and values of the selected branch, the cache keeps ``1/d`` as many for compressed
+    blocks. Where each branch has keys of its own, it also keeps the last ``w`` tokens of the window
+    branch and the last ``l`` of the compressed one. In tile mode it keeps the lists of the last
+    tiles.
 
     A call on a GPU can be captured in a CUDA graph if it runs kernels for decoding. Do not write to
     the tensors of a cache, except to ``page_table`` of :meth:`from_pages`.
@@ -317,7 +318,7 @@ class Cache:
 
     @property
     def has_ordered_pages(self) -> bool:
-        """Whether the host knows that sequence ``b`` has pages ``b * max_pages`` and following."""
+        """Whether the host knows that sequence ``b`` has the pages from ``b * max_pages`` on."""
         return self._page_order.is_known()
 
     def known_lengths(self) -> list[int] | None:
@@ -350,7 +351,7 @@ class Cache:
         self._host.record(None if host is None else (host[0][index], host[1][index]))
 
     def note_advance(self, new: list[int] | None):
-        """Take note that a kernel did what :meth:`advance` does."""
+        """Record that a kernel has advanced the lengths, as :meth:`advance` does."""
         self._host.record(self._grown(new))
 
     def _grown(self, new: list[int] | None) -> tuple[Tensor, Tensor] | None:

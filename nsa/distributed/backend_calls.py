@@ -1,7 +1,7 @@
 """Which rows each call of the backend takes: all query segments of a rank, or one.
 
-Of one segment all that a call needs are consecutive rows of queries and of keys, so nothing is
-copied. Many short segments are one packed call, which launches fewer kernels.
+A call for one segment takes consecutive rows of queries and of keys, so nothing is copied. Many
+short segments are one packed call, which launches fewer kernels.
 """
 
 from typing import NamedTuple
@@ -15,10 +15,10 @@ from nsa.distributed.order import QueryRuns
 from nsa.segments import prefix_sum
 
 MAX_CALLS = 4
-"""Query segments up to which each may be a call of its own."""
+"""The most query segments that may be calls of their own."""
 
 MIN_TOKENS = 4096
-"""Their tokens on average from which they are: what is not copied then outweighs the launches."""
+"""The fewest tokens of such segments on average: what is not copied then outweighs the launches."""
 
 
 class BackendCall(NamedTuple):
@@ -30,7 +30,7 @@ class BackendCall(NamedTuple):
         keys: of :attr:`Layout.keys`.
         blocks: of the blocks that :attr:`Layout.blocks` takes.
         runs: its keys as runs of the rows of all ranks; None if they are many.
-        packed: whether it has all query segments. Else it has one, in the form of a batch.
+        packed: whether it has all query segments. Otherwise it has one, as a batch.
     """
 
     rows: slice
@@ -42,7 +42,7 @@ class BackendCall(NamedTuple):
 
 
 def are_few(segments: int, rows: int) -> bool:
-    """Whether query segments, of ``rows`` tokens together, are calls of their own."""
+    """Whether query segments, which have ``rows`` tokens in all, are calls of their own."""
     return segments == 1 or (0 < segments <= MAX_CALLS and rows >= segments * MIN_TOKENS)
 
 

@@ -14,8 +14,8 @@ from nsa.distributed.backend_calls import BackendCall
 from nsa.distributed.rank_layout import Layout
 
 CHUNK_BYTES = 1 << 27
-"""Gathered keys and values of a chunk, unless one KV head has more. From half of that on there are
-two chunks at least, so that keys are gathered beside the work of others."""
+"""Gathered keys and values of a chunk, unless one KV head has more. With more than half as many
+bytes in all there are at least two chunks, so that one is gathered while another is computed."""
 
 NO_LIMIT = sys.maxsize
 """The workspace of a chunk unless the caller limits it. Not the free memory as on one GPU: what
@@ -23,7 +23,7 @@ ranks compute again must not depend on what else lies on their devices."""
 
 
 class RankCall(NamedTuple):
-    """What is not a tensor in a call.
+    """The settings of a call of a rank.
 
     Attributes:
         layout: this rank's part.

@@ -1,7 +1,7 @@
 """One rank's attention: keys and values gathered a chunk of KV heads at a time, also in backward.
 
-Each chunk is one call of the backend, or one for each query segment, whose own autograd gives the
-gradients. What its graph saves of gathered keys and values is only where it lies in them: backward
+Each chunk is one call of the backend, or one for each query segment, and the backend's own autograd
+gives the gradients. Its graph does not save gathered keys and values, only their places; backward
 gathers them again.
 """
 
@@ -92,7 +92,7 @@ def _run(
         keys: of the call, for each of ``kv``.
         results: where it may be written.
     """
-    # Branches that share keys get one tensor, by which the backend knows.
+    # Branches that share keys get the same tensor, by which the backend recognises it.
     forms = [_in_form(x, one) for x in keys]
     k_slc, k_win, v_slc, v_win = (forms[i] for i in call.branches)
     named = {name: _in_form(x, one) for name, x in inputs.items() if name != "gate_proj_weight"}
@@ -334,7 +334,7 @@ def _record(
 
 
 def _empty_gradient(name: str | int, x: Tensor) -> Tensor:
-    """What the calls write to, or of weights add to."""
+    """What the calls write a gradient to. Gradients of weights are added, so they start at 0."""
     if name == "gate_proj_weight":
         return torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -358,7 +358,7 @@ def _store(chunk: Chunk, one: BackendCall, name, result: Tensor | None, grads: d
 
 
 def _key_sums(call: RankCall, keys: Sequence[Tensor], grads: dict):
-    """What the calls of a chunk add to, if the backend can add gradients of keys over calls."""
+    """Sums that the calls of a chunk add gradients of keys to, if the backend can."""
     k_slc, k_win, v_slc, v_win = call.branches
     shared = k_slc == k_win and v_slc == v_win and k_slc != v_slc
     runs = call.layout.key_runs if call.layout.separate else None

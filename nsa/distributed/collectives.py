@@ -64,8 +64,8 @@ class Gathering:
         group: the ranks.
         runs: which of the rows to take, of those of all ranks one after another: where each run
             starts, and its length; all by default.
-        heads: the first runs are the first so many rows of each rank in turn. They are received
-            where they belong.
+        heads: how many rows at the start of each rank's rows the first runs take, in the order of
+            the ranks. These are received in place.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class Gathering:
         rows, ranks = x.shape[0], group.size()
         count = ranks * rows if runs is None else sum(count for _, count in runs)
         self._out = x.new_empty(count, *x.shape[1:])
-        # Autograd, which may record views of the rows before, is not to see that they change.
+        # Hide the change from autograd, which may already have recorded views of the rows.
         out = self._out.data
         if not x.numel():
             return
         if heads:
-            assert runs is not None  # the first of which the heads are
+            assert runs is not None  # the heads are the first of these
             self._gather(x[:heads], out[: ranks * heads], group)
             x, out, tails = x[heads:], out[ranks * heads :], rows - heads
             runs = [(at // rows * tails + at % rows - heads, n) for at, n in runs[ranks:]]
@@ -130,9 +130,8 @@ def _take(rows: Tensor, out: Tensor, runs: list[tuple[int, int]]):
 
 
 def after(work, function: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Call ``function`` as soon as a collective is done, beside what is queued meanwhile.
-
-    It allocates nothing. Returns what waits for it.
+    """Call ``function`` as soon as a collective is done, on a stream beside what is queued
+    meanwhile. The function must allocate nothing. Returns a function that waits for it.
     """
     if device.type != "cuda":
 
@@ -150,12 +149,13 @@ def after(work, function: Callable[[], None], device: torch.device) -> Callable[
 
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
-    """Queue after what is queued now, and beside what will be. Nothing is to be allocated."""
+    """A stream that starts after what is queued now and runs beside what is queued later. Nothing
+    may be allocated on it."""
     if device.type != "cuda":
         yield
         return
     stream = _second_stream(device)
-    # What is written to may have been used by work that is not done.
+    # Earlier work may still use what is written to.
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield
@@ -167,7 +167,7 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Exchanging:
-    """A sum over ranks under way, of which each gets its part, in few bytes for 16-bit tensors.
+    """A reduce-scatter under way, which sends 16-bit tensors as they are and adds them in float32.
 
     Each rank sends its addends as they are, and adds those that it receives in float32, in the
     order of the ranks.

@@ -12,7 +12,8 @@ from nsa.precision import accumulation_dtype
 
 
 def runs_to_take(layout: Layout) -> list[tuple[int, int]] | None:
-    """The rows of :attr:`Layout.keys` as runs; None if they are all or not a few runs."""
+    """The rows of :attr:`Layout.keys` as runs. None if all rows are taken, or if the runs are
+    many."""
     return None if layout.keys is None else layout.key_runs
 
 
@@ -44,14 +45,14 @@ class RowSums:
 
     @cached_property
     def _total(self) -> Tensor:
-        # Made when first needed, because a single call would not leave it the memory.
+        # Made when first needed, because before a single call there may be no memory for it.
         layout, like = self._layout, self._like
         shape = (layout.ranks * layout.rows, *like.shape[1:])
         make = like.new_empty if layout.key_runs is not None else like.new_zeros
         return make(shape, dtype=self._dtype)
 
     def add_from(self, write: Callable[[slice, Tensor], None]):
-        """Add the gradient of all keys, of which ``write(keys, out)`` writes some consecutive."""
+        """Add the gradient of all keys. ``write(keys, out)`` writes that of consecutive keys."""
         for begin, at, count in self._places():
             target = addend = self._total[at : at + count]
             if at in self._written:

@@ -6,13 +6,3 @@ from nsa.fused.entry import forward, select_blocks
 from nsa.fused.key_sums import make_key_sums
 from nsa.fused.paged_selection import selected_from_pages
 from nsa.fused.selected_branch import selected_attention
-
-__all__ = [
-    "compress_blocks",
-    "forward",
-    "forward_cached",
-    "make_key_sums",
-    "select_blocks",
-    "selected_attention",
-    "selected_from_pages",
-]

@@ -1,4 +1,4 @@
-"""Block lists in the form that the sparse kernels read, and their transpose for the backward.
+"""Block lists as the sparse kernels read them, and their transpose for the backward.
 
 For each head and query tile, a list names key blocks in ascending order. All keys lie in one row
 (see :class:`nsa.fused.row_layouts.AlignedRows`).

@@ -82,13 +82,13 @@ def compress_pair_backward(
 ) -> tuple[Pair, Weights]:
     """Gradients of ``k`` and ``v``, and of the weights.
 
-    ``addends`` are two more pairs of gradients, of ``k`` and ``v`` and of their last tokens. If
-    given, they are added, and the sum is written to the first pair; if that is ``summed``, it is
-    :func:`nsa.fused.key_sums.new_sums`, and the result is new.
+    ``addends`` are two more pairs of gradients: of ``k`` and ``v``, and of their last tokens. They
+    are added, and the sum is written to the first pair. If ``summed``, that pair is
+    :func:`nsa.fused.key_sums.new_sums` instead, and the result is new.
     """
     dmeans, dweights = (dk_cmp, dv_cmp), (None, None)
     if any(weight is not None for weight in weights):
-        # Without weights only rows of blocks are read.
+        # Without weights only the rows that belong to blocks are read.
         plan.clear_unused(*dmeans)
         means = _mean(k, _mean_dtype(k, *weights), plan, v)
         parts = map(_transformed_backward, dmeans, means, weights)
@@ -111,7 +111,7 @@ def _mean_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype:
 def _transformed(mean: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     if weight is not None:
         mean = torch.einsum("bmhd,hde->bmhe", mean, weight.to(mean.dtype))
-    # To ask of a tensor what it is already takes the host as long as an operation.
+    # A cast that changes nothing takes the host as long as an operation.
     return mean if mean.dtype == dtype else mean.to(dtype)
 
 

@@ -21,7 +21,7 @@ TILE_KEYS = 64
 """Keys of a tile."""
 
 SLOT_GROUP = 16
-"""Slots whose sums are recorded relative to one reference."""
+"""Slots of a group, whose sums are recorded relative to one reference."""
 
 UNIT_ROWS = 128
 """The most query rows of a unit: heads of a KV head times tokens."""
@@ -33,8 +33,8 @@ MAX_LISTED = 64
 """The most blocks that a token selects."""
 
 LEAST_SHARE = 2
-"""The least tiles that a CTA of the compressed branch takes, where half of the CTAs then suffice:
-each part must be added up."""
+"""The least tiles that a CTA of the compressed branch takes if half of the CTAs then suffice,
+because each part must be added up."""
 
 MAX_UNITED = 128
 """The most blocks that the tokens of a unit select, where a CTA attends them together."""
@@ -156,7 +156,7 @@ class DecodeShape(NamedTuple):
 
     @property
     def row_groups(self) -> int:
-        """Times 16 rows, rounded up to a power of two."""
+        """The number of groups of 16 rows, rounded up to a power of two."""
         return 1 << max(0, (-(-self.rows // 16) - 1).bit_length())
 
     @property
@@ -169,8 +169,8 @@ class DecodeShape(NamedTuple):
 
     @property
     def whole_units(self) -> int:
-        """Units that CTAs of the compressed branch should not share with others if they can, 0 for
-        none: to begin and end a unit takes long where it has 64 rows."""
+        """Units that CTAs of the compressed branch should not share if they can; 0 for none. A unit
+        of 64 rows takes long to begin and to end."""
         return self.units if self.row_groups == 4 else 0
 
     @property
@@ -180,7 +180,7 @@ class DecodeShape(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What :func:`nsa.fused.decode_calls.decode_append` finds out on the device.
+    """What :func:`nsa.fused.decode_calls.decode_append` computes on the device.
 
     Args:
         starts, ends: int32 ``(B,)``, tokens of each sequence without and with the new ones. New
@@ -245,7 +245,7 @@ def record_groups(row_groups: int) -> int:
 def record_shapes(
     shape: DecodeShape, rule: DecodeRule, groups: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the sums, and of the other records, where a row has ``groups`` groups of slots."""
+    """Shapes of the sums and of the other records, if a row has ``groups`` groups of slots."""
     of_record = record_groups(shape.row_groups)
     if of_record == 1:
         rows = shape.units, shape.rows
@@ -281,7 +281,7 @@ def most_sharing(group: int) -> int:
 
 
 def tile_groups(head_dim: int, head_dim_v: int, row_groups: int) -> int:
-    """Warpgroups of a CTA that take its tiles in turn, where one has all rows: they hide each
+    """Warpgroups of a CTA that take its tiles in turn, if one has room for all rows. They hide each
     other's latencies, with one copy of the queries."""
     return 3 if head_dim + head_dim_v <= 256 and row_groups == 4 else 1
 

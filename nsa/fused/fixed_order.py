@@ -1,6 +1,6 @@
-"""The order in which kernels add up gradients of keys, where the same bits are wanted each time.
+"""The order in which kernels add gradients of keys, for the same bits each time.
 
-Otherwise they add as they come, in float32, and the last bits depend on the order.
+Without it CTAs add as they come, in float32, and the last bits differ from run to run.
 """
 
 from typing import NamedTuple
@@ -15,10 +15,10 @@ from nsa.fused.token_inputs import TokenBlocks
 def order_pairs(
     block_indices: Tensor, blocks: TokenBlocks, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """The pairs of each block in the order of their tokens, and of the slots that name them.
+    """The pairs of each block, sorted by token and then by slot.
 
-    Atomic counters give pairs of :mod:`nsa.fused.kernels.inverted_index` their places, so that it
-    varies which of a block's pairs are summed together.
+    :mod:`nsa.fused.kernels.inverted_index` places pairs by atomic counters instead, so which pairs
+    of a block are summed first differs from run to run.
 
     Args:
         block_indices: int32 ``(T, H_kv, slots)``.
@@ -56,10 +56,10 @@ def order_pairs(
 class Turns(NamedTuple):
     """Which sums each entry of block lists is added to, and when.
 
-    There are ``blocks`` sums for each KV head: one a key block. Blocks that many lists name, as the
-    first one of a sequence, have one for each query head instead, so that fewer wait for another:
-    ``shared`` blocks of each KV head, whose sums come after all others. Of few keys, all have, and
-    are where a query head's follow those of the one before.
+    Each KV head has ``blocks`` sums, one for each key block. Many lists name the same popular
+    blocks, such as the first one of a sequence. So ``shared`` blocks of each KV head have a sum for
+    each query head instead, after all others, and fewer CTAs wait for each other. If there are few
+    keys, all blocks have such sums, a query head's after those of the one before.
 
     Attributes:
         partial_slot: int32, like the index of the partial blocks: which of the sums. That of a key
@@ -79,9 +79,9 @@ class Turns(NamedTuple):
 
 
 OWN_SUMS_BYTES = 1 << 30
-"""Bytes of sums up to which each query head has its own of all key blocks. Heads then do not wait
-for one another, and are all under way together: 0.80 ms instead of 1.28 at 8K tokens of 32 heads,
-and 3.5 instead of 3.9 at 32K, where adding them up takes 0.5."""
+"""Bytes of sums up to which each query head has its own sums of all key blocks. Heads then do not
+wait for each other: 0.80 ms instead of 1.28 at 8K tokens of 32 heads, and 3.5 instead of 3.9 at
+32K, of which adding the sums up takes 0.5."""
 
 
 def has_own_sums(num_blocks: int, heads: int, head_dim: int) -> bool:
@@ -90,18 +90,19 @@ def has_own_sums(num_blocks: int, heads: int, head_dim: int) -> bool:
 
 
 TOGETHER = 16
-"""Query heads, at least, that are under way together: each has its own sums of popular blocks."""
+"""The least number of query heads that run at a time. Each has its own sums of popular blocks."""
 
 
 def heads_together(num_heads: int, group: int) -> int:
-    """Query heads whose tiles take turns: whole KV heads, which divide all heads."""
+    """Query heads whose tiles run at a time and take turns: whole KV heads, in a number that
+    divides all heads."""
     sizes = range(group, num_heads + 1, group)
     return next(n for n in sizes if num_heads % n == 0 and (n >= TOGETHER or n == num_heads))
 
 
 def num_popular(num_blocks: int, group: int) -> int:
-    """How many blocks of a KV head have sums for each query head. They take a quarter more memory,
-    but for short keys."""
+    """How many blocks of a KV head have a sum for each query head. These add a quarter to the
+    memory, more if there are few keys."""
     return 0 if group == 1 else min(num_blocks, max(1, num_blocks // (4 * group)))
 
 
@@ -111,9 +112,8 @@ def take_turns(
     """An order of the entries of ``lists`` of key blocks below ``num_blocks``, for each sum.
 
     If ``own_sums``, each query head has its own sums of all blocks, and ``popular`` names none.
-
-    Entries go by their CTAs, in the order in which these are launched: query tiles of
-    :func:`heads_together`, tile after tile, then those of the next heads.
+    Entries are in the order in which their CTAs are launched: the first :func:`heads_together`
+    heads, tile after tile, then the next heads.
     """
     device, heads = lists.partial_count.device, lists.partial_count.shape[1]
     group = heads // kv_heads
@@ -148,7 +148,7 @@ def take_turns(
 
 
 def _entries(lists: BlockLists) -> tuple[Tensor, Tensor]:
-    """Key blocks of both lists ``(H, tiles, widths)``, and which entries are within the counts."""
+    """The entries of both lists, ``(H, tiles, sum of widths)``, and which of them count."""
     pairs = [(lists.partial_count, lists.partial_index), (lists.full_count, lists.full_index)]
     index, valid = [], []
     for count, blocks in pairs:

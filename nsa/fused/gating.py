@@ -18,11 +18,11 @@ Branches = tuple[Tensor, Tensor, Tensor]
 
 
 class GatingGradients(NamedTuple):
-    """What the branches' backwards take, and the gradients of the other inputs or None.
+    """What the backwards of the branches take, and the gradients of the other inputs or None.
 
     Attributes:
-        douts: of each branch the gradient of its output, in its layout, without the gate where that
-            is in ``statistics``.
+        douts: the gradient of each branch's output, in its layout. The gate is multiplied into it,
+            unless it is in ``statistics``.
         statistics: of each branch, in the layout of its log-sum-exp.
         logits: ``(B, T, H, 3)``, the sigmoids' inputs with ``gate_proj_weight``, in float32 for
             16-bit inputs. :func:`query_gradient` passes their gradient on to ``q``.
@@ -111,7 +111,7 @@ def gradient_of_sums(
     scale: float,
     out: Tensor | None,
 ) -> Tensor:
-    """:func:`query_gradient` where the window and the compressed branch have added to ``sums``.
+    """:func:`query_gradient` if the window and the compressed branch have added theirs to ``sums``.
 
     These are without the ``scale``. The result is written to ``out``, by default to ``dq_slc`` if
     that is contiguous.

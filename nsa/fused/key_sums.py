@@ -1,9 +1,9 @@
 """Gradients of keys and values, added up before they are rounded.
 
-Where the selected branch of a call can leave its float32 sums, one pass rounds them with what the
-other branches add. Several calls that share keys may add to the same sums, so that keys which only
-some calls attend are neither cleared nor rounded for each call. The window branch, which sees few
-of the keys, then leaves its gradients.
+The selected branch can leave its float32 sums. One pass then adds what the other branches have, and
+rounds. Several calls that share keys may add to the same sums. So the keys that a call does not
+attend are neither cleared nor rounded for it. The window branch sees few of the keys, so it leaves
+its gradients to be added at the end.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,8 +26,8 @@ class CallSums(NamedTuple):
     """What one call adds to.
 
     Attributes:
-        selected: sums of the call's keys ``(Tk, H_kv, D)``, in the layout of the kernels, those of
-            keys without the scale; and of its values.
+        selected: sums of the call's keys ``(Tk, H_kv, D)`` without the scale, and of its values,
+            both in the layout of the kernels.
         windows: gradients of its last keys and values, ``(T', H_kv, D)``, are appended.
     """
 
@@ -36,7 +36,7 @@ class CallSums(NamedTuple):
 
 
 class KeySums:
-    """The sums of keys ``(T, H_kv, D)`` and of their values, which the branches share.
+    """Float32 sums for keys ``(T, H_kv, D)`` and values that all branches share.
 
     ``runs`` are the lengths of consecutive runs of keys.
     """
@@ -68,8 +68,8 @@ class KeySums:
         kernel_calls.round_listed_sums(sums, out, factor, last)
 
     def windows(self, which: int) -> Iterator[tuple[int, Tensor]]:
-        """What is to be added yet: gradients of consecutive keys (0) or values (1) of the window
-        branch, and where the first one lies."""
+        """What must still be added: the window branch's gradients of consecutive keys (0) or values
+        (1), and where the first of them lies."""
         added = set()
         for end, grad in self._windows(which):
             first = end - grad.shape[0]
@@ -125,8 +125,8 @@ def make_key_sums(
 ) -> KeySums | None:
     """Sums for keys and values that calls of :func:`nsa.fused.forward` share, and may add to.
 
-    None if the kernels cannot: they need one head dimension, and add in no fixed order. In tile
-    mode they add to blocks of keys.
+    None if the kernels cannot do this: they need one head dimension, add in no fixed order, and in
+    tile mode add to whole blocks of keys.
 
     Args:
         k, v: ``(T, H_kv, D)``.

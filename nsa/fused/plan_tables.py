@@ -228,7 +228,7 @@ def count_items(rule: TableRule) -> Items:
         keys=rule.keys,
         compressed=compressed,
         selection=rule.keys // rule.select_size + sequences,
-        # One more than there can be, so that the last run has an end.
+        # One row more than there can be runs, so that the last run has an end.
         runs=min(rule.queries, rule.queries // rule.select_size + 2 * sequences) + 1,
         tiles=tiles,
         rows=tiles * rule.tile,

@@ -50,7 +50,7 @@ def make_schedule(
     """The fewest chunks that fit, with recomputation only if no number of chunks fits without it.
 
     Args:
-        inputs: inputs in the form of the kernels.
+        inputs: inputs in the layout of the kernels.
         sizes: sizes of the call.
         save: whether there will be a backward.
         max_workspace_bytes: limit of the workspace. None means the free memory minus the results;
@@ -121,12 +121,13 @@ def _total_bytes(device: torch.device) -> int:
 def _unused_bytes(device: torch.device) -> int:
     """Device memory that the caching allocator holds and no tensor uses."""
     stats = torch.cuda.memory_stats(device)
-    # Allocators other than PyTorch's own may count neither.
+    # Allocators other than PyTorch's may not count these.
     reserved = stats.get("reserved_bytes.all.current", 0)
     return reserved - stats.get("allocated_bytes.all.current", 0)
 
 
-# Inputs whose first dimension are heads, not the third; KV heads unless among _QUERY_HEADS.
+# Inputs whose heads are the first dimension, not the third. They are KV heads unless the input is
+# in _QUERY_HEADS.
 _BY_HEAD = ("gate_proj_weight", "compress_k_weight", "compress_v_weight")
 _QUERY_HEADS = ("q", "gates", "gate_proj_weight")
 
@@ -256,8 +257,8 @@ def run_backward(
 
 
 def _kernel_form(x: Tensor | None) -> Tensor | None:
-    """One of :class:`Results` as ``(B, T, H, D)``. Not as a view, whose history would be its
-    base's."""
+    """A field of :class:`Results` as ``(B, T, H, D)``. It is detached, because a view would have
+    the autograd history of its base."""
     if x is None:
         return None
     return (x if x.ndim == 4 else x[None]).detach()

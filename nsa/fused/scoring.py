@@ -1,4 +1,4 @@
-"""What tiles may see and take when they select, in the form that the kernel reads."""
+"""What tiles may see and take when they select, as the kernel reads it."""
 
 from functools import cached_property
 

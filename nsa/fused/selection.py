@@ -17,10 +17,10 @@ from nsa.fused.token_inputs import Rule, choose_shape
 from nsa.precision import accumulation_dtype
 
 TILE_SCORES = 1 << 26
-"""Scores that are held at a time in tile mode."""
+"""Scores in memory at a time in tile mode."""
 
 TOKEN_SCORES = 1 << 27
-"""Scores that are held at a time in token mode."""
+"""Scores in memory at a time in token mode."""
 
 FEW_SCORES = 1 << 18
 """Scores up to which float64 products are as fast as those of bfloat16, in fewer launches."""
@@ -98,7 +98,7 @@ def _score_in_steps(
     if k_cmp.dtype == torch.bfloat16 and num_scores > FEW_SCORES:
         keys = k_cmp.transpose(1, 2)
         if summary.dtype == k_cmp.dtype:
-            # Queries as they are, whose products with keys are exact.
+            # Queries in their own dtype, because their products with keys are exact.
             summary = _by_head(summary, summary.dtype)
         else:
             summary, keys = _bfloat16_parts(_by_head(summary, dtype)), keys.repeat(1, 1, 1, 3)
@@ -152,10 +152,10 @@ def _steps(summary: Tensor, keys: Tensor, plan: Plan) -> Iterator[tuple[slice, s
 def _visible_columns(tiles: slice, plan: Plan) -> slice:
     """Columns that hold everything that the ``tiles`` see, without reading lengths on the host.
 
-    A tile has at most ``q_tile_size`` tokens, and only the last tile of a sequence has fewer. So
-    ``tile * q_tile_size`` is at or past the tile's first token, by the places that earlier
-    sequences leave empty. The same holds for compressed tokens. A query's key is at or past its
-    row, by the keys that precede the queries of this and earlier sequences.
+    Only the last tile of a sequence has fewer than ``q_tile_size`` tokens. So the first token of
+    tile ``i`` is at ``i * q_tile_size`` or before it, by as many tokens as earlier sequences leave
+    places empty. The same holds for compressed tokens. The key of a query lies at the query's row
+    or after it, by as many keys as precede the queries of this and earlier sequences.
     """
     config, geometry = plan.config, plan.geometry
     keys, tile, block = geometry.keys, config.q_tile_size, config.compress_block_size
@@ -171,11 +171,12 @@ def _visible_columns(tiles: slice, plan: Plan) -> slice:
 def _scores(summary: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """``summary (B, H, C, D) . keys (B, H_kv, W, D)``: ``(B, H, C, W)`` in ``dtype``.
 
-    Scores are exact to float32, because rounding the summary to 16 bits would reorder close
-    scores. Tensor cores compute many scores: of queries as they are; a float32 summary is the sum
-    of three bfloat16 numbers, so their products with keys repeated three times, both ``3 * D``
-    wide, add up to the float32 products. Else they are float64 products. No float32 product is
-    used: it may be TF32.
+    Scores are exact to float32, because rounding the summary to 16 bits would reorder close scores.
+    Float32 products are not used, because they may be TF32.
+
+    Tensor cores compute many scores. They take 16-bit queries as they are. They take a float32
+    summary as three bfloat16 numbers that add up to it: ``3 * D`` columns, times the keys three
+    times over. Few scores are float64 products.
     """
     shape = (*summary.shape[:3], keys.shape[2])
     keys = keys.flatten(0, 1)  # (B * H_kv, W, D)
@@ -201,7 +202,7 @@ def _take(
     groups: Tensor | None,
     plan: Plan,
 ) -> None:
-    """Write the blocks and groups of some tiles."""
+    """Select for some tiles, and write their blocks and groups."""
     config, scoring = plan.config, plan.scoring
     common = dict(
         tile_offset=tiles.start,
@@ -312,7 +313,7 @@ def select_bytes(sizes: Sizes) -> int:
         # The second term is the log-sum-exp in token order.
         return scores * 4 + sizes.tokens * sizes.num_heads * 4
     summaries = sizes.batch * sizes.tiles * sizes.num_heads
-    # Of a step and of the one before it.
+    # Scores of a step, and those of the step before it.
     scores = min(2 * TILE_SCORES, summaries * sizes.compressed // sizes.batch)
     keys = sizes.compressed * sizes.num_kv_heads
     if sizes.config.tile_summary == "first":

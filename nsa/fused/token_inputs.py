@@ -1,4 +1,4 @@
-"""The plain data that kernels of token mode get: what tokens score, and what they may attend."""
+"""The plain data of token mode's kernels: what tokens score, and what they may attend."""
 
 import functools
 from typing import NamedTuple
@@ -27,9 +27,9 @@ TILE_FIELDS = 6
 
 
 PITCH = 74
-"""Words between the sums of neighbouring tokens in shared memory. A word is skipped after 32 rows,
-and 74 is 10 modulo 32. So both the stores of a warp (8 rows by 4 tokens) and the loads (every 4th
-row) use all banks."""
+"""Words between the sums of neighbouring tokens in shared memory. One word is skipped after 32
+rows. With 74, which is 10 modulo 32, the stores of a warp (8 rows by 4 tokens) and its loads (every
+4th row) use all banks."""
 
 
 class Rule(NamedTuple):
@@ -101,7 +101,8 @@ class Shape(NamedTuple):
 
     @property
     def lse_pitch(self) -> int:
-        # 16 bytes more than a multiple, so that the 16-byte loads of four lanes use other banks.
+        # 16 bytes past a multiple of 128, so that the 16-byte loads of four lanes use different
+        # banks.
         per_lane = self.columns // QUAD
         return -(-per_lane // 32) * 32 + 4
 
@@ -241,7 +242,8 @@ def make_token_blocks(geometry: Geometry, batch: int) -> TokenBlocks:
         queries = _repeat_queries(queries, rows, geometry.keys.num_sequences, batch)
     size, rows, sequence = geometry.config.select_block_size, queries.rows, queries.sequence
     if sequence is not None:
-        # A list of blocks for each segment, though segments of a sequence have the same blocks.
+        # Each segment gets a list of blocks of its own, though segments of one sequence have equal
+        # lists.
         times = -(-rows.num_sequences // keys.num_sequences)
         blocks = Segments(prefix_sum(blocks.count[sequence]), times * blocks.total)
     done, owner = blocks.local * size, queries.sequence_of(blocks.owner)
@@ -293,7 +295,7 @@ def _find_runs(queries: QuerySegments, size: int) -> tuple[Tensor, Tensor]:
     before = first // size
     count = (first + rows.count + (size - 1)) // size - before
     offset = prefix_sum(torch.where(rows.count > 0, count, 0))
-    # One more than there can be, so that the last run has an end.
+    # One row more than there can be runs, so that the last run has an end.
     runs = Segments(offset, min(rows.total, rows.total // size + 2 * rows.num_sequences) + 1)
     owner = runs.owner
     skipped = ((before[owner] + runs.local) * size - first[owner]).clamp(min=0)

@@ -1,13 +1,15 @@
-"""How much of token mode's selected branch is done at a time: chunks of tokens, waves of units.
+"""How much work token mode's selected branch does at a time.
 
-A unit is a KV head and a chunk of tokens. See :mod:`nsa.fused.kernels.inverted_index`.
+A unit is a KV head and a chunk of tokens; a wave is the units whose partial results fit the
+workspace. See :mod:`nsa.fused.kernels.inverted_index`.
 """
 
 from nsa.fused.hardware import WGMMA_ROWS
 
 WORKSPACE_BYTES = 27 << 26
-"""The most bytes of partial results in a wave: of two chunks of 4,096 tokens with 64 heads of 128
-channels and 16 blocks in bfloat16. 1.5 GiB would leave an eighth of them to a second wave."""
+"""The most bytes of partial results in a wave. They hold two chunks of 4,096 tokens with 64 heads
+of 128 channels and 16 blocks in bfloat16; with 1.5 GiB an eighth of those would need a second
+wave."""
 
 
 GRADIENT_BYTES = 9 << 27
@@ -25,7 +27,8 @@ def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_byt
 
 
 def partial_words(head_dim_v: int, is_packed: bool) -> int:
-    """Words of 4 bytes of a row of partial results: of 3/4 of the bytes if it ``is_packed``. See
+    """Words of 4 bytes in a row of partial results, which takes 3/4 of the bytes if it
+    ``is_packed``. See
     :mod:`nsa.fused.kernels.partial_rows`."""
     return head_dim_v * (3 if is_packed else 4) // 8
 
@@ -53,11 +56,11 @@ def partial_gradient_bytes(slots: int, group: int, head_dim: int, tiles: int) ->
 
 
 def gradient_wave_bytes(query_bytes: int) -> int:
-    """The most bytes of partial gradients of a wave: those of the queries, or up to 2 GiB twice as
-    many, because some processors are idle at a wave's end."""
+    """The most bytes of partial gradients in a wave: as many as the queries have, or up to 2 GiB
+    twice as many. Larger waves help, because some processors are idle at the end of each."""
     return max(GRADIENT_BYTES, min(2 * query_bytes, 1 << 31), query_bytes)
 
 
 def units_of_gradient_wave(unit_bytes: int, query_bytes: int) -> int:
-    """Units in a wave of the backward, of so many bytes of partial gradients each."""
+    """Units in a wave of the backward, if each has so many bytes of partial gradients."""
     return max(1, gradient_wave_bytes(query_bytes) // unit_bytes)

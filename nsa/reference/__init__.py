@@ -8,13 +8,3 @@ from nsa.reference.pipeline import (
     select_blocks,
 )
 from nsa.reference.selected_branch import selected_attention, selected_from_pages
-
-__all__ = [
-    "compress_blocks",
-    "forward",
-    "forward_cached",
-    "make_key_sums",
-    "select_blocks",
-    "selected_attention",
-    "selected_from_pages",
-]

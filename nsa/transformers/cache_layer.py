@@ -48,8 +48,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):
     attention function appends them. Padding is not kept. The memory grows by a quarter as it fills,
     or is that of ``max_cache_len`` from the start.
 
-    What no cache can hold, a first call attends all the same: with gradients, packed sequences, or
-    a configuration that cannot be decoded. Only the next call raises.
+    A first call also attends what no cache can hold: with gradients, packed sequences, or a
+    configuration that cannot be decoded. Then the next call raises.
 
     Args:
         max_cache_len: tokens of a sequence, as in ``cache_implementation="static"``.
@@ -155,11 +155,11 @@ class CacheLayer(cache_utils.CacheLayerMixin):
         tokens = self.max_cache_len
         if tokens is None:
             tokens = needed + max(_LEAST_SPARE, needed // 4)
-        # In whole tiles, as copies need it.
+        # Whole tiles, because copies need them.
         return round_up(tokens, config.q_tile_size) if config.selection == "tile" else tokens
 
     def advance(self, count: int, num_last: int):
-        """Take note of ``count`` new tokens, of which the last ``num_last`` are no padding."""
+        """Count ``count`` new tokens, of which the last ``num_last`` are no padding."""
         self._num_last = num_last + (self._num_last if num_last == count else 0)
         self.length += count
 

@@ -23,15 +23,3 @@ from nsa.fused.attention.window import (
     window_attention,
     window_attention_backward,
 )
-
-__all__ = [
-    "closing_attention",
-    "closing_window",
-    "compressed_attention",
-    "compressed_attention_backward",
-    "compressed_lse",
-    "selected_attention",
-    "selected_attention_backward",
-    "window_attention",
-    "window_attention_backward",
-]

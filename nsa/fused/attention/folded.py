@@ -166,7 +166,7 @@ class _Rows:
     # Each method is one operation, to save host time.
 
     def view(self, x: Tensor, entry: int) -> Tensor:
-        """One entry of ``(B, T, H, D)`` in FA4's form ``(H, rows, d, D)``."""
+        """One entry of ``(B, T, H, D)`` as FA4 takes it: ``(H, rows, d, D)``."""
         batch, token, head, channel = x.stride()
         return x.as_strided(
             (x.shape[2], self.full, self.size, x.shape[3]),
@@ -175,8 +175,8 @@ class _Rows:
         )
 
     def per_head(self, x: Tensor, entry: int, group: int) -> Tensor:
-        """One entry of ``x (B, M, H_kv, D)`` in FA4's form ``(H_kv * group, keys, 1, D)``: a copy
-        for each head of a group."""
+        """One entry of ``x (B, M, H_kv, D)`` as FA4 takes it, ``(H_kv * group, keys, 1, D)``: a
+        copy for each head of a group."""
         batch, token, head, channel = x.stride()
         num_kv_heads, head_dim = x.shape[2:]
         shape = (num_kv_heads, group, self.keys, head_dim)
@@ -187,7 +187,7 @@ class _Rows:
         return repeated.view(num_kv_heads * group, self.keys, 1, head_dim)
 
     def lse(self, x: Tensor, entry: int) -> Tensor:
-        """The full rows in an entry of ``(B, H, T)``, in FA4's form ``(H, d, rows)``."""
+        """The full rows in an entry of ``(B, H, T)`` as FA4 takes them: ``(H, d, rows)``."""
         batch, head, token = x.stride()
         return x.as_strided(
             (x.shape[1], self.size, self.full),
