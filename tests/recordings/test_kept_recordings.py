@@ -1,0 +1,166 @@
+"""Which calls are recorded, and which recordings and memory are kept."""
+
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from nsa import recordings
+from nsa.recorder import MARK
+from tests.helpers.recorded_layers import (
+    recorded,
+    run,
+)
+
+
+def test_large_calls_and_a_switch(monkeypatch):
+    seen = []
+
+    def function(x):
+        seen.append(1)
+        return x * 2
+
+    monkeypatch.setattr(recordings, "MAX_ELEMENTS", 3)
+    for _ in range(3):
+        run("key", function, (torch.ones(4),))
+    assert len(seen) == 3
+    for _ in range(3):
+        run("key", function, (torch.ones(3),))
+    assert len(seen) == 5
+    monkeypatch.setattr(recordings, "ENABLED", False)
+    run("key", function, (torch.ones(3),))
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * x.sum().item(),
+        lambda x: x + torch.rand_like(x),
+        lambda x: x[x > 0],
+        lambda x: x.view(-1),
+        lambda x: (x * 2)[1:],
+        lambda x: ((x * 2).view(torch.int32) + 1).view(torch.float32),
+    ],
+    ids=["item", "random", "shape", "view", "part", "dtype"],
+)
+def test_what_may_differ_is_not_recorded(function):
+    for _ in range(3):
+        x = torch.randn(4)
+        torch.manual_seed(1)
+        got = run("key", function, (x,))
+        torch.manual_seed(1)
+        assert torch.equal(got, function(x))
+    assert not recorded()
+
+
+def test_memory_is_freed_after_its_last_use():
+    alive = []
+
+    def kernel(*tensors):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in refs))
+        refs.extend(weakref.ref(x.untyped_storage()) for x in tensors)
+        tensors[-1].copy_(tensors[0] + 1)
+
+    def function(x):
+        for _ in range(4):
+            y = torch.empty_like(x)
+            recordings.launch(kernel, x, y)
+            x = y
+        return y
+
+    for _ in range(3):
+        refs: list = []
+        alive.clear()
+        x = torch.zeros(3)
+        assert torch.equal(run("key", function, (x,)), x + 4)
+    assert recorded()
+    # The input, and in turn what a launch reads. The output of the step before is written.
+    assert max(alive) <= 2
+
+
+def test_forms_are_told_apart():
+    def function(x, y):
+        return x @ y
+
+    cases = [
+        (torch.randn(3, 4), torch.randn(4, 5)),
+        (torch.randn(3, 4), torch.randn(5, 4).T),
+        (torch.randn(6, 4)[::2], torch.randn(4, 5)),
+        (torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)),
+    ]
+    for _ in range(3):
+        for x, y in cases:
+            for needs in (False, True):
+                got = run("key", function, (x.requires_grad_(needs), y))
+                assert torch.equal(got, x @ y)
+                assert got.requires_grad == needs
+
+
+def test_few_are_kept(monkeypatch):
+    monkeypatch.setattr(recordings, "MAX_RECORDINGS", 4)
+    for size in range(1, 10):
+        for _ in range(3):
+            run("key", lambda x: x * 2, (torch.randn(size),))
+    assert len(recordings._recordings) == 4
+
+
+def test_those_called_last_are_kept(monkeypatch):
+    monkeypatch.setattr(recordings, "MAX_RECORDINGS", 4)
+    seen = []
+
+    def function(x):
+        seen.append(x.shape)
+        return x * 2
+
+    for size in range(2, 20):
+        for x in (torch.randn(1), torch.randn(size)):
+            run("key", function, (x,))
+    # In the first call, and to rehearse and record in the second.
+    assert seen.count((1,)) <= 3
+
+
+def test_forms_without_a_recording_take_no_place(monkeypatch):
+    """As where each step has another length: what is recorded stays, though it is called rarely."""
+    monkeypatch.setattr(recordings, "MAX_RECORDINGS", 2)
+    monkeypatch.setattr(recordings, "MAX_SEEN", 5)
+    seen = []
+
+    def function(x):
+        seen.append(x.shape)
+        return x * 2
+
+    def refused(x):
+        return x * x.sum().item()
+
+    for _ in range(2):
+        run("key", function, (torch.randn(1),))
+    seen.clear()
+    for size in range(2, 20):
+        run("key", function, (torch.randn(size),))
+        for _ in range(2):
+            run("refused", refused, (torch.randn(size),))
+    assert (1,) not in seen
+    seen.clear()
+    run("key", function, (torch.randn(1),))
+    assert not seen
+    assert len(recordings._recordings) == 1
+    assert len(recordings._seen) == 5
+
+
+def test_constants_are_kept_and_parameters_are_not():
+    table = torch.randn(3)
+    weight = nn.Parameter(torch.randn(3))
+    for _ in range(3):
+        x = torch.randn(3)
+        got = run("key", lambda x: x * weight + table, (x,), (weight,))
+        assert torch.equal(got, x * weight + table)
+        with torch.no_grad():
+            weight.add_(1)
+    assert recorded()
+    with contextlib.suppress(AttributeError):
+        assert not hasattr(weight.untyped_storage(), MARK)
