@@ -208,9 +208,9 @@ def test_kernels_get_the_lists_of_the_caller(name, monkeypatch):
     """No copy of them is made, whatever their strides."""
     launch, places = getattr(kernel_calls, name), []
 
-    def record(*arguments):
+    def record(*arguments, **options):
         places.append({x.data_ptr() for x in arguments if isinstance(x, torch.Tensor)})
-        return launch(*arguments)
+        return launch(*arguments, **options)
 
     monkeypatch.setattr(kernel_calls, name, record)
     problem = small_problem()

@@ -190,7 +190,7 @@ class _Leaves(torch.autograd.Function):
         return (None,) * (len(grads) + 1)
 
 
-class RankAttention(torch.autograd.Function):
+class RankAttentionNode(torch.autograd.Function):
     """:func:`attend` of the tensors of :class:`RankInputs`; differentiable once."""
 
     @staticmethod

@@ -12,7 +12,7 @@ from nsa.blocks import num_query_tiles
 from nsa.config import NSAConfig
 from nsa.distributed.block_sharing import compress_own, gather_blocks
 from nsa.distributed.call import NO_LIMIT, RankCall, RankInputs
-from nsa.distributed.chunked_attention import RankAttention, attend
+from nsa.distributed.chunked_attention import RankAttentionNode, attend
 from nsa.distributed.collectives import process_group
 from nsa.distributed.order import check_order
 from nsa.distributed.rank_checks import Part, check_call, check_equal_tokens, distinct, flat
@@ -174,7 +174,7 @@ def attend_part(
     )  # fmt: skip
     tensors, block_indices = (*inputs.tensors, *inputs.kv), _flat_indices(part)
     if needs_gradients(*tensors):
-        out = RankAttention.apply(call, block_indices, *tensors)
+        out = RankAttentionNode.apply(call, block_indices, *tensors)
     else:
         out = attend(call, block_indices, inputs)
     return out.reshape(*part.q.shape[:-1], out.shape[-1])

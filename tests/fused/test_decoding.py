@@ -114,9 +114,9 @@ def test_tokens_attend_together(given, packed, decoded, monkeypatch):
     """Where heads of all tokens fill a wgmma, a CTA attends what any of them selected."""
     unite, united = decoding.decode_calls.decode_units, []
 
-    def counted(*args):
+    def counted(*args, **options):
         united.append(args)
-        return unite(*args)
+        return unite(*args, **options)
 
     monkeypatch.setattr(decoding.decode_calls, "decode_units", counted)
     found = []
@@ -233,7 +233,7 @@ def test_an_error_leaves_the_cache_as_it_was(kind, selection, decoded, monkeypat
     call(0, 188)
     failing = decoding.decode_calls.decode_compressed
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(decoding.decode_calls, "decode_compressed", fail)

@@ -92,8 +92,8 @@ def lists(monkeypatch):
     def watch(name, index):
         finish = getattr(decode_calls, name)
 
-        def spy(*args):
-            out = finish(*args)
+        def spy(*args, **options):
+            out = finish(*args, **options)
             found.append(args[index].clone())
             return out
 
