@@ -27,7 +27,7 @@ def told(fused_on_cpu, monkeypatch):
         original = getattr(module, name)
 
         def call(*args, **kwargs):
-            calls.append((name, kwargs["deterministic"]))
+            calls.append((name, kwargs.get("deterministic", False)))
             return original(*args, **kwargs)
 
         monkeypatch.setattr(module, name, call)
