@@ -80,21 +80,30 @@ def _share_weights(module: nn.Module, mesh: DeviceMesh):
         for name, weight in part.named_parameters(recurse=False):
             shared = distribute_tensor(weight.detach(), mesh, [Replicate()])
             setattr(part, name, nn.Parameter(shared, requires_grad=weight.requires_grad))
-    former: list[tuple[nn.Module, str, Any]] = []
+    weights = _LocalWeights()
+    module.register_forward_pre_hook(weights.begin)
+    module.register_forward_hook(weights.end, always_call=True)
 
-    def begin(*_):
+
+class _LocalWeights:
+    """Hooks that put plain tensors in the places of a module's weights while it runs.
+
+    They take the module that runs, because copies of a module have its hooks too.
+    """
+
+    def __init__(self):
+        self._former: list[tuple[nn.Module, str, Any]] = []
+
+    def begin(self, module: nn.Module, _):
         for part in module.modules():
             for name, weight in list(part.named_parameters(recurse=False)):
-                former.append((part, name, weight))
+                self._former.append((part, name, weight))
                 part._parameters[name] = _local(weight)  # type: ignore[assignment]
 
-    def end(*_):
-        while former:
-            part, name, weight = former.pop()
+    def end(self, *_):
+        while self._former:
+            part, name, weight = self._former.pop()
             part._parameters[name] = weight
-
-    module.register_forward_pre_hook(begin)
-    module.register_forward_hook(end, always_call=True)
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -74,11 +74,20 @@ def train_step(group, model: Model, x: Tensor, bounds, order: str, form: str) ->
     return out.detach(), loss.item(), grads
 
 
-def tensor_parallel_step(group, model: Model, x: Tensor) -> tuple:
-    """Output and gradients of the input and, by name, of the whole weights."""
+def tensor_parallel_step(group, model: Model, x: Tensor, copied: bool = False) -> tuple:
+    """Output and gradients of the input and, by name, of the whole weights.
+
+    Args:
+        copied: step a copy of the parallel model, whose own weights then are 0.
+    """
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
     model = copy.deepcopy(model)
     parallelize_module(model, mesh, {"blocks.*": nsa.distributed.TensorParallel()})
+    if copied:
+        former, model = model, copy.deepcopy(model)
+        with torch.no_grad():
+            for weight in former.parameters():
+                weight.zero_()
     x = x.clone().requires_grad_()
     out = model(x)
     out.square().mean().backward()
