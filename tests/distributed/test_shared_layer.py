@@ -124,6 +124,14 @@ def test_copy_of_a_tensor_parallel_layer(world):
         torch.testing.assert_close(found, grads, rtol=0, atol=1e-9)
 
 
+def test_tensor_parallel_layer_whose_modules_are_all_fsdp_units(world):
+    model = layer_cases.Model(SMALL["token"])
+    x = torch.randn(2, 40, 16, dtype=torch.float64)
+    _, grads = one_process(model, x, None)
+    for found in world.run(layer_cases.sharded_tensor_parallel_step, model, x):
+        torch.testing.assert_close(found, grads, rtol=0, atol=1e-9)
+
+
 def test_layers_that_tensor_parallelism_cannot_share(mesh):
     def refuse(message, **options):
         layer = nsa.NativeSparseAttention(16, 4, 2, **options)
