@@ -20,6 +20,7 @@ import nsa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
+from lm.device import usable_device
 from lm.generate import Sampling, generate
 from lm.model import ByteTransformer, ModelConfig
 
@@ -66,11 +67,11 @@ def parse_args() -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
     add("--top-p", type=float, default=0.95, help="(%(default)s)")
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if not args.checkpoint.exists():
-        parser.error(f"{args.checkpoint} does not exist; `make demo` writes {DEFAULT_CHECKPOINT}")
-    if args.bytes < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
+    if not args.checkpoint.is_file():
+        parser.error(f"{args.checkpoint} is no file; `make demo` writes {DEFAULT_CHECKPOINT}")
+    if args.bytes < 1 or not args.temperature >= 0 or not 0 < args.top_p <= 1:
         parser.error("--bytes must be at least 1, --temperature 0 or more, --top-p in (0, 1]")
     if "" in (args.prompt or ()):
         parser.error("--prompt must have at least one byte")

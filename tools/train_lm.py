@@ -36,6 +36,7 @@ from tqdm import tqdm
 import nsa
 from lm.checkpoint import load_checkpoint, save_checkpoint
 from lm.data import Corpus, load_corpus, random_batch
+from lm.device import usable_device
 from lm.generate import Sampling, generate
 from lm.model import ByteTransformer, ModelConfig
 from lm.parallel import Alone, Ranks, join, whole_sequences
@@ -337,7 +338,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--preset", choices=tuple(PRESETS), default="demo", help="model and NSA configuration")
     add("--text", type=Path, help="a text file or folder (default: Python's standard library)")
     add("--output", type=Path, default=Path("outputs/lm"), help="folder (default: %(default)s)")
-    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--device", type=usable_device, default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--context-parallel", type=int, default=1, help="ranks that share a sequence (torchrun)")
     add("--backend", choices=("auto", "reference", "fused"), default="auto")
     add("--steps", type=int, help="default: the preset's, as for the next two")
@@ -361,6 +362,8 @@ def train_all(args: argparse.Namespace, ranks: Alone, stop_requested) -> dict[st
     """Train each attention that was asked for."""
     sizes = {name: getattr(args, name) for name in ("steps", "context", "batch_size")}
     preset = replace(PRESETS[args.preset], **{k: v for k, v in sizes.items() if v is not None})
+    # Now, and not after the first steps, which would be lost.
+    args.output.mkdir(parents=True, exist_ok=True)
     corpus = load_corpus(args.text)
     say(ranks, f"text: {corpus.description}")
     trainers = {}
@@ -417,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
         assert ranks is not None
         say(ranks, "interrupted; the same command continues from here")
         return 130
-    except (FileNotFoundError, ValueError, nsa.UnsupportedError) as error:
+    except (OSError, ValueError, nsa.UnsupportedError) as error:
         say(ranks or Alone(args.device), f"train_lm: {error}", file=sys.stderr)
         return 2
     finally:

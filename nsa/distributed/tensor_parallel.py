@@ -74,28 +74,37 @@ def _check(layer, ranks: int):
 def _share_weights(module: nn.Module, mesh: DeviceMesh):
     """Let each rank compute with whole weights, whose gradients are the sums over ranks.
 
-    The weights are DTensors. While the module runs, plain tensors take their places.
+    The weights are DTensors. While the part that owns them runs, plain tensors take their places.
     """
     for part in module.modules():
-        for name, weight in part.named_parameters(recurse=False):
+        owned = list(part.named_parameters(recurse=False))
+        for name, weight in owned:
             shared = distribute_tensor(weight.detach(), mesh, [Replicate()])
             setattr(part, name, nn.Parameter(shared, requires_grad=weight.requires_grad))
-    former: list[tuple[nn.Module, str, Any]] = []
-
-    def begin(*_):
-        for part in module.modules():
-            for name, weight in list(part.named_parameters(recurse=False)):
-                former.append((part, name, weight))
-                part._parameters[name] = _local(weight)  # type: ignore[assignment]
-
-    def end(*_):
-        while former:
-            part, name, weight = former.pop()
-            part._parameters[name] = weight
-
-    module.register_forward_pre_hook(begin)
-    module.register_forward_hook(end, always_call=True)
+        if owned:
+            weights = _LocalWeights()
+            part.register_forward_pre_hook(weights.begin)
+            part.register_forward_hook(weights.end, always_call=True)
 
 
-def _local(weight: Tensor) -> Tensor:
+class _LocalWeights:
+    """Hooks that put plain tensors in the places of a module's own weights while it runs.
+
+    They take the module that runs, because copies of a module have its hooks too; and its own
+    weights alone, because fully_shard may put others in the places of those of a part later.
+    """
+
+    def __init__(self):
+        self._former: dict[str, Any] = {}
+
+    def begin(self, module: nn.Module, _):
+        self._former = dict(module.named_parameters(recurse=False))
+        module._parameters.update((name, _local(x)) for name, x in self._former.items())
+
+    def end(self, module: nn.Module, *_):
+        module._parameters.update(self._former)
+        self._former = {}
+
+
+def _local(weight: Tensor) -> Any:
     return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight

@@ -114,6 +114,24 @@ def test_tensor_parallel(world, compressor, recompute):
         torch.testing.assert_close(found, grads, rtol=0, atol=1e-9)
 
 
+def test_copy_of_a_tensor_parallel_layer(world):
+    """As an average of weights over steps makes it."""
+    model = layer_cases.Model(SMALL["token"])
+    x = torch.randn(2, 40, 16, dtype=torch.float64)
+    expected, grads = one_process(model, x, None)
+    for out, _, found in world.run(layer_cases.tensor_parallel_step, model, x, True, ranks=2):
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found, grads, rtol=0, atol=1e-9)
+
+
+def test_tensor_parallel_layer_whose_modules_are_all_fsdp_units(world):
+    model = layer_cases.Model(SMALL["token"])
+    x = torch.randn(2, 40, 16, dtype=torch.float64)
+    _, grads = one_process(model, x, None)
+    for found in world.run(layer_cases.sharded_tensor_parallel_step, model, x):
+        torch.testing.assert_close(found, grads, rtol=0, atol=1e-9)
+
+
 def test_layers_that_tensor_parallelism_cannot_share(mesh):
     def refuse(message, **options):
         layer = nsa.NativeSparseAttention(16, 4, 2, **options)

@@ -4,7 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
@@ -74,16 +74,37 @@ def train_step(group, model: Model, x: Tensor, bounds, order: str, form: str) ->
     return out.detach(), loss.item(), grads
 
 
-def tensor_parallel_step(group, model: Model, x: Tensor) -> tuple:
-    """Output and gradients of the input and, by name, of the whole weights."""
+def tensor_parallel_step(group, model: Model, x: Tensor, copied: bool = False) -> tuple:
+    """Output and gradients of the input and, by name, of the whole weights.
+
+    Args:
+        copied: step a copy of the parallel model, whose own weights then are 0.
+    """
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
     model = copy.deepcopy(model)
     parallelize_module(model, mesh, {"blocks.*": nsa.distributed.TensorParallel()})
+    if copied:
+        former, model = model, copy.deepcopy(model)
+        with torch.no_grad():
+            for weight in former.parameters():
+                weight.zero_()
     x = x.clone().requires_grad_()
     out = model(x)
     out.square().mean().backward()
     grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     return out.detach(), x.grad, grads
+
+
+def sharded_tensor_parallel_step(group, model: Model, x: Tensor) -> dict[str, Tensor]:
+    """Gradients by name of the whole weights, of 2 by 2 ranks; every module is an FSDP unit."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = copy.deepcopy(model)
+    parallelize_module(model, mesh["tp"], {"blocks.*": nsa.distributed.TensorParallel()})
+    for module in reversed(list(model.modules())):
+        if not isinstance(module, nn.ModuleList):
+            fully_shard(module, mesh=mesh["dp"])
+    model(x.chunk(2)[mesh["dp"].get_local_rank()]).square().mean().backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
 
 def tables(group, model: Model, x: Tensor) -> tuple[int, int]:

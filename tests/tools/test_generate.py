@@ -134,4 +134,18 @@ def test_the_example_generates_from_a_checkpoint(checkpoint, tmp_path):
 def test_the_example_says_what_it_needs(tmp_path):
     result = run_example(folder=tmp_path)
     assert result.returncode == 2
-    assert "does not exist; `make demo` writes outputs/demo/nsa.pt" in result.stderr
+    assert "is no file; `make demo` writes outputs/demo/nsa.pt" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "gpu"], "--device: must be cpu or cuda, got 'gpu'"),
+        (["--device", "cuda"], "--device: needs an NVIDIA GPU, and PyTorch finds none, got 'cuda'"),
+        (["--temperature", "nan"], "--temperature 0 or more"),
+    ],
+)
+def test_options_that_the_example_refuses(checkpoint, tmp_path, options, message):
+    result = run_example(str(checkpoint), *options, folder=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr

@@ -126,6 +126,20 @@ def test_missing_and_short_text(tmp_path, capsys):
     assert "--steps must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_devices_that_are_refused(text, tmp_path, capsys):
+    for device in ("gpu", "meta"):
+        with pytest.raises(SystemExit):
+            train(text, tmp_path, "--device", device)
+        assert f"--device: must be cpu or cuda, got '{device}'" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_lm.Trainer, "run", None)
+    (tmp_path / "file").touch()
+    assert train(text, tmp_path / "file") == 2
+    assert "train_lm: [Errno 17] File exists" in capsys.readouterr().err
+
+
 def test_corpus_holds_out_whole_files(tmp_path):
     for i in range(100):
         (tmp_path / f"{i}.txt").write_text(f"{i:04d}")
