@@ -23,7 +23,7 @@ from nsa.precision import autocast_dtype, without_autocast
 Layer = Any
 """A :class:`nsa.NativeSparseAttention`, whose module imports this one."""
 
-_OF_COMPRESSOR = [BlockCompressor, MLP, nn.Linear, nn.SiLU, nn.Linear]
+OF_COMPRESSOR = [BlockCompressor, MLP, nn.Linear, nn.SiLU, nn.Linear]
 """A compressor and the modules in it."""
 
 
@@ -56,10 +56,10 @@ def project_jointly(layer: Layer, x: Tensor) -> Projections | None:
         return None
     biases = [module.bias for module in linears]
     weights = [module.weight for module in linears]
-    dtype = _joint_dtype(weights, x)
+    dtype = joint_dtype(weights, x)
     if dtype is None or any(bias is not None for bias in biases[:3]):
         return None
-    if not _have_sizes_of(layer, x, weights):
+    if not has_sizes_of(layer, x, weights):
         return None
     # Aliases keep the current memory, because `leaf.data` may be set to another.
     aliases = [t.view_as(t) for t in (x.to(dtype), *weights)]
@@ -79,7 +79,7 @@ def project_jointly(layer: Layer, x: Tensor) -> Projections | None:
     return Projections((q.unflatten(-1, (layer.num_heads, layer.head_dim)), *heads), both, logits)
 
 
-def _have_sizes_of(layer: Layer, x: Tensor, weights: Sequence[Tensor]) -> bool:
+def has_sizes_of(layer: Layer, x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether the products have the sizes that the layer splits them into."""
     key_rows = layer.num_kv_branches * layer.num_kv_heads
     rows = (
@@ -128,16 +128,16 @@ def parameters_of_both(
     found = []
     for module in compressors:
         plain = plain_parameters({"": module}, PLAIN_TYPES)
-        if plain is None or [x[1] for x in plain[1] if isinstance(x, tuple)] != _OF_COMPRESSOR:
+        if plain is None or [x[1] for x in plain[1] if isinstance(x, tuple)] != OF_COMPRESSOR:
             return None
         found.append(plain[0])
     first, second = found
     if len(first) != 5 or [p.shape for p in first] != [p.shape for p in second]:
         return None
-    return found if _joint_dtype([*first, *second], x) == x.dtype else None
+    return found if joint_dtype([*first, *second], x) == x.dtype else None
 
 
-def _joint_dtype(parameters: Sequence[Tensor], x: Tensor) -> torch.dtype | None:
+def joint_dtype(parameters: Sequence[Tensor], x: Tensor) -> torch.dtype | None:
     """The dtype in which linear layers compute. None if they differ, or if a tensor is not
     plain."""
     if not all(type(p) in (Tensor, nn.Parameter) for p in parameters):

@@ -3,13 +3,11 @@
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nsa.boundaries import Boundaries
 from nsa.compressor import block_places, gather_blocks, kept_items
-from nsa.host import needs_gradients
-from nsa.joint_products import Projections, compress_both, parameters_of_both
+from nsa.joint_products import compress_both
 from nsa.rope import Positions
 from nsa.validation import check_config
 
@@ -51,25 +49,3 @@ def compress_tokens(
         centre = (config.compress_block_size - 1) / 2
         positions = Positions(centre, config.compress_stride, bounds, index)
     return layer._rotate([k_cmp], positions, fused)[0], v_cmp
-
-
-def rotate_and_compress(
-    layer: Layer, projections: Projections, boundaries: Boundaries | None
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-    """Rotated queries and keys, and the compressed pair, by one op of a compiled call on the fused
-    backend; None if its parts must be called."""
-    if not torch.compiler.is_compiling() or projections.both is None or layer.compress_k is None:
-        return None
-    from nsa.fused import compiled_heads, layer_ops
-
-    q, keys, _ = projections.heads
-    both, theta = projections.both, layer.rope_theta
-    found = parameters_of_both((layer.compress_k, layer.compress_v), both)
-    if found is None or not (layer_ops.can_rotate(q, theta) and layer_ops.can_gather(both)):
-        return None
-    parameters = [p for pair in zip(*found, strict=True) for p in pair]
-    places = block_places(both, boundaries, check_config(layer.config), True)
-    save = needs_gradients(q, both, *parameters)
-    options = (*places, theta, save)
-    q, k, *pair, _ = compiled_heads.rotate_and_compress(q, keys[0], both, parameters, *options)
-    return q, (k,), tuple(pair)

@@ -21,12 +21,13 @@ from nsa.cached_layer import (
     is_first_call,
     one_or_three,
 )
+from nsa.compiled_layer import run_compiled
 from nsa.compressor import BlockCompressor, kept_items
 from nsa.config import NSAConfig
 from nsa.host import needs_gradients
 from nsa.joint_products import Projections, project_jointly
 from nsa.layer_checks import check_choice, check_input, check_rope, check_sizes
-from nsa.layer_compression import compress_tokens, rotate_and_compress
+from nsa.layer_compression import compress_tokens
 from nsa.linears import (
     apply_linear,
     common_dtype,
@@ -224,8 +225,11 @@ class NativeSparseAttention(nn.Module):
             return self.context_parallel.forward(self, x, cu_seqlens, max_seqlen, cache)
         y = None
         # What a subclass does is not known.
-        if max_seqlen is None and cache is None and type(self) is NativeSparseAttention:
-            y = run_recorded(self, x, cu_seqlens)
+        if cache is None and type(self) is NativeSparseAttention:
+            if torch.compiler.is_compiling():
+                y = run_compiled(self, x, cu_seqlens, max_seqlen)
+            elif max_seqlen is None:
+                y = run_recorded(self, x, cu_seqlens)
         return self._forward(x, cu_seqlens, max_seqlen, cache) if y is None else y
 
     def _forward(
@@ -349,10 +353,6 @@ class NativeSparseAttention(nn.Module):
         """Rotated queries, rotated keys of each branch, and ``compressed_kv`` of
         :func:`nsa.forward`, for which keys and values are cast to ``dtype``."""
         q, keys, values = projections.heads
-        if fused:
-            found = rotate_and_compress(self, projections, boundaries)
-            if found is not None:
-                return found
         compressed_kv = None
         if self.compress_k is not None:
             k, v = keys[0].to(dtype), values[0].to(dtype)

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from nsa.precision import without_autocast
 
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+"""Without it autograd keeps account of views and versions of what nobody else sees, which takes the
+host longer than the views themselves."""
+
 
 class Recording(NamedTuple):
     """A recorded call. The first memories are the tensors that are given.
@@ -32,7 +36,7 @@ class Recording(NamedTuple):
 
     def forward(self, given: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
         """The output, and what the backward needs."""
-        with torch.cuda.device_of(given[0]), without_autocast(given[0].device):
+        with torch.cuda.device_of(given[0]), without_autocast(given[0].device), _below_autograd():
             return self.run_forward(list(given))
 
     def backward(self, dout: Tensor, saved: list[Tensor]) -> list[Tensor | None]:
@@ -42,7 +46,7 @@ class Recording(NamedTuple):
         if not dout.is_contiguous() or dout.data_ptr() % 16:
             dout = dout.clone(memory_format=torch.contiguous_format)
         assert self.run_backward is not None  # as there is a gradient
-        with torch.cuda.device_of(dout), without_autocast(dout.device):
+        with torch.cuda.device_of(dout), without_autocast(dout.device), _below_autograd():
             douts = [dout]
             del dout
             return self.run_backward(douts, saved)

@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._dynamo.guards import _reinterpret_tensor
 
 
 class View(NamedTuple):
@@ -59,7 +60,8 @@ class Writer:
     def __init__(self, bases: Sequence[Base]):
         self._bases = bases
         self._lines: list[str] = []
-        self._values: dict[str, Any] = {"as_strided": torch.as_strided}
+        # Takes the host half the time of as_strided, and a third of that of view.
+        self._values: dict[str, Any] = {"reinterpret": _reinterpret_tensor}
         self._names: dict[int, str] = {}
         self._number = count()
 
@@ -103,11 +105,7 @@ class Writer:
         base, name = self._bases[memory], f"m{memory}"
         if (shape, strides, offset) == (base.shape, base.strides, 0):
             return name
-        sizes, is_all = tuple(shape), offset == 0 and shape.numel() == base.shape.numel()
-        if is_all and base.contiguous and strides == contiguous_strides(shape):
-            return f"{name}.view({sizes})"
-        start = f"{name}.storage_offset() + {offset}" if base.given else f"{offset}"
-        return f"as_strided({name}, {sizes}, {tuple(strides)}, {start})"
+        return f"reinterpret({name}, {tuple(shape)}, {tuple(strides)}, {offset})"
 
     def _name(self, x: Any) -> str:
         """A name for a value, which is kept."""

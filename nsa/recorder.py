@@ -133,8 +133,8 @@ class Recorder(RecordingMode):
         writer.take(range(self._num_given), "given")
         for step in steps:
             writer.step(step)
-        outputs = [self._output(number, shape, writer) for number, shape in self._outputs]
-        output = f"[{', '.join(outputs)}]" if self._is_list else outputs[0]
+        outputs = [View(n, shape, contiguous_strides(shape), 0) for n, shape in self._outputs]
+        output = writer.value(Nested(list, tuple(outputs)) if self._is_list else outputs[0])
         return writer.finish("given", f"{output}, [{', '.join(f'm{n}' for n in saved)}]")
 
     def _write_backward(
@@ -164,13 +164,6 @@ class Recorder(RecordingMode):
         if zeros:
             return partial(torch.zeros, base.shape, **kind)
         return partial(torch.empty_strided, base.shape, base.strides, **kind)
-
-    def _output(self, number: int, shape: torch.Size, writer: Writer) -> str:
-        if shape == self._bases[number].shape:
-            return f"m{number}"
-        whole = View(number, self._bases[number].shape, self._bases[number].strides, 0)
-        view = torch.ops.aten._unsafe_view.default
-        return writer.call(view, (whole, tuple(shape)))
 
     def _add(self, x: Tensor, *, given: bool = False) -> int:
         """The number of the memory of ``x``, which has none yet."""

@@ -116,7 +116,8 @@ def _form_of_call(key: Hashable, given: Sequence[Tensor], differentiable: bool) 
     device = given[0].device
     modes = (differentiable, torch.is_inference_mode_enabled(), autocast_dtype(device))
     strides = [None if x.is_contiguous() else x.stride() for x in given]
-    return (key, device, modes, *strides, *map(_form, given))
+    describe = _form_with_gradients if differentiable else _form
+    return (key, device, modes, *strides, *map(describe, given))
 
 
 def _find(
@@ -245,7 +246,8 @@ def _may_record(given: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
     )
 
 
-_form = attrgetter("shape", "dtype", "requires_grad")
+_form = attrgetter("shape", "dtype")
+_form_with_gradients = attrgetter("shape", "dtype", "requires_grad")
 
 
 def _record(

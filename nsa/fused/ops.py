@@ -6,7 +6,8 @@ used only while something traces. An optional tensor that an op returns or takes
 if there is none, because an op supports only tensors there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,36 +96,42 @@ def attention(*arguments):
     ``owned``, copies of them come last.
     """
     inputs, options = _split(arguments)
-    _check_pairs(inputs.q, inputs.k, options.scaled_config, options.chunks)
-    out, *saved = _run_recorded(_attention, inputs, options) or _attention(inputs, options)
+    found = run_recorded(run_attention, inputs, options, num_keys=inputs.k.shape[1])
+    out, *saved = found or run_attention(inputs, options)
     return out, saved
 
 
-def _attention(inputs: Inputs, options: OpOptions) -> list[Tensor]:
+def run_attention(inputs: Inputs, options: OpOptions) -> list[Tensor]:
+    """The inside of :func:`attention`."""
     q, plan = inputs.q, options.plan(inputs.q, inputs.k)
+    _check_pairs(q, inputs.k, options.scaled_config, options.chunks)
     out, saved = run_forward(
         inputs, options.block_indices, plan, options.schedule, save=options.save
     )
-    tensors = [_owned(x, q) for part in saved for x in part.tensors()]
+    tensors = [owned(x, q) for part in saved for x in part.tensors()]
     return [out, *tensors, *(x.clone() for x in options.returned_bounds)]
 
 
-def _run_recorded(
+def run_recorded(
     function: Callable[..., list[Tensor]],
-    inputs: Inputs,
+    inputs: Any,
     options: OpOptions,
     others: Sequence[Tensor] = (),
+    *,
+    num_keys: int,
+    constants: tuple[Hashable, ...] = (),
 ) -> list[Tensor] | None:
-    """``function(inputs, options, *others)`` as a recording; None if it is to run step by step.
+    """``function(*constants, inputs, options, *others)`` as a recording; None if it is to run step
+    by step.
 
-    A backward has ``others``.
+    ``inputs`` are a NamedTuple of tensors or None. A backward has ``others``.
     """
     optional = (*inputs, options.block_indices, options.cu_seqlens, options.cu_seqlens_k)
     present = [x is not None for x in optional]
     longest = options.max_seqlen_k
     if longest is not None:
         # One recording for some bounds, as for eager calls; the results have the same shapes.
-        longest = min(inputs.k.shape[1], power_of_two(longest))
+        longest = min(num_keys, power_of_two(longest))
     plain = options._replace(
         block_indices=None, cu_seqlens=None, cu_seqlens_k=None, max_seqlen_k=longest
     )
@@ -135,10 +142,10 @@ def _run_recorded(
         # Copies, which no Packing owns: its plan would be of its boundaries alone.
         first, second = (None if x is None else x.clone() for x in (first, second))
         own = plain._replace(block_indices=blocks, cu_seqlens=first, cu_seqlens_k=second)
-        return function(Inputs._make(parts), own, *following)
+        return function(*constants, inputs._make(parts), own, *following)
 
     return recordings.run_op(
-        (function, plain, *present),
+        (function, *constants, plain, *present),
         call,
         [*(x for x in optional if x is not None), *others],
         trains=options.save,
@@ -146,7 +153,7 @@ def _run_recorded(
     )
 
 
-def _owned(x: Tensor | None, like: Tensor) -> Tensor:
+def owned(x: Tensor | None, like: Tensor) -> Tensor:
     """``x``, contiguous, or an empty tensor: in memory of its own, as results of an op must be."""
     if x is None:
         return like.new_empty(0)
@@ -171,24 +178,35 @@ def _check_pairs(q: Tensor, k: Tensor, config: NSAConfig, chunks: int):
 @attention.register_fake
 def _(*arguments):
     inputs, options = _split(arguments)
-    q, v = inputs.q, inputs.v
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    if not options.save:
-        return out, []
-    config = options.scaled_config
+    out = inputs.q.new_empty(*inputs.q.shape[:-1], inputs.v.shape[-1])
+    given = inputs.k_cmp is not None
+    return out, fake_saved(out, inputs.v, options, given=given) if options.save else []
+
+
+def fake_saved(out: Tensor, v: Tensor, options: OpOptions, *, given: bool) -> list[Tensor]:
+    """What :func:`attention` gives after the output, with ``save``.
+
+    ``given`` says whether compressed keys were.
+    """
     # Shapes of outputs, whose channels are those of the values.
     whole = make_sizes(
-        out, config, options.boundaries, num_keys=v.shape[1], num_kv_heads=v.shape[2]
+        out,
+        options.scaled_config,
+        options.boundaries,
+        num_keys=v.shape[1],
+        num_kv_heads=v.shape[2],
     )
     saved = []
-    for heads in split_heads(q.shape[2], v.shape[2], options.chunks):
+    for heads in split_heads(out.shape[2], v.shape[2], options.chunks):
         sizes = whole.of_heads(heads.kv.stop - heads.kv.start)
-        saved += _fake_saved(out, sizes, options, given=inputs.k_cmp is not None)
-    return out, saved + [torch.empty_like(x) for x in options.returned_bounds]
+        saved += _fake_saved_of_chunk(out, sizes, options, given=given)
+    return saved + [torch.empty_like(x) for x in options.returned_bounds]
 
 
-def _fake_saved(out: Tensor, sizes: Sizes, options: OpOptions, *, given: bool) -> list[Tensor]:
-    """:meth:`Saved.tensors` of a chunk; ``given`` says whether compressed keys were."""
+def _fake_saved_of_chunk(
+    out: Tensor, sizes: Sizes, options: OpOptions, *, given: bool
+) -> list[Tensor]:
+    """:meth:`Saved.tensors` of a chunk."""
     shapes = sizes.saved_shapes()
     if given:
         del shapes["k_cmp"], shapes["v_cmp"]
@@ -216,18 +234,20 @@ def attention_backward(dout, *arguments):
     """Gradients of the :class:`Inputs` of :func:`attention`, empty where None."""
     *call, saved = arguments
     inputs, options = _split(call)
-    found = _run_recorded(_attention_backward, inputs, options, (dout, *saved))
-    return found or _attention_backward(inputs, options, dout, *saved)
+    others, num_keys = (dout, *saved), inputs.k.shape[1]
+    found = run_recorded(run_attention_backward, inputs, options, others, num_keys=num_keys)
+    return found or run_attention_backward(inputs, options, dout, *saved)
 
 
-def _attention_backward(
+def run_attention_backward(
     inputs: Inputs, options: OpOptions, dout: Tensor, *saved: Tensor
 ) -> list[Tensor]:
+    """The inside of :func:`attention_backward`."""
     parts = Saved.of_chunks(saved, recompute=options.recompute)
     parts = [_without_empty(part) for part in parts]
     plan = options.plan(inputs.q, inputs.k)
     grads = run_backward(dout, inputs, options.block_indices, parts, plan, options.schedule)
-    return [_owned(grad, inputs.q) for grad in grads]
+    return [owned(grad, inputs.q) for grad in grads]
 
 
 def _without_empty(saved: Saved) -> Saved:
@@ -246,15 +266,27 @@ def _(dout, *arguments):
     return [inputs.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
 
 
-def _setup_context(ctx, inputs, output):
-    tensors, options = _split(inputs)
-    _, saved = output
+def split_saved(options: OpOptions, saved: list[Tensor]) -> tuple[list[Any], OpOptions]:
+    """The tensors that a backward needs beside the inputs of an op, and its other options."""
     bounds = [options.cu_seqlens, options.cu_seqlens_k]
     copies = len(options.returned_bounds)
     if copies:
         bounds[:copies], saved = saved[-copies:], saved[:-copies]
-    ctx.save_for_backward(*tensors, options.block_indices, *bounds, *saved)
-    ctx.options = options._replace(block_indices=None, cu_seqlens=None, cu_seqlens_k=None)
+    others = options._replace(block_indices=None, cu_seqlens=None, cu_seqlens_k=None)
+    return [options.block_indices, *bounds, *saved], others
+
+
+def join_saved(options: OpOptions, tensors: Sequence[Any]) -> tuple[OpOptions, list[Tensor]]:
+    """The reverse of :func:`split_saved`: the options and what was saved."""
+    blocks, cu_seqlens, cu_seqlens_k, *saved = tensors
+    bounds = dict(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
+    return options._replace(block_indices=blocks, **bounds), saved
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, options = _split(inputs)
+    saved, ctx.options = split_saved(options, output[1])
+    ctx.save_for_backward(*tensors, *saved)
     ctx.set_materialize_grads(False)
 
 
@@ -267,9 +299,7 @@ def _backward(ctx, dout, _):
         raise RuntimeError("nsa::attention was called with save=False, so it has no backward")
     # Read once, because selective checkpointing unpacks once.
     tensors = ctx.saved_tensors
-    inputs, (blocks, cu_seqlens, cu_seqlens_k, *saved) = tensors[:NUM_INPUTS], tensors[NUM_INPUTS:]
-    bounds = dict(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
-    options = ctx.options._replace(block_indices=blocks, **bounds)
+    inputs, (options, saved) = tensors[:NUM_INPUTS], join_saved(ctx.options, tensors[NUM_INPUTS:])
     grads = attention_backward(dout.contiguous(), *inputs, *options, saved)
     return (
         *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True)),

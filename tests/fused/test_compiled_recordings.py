@@ -5,17 +5,15 @@ import torch
 
 import nsa
 from nsa import recordings
-from nsa.fused import compiled_heads, compressed_forms, ops, schedule
+from nsa.fused import compressed_forms, ops, plain_layer, schedule
 from nsa.testing import make_cu_seqlens
 from tests.helpers.noted_kernels import note_kernels
 
 TOKENS, DIM = 200, 64
 PRESETS = {"token": nsa.NSAConfig.paper, "tile": nsa.NSAConfig}
 OPS = (
-    compiled_heads.run_forward,
-    compiled_heads.run_backward,
-    ops._attention,
-    ops._attention_backward,
+    plain_layer.run_layer,
+    plain_layer.run_layer_backward,
 )
 
 pytestmark = pytest.mark.unmeasured

@@ -1,9 +1,12 @@
 """torch.compile of the layer over the fused pipeline with emulated kernels: one trace."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import nsa
+from nsa.fused import ops, plain_layer
 from nsa.testing import make_cu_seqlens
 from tests.helpers.small_configs import tile_config, token_config
 
@@ -14,17 +17,27 @@ LENGTHS = ([100, 3, 0, 70], [50, 90, 1, 40], [300, 2, 3, 4])
 
 # Each two options meet, not each three, because a case takes seconds.
 @pytest.mark.parametrize(
-    ("config", "gate", "compressor", "packed"),
+    ("config", "gate", "compressor", "packed", "one_op"),
     [
-        (tile_config(), "hidden", "mlp", False),
-        (token_config(), "hidden", "mean", True),
-        (tile_config(), "q", "mlp", True),
-        (token_config(), "q", "mean", False),
+        (tile_config(), "hidden", "mlp", False, False),
+        (token_config(), "hidden", "mean", True, False),
+        (tile_config(), "q", "mlp", True, False),
+        (token_config(), "q", "mean", False, False),
+        (token_config(), "hidden", "mlp", False, True),
+        (tile_config(), "q", "mlp", True, True),
     ],
-    ids=["tile-hidden-mlp", "token-hidden-mean-packed", "tile-q-mlp-packed", "token-q-mean"],
+    ids=[
+        *("tile-hidden-mlp", "token-hidden-mean-packed", "tile-q-mlp-packed", "token-q-mean"),
+        *("token-hidden-mlp-one op", "tile-q-mlp-packed-one op"),
+    ],
 )
-def test_layer_compiles_once_for_all_lengths(config, gate, compressor, packed):
+def test_layer_compiles_once_for_all_lengths(config, gate, compressor, packed, one_op, monkeypatch):
     """Of packed sequences some have no compressed block."""
+    ran = []
+    for module, name in ((plain_layer, "run_layer"), (ops, "run_attention")):
+        function = getattr(module, name)
+        call = partial(lambda name, function, *a: ran.append(name) or function(*a), name, function)
+        monkeypatch.setattr(module, name, call)
     torch._dynamo.reset()
     layer = nsa.NativeSparseAttention(
         32,
@@ -33,8 +46,9 @@ def test_layer_compiles_once_for_all_lengths(config, gate, compressor, packed):
         config=config,
         gate=gate,
         compressor=compressor,
-        separate_kv=gate == "q",
-        value_head_dim=8 if gate == "q" else 6,
+        separate_kv=gate == "q" and not one_op,
+        head_dim=16 if one_op else 8,
+        value_head_dim=16 if one_op else 8 if gate == "q" else 6,
         backend="fused",
     ).double()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -50,3 +64,5 @@ def test_layer_compiles_once_for_all_lengths(config, gate, compressor, packed):
                 out.square().sum().backward()
                 results.append([out.detach(), *(p.grad.clone() for p in layer.parameters())])
         torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    assert ("run_layer" in ran) == one_op
+    assert "run_attention" in ran
