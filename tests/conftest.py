@@ -25,6 +25,11 @@ def pytest_report_header() -> str:
     return f"GPU property tests draw from {profiles.seed_line()}"
 
 
+def pytest_collection_modifyitems(items):
+    """What may take long first, so that no worker of pytest-xdist ends long after the others."""
+    items.sort(key=lambda item: item.get_closest_marker("unmeasured") is None)
+
+
 def pytest_collection_finish():
     """What is imported and collected stays, so garbage collections need not look at it."""
     gc.collect()
