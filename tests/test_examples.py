@@ -93,6 +93,7 @@ def test_transformer_block(tmp_path, gpu):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.unmeasured
 @on_gpu
 def test_convert_llama(tmp_path, gpu):
     pytest.importorskip("transformers", reason="needs the extra `transformers`")
@@ -113,6 +114,7 @@ def test_convert_llama(tmp_path, gpu):
     assert "no matplotlib" in printed if path is None else Path(path[1]).stat().st_size > 5000
 
 
+@pytest.mark.unmeasured
 @on_gpu
 def test_compile_and_graph(tmp_path, gpu):
     printed = run("compile_and_graph", tmp_path, gpu)

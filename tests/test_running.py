@@ -76,6 +76,7 @@ def draw(tmp_path: Path, *options: str, **environment: str) -> tuple[str, dict[s
     return header, drawn
 
 
+@pytest.mark.unmeasured
 def test_gpu_property_tests_draw_from_a_seed_that_can_be_given(tmp_path):
     seed, drawn = draw(tmp_path, "-n1")
     assert draw(tmp_path, "-n0", NSA_SEED=seed) == (seed, drawn)

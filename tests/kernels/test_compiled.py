@@ -48,6 +48,7 @@ def compiled_kernels(folder: Path, code: str = ONE_KERNEL, **environment) -> int
     return int(done.stdout.split("compiled")[1])
 
 
+@pytest.mark.unmeasured
 @pytest.mark.filterwarnings("default")
 def test_a_second_process_compiles_nothing(tmp_path):
     import_fused("quack.cache")

@@ -38,6 +38,7 @@ def losses(path: Path) -> list[tuple[float, float]]:
         return [(float(r["train_loss"]), float(r["heldout_loss"])) for r in csv.DictReader(file)]
 
 
+@pytest.mark.unmeasured
 def test_stopped_and_resumed_on_other_ranks_equals_one_process(text, tmp_path, monkeypatch):
     options = [*OPTIONS, "--text", str(text), "--steps", "5"]
     monkeypatch.setattr(train_lm, "SAMPLE_BYTES", 2)
@@ -62,6 +63,7 @@ def test_stopped_and_resumed_on_other_ranks_equals_one_process(text, tmp_path, m
         assert other == pytest.approx(row, rel=1e-4)
 
 
+@pytest.mark.unmeasured
 def test_a_rank_that_dies_ends_the_run(text, tmp_path):
     """The batch is shared here, and not the sequences."""
     options = [*OPTIONS, "--text", str(text), "--steps", "5", "--output", str(tmp_path / "many")]
