@@ -7,7 +7,10 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
-from nsa import recordings
+from nsa import (
+    recordings,
+    reference,  # noqa: F401 (before a test that is not measured imports it)
+)
 from tests.helpers import measuring, poison, profiles, requirements
 from tests.helpers.emulation import COMPRESSED_CALLS, compute_compressed, emulate_kernels
 from tests.helpers.world import World

@@ -21,7 +21,7 @@ def fork_context() -> ForkServerContext:
 
 
 def run_python(
-    *command: object, folder: Path, environment: dict | None = None, seconds: float = 120
+    *command: object, folder: Path, environment: dict | None = None, seconds: float = 400
 ) -> subprocess.CompletedProcess:
     """What ``python *command`` does, without its start: on a CPU, with one thread.
 

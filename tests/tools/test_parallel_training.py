@@ -29,7 +29,7 @@ def torchrun(ranks: int, event: str, *options: str) -> subprocess.CompletedProce
     environment = os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     return run_python(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, script, event,
-        *options, folder=ROOT, environment=environment, seconds=200,
+        *options, folder=ROOT, environment=environment,
     )  # fmt: skip
 
 
