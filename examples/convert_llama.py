@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import nsa
 import nsa.transformers
 
-CONTEXT, BATCH = 512, 8
+CONTEXT = 512
 NSA = nsa.NSAConfig.paper(
     compress_block_size=16,
     compress_stride=8,
@@ -52,27 +52,27 @@ def read_text(device: str) -> tuple[Tensor, Tensor]:
     return tuple(torch.frombuffer(text, dtype=torch.uint8).long().to(device) for text in texts)
 
 
-def draw(text: Tensor, generator: torch.Generator) -> Tensor:
-    """Random pieces of the text, ``(BATCH, CONTEXT)``."""
-    starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=generator)
+def draw(text: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Random pieces of the text, ``(batch, CONTEXT)``."""
+    starts = torch.randint(len(text) - CONTEXT, (batch, 1), generator=generator)
     return text[starts.to(text.device) + torch.arange(CONTEXT, device=text.device)]
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, text: Tensor) -> float:
+def held_out_loss(model: LlamaForCausalLM, text: Tensor, batch: int) -> float:
     """Nats per byte, on the same pieces each time."""
     generator = torch.Generator().manual_seed(1)
-    losses = [model(x, labels=x).loss for x in (draw(text, generator) for _ in range(2))]
-    return torch.stack(losses).mean().item()
+    ids = draw(text, 2 * batch, generator).split(batch)
+    return torch.stack([model(x, labels=x).loss for x in ids]).mean().item()
 
 
-def train(model: LlamaForCausalLM, text: Tensor, steps: int, seed: int) -> list[float]:
+def train(model: LlamaForCausalLM, text: Tensor, steps: int, batch: int, seed: int) -> list[float]:
     """The loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(steps):
-        ids = draw(text, generator)
+        ids = draw(text, batch, generator)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
             loss = model(ids, labels=ids).loss
         loss.backward()
@@ -112,19 +112,21 @@ def plot(curves: dict[str, tuple[int, list[float]]]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=120, help="before the switch; after it half")
-    steps = parser.parse_args().steps
+    parser.add_argument("--batch", type=int, default=8, help="pieces of 512 bytes a step")
+    args = parser.parse_args()
+    steps, batch = args.steps, args.batch
     torch.manual_seed(0)
     nsa.transformers.register()
     text, held_out = read_text("cuda" if torch.cuda.is_available() else "cpu")
     dense = LlamaForCausalLM(MODEL).to(text.device)
-    before = train(dense, text, steps, seed=2)
-    print(f"dense, before the switch: {held_out_loss(dense, held_out):.3f} nats per byte")
+    before = train(dense, text, steps, batch, seed=2)
+    print(f"dense, before the switch: {held_out_loss(dense, held_out, batch):.3f} nats per byte")
     model = switch(dense)
-    print(f"NSA, at the switch: {held_out_loss(model, held_out):.3f} nats per byte")
-    after = {"dense": train(dense, text, steps // 2, seed=3)}
-    print(f"dense, trained on: {held_out_loss(dense, held_out):.3f} nats per byte")
-    after["NSA"] = train(model, text, steps // 2, seed=3)
-    print(f"NSA, trained on: {held_out_loss(model, held_out):.3f} nats per byte")
+    print(f"NSA, at the switch: {held_out_loss(model, held_out, batch):.3f} nats per byte")
+    after = {"dense": train(dense, text, steps // 2, batch, seed=3)}
+    print(f"dense, trained on: {held_out_loss(dense, held_out, batch):.3f} nats per byte")
+    after["NSA"] = train(model, text, steps // 2, batch, seed=3)
+    print(f"NSA, trained on: {held_out_loss(model, held_out, batch):.3f} nats per byte")
     plot({"dense before": (0, before)} | {f"{x} after": (steps, y) for x, y in after.items()})
 
 

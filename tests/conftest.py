@@ -7,7 +7,10 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
-from nsa import recordings
+from nsa import (
+    recordings,
+    reference,  # noqa: F401 (before a test that is not measured imports it)
+)
 from tests.helpers import measuring, poison, profiles, requirements
 from tests.helpers.emulation import COMPRESSED_CALLS, compute_compressed, emulate_kernels
 from tests.helpers.world import World
@@ -23,6 +26,11 @@ def pytest_configure():
 
 def pytest_report_header() -> str:
     return f"GPU property tests draw from {profiles.seed_line()}"
+
+
+def pytest_collection_modifyitems(items):
+    """What may take long first, so that no worker of pytest-xdist ends long after the others."""
+    items.sort(key=lambda item: item.get_closest_marker("unmeasured") is None)
 
 
 def pytest_collection_finish():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.forked import run_python
 from tests.helpers.requirements import missing_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,18 +39,16 @@ on_gpu = pytest.mark.parametrize(
 
 
 def run(name: str, folder: Path, gpu: bool, *options: str) -> str:
-    """What an example prints; on a CPU it sees no GPU, and has one thread."""
-    cpu_only = {} if gpu else dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *options],
-        cwd=folder,
-        env=os.environ | cpu_only | dict(PYTHONPATH=path),
-        capture_output=True,
-        text=True,
-        # A CPU takes 5 to 15 s. The rest is for machines that do much else.
-        timeout=300 if gpu else 120,
-    )
+    """What an example prints."""
+    command = (EXAMPLES / f"{name}.py", *options)
+    if gpu:
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        result = subprocess.run(
+            [sys.executable, *command], cwd=folder, env=os.environ | dict(PYTHONPATH=path),
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    else:
+        result = run_python(*command, folder=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -94,10 +93,11 @@ def test_transformer_block(tmp_path, gpu):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.unmeasured
 @on_gpu
 def test_convert_llama(tmp_path, gpu):
     pytest.importorskip("transformers", reason="needs the extra `transformers`")
-    printed = run("convert_llama", tmp_path, gpu, "--steps", "4")
+    printed = run("convert_llama", tmp_path, gpu, "--steps", "4", "--batch", "2")
     losses = re.findall(r"^(.*): (\S+) nats per byte$", printed, re.MULTILINE)
     assert [name for name, _ in losses] == [
         "dense, before the switch",
@@ -114,6 +114,7 @@ def test_convert_llama(tmp_path, gpu):
     assert "no matplotlib" in printed if path is None else Path(path[1]).stat().st_size > 5000
 
 
+@pytest.mark.unmeasured
 @on_gpu
 def test_compile_and_graph(tmp_path, gpu):
     printed = run("compile_and_graph", tmp_path, gpu)

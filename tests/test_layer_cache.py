@@ -96,12 +96,12 @@ def test_blocks_longer_than_the_sequences_can_be():
 @torch.no_grad()
 def test_compiled_with_dynamic_shapes():
     """The sizes of the layer's configuration are then symbols."""
-    layer = make_layer(SMALL["token"])
+    layer = make_layer(SMALL["token"], compressor="mean")
     x = torch.randn(2, 40, DIM, dtype=F64)
     cache = layer.make_cache(2, 40)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="eager", dynamic=True)
-    out = [compiled(x[:, a:b], cache=cache) for a, b in pairwise((0, 20, 21, 40))]
+    out = [compiled(x[:, a:b], cache=cache) for a, b in pairwise((0, 20, 40))]
     torch.testing.assert_close(torch.cat(out, 1), layer(x), **CLOSE)
 
 

@@ -244,8 +244,8 @@ def results_and_gradients(layer, x, *packing):
 @pytest.mark.parametrize(("compressor", "gate"), [("mlp", "hidden"), ("mean", "q")])
 def test_global_defaults_change_nothing(compressor, gate, packed):
     layer = make_layer(dtype=torch.float32, compressor=compressor, gate=gate)
-    x = torch.randn(1, 2048, DIM)
-    arguments = (x[0], make_cu_seqlens([1500, 0, 1, 547])) if packed else (x,)
+    x = torch.randn(1, 600, DIM)
+    arguments = (x[0], make_cu_seqlens([400, 0, 1, 199])) if packed else (x,)
     wanted = results_and_gradients(layer, *arguments)
     for name, context in DEFAULTS.items():
         with context():
@@ -271,13 +271,12 @@ def test_global_defaults_leave_positions_past_65536_alone(name):
 # torch.compile looks at the gradients of what it resumes with after the reference, which it skips.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.unmeasured
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_packed_layer_on_the_reference(config, backend):
+def test_compiled_packed_layer_on_the_reference(config):
     torch._dynamo.reset()
     layer = make_layer(config)
     lengths = [30, 1, 0, 29]
     arguments = torch.randn(60, DIM, dtype=torch.float64), make_cu_seqlens(lengths)
-    compiled = torch.compile(layer, backend=backend)
+    compiled = torch.compile(layer, backend="aot_eager")
     found = results_and_gradients(compiled, *arguments)
     wanted = results_and_gradients(layer, *arguments)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

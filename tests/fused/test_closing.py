@@ -22,6 +22,7 @@ def window_last(fused_on_cpu, monkeypatch):
     monkeypatch.setattr(pipeline, "SHORT_TOKENS", 0)
 
 
+@pytest.mark.unmeasured
 @settings(max_examples=examples(80), **WITH_FIXTURES)
 @given(problem=st.one_of(tile_problems(), token_problems()))
 def test_output_and_gradients_equal_reference(problem):

@@ -29,6 +29,7 @@ def decoded(monkeypatch):
     return calls
 
 
+@pytest.mark.unmeasured
 def test_steps_equal_the_whole(decoded):
     """Kernels decode what they can, the reference the rest; all in one cache."""
 

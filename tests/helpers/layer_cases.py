@@ -17,14 +17,14 @@ from tests.helpers.emulation import emulate_kernels
 
 
 class Model(nn.Module):
-    """Two residual layers."""
+    """Residual layers."""
 
-    def __init__(self, config: nsa.NSAConfig, recompute: bool = False, **options):
+    def __init__(self, config: nsa.NSAConfig, recompute: bool = False, layers: int = 2, **options):
         super().__init__()
         torch.manual_seed(0)
         make = [
             nsa.NativeSparseAttention(16, 4, 2, config, dtype=torch.float64, **options)
-            for _ in range(2)
+            for _ in range(layers)
         ]
         self.blocks = nn.ModuleList(make)
         self.recompute = recompute

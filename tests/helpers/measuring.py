@@ -1,8 +1,8 @@
 """Where coverage is measured: measured Python, all of torch's included, is up to twice as slow.
 
 So what is measured of the cases of a test, unless it is marked ``unmeasured``, are the first ones,
-until they have taken a second; and the ranks of :mod:`tests.helpers.world`. Other cases of a test
-reach the same lines, but where they are many errors, which are fast.
+until they have taken half a second; and the ranks of :mod:`tests.helpers.world`. Other cases of a
+test reach the same lines, but where they are many errors, which are fast.
 """
 
 import sys
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-SECONDS = 1.0
+SECONDS = 0.5
 """CPU time in which the cases of a test are measured."""
 
 _spent: Counter = Counter()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
+from tests.helpers.forked import fork_context
 from tests.helpers.measuring import measured_rank, options_of_ranks
 
 RANKS = 4
@@ -95,10 +96,7 @@ class World:
     def _context(self):
         if "nccl" in self._backend:
             return multiprocessing.get_context("spawn")
-        # Ranks fork from a process that has imported what they need and done nothing.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.helpers.rank_cases", "tests.helpers.layer_cases"])
-        return context
+        return fork_context()
 
     def stop(self):
         """End all processes: those that wait for a case at once, others by force."""

@@ -1,9 +1,7 @@
 """tools/lm/generate.py and examples/generate.py: text from caches, streamed."""
 
-import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import train_lm
 from lm.generate import Sampling, generate
 from lm.model import ByteTransformer, ModelConfig
 from lm.parallel import Alone
+from tests.helpers.forked import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [b"def step(self):", b"x", b"    return " * 9]
@@ -104,16 +103,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def run_example(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, ROOT / "examples" / "generate.py", *arguments],
-        cwd=folder,
-        env=os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONPATH=path),
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=120,
-    )
+    return run_python(ROOT / "examples" / "generate.py", *arguments, folder=folder)
 
 
 def test_the_example_generates_from_a_checkpoint(checkpoint, tmp_path):

@@ -3,13 +3,13 @@
 import csv
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import train_lm
+from tests.helpers.forked import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each of 2 ranks has two pieces of a tile.
@@ -24,12 +24,13 @@ def text(tmp_path) -> Path:
 
 
 def torchrun(ranks: int, event: str, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = ROOT / "tests" / "tools" / "parallel_training.py"
-    command += ["--nproc-per-node", str(ranks), str(script), event, *options]
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tools")))
     environment = os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    return run_python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, script, event,
+        *options, folder=ROOT, environment=environment,
+    )  # fmt: skip
 
 
 def losses(path: Path) -> list[tuple[float, float]]:
@@ -37,6 +38,7 @@ def losses(path: Path) -> list[tuple[float, float]]:
         return [(float(r["train_loss"]), float(r["heldout_loss"])) for r in csv.DictReader(file)]
 
 
+@pytest.mark.unmeasured
 def test_stopped_and_resumed_on_other_ranks_equals_one_process(text, tmp_path, monkeypatch):
     options = [*OPTIONS, "--text", str(text), "--steps", "5"]
     monkeypatch.setattr(train_lm, "SAMPLE_BYTES", 2)
@@ -61,6 +63,7 @@ def test_stopped_and_resumed_on_other_ranks_equals_one_process(text, tmp_path, m
         assert other == pytest.approx(row, rel=1e-4)
 
 
+@pytest.mark.unmeasured
 def test_a_rank_that_dies_ends_the_run(text, tmp_path):
     """The batch is shared here, and not the sequences."""
     options = [*OPTIONS, "--text", str(text), "--steps", "5", "--output", str(tmp_path / "many")]
