@@ -37,8 +37,15 @@ _EXPONENT = 0xFF << _MANTISSA
 # Bits of an integer; a number has one less and a sign.
 _BITS = 11
 _OFFSET = 1 << (_BITS - 1)
-# A sum with this has the rounded number, plus the offset, in its lowest bits.
-_ROUNDER = float((1 << _MANTISSA) + _OFFSET)
+# A sum with 2^23 and the offset has the rounded number, plus the offset, in its lowest bits, and
+# the bits of 2^23 above. Most numbers of a vector are shifted so far that these leave their word.
+# Those of numbers 1, 6 and 7 would stay. So what is added to number 0, 2 or 4, which comes above it
+# in the same word, is more by so much that the sum of both has none of them.
+_ABOVE = (_BIAS + _MANTISSA) << _MANTISSA
+_FIRST, _LATER = -(_ABOVE >> 11) % (1 << 20), -(_ABOVE >> 22) % (1 << _BITS)
+ROUNDERS = [
+    float((1 << _MANTISSA) + _OFFSET + more) for more in (_FIRST, 0, _LATER, 0, _LATER, 0, 0, 0)
+]
 # With this the largest number, rounded, does not have a bit more.
 _MARGIN = 1 + 2.0**-9
 # Exponents from here on have a scale that is a normal number.
@@ -47,6 +54,18 @@ _SCALE = (2 * _BIAS + _BITS - 2 << _MANTISSA) - (1 << 32)
 # An integer as the highest bits of a mantissa: of 1 + integer / 2048.
 _ONE, _PLACE = _BIAS << _MANTISSA, _MANTISSA - _BITS
 _INTEGER = ((1 << _BITS) - 1) << _PLACE
+
+
+def join_integers(x: list[Int32], exponent: Int32) -> list[Int32]:
+    """The words of a vector, from the bits of its numbers after rounding.
+
+    Two integers have their lowest bit in the first word, the others in the other words. An exponent
+    of infinity stays, whatever the bits."""
+    return [
+        (x[0] * (1 << 12) + x[1] * 2) | exponent | (x[6] & 1) | x[7] << 31,
+        (x[6] >> 1) + x[3] * (1 << 10) + x[2] * (1 << 21),
+        (x[7] >> 1) + x[5] * (1 << 10) + x[4] * (1 << 21),
+    ]
 
 
 class PartialRows:
@@ -212,15 +231,11 @@ class PartialRows:
         exponent = cutlass.max(exponent, _LEAST_EXPONENT)
         # 2^(9 - exponent)
         scale = (Int32(_SCALE) - exponent).bitcast(Float32)
-        x = [(value * scale + _ROUNDER).bitcast(Int32) for value in values]
-        low = (1 << _BITS) - 1
-        # Two integers have their lowest bit in the first word, the others in the other words. The
-        # 8 highest bits of a sum, which are the same in all, leave a word that is shifted by 8.
-        return [
-            exponent | x[0] << 12 | (x[1] << 1) & (low << 1) | (x[6] & 1) | x[7] << 31,
-            ((x[6] >> 1) & (low >> 1)) + x[3] * (1 << 10) + x[2] * (1 << 21),
-            ((x[7] >> 1) & (low >> 1)) + x[5] * (1 << 10) + x[4] * (1 << 21),
+        x = [
+            (value * scale + rounder).bitcast(Int32)
+            for value, rounder in zip(values, ROUNDERS, strict=True)
         ]
+        return join_integers(x, exponent)
 
     def _unpack(self, words: list[Int32], one: Int32) -> list[Float32]:
         """1.5 + number / 2048 for the numbers of a vector, in units of its scale."""
