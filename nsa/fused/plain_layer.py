@@ -71,7 +71,7 @@ _DIFFERENTIABLE = LayerInputs._fields[:-1]
 _FIRST_OF_COMPRESSORS = LayerInputs._fields.index("position_k")
 
 
-class _Saved(NamedTuple):
+class _LayerSaved(NamedTuple):
     """What backward needs beside the results of attention, whose inputs come last.
 
     ``rows`` and the next two are of the compressors; ``hidden`` and ``active``, before and after
@@ -92,7 +92,7 @@ class _Saved(NamedTuple):
     v_cmp: Tensor
 
 
-_NUM_SAVED = len(_Saved._fields)
+_NUM_SAVED = len(_LayerSaved._fields)
 
 
 class _Rule(NamedTuple):
@@ -161,7 +161,7 @@ class _Rule(NamedTuple):
         return (x if len(self.leading) == 2 else x[0])[..., : self.head_dim].contiguous()
 
 
-def _attention_inputs(saved: _Saved, weight: Tensor | None) -> Inputs:
+def _attention_inputs(saved: _LayerSaved, weight: Tensor | None) -> Inputs:
     return Inputs(
         q=saved.q,
         k=saved.k,
@@ -193,7 +193,7 @@ def run_layer(theta: float, given: LayerInputs, options: OpOptions) -> list[Tens
         k_cmp, v_cmp = (part.view(blocks) for part in compressed)
         # A copy, because a view would keep the product.
         heads = (*rule.rotate(q, k), v.clone(), rule.rotate_blocks(k_cmp), v_cmp)
-        saved = _Saved(x, rows, hidden, active, *of_gates, *map(rule.kernel_form, heads))
+        saved = _LayerSaved(x, rows, hidden, active, *of_gates, *map(rule.kernel_form, heads))
         weight = _gate_weight(given, rule)
         out, *of_attention = ops.run_attention(_attention_inputs(saved, weight), options)
         out = rule.layer_form(out).flatten(-2)
@@ -243,7 +243,7 @@ def run_layer_backward(
 ) -> list[Tensor]:
     """Gradients of the tensors in ``given`` but the last."""
     x, rule, grads = given.x, _Rule.of(theta, given, options), dict[str, Tensor]()
-    saved, of_attention = _Saved._make(tensors[:_NUM_SAVED]), tensors[_NUM_SAVED:]
+    saved, of_attention = _LayerSaved._make(tensors[:_NUM_SAVED]), tensors[_NUM_SAVED:]
     if given.gate is None:
         saved = saved._replace(hidden=None, active=None, gates=None)
     with torch.cuda.device_of(x), without_autocast(x.device):
@@ -269,7 +269,7 @@ def run_layer_backward(
 
 
 def _gates_backward(
-    given: LayerInputs, saved: _Saved, found: Inputs, grads: dict[str, Tensor]
+    given: LayerInputs, saved: _LayerSaved, found: Inputs, grads: dict[str, Tensor]
 ) -> list[Tensor]:
     """The gradient of ``hidden``, if any; puts those of the gates' parameters into ``grads``."""
     if saved.hidden is None:
@@ -291,7 +291,7 @@ def _gates_backward(
 def _product_gradient(
     given: LayerInputs,
     rule: _Rule,
-    saved: _Saved,
+    saved: _LayerSaved,
     found: Inputs,
     dhidden: list[Tensor],
     grads: dict[str, Tensor],
@@ -352,7 +352,7 @@ def _(*arguments):
         )
     )
     rows_hidden = x.new_empty(*rows, len(given.first_k))
-    saved = _Saved(
+    saved = _LayerSaved(
         out=x.new_empty(*rule.leading, rule.heads * rule.head_dim),
         rows=x.new_empty(*rows, given.first_k.shape[1]),
         rows_hidden=rows_hidden,
