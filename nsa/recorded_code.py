@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._dynamo.guards import _reinterpret_tensor
+from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 
 
 class View(NamedTuple):
