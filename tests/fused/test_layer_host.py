@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import nsa
 from nsa import compressor, layers, packing
-from nsa.fused import compressed_forms, entry, fa4, kernel_calls, layer_ops, planning
+from nsa.fused import compressed_forms, entry, fa4_lists, kernel_calls, layer_ops, planning
 from nsa.testing import make_cu_seqlens
 from tests.helpers.counted_operations import CountedOperations, count_kernel_calls
 
@@ -24,7 +24,7 @@ def _eager_calls_on_a_cpu(fused_on_cpu, monkeypatch):
     monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
     for module in (entry, layer_ops, compressor):
         monkeypatch.setattr(module, "is_traced", lambda *_: False)
-    for module in (planning, packing, fa4):
+    for module in (planning, packing, fa4_lists):
         monkeypatch.setattr(module, "may_keep", lambda _: True)
 
 

@@ -7,7 +7,7 @@ import torch
 
 import nsa
 from nsa import compressor, packing
-from nsa.fused import entry, fa4, layer_ops, planning
+from nsa.fused import entry, fa4_lists, layer_ops, planning
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.counted_operations import CountedOperations, count_kernel_calls
 from tests.helpers.host_reads import READS
@@ -21,7 +21,7 @@ PACKED = [1024, 768]
 def _eager_calls_on_a_cpu(fused_on_cpu, monkeypatch):
     """Kernels are emulated, and a dispatch mode that looks is no reason for custom ops."""
     monkeypatch.setattr(entry, "is_traced", lambda *_: False)
-    for module in (planning, packing, fa4):
+    for module in (planning, packing, fa4_lists):
         monkeypatch.setattr(module, "may_keep", lambda _: True)
 
 
