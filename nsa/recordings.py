@@ -42,9 +42,10 @@ MAX_SEEN = 1024
 """Forms without a recording to remember, seen once or refused: those that were called last. Each
 new length makes one, so they are counted separately from recordings."""
 
-MAX_ELEMENTS = 1 << 25
-"""Elements of the first tensor up to which calls are recorded. The host is faster than the GPU in
-larger ones, and recording takes the memory and time of a forward and backward more."""
+MAX_ELEMENTS = 1 << 26
+"""Elements of the first tensor up to which calls are recorded, such as 8K tokens of 64 heads of 128
+channels. The host is faster than the GPU in larger ones, and recording takes the memory and time of
+a forward and backward more."""
 
 _logger = logging.getLogger("nsa")
 

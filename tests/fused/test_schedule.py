@@ -234,9 +234,10 @@ def test_a_limit_asks_for_no_free_memory(monkeypatch):
 @pytest.mark.parametrize("config", [nsa.NSAConfig.paper(), nsa.NSAConfig()], ids=["token", "tile"])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize(
-    ("dim", "heads", "kv_heads"), [(1024, 16, 1), (2048, 16, 1), (4096, 32, 2)]
+    ("dim", "heads", "kv_heads"),
+    [(1024, 16, 1), (2048, 16, 1), (4096, 32, 2), (4096, 32, 8), (8192, 64, 4)],
 )
-def test_layers_that_may_be_recorded_ask_for_no_free_memory(
+def test_calls_that_may_be_recorded_ask_for_no_free_memory(
     config, deterministic, dim, heads, kv_heads
 ):
     """On 80 GB. Otherwise each call would run step by step, and say nothing."""
