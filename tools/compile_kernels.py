@@ -88,6 +88,7 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
             importance,
             inverted_index,
             listed_backward,
+            near_block_statistics,
             padded_rows,
             query_partials,
             query_sums,
@@ -100,7 +101,8 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         by_dtype += [importance, selected_forward, selected_band]
         by_dtype += [few_keys, selected_backward, query_partials, query_sums]
         by_dtype += [row_statistics, listed_backward, float_sums, block_sums]
-        others += [padded_rows, inverted_index, decode_append, decode_compressed]
+        others += [padded_rows, inverted_index, near_block_statistics]
+        others += [decode_append, decode_compressed]
         others += [decode_tile_select, decode_finish, decode_attend]
         others += [decode_select, decode_units]
     for kernels in by_dtype:
@@ -166,6 +168,11 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
             variant = partial(compile_dense, dim, group, packed, True, (left, None), "bfloat16")
             yield name, partial(variant, deterministic=True)
 
+    for dim, group in ((64, 1), (64, 16), (96, 3), (128, 16)):
+        for deterministic in (False, True):
+            name = f"near blocks D={dim} G={group}{' deterministic' if deterministic else ''}"
+            yield name, partial(compile_near_blocks, dim, group, deterministic)
+
     for dim in HEAD_DIMS:
         for segments, deterministic in ((True, False), (True, True), (False, False)):
             form = "segments" if segments else "one segment"
@@ -205,6 +212,19 @@ def compile_dense(
     if heads > 1 and (not deterministic or (mask.left and not packed)):
         whole = variant._replace(heads_per_cta=heads, deterministic=deterministic)
         fa4_sm90.backward_kernels(whole)
+
+
+def compile_near_blocks(dim, group, deterministic):
+    """The backward of a window that attends near blocks too, of one head and of several a CTA."""
+    from nsa.fused.fa4_call import MOST_HEADS_PER_CTA
+    from nsa.fused.fa4_variants import Mask, Variant
+    from nsa.fused.kernels import fa4_sm90
+
+    mask, options = Mask(left=True, right=True), dict(deterministic=deterministic)
+    shape = (getattr_torch("bfloat16"), dim, dim, group, mask)
+    for heads in sorted({1, math.gcd(group, MOST_HEADS_PER_CTA)}):
+        variant = Variant(*shape, heads_per_cta=heads, near_block=64, **options)
+        fa4_sm90.backward_kernels(variant)
 
 
 def compile_blocks(dim, segments, deterministic):

@@ -180,6 +180,7 @@ def dense_backward(
     cu_seqlens_k: Tensor | None = None,
     dq: Tensor | None = None,
     deterministic: bool = False,
+    near_block: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`dense_forward`; ``Dv == D`` where several heads share a KV head.
 
@@ -189,6 +190,11 @@ def dense_backward(
         statistics: float32, in the shape of ``lse``, with any strides.
         dq: where to write the gradient of ``q``, with stride 1 in the last dimension.
         deterministic: give the same bits each time, in somewhat more time.
+        near_block: keys of a block, a multiple of 64. Then ``statistics`` are ``(B, H, 3, rows)``:
+            those for the keys of a query's own block, of the block before, and for all others.
+            They are contiguous, ``rows`` is ``Sq`` rounded up to a multiple of 128, and P is 0
+            in rows past ``Sq``. It needs a batch with a window, blocks that begin with the keys,
+            queries whose positions begin at a multiple of 64, and head dimensions up to 128.
 
     Returns:
         dq, dk, dv: in the shapes and dtype of ``q``, ``k`` and ``v``.
@@ -196,6 +202,7 @@ def dense_backward(
     mask, window = dense_mask(causal, window_size, block_ends)
     bounds = (cu_seqlens_q, cu_seqlens_k)
     call = Call(q, k, v, scale, mask, window, bounds, deterministic=deterministic)
+    call = call._replace(near_block=near_block)
     return _backward(dout, call, statistics, dq)
 
 
@@ -212,12 +219,13 @@ def add_dense_backward(
     window_size: Window = (None, None),
     block_ends: tuple[int, int] | None = None,
     deterministic: bool = False,
+    near_block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`dense_backward` of a batch, with the gradient of ``q`` added to float32 sums.
 
     Args:
-        dout, q, k, v, statistics, scale, causal, window_size, deterministic: as there. The mask
-            must skip tiles, so that all such calls have the sums in the same order.
+        dout, q, k, v, statistics, scale, causal, window_size, deterministic, near_block: as there.
+            The mask must skip tiles, so that all such calls have the sums in the same order.
         query_sums: :func:`nsa.fused.fa4_call.new_query_sums`, to which the gradient without the
             scale is added.
         block_ends: (stride, first) instead of the mask: a query sees the keys ``j`` with
@@ -243,7 +251,8 @@ def add_dense_backward(
         raise ValueError(
             "sums of queries need a mask that skips tiles, got one that shows all keys"
         )
-    call = _readable(Call(q, k, v, scale, mask, window, deterministic=deterministic))
+    call = Call(q, k, v, scale, mask, window, deterministic=deterministic)
+    call = _readable(call._replace(near_block=near_block))
     return _key_gradients(dout, call, statistics, None, query_sums)
 
 

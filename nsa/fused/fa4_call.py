@@ -50,6 +50,7 @@ class Call(NamedTuple):
         blocks: (queries, keys) of a block of ``lists``.
         limit: int32, the keys that each query sees; its length is a multiple of the query block.
         deterministic: the backward gives the same bits each time.
+        near_block: keys of a block if statistics of the backward are by kind of key, else None.
     """
 
     q: Tensor
@@ -63,6 +64,7 @@ class Call(NamedTuple):
     blocks: tuple[int, int] | None = None
     limit: Tensor | None = None
     deterministic: bool = False
+    near_block: int | None = None
 
     def variant(self, *dout: Tensor) -> Variant:
         """The kernels that the call needs; pass ``dout`` for backward."""
@@ -80,6 +82,7 @@ class Call(NamedTuple):
             blocks=self.blocks,
             repeated=repeated if any(repeated) else (),
             deterministic=self.deterministic,
+            near_block=self.near_block,
         )
         if not dout:
             return variant

@@ -85,6 +85,7 @@ class Variant(NamedTuple):
             has any.
         deterministic: in backward, CTAs add to float32 sums in a fixed order.
         heads_per_cta: in backward, heads that share keys and one CTA; it divides the group.
+        near_block: in backward, keys of a block if statistics are by kind of key, else None.
     """
 
     dtype: torch.dtype
@@ -98,6 +99,7 @@ class Variant(NamedTuple):
     repeated: tuple[tuple[int, ...], ...] = ()
     deterministic: bool = False
     heads_per_cta: int = 1
+    near_block: int | None = None
 
     @property
     def pack_heads(self) -> bool:

@@ -59,6 +59,13 @@ class RowStatistics(NamedTuple):
     delta: Tensor
 
 
+KINDS_OF_KEYS = 3
+"""Keys of a query's own block, of the block before, and all others."""
+
+LEFT_OUT = -2
+"""In place of a block that the backward of another branch attends for the selected one."""
+
+
 class OtherGradients(NamedTuple):
     """What the gradient of queries of a batch has beside that of the selected branch.
 

@@ -11,6 +11,7 @@ from nsa.fused.block_lists import list_bytes
 from nsa.fused.compression import compress_bytes
 from nsa.fused.fa4_call import query_sums_bytes
 from nsa.fused.gating import gate_gradient_bytes, output_gradient_bytes
+from nsa.fused.near_blocks import near_block_bytes
 from nsa.fused.selection import select_bytes
 from nsa.fused.sizes import Sizes
 
@@ -63,4 +64,5 @@ def backward_bytes(sizes: Sizes) -> int:
         # Gradients of compressed keys and values may be in float32.
         of_compressed = query + 8 * sizes.key_cmp // sizes.itemsize
         selected, compressed = selected + of_compressed, compressed + dout_slc
-    return gate_gradient_bytes(sizes) + max(window, selected, compressed)
+    held = gate_gradient_bytes(sizes) + near_block_bytes(sizes)
+    return held + max(window, selected, compressed)

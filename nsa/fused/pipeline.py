@@ -35,6 +35,7 @@ from nsa.fused.gating import (
 )
 from nsa.fused.kernel_inputs import Pair, Placements
 from nsa.fused.key_sums import CallSums, leaves_sums, new_sums, round_sums
+from nsa.fused.near_blocks import join_near_blocks
 from nsa.fused.plan import Plan
 from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_groups
 from nsa.fused.streams import SideStream
@@ -245,14 +246,22 @@ def backward(
     douts, (statistics_cmp, statistics_slc, statistics_win) = list(gating.douts), gating.statistics
     dlogits, dgates, dgate_weight = gating[2:]
     del gating, branches
+    near_block = None
+    if shared and plan.joins_near_blocks and douts[1] is douts[2]:
+        near_block = plan.config.select_block_size
+        statistics_win, block_indices = join_near_blocks(
+            statistics_win, statistics_slc, block_indices,
+            first=plan.first_position, block_size=near_block,
+        )  # fmt: skip
 
     query_sums = new_query_sums(q) if plan.sums_queries(q.shape[2], inputs.k.shape[2]) else None
     # Branches that add to the same sums in a fixed order run one after the other.
     waits = deterministic and query_sums is not None
     side_stream = None if waits else SideStream(q)
     dq_win, dk_win, dv_win = window_attention_backward(
-        douts.pop(), q, k_win, v_win, statistics_win, plan, deterministic, query_sums
+        douts.pop(), q, k_win, v_win, statistics_win, plan, deterministic, query_sums, near_block
     )
+    del statistics_win
     side_stream = side_stream or SideStream(q)
 
     # The last kernel of token mode's selected branch then gives the whole gradient.

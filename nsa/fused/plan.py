@@ -22,7 +22,9 @@ from nsa.fused.compressed_forms import (
 )
 from nsa.fused.compressed_indices import blocks_of_tokens, queries_of_few_keys, starts_of_blocks
 from nsa.fused.fa4_variants import choose_key_block
+from nsa.fused.hardware import WGMMA_ROWS
 from nsa.fused.kernel_inputs import IN_ORDER, FewKeys, Placement, Placements, StatisticsPlacements
+from nsa.fused.near_blocks import fits_near_blocks
 from nsa.fused.plan_tables import BOUNDS, NO_TABLES, TableRule, Tables, expect
 from nsa.fused.row_layouts import AlignedRows, FoldedQueries
 from nsa.fused.scoring import Scoring
@@ -150,6 +152,17 @@ class Plan:
         """Whether selection is by token and forces blocks, which neighbouring tokens share."""
         forced = self.config.num_initial_blocks + self.config.num_local_blocks
         return self.config.selection == "token" and forced > 0
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first query of each entry of a batch."""
+        return self.geometry.keys.total - self.geometry.queries.rows.total
+
+    @property
+    def joins_near_blocks(self) -> bool:
+        """See :func:`nsa.fused.near_blocks.fits_near_blocks`; queries begin at a tile of keys."""
+        fits = fits_near_blocks(self.config, self.head_dim, packed=self.packed)
+        return fits and self.first_position % WGMMA_ROWS == 0
 
     @property
     def in_order(self) -> bool:

@@ -61,6 +61,7 @@ CONFIGS = {
         **(SIZES | dict(compress_block_size=1, num_cmp_selected_blocks=2, cmp_group_size=64))
     ),
     "token": nsa.NSAConfig.paper(num_selected_blocks=4, window_size=100),
+    "near blocks": nsa.NSAConfig.paper(num_selected_blocks=4, window_size=128),
 }
 FORMS = ("batch", "pack", "chunks of a batch", "chunks of a pack")
 CASES = [(name, form) for name in CONFIGS for form in FORMS]

@@ -35,6 +35,7 @@ LAUNCHERS = {
     "importance": ("importance_scores",),
     "selected_forward": ("selected_forward", "closing_forward"),
     "selected_backward": ("selected_backward",),
+    "near_block_statistics": ("join_near_blocks",),
     "row_statistics": ("row_statistics",),
     "tile_scores": ("tile_scores",),
     "top_blocks": ("top_blocks", "top_blocks_and_groups"),

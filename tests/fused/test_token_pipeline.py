@@ -83,6 +83,7 @@ FORMS = {
     "started": {"compressed_visibility": "started"},
     "no overlap": {"compress_block_size": 16, "select_block_size": 32, "num_local_blocks": 1},
     "wide overlap": {"compress_block_size": 64, "compress_stride": 8},
+    "near blocks in the window": {"window_size": 128},
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsa.fused import kernel_calls
 from nsa.fused.hardware import LOG2_E
-from nsa.fused.kernel_inputs import BlockLists, RowStatistics
+from nsa.fused.kernel_inputs import KINDS_OF_KEYS, BlockLists, RowStatistics
 
 NAMES = (
     *("dense_forward", "forward_of_blocks", "closing_forward"),
@@ -79,20 +79,25 @@ def dense_backward(
     cu_seqlens_k=None,
     dq=None,
     deterministic=False,
+    near_block=None,
 ):
     _check_tensors(q, k, v)
-    _check_backward(dout, q, k, v, statistics)
+    _check_backward(dout, q, k, v, statistics, near_block)
     dq = torch.full_like(q, torch.nan) if dq is None else dq
     dk, dv = (torch.full_like(x, torch.nan) for x in (k, v))
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     for queries, keys in sequences:
         mask = _dense_mask(queries, keys, q, k, causal, window_size, block_ends)
+        of_rows = RowStatistics(*(x[_rows(queries)] for x in statistics))
+        if near_block is not None:
+            of_rows = _by_key(of_rows, *mask.shape[1:], near_block)
         dq[queries], dk[keys], dv[keys] = attend_backward(
             *(x[queries] for x in (dout, q)),
             *(x[keys] for x in (k, v)),
-            RowStatistics(*(x[_rows(queries)] for x in statistics)),
+            of_rows,
             mask,
             scale,
+            complete=near_block is None,
         )
     return dq, dk, dv
 
@@ -110,6 +115,7 @@ def add_dense_backward(
     window_size=(None, None),
     block_ends=None,
     deterministic=False,
+    near_block=None,
 ):
     assert causal or block_ends is not None or window_size != (None, None), "skips no tiles"
     assert block_ends is None or (len(q) == 1 and q.shape[2] > k.shape[2]), "one entry, and groups"
@@ -117,9 +123,24 @@ def add_dense_backward(
     assert not statistics.lse_log2.isnan().any(), "P would not be 0"
     assert statistics.delta.isfinite().all()
     mask = dict(causal=causal, window_size=window_size, block_ends=block_ends)
+    mask["near_block"] = near_block
     dq, dk, dv = dense_backward(dout, q, k, v, statistics, scale=scale, **mask)
     rows_of_sums(query_sums, q)[:, :, : q.shape[1]] += dq.transpose(1, 2) / scale
     return dk, dv
+
+
+def _by_key(statistics, num_queries, num_keys, block_size):
+    """Statistics ``(H, Sq, Sk)`` from those of one sequence by kind of key, ``(H, 3, rows)``."""
+    first = num_keys - num_queries
+    assert block_size % 64 == first % 64 == 0, "a warp group would have keys of two kinds"
+    query = torch.arange(num_queries, device=statistics.delta.device) + first
+    key = torch.arange(num_keys, device=query.device)
+    before = (query // block_size)[:, None] - key // block_size
+    kind = torch.where(before < 0, KINDS_OF_KEYS - 1, before.clamp(max=KINDS_OF_KEYS - 1))
+    padding = statistics.lse_log2[..., num_queries:]
+    assert (padding == torch.inf).all(), "P would not be 0"
+    row = torch.arange(num_queries, device=query.device)[:, None]
+    return RowStatistics(*(x[:, kind, row] for x in statistics))
 
 
 def rows_of_sums(query_sums, q):
@@ -185,7 +206,7 @@ def _attend(q, k, v, mask, scale):
     q, k, v = _wide(q), _per_query_head(k, q), _per_query_head(v, q)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     lse = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
-    probability = _probability(scores, mask, lse)
+    probability = torch.where(mask, scores - lse[..., None], -torch.inf).exp()
     return torch.einsum("hqk,khd->qhd", probability, v), lse
 
 
@@ -202,29 +223,35 @@ def row_statistics(dout, out, lse, dlse=None):
     )
 
 
-def attend_backward(dout, q, k, v, statistics, mask, scale):
-    """Gradients of one sequence, computed as in the kernels; statistics are ``(H, Sq)``."""
+def attend_backward(dout, q, k, v, statistics, mask, scale, complete=True):
+    """Gradients of one sequence, computed as in the kernels.
+
+    Statistics are ``(H, Sq)``, or ``(H, Sq, Sk)`` of each key. The mask is that of the forward if
+    it is ``complete``.
+    """
     dq = torch.zeros_like(q)
     dk, dv = (torch.zeros_like(x, dtype=_compute_dtype(x)) for x in (k, v))
     for rows, keys, part in _parts(mask):
-        of_rows = RowStatistics(*(x[:, rows] for x in statistics))
+        by_key = (x if x.ndim == 3 else x[..., None].expand(-1, -1, len(k)) for x in statistics)
+        of_part = RowStatistics(*(x[:, rows][..., keys] for x in by_key))
         tensors = (dout[rows], q[rows], k[keys], v[keys])
-        dq[rows], dk_part, dv_part = _attend_backward(*tensors, of_rows, part, scale)
+        dq[rows], dk_part, dv_part = _attend_backward(*tensors, of_part, part, scale, complete)
         dk[keys] += dk_part
         dv[keys] += dv_part
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _attend_backward(dout, q, k, v, statistics, mask, scale):
+def _attend_backward(dout, q, k, v, statistics, mask, scale, complete):
     dtype, num_kv_heads = q.dtype, k.shape[1]
     lse_log2, delta = statistics
     dout, q = _wide(dout), _wide(q)
     k, v = _per_query_head(k, q), _per_query_head(v, q)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    probability = _probability(scores, mask, lse_log2 / LOG2_E)
+    probability = torch.where(mask, scores - lse_log2 / LOG2_E, -torch.inf).exp()
     dprobability = torch.einsum("qhd,khd->hqk", dout, v)
-    centred = probability * (dprobability - delta[..., None])
-    _check_pairs(mask, lse_log2, probability, dprobability, centred, dtype)
+    centred = probability * (dprobability - delta)
+    if complete and mask.shape[-1]:
+        _check_pairs(mask, lse_log2[..., 0], probability, dprobability, centred, dtype)
     dscores = centred * scale
     dq = torch.einsum("hqk,khd->qhd", dscores, k)
     dk = torch.einsum("hqk,qhd->khd", dscores, q)
@@ -248,10 +275,6 @@ def _check_pairs(mask, lse_log2, probability, dprobability, centred, dtype):
     sums_to_0 = centred.sum(-1).abs() <= error * total * (largest + 1)
     sums_to_1 = (total - 1).abs() <= 1e-3
     assert (sums_to_0 | sums_to_1).all(), "forward and backward name different pairs"
-
-
-def _probability(scores, mask, lse):
-    return torch.where(mask, scores - lse[..., None], -torch.inf).exp()
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -385,11 +408,15 @@ def _check_tensors(q, k, v):
         assert x.isfinite().all(), f"{name}: hidden values are multiplied by 0, so must be finite"
 
 
-def _check_backward(dout, q, k, v, statistics):
+def _check_backward(dout, q, k, v, statistics, near_block=None):
     assert q.shape[-2] == k.shape[-2] or q.shape[-1] == v.shape[-1], "D != Dv with grouped heads"
     assert dout.shape == (*q.shape[:-1], v.shape[-1]), dout.shape
     assert dout.dtype == q.dtype, dout.dtype
+    shape = dout.transpose(-2, -3).shape[:-1]
+    if near_block is not None:
+        shape = (*shape[:-1], KINDS_OF_KEYS, -(-shape[-1] // 128) * 128)
     for x in statistics:
-        assert x.shape == dout.transpose(-2, -3).shape[:-1], x.shape
+        assert x.shape == shape, x.shape
+        assert near_block is None or x.is_contiguous()
         assert x.dtype == _compute_dtype(q), x.dtype
     assert dout.isfinite().all(), "hidden values must be finite"

@@ -6,14 +6,14 @@ import itertools
 import torch
 from torch import Tensor
 
-from nsa.fused.kernel_inputs import RowStatistics
+from nsa.fused.kernel_inputs import LEFT_OUT, RowStatistics
 from nsa.fused.token_inputs import choose_shape
 from nsa.precision import accumulation_dtype
 from tests.helpers import emulated_fa4, emulated_kernels
 
 NAMES = (
     "importance_scores", "selected_forward", "closing_forward", "selected_backward",
-    "row_statistics",
+    "row_statistics", "join_near_blocks",
 )  # fmt: skip
 """The functions of ``nsa.fused.kernel_calls`` that are answered here."""
 
@@ -105,7 +105,8 @@ def selected_backward(
     mask = _selected_mask(q, k, block_indices, blocks, block_size, causal)
     assert all(x.shape == q.shape[:2] for x in statistics)
     by_head = RowStatistics(*(x.T for x in statistics))
-    grads = emulated_fa4.attend_backward(dout, q, k, v, by_head, mask, scale)
+    complete = not (block_indices == LEFT_OUT).any()
+    grads = emulated_fa4.attend_backward(dout, q, k, v, by_head, mask, scale, complete)
     dq, dk, dv = (grad.contiguous() for grad in grads)
     if others is not None:
         by_entry = dq.unflatten(0, (others.sums.shape[0], -1))
@@ -119,6 +120,36 @@ def row_statistics(dout, out, lse, dlse):
     assert dlse is None or (dlse.shape, dlse.dtype) == (lse.shape, lse.dtype)
     by_head = emulated_fa4.row_statistics(dout, out, lse.T, None if dlse is None else dlse.T)
     return RowStatistics(*(x.T.contiguous() for x in by_head))
+
+
+def join_near_blocks(window, selected, block_indices, batch, first, block_size):
+    """By the sum of both probabilities."""
+    tokens, kv_heads, _ = block_indices.shape
+    heads, length = len(window.delta), tokens // batch
+    assert all(x.shape == (heads, tokens) and x.is_contiguous() for x in window)
+    assert all(x.shape == (tokens, heads) and x.is_contiguous() for x in selected)
+    selected = RowStatistics(*(x.T for x in selected))
+    weights = [torch.exp2(-x.lse_log2) for x in (window, selected)]
+    total = weights[0] + weights[1]
+    delta = weights[0] * window.delta + weights[1] * selected.delta
+    both = RowStatistics(-total.log2(), torch.where(total > 0, delta / total, 0))
+    own = ((torch.arange(tokens, device=total.device) % length + first) // block_size).int()
+    own = own[:, None, None]
+    others = torch.where(
+        (block_indices >= 0) & ((block_indices == own) | (block_indices == own - 1)),
+        LEFT_OUT,
+        block_indices,
+    )
+    listed = [(block_indices == x).any(-1) & (x >= 0)[..., 0] for x in (own, own - 1)]
+    # The others have the window alone.
+    listed.append(torch.zeros_like(listed[0]))
+    kinds = torch.stack(listed).repeat_interleave(heads // kv_heads, -1).mT
+    rows = -(-length // 128) * 128
+    joint = []
+    for x, y, padding in zip(both, window, (torch.inf, 0), strict=True):
+        by_entry = torch.where(kinds, x, y).unflatten(2, (batch, length)).permute(2, 1, 0, 3)
+        joint.append(torch.nn.functional.pad(by_entry, (0, rows - length), value=padding))
+    return RowStatistics(*(x.contiguous() for x in joint)), others.contiguous()
 
 
 def _selected_mask(q, k, block_indices, blocks, block_size, causal) -> Tensor:

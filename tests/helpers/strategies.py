@@ -131,7 +131,7 @@ def tile_problems(draw, max_tokens: int = 300, **options) -> Problem:
             select_block_size=draw(st.sampled_from(sizes)),
             q_tile_size=draw(st.sampled_from([64, 128])),
             cmp_group_size=draw(st.sampled_from([64, 128])),
-            window_size=draw(st.sampled_from([1, 30, 100])),
+            window_size=draw(st.sampled_from([1, 30, 100, 150])),
             **options,
         )
     )
@@ -153,7 +153,7 @@ def token_problems(draw, max_tokens: int = 330, **options) -> Problem:
             num_initial_blocks=initial,
             num_local_blocks=local,
             num_selected_blocks=max(1, initial + local + draw(st.integers(0, 2))),
-            window_size=draw(st.sampled_from([1, 30, 100])),
+            window_size=draw(st.sampled_from([1, 30, 100, 150])),
             **options,
         )
     )

@@ -33,10 +33,10 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, **call) -> tuple[
 def dense_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, statistics: RowStatistics, plan: Plan, **call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k`` and ``v``; statistics are ``(H, B * T)``."""
+    """Gradients of ``q``, ``k`` and ``v``; statistics are ``(H, B * T)`` or by kind of key."""
     scale = plan.config.softmax_scale(q.shape[-1])
     if not plan.packed:
-        statistics = RowStatistics(*(by_entry(x, len(q)) for x in statistics))
+        statistics = _statistics_by_entry(statistics, len(q))
         return fa4.dense_backward(dout, q, k, v, statistics, scale=scale, **call)
     dq, dk, dv = fa4.dense_backward(dout[0], q[0], k[0], v[0], statistics, scale=scale, **call)
     return dq[None], dk[None], dv[None]
@@ -53,7 +53,7 @@ def add_dense_backward(
     **call,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``k`` and ``v`` of a batch; that of ``q`` is added to ``query_sums``."""
-    statistics = RowStatistics(*(by_entry(x, len(q)) for x in statistics))
+    statistics = _statistics_by_entry(statistics, len(q))
     call["scale"] = plan.config.softmax_scale(q.shape[-1])
     return fa4.add_dense_backward(dout, q, k, v, statistics, query_sums, **call)
 
@@ -67,6 +67,12 @@ def new_lse(q: Tensor) -> Tensor:
 def by_entry(x: Tensor, batch: int) -> Tensor:
     """``(H, B * T)`` as ``(B, H, T)``."""
     return x[None] if batch == 1 else x.unflatten(1, (batch, -1)).transpose(0, 1)
+
+
+def _statistics_by_entry(statistics: RowStatistics, batch: int) -> RowStatistics:
+    if statistics.delta.ndim == 4:
+        return statistics  # by kind of key
+    return RowStatistics(*(by_entry(x, batch) for x in statistics))
 
 
 def sparse_forward(

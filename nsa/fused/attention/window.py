@@ -65,15 +65,17 @@ def window_attention_backward(
     plan: Plan,
     deterministic: bool = False,
     query_sums: Tensor | None = None,
+    near_block: int | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of ``q``, and of the last tokens of ``k`` and ``v``: those that a query sees.
 
-    With ``query_sums`` that of ``q`` is added to these, and is None.
+    With ``query_sums`` that of ``q`` is added to these, and is None. With ``near_block``
+    ``statistics`` are by kind of key, see :func:`nsa.fused.fa4.dense_backward`.
     """
     passed = _unseen_keys(q.shape[1], k.shape[1], plan.config, plan.packed)
     if passed:
         k, v = k[:, passed:], v[:, passed:]
-    call = _window_call(plan) | dict(deterministic=deterministic)
+    call = _window_call(plan) | dict(deterministic=deterministic, near_block=near_block)
     if query_sums is not None:
         return None, *add_dense_backward(dout, q, k, v, statistics, query_sums, plan, **call)
     call |= dict(cu_seqlens_q=plan.cu_seqlens, cu_seqlens_k=plan.cu_seqlens_k)
@@ -98,8 +100,10 @@ def _unseen_keys(queries: int, keys: int, config: NSAConfig, packed: bool) -> in
     """Keys before the first window of a batch's sequences.
 
     In backward FA4 has work and memory for each key. The lengths of packed sequences are not read.
+    Blocks begin with the keys that are left.
     """
-    return 0 if packed else max(0, keys - queries - _reach(config))
+    unseen = 0 if packed else max(0, keys - queries - _reach(config))
+    return unseen - unseen % config.select_block_size
 
 
 def window_backward_bytes(sizes: Sizes) -> int:

@@ -10,6 +10,7 @@ replace the functions of this package.
 from nsa.fused.kernel_calls.attention_calls import (
     closing_forward,
     few_key_deltas,
+    join_near_blocks,
     listed_backward,
     round_listed_sums,
     round_sums,

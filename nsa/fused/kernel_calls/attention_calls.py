@@ -146,6 +146,34 @@ def round_sums(sums: Tensor, out: Tensor, factor: float) -> None:
     return kernels.load("float_sums").round_sums(**locals())
 
 
+def join_near_blocks(
+    window: RowStatistics,
+    selected: RowStatistics,
+    block_indices: Tensor,
+    batch: int,
+    first: int,
+    block_size: int,
+) -> tuple[RowStatistics, Tensor]:
+    """Statistics with which the window's backward attends near blocks for the selected branch too.
+
+    These are each token's own block and the one before, where the token's list names them. The
+    window sees all keys of theirs that the selected branch sees, and both have one ``dout``.
+
+    Args:
+        window: float32 ``(H, B * T)``, contiguous.
+        selected: float32 ``(B * T, H)``, contiguous.
+        block_indices: int32 ``(B * T, H_kv, slots)``, read in place whatever the strides.
+        batch: ``B``.
+        first: the position of an entry's first token.
+        block_size: keys of a block.
+
+    Returns:
+        statistics: by kind of key, as :func:`nsa.fused.fa4.dense_backward` takes them.
+        others: ``block_indices`` with ``LEFT_OUT`` in place of near blocks, contiguous.
+    """
+    return kernels.load("near_block_statistics").join_near_blocks(**locals())
+
+
 def listed_backward(
     dout: Tensor,
     q: Tensor,

@@ -43,6 +43,7 @@ Parts of other operations, with kernels of their own:
 - ``selected_band``: attention over the band, for ``selected_forward``
 - ``query_partials``: partial gradients of queries, for ``selected_backward``
 - ``float_sums``, ``block_sums``: float32 sums of keys, for the backward kernels of attention
+- ``near_block_statistics``: row statistics of a window that attends near blocks too
 - ``padded_rows``: row statistics for FlashAttention-4's backward
 
 FlashAttention-4:
@@ -53,6 +54,7 @@ FlashAttention-4:
 - ``fa4_seen_blocks``, ``fa4_blocks``: forward and backward over compressed blocks
 - ``fa4_closing``: its forward that ends with the gated sum
 - ``fa4_heads``: its backward with CTAs that pass through several heads
+- ``fa4_near_blocks``: that of a window that attends near blocks too
 
 Device functions that several kernels share:
 

@@ -40,6 +40,8 @@ class BackwardThroughHeads(FlashAttentionBackwardSm90):
         super().__init__(*arguments, **options)
         self.heads = heads
         self.by_head = by_head
+        # Of statistics, beside those of a tile of queries.
+        self.more_bytes = 0
 
     @cute.jit
     def load(
@@ -86,20 +88,21 @@ class BackwardThroughHeads(FlashAttentionBackwardSm90):
             gradients = (pipeline_dO, seqlen, batch, head_set)
             load_Q = self._load_rows(tma_atom_Q, mQ, sQ, self.tile_hdim, *queries)
             load_dO = self._load_rows(tma_atom_dO, mdO, sdO, self.tile_hdimv, *gradients)
-            load_LSE = self._load_numbers(mLSE, sLSE, *queries)
-            load_dPsum = self._load_numbers(mdPsum, sdPsum, *gradients)
+            load_LSE = self._load_numbers(mLSE, sLSE, *queries, n_block)
+            load_dPsum = self._load_numbers(mdPsum, sdPsum, *gradients, n_block)
+            more = self.more_bytes
             tiles = _Tiles(block_info, self.heads, self.by_head)
             _, count = tiles.get_m_block_min_max(seqlen, n_block)
             if self._has_tiles(count):
                 tile = tiles.at(seqlen, n_block, Int32(0))
-                pipeline_Q.producer_acquire(state_Q, extra_tx_count=self.tma_copy_bytes["K"])
+                pipeline_Q.producer_acquire(state_Q, extra_tx_count=self.tma_copy_bytes["K"] + more)
                 load_K(tma_bar_ptr=pipeline_Q.producer_get_barrier(state_Q))
                 load_Q(tile, state_Q)
                 # The statistics may be of the kernel before.
                 cute.arch.griddepcontrol_wait()
                 load_LSE(tile, state_Q)
                 state = state_dO if const_expr(self.Q_stage != self.dO_stage) else state_Q
-                pipeline_dO.producer_acquire(state, extra_tx_count=self.tma_copy_bytes["V"])
+                pipeline_dO.producer_acquire(state, extra_tx_count=self.tma_copy_bytes["V"] + more)
                 load_V(tma_bar_ptr=pipeline_dO.producer_get_barrier(state))
                 load_dO(tile, state)
                 load_dPsum(tile, state)
@@ -107,11 +110,11 @@ class BackwardThroughHeads(FlashAttentionBackwardSm90):
                 state_dO.advance()
                 for index in cutlass.range(1, count, unroll=1):
                     tile = tiles.at(seqlen, n_block, index)
-                    pipeline_Q.producer_acquire(state_Q)
+                    pipeline_Q.producer_acquire(state_Q, extra_tx_count=more)
                     load_Q(tile, state_Q)
                     load_LSE(tile, state_Q)
                     state = state_dO if const_expr(self.Q_stage != self.dO_stage) else state_Q
-                    pipeline_dO.producer_acquire(state)
+                    pipeline_dO.producer_acquire(state, extra_tx_count=more)
                     load_dO(tile, state)
                     load_dPsum(tile, state)
                     state_Q.advance()
@@ -140,7 +143,7 @@ class BackwardThroughHeads(FlashAttentionBackwardSm90):
         load = copy_utils.tma_producer_copy_fn(load, pipeline)
         return lambda tile, state: load((tile[0], tile[1] * apart), producer_state=state)
 
-    def _load_numbers(self, mX, sX, pipeline, seqlen, batch, head_set) -> Callable:
+    def _load_numbers(self, mX, sX, pipeline, seqlen, batch, head_set, n_block) -> Callable:
         mX = seqlen.offset_batch_Q(mX, batch, dim=2, padded=True)[None, head_set]
         gX = cute.local_tile(mX, (self.tile_m,), (None,))
         apart = self._apart(cute.size(gX, mode=[1]))

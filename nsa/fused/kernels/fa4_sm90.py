@@ -40,6 +40,7 @@ from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.fa4_blocks import BackwardOfBlocks
 from nsa.fused.kernels.fa4_fakes import Fakes, fake
 from nsa.fused.kernels.fa4_heads import BackwardThroughHeads
+from nsa.fused.kernels.fa4_near_blocks import BackwardWithNearBlocks
 from nsa.fused.kernels.fa4_seen_blocks import ForwardOfBlocks
 from nsa.fused.kernels.fa4_tall import TallForward
 from nsa.fused.kernels.hopper import (
@@ -114,13 +115,16 @@ def _side_by_side(
     """What is by query head, with the heads of a CTA side by side."""
     view = partial(side_by_side, heads=variant.heads_per_cta)
     q, dout = (view(x, size=variant.head_dim) for x in (call.q, dout))
-    statistics = RowStatistics(*(view(x, size=tile.queries) for x in statistics))
+    rows = tile.queries if variant.near_block is None else statistics.delta.shape[-1]
+    statistics = RowStatistics(*(view(x, size=rows) for x in statistics))
     channels = rounded_up(variant.head_dim, tile.channels)
     return call._replace(q=q), dout, statistics, view(dq, size=tile.queries * channels)
 
 
 def _padded(statistics: RowStatistics, call: Call, tile: int) -> RowStatistics:
     """The statistics in whole tiles, as the kernels load them."""
+    if call.near_block is not None:
+        return RowStatistics(*(x.flatten(-2) for x in statistics))
     bounds = call.bounds[0]
     _, rows = rounded_rows(call.q, bounds, tile)
     whole = bounds is None and rows == call.q.shape[1]
@@ -303,10 +307,11 @@ def compile_backward(variant: Variant) -> Callable:
     kernel_class = _SemaphoresInOneRow if in_one_row else FlashAttentionBackwardSm90
     if variant.mask.block_stride is not None:
         kernel_class = partial(BackwardOfBlocks, step=variant.mask.block_stride)
-    elif variant.heads_per_cta > 1:
-        kernel_class = partial(
-            BackwardThroughHeads, heads=variant.heads_per_cta, by_head=variant.mask.left
-        )
+    elif variant.heads_per_cta > 1 or variant.near_block is not None:
+        kernel_class = BackwardThroughHeads
+        if variant.near_block is not None:
+            kernel_class = partial(BackwardWithNearBlocks, block_size=variant.near_block)
+        kernel_class = partial(kernel_class, heads=variant.heads_per_cta, by_head=variant.mask.left)
     kernel = kernel_class(
         CUTE_DTYPES[variant.dtype],
         variant.head_dim,

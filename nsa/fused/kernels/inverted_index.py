@@ -55,12 +55,34 @@ def load_slots(mX: cute.Tensor, row: Int32 | Int64, slots: cutlass.Constexpr[int
 
 
 @mlir_namedtuple
-class _Strides(NamedTuple):
+class IndexStrides(NamedTuple):
     """Elements from one entry of the block indices to the next."""
 
     token: Int64
     kv_head: Int64
     slot: Int64
+
+
+@cute.jit
+def load_indices(
+    mIndices: cute.Tensor,
+    strides: IndexStrides,
+    row: Int32 | Int64,
+    kv_heads: Int32,
+    slots: cutlass.Constexpr[int],
+    adjacent: cutlass.Constexpr[bool],
+) -> cute.Tensor:
+    """The block indices of a row, which is a (token, KV head) pair."""
+    values = cute.make_rmem_tensor(slots, Int32)
+    offset = row // kv_heads * strides.token + row % kv_heads * strides.kv_head
+    if const_expr(adjacent):
+        aligned = const_expr(4 if slots % 4 == 0 else 1)
+        pointer = mIndices.iterator + cute.assume(offset, divby=aligned)
+        cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(slots)), values)
+    else:
+        for i in cutlass.range_constexpr(slots):
+            values[i] = mIndices[offset + i * strides.slot]
+    return values
 
 
 @mlir_namedtuple
@@ -111,7 +133,7 @@ class InvertIndex:
     def __call__(
         self,
         tensors: _Tensors,
-        strides: _Strides,
+        strides: IndexStrides,
         sizes: _Sizes,
         wave_units: Int32,
         wave_items: Int32,
@@ -133,13 +155,15 @@ class InvertIndex:
         self.write(write, strides, sizes).launch(grid=grid, block=[_THREADS, 1, 1], stream=stream)
 
     @cute.kernel
-    def count(self, tensors: _Tensors, strides: _Strides, sizes: _Sizes, block_size: Int32):
+    def count(self, tensors: _Tensors, strides: IndexStrides, sizes: _Sizes, block_size: Int32):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         row = bidx * _THREADS + tidx
         if row < sizes.rows:
             token, unit = self._unit(row, sizes)
-            selected = self._load_indices(tensors.indices, strides, row, sizes.kv_heads)
+            selected = load_indices(
+                *(tensors.indices, strides, row, sizes.kv_heads, self.slots, self.adjacent)
+            )
             base, limit = tensors.base[token], tensors.limit[token]
             own = Int32(0)
             if const_expr(self.band):
@@ -227,13 +251,15 @@ class InvertIndex:
             start += pairs_total
 
     @cute.kernel
-    def write(self, tensors: _Tensors, strides: _Strides, sizes: _Sizes):
+    def write(self, tensors: _Tensors, strides: IndexStrides, sizes: _Sizes):
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         row = bidx * _THREADS + tidx
         if row < sizes.rows:
             token, unit = self._unit(row, sizes)
-            selected = self._load_indices(tensors.indices, strides, row, sizes.kv_heads)
+            selected = load_indices(
+                *(tensors.indices, strides, row, sizes.kv_heads, self.slots, self.adjacent)
+            )
             positions = load_slots(tensors.position, row, self.slots)
             first_counter = Int64(unit) * sizes.blocks + tensors.base[token]
             first = unit * (sizes.chunk_tokens * self.slots)
@@ -242,21 +268,6 @@ class InvertIndex:
                     positions[i] += first + tensors.pair_count[first_counter + selected[i]]
                     tensors.tokens[positions[i]] = token
             cute.autovec_copy(positions, slots_of(tensors.position, row, self.slots))
-
-    @cute.jit
-    def _load_indices(
-        self, mIndices: cute.Tensor, strides: _Strides, row: Int32, kv_heads: Int32
-    ) -> cute.Tensor:
-        values = cute.make_rmem_tensor(self.slots, Int32)
-        offset = row // kv_heads * strides.token + row % kv_heads * strides.kv_head
-        if const_expr(self.adjacent):
-            aligned = const_expr(4 if self.slots % 4 == 0 else 1)
-            pointer = mIndices.iterator + cute.assume(offset, divby=aligned)
-            cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(self.slots)), values)
-        else:
-            for i in cutlass.range_constexpr(self.slots):
-                values[i] = mIndices[offset + i * strides.slot]
-        return values
 
     @cute.jit
     def _unit(self, row: Int32, sizes: _Sizes) -> tuple[Int32, Int32]:
@@ -271,7 +282,7 @@ def compile_invert_index(slots: int, band: bool, adjacent: bool) -> Callable:
     tensors += [fake_flat(Int32)] + [fake_flat(Int32, alignment=4) for _ in range(3)]
     return compile_kernel(
         InvertIndex(slots, band, adjacent),
-        *(_Tensors(*tensors), _Strides(*(Int64(1) for _ in range(3)))),
+        *(_Tensors(*tensors), IndexStrides(*(Int64(1) for _ in range(3)))),
         _Sizes(*(Int32(1) for _ in range(5))),
         *(Int32(1) for _ in range(4)),
     )
@@ -285,7 +296,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield name, functools.partial(compile_invert_index, slots, band, adjacent)
 
 
-def strided_indices(x: Tensor) -> tuple[Tensor, _Strides, bool]:
+def strided_indices(x: Tensor) -> tuple[Tensor, IndexStrides, bool]:
     """The memory of ``x (T, H_kv, slots)`` as one dimension, its strides, and whether rows of slots
     are adjacent and 16-byte aligned. Nothing is copied."""
     # Strides of a dimension of size 1 may be anything.
@@ -294,7 +305,7 @@ def strided_indices(x: Tensor) -> tuple[Tensor, _Strides, bool]:
     token, kv_head, slot = strides
     whole = x.shape[2] % 4 != 0 or (token % 4 == 0 and kv_head % 4 == 0)
     adjacent = whole and is_aligned(x) and (slot == 1 or x.shape[2] == 1)
-    return x.as_strided((length,), (1,)), _Strides(*strides), adjacent
+    return x.as_strided((length,), (1,)), IndexStrides(*strides), adjacent
 
 
 @dataclass(frozen=True, eq=False)
