@@ -5,9 +5,9 @@
 
 The first rank computes the whole sequence alone, then all ranks compute it together with
 ``nsa.distributed.forward``. Times are medians of calls in a row, peaks the largest of the ranks.
-"sent" is what a rank receives from the others in all-gathers and sends to them in sums. "exposed"
-is the share of the time in which NCCL's kernels run and no other kernel does, from a profile of one
-more call.
+"sent" is what the first rank receives of keys and blocks from the others, and sends to them in
+sums. "exposed" is the share of the time in which NCCL's kernels run and no other kernel does, from
+a profile of one more call.
 Nothing is reported unless the ranks first agree with one GPU on a short sequence.
 """
 
@@ -131,7 +131,8 @@ def bytes_sent(step: Callable) -> int:
 
     def counted(original, parts: int):
         def call(out, x, **options):
-            found.append(x.nbytes // parts * others)
+            swaps = "output_split_sizes" in options
+            found.append(out.nbytes if swaps else x.nbytes // parts * others)
             return original(out, x, **options)
 
         return call

@@ -163,9 +163,15 @@ def _reduce_scatter(out: Tensor, x: Tensor, *, group, async_op: bool) -> _Transf
     return _Transfer(lambda: out.copy_(own), (group.size() - 1) * out.nbytes, x.is_cuda)
 
 
-def _all_to_all(out: Tensor, x: Tensor, *, group, async_op: bool) -> _Transfer:
-    received = (group.size() - 1) * x.nbytes // group.size()
-    return _Transfer(lambda: out.copy_(x), received, x.is_cuda)
+def _all_to_all(out: Tensor, x: Tensor, *, group, async_op: bool, **sizes) -> _Transfer:
+    # With sizes, all of two ranks is for the other one.
+    received = out.nbytes if sizes else (group.size() - 1) * x.nbytes // group.size()
+
+    def move():
+        for part in out.split(len(x)):
+            part.copy_(x[: len(part)])
+
+    return _Transfer(move, received, x.is_cuda)
 
 
 def _when_waited_for(work, function: Callable[[], None], device: torch.device) -> Callable:

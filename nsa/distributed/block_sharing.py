@@ -10,6 +10,8 @@ from torch.distributed import ProcessGroup
 from nsa.distributed.collectives import gather_rows
 from nsa.distributed.rank_layout import Layout
 
+Pair = tuple[Tensor, Tensor]
+
 
 def block_rows(rows: Sequence[Tensor], layout: Layout, group: ProcessGroup) -> list[Tensor]:
     """The tokens of the blocks that own tokens complete; differentiable.
@@ -38,8 +40,9 @@ def compress_own(
     layout: Layout,
     backend: ModuleType,
     group: ProcessGroup,
-) -> tuple[Tensor, Tensor]:
-    """Compressed keys and values of the blocks that own tokens complete, in the order of those.
+) -> tuple[Pair, Pair]:
+    """Compressed keys and values of the blocks that own tokens complete, in the order of those; and
+    ``k`` and ``v`` again, for the other branches.
 
     Args:
         k, v: own rows ``(T, H_kv, D)`` and ``(T, H_kv, Dv)`` of the compressed branch.
@@ -47,10 +50,11 @@ def compress_own(
         backend: the package that compresses.
     """
     keys, values = block_rows((k, v), layout, group)
-    return backend.compress_blocks(
+    blocks, again = backend.compress_blocks(
         keys, values, config=layout.config, compress_k_weight=weights[0],
         compress_v_weight=weights[1], boundaries=layout.block_boundaries,
     )  # fmt: skip
+    return blocks, again if keys is k and values is v else (k, v)
 
 
 def gather_blocks(

@@ -65,10 +65,8 @@ class _Chunks:
 
     def _gather(self, chunk: Chunk) -> list[Gathering]:
         layout = self.call.layout
-        runs = runs_to_take(layout)
-        return [
-            Gathering(x[:, chunk.kv], self.call.group, runs, layout.heads) for x in self.inputs.kv
-        ]
+        arguments = (self.call.group, runs_to_take(layout), layout.heads, layout.swap)
+        return [Gathering(x[:, chunk.kv], *arguments) for x in self.inputs.kv]
 
 
 def _wait_for_all(gatherings: list[Gathering]):
@@ -276,14 +274,11 @@ class _RankGradients(torch.autograd.Function):
                 graph.results.dq = graph.results.keys = None
                 del results, result
             saved.gathered = []
-            if key_sums is not None:
-                _add_key_sums(key_sums, call, totals)
+            own = {at: grads[at][:, chunk.kv] for at in totals}
+            exchanges = _exchange(key_sums, call, totals, own)
             del key_sums
             _finish(sums)
-            sums += [
-                (grads[at][:, chunk.kv], Exchanging(total.result(), call.group))
-                for at, total in totals.items()
-            ]
+            sums = exchanges
             # Free these before more is gathered.
             del keys, arrive, totals
         _finish(sums)
@@ -370,15 +365,22 @@ def _key_sums(call: RankCall, keys: Sequence[Tensor], grads: dict):
     )  # fmt: skip
 
 
-def _add_key_sums(key_sums, call: RankCall, totals: dict[int, RowSums]):
+def _exchange(
+    key_sums, call: RankCall, totals: dict[int, RowSums], own: dict[int, Tensor]
+) -> list[tuple[Tensor, Exchanging]]:
+    """Send the gradients of a chunk, each while the next are rounded; and where to copy the sums of
+    own rows."""
+    exchanges = []
     for at, total in totals.items():
-        which = int(at == call.branches[2])  # 0: keys, 1: values
-        total.add_from(partial(key_sums.round_into, which))
-        for first, grad in key_sums.windows(which):
-            total.add_some(grad, first)
+        if key_sums is not None:
+            which = int(at == call.branches[2])  # 0: keys, 1: values
+            total.add_from(partial(key_sums.round_into, which))
+            for first, grad in key_sums.windows(which):
+                total.add_some(grad, first)
+        exchanges.append((own[at], Exchanging(total.result(), call.group)))
+    return exchanges
 
 
 def _finish(sums: list[tuple[Tensor, Exchanging]]):
     for target, exchanging in sums:
         copy_rows(target, exchanging.wait())
-    sums.clear()

@@ -66,6 +66,7 @@ class Gathering:
             starts, and its length; all by default.
         heads: how many rows at the start of each rank's rows the first runs take, in the order of
             the ranks. These are received in place.
+        swap: which of the taken rows two ranks send and receive, each in place; with ``runs``.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Gathering:
         group: ProcessGroup,
         runs: list[tuple[int, int]] | None = None,
         heads: int = 0,
+        swap: tuple[slice, slice] | None = None,
     ):
         self._finish: list[Callable[[], None]] = []
         self._held: list[Tensor] = []  # until they are sent and read
@@ -83,6 +85,9 @@ class Gathering:
         # Hide the change from autograd, which may already have recorded views of the rows.
         out = self._out.data
         if not x.numel():
+            return
+        if runs is not None and swap is not None:
+            self._swap(x, out, group, runs, swap)
             return
         if heads:
             assert runs is not None  # the heads are the first of these
@@ -95,6 +100,32 @@ class Gathering:
             received = x.new_empty(ranks * x.shape[0], *x.shape[1:])
             work = self._gather(x, received, group)
             self._finish[-1] = after(work, partial(_take, received, out, runs), x.device)
+
+    def _swap(
+        self,
+        x: Tensor,
+        out: Tensor,
+        group: ProcessGroup,
+        runs: list[tuple[int, int]],
+        swap: tuple[slice, slice],
+    ):
+        rank, begin = group.rank(), 0
+        sent, received = (out[rows] for rows in swap)
+        # All with the other rank.
+        shares = [1 - i == rank for i in range(2)]
+        with beside(x.device):
+            for at, count in runs:
+                holder, first = divmod(at, x.shape[0])
+                if holder == rank:
+                    copy_rows(out[begin : begin + count], x[first : first + count])
+                begin += count
+            work = all_to_all(
+                received, sent, group=group, async_op=True,
+                output_split_sizes=[share * len(received) for share in shares],
+                input_split_sizes=[share * len(sent) for share in shares],
+            )  # fmt: skip
+        self._held.append(out)
+        self._finish.append(work.wait)
 
     def _gather(self, x: Tensor, received: Tensor, group: ProcessGroup):
         if x.is_contiguous():
@@ -167,10 +198,10 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Exchanging:
-    """A reduce-scatter under way, which sends 16-bit tensors as they are and adds them in float32.
+    """A reduce-scatter under way, which sends 16-bit tensors as they are and rounds their sum once.
 
-    Each rank sends its addends as they are, and adds those that it receives in float32, in the
-    order of the ranks.
+    Two ranks reduce as they send. Of more, each adds what it receives in float32, in the order of
+    the ranks.
 
     Args:
         x: this rank's addends ``(ranks * n, ...)``, rank after rank.
@@ -179,22 +210,22 @@ class Exchanging:
 
     def __init__(self, x: Tensor, group: ProcessGroup):
         self._sent = x
-        self._out = torch.empty_like(x)
         self._ranks = group.size()
+        pair = self._ranks == 2
+        self._out = torch.empty_like(x[: x.shape[0] // 2] if pair else x)
         self._work = None
         if x.numel():
-            self._work = all_to_all(self._out, x, group=group, async_op=True)
+            move = reduce_scatter if pair else all_to_all
+            self._work = move(self._out, x, group=group, async_op=True)
 
     def wait(self) -> Tensor:
         """The sum of this rank's part, ``(n, ...)``, rounded once."""
         if self._work is not None:
             self._work.wait()
-        parts = self._out.unflatten(0, (self._ranks, -1))
         if self._ranks == 2:
-            # The same sum in a third of the time.
-            return parts[0] + parts[1]
+            return self._out
         # Sums of 16-bit tensors are in float32.
-        return parts.sum(0)
+        return self._out.unflatten(0, (self._ranks, -1)).sum(0)
 
 
 class _GatherRows(torch.autograd.Function):

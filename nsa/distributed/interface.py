@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from nsa import dispatch
 from nsa.blocks import num_query_tiles
 from nsa.config import NSAConfig
-from nsa.distributed.block_sharing import compress_own, gather_blocks
+from nsa.distributed.block_sharing import Pair, compress_own, gather_blocks
 from nsa.distributed.call import NO_LIMIT, RankCall, RankInputs
 from nsa.distributed.chunked_attention import RankAttentionNode, attend
 from nsa.distributed.collectives import process_group
@@ -140,7 +140,7 @@ def select_blocks(
     return select_part(mesh, order, dict(q=q, k=k, **arguments))
 
 
-Compressor = Callable[[Part, ProcessGroup], tuple[Tensor, Tensor]]
+Compressor = Callable[[Part, ProcessGroup], Pair]
 """Gives compressed keys and values of the blocks that own tokens complete."""
 
 
@@ -161,8 +161,9 @@ def attend_part(
     """
     part = check_call("forward", mesh, order, arguments, problem, learned=compress is not None)
     group = process_group(mesh)
+    own, part = _own_blocks(part, compress, group)
     assert part.v is not None
-    k_cmp, v_cmp = gather_blocks(_own_blocks(part, compress, group), part.layout, group)
+    k_cmp, v_cmp = gather_blocks(own, part.layout, group)
     kv, branches = distinct(part.k, part.v)
     gates = None if part.gates is None else flat(part.gates)
     inputs = RankInputs(flat(part.q), gates, part.gate_proj_weight, k_cmp, v_cmp, kv)
@@ -195,7 +196,7 @@ def select_part(
     )
     group = process_group(mesh)
     layout = part.layout
-    own, _ = _own_blocks(part, compress, group)
+    (own, _), part = _own_blocks(part, compress, group)
     (k_cmp,) = gather_blocks((own,), layout, group)
     extra = {} if layout.segments is None else {"segments": layout.segments}
     blocks = part.backend.select_blocks(
@@ -217,19 +218,26 @@ def select_part(
     return blocks.unflatten(1, shape).transpose(0, 1).contiguous()
 
 
-def _own_blocks(
-    part: Part, compress: Compressor | None, group: ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """Compressed keys and values of the blocks that own tokens complete, flat."""
+def _own_blocks(part: Part, compress: Compressor | None, group: ProcessGroup) -> tuple[Pair, Part]:
+    """Compressed keys and values of the blocks that own tokens complete, flat; and the part with
+    keys and values of the other branches."""
     if part.compressed_kv is not None:
         k_cmp, v_cmp = map(flat, part.compressed_kv)
-        return k_cmp, v_cmp
+        return (k_cmp, v_cmp), part
     if compress is not None:
-        return compress(part, group)
+        return compress(part, group), part
     # Selection has no values, so keys take their place.
-    values = part.k[0] if part.v is None else part.v[0]
+    keys, values = part.k[0], part.k[0] if part.v is None else part.v[0]
     weights = (part.compress_k_weight, None if part.v is None else part.compress_v_weight)
-    return compress_own(flat(part.k[0]), flat(values), weights, part.layout, part.backend, group)
+    blocks, (k, v) = compress_own(
+        flat(keys), flat(values), weights, part.layout, part.backend, group
+    )
+    if part.v is None:
+        return blocks, part
+    return blocks, part._replace(
+        k=tuple(k if x is keys else x for x in part.k),
+        v=tuple(v if x is values else x for x in part.v),
+    )
 
 
 def _flat_indices(part: Part) -> Tensor | None:

@@ -195,6 +195,16 @@ class Layout:
         shared = self.key_runs is not None and (self.separate or not self.last_queries)
         return self.all_runs[0][1] if two_pieces and shared else 0
 
+    @cached_property
+    def swap(self) -> tuple[slice, slice] | None:
+        """Which keys this rank of two sends and receives, if each are consecutive."""
+        piece = self.heads
+        if self.ranks != 2 or not piece or not self.last_queries:
+            return None
+        # Queries of the second rank's pieces, which lie in the middle, see nothing of the last.
+        first, middle = slice(0, piece), slice(piece, 3 * piece)
+        return (middle, first) if self.rank else (first, middle)
+
     @property
     def _own_ends(self) -> list[tuple[int, int]]:
         return list(zip(self._own.sequence.tolist(), self._own.end.tolist(), strict=True))

@@ -8,7 +8,7 @@ from nsa.boundaries import Boundaries
 from nsa.config import NSAConfig
 from nsa.fused.compression import compress_pair, compress_pair_backward
 from nsa.fused.entry import kernel_rows, widen_square
-from nsa.fused.kernel_inputs import kernel_head_dim
+from nsa.fused.kernel_inputs import Pair, kernel_head_dim
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan, with_scale
 from nsa.precision import without_autocast
@@ -22,8 +22,9 @@ def compress_blocks(
     compress_k_weight: Tensor | None,
     compress_v_weight: Tensor | None,
     boundaries: Boundaries,
-) -> tuple[Tensor, Tensor]:
-    """The compressed keys and values of packed ``k (T, H_kv, D)`` and ``v (T, H_kv, Dv)``.
+) -> tuple[Pair, Pair]:
+    """The compressed keys and values of packed ``k (T, H_kv, D)`` and ``v (T, H_kv, Dv)``; and
+    ``k`` and ``v`` again, for what else takes them: one pass adds their gradients.
 
     The host knows the lengths of ``boundaries``.
     """
@@ -31,17 +32,21 @@ def compress_blocks(
         # All inputs still get gradients, which are 0.
         given = (k, v, compress_k_weight, compress_v_weight)
         zero = sum(x.sum() * 0 for x in given if x is not None)
-        return k[:0] + zero, v[:0] + zero
+        return (k[:0] + zero, v[:0] + zero), (k, v)
     head_dim, value_dim = k.shape[-1], v.shape[-1]
     dim = kernel_head_dim(head_dim, value_dim)
     rows, values = kernel_rows(k, dim), kernel_rows(v, dim)
     plan = make_plan(rows, with_scale(config, config.softmax_scale(head_dim)), boundaries)
     k_weight, v_weight = widen_square(compress_k_weight, dim), widen_square(compress_v_weight, dim)
-    k_cmp, v_cmp = _CompressionNode.apply(plan, rows, values, k_weight, v_weight)
+    k_cmp, v_cmp, *again = _CompressionNode.apply(plan, rows, values, k_weight, v_weight)
     assert boundaries.lengths is not None
     # The plan has an upper bound on the blocks.
     count = sum(num_compressed_blocks(length, config) for length in boundaries.lengths)
-    return k_cmp[0, :count, :, :head_dim], v_cmp[0, :count, :, :value_dim]
+    k_cmp, v_cmp = k_cmp[0, :count, :, :head_dim], v_cmp[0, :count, :, :value_dim]
+    if head_dim == value_dim == dim and k.requires_grad and v.requires_grad:
+        # squeeze, because the derivative of x[0] first fills a tensor with zeros.
+        k, v = (x.squeeze(0) for x in again)
+    return (k_cmp, v_cmp), (k, v)
 
 
 class _CompressionNode(torch.autograd.Function):
@@ -49,16 +54,22 @@ class _CompressionNode(torch.autograd.Function):
     def forward(ctx, plan: Plan, k: Tensor, v: Tensor, k_weight, v_weight):
         ctx.plan = plan
         ctx.save_for_backward(k, v, k_weight, v_weight)
+        ctx.set_materialize_grads(False)
         with torch.cuda.device_of(k), without_autocast(k.device):
-            return compress_pair(k, v, (k_weight, v_weight), plan)
+            pair = compress_pair(k, v, (k_weight, v_weight), plan)
+        return *pair, k.view_as(k), v.view_as(v)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dk_cmp: Tensor, dv_cmp: Tensor):
+    def backward(ctx, dk_cmp: Tensor, dv_cmp: Tensor, *others: Tensor | None):
         k, v, k_weight, v_weight = ctx.saved_tensors
         dk_cmp, dv_cmp = dk_cmp.contiguous(), dv_cmp.contiguous()
+        addends = None
+        if any(x is not None for x in others):
+            dk, dv = (torch.zeros_like(k) if x is None else x.contiguous() for x in others)
+            addends = ((dk, dv), (dk[:, :0], dv[:, :0]))
         with torch.cuda.device_of(k), without_autocast(k.device):
             (dk, dv), dweights = compress_pair_backward(
-                dk_cmp, dv_cmp, k, v, (k_weight, v_weight), ctx.plan
+                dk_cmp, dv_cmp, k, v, (k_weight, v_weight), ctx.plan, addends
             )
         return None, dk, dv, *dweights

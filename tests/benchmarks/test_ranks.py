@@ -5,6 +5,7 @@ import torch
 
 import nsa
 from measuring.ranks import Link, Mark, one_rank, replay
+from nsa.distributed import backend_calls, rank_layout
 from tests.helpers.small_configs import SMALL
 
 
@@ -22,10 +23,13 @@ def test_transfers_run_beside_compute_one_after_another():
     assert replay(marks, free) == (12, 12, 0, 0)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_one_process_is_any_rank(rank):
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 4), (3, 4), (0, 2), (1, 2)])
+@pytest.mark.parametrize("least", [0, backend_calls.MIN_TOKENS], ids=["a call a piece", "one call"])
+def test_one_process_is_any_rank(monkeypatch, rank, ranks, least):
+    monkeypatch.setattr(backend_calls, "MIN_TOKENS", least)
+    monkeypatch.setattr(rank_layout, "_kept_layout", rank_layout.Layout)
     q, k, v = (torch.randn(1, 32, heads, 4, requires_grad=True) for heads in (4, 2, 2))
-    with one_rank(rank, 4) as group:
+    with one_rank(rank, ranks) as group:
         out = nsa.distributed.forward(
             q, k, v, mesh=group, config=SMALL["token"], backend="reference"
         )

@@ -92,32 +92,35 @@ def test_more_ranks_than_kv_heads(world):
 
 
 @pytest.mark.parametrize("separate", [False, True], ids=["one call", "a call for each piece"])
-def test_what_is_sent(world, separate):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_is_sent(world, ranks, separate):
     """Blocks once, borders of less than a block, keys and values a head at a time, sums in fp64.
 
     Where pieces share keys, the first ones are gathered into their place, apart from the others.
+    Two ranks then send each other only what the other attends.
     """
-    config, ranks, tokens = SMALL["token"], 2, 96
+    config, tokens = SMALL["token"], 96
     problem = make_problem(config, tokens)
     dout = torch.ones(problem.q.shape, dtype=torch.float64)
     arguments = (problem, "head-tail", dout, "reference", separate)
     found = world.run(rank_cases.traffic, *arguments, ranks=ranks)
-    assert found[0] == found[1]
     own, dtype = tokens // ranks, "torch.float64"
     parts = 2 if separate else 1
-    gather = [("all_gather", (own // parts, 1, 4), dtype)] * 2 * parts
-    summed = [("all_to_all", (tokens, 1, 4), dtype)] * 2
-    name, shape, _ = found[0][0]
-    assert (name, shape) == ("all_gather", (32,))  # the agreement
-    # Rank 0 lends the end of piece 0, rank 1 those of pieces 1 and 2: 2 tokens each.
-    border, blocks = (4, 3, 8), (24, 3, 8)
+    gathers = [[("all_gather", (own // parts, 1, 4), dtype)] * 2 * parts] * ranks
+    if separate and ranks == 2:
+        gathers = [[("all_to_all", (own * n // 2, 1, 4), dtype)] * 2 for n in (1, 2)]
+    summed = [("reduce_scatter" if ranks == 2 else "all_to_all", (tokens, 1, 4), dtype)] * 2
+    # A rank lends the ends of pieces that are not the last one, 2 tokens each.
+    border, blocks = (4, 3, 8), (own // 2, 3, 8)
     begin = [("all_gather", border, dtype), ("all_gather", blocks, dtype)]
     end = [
         ("reduce_scatter", (ranks * blocks[0], *blocks[1:]), dtype),
         ("reduce_scatter", (ranks * border[0], *border[1:]), dtype),
     ]
-    middle = gather + gather + summed + gather + summed + summed
-    assert found[0][1:] == begin + gather * 3 + middle + end
+    for (agreement, *rest), gather in zip(found, gathers, strict=True):
+        assert agreement[:2] == ("all_gather", (32,))
+        middle = gather + gather + summed + gather + summed + summed
+        assert rest == begin + gather * 3 + middle + end
 
 
 @pytest.mark.parametrize("given", [None, 1 << 20])

@@ -53,7 +53,7 @@ def mean_backward(
         addends: two pairs of gradients of keys and values to add, ``(..., T', H_kv, D)`` each in
             ``dtype``. The first pair is overwritten, so it must be contiguous or slices of heads.
             The second pair is read in place if it is that too, else copied; it may have only the
-            last tokens of each entry.
+            last tokens of each entry, or none.
 
     Returns:
         ``(..., T', H_kv, D)`` each in ``dtype``: the first pair of ``addends``, or new tensors.

@@ -356,8 +356,9 @@ def mean_backward(
     targets, strides = zip(*map(flat_rows, dxs), strict=True)
     others, other_strides, last = None, strides, 0
     if addends is not None:
-        others, other_strides = zip(*map(flat_rows, addends[1]), strict=True)
         last = addends[1][0].shape[-3]
+        # What is read without being wanted must be memory too.
+        others, other_strides = zip(*map(flat_rows, addends[1] if last else dxs), strict=True)
     sizes = (num_tokens, shape[-2] * shape[-1], (strides, other_strides), (shape[-3], last))
     kernel(targets, others, tuple(map(flat, dmeans)), blocks.contiguous().view(-1), *sizes)
     return dxs
@@ -404,8 +405,8 @@ def _check_backward(
             check_tensor("addend", x, shape, dtype, dmean.device)
         *leading, tokens, heads, head_dim = shape
         last = addends[1][0].shape[-3]
-        if not 0 < last <= tokens:
-            raise ValueError(f"the second addends have {last} rows; they must have 1 to {tokens}")
+        if last > tokens:
+            raise ValueError(f"the second addends have {last} rows; they may have {tokens}")
         for x in addends[1]:
             check_tensor("addend", x, (*leading, last, heads, head_dim), dtype, dmean.device)
         for x in addends[0]:
