@@ -24,7 +24,7 @@ def shared_step(tensors: Tensors, queries: int, config: nsa.NSAConfig) -> Callab
     weight.requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
-        compressed = compress_blocks(
+        compressed, _ = compress_blocks(
             k, v, config=config, compress_k_weight=None, compress_v_weight=None, boundaries=whole
         )
         given = [x.detach().requires_grad_() for x in compressed]

@@ -40,9 +40,9 @@ def compress_own(
     layout: Layout,
     backend: ModuleType,
     group: ProcessGroup,
-) -> tuple[Pair, Pair]:
+) -> tuple[Pair, Pair | None]:
     """Compressed keys and values of the blocks that own tokens complete, in the order of those; and
-    ``k`` and ``v`` again, for the other branches.
+    ``k`` and ``v`` for other branches, if the backend adds their gradients to those of the blocks.
 
     Args:
         k, v: own rows ``(T, H_kv, D)`` and ``(T, H_kv, Dv)`` of the compressed branch.
@@ -54,7 +54,7 @@ def compress_own(
         keys, values, config=layout.config, compress_k_weight=weights[0],
         compress_v_weight=weights[1], boundaries=layout.block_boundaries,
     )  # fmt: skip
-    return blocks, again if keys is k and values is v else (k, v)
+    return blocks, again if keys is k and values is v else None
 
 
 def gather_blocks(

@@ -33,6 +33,7 @@ class RankCall(NamedTuple):
         branches: for ``(k_slc, k_win, v_slc, v_win)``, which of the given keys and values it is.
         max_workspace_bytes: the limit of each chunk's workspace.
         recompute_window, deterministic: as in :func:`nsa.forward`.
+        heads_apart: whether gradients of ``kv`` have the rows of one head after those of another.
     """
 
     layout: Layout
@@ -43,6 +44,7 @@ class RankCall(NamedTuple):
     max_workspace_bytes: int
     recompute_window: bool
     deterministic: bool
+    heads_apart: bool
 
 
 class RankInputs(NamedTuple):

@@ -64,9 +64,12 @@ class _Chunks:
             yield chunk, [take_rows(x, self.call.layout) for x in received], arrive
 
     def _gather(self, chunk: Chunk) -> list[Gathering]:
-        layout = self.call.layout
-        arguments = (self.call.group, runs_to_take(layout), layout.heads, layout.swap)
-        return [Gathering(x[:, chunk.kv], *arguments) for x in self.inputs.kv]
+        layout, group = self.call.layout, self.call.group
+        runs = runs_to_take(layout)
+        return [
+            Gathering(x[:, chunk.kv], group, runs, layout.heads, layout.swap)
+            for x in self.inputs.kv
+        ]
 
 
 def _wait_for_all(gatherings: list[Gathering]):
@@ -245,7 +248,7 @@ class _RankGradients(torch.autograd.Function):
         inputs = RankInputs.of(flat)
         names = _keys(inputs)
         grads = {
-            name: _empty_gradient(name, x)
+            name: _empty_gradient(name, x, call)
             for name, x, need in zip(names, flat, needed, strict=True)
             if need
         }
@@ -328,10 +331,13 @@ def _record(
     return _CallGraph(get_gradient_edge(result), edges, results), result
 
 
-def _empty_gradient(name: str | int, x: Tensor) -> Tensor:
+def _empty_gradient(name: str | int, x: Tensor, call: RankCall) -> Tensor:
     """What the calls write a gradient to. Gradients of weights are added, so they start at 0."""
     if name == "gate_proj_weight":
         return torch.zeros_like(x, dtype=accumulation_dtype(x.dtype))
+    if call.heads_apart and not isinstance(name, str):
+        rows, heads, dim = x.shape
+        return x.new_empty(heads, rows, dim).transpose(0, 1)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -377,10 +383,10 @@ def _exchange(
             total.add_from(partial(key_sums.round_into, which))
             for first, grad in key_sums.windows(which):
                 total.add_some(grad, first)
-        exchanges.append((own[at], Exchanging(total.result(), call.group)))
+        exchanges.append((own[at], Exchanging(total.result(), call.group, own[at])))
     return exchanges
 
 
 def _finish(sums: list[tuple[Tensor, Exchanging]]):
     for target, exchanging in sums:
-        copy_rows(target, exchanging.wait())
+        _put(target, exchanging.wait())

@@ -206,17 +206,19 @@ class Exchanging:
     Args:
         x: this rank's addends ``(ranks * n, ...)``, rank after rank.
         group: the ranks.
+        target: like the sum, which two ranks write there if it is contiguous.
     """
 
-    def __init__(self, x: Tensor, group: ProcessGroup):
+    def __init__(self, x: Tensor, group: ProcessGroup, target: Tensor):
         self._sent = x
         self._ranks = group.size()
-        pair = self._ranks == 2
-        self._out = torch.empty_like(x[: x.shape[0] // 2] if pair else x)
-        self._work = None
-        if x.numel():
-            move = reduce_scatter if pair else all_to_all
-            self._work = move(self._out, x, group=group, async_op=True)
+        if self._ranks == 2:
+            move = reduce_scatter
+            self._out = target if target.is_contiguous() else x.new_empty(target.shape)
+        else:
+            move = all_to_all
+            self._out = torch.empty_like(x)
+        self._work = move(self._out, x, group=group, async_op=True) if x.numel() else None
 
     def wait(self) -> Tensor:
         """The sum of this rank's part, ``(n, ...)``, rounded once."""

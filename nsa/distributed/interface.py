@@ -161,10 +161,13 @@ def attend_part(
     """
     part = check_call("forward", mesh, order, arguments, problem, learned=compress is not None)
     group = process_group(mesh)
-    own, part = _own_blocks(part, compress, group)
     assert part.v is not None
+    own, again = _own_blocks(part, compress, group)
     k_cmp, v_cmp = gather_blocks(own, part.layout, group)
     kv, branches = distinct(part.k, part.v)
+    shared = branches == (0, 0, 1, 1) and part.k[0] is part.k[1] and part.v[0] is part.v[1]
+    if shared and again is not None:
+        kv = again
     gates = None if part.gates is None else flat(part.gates)
     inputs = RankInputs(flat(part.q), gates, part.gate_proj_weight, k_cmp, v_cmp, kv)
     call = RankCall(
@@ -172,6 +175,7 @@ def attend_part(
         max_workspace_bytes=arguments.get("max_workspace_bytes") or NO_LIMIT,
         recompute_window=arguments.get("recompute_window", False),
         deterministic=check_deterministic(arguments.get("deterministic")),
+        heads_apart=kv is again,
     )  # fmt: skip
     tensors, block_indices = (*inputs.tensors, *inputs.kv), _flat_indices(part)
     if needs_gradients(*tensors):
@@ -196,7 +200,7 @@ def select_part(
     )
     group = process_group(mesh)
     layout = part.layout
-    (own, _), part = _own_blocks(part, compress, group)
+    (own, _), _ = _own_blocks(part, compress, group)
     (k_cmp,) = gather_blocks((own,), layout, group)
     extra = {} if layout.segments is None else {"segments": layout.segments}
     blocks = part.backend.select_blocks(
@@ -218,26 +222,19 @@ def select_part(
     return blocks.unflatten(1, shape).transpose(0, 1).contiguous()
 
 
-def _own_blocks(part: Part, compress: Compressor | None, group: ProcessGroup) -> tuple[Pair, Part]:
-    """Compressed keys and values of the blocks that own tokens complete, flat; and the part with
-    keys and values of the other branches."""
+def _own_blocks(
+    part: Part, compress: Compressor | None, group: ProcessGroup
+) -> tuple[Pair, Pair | None]:
+    """As :func:`compress_own`, of blocks that are given or not."""
     if part.compressed_kv is not None:
         k_cmp, v_cmp = map(flat, part.compressed_kv)
-        return (k_cmp, v_cmp), part
+        return (k_cmp, v_cmp), None
     if compress is not None:
-        return compress(part, group), part
+        return compress(part, group), None
     # Selection has no values, so keys take their place.
-    keys, values = part.k[0], part.k[0] if part.v is None else part.v[0]
+    values = part.k[0] if part.v is None else part.v[0]
     weights = (part.compress_k_weight, None if part.v is None else part.compress_v_weight)
-    blocks, (k, v) = compress_own(
-        flat(keys), flat(values), weights, part.layout, part.backend, group
-    )
-    if part.v is None:
-        return blocks, part
-    return blocks, part._replace(
-        k=tuple(k if x is keys else x for x in part.k),
-        v=tuple(v if x is values else x for x in part.v),
-    )
+    return compress_own(flat(part.k[0]), flat(values), weights, part.layout, part.backend, group)
 
 
 def _flat_indices(part: Part) -> Tensor | None:

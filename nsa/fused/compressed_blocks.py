@@ -22,9 +22,11 @@ def compress_blocks(
     compress_k_weight: Tensor | None,
     compress_v_weight: Tensor | None,
     boundaries: Boundaries,
-) -> tuple[Pair, Pair]:
-    """The compressed keys and values of packed ``k (T, H_kv, D)`` and ``v (T, H_kv, Dv)``; and
-    ``k`` and ``v`` again, for what else takes them: one pass adds their gradients.
+) -> tuple[Pair, Pair | None]:
+    """The compressed keys and values of packed ``k (T, H_kv, D)`` and ``v (T, H_kv, Dv)``.
+
+    If possible, also ``k`` and ``v`` for the other branches: then one pass adds all gradients.
+    Theirs may have the rows of one head after those of another, and may be overwritten.
 
     The host knows the lengths of ``boundaries``.
     """
@@ -32,7 +34,7 @@ def compress_blocks(
         # All inputs still get gradients, which are 0.
         given = (k, v, compress_k_weight, compress_v_weight)
         zero = sum(x.sum() * 0 for x in given if x is not None)
-        return (k[:0] + zero, v[:0] + zero), (k, v)
+        return (k[:0] + zero, v[:0] + zero), None
     head_dim, value_dim = k.shape[-1], v.shape[-1]
     dim = kernel_head_dim(head_dim, value_dim)
     rows, values = kernel_rows(k, dim), kernel_rows(v, dim)
@@ -43,10 +45,9 @@ def compress_blocks(
     # The plan has an upper bound on the blocks.
     count = sum(num_compressed_blocks(length, config) for length in boundaries.lengths)
     k_cmp, v_cmp = k_cmp[0, :count, :, :head_dim], v_cmp[0, :count, :, :value_dim]
-    if head_dim == value_dim == dim and k.requires_grad and v.requires_grad:
-        # squeeze, because the derivative of x[0] first fills a tensor with zeros.
-        k, v = (x.squeeze(0) for x in again)
-    return (k_cmp, v_cmp), (k, v)
+    adds = head_dim == value_dim == dim and k.requires_grad and v.requires_grad
+    # squeeze, because the derivative of x[0] first fills a tensor with zeros.
+    return (k_cmp, v_cmp), (again[0].squeeze(0), again[1].squeeze(0)) if adds else None
 
 
 class _CompressionNode(torch.autograd.Function):
@@ -61,13 +62,14 @@ class _CompressionNode(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dk_cmp: Tensor, dv_cmp: Tensor, *others: Tensor | None):
+    def backward(
+        ctx, dk_cmp: Tensor, dv_cmp: Tensor, dk_rest: Tensor | None, dv_rest: Tensor | None
+    ):
         k, v, k_weight, v_weight = ctx.saved_tensors
         dk_cmp, dv_cmp = dk_cmp.contiguous(), dv_cmp.contiguous()
         addends = None
-        if any(x is not None for x in others):
-            dk, dv = (torch.zeros_like(k) if x is None else x.contiguous() for x in others)
-            addends = ((dk, dv), (dk[:, :0], dv[:, :0]))
+        if dk_rest is not None and dv_rest is not None:  # or both are None
+            addends = ((dk_rest, dv_rest), (dk_rest[:, :0], dv_rest[:, :0]))
         with torch.cuda.device_of(k), without_autocast(k.device):
             (dk, dv), dweights = compress_pair_backward(
                 dk_cmp, dv_cmp, k, v, (k_weight, v_weight), ctx.plan, addends

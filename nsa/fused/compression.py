@@ -83,7 +83,7 @@ def compress_pair_backward(
     """Gradients of ``k`` and ``v``, and of the weights.
 
     ``addends`` are two more pairs of gradients: of ``k`` and ``v``, and of their last tokens. They
-    are added, and the sum is written to the first pair. If ``summed``, that pair is
+    are added as :func:`nsa.fused.kernel_calls.mean_backward` says. If ``summed``, that pair is
     :func:`nsa.fused.key_sums.new_sums` instead, and the result is new.
     """
     dmeans, dweights = (dk_cmp, dv_cmp), (None, None)

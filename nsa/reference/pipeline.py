@@ -189,14 +189,16 @@ def compress_blocks(
     compress_k_weight: Tensor | None,
     compress_v_weight: Tensor | None,
     boundaries: Boundaries,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The compressed keys and values of packed ``k (T, H_kv, D)`` and ``v (T, H_kv, Dv)``; and
-    ``k`` and ``v`` again, as in the fused backend."""
+) -> tuple[tuple[Tensor, Tensor], None]:
+    """The compressed keys and values of packed ``k (T, H_kv, D)`` and ``v (T, H_kv, Dv)``.
+
+    None, because autograd adds gradients up.
+    """
     with without_autocast(k.device):
         geometry = _geometry(k, k, boundaries, None, config)
         pairs = ((k, compress_k_weight), (v, compress_v_weight))
         k_cmp, v_cmp = (compress(x, weight, geometry) for x, weight in pairs)
-        return (k_cmp, v_cmp), (k, v)
+        return (k_cmp, v_cmp), None
 
 
 def _geometry(

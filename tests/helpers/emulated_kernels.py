@@ -348,7 +348,10 @@ def mean_backward(dmeans, blocks, block_size, dtype, addends=None) -> tuple[Tens
             dx = dx + first.to(dx.dtype)
             dx[..., dx.shape[-3] - last.shape[-3] :, :, :] += last.to(dx.dtype)
         dx = dx.to(dtype)
-        results.append(dx if addends is None else addends[0][i].copy_(dx))
+        apart = addends is not None and not addends[0][i].is_contiguous()
+        # A slice of heads has its tokens apart too.
+        apart = apart and addends[0][i].transpose(-2, -3).is_contiguous()
+        results.append(dx if addends is None or apart else addends[0][i].copy_(dx))
     return tuple(results)
 
 

@@ -102,6 +102,25 @@ def test_gradients_are_float64_rounded(dtype, size, overlap, length):
         assert_rounded(torch.stack(dxs), torch.stack(expected))
 
 
+@pytest.mark.parametrize("last", [0, 10, 65])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_with_one_head_after_another(dtype, last):
+    """They are read where they are, and the sum is new."""
+    dmeans = torch.randn(2, 1, 7, 3, 96, device="cuda", dtype=dtype)
+    blocks = torch.randint(-1, 7, (65, 1), dtype=torch.int32, device="cuda")
+    first = torch.randn(2, 1, 3, 65, 96, device="cuda", dtype=dtype).transpose(2, 3)
+    rest = torch.randn(2, 1, last, 3, 96, device="cuda", dtype=dtype)
+    before = first.clone()
+    exact = (tuple(dmeans.double()), blocks, 64, torch.float64)
+    addends = (tuple(first.double()), tuple(rest.double()))
+    expected = emulated_kernels.mean_backward(*exact, addends)
+    addends = (tuple(first), tuple(rest))
+    dxs = kernel_calls.mean_backward(tuple(dmeans), blocks, 64, dtype, addends)
+    assert_rounded(torch.stack(dxs), torch.stack(expected))
+    assert all(x.is_contiguous() for x in dxs)
+    assert torch.equal(first, before)
+
+
 def test_without_blocks():
     """The sum of the rest, and zeros where there is none."""
     shape, kind = (1, 65, 2, 64), dict(dtype=torch.bfloat16, device="cuda")

@@ -51,11 +51,13 @@ def mean_backward(
         block_size: tokens in a block.
         dtype: bfloat16, float16 or float32.
         addends: two pairs of gradients of keys and values to add, ``(..., T', H_kv, D)`` each in
-            ``dtype``. The first pair is overwritten, so it must be contiguous or slices of heads.
-            The second pair is read in place if it is that too, else copied; it may have only the
-            last tokens of each entry, or none.
+            ``dtype``. The first pair is overwritten if it is contiguous or slices of heads. Else it
+            must be one entry with the rows of each head one after another. The second pair is read
+            in place if it is contiguous or slices of heads, else copied; it may have only the last
+            tokens of each entry, or none.
 
     Returns:
-        ``(..., T', H_kv, D)`` each in ``dtype``: the first pair of ``addends``, or new tensors.
+        ``(..., T', H_kv, D)`` each in ``dtype``: the first pair of ``addends`` if that is
+        overwritten, or new tensors.
     """
     return kernels.load("means").mean_backward(**locals())

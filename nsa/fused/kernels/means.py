@@ -28,6 +28,7 @@ from nsa.fused.kernels.vectors import (
     fake_flat,
     flat,
     flat_rows,
+    is_aligned,
     load_vector,
     store_vector,
 )
@@ -135,10 +136,10 @@ class MeanForward:
 
 class MeanBackward:
     """``dx[t] = sum_i dmean[blocks[t, i]] / block_size`` of two tensors, 4 tokens of a column of
-    one of them a thread; with ``addends`` ``dx[t] += addend[t] + ...``.
+    one of them a thread; with ``addends`` ``dx[t] += first[t] + last[t]``.
 
-    ``strides`` are of the ``dxs``, then of the ``addends``. Of an entry's ``rows[0]`` tokens, the
-    last ``rows[1]`` have addends.
+    ``strides`` are of the tokens of ``dxs``, of the first addends' tokens and heads, and of the
+    tokens of the last ones, which the last ``rows[1]`` of an entry's ``rows[0]`` tokens have.
     """
 
     def __init__(self, block_size: int, overlap: int):
@@ -150,31 +151,33 @@ class MeanBackward:
     def __call__(
         self,
         dxs: _TensorPair,
-        addends: _TensorPair | None,
+        addends: tuple[_TensorPair, _TensorPair] | None,
         dmeans: _TensorPair,
         mBlocks: cute.Tensor,
         num_tokens: Int32,
         width: Int32,
-        strides: tuple[cute.Stride, cute.Stride],
+        head_dim: Int32,
+        strides: tuple[cute.Stride, cute.Stride, cute.Stride, cute.Stride],
         rows: tuple[Int32, Int32],
         stream,
     ):
         tiles = cute.ceil_div(width, _COLUMNS)
         ctas = cute.ceil_div(num_tokens, self.tokens_per_cta) * tiles
-        self.kernel(dxs, addends, dmeans, mBlocks, num_tokens, width, strides, rows, tiles).launch(
-            grid=[ctas, 2, 1], block=[_THREADS, 1, 1], stream=stream
-        )
+        self.kernel(
+            dxs, addends, dmeans, mBlocks, num_tokens, width, head_dim, strides, rows, tiles
+        ).launch(grid=[ctas, 2, 1], block=[_THREADS, 1, 1], stream=stream)
 
     @cute.kernel
     def kernel(
         self,
         dxs: _TensorPair,
-        addends: _TensorPair | None,
+        addends: tuple[_TensorPair, _TensorPair] | None,
         dmeans: _TensorPair,
         mBlocks: cute.Tensor,
         num_tokens: Int32,
         width: Int32,
-        strides: tuple[cute.Stride, cute.Stride],
+        head_dim: Int32,
+        strides: tuple[cute.Stride, cute.Stride, cute.Stride, cute.Stride],
         rows: tuple[Int32, Int32],
         tiles: Int32,
     ):
@@ -183,9 +186,13 @@ class MeanBackward:
         first = bidx // tiles * self.tokens_per_cta + tidx // _ROW_THREADS
         column = bidx % tiles * _COLUMNS + tidx % _ROW_THREADS * VECTOR
         mdX, stride = _choose(which, dxs, strides[0])
+        mFirst, step, place = mdX, stride, Int64(column)
         mLast, apart = mdX, stride
         if const_expr(addends is not None):
-            mLast, apart = _choose(which, addends, strides[1])
+            mFirst, step = _choose(which, addends[0], strides[1])
+            _, head_step = _choose(which, addends[0], strides[2])
+            place = Int64(column // head_dim) * head_step + column % head_dim
+            mLast, apart = _choose(which, addends[1], strides[3])
         of_entry, last = rows
         mdMean, _ = _choose(which, dmeans, (width, width))
         if column < width:
@@ -201,7 +208,7 @@ class MeanBackward:
                     late = cutlass.min(token, num_tokens - 1) - entry * of_entry - (of_entry - last)
                     row = Int64(entry) * last + cutlass.max(late, 0)
                     added = [
-                        (Int32(0), load_vector(mdX, inside * stride + column)),
+                        (Int32(0), load_vector(mFirst, inside * step + place)),
                         (late, load_vector(mLast, row * apart + column)),
                     ]
                 loaded.append((token < num_tokens, inside, added, blocks))
@@ -218,8 +225,8 @@ class MeanBackward:
                         rSum.store(rSum.load() + shares[u][i].load().to(Float32))
                 rSum.store(rSum.load() * (1.0 / self.block_size))
                 for i in cutlass.range_constexpr(len(added)):
-                    place, addend = added[i]
-                    if place >= 0:
+                    since, addend = added[i]
+                    if since >= 0:
                         rSum.store(rSum.load() + addend.load().to(Float32))
                 if wanted:
                     store_vector(rSum.load(), mdX, token * stride + column)
@@ -264,7 +271,7 @@ def compile_backward(
 ) -> Callable:
     """The compiled backward kernel of two dtypes, a block size and the blocks of a token.
 
-    ``with_addends`` adds to what is there and to a second pair, else the result is new.
+    ``with_addends`` adds two more pairs.
     """
 
     def pair(dtype: torch.dtype) -> tuple:
@@ -273,10 +280,10 @@ def compile_backward(
     return compile_kernel(
         MeanBackward(block_size, overlap),
         pair(dtype),
-        pair(dtype) if with_addends else None,
+        (pair(dtype), pair(dtype)) if with_addends else None,
         pair(dmean_dtype),
         fake_flat(Int32, alignment=4),
-        *(Int32(1), Int32(1), ((Int64(1),) * 2,) * 2, (Int32(1),) * 2),
+        *(Int32(1), Int32(1), Int32(1), ((Int64(1),) * 2,) * 4, (Int32(1),) * 2),
     )
 
 
@@ -343,7 +350,8 @@ def mean_backward(
     (num_tokens, overlap), device = blocks.shape, blocks.device
     shape = _with_rows(dmeans[0], num_tokens)
     _check_backward(dmeans, blocks, dtype, addends, shape)
-    if addends is None:
+    apart = addends is not None and all(map(_has_heads_apart, addends[0]))
+    if addends is None or apart:
         dxs = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     else:
         dxs = addends[0]
@@ -354,14 +362,29 @@ def mean_backward(
         dmeans = [torch.zeros(shape[-2:], dtype=dtype, device=device)] * 2
     kernel = compile_backward(dtype, dmeans[0].dtype, block_size, overlap, addends is not None)
     targets, strides = zip(*map(flat_rows, dxs), strict=True)
-    others, other_strides, last = None, strides, 0
+    tokens, heads, head_dim = shape[-3:]
+    firsts, others, last = targets, targets, 0
+    first_strides, head_strides, other_strides = strides, (head_dim,) * 2, strides
     if addends is not None:
+        if apart:
+            firsts = tuple(x.transpose(-2, -3).reshape(-1) for x in addends[0])
+            first_strides, head_strides = (head_dim,) * 2, (tokens * head_dim,) * 2
         last = addends[1][0].shape[-3]
-        # What is read without being wanted must be memory too.
-        others, other_strides = zip(*map(flat_rows, addends[1] if last else dxs), strict=True)
-    sizes = (num_tokens, shape[-2] * shape[-1], (strides, other_strides), (shape[-3], last))
-    kernel(targets, others, tuple(map(flat, dmeans)), blocks.contiguous().view(-1), *sizes)
+        if last:
+            # Else what is read without being wanted is memory all the same.
+            others, other_strides = zip(*map(flat_rows, addends[1]), strict=True)
+    kernel(
+        targets, None if addends is None else (firsts, others), tuple(map(flat, dmeans)),
+        blocks.contiguous().view(-1), num_tokens, heads * head_dim, head_dim,
+        (strides, first_strides, head_strides, other_strides), (tokens, last),
+    )  # fmt: skip
     return dxs
+
+
+def _has_heads_apart(x: Tensor) -> bool:
+    """Whether ``(1, T, H, D)`` has the rows of each head one after another."""
+    one = math.prod(x.shape[:-3]) == 1 and not x.is_contiguous()
+    return one and x.transpose(-2, -3).is_contiguous() and is_aligned(x)
 
 
 def _with_rows(x: Tensor, rows: int) -> tuple[int, ...]:
@@ -410,4 +433,5 @@ def _check_backward(
         for x in addends[1]:
             check_tensor("addend", x, (*leading, last, heads, head_dim), dtype, dmean.device)
         for x in addends[0]:
-            check_output("addend", x)
+            if not _has_heads_apart(x):
+                check_output("addend", x)
