@@ -87,6 +87,16 @@ def test_calls_add_gradients_of_keys_where_kernels_do(world, config, order):
     check_ranks(world, own, 2, order, "fused", case=rank_cases.separate_calls)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("weighted", [False, True], ids=["means", "weights"])
+def test_one_pass_adds_gradients_of_keys_and_of_their_means(world, ranks, weighted):
+    weights = {"compress_k_weight": torch.randn(2, 64, 64, dtype=torch.float64) / 8}
+    extras = weights if weighted else {}
+    problem = make_problem(tile_config(), 768, heads=(4, 2), dim=64, **extras)
+    case = rank_cases.calls_and_means_that_add
+    check_ranks(world, problem, ranks, "head-tail", "fused", case=case)
+
+
 def test_more_ranks_than_kv_heads(world):
     check_ranks(world, make_problem(SMALL["token"], heads=(2, 1)), 3, "head-tail")
 

@@ -14,7 +14,7 @@ import nsa
 from nsa.blocks import num_compressed_blocks, num_query_tiles
 from nsa.distributed import backend_calls, call, collectives, rank_layout
 from nsa.distributed.order import make_pieces
-from nsa.fused import entry, key_sums
+from nsa.fused import compressed_blocks, entry, key_sums
 from nsa.testing import assert_as_accurate
 from tests.helpers.emulation import emulate_kernels
 from tests.helpers.strategies import Problem, leaves
@@ -145,6 +145,21 @@ def separate_calls_that_add(group, *arguments) -> list:
     with patch.object(key_sums.KeySums, "round_into", noted):
         results = separate_calls(group, *arguments)
     assert rounded
+    return results
+
+
+def calls_and_means_that_add(group, *arguments) -> list:
+    """:func:`separate_calls_that_add`, where one pass must add the gradients of means too."""
+    added = []
+
+    def noted(*tensors):
+        added.append(tensors[-1] is not None)
+        return original(*tensors)
+
+    original = compressed_blocks.compress_pair_backward
+    with patch.object(compressed_blocks, "compress_pair_backward", noted):
+        results = separate_calls_that_add(group, *arguments)
+    assert added == [True]
     return results
 
 
