@@ -89,7 +89,7 @@ def compress_pair_backward(
     dmeans, dweights = (dk_cmp, dv_cmp), (None, None)
     if any(weight is not None for weight in weights):
         # Without weights only the rows that belong to blocks are read.
-        plan.clear_unused(*dmeans)
+        clear_unused(dmeans, plan)
         means = _mean(k, _mean_dtype(k, *weights), plan, v)
         parts = map(_transformed_backward, dmeans, means, weights)
         dmeans, dweights = zip(*parts, strict=True)
@@ -100,6 +100,20 @@ def compress_pair_backward(
     blocks = over_batch(plan.blocks_of_token, k.shape[0], total)
     size = plan.config.compress_block_size
     return kernel_calls.mean_backward(dmeans, blocks, size, k.dtype, addends), dweights
+
+
+def clear_unused(gradients: Pair, plan: Plan) -> None:
+    """Write 0 to rows ``(1, M, H_kv, D)`` of no compressed block, which kernels do not write.
+
+    If there are fewer rows than the bound, each has a block.
+    """
+    rows = gradients[0].shape[1]
+    if not plan.packed or rows < plan.geometry.compressed.total:
+        return
+    index = torch.arange(rows, dtype=torch.int32, device=gradients[0].device)
+    unused = (index >= plan.compressed_bounds[-1])[:, None, None]
+    for x in gradients:
+        x.masked_fill_(unused, 0)
 
 
 def _mean_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype:

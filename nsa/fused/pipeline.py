@@ -23,7 +23,7 @@ from nsa.fused.attention import (
 )
 from nsa.fused.call_tensors import BranchResults, Inputs, made
 from nsa.fused.compressed_forms import CompressedForm
-from nsa.fused.compression import compress, compress_pair, compress_pair_backward
+from nsa.fused.compression import clear_unused, compress, compress_pair, compress_pair_backward
 from nsa.fused.fa4_call import new_query_sums
 from nsa.fused.gating import (
     GatingGradients,
@@ -34,7 +34,14 @@ from nsa.fused.gating import (
     query_gradient,
 )
 from nsa.fused.kernel_inputs import Pair, Placements
-from nsa.fused.key_sums import CallSums, leaves_sums, new_sums, round_sums
+from nsa.fused.key_sums import (
+    CallSums,
+    leaves_sums,
+    new_sums,
+    round_sums,
+    with_window,
+    with_zeros_before,
+)
 from nsa.fused.near_blocks import join_near_blocks
 from nsa.fused.plan import Plan
 from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_groups
@@ -370,7 +377,7 @@ def _key_gradients(
     shared = inputs.k_slc is None
     if not shared:
         found["k_slc"], found["v_slc"] = selected
-        k_win, v_win = (_with_zeros_before(x, inputs.k) for x in window)
+        k_win, v_win = (with_zeros_before(x, inputs.k) for x in window)
         found["k_win"], found["v_win"] = k_win, v_win
     if inputs.k_cmp is None:
         (found["k"], found["v"]), weights = compress_pair_backward(
@@ -384,27 +391,13 @@ def _key_gradients(
     elif summed:
         found["k"], found["v"] = round_sums(selected, window, None, inputs.k.dtype, plan)
     elif shared:
-        found["k"], found["v"] = _with_window(selected, window)
+        found["k"], found["v"] = with_window(selected, window)
     else:
         found["k"], found["v"] = torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
-    plan.clear_unused(*compressed)
+    clear_unused(compressed, plan)
     # Copies, because both may lie in one tensor, and results of a custom op must not.
     dtype = inputs.k_cmp.dtype
     copies = [x.new_empty(x.shape, dtype=dtype) for x in compressed]
     torch._foreach_copy_(copies, compressed)
     found["k_cmp"], found["v_cmp"] = copies
     return Inputs(**found)
-
-
-def _with_window(selected: Pair, window: Pair) -> Pair:
-    """Gradients of ``k`` and ``v``, with those of their last tokens added in place."""
-    pairs = zip(window, selected, strict=True)
-    seen = [total[:, total.shape[1] - last.shape[1] :] for last, total in pairs]
-    torch._foreach_add_(seen, window)  # in one launch
-    return selected
-
-
-def _with_zeros_before(x: Tensor, like: Tensor) -> Tensor:
-    """``x (B, T, H, D)`` after as many tokens of zeros as it has fewer than ``like``."""
-    missing = like.shape[1] - x.shape[1]
-    return torch.nn.functional.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x

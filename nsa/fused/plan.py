@@ -251,19 +251,6 @@ class Plan:
         bounds = self._bounds_of("compressed")
         return self.geometry.compressed.offset.int() if bounds is None else bounds
 
-    def clear_unused(self, *gradients: Tensor) -> None:
-        """Write 0 to rows ``(1, M, H_kv, D)`` of no compressed block, which kernels do not write.
-
-        If there are fewer rows than the bound, each has a block.
-        """
-        rows = gradients[0].shape[1]
-        if not self.packed or rows < self.geometry.compressed.total:
-            return
-        index = torch.arange(rows, dtype=torch.int32, device=gradients[0].device)
-        unused = (index >= self.compressed_bounds[-1])[:, None, None]
-        for x in gradients:
-            x.masked_fill_(unused, 0)
-
     @property
     def key_block(self) -> int:
         """Keys of a key block in the selected branch."""

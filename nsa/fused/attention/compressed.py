@@ -104,7 +104,7 @@ def compressed_attention_backward(
 
     With ``query_sums`` that of ``q`` is added to these, and is None.
     ``statistics`` are None if there is no compressed token; a few are overwritten.
-    Rows of no block are not written, see :meth:`nsa.fused.plan.Plan.clear_unused`.
+    Rows of no block are not written, see :func:`nsa.fused.compression.clear_unused`.
     """
     form = plan.compressed_form
     if statistics is None:
