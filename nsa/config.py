@@ -19,6 +19,8 @@ _FOLLOWERS = ("compress_stride", "select_block_size")
 # none, because the length of the sequence limits them.
 _SIZES = ("compress_block_size", *_FOLLOWERS, "q_tile_size", "cmp_group_size")
 _MAX_SIZE = 2**31 - 1
+# Past this range a scale is 0 or infinite in float32, and outputs are NaN.
+_SCALES = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 
 
 class _Followed(int):
@@ -77,7 +79,7 @@ class NSAConfig:
             compressed branch (tile mode); ``None`` attends all.
         cmp_group_size: compressed tokens in such a group.
         causal: whether a query sees only tokens at or before it.
-        scale: factor on the attention logits, default ``1 / sqrt(D)``.
+        scale: factor on the attention logits, default ``1 / sqrt(D)``; in the range of float32.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -177,16 +179,20 @@ class NSAConfig:
         return head_dim**-0.5 if self.scale is None else self.scale
 
     def _check_fields(self):
+        """Check each field by itself, and keep strings and ints as plain ones."""
         for name in (known.name for known in fields(self)):
             value = getattr(self, name)
             if name in _CHOICES:
                 if not isinstance(value, str) or value not in _CHOICES[name]:
                     raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}")
+                # The plain string, because a checkpoint with an enum's member needs the enum.
+                plain = _CHOICES[name][_CHOICES[name].index(value)]
+                object.__setattr__(self, name, plain)
             elif name == "causal":
                 if not isinstance(value, bool):
                     raise TypeError(f"causal must be a bool, got {value!r}")
             elif name == "scale":
-                check_positive("scale", value)
+                check_scale(value)
             elif not (value is None and name in _OPTIONAL + _FOLLOWERS):
                 check_int(
                     name,
@@ -194,6 +200,8 @@ class NSAConfig:
                     minimum=0 if name in _NON_NEGATIVE else 1,
                     maximum=_MAX_SIZE if name in _SIZES else None,
                 )
+                if name not in _FOLLOWERS:
+                    object.__setattr__(self, name, int(value))
 
     def _check_relations(self):
         block, stride, select = (
@@ -240,6 +248,16 @@ def check_int(name: str, value, minimum: int, maximum: int | None = None):
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     if maximum is not None and value > maximum:
         raise ValueError(f"{name} must be at most {maximum}, got {value}")
+
+
+def check_scale(value):
+    """Check that ``value`` is a factor that float32, in which logits are computed, has; or None."""
+    check_positive("scale", value)
+    least, largest = _SCALES
+    if value is not None and not least <= value <= largest:
+        raise ValueError(
+            f"scale must lie in [{least:.2e}, {largest:.2e}], the range of float32, got {value!r}"
+        )
 
 
 def check_positive(name: str, value):

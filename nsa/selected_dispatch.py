@@ -9,7 +9,7 @@ from nsa.backends import choose_module
 from nsa.block_index_checks import check_listed_blocks
 from nsa.boundaries import check_boundaries, has_key_boundaries
 from nsa.cache.paged_keys import PagedKeys, blocks_of_rows, check_paged_qkv, check_used_pages
-from nsa.config import NSAConfig, check_positive
+from nsa.config import NSAConfig, check_scale
 from nsa.host import has_readable_values
 from nsa.packing import Packing
 from nsa.precision import autocast_tensors
@@ -198,5 +198,5 @@ def _check_options(block_size, causal, scale, return_lse) -> NSAConfig:
         raise ValueError(f"block_size must be one of {tuple(_CONFIGS)}, got {block_size}")
     for name, value in (("causal", causal), ("return_lse", return_lse)):
         validation.check_flag(name, value)
-    check_positive("scale", scale)
+    check_scale(scale)
     return _CONFIGS[block_size]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import enum
 import functools
 import pickle
 import re
@@ -100,6 +101,21 @@ def test_fields_are_saved_as_plain_values(tmp_path):
     torch.save({f.name: getattr(config, f.name) for f in dataclasses.fields(config)},
                tmp_path / "config.pt")  # fmt: skip
     assert torch.load(tmp_path / "config.pt", weights_only=True) == settings
+
+
+def test_members_of_enums_are_kept_as_plain_values(tmp_path):
+    class Mode(enum.StrEnum):
+        TOKEN = "token"
+
+    class Size(enum.IntEnum):
+        LARGE = 64
+
+    sizes = dict(window_size=Size.LARGE, compress_block_size=Size.LARGE, compress_stride=Size.LARGE)
+    config = nsa.NSAConfig(selection=Mode.TOKEN, num_cmp_selected_blocks=None, **sizes)
+    settings = dataclasses.asdict(config)
+    assert {type(x) for x in settings.values()} == {str, int, bool, type(None)}
+    torch.save(settings, tmp_path / "config.pt")
+    assert nsa.NSAConfig(**torch.load(tmp_path / "config.pt", weights_only=True)) == config
 
 
 def test_given_sizes_do_not_follow():
@@ -208,6 +224,13 @@ def test_scale_is_a_number(value):
 )
 def test_scale_is_finite_and_positive(value):
     with pytest.raises(ValueError, match=rf"scale must be finite and positive, got {value}"):
+        nsa.NSAConfig(scale=value)
+
+
+@pytest.mark.parametrize("value", [1e300, 1e39, 1e-39, 1e-300])
+def test_scale_is_in_the_range_of_float32(value):
+    message = f"scale must lie in [1.18e-38, 3.40e+38], the range of float32, got {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         nsa.NSAConfig(scale=value)
 
 

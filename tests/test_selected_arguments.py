@@ -111,6 +111,7 @@ BAD = {
     "causal": (batched(causal=1), TypeError, "causal must be a bool, got 1"),
     "return_lse": (batched(return_lse=None), TypeError, "return_lse must be a bool, got None"),
     "scale": (batched(scale=0), ValueError, "scale must be finite and positive, got 0"),
+    "scale past float32": (batched(scale=1e39), ValueError, "scale must lie in .* got 1e[+]39"),
     "scale as text": (batched(scale="1"), TypeError, "scale must be a float or None, got '1'"),
     "backend": (batched(backend="fast"), ValueError, "backend must be one of .*got 'fast'"),
     "max_seqlen": (

@@ -29,7 +29,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nsa.config import NSAConfig, check_positive
+from nsa.config import NSAConfig, check_scale
 from nsa.integrations.gated import GatedAttention, check_same_boundaries
 from nsa.validation import UnsupportedError
 
@@ -159,7 +159,7 @@ class InnerAttention(GatedAttention):
         return out.unflatten(0, q_BLNH.shape[:2])
 
     def _check_scale(self, scale: float | None, head_dim: int):
-        check_positive("scale", scale)
+        check_scale(scale)
         own = self.nsa_config.softmax_scale(head_dim)
         if scale is not None and not math.isclose(scale, own, rel_tol=1e-6):
             raise ValueError(
