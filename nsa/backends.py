@@ -30,6 +30,15 @@ def check_backend(backend) -> str:
     return backend
 
 
+def check_no_transform():
+    """Check that no transform of torch.func runs."""
+    if in_function_transform():
+        raise UnsupportedError(
+            "nsa has no rules for the transforms of torch.func (grad, vmap, jvp, ...); use "
+            "torch.autograd"
+        )
+
+
 def limit_without_cache(q: Tensor, v: Tensor, config: NSAConfig) -> str | None:
     from nsa.fused.constraints import unsupported_reason
 
@@ -61,11 +70,7 @@ def choose_module(backend: str, q: Tensor, fused_limit: Callable[[], str | None]
             there are no values; or a transform of torch.func runs.
     """
     check_backend(backend)
-    if in_function_transform():
-        raise UnsupportedError(
-            "nsa has no rules for the transforms of torch.func (grad, vmap, jvp, ...); use "
-            "torch.autograd"
-        )
+    check_no_transform()
     limit = fused_limit() if backend != "reference" else None
     name = choose_backend(backend, limit)
     if name is None:

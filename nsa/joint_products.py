@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from nsa.blocks import BlockPlaces
 from nsa.compressor import PLAIN_TYPES, BlockCompressor
-from nsa.host import in_function_transform
 from nsa.linears import MLP
 from nsa.plain_modules import is_plain, plain_parameters
 from nsa.precision import autocast_dtype, without_autocast
@@ -150,11 +149,8 @@ def joint_dtype(parameters: Sequence[Tensor], x: Tensor) -> torch.dtype | None:
 
 
 def _has_plain_derivatives() -> bool:
-    """Whether a node needs gradients alone: no transform of torch.func and no forward-mode AD is
-    active."""
-    if torch.compiler.is_dynamo_compiling():
-        return True
-    return forward_ad._current_level < 0 and not in_function_transform()
+    """Whether a node needs gradients alone: no forward-mode AD is active."""
+    return torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0
 
 
 def _product(sizes: Sequence[int], x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:

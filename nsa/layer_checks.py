@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from nsa.backends import check_no_transform
 from nsa.config import check_positive
-from nsa.linears import takes_dtype, weight_dtype
+from nsa.linears import weight_dtype
 from nsa.precision import autocast_dtype
 from nsa.validation import check_size
 
@@ -49,8 +50,13 @@ def check_input(layer: Any, x, cu_seqlens):
     rank, form = (3, "(B, N, {})") if cu_seqlens is None else (2, "(T, {}) with cu_seqlens")
     if x.ndim != rank or x.shape[-1] != layer.dim:
         raise ValueError(f"x must have shape {form.format(layer.dim)}, got {tuple(x.shape)}")
-    if takes_dtype(layer.q_proj, x.dtype) or autocast_dtype(x.device):
-        return
+    # Before the projections, whose nodes on a GPU have no rules for transforms either.
+    check_no_transform()
     wanted = weight_dtype(layer.q_proj)
-    if wanted not in (None, x.dtype):
+    if wanted is None:
+        return
+    device = layer.q_proj.weight.device
+    if x.device != device:
+        raise ValueError(f"x must be on the device of the weights, {device}, got {x.device}")
+    if x.dtype != wanted and not autocast_dtype(x.device):
         raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")

@@ -169,8 +169,9 @@ def test_compressors_that_are_not_alike():
     assert parameters_of_both((layer.compress_k, layer.compress_k), x) is None
 
 
-def test_transforms_get_the_error_of_nsa():
-    layer = make_layer(backend="reference")
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_transforms_get_the_error_of_nsa(backend, fused_on_cpu):
+    layer = make_layer(backend=backend)
     x = torch.randn(1, 8, DIM, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
 
@@ -179,6 +180,8 @@ def test_transforms_get_the_error_of_nsa():
 
     with pytest.raises(nsa.UnsupportedError, match="transforms"):
         torch.func.grad(loss)(parameters)
+    with pytest.raises(nsa.UnsupportedError, match="transforms"):
+        torch.func.vmap(layer)(x[None])
 
 
 def test_second_derivatives():

@@ -378,6 +378,12 @@ def test_constructor_errors(change, error, message):
         ),
         (torch.zeros(5, DIM), [0, 4], ValueError, "cu_seqlens must end at the 5 tokens"),
         (torch.zeros(1, 5, DIM).double(), None, TypeError, "x must have the dtype of the weights"),
+        (
+            torch.zeros(1, 5, DIM, device="meta"),
+            None,
+            ValueError,
+            "x must be on the device of the weights, cpu, got meta",
+        ),
     ],
 )
 def test_forward_errors(x, cu_seqlens, error, message):
