@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa.precision import without_autocast
+from nsa.validation import SECOND_DERIVATIVE, UnsupportedError
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 """Without it autograd keeps account of views and versions of what nobody else sees, which takes the
@@ -95,6 +96,4 @@ class _RecordedGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(_, *__):
-        raise RuntimeError(
-            "nsa.forward can be differentiated once, not twice: its gradients have no derivative"
-        )
+        raise UnsupportedError(SECOND_DERIVATIVE)

@@ -19,6 +19,12 @@ class UnsupportedError(NotImplementedError):
     """The chosen backend cannot do this; the message names the limit and the remedy."""
 
 
+SECOND_DERIVATIVE = (
+    "nsa.forward on the fused backend can be differentiated once, not twice; for higher "
+    "derivatives use backend='reference'"
+)
+
+
 class Problem(NamedTuple):
     """The sizes that the arguments of one call agree on."""
 

@@ -20,6 +20,7 @@ from nsa.distributed.head_copies import copy_rows
 from nsa.distributed.key_rows import RowSums, in_place, runs_to_take, take_rows
 from nsa.precision import accumulation_dtype
 from nsa.results import Results
+from nsa.validation import UnsupportedError
 
 
 def attend(call: RankCall, block_indices: Tensor | None, inputs: RankInputs) -> Tensor:
@@ -293,7 +294,7 @@ class _RankGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(_, *__):
-        raise RuntimeError(
+        raise UnsupportedError(
             "nsa.distributed.forward can be differentiated once, not twice: its gradients have no "
             "derivative"
         )

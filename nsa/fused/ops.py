@@ -26,7 +26,7 @@ from nsa.fused.sizes import Sizes, make_sizes
 from nsa.fused.strides import as_rows
 from nsa.packing import power_of_two
 from nsa.results import Results
-from nsa.validation import UnsupportedError
+from nsa.validation import SECOND_DERIVATIVE, UnsupportedError
 
 NUM_INPUTS = len(Inputs._fields)
 
@@ -78,9 +78,7 @@ class _AttentionGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(_, *__):
-        raise RuntimeError(
-            "nsa.forward can be differentiated once, not twice: its gradients have no derivative"
-        )
+        raise UnsupportedError(SECOND_DERIVATIVE)
 
 
 def _split(arguments: Sequence) -> tuple[Inputs, OpOptions]:

@@ -394,7 +394,7 @@ def second_derivative(group, problem: Problem) -> str:
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     try:
         torch.autograd.grad(grad.sum(), q)
-    except RuntimeError as error:
+    except nsa.UnsupportedError as error:
         return str(error)
     return "no error"
 
