@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import cache_utils
 
 from nsa.cache import Cache
-from nsa.cache.argument_checks import check_decodable
+from nsa.cache.argument_checks import MAX_LENGTH, check_decodable
 from nsa.cache.copies import copy_sequences
 from nsa.cache.layout import round_up
-from nsa.config import NSAConfig
+from nsa.config import NSAConfig, check_int
 from nsa.host import needs_gradients
 from nsa.transformers.chosen_blocks import chooses_blocks
 from nsa.transformers.sequences import Sequences
@@ -179,12 +179,14 @@ class CacheLayer(cache_utils.CacheLayerMixin):
         """Drop the last ``-tokens_to_remove`` tokens of each sequence.
 
         Raises:
-            ValueError: tile mode cannot go back so far, see :meth:`nsa.Cache.truncate`.
+            ValueError: there are fewer tokens, or tile mode cannot go back so far, see
+                :meth:`nsa.Cache.truncate`.
             UnsupportedError: there is padding among them.
         """
+        # An empty cache has nothing to remove, which transformers allows.
+        least = -self.length if self.length else -MAX_LENGTH
+        check_int("tokens_to_remove", tokens_to_remove, least, 0)
         count = -tokens_to_remove
-        if count < 0:
-            raise ValueError(f"tokens_to_remove must be at most 0, got {tokens_to_remove}")
         if self.cache is None or count == 0:
             return
         if count > self._num_last:

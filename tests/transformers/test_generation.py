@@ -250,8 +250,24 @@ def test_padding_cannot_be_cropped():
     assert cache.layers[0].cache.lengths.tolist() == [20, 23]
     with pytest.raises(nsa.UnsupportedError, match="0 tokens follow the last padding, got -1"):
         cache.crop(-1)
-    with pytest.raises(ValueError, match="tokens_to_remove must be at most 0, got 3"):
-        cache.crop(3)
+
+
+@torch.no_grad()
+def test_what_crop_refuses():
+    model, ids = make(model_config()), tokens()
+    cache = DynamicCache(config=model.config)
+    cache.crop(-3)  # there is nothing to remove yet
+    model(ids[:, :9], cache=cache)
+    for wrong, error, message in (
+        (3, ValueError, "tokens_to_remove must be at most 0, got 3"),
+        (-10, ValueError, "tokens_to_remove must be at least -9, got -10"),
+        (-1.0, TypeError, "tokens_to_remove must be an int, got -1.0"),
+    ):
+        with pytest.raises(error, match=message):
+            cache.crop(wrong)
+    assert cache.get_seq_length() == 9
+    cache.crop(-9)
+    torch.testing.assert_close(model(ids, cache=cache).logits, logits(model, ids))
 
 
 def test_what_no_cache_holds_is_attended_in_the_first_call():
