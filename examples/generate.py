@@ -20,16 +20,17 @@ import nsa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-from lm.device import usable_device
+from lm.checkpoint import read_checkpoint
 from lm.generate import Sampling, generate
 from lm.model import ByteTransformer, ModelConfig
+from lm.options import usable_device, usable_seed
 
 DEFAULT_CHECKPOINT = Path("outputs/demo/nsa.pt")
 
 
 def load_model(path: Path, device: str) -> ByteTransformer:
     """The model of a checkpoint of tools/train_lm.py."""
-    state = torch.load(path, map_location=device, weights_only=True)
+    state = read_checkpoint(path)
     settings = state["settings"]
     names = ("dim", "num_layers", "num_heads", "num_kv_heads")
     sizes = {name: settings[name] for name in names}
@@ -66,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     add("--bytes", type=int, default=200, help="to generate for each prompt (%(default)s)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
     add("--top-p", type=float, default=0.95, help="(%(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=usable_seed, default=0)
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if not args.checkpoint.is_file():
@@ -80,7 +81,10 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
-    model = load_model(args.checkpoint, args.device)
+    try:
+        model = load_model(args.checkpoint, args.device)
+    except ValueError as error:
+        sys.exit(f"generate: {error}")
     prompts = [text.encode() for text in args.prompt or ["def "]]
     tokens = [torch.tensor(list(data), device=args.device) for data in prompts]
     generator = torch.Generator().manual_seed(args.seed)

@@ -36,9 +36,9 @@ from tqdm import tqdm
 import nsa
 from lm.checkpoint import load_checkpoint, save_checkpoint
 from lm.data import Corpus, load_corpus, random_batch
-from lm.device import usable_device
 from lm.generate import Sampling, generate
 from lm.model import ByteTransformer, ModelConfig
+from lm.options import usable_device, usable_seed
 from lm.parallel import Alone, Ranks, join, whole_sequences
 from lm.plot import plot_run, selection_map, write_csv
 
@@ -344,7 +344,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help="default: the preset's, as for the next two")
     add("--context", type=int, help="bytes of a sequence")
     add("--batch-size", type=int, help="sequences of a step")
-    add("--seed", type=int, default=0)
+    add("--seed", type=usable_seed, default=0)
     add("--log-every", type=int, default=25, help="steps between losses (default: %(default)s)")
     add("--save-every", type=int, default=50, help="steps between checkpoints (%(default)s)")
     add("--fresh", action="store_true", help="ignore the checkpoints of an earlier run")

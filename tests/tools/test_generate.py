@@ -127,9 +127,17 @@ def test_the_example_says_what_it_needs(tmp_path):
     assert "is no file; `make demo` writes outputs/demo/nsa.pt" in result.stderr
 
 
+def test_a_file_that_is_no_checkpoint(tmp_path):
+    (tmp_path / "model.pt").write_text("text")
+    result = run_example("model.pt", folder=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("generate: model.pt is no checkpoint of tools/train_lm.py")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--seed", str(2**64)], "--seed: must lie in [-2**63, 2**64), got"),
         (["--device", "gpu"], "--device: must be cpu or cuda, got 'gpu'"),
         (["--device", "cuda"], "--device: needs an NVIDIA GPU, and PyTorch finds none, got 'cuda'"),
         (["--temperature", "nan"], "--temperature 0 or more"),

@@ -115,6 +115,22 @@ def test_other_settings_are_refused(text, tmp_path, capsys, monkeypatch):
     assert train(text, tmp_path, "--attention", "dense", "--steps", "2", "--fresh") == 0
 
 
+@pytest.mark.parametrize("content", ["bytes", "tensor", "nothing"])
+def test_a_damaged_checkpoint_is_named(text, tmp_path, capsys, content):
+    path = tmp_path / "dense.pt"
+    path.write_bytes(b"damaged" if content == "bytes" else b"")
+    if content == "tensor":
+        torch.save(torch.zeros(1), path)
+    assert train(text, tmp_path, "--attention", "dense", "--steps", "1") == 2
+    assert f"train_lm: {path} is no checkpoint of" in capsys.readouterr().err
+
+
+def test_seeds_of_more_than_64_bits_are_refused(text, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(text, tmp_path, "--seed", str(2**64))
+    assert f"--seed: must lie in [-2**63, 2**64), got {2**64}" in capsys.readouterr().err
+
+
 def test_missing_and_short_text(tmp_path, capsys):
     assert train(tmp_path / "none", tmp_path / "out") == 2
     assert "none does not exist" in capsys.readouterr().err

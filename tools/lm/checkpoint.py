@@ -30,12 +30,30 @@ def load_checkpoint(path: Path, settings: dict) -> dict | None:
     """The state at ``path``, None where there is none.
 
     Raises:
-        ValueError: it was written under other ``settings``; the message names the first.
+        ValueError: it was written under other ``settings``, the first of which the message names;
+            or it is no checkpoint.
     """
     if not path.exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_checkpoint(path)
     check_settings(path, state["settings"], settings)
+    return state
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What :func:`save_checkpoint` wrote.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # other bytes make an unpickler fail in any way
+        state = None
+    if not isinstance(state, dict) or "settings" not in state:
+        raise ValueError(f"{path} is no checkpoint of tools/train_lm.py, or is damaged")
     return state
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from lm.checkpoint import check_settings
+from lm.checkpoint import check_settings, read_checkpoint
 from lm.parallel import Alone
 
 KEPT = 2
@@ -48,7 +48,7 @@ def load(folder: Path, model: nn.Module, optimizer, settings: dict) -> dict | No
     found = finished(folder)
     if not found:
         return None
-    progress = torch.load(found[-1] / "progress.pt", map_location="cpu", weights_only=True)
+    progress = read_checkpoint(found[-1] / "progress.pt")
     check_settings(found[-1], progress["settings"], settings)
     weights, state = get_state_dict(model, optimizer)
     checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=found[-1])
