@@ -13,6 +13,7 @@ from nsa.host import is_traced
 from nsa.linears import MLP, make_mlp
 from nsa.plain_modules import Types
 from nsa.segments import locate_items, prefix_sum
+from nsa.validation import check_new_tensors
 
 
 class BlockCompressor(nn.Module):
@@ -37,6 +38,7 @@ class BlockCompressor(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_new_tensors(dtype, device)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.position = nn.Parameter(torch.empty(block_size, dim, **factory))
         self.mlp = make_mlp(block_size * dim, 2 * dim, dim, **factory)

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from nsa.backends import check_no_transform
 from nsa.config import check_positive
 from nsa.linears import weight_dtype
 from nsa.precision import autocast_dtype
-from nsa.validation import check_size
+from nsa.validation import check_dense, check_size
 
 
 def check_sizes(dim, num_heads, num_kv_heads, head_dim, value_head_dim):
@@ -45,8 +43,7 @@ def check_rope(theta, head_dim: int) -> float | None:
 
 def check_input(layer: Any, x, cu_seqlens):
     """Check the hidden states of a :class:`nsa.NativeSparseAttention`."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    check_dense("x", x)
     rank, form = (3, "(B, N, {})") if cu_seqlens is None else (2, "(T, {}) with cu_seqlens")
     if x.ndim != rank or x.shape[-1] != layer.dim:
         raise ValueError(f"x must have shape {form.format(layer.dim)}, got {tuple(x.shape)}")
@@ -58,5 +55,5 @@ def check_input(layer: Any, x, cu_seqlens):
     device = layer.q_proj.weight.device
     if x.device != device:
         raise ValueError(f"x must be on the device of the weights, {device}, got {x.device}")
-    if x.dtype != wanted and not autocast_dtype(x.device):
+    if x.dtype != wanted and not (autocast_dtype(x.device) and x.is_floating_point()):
         raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")

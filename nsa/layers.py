@@ -39,7 +39,12 @@ from nsa.packing import Packing, read_once
 from nsa.precision import autocast_dtype
 from nsa.recorded_layer import run_recorded
 from nsa.rope import Positions, rotate
-from nsa.validation import check_config, check_flag, check_max_workspace_bytes
+from nsa.validation import (
+    check_config,
+    check_flag,
+    check_max_workspace_bytes,
+    check_new_tensors,
+)
 
 LONG_ELEMENTS = 1 << 27
 """Elements of hidden states from which a layer saves less for backward even without ``recompute``.
@@ -118,6 +123,7 @@ class NativeSparseAttention(nn.Module):
         check_choice("compressor", compressor, _COMPRESSORS)
         check_choice("backend", backend, backends.BACKENDS)
         check_max_workspace_bytes(max_workspace_bytes)
+        check_new_tensors(dtype, device)
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
         check_config(config)
         self.config = NSAConfig() if config is None else config
@@ -175,6 +181,7 @@ class NativeSparseAttention(nn.Module):
             dtype, device: by default those of the projections' weights, as far as these are float
                 weights; with autocast on, its dtype.
         """
+        check_new_tensors(dtype, device)
         weight = next(self.parameters(), torch.empty(0))
         device = weight.device if device is None else torch.device(device)
         if dtype is None:

@@ -52,6 +52,18 @@ def check_dtype(name: str, dtype):
         raise TypeError(f"{name} must be one of {DTYPES}, got {dtype}")
 
 
+def check_new_tensors(dtype, device):
+    """Check the dtype and device of tensors that are to be made; None is torch's default."""
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+    if device is None:
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be one that PyTorch knows, got {device!r}") from error
+
+
 def check_config(config) -> NSAConfig:
     """The caller's configuration in plain ints, or the default configuration for None."""
     if config is None:
@@ -81,15 +93,20 @@ def check_tensor(name: str, x, like: Tensor | None, shape: tuple[int, ...]):
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
-def _check_kind(name: str, x, like: Tensor | None):
+def check_dense(name: str, x):
+    """Check that ``x`` is a tensor with a place for each entry."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout is not torch.strided or x.is_nested:
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise TypeError(
             f"{name} must be a dense tensor, got {kind}; pack sequences of different lengths as "
-            "(T, H, D) with cu_seqlens"
+            "(T, ...) with cu_seqlens"
         )
+
+
+def _check_kind(name: str, x, like: Tensor | None):
+    check_dense(name, x)
     if like is None:
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must have a dtype of {DTYPES}, got {x.dtype}")

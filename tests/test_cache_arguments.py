@@ -28,6 +28,7 @@ BAD_CACHES = {
     "value_head_dim": (dict(value_head_dim=0), ValueError),
     "page_size": (dict(page_size=12), ValueError),
     "dtype": (dict(dtype=torch.int32), TypeError),
+    "device must be one that PyTorch knows": (dict(device="gpu"), ValueError),
     "num_heads": (dict(num_heads=0), ValueError),
     "separate_kv must be a bool": (dict(separate_kv="no"), TypeError),
 }

@@ -10,7 +10,7 @@ from nsa.cache.layout import MAX_GUESSES, CacheLayout, choose_page_size, make_la
 from nsa.cache.reordering import reorder
 from nsa.config import NSAConfig
 from nsa.host import is_capturing
-from nsa.validation import UnsupportedError, check_dtype, check_flag, check_size
+from nsa.validation import UnsupportedError, check_flag, check_new_tensors, check_size
 
 Pair = tuple[Tensor, Tensor]
 
@@ -95,8 +95,8 @@ class Cache:
         if page_size is None:
             page_size = choose_page_size(config, max_length)
         argument_checks.check_page_size(page_size, config)
+        check_new_tensors(dtype, device)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        check_dtype("dtype", dtype)
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             layout = make_layout(config, max_length, page_size)

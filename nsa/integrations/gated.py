@@ -10,6 +10,7 @@ from nsa.validation import (
     UnsupportedError,
     check_config,
     check_max_workspace_bytes,
+    check_new_tensors,
     check_size,
 )
 
@@ -46,6 +47,7 @@ class GatedAttention(nn.Module):
         if backend not in backends.BACKENDS:
             raise ValueError(f"backend must be one of {backends.BACKENDS}, got {backend!r}")
         check_max_workspace_bytes(max_workspace_bytes)
+        check_new_tensors(dtype, device)
         self.nsa_config = check_config(config)
         self.max_workspace_bytes = max_workspace_bytes
         self.backend = backend

@@ -102,6 +102,8 @@ def test_what_cannot_be_done_is_refused():
         InnerAttention(gate="q")
     with pytest.raises(ValueError, match="head_dim must be at least 1, got 0"):
         InnerAttention(gate="q", num_heads=2, head_dim=0)
+    with pytest.raises(TypeError, match="dtype must be one of"):
+        InnerAttention(CONFIGS["token"], dtype=torch.int32)
     with pytest.raises(ValueError, match="gate must be one of"):
         InnerAttention(gate="hidden")
     with pytest.raises(ValueError, match="backend must be one of"):
