@@ -20,8 +20,8 @@ class UnsupportedError(NotImplementedError):
 
 
 SECOND_DERIVATIVE = (
-    "nsa.forward on the fused backend can be differentiated once, not twice; for higher "
-    "derivatives use backend='reference'"
+    "the fused backend can be differentiated once, not twice; for higher derivatives use "
+    "backend='reference'"
 )
 
 

@@ -8,6 +8,8 @@ from torch import _C
 from torch._library.autograd import make_autograd_impl
 from torch.library import CustomOpDef
 
+from nsa.validation import SECOND_DERIVATIVE, UnsupportedError
+
 _NAMESPACE = "nsa"
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
@@ -25,6 +27,7 @@ def custom_op(name: str, schema: str | None = None) -> Callable[[Callable], Cust
         op = torch.library.custom_op(
             f"{_NAMESPACE}::{name}", function, mutates_args=(), schema=schema
         )
+        op.register_autograd(_refuse)  # until it gets another derivative
         _LIBRARY.impl(name, function, "CUDA")
         differentiable = make_autograd_impl(op._opoverload, op)
 
@@ -35,6 +38,10 @@ def custom_op(name: str, schema: str | None = None) -> Callable[[Callable], Cust
         return op
 
     return register
+
+
+def _refuse(*_):
+    raise UnsupportedError(SECOND_DERIVATIVE)
 
 
 def call_directly(

@@ -8,9 +8,15 @@ from torch import _C
 from torch._library.autograd import make_autograd_impl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import nsa
 from nsa.fused.custom_ops import call_directly, custom_op
 
 CALLS: list[str] = []
+
+
+@custom_op("test_tripled")
+def tripled(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
 
 
 @custom_op("test_doubled", "(Tensor x, Tensor? other, Tensor[] more, int n) -> Tensor")
@@ -55,6 +61,12 @@ def test_without_gradients_the_function_is_called_at_once():
     with torch.no_grad():
         assert torch.equal(call(x), x * 2)
     assert CALLS == ["directly", "function"]
+
+
+def test_an_op_without_a_derivative_refuses_it():
+    """As those of backward do, which are so differentiated twice."""
+    with pytest.raises(nsa.UnsupportedError, match="differentiated once, not twice"):
+        tripled(torch.randn(3, requires_grad=True)).sum().backward()
 
 
 def test_with_gradients_it_is_an_op_as_any():
