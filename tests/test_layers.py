@@ -314,7 +314,7 @@ def test_constructor_takes_device_and_dtype(gate):
     ids=["layer", "compressor"],
 )
 def test_constructors_refuse_integers(make):
-    with pytest.raises(TypeError, match="dtype must be one of .*got torch.int32"):
+    with pytest.raises(TypeError, match=r"dtype must be one of .*got torch\.int32"):
         make(torch.int32)
 
 

@@ -7,6 +7,7 @@ from torch.distributed import DeviceMesh, ProcessGroup
 from nsa.distributed.collectives import Gathering, agree, process_group
 from nsa.distributed.order import Pieces, check_order, make_pieces
 from nsa.packing import Packing
+from nsa.validation import check_new_tensors
 
 Mesh = DeviceMesh | ProcessGroup
 Bounds = Tensor | Packing | None
@@ -95,6 +96,7 @@ def positions(
         raise TypeError(f"length must be an int, got {type(length).__name__}")
     if length < 0:
         raise ValueError(f"length must be at least 0, got {length}")
+    check_new_tensors(None, device)
     tokens = _pieces(length, group, order, cu_seqlens).tokens(group.rank())
     if device is None:
         device = torch.get_default_device() if cu_seqlens is None else _bounds(cu_seqlens).device

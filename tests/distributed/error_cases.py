@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import torch
 from torch import distributed, nn
@@ -95,5 +96,6 @@ def wrong_arguments(group) -> list[str]:
         error_of(nsa.distributed.shard, [1], group, 0),
         error_of(nsa.distributed.positions, 12.0, group),
         error_of(nsa.distributed.positions, -12, group),
+        error_of(partial(nsa.distributed.positions, device="gpu"), 12, group),
         error_of(nsa.distributed.shard, x, outside, 1),
     ]

@@ -228,11 +228,12 @@ def test_errors_of_helpers(world):
 
 
 def test_wrong_arguments_of_helpers(world):
-    dim, x, kind, negative, outside = world.run(error_cases.wrong_arguments, ranks=2)[0]
+    dim, x, kind, negative, device, outside = world.run(error_cases.wrong_arguments, ranks=2)[0]
     assert dim == "ValueError: dim must be one of the 3 dimensions of x, got 9"
     assert x == "TypeError: x must be a tensor, got list"
     assert kind == "TypeError: length must be an int, got float"
     assert negative == "ValueError: length must be at least 0, got -12"
+    assert device == "ValueError: device must be one that PyTorch knows, got 'gpu'"
     assert outside == "ValueError: mesh must hold this rank, 0, which is not in it"
 
 
