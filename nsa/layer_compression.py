@@ -7,7 +7,6 @@ from torch import Tensor
 
 from nsa.boundaries import Boundaries
 from nsa.compressor import block_places, gather_blocks, kept_items
-from nsa.joint_products import compress_both
 from nsa.rope import Positions
 from nsa.validation import check_config
 
@@ -22,12 +21,10 @@ def compress_tokens(
     boundaries: Boundaries | None,
     fused: bool,
     positions: Positions | None = None,
-    both: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compressed keys, rotated to the centres of their blocks, and compressed values.
 
-    ``positions`` are those of the centres if the tokens are parts of sequences. ``both`` is ``k``
-    and ``v`` as heads of one tensor.
+    ``positions`` are those of the centres if the tokens are parts of sequences.
     """
     config = check_config(layer.config)
     places = block_places(k, boundaries, config, fused)
@@ -36,12 +33,10 @@ def compress_tokens(
         kept = kept_items(boundaries, ("blocks", config), bounds, places.blocks)
         locate, index = kept, lambda: kept()[1]
     gather = partial(gather_blocks, places=places, locate=locate, fused=fused)
-    pair, compressors = None, (layer.compress_k, layer.compress_v)
-    if fused and both is not None:
-        pair = compress_both(compressors, both, places)
-    if pair is None:
-        pair = tuple(layer._run(c, x, gather) for c, x in zip(compressors, (k, v), strict=True))
-    k_cmp, v_cmp = pair
+    k_cmp, v_cmp = (
+        layer._run(compressor, x, gather)
+        for compressor, x in ((layer.compress_k, k), (layer.compress_v, v))
+    )
     if k.ndim == 4:
         counts = (k.shape[0], places.entry_blocks)
         k_cmp, v_cmp = (c.unflatten(0, counts) for c in (k_cmp, v_cmp))

@@ -21,11 +21,9 @@ from nsa.cached_layer import (
     is_first_call,
     one_or_three,
 )
-from nsa.compiled_layer import run_compiled
 from nsa.compressor import BlockCompressor, kept_items
 from nsa.config import NSAConfig
 from nsa.host import needs_gradients
-from nsa.joint_products import Projections, project_jointly
 from nsa.layer_checks import check_choice, check_input, check_rope, check_sizes
 from nsa.layer_compression import compress_tokens
 from nsa.linears import (
@@ -45,6 +43,7 @@ from nsa.validation import (
     check_max_workspace_bytes,
     check_new_tensors,
 )
+from nsa.whole_layer import run_whole
 
 LONG_ELEMENTS = 1 << 27
 """Elements of hidden states from which a layer saves less for backward even without ``recompute``.
@@ -232,11 +231,8 @@ class NativeSparseAttention(nn.Module):
             return self.context_parallel.forward(self, x, cu_seqlens, max_seqlen, cache)
         y = None
         # What a subclass does is not known.
-        if cache is None and type(self) is NativeSparseAttention:
-            if torch.compiler.is_compiling():
-                y = run_compiled(self, x, cu_seqlens, max_seqlen)
-            elif max_seqlen is None:
-                y = run_recorded(self, x, cu_seqlens)
+        if cache is None and max_seqlen is None and type(self) is NativeSparseAttention:
+            y = run_recorded(self, x, cu_seqlens)
         return self._forward(x, cu_seqlens, max_seqlen, cache) if y is None else y
 
     def _forward(
@@ -248,9 +244,12 @@ class NativeSparseAttention(nn.Module):
     ) -> Tensor:
         """:meth:`forward`, step by step."""
         cu_seqlens = read_once(cu_seqlens, max_seqlen)
-        projected = self._project(x, cu_seqlens, max_seqlen, cache)
-        q, k, v, compressed_kv, logits = projected
-        gates, gate_proj_weight = self._gates(x, q.dtype, logits)
+        if cache is None:
+            y = run_whole(self, x, cu_seqlens, max_seqlen)
+            if y is not None:
+                return y
+        q, k, v, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
+        gates, gate_proj_weight = self._gates(x, q.dtype)
         out = dispatch.forward(
             q,
             k,
@@ -284,7 +283,7 @@ class NativeSparseAttention(nn.Module):
         if self.context_parallel is not None:
             return self.context_parallel.select_blocks(self, x, cu_seqlens, max_seqlen, cache)
         cu_seqlens = read_once(cu_seqlens, max_seqlen)
-        q, k, _, compressed_kv, _ = self._project(x, cu_seqlens, max_seqlen, cache)
+        q, k, _, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
         return dispatch.select_blocks(
             q,
             k,
@@ -315,19 +314,14 @@ class NativeSparseAttention(nn.Module):
         max_seqlen: int | None,
         cache: Cache | None = None,
     ):
-        """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`; and the
-        logits of the gates, where these are projected jointly."""
+        """Arguments ``q``, ``k``, ``v`` and ``compressed_kv`` of :func:`nsa.forward`."""
         check_input(self, x, cu_seqlens)
         boundaries = check_boundaries(cu_seqlens, max_seqlen, x, x)
-        later = cache is not None and not is_first_call(cache, boundaries)
-        projections = None if later else project_jointly(self, x)
-        if projections is None:
-            projections = Projections(self._heads(x))
-        q, keys, values = projections.heads
+        q, keys, values = self._heads(x)
         # Wrapped linears get the dtype of x.
         dtype = keys[0].dtype if autocast_dtype(x.device) else x.dtype
-        if cache is not None and later:
-            arguments = arguments_of_new_tokens(
+        if cache is not None and not is_first_call(cache, boundaries):
+            return arguments_of_new_tokens(
                 q,
                 keys,
                 values,
@@ -338,9 +332,10 @@ class NativeSparseAttention(nn.Module):
                 compressed_dtype=dtype,
                 rope_theta=self.rope_theta,
             )
-            return *arguments, None
         fused = backends.uses_fused(self.backend, q, values[0], check_config(self.config))
-        q, rotated, compressed_kv = self._rotate_and_compress(projections, dtype, boundaries, fused)
+        q, rotated, compressed_kv = self._rotate_and_compress(
+            q, keys, values, dtype, boundaries, fused
+        )
         if cache is not None and compressed_kv is not None:
             config = check_config(self.config)
             compressed_kv = tuple(
@@ -348,22 +343,23 @@ class NativeSparseAttention(nn.Module):
             )
             rotated = as_kept(rotated, keys[0], cache)
         k, v = one_or_three(rotated), one_or_three(values)
-        return q, k, v, compressed_kv, projections.logits
+        return q, k, v, compressed_kv
 
     def _rotate_and_compress(
         self,
-        projections: Projections,
+        q: Tensor,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
         dtype: torch.dtype,
         boundaries: Boundaries | None,
         fused: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
         """Rotated queries, rotated keys of each branch, and ``compressed_kv`` of
         :func:`nsa.forward`, for which keys and values are cast to ``dtype``."""
-        q, keys, values = projections.heads
         compressed_kv = None
         if self.compress_k is not None:
             k, v = keys[0].to(dtype), values[0].to(dtype)
-            compressed = compress_tokens(self, k, v, boundaries, fused, both=projections.both)
+            compressed = compress_tokens(self, k, v, boundaries, fused)
             compressed_kv = tuple(c.to(q.dtype) for c in compressed)
         positions = Positions()
         if boundaries is not None:
@@ -379,14 +375,12 @@ class NativeSparseAttention(nn.Module):
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
         return q, self._branches(k, self.head_dim), self._branches(v, self.value_head_dim)
 
-    def _gates(
-        self, x: Tensor, dtype: torch.dtype, logits: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Arguments ``gates`` and ``gate_proj_weight`` of :func:`nsa.forward`, from what the MLP
-        gives if it is known."""
+    def _gates(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Arguments ``gates`` and ``gate_proj_weight`` of :func:`nsa.forward`."""
         if self.gate_mlp is not None:
-            logits = self._run(self.gate_mlp, x) if logits is None else logits
-            return logits.sigmoid().to(dtype).unflatten(-1, (self.num_heads, 3)), None
+            return self._run(self.gate_mlp, x).sigmoid().to(dtype).unflatten(
+                -1, (self.num_heads, 3)
+            ), None
         weight = self.gate_proj_weight
         return None, None if weight is None else weight.to(dtype)
 

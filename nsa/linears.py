@@ -45,13 +45,10 @@ class MLP(nn.Sequential):
     """Linear layers with ``SiLU`` between. Each may compute in its own dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after_first(apply_linear(self[0], x, x.dtype), x.dtype)
-
-    def after_first(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rest, from what the first layer gives; ``dtype`` is that of its input."""
-        for module in list(self)[1:]:
+        hidden = x
+        for module in self:
             silu = isinstance(module, nn.SiLU)
-            hidden = module(hidden) if silu else apply_linear(module, hidden, dtype)
+            hidden = module(hidden) if silu else apply_linear(module, hidden, x.dtype)
         return hidden
 
 

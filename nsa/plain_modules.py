@@ -26,17 +26,6 @@ def plain_parameters(
     return (found, tuple(kinds)) if _collect(modules, types, found, kinds) else None
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module, without those in it, does what the type says."""
-    state = vars(module)
-    return (
-        type(module) is kind
-        and "forward" not in state
-        and not any(state.get(name) for name in _HOOKS)
-        and not nn.modules.module._has_any_global_hook()
-    )
-
-
 def _collect(modules: dict, types: Types, found: list[Tensor], kinds: list[Hashable]) -> bool:
     for name, module in modules.items():
         if module is None:

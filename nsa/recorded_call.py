@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nsa.derivatives import FirstDerivatives
 from nsa.precision import without_autocast
-from nsa.validation import SECOND_DERIVATIVE, UnsupportedError
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 """Without it autograd keeps account of views and versions of what nobody else sees, which takes the
@@ -79,21 +79,14 @@ class RecordingNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
+        recording, num_saved = ctx.recording, len(ctx.recording.saved)
         if torch.is_grad_enabled():  # create_graph
-            return None, *_RecordedGradients.apply(ctx.recording, dout, *ctx.saved_tensors)
-        saved = list(ctx.saved_tensors[: len(ctx.recording.saved)])
+
+            def run(dout: Tensor, *saved: Tensor) -> list[Tensor | None]:
+                return recording.backward(dout, list(saved[:num_saved]))
+
+            return None, *FirstDerivatives.apply(run, dout, *ctx.saved_tensors)
+        saved = list(ctx.saved_tensors[:num_saved])
         # Unless there may be another backward.
         ctx.maybe_clear_saved_tensors()
-        return None, *ctx.recording.backward(dout, saved)
-
-
-class _RecordedGradients(torch.autograd.Function):
-    """A separate node, so that with ``create_graph`` a second derivative raises an error."""
-
-    @staticmethod
-    def forward(_, recording: Recording, dout: Tensor, *saved):
-        return tuple(recording.backward(dout, list(saved[: len(recording.saved)])))
-
-    @staticmethod
-    def backward(_, *__):
-        raise UnsupportedError(SECOND_DERIVATIVE)
+        return None, *recording.backward(dout, saved)

@@ -272,7 +272,7 @@ def test_arguments_are_not_packed_for_a_call():
 
 LAYERS = [
     {"config"},
-    {"precision", "host", "blocks", "segments", "results"},
+    {"precision", "host", "blocks", "segments", "results", "derivatives"},
     {"geometry", "packing", "testing"},
     {"boundaries"},
     {"validation", "rope", "recorded_code"},
@@ -286,8 +286,7 @@ LAYERS = [
     {"selected_dispatch"},
     {"linears", "plain_modules"},
     {"compressor", "cached_layer", "layer_checks"},
-    {"joint_products"},
-    {"layer_compression", "recorded_layer", "compiled_layer"},
+    {"layer_compression", "recorded_layer", "whole_layer"},
     {"distributed"},
     {"layers", "integrations", "transformers"},
     {"__init__"},

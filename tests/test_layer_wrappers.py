@@ -289,10 +289,10 @@ def test_reparametrised_linears(name):
 
 def test_values_in_different_dtypes_are_attended_in_the_widest():
     layer = replace(make_layer(), ["q_proj"], Bfloat16Unit)
-    q, k, v, compressed, _ = layer._project(torch.randn(2, 40, DIM), None, None)
+    q, k, v, compressed = layer._project(torch.randn(2, 40, DIM), None, None)
     assert {x.dtype for x in (q, k, v, *compressed)} == {torch.float32}
     replace(layer, ["k_proj", "v_proj"], Bfloat16Unit)
-    q, k, v, compressed, _ = layer._project(torch.randn(2, 40, DIM), None, None)
+    q, k, v, compressed = layer._project(torch.randn(2, 40, DIM), None, None)
     assert {x.dtype for x in (q, k, v, *compressed)} == {torch.bfloat16}
 
 
@@ -311,7 +311,7 @@ def test_wrapped_projections_under_autocast(kind, gate):
     # Returns float32 under autocast too.
     inner, layer.k_proj.forward = layer.k_proj.forward, no_autocast
     with torch.autocast("cpu", torch.bfloat16):
-        q, k, v, compressed, _ = layer._project(x, None, None)
+        q, k, v, compressed = layer._project(x, None, None)
         close = layer(x)
     assert {x.dtype for x in (q, k, v, *compressed)} == {torch.bfloat16}
     assert close.dtype == torch.bfloat16

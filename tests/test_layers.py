@@ -143,7 +143,7 @@ def test_forward_attends_what_select_blocks_returns(config):
     units = 37 if config.selection == "token" else 5
     shape = (2, units, *heads, 3) if config.selection == "token" else (2, *heads, units, 3)
     assert indices.shape == shape
-    q, k, v, compressed_kv, _ = layer._project(x, None, None)
+    q, k, v, compressed_kv = layer._project(x, None, None)
     gates = layer.gate_mlp(x).sigmoid().unflatten(-1, (HEADS, 3))
     out = nsa.forward(
         q,
@@ -162,7 +162,7 @@ def test_compressor_equals_a_loop_over_blocks():
     layer = make_layer(rope_theta=100.0)
     lengths = [21, 3, 0, 8]
     x = torch.randn(sum(lengths), DIM, dtype=torch.float64)
-    _, _, _, (k_cmp, v_cmp), _ = layer._project(x, make_cu_seqlens(lengths), None)
+    _, _, _, (k_cmp, v_cmp) = layer._project(x, make_cu_seqlens(lengths), None)
     keys, values, start = [], [], 0
     for length in lengths:
         k = layer.k_proj(x[start : start + length]).unflatten(-1, (KV_HEADS, -1))
@@ -259,10 +259,10 @@ def test_global_defaults_leave_positions_past_65536_alone(name):
     x = torch.randn(1, 70_000, DIM)
     positions = torch.arange(10**6, 10**6 + 70_000)
     with torch.no_grad():
-        q, k, v, compressed, _ = layer._project(x, None, None)
+        q, k, v, compressed = layer._project(x, None, None)
         wanted = q, k, v, *compressed, apply_rope(q, positions, 10000.0)
         with DEFAULTS[name]():
-            q, k, v, compressed, _ = layer._project(x, None, None)
+            q, k, v, compressed = layer._project(x, None, None)
             found = q, k, v, *compressed, apply_rope(q, positions, 10000.0)
     assert all(map(torch.equal, found, wanted))
     assert all(x.isfinite().all() for x in found)

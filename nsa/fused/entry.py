@@ -63,7 +63,9 @@ def forward(
         return _empty_output(q, value_dim, given)
     save = needs_gradients(*given)
     if save and deterministic:
-        _check_deterministic(q, v[0], config)
+        limit = deterministic_limit(q, v[0], config)
+        if limit is not None:
+            raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
     inputs = Inputs(
         **_keys_and_values(k, v, dim),
         **_compressed_pair(compressed_kv, k[0].shape[-3], boundaries, config, dim),
@@ -97,39 +99,6 @@ def forward(
     # squeeze, because the derivative of out[0] first fills a tensor with zeros.
     out = out if q.ndim == 4 else out.squeeze(0)
     return out if dim == value_dim else out[..., :value_dim].contiguous()
-
-
-def _check_deterministic(q: Tensor, v: Tensor, config: NSAConfig):
-    limit = deterministic_limit(q, v, config)
-    if limit is not None:
-        raise UnsupportedError(f"backend='fused' cannot do this: {limit}")
-
-
-def options_of_layer(
-    q: Tensor,
-    k: Tensor,
-    boundaries: Boundaries | None,
-    config: NSAConfig,
-    max_workspace_bytes: int | None,
-    *,
-    gated: bool,
-    save: bool,
-    deterministic: bool,
-) -> OpOptions:
-    """Options of :mod:`nsa.fused.plain_layer` for queries, keys and values of these shapes."""
-    if save and deterministic:
-        _check_deterministic(q, k, config)
-    dim, scale = kernel_head_dim(q.shape[-1], q.shape[-1]), config.softmax_scale(q.shape[-1])
-    q, k = kernel_rows(q, dim), kernel_rows(k, dim)
-    inputs = Inputs._make([q, k, k, *(None,) * (len(Inputs._fields) - 3)])
-    sizes = make_sizes(
-        q, config, boundaries, num_keys=k.shape[1], num_kv_heads=k.shape[2],
-        gated_gradients=multiplies_gates(q.dtype, q if gated else None, None if gated else q),
-        deterministic=deterministic,
-    )  # fmt: skip
-    schedule = make_schedule(inputs, sizes, save=save, max_workspace_bytes=max_workspace_bytes)
-    schedule = schedule._replace(deterministic=deterministic)
-    return OpOptions.of(None, boundaries, config, scale, schedule, save=save)
 
 
 def _tensors_of(boundaries: Boundaries | None) -> tuple[Tensor, ...]:

@@ -5,7 +5,6 @@ reasons in :mod:`nsa.fused.ops`.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from nsa.fused import kernel_calls
 from nsa.fused.custom_ops import custom_op
 from nsa.fused.plan_tables import BOUNDS, make_rule
 from nsa.host import is_traced
-from nsa.precision import without_autocast
 from nsa.rope import Positions
 
 
@@ -139,117 +137,6 @@ class _BlockRows(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dposition = drows.sum((-4, -3))
         return dx, dposition, *(None,) * len(BlockPlaces._fields)
-
-
-def can_compress_both(x: Tensor) -> bool:
-    """Whether :func:`compress_both` takes ``x``. It is no custom op: a compiler fuses by itself."""
-    return can_gather(x) and not is_traced(x)
-
-
-def compress_both(
-    x: Tensor, first: Sequence[Tensor], second: Sequence[Tensor], places: BlockPlaces
-) -> tuple[Tensor, Tensor]:
-    """The learned compression of the first half of the heads, and of the second.
-
-    Args:
-        x: ``(..., 2 * H_kv, D)``.
-        first, second: parameters of each: position, then weight and bias of two linear layers.
-        places: the blocks.
-
-    Returns:
-        ``(M, H_kv, D)`` each.
-    """
-    pairs = [p for pair in zip(first, second, strict=True) for p in pair]
-    # Aliases keep the memory that they have now, as `leaf.data` may be set to another.
-    return _BothCompressed.apply(x, places, *(p.view_as(p) for p in pairs))
-
-
-class _BothCompressed(torch.autograd.Function):
-    """See :func:`compress_pair`, for which ``parameters`` are."""
-
-    @staticmethod
-    def forward(ctx, x, places, *parameters):
-        k, v, *saved = compress_pair(x, places, parameters)
-        *numbers, token_bounds, block_bounds = places
-        ctx.save_for_backward(*saved, token_bounds, block_bounds, *parameters)
-        ctx.numbers, ctx.shape = numbers, x.shape
-        return k, v
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dk, dv):
-        flat, hidden, active, *others = ctx.saved_tensors
-        places, parameters = BlockPlaces(*ctx.numbers, *others[:2]), others[2:]
-        saved = (flat, hidden, active)
-        dx, grads = compress_pair_backward(dk, dv, saved, ctx.shape, places, parameters)
-        return dx, None, *grads
-
-
-def compress_pair(
-    x: Tensor, places: BlockPlaces, parameters: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`compress_both` gives, and three tensors for its backward.
-
-    One product does what two would. Parameters are copied into one tensor at once, because each
-    copy takes the host as long as an operation. The copy is not saved. ``parameters`` are pairs: of
-    positions, then weights and biases of two layers.
-    """
-    with torch.cuda.device_of(x), without_autocast(x.device):
-        joined = _stacked(_joined(parameters, x.dtype), _pair_shapes(parameters))
-        position, weight, bias, last_weight, last_bias = joined
-        rows = kernel_calls.gather_blocks(x, position, places)
-        flat = rows.flatten(3).flatten(1, 2)
-        hidden = torch.baddbmm(bias[:, None], flat, weight.mT)
-        active = torch.nn.functional.silu(hidden)
-        out = torch.baddbmm(last_bias[:, None], active, last_weight.mT)
-    k, v = out.unflatten(1, rows.shape[1:3])
-    return k, v, flat, hidden, active
-
-
-def compress_pair_backward(
-    dk: Tensor,
-    dv: Tensor,
-    saved: Sequence[Tensor],
-    shape: Sequence[int],
-    places: BlockPlaces,
-    parameters: Sequence[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of the ``x`` of this shape, and of the parameters, each in memory of its own."""
-    flat, hidden, active = saved
-    shapes = _pair_shapes(parameters)
-    gradients = _stacked(flat.new_empty(sum(p.numel() for p in parameters)), shapes)
-    dposition, dweight, dbias, dlast_weight, dlast_bias = gradients
-    with torch.cuda.device_of(flat), without_autocast(flat.device):
-        joined = _joined([*parameters[2:4], *parameters[6:8]], flat.dtype)
-        weight, last_weight = _stacked(joined, shapes[1::2])
-        dout = torch.cat((dk, dv)).view(2, -1, dk.shape[-1])
-        torch.sum(dout, 1, out=dlast_bias)
-        torch.bmm(dout.mT, active, out=dlast_weight)
-        dhidden = torch.ops.aten.silu_backward(torch.bmm(dout, last_weight), hidden)
-        torch.sum(dhidden, 1, out=dbias)
-        torch.bmm(dhidden.mT, flat, out=dweight)
-        rows = (2, *dk.shape[:2], *shapes[0])
-        drows = torch.bmm(dhidden, weight).view(rows)
-        torch.sum(drows, (1, 2), out=dposition)
-        dx = kernel_calls.scatter_blocks(drows, tuple(shape), places)
-        # Copies, because a view would keep the memory of all gradients.
-        grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
-        torch._foreach_copy_(grads, [x for both in gradients for x in both])
-    return dx, grads
-
-
-def _pair_shapes(parameters: Sequence[Tensor]) -> list[torch.Size]:
-    return [p.shape for p in parameters[::2]]
-
-
-def _joined(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([p.flatten() for p in parameters]).to(dtype)
-
-
-def _stacked(joined: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Two parameters of each shape in one tensor, all of them parts of ``joined``."""
-    parts = joined.split([2 * shape.numel() for shape in shapes])
-    return [part.view(2, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 PLACES = (

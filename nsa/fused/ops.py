@@ -2,8 +2,7 @@
 
 torch.compile can trace a custom op: the code inside is opaque, and a fake implementation gives the
 shapes. An op costs about 0.1 ms more host time per pass, which delays short sequences, so it is
-used only while something traces. An optional tensor that an op returns or takes in a list is empty
-if there is none, because an op supports only tensors there.
+used only while something traces.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from nsa import recordings
 from nsa.boundaries import boundaries_of, with_packing
-from nsa.config import NSAConfig
+from nsa.derivatives import FirstDerivatives
 from nsa.fused import pipeline
 from nsa.fused.call_tensors import SAVED_TENSORS, Inputs, Saved
 from nsa.fused.custom_ops import custom_op
@@ -22,11 +21,11 @@ from nsa.fused.op_arguments import OpOptions, decoded_config, schema_of
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan
 from nsa.fused.schedule import ChunkSchedule, fewest_chunks, run_backward, run_forward, split_heads
-from nsa.fused.sizes import Sizes, make_sizes
+from nsa.fused.sizes import make_sizes
 from nsa.fused.strides import as_rows
 from nsa.packing import power_of_two
 from nsa.results import Results
-from nsa.validation import SECOND_DERIVATIVE, UnsupportedError
+from nsa.validation import UnsupportedError
 
 NUM_INPUTS = len(Inputs._fields)
 
@@ -58,27 +57,16 @@ class AttentionNode(torch.autograd.Function):
         saved = Saved.of_chunks(tensors[NUM_INPUTS + 1 :], recompute=ctx.schedule.recompute)
         del tensors
         plan, schedule, dout = ctx.plan, ctx.schedule, as_rows(dout)
-        if torch.is_grad_enabled():  # create_graph
-            grads = _AttentionGradients.apply(dout, block_indices, saved, plan, schedule, *inputs)
-        else:
-            grads = run_backward(
-                dout, Inputs(*inputs), block_indices, saved, plan, schedule, ctx.results
-            )
+        # With create_graph gradients are tensors of their own.
+        creates_graph = torch.is_grad_enabled()
+        results = None if creates_graph else ctx.results
+
+        def run(dout: Tensor, *inputs) -> Inputs:
+            given = Inputs(*inputs)
+            return run_backward(dout, given, block_indices, saved, plan, schedule, results)
+
+        grads = FirstDerivatives.apply(run, dout, *inputs) if creates_graph else run(dout, *inputs)
         return None, None, None, None, *grads
-
-
-class _AttentionGradients(torch.autograd.Function):
-    """A separate node, so that with ``create_graph`` a second derivative raises an error."""
-
-    @staticmethod
-    def forward(
-        _, dout: Tensor, block_indices, saved, plan: Plan, schedule: ChunkSchedule, *inputs
-    ):
-        return tuple(run_backward(dout, Inputs(*inputs), block_indices, saved, plan, schedule))
-
-    @staticmethod
-    def backward(_, *__):
-        raise UnsupportedError(SECOND_DERIVATIVE)
 
 
 def _split(arguments: Sequence) -> tuple[Inputs, OpOptions]:
@@ -87,11 +75,9 @@ def _split(arguments: Sequence) -> tuple[Inputs, OpOptions]:
 
 @custom_op("attention", f"({schema_of(Inputs)}, {schema_of(OpOptions)}) -> (Tensor, Tensor[])")
 def attention(*arguments):
-    """Output ``(B, T, H, Dv)`` and, with ``save``, :meth:`Saved.tensors` of each chunk.
-
-    Selected blocks are returned only if the caller gave none. With ``recompute``, only selected
-    blocks and groups are returned; with ``recompute_window``, no window. If boundaries are not
-    ``owned``, copies of them come last.
+    """Output ``(B, T, H, Dv)`` and, with ``save``, those of :meth:`Saved.tensors` of each chunk
+    that there are, see :func:`saved_names`. If boundaries are not ``owned``, copies of them come
+    last.
     """
     inputs, options = _split(arguments)
     found = run_recorded(run_attention, inputs, options, num_keys=inputs.k.shape[1])
@@ -102,11 +88,11 @@ def attention(*arguments):
 def run_attention(inputs: Inputs, options: OpOptions) -> list[Tensor]:
     """The inside of :func:`attention`."""
     q, plan = inputs.q, options.plan(inputs.q, inputs.k)
-    _check_pairs(q, inputs.k, options.scaled_config, options.chunks)
+    check_pairs(q.shape[:2].numel(), inputs.k.shape[2], options)
     out, saved = run_forward(
         inputs, options.block_indices, plan, options.schedule, save=options.save
     )
-    tensors = [owned(x, q) for part in saved for x in part.tensors()]
+    tensors = [owned(x, q) for part in saved for x in part.tensors() if x is not None]
     return [out, *tensors, *(x.clone() for x in options.returned_bounds)]
 
 
@@ -162,9 +148,10 @@ def owned(x: Tensor | None, like: Tensor) -> Tensor:
     return x if alone else x.clone(memory_format=torch.contiguous_format)
 
 
-def _check_pairs(q: Tensor, k: Tensor, config: NSAConfig, chunks: int):
+def check_pairs(tokens: int, num_kv_heads: int, options: OpOptions):
     """Raise if a chunk has more pairs than the kernels can count, which tracing cannot check."""
-    fewest = fewest_chunks(q.shape[0] * q.shape[1], k.shape[2], config)
+    chunks = options.chunks
+    fewest = fewest_chunks(tokens, num_kv_heads, options.scaled_config)
     if chunks < fewest:
         raise UnsupportedError(
             f"backend='fused' needs KV heads in {fewest} chunks for so many tokens and selected "
@@ -194,34 +181,37 @@ def fake_saved(out: Tensor, v: Tensor, options: OpOptions, *, given: bool) -> li
         num_keys=v.shape[1],
         num_kv_heads=v.shape[2],
     )
-    saved = []
+    names, saved = saved_names(options, given=given), []
+    dtypes = dict.fromkeys(("block_indices", "groups"), torch.int32)
     for heads in split_heads(out.shape[2], v.shape[2], options.chunks):
-        sizes = whole.of_heads(heads.kv.stop - heads.kv.start)
-        saved += _fake_saved_of_chunk(out, sizes, options, given=given)
+        shapes = whole.of_heads(heads.kv.stop - heads.kv.start).saved_shapes()
+        for name in names:
+            dtype = torch.float32 if name.startswith("lse") else dtypes.get(name, out.dtype)
+            saved.append(out.new_empty(shapes[name], dtype=dtype))
     return saved + [torch.empty_like(x) for x in options.returned_bounds]
 
 
-def _fake_saved_of_chunk(
-    out: Tensor, sizes: Sizes, options: OpOptions, *, given: bool
-) -> list[Tensor]:
-    """:meth:`Saved.tensors` of a chunk."""
-    shapes = sizes.saved_shapes()
-    if given:
-        del shapes["k_cmp"], shapes["v_cmp"]
-    if options.block_indices is not None:
-        del shapes["block_indices"]
+def saved_names(options: OpOptions, *, given: bool) -> list[str]:
+    """Which of :meth:`Saved.tensors` there are. ``given`` says whether compressed keys are."""
+    selected = [] if options.block_indices is not None else ["block_indices"]
+    if options.scaled_config.num_cmp_selected_blocks is not None:
+        selected.append("groups")
     if options.recompute:
-        shapes = {name: shapes[name] for name in ("block_indices", "groups") if name in shapes}
-    elif options.recompute_window:
-        del shapes["o_win"], shapes["lse_win"]
-    dtypes = {"lse": torch.float32} | dict.fromkeys(("o", "k", "v"), out.dtype)
-    # The outputs of an op must not share memory, even if they are empty.
-    return [
-        out.new_empty(shapes[name], dtype=dtypes.get(name.split("_")[0], torch.int32))
-        if name in shapes
-        else out.new_empty(0)
-        for name in SAVED_TENSORS
-    ]
+        return selected
+    window = [] if options.recompute_window else ["o_win", "lse_win"]
+    compressed = [] if given else ["k_cmp", "v_cmp"]
+    return ["o_cmp", "lse_cmp", "o_slc", "lse_slc", *window, *compressed, *selected]
+
+
+def saved_of_chunks(
+    tensors: Sequence[Tensor], num_heads: int, num_kv_heads: int, options: OpOptions, *, given: bool
+) -> list[Saved]:
+    """What backward needs, from what :func:`fake_saved` describes, without boundaries."""
+    names, rest, found = saved_names(options, given=given), iter(tensors), []
+    for _ in split_heads(num_heads, num_kv_heads, options.chunks):
+        part = dict(zip(names, rest, strict=False))
+        found += [part.get(name) for name in SAVED_TENSORS]
+    return Saved.of_chunks(found, recompute=options.recompute)
 
 
 @custom_op(
@@ -241,20 +231,11 @@ def run_attention_backward(
     inputs: Inputs, options: OpOptions, dout: Tensor, *saved: Tensor
 ) -> list[Tensor]:
     """The inside of :func:`attention_backward`."""
-    parts = Saved.of_chunks(saved, recompute=options.recompute)
-    parts = [_without_empty(part) for part in parts]
+    heads, kv_heads, given = inputs.q.shape[2], inputs.k.shape[2], inputs.k_cmp is not None
+    parts = saved_of_chunks(saved, heads, kv_heads, options, given=given)
     plan = options.plan(inputs.q, inputs.k)
     grads = run_backward(dout, inputs, options.block_indices, parts, plan, options.schedule)
     return [owned(grad, inputs.q) for grad in grads]
-
-
-def _without_empty(saved: Saved) -> Saved:
-    branches, *selection = saved
-    if branches is not None and branches.o_win is not None and branches.o_win.numel() == 0:
-        branches = branches._replace(o_win=None, lse_win=None)
-    if branches is not None and branches.k_cmp is not None and branches.k_cmp.numel() == 0:
-        branches = branches._replace(k_cmp=None, v_cmp=None)
-    return Saved(branches, *(None if x is None or x.numel() == 0 else x for x in selection))
 
 
 @attention_backward.register_fake

@@ -5,15 +5,15 @@ import torch
 
 import nsa
 from nsa import recordings
-from nsa.fused import compressed_forms, ops, plain_layer, schedule
+from nsa.fused import compressed_forms, plain_layer, plain_layer_ops, schedule
 from nsa.testing import make_cu_seqlens
 from tests.helpers.noted_kernels import note_kernels
 
 TOKENS, DIM = 200, 64
 PRESETS = {"token": nsa.NSAConfig.paper, "tile": nsa.NSAConfig}
 OPS = (
-    plain_layer.run_layer,
-    plain_layer.run_layer_backward,
+    plain_layer_ops.run_op,
+    plain_layer_ops.run_op_backward,
 )
 
 pytestmark = pytest.mark.unmeasured
@@ -40,7 +40,7 @@ def runs(monkeypatch):
             found.append(name)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(ops, name, counted)
+        monkeypatch.setattr(plain_layer, name, counted)
 
     count("run_forward")
     count("run_backward")

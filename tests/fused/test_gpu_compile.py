@@ -5,7 +5,7 @@ import torch
 
 import nsa
 from nsa import recordings
-from nsa.fused import plain_layer
+from nsa.fused import plain_layer_ops
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.gpu_cases import assert_equal_but_for_rounding, assert_same_step, gpu_test
 
@@ -122,7 +122,7 @@ def test_compiled_calls_are_recorded_but_not_those_of_a_graph(form, config, mode
         assert_same_step(layer, compiled, x.bfloat16(), *extra)
     found = {form[0][0] for form in recordings._recordings}
     of_ops = {
-        plain_layer.run_layer,
-        plain_layer.run_layer_backward,
+        plain_layer_ops.run_op,
+        plain_layer_ops.run_op_backward,
     }
     assert found & of_ops == (of_ops if mode == "default" else set())

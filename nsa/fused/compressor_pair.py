@@ -1,0 +1,90 @@
+"""The compressors of keys and of values at once, forward and backward."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from nsa.blocks import BlockPlaces
+from nsa.fused import kernel_calls
+from nsa.precision import without_autocast
+
+
+def compress_pair(
+    x: Tensor, places: BlockPlaces, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The learned compression of the first half of the heads, and of the second; and two tensors
+    for its backward.
+
+    One product does what two would. Parameters are copied into one tensor at once, because each
+    copy takes the host as long as an operation. The copy is not saved.
+
+    Args:
+        x: ``(..., 2 * H_kv, D)``.
+        places: the blocks.
+        parameters: of each compressor, in pairs: positions, then weight and bias of two layers.
+
+    Returns:
+        ``(M, H_kv, D)`` each; and what :func:`compress_pair_backward` takes as ``saved``.
+    """
+    with torch.cuda.device_of(x), without_autocast(x.device):
+        joined = _stacked(_joined(parameters, x.dtype), _pair_shapes(parameters))
+        position, weight, bias, last_weight, last_bias = joined
+        rows = kernel_calls.gather_blocks(x, position, places)
+        flat = rows.flatten(3).flatten(1, 2)
+        hidden = torch.baddbmm(bias[:, None], flat, weight.mT)
+        out = torch.baddbmm(last_bias[:, None], silu(hidden), last_weight.mT)
+    k, v = out.unflatten(1, rows.shape[1:3])
+    return k, v, flat, hidden
+
+
+def compress_pair_backward(
+    dk: Tensor,
+    dv: Tensor,
+    saved: list[Tensor],
+    shape: Sequence[int],
+    places: BlockPlaces,
+    parameters: Sequence[Tensor],
+    *,
+    trained: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of the ``x`` of this shape, and of the parameters if they are ``trained``, each in
+    memory of its own. ``saved`` is emptied."""
+    flat, hidden = saved
+    saved.clear()
+    shapes = _pair_shapes(parameters)
+    with torch.cuda.device_of(flat), without_autocast(flat.device):
+        joined = _joined([*parameters[2:4], *parameters[6:8]], flat.dtype)
+        weight, last_weight = _stacked(joined, shapes[1::2])
+        dout = torch.cat((dk, dv)).view(2, -1, dk.shape[-1])
+        dhidden = torch.ops.aten.silu_backward(torch.bmm(dout, last_weight), hidden)
+        found, grads = list[Tensor](), list[Tensor]()
+        if trained:
+            found = _stacked(flat.new_empty(sum(p.numel() for p in parameters)), shapes)
+            torch.bmm(dhidden.mT, flat, out=found[1])
+            torch.sum(dhidden, 1, out=found[2])
+            torch.bmm(dout.mT, silu(hidden), out=found[3])
+            torch.sum(dout, 1, out=found[4])
+        del flat, hidden, dout
+        drows = torch.bmm(dhidden, weight).view(2, *dk.shape[:2], *shapes[0])
+        if trained:
+            torch.sum(drows, (1, 2), out=found[0])
+            # Copies, because a view would keep the memory of all gradients.
+            grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
+            torch._foreach_copy_(grads, [x for both in found for x in both])
+        return kernel_calls.scatter_blocks(drows, tuple(shape), places), grads
+
+
+def _pair_shapes(parameters: Sequence[Tensor]) -> list[torch.Size]:
+    return [p.shape for p in parameters[::2]]
+
+
+def _joined(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([p.flatten() for p in parameters]).to(dtype)
+
+
+def _stacked(joined: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Two parameters of each shape in one tensor, all of them parts of ``joined``."""
+    parts = joined.split([2 * shape.numel() for shape in shapes])
+    return [part.view(2, *shape) for part, shape in zip(parts, shapes, strict=True)]
