@@ -1,4 +1,4 @@
-"""Compressed keys and values of the layer, by its compressors."""
+"""Heads of the layer by their positions, and by its compressors."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa.boundaries import Boundaries
 from nsa.compressor import block_places, gather_blocks, kept_items
-from nsa.rope import Positions
+from nsa.rope import Positions, rotate
 from nsa.validation import check_config
 
 Layer = Any
@@ -43,4 +43,18 @@ def compress_tokens(
     if positions is None:
         centre = (config.compress_block_size - 1) / 2
         positions = Positions(centre, config.compress_stride, bounds, index)
-    return layer._rotate([k_cmp], positions, fused)[0], v_cmp
+    return rotate_heads([k_cmp], positions, layer.rope_theta, fused)[0], v_cmp
+
+
+def rotate_heads(
+    tensors: list[Tensor], positions: Positions, theta: float | None, fused: bool
+) -> list[Tensor]:
+    """Tensors ``(..., H, D)`` rotated by the positions of their rows."""
+    if theta is None:
+        return tensors
+    if fused:
+        from nsa.fused import layer_ops
+
+        if layer_ops.can_rotate(tensors[0], theta):
+            return layer_ops.rotate(tensors, positions, theta)
+    return [rotate(x, positions, theta) for x in tensors]

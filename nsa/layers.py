@@ -25,7 +25,7 @@ from nsa.compressor import BlockCompressor, kept_items
 from nsa.config import NSAConfig
 from nsa.host import needs_gradients
 from nsa.layer_checks import check_choice, check_input, check_rope, check_sizes
-from nsa.layer_compression import compress_tokens
+from nsa.layer_compression import compress_tokens, rotate_heads
 from nsa.linears import (
     apply_linear,
     common_dtype,
@@ -36,7 +36,7 @@ from nsa.linears import (
 from nsa.packing import Packing, read_once
 from nsa.precision import autocast_dtype
 from nsa.recorded_layer import run_recorded
-from nsa.rope import Positions, rotate
+from nsa.rope import Positions
 from nsa.validation import (
     check_config,
     check_flag,
@@ -78,8 +78,7 @@ class NativeSparseAttention(nn.Module):
         bias: whether the four projections have a bias.
         recompute: save less for backward, which computes cheap parts again: the compressors, the
             gate MLP and the window branch. Eager calls of long inputs (2^27 elements of hidden
-            states or more) never save the window branch and, with plain projections and rotary
-            embedding, the gate MLP's activation.
+            states or more) never save the window branch.
         max_workspace_bytes, backend: as in :func:`nsa.forward`.
         device, dtype: of the parameters; by default torch's defaults.
 
@@ -366,7 +365,7 @@ class NativeSparseAttention(nn.Module):
             bounds, rows = boundaries.cu_seqlens, q.shape[0]
             locate = kept_items(boundaries, "tokens", bounds, rows)
             positions = Positions(bounds=bounds, locate=lambda: locate()[1])
-        q, *rotated = self._rotate([q, *keys], positions, fused)
+        q, *rotated = rotate_heads([q, *keys], positions, self.rope_theta, fused)
         return q, tuple(rotated), compressed_kv
 
     def _heads(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -391,18 +390,6 @@ class NativeSparseAttention(nn.Module):
             return (x.unflatten(-1, (self.num_kv_heads, head_dim)),)
         shape = (self.num_kv_branches, self.num_kv_heads, head_dim)
         return x.unflatten(-1, shape).unbind(-3)
-
-    def _rotate(self, tensors: list[Tensor], positions: Positions, fused: bool) -> list[Tensor]:
-        """Tensors ``(..., H, D)`` rotated by the positions of their rows."""
-        theta = self.rope_theta
-        if theta is None:
-            return tensors
-        if fused:
-            from nsa.fused import layer_ops
-
-            if layer_ops.can_rotate(tensors[0], theta):
-                return layer_ops.rotate(tensors, positions, theta)
-        return [rotate(x, positions, theta) for x in tensors]
 
     def saves_less(self, x: Tensor) -> bool:
         """Whether backward of a call for ``x`` computes cheap parts again without ``recompute``."""

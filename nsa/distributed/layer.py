@@ -17,7 +17,7 @@ from nsa.distributed.order import check_order
 from nsa.distributed.rank_checks import Part, flat, part_layout
 from nsa.host import has_readable_values
 from nsa.layer_checks import check_input
-from nsa.layer_compression import compress_tokens
+from nsa.layer_compression import compress_tokens, rotate_heads
 from nsa.linears import apply_linear
 from nsa.packing import Packing
 from nsa.precision import autocast_dtype
@@ -143,7 +143,9 @@ class LayerPart:
             return tensors
         config, group = check_config(layer.config), process_group(self.mesh)
         layout = part_layout(group, self.order, config, tensors[0], cu_seqlens, max_seqlen)
-        rotated = layer._rotate([flat(x) for x in tensors], layout.positions, fused)
+        rotated = rotate_heads(
+            [flat(x) for x in tensors], layout.positions, layer.rope_theta, fused
+        )
         return [y.view(x.shape) for x, y in zip(tensors, rotated, strict=True)]
 
 

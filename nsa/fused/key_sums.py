@@ -142,17 +142,3 @@ def make_key_sums(
         if not goes_by_query(key_block, dim) or any(count % key_block for count in runs):
             return None
     return KeySums(k, runs, config)
-
-
-def with_window(selected: Pair, window: Pair) -> Pair:
-    """Gradients of ``k`` and ``v``, with those of their last tokens added in place."""
-    pairs = zip(window, selected, strict=True)
-    seen = [total[:, total.shape[1] - last.shape[1] :] for last, total in pairs]
-    torch._foreach_add_(seen, window)  # in one launch
-    return selected
-
-
-def with_zeros_before(x: Tensor, like: Tensor) -> Tensor:
-    """``x (B, T, H, D)`` after as many tokens of zeros as it has fewer than ``like``."""
-    missing = like.shape[1] - x.shape[1]
-    return torch.nn.functional.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x

@@ -23,7 +23,7 @@ from nsa.fused.attention import (
 )
 from nsa.fused.call_tensors import BranchResults, Inputs, made
 from nsa.fused.compressed_forms import CompressedForm
-from nsa.fused.compression import clear_unused, compress, compress_pair, compress_pair_backward
+from nsa.fused.compression import compress, compress_pair
 from nsa.fused.fa4_call import new_query_sums
 from nsa.fused.gating import (
     GatingGradients,
@@ -34,14 +34,8 @@ from nsa.fused.gating import (
     query_gradient,
 )
 from nsa.fused.kernel_inputs import Pair, Placements
-from nsa.fused.key_sums import (
-    CallSums,
-    leaves_sums,
-    new_sums,
-    round_sums,
-    with_window,
-    with_zeros_before,
-)
+from nsa.fused.key_gradients import key_gradients
+from nsa.fused.key_sums import CallSums, leaves_sums, new_sums
 from nsa.fused.near_blocks import join_near_blocks
 from nsa.fused.plan import Plan
 from nsa.fused.selection import select_blocks, select_blocks_and_groups, select_groups
@@ -306,7 +300,7 @@ def backward(
     )  # fmt: skip
     del dq_cmp, dq_slc, dq_win
     query_sums = None
-    gradients = _key_gradients(
+    gradients = key_gradients(
         inputs, (dk_cmp, dv_cmp), (dk_slc, dv_slc), (dk_win, dv_win), plan, keys, summed=summed
     )
     return gradients._replace(q=dq, gates=dgates, gate_proj_weight=dgate_weight)
@@ -356,48 +350,3 @@ def _gating_backward(
         statistics_placements,
         placements,
     )
-
-
-def _key_gradients(
-    inputs: Inputs,
-    compressed: Pair,
-    selected: Pair,
-    window: Pair,
-    plan: Plan,
-    keys: CallSums | None,
-    *,
-    summed: bool,
-) -> Inputs:
-    """Gradients of keys, values and what compresses them, from those of each branch's keys and
-    values. The others are None.
-
-    The ``window`` has those of the last keys. ``selected`` are sums if ``summed``.
-    """
-    found: dict[str, Any] = dict.fromkeys(Inputs._fields)
-    shared = inputs.k_slc is None
-    if not shared:
-        found["k_slc"], found["v_slc"] = selected
-        k_win, v_win = (with_zeros_before(x, inputs.k) for x in window)
-        found["k_win"], found["v_win"] = k_win, v_win
-    if inputs.k_cmp is None:
-        (found["k"], found["v"]), weights = compress_pair_backward(
-            compressed[0], compressed[1], inputs.k, inputs.v, inputs.compress_weights, plan,
-            addends=(selected, window) if shared else None, summed=summed,
-        )  # fmt: skip
-        found["compress_k_weight"], found["compress_v_weight"] = weights
-        return Inputs(**found)
-    if keys is not None:
-        keys.windows.append((window[0][0], window[1][0]))
-    elif summed:
-        found["k"], found["v"] = round_sums(selected, window, None, inputs.k.dtype, plan)
-    elif shared:
-        found["k"], found["v"] = with_window(selected, window)
-    else:
-        found["k"], found["v"] = torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
-    clear_unused(compressed, plan)
-    # Copies, because both may lie in one tensor, and results of a custom op must not.
-    dtype = inputs.k_cmp.dtype
-    copies = [x.new_empty(x.shape, dtype=dtype) for x in compressed]
-    torch._foreach_copy_(copies, compressed)
-    found["k_cmp"], found["v_cmp"] = copies
-    return Inputs(**found)
