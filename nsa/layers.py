@@ -43,7 +43,7 @@ from nsa.validation import (
     check_max_workspace_bytes,
     check_new_tensors,
 )
-from nsa.whole_layer import run_whole
+from nsa.whole_layer import project_whole, run_whole
 
 LONG_ELEMENTS = 1 << 27
 """Elements of hidden states from which a layer saves less for backward even without ``recompute``.
@@ -282,7 +282,11 @@ class NativeSparseAttention(nn.Module):
         if self.context_parallel is not None:
             return self.context_parallel.select_blocks(self, x, cu_seqlens, max_seqlen, cache)
         cu_seqlens = read_once(cu_seqlens, max_seqlen)
-        q, k, _, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
+        whole = project_whole(self, x, cu_seqlens, max_seqlen) if cache is None else None
+        if whole is None:
+            q, k, _, compressed_kv = self._project(x, cu_seqlens, max_seqlen, cache)
+        else:
+            q, k, compressed_kv = whole
         return dispatch.select_blocks(
             q,
             k,

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from nsa import backends
-from nsa.blocks import BlockPlaces
-from nsa.boundaries import Boundaries, check_boundaries
+from nsa.boundaries import check_boundaries
 from nsa.compressor import PLAIN_TYPES, BlockCompressor, block_places
 from nsa.host import in_function_transform, is_traced, needs_gradients
 from nsa.layer_checks import check_input
@@ -30,6 +29,48 @@ def run_whole(
     layer: Layer, x: Any, cu_seqlens: Tensor | Packing | None, max_seqlen: int | None
 ) -> Tensor | None:
     """The layer's output by one autograd node or custom op; None if its modules must be called."""
+    whole = _find(layer, x, cu_seqlens, max_seqlen)
+    if whole is None:
+        return None
+    from nsa.fused import plain_layer_ops
+    from nsa.fused.constraints import deterministic_limit
+
+    given, common = whole
+    deterministic, last = check_deterministic(None), (given.out, given.out_bias)
+    save = needs_gradients(*(t for t in given if all(t is not other for other in last)))
+    if not save and needs_gradients(*last):
+        return None  # nothing of attention would be saved
+    q = plain_layer_ops.heads_of(given.x, layer.num_heads, layer.head_dim)
+    if save and deterministic and deterministic_limit(q, q, common["config"]) is not None:
+        return None  # which backend then computes this, or the error, is not for here
+    return plain_layer_ops.forward(
+        given,
+        **common,
+        max_workspace_bytes=layer.max_workspace_bytes,
+        recompute_window=layer.saves_less(x),
+        deterministic=deterministic,
+        save=save,
+    )
+
+
+def project_whole(
+    layer: Layer, x: Any, cu_seqlens: Tensor | Packing | None, max_seqlen: int | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None] | None:
+    """Queries, keys and compressed keys and values that :func:`run_whole` attends, without
+    gradients: those of modules may differ by rounding. None if modules must be called."""
+    whole = None if torch.compiler.is_compiling() else _find(layer, x, cu_seqlens, max_seqlen)
+    if whole is None:
+        return None
+    from nsa.fused import plain_layer_ops
+
+    return plain_layer_ops.heads(whole[0], **whole[1])
+
+
+def _find(
+    layer: Layer, x: Any, cu_seqlens: Tensor | Packing | None, max_seqlen: int | None
+) -> tuple[Any, dict[str, Any]] | None:
+    """The :class:`nsa.fused.layer_call.LayerInputs` of a call, and other arguments; None if the
+    layer's modules must be called."""
     if layer.recompute or layer.backend == "reference":
         return None
     check_input(layer, x, cu_seqlens)
@@ -40,50 +81,26 @@ def run_whole(
     if parameters is None or not _needs_gradients_alone(x, *parameters):
         return None
     from nsa.fused import layer_ops, plain_layer_ops
-    from nsa.fused.constraints import deterministic_limit
     from nsa.fused.layer_call import LayerInputs
 
-    config, deterministic = check_config(layer.config), check_deterministic(None)
-    x = x.to(_joint_dtype(x))
+    config, x = check_config(layer.config), x.to(_joint_dtype(x))
     q = plain_layer_ops.heads_of(x, layer.num_heads, layer.head_dim)
     k = plain_layer_ops.heads_of(x, layer.num_kv_heads, layer.head_dim)
     fused = backends.uses_fused(layer.backend, q, k, config)
     if not fused or not layer_ops.can_rotate(q, layer.rope_theta):
         return None
-    places = _places(layer, x, boundaries)
-    bounds = None if places is None else places.block_bounds
-    given = LayerInputs._make([x, *parameters, bounds])
-    last = (given.out, given.out_bias)
-    save = needs_gradients(*(t for t in given if all(t is not other for other in last)))
-    if not save and needs_gradients(*last):
-        return None  # nothing of attention would be saved
-    if save and deterministic and deterministic_limit(q, k, config) is not None:
-        return None
-    return plain_layer_ops.forward(
-        given,
+    places, bounds = None, None
+    if layer.compress_k is not None:
+        places = block_places(x, boundaries, config, True)
+        bounds = places.block_bounds
+    return LayerInputs._make([x, *parameters, bounds]), dict(
         theta=layer.rope_theta,
         heads=layer.num_heads,
         kv_heads=layer.num_kv_heads,
         config=config,
         boundaries=boundaries,
         places=places,
-        max_workspace_bytes=layer.max_workspace_bytes,
-        recompute_window=layer.saves_less(x),
-        deterministic=deterministic,
-        save=save,
     )
-
-
-def _places(layer: Layer, x: Tensor, boundaries: Boundaries | None) -> BlockPlaces | None:
-    """The blocks of the layer's compressors, if it has any."""
-    if layer.compress_k is None:
-        return None
-    config = check_config(layer.config)
-    places = block_places(x, boundaries, config, True)
-    if boundaries is not None and not places.blocks:
-        # Attention then takes as many rows as there could be blocks.
-        places = block_places(x, boundaries._replace(lengths=None), config, True)
-    return places
 
 
 def _needs_gradients_alone(*tensors: Tensor | None) -> bool:

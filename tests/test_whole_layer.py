@@ -78,6 +78,16 @@ def test_results_are_those_of_the_modules(options, packed, fused_on_cpu):
     assert len(calls) == sum(isinstance(m, nn.Linear) for m in layer.modules())
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("options", MODULES.values(), ids=MODULES.keys())
+def test_blocks_are_selected_from_what_is_attended(options, packed, fused_on_cpu, monkeypatch):
+    layer, x = make_layer(**options), new_input(packed)
+    extra = (nsa.Packing(make_cu_seqlens([60, 1, 35])),) if packed else ()
+    modules = with_modules(make_layer(**options)).select_blocks(x, *extra)
+    monkeypatch.setattr(layer, "_heads", None)  # no modules are called
+    assert torch.equal(layer.select_blocks(x, *extra), modules)
+
+
 def test_sequences_too_short_for_a_block(fused_on_cpu):
     layer, x = make_layer(), new_input(packed=True).requires_grad_()
     for lengths in ([31] * 3 + [3], [1] * TOKENS):
@@ -86,6 +96,7 @@ def test_sequences_too_short_for_a_block(fused_on_cpu):
         whole = with_gradients(layer, x, bounds)
         modules = with_gradients(with_modules(make_layer()), x, bounds)
         torch.testing.assert_close(whole, modules, rtol=1e-9, atol=1e-10)
+        assert layer.select_blocks(x, bounds).shape[0] == TOKENS
 
 
 TRAINED = {

@@ -23,9 +23,9 @@ from nsa.fused.custom_ops import custom_op
 from nsa.fused.kernel_inputs import kernel_head_dim, multiplies_gates
 from nsa.fused.layer_call import DIFFERENTIABLE, LayerCall, LayerInputs, LayerSaved
 from nsa.fused.op_arguments import OpOptions, schema_of
-from nsa.fused.plain_layer import run_layer, run_layer_backward
+from nsa.fused.plain_layer import project, run_layer, run_layer_backward
 from nsa.fused.planning import make_plan, with_scale
-from nsa.fused.schedule import make_schedule
+from nsa.fused.schedule import ChunkSchedule, make_schedule
 from nsa.fused.sizes import make_sizes
 
 NUM_INPUTS = len(LayerInputs._fields)
@@ -75,11 +75,38 @@ def forward(
     plan = make_plan(
         q, with_scale(config, scale), boundaries, num_keys=k.shape[1], num_kv_heads=kv_heads
     )
+    if places is not None and plan.packed and not places.blocks:
+        # Attention takes as many rows as there could be blocks.
+        bound = num_compressed_bound(q.shape[1], True, config)
+        places = places._replace(blocks=bound, entry_blocks=bound)
     call = LayerCall.of(given, theta, heads, kv_heads, places=places, plan=plan, schedule=schedule)
     if not save:
         return run_layer(call, given, save=False)[0]
     # Aliases keep the current memory, because `leaf.data` may be set to another.
     return PlainLayerNode.apply(call, *(None if x is None else x.view_as(x) for x in given))
+
+
+def heads(
+    given: LayerInputs,
+    *,
+    theta: float,
+    heads: int,
+    kv_heads: int,
+    config: NSAConfig,
+    boundaries: Boundaries | None,
+    places: BlockPlaces | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Queries, keys of the first branch, and compressed keys and values of :func:`forward`."""
+    rows = given.x if given.x.ndim == 3 else given.x[None]
+    plan = make_plan(heads_of(rows, heads, len(given.q) // heads), config, boundaries)
+    call = LayerCall.of(
+        given, theta, heads, kv_heads, places=places, plan=plan, schedule=ChunkSchedule(1, False)
+    )
+    found = project(call, given)
+    pair = None
+    if places is not None:
+        pair = call.layer_form(found.k_cmp), call.layer_form(found.v_cmp)
+    return call.layer_form(found.q), call.layer_form(found.k), pair
 
 
 class PlainLayerNode(torch.autograd.Function):
