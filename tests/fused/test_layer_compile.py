@@ -23,12 +23,12 @@ LENGTHS = ([100, 3, 0, 70], [50, 90, 1, 40], [300, 2, 3, 4])
         (token_config(), "hidden", "mean", True, False),
         (tile_config(), "q", "mlp", True, False),
         (token_config(), "q", "mean", False, False),
-        (token_config(), "hidden", "mlp", False, True),
+        (token_config(), "hidden", "mean", False, True),
         (tile_config(), "q", "mlp", True, True),
     ],
     ids=[
         *("tile-hidden-mlp", "token-hidden-mean-packed", "tile-q-mlp-packed", "token-q-mean"),
-        *("token-hidden-mlp-one op", "tile-q-mlp-packed-one op"),
+        *("token-hidden-mean-one op", "tile-q-mlp-packed-one op"),
     ],
 )
 def test_layer_compiles_once_for_all_lengths(config, gate, compressor, packed, one_op, monkeypatch):
@@ -46,7 +46,7 @@ def test_layer_compiles_once_for_all_lengths(config, gate, compressor, packed, o
         config=config,
         gate=gate,
         compressor=compressor,
-        separate_kv=gate == "q" and not one_op,
+        separate_kv=gate == "q",
         head_dim=16 if one_op else 8,
         value_head_dim=16 if one_op else 8 if gate == "q" else 6,
         backend="fused",
