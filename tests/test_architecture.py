@@ -272,11 +272,12 @@ def test_arguments_are_not_packed_for_a_call():
 
 LAYERS = [
     {"config"},
-    {"precision", "host", "blocks", "segments", "results", "derivatives"},
+    {"precision", "host", "blocks", "segments", "results"},
     {"geometry", "packing", "testing"},
     {"boundaries"},
     {"validation", "rope", "recorded_code"},
-    {"block_index_checks", "recorded_call"},
+    {"block_index_checks", "derivatives"},
+    {"recorded_call"},
     {"recorder"},
     {"recordings"},
     {"cache"},
