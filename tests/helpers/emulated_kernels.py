@@ -472,9 +472,10 @@ def tile_scores(summary, k_cmp) -> Tensor:
     assert summary.dtype in (k_cmp.dtype, dtype)
     batch, tiles, heads, head_dim = summary.shape
     num_keys, num_kv_heads = k_cmp.shape[1:3]
-    rows = summary.double().transpose(1, 2).reshape(batch * num_kv_heads, -1, head_dim)
-    keys = k_cmp.double().transpose(1, 2).reshape(batch * num_kv_heads, num_keys, head_dim)
-    return torch.bmm(rows, keys.mT).to(dtype).view(batch, heads, tiles, num_keys)
+    rows = summary.double().transpose(1, 2).reshape(batch * num_kv_heads, -1, 1, head_dim)
+    keys = k_cmp.double().transpose(1, 2).reshape(batch * num_kv_heads, 1, num_keys, head_dim)
+    # Equal keys must get equal products, which a matrix product does not guarantee.
+    return (rows * keys).sum(-1).to(dtype).view(batch, heads, tiles, num_keys)
 
 
 def float32_products(a, b) -> Tensor:
