@@ -25,6 +25,11 @@ IDENTIFIER = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)?)`")
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def definitions(path: Path) -> set[str]:
     """Functions, classes, their methods and attributes, and names that are assigned."""
     names = set()
@@ -42,7 +47,7 @@ def definitions(path: Path) -> set[str]:
             if isinstance(node, ast.Assign):
                 names.update(prefix + x.id for x in node.targets if isinstance(x, ast.Name))
 
-    visit(ast.parse(path.read_text()).body)
+    visit(parsed(path).body)
     return names
 
 
@@ -52,7 +57,7 @@ def words_of_the_package() -> set[str]:
     names = set()
     for path in (ROOT / "nsa").rglob("*.py"):
         names |= definitions(path)
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.arg):
                 names.add(node.arg)
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -252,7 +257,7 @@ def test_arguments_are_not_packed_for_a_call():
     for path in (ROOT / "nsa").rglob("*.py"):
         if "kernels" in path.parts or path.name == "layer_ops.py":
             continue
-        for function in ast.walk(ast.parse(path.read_text())):
+        for function in ast.walk(parsed(path)):
             if not isinstance(function, ast.FunctionDef):
                 continue
             tuples = tuples_of(function)
@@ -296,10 +301,11 @@ LAYERS = [
 """Modules and packages of nsa, those that import nothing of it first."""
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """The modules that a file imports, also inside of functions."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module == "nsa":
@@ -331,7 +337,7 @@ def test_classes_have_a_name_of_their_own():
     names = Counter(
         node.name
         for path in (ROOT / "nsa").rglob("*.py")
-        for node in ast.parse(path.read_text()).body
+        for node in parsed(path).body
         if isinstance(node, ast.ClassDef)
         if not (node.name.startswith("_") and "kernels" in path.parts)
     )

@@ -1,7 +1,5 @@
 """``python -m nsa`` prints what a report of a problem needs."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,15 +8,13 @@ import torch
 import nsa
 from nsa import __main__ as command
 from nsa.fused import constraints, fa4
+from tests.helpers.forked import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_command_prints_versions_devices_and_backends():
-    result = subprocess.run(
-        [sys.executable, "-m", "nsa"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    result = run_python("-m", "nsa", folder=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"nsa {nsa.__version__}\n")
     assert f"PyTorch {torch.__version__}" in result.stdout

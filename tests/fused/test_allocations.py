@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import nsa
@@ -77,12 +77,10 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._views: dict[int, int] = {}
-        self._inside_kernel = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if not self._inside_kernel:
-            self.count(result, (args, kwargs))
+        self.count(result, (args, kwargs))
         return result
 
     def count(self, results, arguments):
@@ -110,11 +108,8 @@ class Allocations(TorchDispatchMode):
 
     def kernel(self, function):
         def call(*args, **kwargs):
-            self._inside_kernel = True
-            try:
+            with _disable_current_modes():
                 results = function(*args, **kwargs)
-            finally:
-                self._inside_kernel = False
             self.count(results, (args, kwargs))
             return results
 

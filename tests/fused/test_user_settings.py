@@ -73,22 +73,20 @@ def assert_same_bits(actual, expected):
 @both
 @modes
 @forms
-@pytest.mark.parametrize("default", DEFAULTS)
-def test_global_defaults_change_nothing(default, packed, mode, backend):
+def test_global_defaults_change_nothing(packed, mode, backend):
     tensors, extras = make_call(mode, packed)
     expected = run(tensors, extras, backend)
-    assert_same_bits(run(tensors, extras, backend, DEFAULTS[default]), expected)
-    extras["block_indices"] = expected[-1]
-    del extras["config"]
-    call = dict(config=CONFIGS[mode], backend=backend)
-    wanted = nsa.forward(**tensors, **extras, **call)
-    with DEFAULTS[default]():
-        out = nsa.forward(**tensors, **extras, **call)
-        if packed:
-            packing = nsa.Packing(extras["cu_seqlens"])
-            again = nsa.forward(**tensors, **(extras | dict(cu_seqlens=packing)), **call)
-            assert torch.equal(again, wanted)
-    assert torch.equal(out, wanted)
+    given = extras | dict(block_indices=expected[-1], backend=backend)
+    wanted = nsa.forward(**tensors, **given)
+    for default in DEFAULTS.values():
+        assert_same_bits(run(tensors, extras, backend, default), expected)
+        with default():
+            out = nsa.forward(**tensors, **given)
+            if packed:
+                packing = nsa.Packing(extras["cu_seqlens"])
+                again = nsa.forward(**tensors, **(given | dict(cu_seqlens=packing)))
+                assert torch.equal(again, wanted)
+        assert torch.equal(out, wanted)
 
 
 @both
@@ -267,26 +265,28 @@ def test_a_window_past_the_sequence_is_no_window(mode, backend, packed):
 
 @forms
 @pytest.mark.parametrize("mode", ["tile", "token"])
-@pytest.mark.parametrize("value", HUGE)
-def test_more_blocks_than_there_are_is_all(value, mode, packed):
+def test_more_blocks_than_there_are_is_all(mode, packed):
     tensors, extras = make_call(mode, packed)
+    selecting = {name: tensors[name].detach() for name in ("q", "k")}
 
     def forward(**changes):
         config = replace(CONFIGS[mode], **changes)
         out = nsa.forward(**tensors, **(extras | dict(config=config)), backend="reference")
         return out, *torch.autograd.grad(out, list(tensors.values()), torch.ones_like(out))
 
-    assert_same_bits(forward(num_selected_blocks=value), forward(num_selected_blocks=40))
-    forced = dict(num_selected_blocks=value, num_initial_blocks=value, num_local_blocks=0)
-    few = dict(num_selected_blocks=40, num_initial_blocks=40, num_local_blocks=0)
-    assert_same_bits(forward(**forced), forward(**few))
-    forced = dict(num_selected_blocks=value, num_local_blocks=value, num_initial_blocks=0)
-    few = dict(num_selected_blocks=40, num_local_blocks=40, num_initial_blocks=0)
-    assert_same_bits(forward(**forced), forward(**few))
-    config = replace(CONFIGS[mode], num_selected_blocks=value)
-    selecting = {name: tensors[name].detach() for name in ("q", "k")}
-    with pytest.raises(ValueError, match=rf"num_selected_blocks must be at most 65536 .*{value}"):
-        nsa.select_blocks(**selecting, **(extras | dict(config=config)))
+    def results(count):
+        """With forced blocks as they are, and all of one kind."""
+        none = dict(num_initial_blocks=0, num_local_blocks=0)
+        for forced in ({}, dict(num_initial_blocks=count), dict(num_local_blocks=count)):
+            yield from forward(num_selected_blocks=count, **(none | forced if forced else {}))
+
+    expected = list(results(40))
+    for value in HUGE:
+        assert_same_bits(results(value), expected)
+        config = replace(CONFIGS[mode], num_selected_blocks=value)
+        message = rf"num_selected_blocks must be at most 65536 .*{value}"
+        with pytest.raises(ValueError, match=message):
+            nsa.select_blocks(**selecting, **(extras | dict(config=config)))
 
 
 @forms

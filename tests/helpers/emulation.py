@@ -14,6 +14,7 @@ from tests.helpers import (
     emulated_plan,
     emulated_token_kernels,
 )
+from tests.helpers.compressed_calls import COMPRESSED_CALLS
 
 
 def emulate_kernels(replace: Callable):
@@ -30,10 +31,6 @@ def emulate_kernels(replace: Callable):
     replace(constraints, "_device_limit", lambda *_: None)
     replace(fa4, "version_problem", lambda: None)
 
-
-COMPRESSED_CALLS = ("masked", "folded", "sums of queries")
-"""Ways to compute the compressed branch of a batch: backward in three forms. Forward skips tiles
-in the last two."""
 
 drawn_compressed_calls = st.sampled_from(COMPRESSED_CALLS)
 """For tests that draw problems, so that each problem meets one way and not all the same ones."""

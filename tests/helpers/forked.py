@@ -38,14 +38,16 @@ def run_python(
     environment = dict(os.environ if environment is None else environment, CUDA_VISIBLE_DEVICES="")
     with tempfile.TemporaryDirectory() as printed:
         paths = [Path(printed, name) for name in ("output", "errors")]
-        process = fork_context().Process(
-            target=_run, args=(arguments, folder, environment, *paths), daemon=True
-        )
+        # No daemon, which may not start processes.
+        process = fork_context().Process(target=_run, args=(arguments, folder, environment, *paths))
         process.start()
-        process.join(seconds)
-        if process.exitcode is None:
+        try:
+            process.join(seconds)
+            late = process.exitcode is None
+        finally:
             process.kill()
             process.join()
+        if late:
             raise subprocess.TimeoutExpired(arguments, seconds, *map(Path.read_text, paths))
         texts = (path.read_text(errors="replace") for path in paths)
         return subprocess.CompletedProcess(arguments, process.exitcode, *texts)

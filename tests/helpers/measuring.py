@@ -2,14 +2,18 @@
 
 So what is measured of the cases of a test, unless it is marked ``unmeasured``, are the first ones,
 until they have taken half a second; and the ranks of :mod:`tests.helpers.world`. Other cases of a
-test reach the same lines, but where they are many errors, which are fast.
+test reach the same lines, but where they are many errors, which are fast. Of imports, those of the
+package are measured.
 """
 
+import importlib
+import pkgutil
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -19,16 +23,45 @@ SECONDS = 0.5
 _spent: Counter = Counter()
 
 
+IMPORTED_FIRST = ("torch._dynamo", "torch.distributed.tensor", "transformers.modeling_utils")
+"""What the package imports and takes long."""
+
+
+def import_package() -> None:
+    """Import the modules of ``nsa`` that can be imported here, but for kernels."""
+    with warnings.catch_warnings():
+        # Some packages warn about themselves.
+        warnings.simplefilter("ignore")
+        with paused():
+            _import(*IMPORTED_FIRST)
+        package = importlib.import_module("nsa")
+        for module in pkgutil.walk_packages(package.__path__, "nsa."):
+            if not module.name.startswith("nsa.fused.kernels"):
+                _import(module.name)
+
+
+def _import(*names: str) -> None:
+    for name in names:
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+
+
 @contextmanager
 def measured(item: pytest.Item) -> Iterator[None]:
     """Run a test, measured or not."""
-    test = item.nodeid.partition("[")[0]
-    tracer, start = sys.gettrace(), time.process_time()
-    chosen = item.get_closest_marker("unmeasured") is None and _spent[test] < SECONDS
-    if tracer is None or chosen:
+    test, start = item.nodeid.partition("[")[0], time.process_time()
+    if item.get_closest_marker("unmeasured") is None and _spent[test] < SECONDS:
         yield
         _spent[test] += time.process_time() - start
         return
+    with paused():
+        yield
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Measure nothing for a time."""
+    tracer = sys.gettrace()
     sys.settrace(None)
     try:
         yield

@@ -1,15 +1,17 @@
 """tools/train_lm.py for torchrun, with something that happens to rank 1 after its third step.
 
-torchrun ... parallel_training.py {nothing,signal,death} OPTIONS
+torchrun --run-path ... parallel_training.py {nothing,signal,death} OPTIONS
 """
 
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import train_lm
 
 
@@ -38,5 +40,6 @@ def main() -> int:
     return train_lm.main(options)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+# torchrun --run-path waits for what the script of a rank that succeeds returns.
+if __name__ == "__main__" and main():
+    sys.exit(1)

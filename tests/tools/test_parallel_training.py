@@ -25,10 +25,10 @@ def text(tmp_path) -> Path:
 
 def torchrun(ranks: int, event: str, *options: str) -> subprocess.CompletedProcess:
     script = ROOT / "tests" / "tools" / "parallel_training.py"
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tools")))
-    environment = os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    environment = os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     return run_python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, script, event,
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks,
+        "--start-method", "fork", "--run-path", script, event,
         *options, folder=ROOT, environment=environment,
     )  # fmt: skip
 
