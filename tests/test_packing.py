@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -72,28 +73,29 @@ WRITES = {
 
 @both
 @modes
-@pytest.mark.parametrize("write", WRITES)
-def test_whoever_writes_boundaries_is_noticed(write, mode, backend):
-    cu_seqlens, other = make_cu_seqlens(LENGTHS), make_cu_seqlens(OTHER)
-    first, second = run(cu_seqlens, mode, backend), run(other, mode, backend)
-    assert_same(run(cu_seqlens, mode, backend), first)
-    given = nsa.Packing(cu_seqlens)
-    WRITES[write](cu_seqlens, other)
-    assert_same(run(cu_seqlens, mode, backend), second)
-    assert_same(run(cu_seqlens, mode, backend, max_seqlen=130), second)
-    # A Packing has its own.
-    assert_same(run(given, mode, backend), first)
+def test_whoever_writes_boundaries_is_noticed(mode, backend):
+    other = make_cu_seqlens(OTHER)
+    first, second = (run(make_cu_seqlens(x), mode, backend) for x in (LENGTHS, OTHER))
+    for name, write in WRITES.items():
+        cu_seqlens = make_cu_seqlens(LENGTHS)
+        assert_same(run(cu_seqlens, mode, backend), first)
+        given = nsa.Packing(cu_seqlens)
+        write(cu_seqlens, other)
+        assert torch.equal(cu_seqlens, other), name
+        assert_same(run(cu_seqlens, mode, backend), second)
+        assert_same(run(cu_seqlens, mode, backend, max_seqlen=130), second)
+        # A Packing has its own.
+        assert_same(run(given, mode, backend), first)
 
 
 @both
 @modes
-@pytest.mark.parametrize("write", WRITES)
-def test_boundaries_may_be_overwritten_before_the_backward(write, mode, backend):
-    cu_seqlens = make_cu_seqlens(LENGTHS)
-    expected = run(cu_seqlens, mode, backend)
-    other = make_cu_seqlens(OTHER)
-    actual = run(cu_seqlens, mode, backend, between=lambda: WRITES[write](cu_seqlens, other))
-    assert_same(actual, expected)
+def test_boundaries_may_be_overwritten_before_the_backward(mode, backend):
+    expected, other = run(make_cu_seqlens(LENGTHS), mode, backend), make_cu_seqlens(OTHER)
+    for write in WRITES.values():
+        cu_seqlens = make_cu_seqlens(LENGTHS)
+        between = partial(write, cu_seqlens, other)
+        assert_same(run(cu_seqlens, mode, backend, between=between), expected)
 
 
 @pytest.fixture

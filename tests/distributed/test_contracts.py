@@ -78,7 +78,7 @@ def test_the_window_may_be_computed_again(world):
 @pytest.mark.parametrize("order", ["contiguous", "head-tail"])
 @pytest.mark.parametrize("config", [token_config(), tile_config()], ids=["token", "tile"])
 def test_calls_add_gradients_of_keys_where_kernels_do(world, config, order):
-    problem = make_problem(config, 768, heads=(4, 2), dim=64)
+    problem = make_problem(config, 384, heads=(4, 2), dim=64)
     case = rank_cases.separate_calls_that_add
     check_ranks(world, problem, 3, order, "fused", case=case)
     # Not if branches have keys of their own.

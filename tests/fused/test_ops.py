@@ -205,8 +205,17 @@ def test_a_packing_of_inference_mode_trains(mode):
 
 @pytest.mark.unmeasured
 @modes
-@pytest.mark.parametrize("shape", [(1, 3), (2, 15), (2, 0), (0, 3)])
-@pytest.mark.parametrize("recompute_window", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "recompute_window"),
+    [
+        ((1, 3), False),
+        ((2, 15), False),
+        ((2, 0), False),
+        ((0, 3), False),
+        ((2, 15), True),
+        ((2, 0), True),
+    ],
+)
 def test_sequences_without_a_compressed_block_compile(mode, shape, recompute_window):
     """The results of an op must not share memory, even if they are empty."""
     torch._dynamo.reset()

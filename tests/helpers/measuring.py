@@ -28,7 +28,9 @@ IMPORTED_FIRST = ("torch._dynamo", "torch.distributed.tensor", "transformers.mod
 
 
 def import_package() -> None:
-    """Import the modules of ``nsa`` that can be imported here, but for kernels."""
+    """Import the modules of ``nsa`` that can be imported here, but for kernels, if measured."""
+    if sys.gettrace() is None:
+        return
     with warnings.catch_warnings():
         # Some packages warn about themselves.
         warnings.simplefilter("ignore")
