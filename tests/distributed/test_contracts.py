@@ -76,9 +76,12 @@ def test_the_window_may_be_computed_again(world):
 
 
 @pytest.mark.parametrize("order", ["contiguous", "head-tail"])
-@pytest.mark.parametrize("config", [token_config(), tile_config()], ids=["token", "tile"])
-def test_calls_add_gradients_of_keys_where_kernels_do(world, config, order):
-    problem = make_problem(config, 384, heads=(4, 2), dim=64)
+@pytest.mark.parametrize(
+    ("config", "tokens"), [(token_config(), 384), (tile_config(), 768)], ids=["token", "tile"]
+)
+def test_calls_add_gradients_of_keys_where_kernels_do(world, config, tokens, order):
+    """Of two and of three ranks, whose pieces are whole tiles."""
+    problem = make_problem(config, tokens, heads=(4, 2), dim=64)
     case = rank_cases.separate_calls_that_add
     check_ranks(world, problem, 3, order, "fused", case=case)
     # Not if branches have keys of their own.

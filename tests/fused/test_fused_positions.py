@@ -15,6 +15,7 @@ from nsa.reference import attention, selection
 from nsa.segments import QuerySegments, Segments, prefix_sum
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers import emulated_fa4
+from tests.helpers.compressed_calls import COMPRESSED_CALLS
 from tests.helpers.emulation import compressed, drawn_compressed_calls
 from tests.helpers.pieces import CLOSE, assert_pieces_equal_whole, cut_problems
 from tests.helpers.profiles import WITH_FIXTURES, examples
@@ -23,7 +24,6 @@ from tests.helpers.strategies import tile_problems, token_problems
 from tests.helpers.token_cases import LENGTHS, SEGMENTS, make_geometry
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
-all_compressed_calls = pytest.mark.usefixtures("compressed_calls")
 
 F64 = torch.float64
 CONFIGS = {
@@ -64,13 +64,11 @@ def results(backend, config, inputs, **bounds):
     return blocks, out, *torch.autograd.grad(out, (q, k, v), dout)
 
 
-def assert_equals_reference(config, inputs, **bounds):
-    expected, actual = (results(x, config, inputs, **bounds) for x in ("reference", "fused"))
+def assert_same(actual, expected):
     assert torch.equal(actual[0], expected[0])
     torch.testing.assert_close(actual[1:], expected[1:], **CLOSE)
 
 
-@all_compressed_calls
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     ("queries", "keys"),
@@ -83,7 +81,10 @@ def test_a_batch(queries, keys, name):
         keys -= 3
     q, *_ = make_inputs((2, queries), 2, 1, 2, dtype=F64)
     _, k, v = make_inputs((2, keys), 2, 1, 2, dtype=F64)
-    assert_equals_reference(config, (q, k, v))
+    expected = results("reference", config, (q, k, v))
+    for calls in COMPRESSED_CALLS:
+        with compressed(calls):
+            assert_same(results("fused", config, (q, k, v)), expected)
 
 
 MIXTURE = [(0, 0), (0, 70), (7, 71), (65, 65), (1, 129), (2, 2), (64, 256), (0, 3), (3, 67)]
@@ -91,17 +92,16 @@ MIXTURE = [(0, 0), (0, 70), (7, 71), (65, 65), (1, 129), (2, 2), (64, 256), (0, 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("form", ["bare", "bounded", "packing"])
-def test_a_pack(form, name):
+def test_a_pack(name):
     queries, keys = map(list, zip(*MIXTURE, strict=True))
     q, *_ = make_inputs((sum(queries),), 4, 2, 8, dtype=F64)
     _, k, v = make_inputs((sum(keys),), 4, 2, 8, dtype=F64)
-    bounds = dict(cu_seqlens=make_cu_seqlens(queries), cu_seqlens_k=make_cu_seqlens(keys))
-    if form == "bounded":
-        bounds |= dict(max_seqlen=max(queries) + 3, max_seqlen_k=max(keys) + 5)
-    if form == "packing":
-        bounds = dict(cu_seqlens=nsa.Packing(**bounds))
-    assert_equals_reference(CONFIGS[name], (q, k, v), **bounds)
+    bare = dict(cu_seqlens=make_cu_seqlens(queries), cu_seqlens_k=make_cu_seqlens(keys))
+    bounded = bare | dict(max_seqlen=max(queries) + 3, max_seqlen_k=max(keys) + 5)
+    packing = dict(cu_seqlens=nsa.Packing(**bare))
+    expected = results("reference", CONFIGS[name], (q, k, v), **bare)
+    for bounds in (bare, bounded, packing):
+        assert_same(results("fused", CONFIGS[name], (q, k, v), **bounds), expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

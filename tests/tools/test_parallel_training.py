@@ -3,6 +3,7 @@
 import csv
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,20 @@ def text(tmp_path) -> Path:
     return path
 
 
-def torchrun(ranks: int, event: str, *options: str) -> subprocess.CompletedProcess:
+FORKED = ("--start-method", "fork", "--run-path")
+"""Ranks fork from torchrun, which has imported PyTorch; what one raises is then not printed."""
+
+
+def torchrun(
+    ranks: int, event: str, *options: str, start: Sequence[str] = FORKED
+) -> subprocess.CompletedProcess:
     script = ROOT / "tests" / "tools" / "parallel_training.py"
-    environment = os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    environment = os.environ | dict(
+        PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"
+    )
     return run_python(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks,
-        "--start-method", "fork", "--run-path", script, event,
-        *options, folder=ROOT, environment=environment,
+        *start, script, event, *options, folder=ROOT, environment=environment,
     )  # fmt: skip
 
 
@@ -67,7 +75,7 @@ def test_stopped_and_resumed_on_other_ranks_equals_one_process(text, tmp_path, m
 def test_a_rank_that_dies_ends_the_run(text, tmp_path):
     """The batch is shared here, and not the sequences."""
     options = [*OPTIONS, "--text", str(text), "--steps", "5", "--output", str(tmp_path / "many")]
-    died = torchrun(2, "death", *options)
+    died = torchrun(2, "death", *options, start=())
     assert died.returncode != 0
     assert "rank 1 is ill" in died.stderr
     assert "rank      : 1 " in died.stderr
