@@ -51,6 +51,7 @@ At 64K tokens of dim 4096 what it computes again takes some 2 % of the time."""
 
 _GATES = ("hidden", "q")
 _COMPRESSORS = ("mlp", "mean")
+_PARTS = ("_project", "_heads", "_branches", "_rotate_and_compress", "_gates", "_run")
 
 
 class NativeSparseAttention(nn.Module):
@@ -399,6 +400,12 @@ class NativeSparseAttention(nn.Module):
         """Whether backward of a call for ``x`` computes cheap parts again without ``recompute``."""
         # torch.compile would guard the length, and chooses itself what it computes again.
         return not torch.compiler.is_compiling() and x.numel() >= LONG_ELEMENTS
+
+    def has_own_parts(self) -> bool:
+        """Whether a subclass computes a part of the layer in its own way."""
+        # That of FSDP computes none.
+        kind, plain = type(self), NativeSparseAttention
+        return kind is not plain and any(getattr(kind, x) is not getattr(plain, x) for x in _PARTS)
 
     def _run(self, module: nn.Module, *arguments) -> Tensor:
         """``module(*arguments)``, with ``recompute`` once more in backward."""

@@ -71,7 +71,7 @@ def _find(
 ) -> tuple[Any, dict[str, Any]] | None:
     """The :class:`nsa.fused.layer_call.LayerInputs` of a call, and other arguments; None if the
     layer's modules must be called."""
-    if layer.recompute or layer.backend == "reference":
+    if layer.recompute or layer.backend == "reference" or layer.has_own_parts():
         return None
     check_input(layer, x, cu_seqlens)
     if not (layer.backend == "fused" or x.is_cuda) or x.numel() == 0:

@@ -262,6 +262,42 @@ def test_gradients_are_of_the_weights_that_the_call_had(fused_on_cpu):
     assert torch.equal(torch.autograd.grad(y, x, dy)[0], wanted)
 
 
+@pytest.mark.parametrize("options", MODULES.values(), ids=MODULES.keys())
+def test_gradients_are_of_the_boundaries_that_the_call_had(options, fused_on_cpu):
+    layer, x = make_layer(**options), new_input(packed=True).requires_grad_()
+    results = []
+    for changes in (False, True):
+        bounds = make_cu_seqlens([60, 1, 35])
+        y = layer(x, bounds, TOKENS)
+        assert type(y.grad_fn).__name__.startswith("PlainLayerNode")
+        if changes:
+            bounds.copy_(make_cu_seqlens([1, 94, 1]))
+        results.append(torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()]))
+    assert all(map(torch.equal, *results))
+
+
+def test_parts_of_a_subclass_are_computed(fused_on_cpu):
+    class Same(nsa.NativeSparseAttention):
+        def extra_repr(self):
+            return "the same"
+
+    class Negative(nsa.NativeSparseAttention):
+        def _heads(self, x):
+            q, keys, values = super()._heads(x)
+            return -q, keys, tuple(-v for v in values)
+
+    layer, x = make_layer(compressor="mean", gate="q"), new_input()
+    wanted, blocks = layer(x), layer.select_blocks(x)
+    with torch.no_grad():
+        layer.gate_proj_weight.neg_()
+        layer.k_proj.weight.neg_()
+    for kind in (Same, Negative):
+        layer.__class__ = kind
+        assert (run_whole(layer, x, None, None) is None) == (kind is Negative)
+    torch.testing.assert_close(layer(x), -wanted, rtol=1e-9, atol=1e-9)
+    assert torch.equal(layer.select_blocks(x), blocks)
+
+
 def test_no_second_derivative(fused_on_cpu):
     layer, x = make_layer(), new_input().requires_grad_()
     grads = torch.autograd.grad(layer(x).sum(), [x, layer.q_proj.weight], create_graph=True)

@@ -75,6 +75,9 @@ def forward(
     plan = make_plan(
         q, with_scale(config, scale), boundaries, num_keys=k.shape[1], num_kv_heads=kv_heads
     )
+    if places is not None:
+        # Those of the plan, because the caller may change its own before backward.
+        places = places._replace(token_bounds=plan.cu_seqlens)
     if places is not None and plan.packed and not places.blocks:
         # Attention takes as many rows as there could be blocks.
         bound = num_compressed_bound(q.shape[1], True, config)
