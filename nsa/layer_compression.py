@@ -28,6 +28,9 @@ def compress_tokens(
     """
     config = check_config(layer.config)
     places = block_places(k, boundaries, config, fused)
+    if layer.recompute and places.token_bounds is not None:
+        # A copy, because the caller may change its own before backward computes blocks again.
+        places = places._replace(token_bounds=places.token_bounds.clone())
     bounds, locate, index = places.block_bounds, None, None
     if boundaries is not None and bounds is not None:
         kept = kept_items(boundaries, ("blocks", config), bounds, places.blocks)

@@ -284,6 +284,19 @@ def test_compiled_packed_layer_on_the_reference():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_of_the_boundaries_before_the_caller_changes_them(config, recompute):
+    layer, x = make_layer(config, recompute=recompute), torch.randn(60, DIM).double()
+    results = []
+    for changes in (False, True):
+        bounds = make_cu_seqlens([31, 29])
+        y = layer(x, bounds, 60)
+        if changes:
+            bounds.copy_(make_cu_seqlens([2, 58]))
+        results.append(torch.autograd.grad(y.sin().sum(), list(layer.parameters())))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 def test_a_frozen_layer_takes_inference_tensors(config, recompute):
     layer = make_layer(config, recompute=recompute).requires_grad_(False)
     with torch.inference_mode():
