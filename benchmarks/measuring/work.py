@@ -79,8 +79,8 @@ def stage_work(length: int, options, config: nsa.NSAConfig) -> dict[str, Work]:
         "combine_branches": Work(5 * query, 0),
         # dout, the branches' outputs and q.
         "combine_branches_backward": Work(5 * query, 0),
-        # Adds to the gradients of the window's and the selected branch's keys.
-        "compress_pair_backward": Work(2 * (3 * key + compressed_key), 0),
+        # Adds those of means to the gradients of the window's and the selected branch's keys.
+        "key_gradients": Work(2 * (3 * key + compressed_key), 0),
     }
     if options.heads == options.kv_heads:
         work["query_gradient"] = Work(4 * query, 0)
