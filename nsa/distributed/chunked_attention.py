@@ -254,7 +254,7 @@ class _RankGradients(torch.autograd.Function):
             if need
         }
         saved.tensors = list(tensors)
-        sums: list[tuple[Tensor, Exchanging]] = []
+        sums: list[Exchanging] = []
         coming = iter(graphs)
         for chunk, keys, arrive in _Chunks(call, inputs):
             arrive()
@@ -374,9 +374,9 @@ def _key_sums(call: RankCall, keys: Sequence[Tensor], grads: dict):
 
 def _exchange(
     key_sums, call: RankCall, totals: dict[int, RowSums], own: dict[int, Tensor]
-) -> list[tuple[Tensor, Exchanging]]:
-    """Send the gradients of a chunk, each while the next are rounded; and where to copy the sums of
-    own rows."""
+) -> list[Exchanging]:
+    """Send the gradients of a chunk, each while the next are rounded. The sums of own rows are for
+    ``own``."""
     exchanges = []
     for at, total in totals.items():
         if key_sums is not None:
@@ -384,10 +384,10 @@ def _exchange(
             total.add_from(partial(key_sums.round_into, which))
             for first, grad in key_sums.windows(which):
                 total.add_some(grad, first)
-        exchanges.append((own[at], Exchanging(total.result(), call.group, own[at])))
+        exchanges.append(Exchanging(total.result(), call.group, own[at]))
     return exchanges
 
 
-def _finish(sums: list[tuple[Tensor, Exchanging]]):
-    for target, exchanging in sums:
-        _put(target, exchanging.wait())
+def _finish(sums: list[Exchanging]):
+    for exchanging in sums:
+        exchanging.wait()

@@ -206,11 +206,12 @@ class Exchanging:
     Args:
         x: this rank's addends ``(ranks * n, ...)``, rank after rank.
         group: the ranks.
-        target: like the sum, which two ranks write there if it is contiguous.
+        target: ``(n, ...)``, where :meth:`wait` leaves the sum of this rank's part. Two ranks
+            reduce into it if it is contiguous.
     """
 
     def __init__(self, x: Tensor, group: ProcessGroup, target: Tensor):
-        self._sent = x
+        self._sent, self._target = x, target
         self._ranks = group.size()
         if self._ranks == 2:
             move = reduce_scatter
@@ -220,14 +221,14 @@ class Exchanging:
             self._out = torch.empty_like(x)
         self._work = move(self._out, x, group=group, async_op=True) if x.numel() else None
 
-    def wait(self) -> Tensor:
-        """The sum of this rank's part, ``(n, ...)``, rounded once."""
+    def wait(self):
         if self._work is not None:
             self._work.wait()
-        if self._ranks == 2:
-            return self._out
-        # Sums of 16-bit tensors are in float32.
-        return self._out.unflatten(0, (self._ranks, -1)).sum(0)
+        if self._ranks != 2:
+            # Sums of 16-bit tensors are in float32.
+            copy_rows(self._target, self._out.unflatten(0, (self._ranks, -1)).sum(0))
+        elif self._out is not self._target:
+            copy_rows(self._target, self._out)
 
 
 class _GatherRows(torch.autograd.Function):
