@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from nsa import backends
 from nsa.boundaries import check_boundaries
 from nsa.compressor import PLAIN_TYPES, BlockCompressor, block_places
-from nsa.host import in_function_transform, is_traced, needs_gradients
+from nsa.host import is_traced, needs_gradients
 from nsa.layer_checks import check_input
 from nsa.linears import MLP
 from nsa.packing import Packing
@@ -104,11 +104,13 @@ def _find(
 
 
 def _needs_gradients_alone(*tensors: Tensor | None) -> bool:
-    """Whether nothing else differentiates the call, nor looks at what the modules do."""
+    """Whether nothing else differentiates the call, nor looks at what the modules do.
+
+    :func:`check_input` has refused transforms of torch.func.
+    """
     if torch.compiler.is_compiling():
         return True
-    plain = forward_ad._current_level < 0 and not in_function_transform()
-    return plain and not is_traced(*tensors)
+    return forward_ad._current_level < 0 and not is_traced(*tensors)
 
 
 def _parameters(layer: Layer, x: Tensor) -> list[Tensor | None] | None:
@@ -123,10 +125,8 @@ def _parameters(layer: Layer, x: Tensor) -> list[Tensor | None] | None:
     if plain is None or [kind[1] for kind in plain[1] if isinstance(kind, tuple)] != kinds:
         return None
     linears = [layer.q_proj, layer.k_proj, layer.v_proj]
-    weights, of_gates = (
-        [linear.weight for linear in linears],
-        _of_mlps([] if mlp is None else [mlp]),
-    )
+    weights = [linear.weight for linear in linears]
+    of_gates = _of_mlps([] if mlp is None else [mlp])
     of_compressors = [module.position for module in compressors]
     of_compressors += _of_mlps([module.mlp for module in compressors])
     inner, weight = [*of_gates, *of_compressors], layer.gate_proj_weight

@@ -49,18 +49,23 @@ class LayerInputs(NamedTuple):
     block_bounds: Tensor | None
 
     @property
+    def rows(self) -> Tensor:
+        """The hidden states as a batch, whose one entry packed sequences are."""
+        return self.x if self.x.ndim == 3 else self.x[None]
+
+    @property
     def projections(self) -> list[Tensor]:
         """What ``x`` is multiplied by, all in one product."""
         return [w for w in (self.q, self.k, self.v, self.gate) if w is not None]
 
     @property
     def compressors(self) -> list[Tensor]:
-        return [x for x in self[_FIRSTOF_COMPRESSORS:-1] if x is not None]
+        return [x for x in self[_FIRST_OF_COMPRESSORS:-1] if x is not None]
 
 
 DIFFERENTIABLE = LayerInputs._fields[:-1]
-_FIRSTOF_COMPRESSORS = LayerInputs._fields.index("position_k")
-OF_COMPRESSORS = DIFFERENTIABLE[_FIRSTOF_COMPRESSORS:]
+_FIRST_OF_COMPRESSORS = LayerInputs._fields.index("position_k")
+OF_COMPRESSORS = DIFFERENTIABLE[_FIRST_OF_COMPRESSORS:]
 OF_PRODUCT = ("q", "k", "v", "gate")
 KEYS_AND_VALUES = ("k", "v", "k_slc", "v_slc", "k_win", "v_win")
 

@@ -37,6 +37,13 @@ def heads_of(x: Tensor, heads: int, head_dim: int) -> Tensor:
     return x[..., :1, None].expand(*x.shape[:-1], heads, head_dim)
 
 
+def _heads_of_attention(given: LayerInputs, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """The same for queries and keys as attention gets them."""
+    dim = len(given.q) // heads
+    dim = kernel_head_dim(dim, dim)
+    return heads_of(given.rows, heads, dim), heads_of(given.rows, kv_heads, dim)
+
+
 def forward(
     given: LayerInputs,
     *,
@@ -56,10 +63,8 @@ def forward(
     ``places`` are the blocks of the compressors, if any. ``save`` says whether ``x`` or a parameter
     needs a gradient, those of the output projection left out.
     """
-    head_dim = len(given.q) // heads
-    dim, scale = kernel_head_dim(head_dim, head_dim), config.softmax_scale(head_dim)
-    rows = given.x if given.x.ndim == 3 else given.x[None]
-    q, k = heads_of(rows, heads, dim), heads_of(rows, kv_heads, dim)
+    scale = config.softmax_scale(len(given.q) // heads)
+    q, k = _heads_of_attention(given, heads, kv_heads)
     gated = given.gate is not None
     sizes = make_sizes(
         q, config, boundaries, num_keys=k.shape[1], num_kv_heads=kv_heads,
@@ -100,8 +105,7 @@ def heads(
     places: BlockPlaces | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Queries, keys of the first branch, and compressed keys and values of :func:`forward`."""
-    rows = given.x if given.x.ndim == 3 else given.x[None]
-    plan = make_plan(heads_of(rows, heads, len(given.q) // heads), config, boundaries)
+    plan = make_plan(heads_of(given.rows, heads, len(given.q) // heads), config, boundaries)
     call = LayerCall.of(
         given, theta, heads, kv_heads, places=places, plan=plan, schedule=ChunkSchedule(1, False)
     )
@@ -173,11 +177,9 @@ def plain_layer(*arguments):
 def _call_of_op(
     theta: float, heads: int, kv_heads: int, given: LayerInputs, options: OpOptions
 ) -> LayerCall:
-    head_dim = len(given.q) // heads
-    rows = given.x if given.x.ndim == 3 else given.x[None]
-    dim = kernel_head_dim(head_dim, head_dim)
-    plan, places = options.plan(heads_of(rows, heads, dim), heads_of(rows, kv_heads, dim)), None
+    plan, places = options.plan(*_heads_of_attention(given, heads, kv_heads)), None
     if given.first_k is not None:
+        rows = given.rows
         blocks = num_compressed_bound(rows.shape[1], plan.packed, plan.config)
         places = BlockPlaces(
             block_size=plan.config.compress_block_size,
