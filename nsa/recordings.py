@@ -23,6 +23,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
@@ -41,6 +42,10 @@ MAX_RECORDINGS = 64
 MAX_SEEN = 1024
 """Forms without a recording to remember, seen once or refused: those that were called last. Each
 new length makes one, so they are counted separately from recordings."""
+
+MAX_ENTRIES = 16
+"""Kinds of tensors to know recordings of one key by. Which tensors require gradients, though none
+is wanted, makes several of one recording."""
 
 MAX_ELEMENTS = 1 << 26
 """Elements of the first tensor up to which calls are recorded, such as 8K tokens of 64 heads of 128
@@ -70,16 +75,18 @@ def run(
         parameters: leaves that ``function`` has at hand.
     """
     given = (*tensors, *parameters)
-    if not _may_record(given, parameters):
-        return None
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    form = _form_of_call(key, given, differentiable)
-    seen = _Seen(ref(parameters[0]) if parameters else None)
-    record = partial(_record, function, tensors, parameters, differentiable)
-    recording = _find(form, seen, record, lambda first: first.by_same(parameters))
+    recording = _find_again(key, given, parameters)
+    if recording is None:
+        if not _may_record(given, parameters):
+            return None
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        form = _form_of_call(key, given, differentiable)
+        seen = _Seen(ref(parameters[0]) if parameters else None)
+        record = partial(_record, function, tensors, parameters, differentiable)
+        recording = _find(form, given, seen, record, lambda first: first.by_same(parameters))
     if recording is None:
         return None
-    if differentiable:
+    if recording.run_backward is not None:
         return RecordingNode.apply(recording, *given)
     return recording.forward(given)[0]
 
@@ -104,12 +111,14 @@ def run_op(
     """
     step = _steps.number(backward=backward)
     with torch.no_grad():
-        if not _may_record(tensors, ()):
-            return None
-        form = _form_of_call(key, tensors, False)
-        seen = _Seen(None, step if trains else -1)
-        record = partial(_record, function, tensors, (), False, rehearse=True)
-        recording = _find(form, seen, record, lambda first: first.step < step)
+        recording = _find_again(key, tensors, ())
+        if recording is None:
+            if not _may_record(tensors, ()):
+                return None
+            form = _form_of_call(key, tensors, False)
+            seen = _Seen(None, step if trains else -1)
+            record = partial(_record, function, tensors, (), False, rehearse=True)
+            recording = _find(form, tensors, seen, record, lambda first: first.step < step)
         return None if recording is None else recording.forward(tensors)[0]
 
 
@@ -121,13 +130,33 @@ def _form_of_call(key: Hashable, given: Sequence[Tensor], differentiable: bool) 
     return (key, device, modes, *strides, *map(describe, given))
 
 
+def _find_again(
+    key: Hashable, given: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> Recording | None:
+    """The recording of a call, if :func:`_find` has given it for this form.
+
+    PyTorch compares the tensors, in a third of the time that it takes to write down their form.
+    """
+    entries = _entries.get(_key_of_entry(key, given[0]))
+    if not entries or not _is_unobserved(given[0], parameters) or not _are_in_order(given):
+        return None
+    for entry in entries:
+        if entry.guards.check(*given):
+            with _lock:
+                if entry.form in _recordings:
+                    _recordings.move_to_end(entry.form)
+            return entry.recording
+    return None
+
+
 def _find(
-    form: Hashable,
+    form: tuple,
+    given: Sequence[Tensor],
     seen: "_Seen",
     record: Callable[[], Any],
     is_again: Callable[["_Seen"], bool],
 ) -> Recording | None:
-    """The recording of a form, if there is one.
+    """The recording of a form, that of the ``given`` tensors, if there is one.
 
     The first call keeps ``seen``. The first later call for which ``is_again(seen)`` is true keeps
     what ``record()`` returns.
@@ -136,6 +165,7 @@ def _find(
         recording = _recordings.get(form)
         if recording is not None:
             _recordings.move_to_end(form)
+            _add_entry(form, recording, given)
             return recording
         first = _seen.setdefault(form, seen)
         _seen.move_to_end(form)
@@ -157,14 +187,39 @@ def _find(
             return None
         _seen.pop(form, None)
         _recordings[form] = recording
-        _forget(_recordings, MAX_RECORDINGS)
+        _add_entry(form, recording, given)
+        for old in _forget(_recordings, MAX_RECORDINGS):
+            _remove_entries(old)
     return recording
 
 
-def _forget(forms: OrderedDict[Hashable, Any], most: int) -> None:
-    """Keep those that were called last."""
-    while len(forms) > most:
-        forms.popitem(last=False)
+def _add_entry(form: tuple, recording: Recording, given: Sequence[Tensor]) -> None:
+    key = _key_of_entry(form[0], given[0])
+    entries = _entries.get(key, ())
+    if len(entries) < MAX_ENTRIES:
+        dims: dict[str, Any] = dict(
+            dynamic_dims_sizes=[list(x.shape) for x in given],
+            dynamic_dims_strides=[list(x.stride()) for x in given],
+        )
+        _entries[key] = (*entries, _Entry(TensorGuards(*given, **dims), form, recording))
+
+
+def _remove_entries(form: tuple) -> None:
+    for key, entries in list(_entries.items()):
+        others = tuple(entry for entry in entries if entry.form != form)
+        if others:
+            _entries[key] = others
+        else:
+            del _entries[key]
+
+
+def _key_of_entry(key: Hashable, x: Tensor) -> Hashable:
+    return key, autocast_dtype(x.device), torch.is_grad_enabled()
+
+
+def _forget(forms: OrderedDict[Any, Any], most: int) -> list:
+    """Keep those that were called last; gives the others."""
+    return [forms.popitem(last=False)[0] for _ in range(len(forms) - most)]
 
 
 class _Steps:
@@ -188,6 +243,7 @@ def clear() -> None:
     again."""
     with _lock:
         _recordings.clear()
+        _entries.clear()
         _seen.clear()
 
 
@@ -216,7 +272,18 @@ class _Seen(NamedTuple):
         return first is None or any(first is p for p in parameters[:1])
 
 
-_recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+class _Entry(NamedTuple):
+    """A recording of ``_recordings``, and what tells whether tensors in the same modes are of its
+    form."""
+
+    guards: TensorGuards
+    form: tuple
+    recording: Recording
+
+
+_recordings: OrderedDict[tuple, Recording] = OrderedDict()
+_entries: dict[Hashable, tuple[_Entry, ...]] = {}
+"""By :func:`_key_of_entry`."""
 _seen: OrderedDict[Hashable, Any] = OrderedDict()
 _lock = Lock()
 _one_records = Lock()
@@ -227,9 +294,19 @@ def _may_record(given: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
     """Whether nobody looks at single operations, or changes what they do."""
     device = given[0].device
     return (
+        given[0].numel() <= MAX_ELEMENTS
+        and _is_unobserved(given[0], parameters)
+        and _PLAIN_TYPES.issuperset(map(type, given))
+        and _are_in_order(given)
+        and [x.device for x in given].count(device) == len(given)
+    )
+
+
+def _is_unobserved(x: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """What :func:`_may_record` asks of the call; the rest is about its tensors."""
+    return (
         ENABLED
-        and given[0].numel() <= MAX_ELEMENTS
-        and may_keep(given[0])
+        and may_keep(x)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()
@@ -237,13 +314,17 @@ def _may_record(given: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.is_anomaly_enabled()
-        and _PLAIN_TYPES.issuperset(map(type, given))
-        # Lists of one attribute, which take the host less time than a generator.
-        and True not in [x.is_nested for x in given]
+        and all(p.is_leaf and not p._backward_hooks for p in parameters)
+    )
+
+
+def _are_in_order(given: Sequence[Tensor]) -> bool:
+    """Whether tensors have strides, without which guards end the process, and aligned memory."""
+    # Lists of one attribute, which take the host less time than a generator.
+    return (
+        True not in [x.is_nested for x in given]
         and [x.layout for x in given].count(torch.strided) == len(given)
-        and [x.device for x in given].count(device) == len(given)
         and [x.data_ptr() % 16 for x in given].count(0) == len(given)
-        and all(x.is_leaf and not x._backward_hooks for x in parameters)
     )
 
 

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nsa import recordings
 from nsa.recorder import MARK
@@ -109,6 +110,57 @@ def test_few_are_kept(monkeypatch):
         for _ in range(3):
             run("key", lambda x: x * 2, (torch.randn(size),))
     assert len(recordings._recordings) == 4
+    assert [entry.form for entry in kept_entries()] == list(recordings._recordings)
+
+
+def kept_entries() -> list:
+    return [entry for entries in recordings._entries.values() for entry in entries]
+
+
+def test_tensors_of_one_form_are_known_by_what_they_require(monkeypatch):
+    """Where no gradient is wanted, which is one form; but one recording for all."""
+    monkeypatch.setattr(recordings, "MAX_ENTRIES", 3)
+    x, y = torch.randn(3), torch.randn(3)
+    with torch.no_grad():
+        for _ in range(3):
+            for needs in ((False, False), (True, False), (False, True), (True, True)):
+                x.requires_grad_(needs[0])
+                y.requires_grad_(needs[1])
+                assert torch.equal(run("key", torch.mul, (x, y)), x * y)
+    assert len(recordings._recordings) == 1
+    assert len(kept_entries()) == 3
+    got = run("key", torch.mul, (x, y))  # by its own form
+    assert got.requires_grad
+
+
+def test_zeros_are_filled_at_once():
+    """Those of one dtype that are no results: each in its place, though written to between."""
+    filled = []
+
+    def add(x, *targets):
+        filled.append([y.untyped_storage().data_ptr() for y in targets])
+        with _disable_current_modes():  # as a kernel, whose work no mode sees
+            for y in targets:
+                y += x
+
+    def function(x, y):
+        first, second = torch.zeros(3, 5), torch.zeros(7)
+        recordings.launch(add, x, first, second)
+        whole, third = torch.zeros(4, dtype=torch.int32), x.new_zeros(2, 5)
+        recordings.launch(add, y, first, third)
+        recordings.launch(add, 1, whole)
+        out = torch.zeros(1)
+        recordings.launch(add, first.sum() + second.sum() + third.sum() + whole.sum(), out)
+        return out
+
+    x, y = torch.ones(1), torch.full((1,), 10.0)
+    for turn in range(4):
+        filled.clear()
+        got = run("key", function, (x, y))
+        assert got.item() == 1 * 22 + 10 * 25 + 4
+        (first, second), (again, third), *_ = filled[-4:]
+        assert first == again
+        assert (first == second == third) == (turn > 0)
 
 
 def test_those_called_last_are_kept(monkeypatch):

@@ -49,6 +49,9 @@ def kept(function: Callable) -> Callable:
             kernel = function(*arguments)
         else:
             kernel = on_disk(_fingerprint(), get_compile_target_capacity(), *arguments)
+        # A new kernel wraps the function that a later process loads, for keywords that none has.
+        if hasattr(kernel, "__tvm_ffi_object__"):
+            kernel = kernel.__tvm_ffi_object__()
         return functools.partial(recordings.launch, kernel)
 
     return compiled
