@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from nsa.fused import kernel_calls
 from nsa.fused.call_tensors import Inputs, Saved
 from nsa.fused.compressor_pair import compress_pair, compress_pair_backward
 from nsa.fused.layer_call import (
@@ -113,7 +114,8 @@ def run_layer_backward(
             assert kept.out is not None
             grads["out"] = dout.flatten(0, -2).mT @ kept.out.flatten(0, -2)
         if "out_bias" in names:
-            grads["out_bias"] = dout.flatten(0, -2).sum(0)
+            grads["out_bias"] = dout.new_empty(dout.shape[-1])
+            kernel_calls.column_sums(dout.flatten(0, -2), grads["out_bias"], None, None)
         dout = (dout @ given.out.to(x.dtype)).unflatten(-1, (call.heads, call.head_dim))
         inputs = kept.inputs(call.gate_weight(given))
         kept = kept._replace(out=None)
@@ -130,8 +132,9 @@ def run_layer_backward(
         if of_rows:
             dboth = _compressors_backward(call, given, found, of_rows, names, grads)
         if hidden is not None:
-            dlogits = torch.ops.aten.sigmoid_backward(found.gates, gates)
-            dhidden.append(_gates_backward(given, hidden, dlogits, names, grads))
+            assert gates is not None
+            assert found.gates is not None
+            dhidden.append(_gates_backward(given, hidden, gates, found.gates, names, grads))
         last = [found]
         del found
         dproduct = _product_gradient(call, last, dhidden, dboth)
@@ -147,20 +150,29 @@ def run_layer_backward(
 
 
 def _gates_backward(
-    given: LayerInputs, hidden: Tensor, dlogits: Tensor, names: set[str], grads: dict[str, Tensor]
+    given: LayerInputs,
+    hidden: Tensor,
+    gates: Tensor,
+    dgates: Tensor,
+    names: set[str],
+    grads: dict[str, Tensor],
 ) -> Tensor:
-    """The gradient of ``hidden``; puts those of the MLP's other parameters into ``grads``."""
+    """The gradient of ``hidden``; puts those of the MLP's other parameters into ``grads``.
+
+    That of the logits takes the place of ``dgates``.
+    """
     assert given.last_gate is not None
-    dlogits = dlogits.flatten(0, 1).flatten(1)
+    rows = hidden.flatten(0, -2)
+    gates, dlogits = (x.flatten(0, 1).flatten(1) for x in (gates, dgates))
+    sums = [x.new_empty(x.shape[-1]) for x in (dlogits, rows)]
+    kernel_calls.activation_gradient("sigmoid", dlogits, gates, sums[0])
+    dhidden = dlogits @ given.last_gate.to(dlogits.dtype)
+    active = kernel_calls.activation_gradient("silu", dhidden, rows, sums[1])
     if "last_gate" in names:
-        grads["last_gate"] = dlogits.mT @ silu(hidden).flatten(0, -2)
-    if "last_gate_bias" in names:
-        grads["last_gate_bias"] = dlogits.sum(0)
-    dactive = (dlogits @ given.last_gate.to(dlogits.dtype)).view(hidden.shape)
-    dhidden = torch.ops.aten.silu_backward(dactive, hidden)
-    if "gate_bias" in names:
-        grads["gate_bias"] = dhidden.flatten(0, -2).sum(0)
-    return dhidden
+        assert active is not None
+        grads["last_gate"] = dlogits.mT @ active
+    grads |= {"last_gate_bias": sums[0], "gate_bias": sums[1]}
+    return dhidden.view(hidden.shape)
 
 
 def _product_gradient(

@@ -27,6 +27,8 @@ NAMES = (
     "rotate",
     "gather_blocks",
     "scatter_blocks",
+    "activation_gradient",
+    "column_sums",
     "list_key_blocks",
     "count_query_tiles",
     "list_query_tiles",
@@ -188,6 +190,38 @@ def _tokens_of_blocks(places, device) -> tuple[Tensor, Tensor]:
         first, real = starts[owner], block < bounds[-1]
     first = first + local * places.stride
     return first[:, None] + torch.arange(places.block_size, device=device), real
+
+
+def activation_gradient(kind, dy, x, sums) -> Tensor | None:
+    assert kind in ("sigmoid", "silu")
+    assert (dy.shape, dy.dtype) == (x.shape, x.dtype)
+    assert dy.is_contiguous()
+    wide, active = x.to(accumulation_dtype(x.dtype)), None
+    if kind == "sigmoid":
+        derivative = wide * (1 - wide)
+    else:
+        share = wide.sigmoid()
+        active = wide * share
+        derivative = share + active * (1 - share)
+        active = active.to(x.dtype).contiguous()
+    dx = dy.to(wide.dtype) * derivative
+    _write_sums(dx, sums, x.dtype)
+    dy.copy_(dx)
+    return active
+
+
+def column_sums(x, sums, other, other_sums) -> None:
+    _write_sums(x, sums, x.dtype)
+    if other is not None:
+        _write_sums(other, other_sums, x.dtype)
+
+
+def _write_sums(x, sums, dtype) -> None:
+    assert x.ndim in (2, 3)
+    assert sums.shape == (*x.shape[:-2], x.shape[-1])
+    assert sums.dtype == dtype
+    assert sums.is_contiguous()
+    sums.copy_(x.to(accumulation_dtype(x.dtype)).sum(-2))
 
 
 def listed_backward(

@@ -1,4 +1,4 @@
-"""Parts of the layer: the rotary embedding and the tokens of compressed blocks."""
+"""Parts of the layer: rotary embedding, tokens of compressed blocks, gradients of biases."""
 
 from torch import Tensor
 
@@ -68,3 +68,34 @@ def scatter_blocks(drows: Tensor, shape: tuple[int, ...], places: BlockPlaces) -
         ``shape`` in the dtype of ``drows``, summed in float32 and rounded once.
     """
     return kernels.load("block_rows").scatter_blocks(**locals())
+
+
+def activation_gradient(kind: str, dy: Tensor, x: Tensor, sums: Tensor) -> Tensor | None:
+    """The gradient of an activation, and its sums of columns: the gradient of a bias before it.
+
+    Args:
+        kind: ``"sigmoid"`` or ``"silu"``.
+        dy: the gradient of the output, in whose place that of the input is written. Like ``x``,
+            contiguous.
+        x: ``(rows, columns)`` or ``(parts, rows, columns)``, bfloat16 or float16: for ``"sigmoid"``
+            the output, for ``"silu"`` the input. Copied if it is not contiguous.
+        sums: ``(columns,)`` or ``(parts, columns)`` in the dtype of ``x``, contiguous. The sums of
+            the gradient over rows are written there. They are of float32 numbers, rounded once, in
+            an order that depends on the shape alone.
+
+    Returns:
+        For ``"silu"`` the output, else None.
+    """
+    return kernels.load("column_sums").activation_gradient(**locals())
+
+
+def column_sums(x: Tensor, sums: Tensor, other: Tensor | None, other_sums: Tensor | None) -> None:
+    """``sums = x.sum(-2)``, in float32 and rounded once, in an order that depends on shapes alone.
+
+    Args:
+        x: ``(rows, columns)`` or ``(parts, rows, columns)``, bfloat16 or float16. Copied if it is
+            not contiguous.
+        sums: ``(columns,)`` or ``(parts, columns)`` in the dtype of ``x``, contiguous: written.
+        other, other_sums: another such pair, or None.
+    """
+    return kernels.load("column_sums").column_sums(**locals())

@@ -16,6 +16,7 @@ Operations:
 - ``sequence_tables``: the index tensors of packed sequences
 - ``rotation``: rotary embedding, forward and backward
 - ``block_rows``: rows of the learned compression, gathered and scattered
+- ``column_sums``: gradients of activations and of biases
 - ``means``: means of blocks, forward and backward
 - ``gated_sum``: the gated sum of branches, forward and backward
 - ``few_keys``: the delta of queries that see a few compressed keys

@@ -88,6 +88,19 @@ def exchange_in_quad(words: cute.Tensor, lane: Int32) -> cute.Tensor:
     return words
 
 
+def load_peer(sX: cute.Tensor, place: Int32, peer: int, cluster: int) -> cute.Numeric:
+    """Element ``place`` of what CTA ``peer`` of the cluster has where this one has ``sX``."""
+    pointer = of_peer(sX.iterator, peer, cluster) + place
+    rX = cute.make_rmem_tensor(1, sX.element_type)
+    cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(1)), rX)
+    return rX[0]
+
+
+def of_peer(pointer: cute.Pointer, peer: int, cluster: int) -> cute.Pointer:
+    """Where CTA ``peer`` of the cluster has what ``pointer`` points to."""
+    return cute.arch.map_dsmem_ptr(pointer, Int32(peer)) if cluster > 1 else pointer
+
+
 @cute.jit
 def dot(a: cute.TensorSSA, b: cute.TensorSSA) -> Float32:
     """Sum of products of two float32 vectors."""
