@@ -45,7 +45,7 @@ def backward_bytes(sizes: Sizes) -> int:
 
     While a branch runs, memory holds the output gradients, if written, of the branches still to
     come, the branch's own gradients, and those of the branches before it. The last pass needs less
-    than the last branch of tile mode: the same sums of keys, and fewer gradients of queries.
+    than the last branch where that leaves sums of keys: these, and fewer gradients of queries.
     """
     douts, query, keys = output_gradient_bytes(sizes), sizes.query, 2 * sizes.key
     dout_cmp, dout_slc, _ = douts
