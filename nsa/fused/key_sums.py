@@ -85,14 +85,14 @@ class KeySums:
         return ((end, pair[which]) for end, call in self._calls for pair in call.windows)
 
 
-def leaves_sums(plan: Plan, *, compressed: bool, deterministic: bool) -> bool:
+def leaves_sums(plan: Plan, *, given: bool, deterministic: bool) -> bool:
     """Whether the selected branch can leave sums of all keys, which :func:`round_sums` reads.
 
-    ``compressed`` says whether compressed keys are given, so that there are no gradients of means.
+    ``given`` says whether compressed keys are: then there are no gradients of means.
     """
     if plan.config.selection == "token":
-        # Means overlap there.
-        return compressed
+        # Means may overlap, and another kernel adds their gradients.
+        return given
     keys = plan.geometry.keys
     by_block = not deterministic and goes_by_query(plan.key_block, plan.head_dim)
     return by_block and keys.single and plan.keys.rows == keys.total

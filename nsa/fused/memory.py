@@ -59,7 +59,9 @@ def backward_bytes(sizes: Sizes) -> int:
     selected = dout_slc + of_window + selected_backward_bytes(sizes)
     compressed = dout_cmp + of_window + compressed_backward_bytes(sizes)
     if sizes.token_mode and not sizes.sums_queries:
-        selected, compressed = selected + dout_cmp, compressed + query + keys
+        # Gradients of keys may be sums in float32.
+        sums = 8 * sizes.key // sizes.itemsize
+        selected, compressed = selected + dout_cmp, compressed + query + sums
     else:
         # Gradients of compressed keys and values may be in float32.
         of_compressed = query + 8 * sizes.key_cmp // sizes.itemsize

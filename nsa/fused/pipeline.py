@@ -239,6 +239,8 @@ def backward(
     shared = inputs.k_slc is None
     if not (shared and inputs.k_cmp is not None and plan.keys_in_place):
         keys = None
+    given = inputs.k_cmp is not None
+    summed = shared and keys is None and leaves_sums(plan, given=given, deterministic=deterministic)
     placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
     branches = saved.pop()
     k_cmp, v_cmp = branches.k_cmp, branches.v_cmp
@@ -267,11 +269,6 @@ def backward(
     # The last kernel of token mode's selected branch then gives the whole gradient.
     token_mode = plan.config.selection == "token"
     last = query_sums is not None and token_mode
-    # In token mode only there, because sums take more memory than gradients.
-    summed = shared and keys is None and (last or not token_mode)
-    summed = summed and leaves_sums(
-        plan, compressed=inputs.k_cmp is not None, deterministic=deterministic
-    )
 
     def selected() -> tuple[Tensor, Tensor, Tensor]:
         others = None

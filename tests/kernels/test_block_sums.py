@@ -18,27 +18,28 @@ def as_added(x: torch.Tensor) -> torch.Tensor:
     return parts.permute(0, 4, 1, 5, 3, 6, 2, 7).reshape(x.shape).contiguous()
 
 
+@pytest.mark.parametrize("tensors", [1, 2])
 @pytest.mark.parametrize("last", [None, 1, 71, 192])
 @pytest.mark.parametrize("mean_dtype", [None, torch.float32, "own"], ids=str)
 @pytest.mark.parametrize("dim", [64, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sums_are_rounded_with_what_is_added(dtype, dim, mean_dtype, last):
+def test_sums_are_rounded_with_what_is_added(dtype, dim, mean_dtype, last, tensors):
     """Of two entries, and blocks of means that end before the keys do."""
-    shape = (2, 192, 3, dim)
+    shape, factors = (tensors, 2, 192, 3, dim), (0.3, 1.0)[:tensors]
     sums = torch.randn(shape, device="cuda")
     added, exact = {}, {}
     if last is not None:
-        rows = torch.randn(2, last, 3, dim, device="cuda").to(dtype)
-        added["last"], exact["last"] = slice_of_heads(rows), rows.double()
+        rows = torch.randn(tensors, 2, last, 3, dim, device="cuda").to(dtype)
+        added["last"], exact["last"] = [slice_of_heads(x) for x in rows], rows.double()
     if mean_dtype is not None:
         dmean_dtype = dtype if mean_dtype == "own" else mean_dtype
-        dmean = torch.randn(2, 5, 3, dim, device="cuda").to(dmean_dtype)
-        added |= dict(dmean=dmean, block_size=32)
-        exact |= dict(dmean=dmean.double(), block_size=32)
+        dmeans = torch.randn(tensors, 2, 5, 3, dim, device="cuda").to(dmean_dtype)
+        added |= dict(dmeans=dmeans.unbind(), block_size=32)
+        exact |= dict(dmeans=dmeans.double(), block_size=32)
     out = torch.full(shape, torch.nan, dtype=dtype, device="cuda")
-    kernel_calls.round_listed_sums(as_added(sums), out, 0.3, **added)
+    kernel_calls.round_listed_sums([as_added(x) for x in sums], out.unbind(), factors, **added)
     expected = torch.empty(shape, dtype=torch.float64, device="cuda")
-    emulated_kernels.round_listed_sums(sums.double(), expected, 0.3, **exact)
+    emulated_kernels.round_listed_sums(sums.double(), expected, factors, **exact)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), expected, rtol=eps, atol=1e-5)
 
@@ -47,4 +48,4 @@ def test_other_shapes_are_refused():
     sums, out = (torch.zeros(64, 2, 64, dtype=x, device="cuda") for x in (None, torch.float16))
     for wrong in (out[:, :1], out[None], out.float(), torch.cat((out, out))):
         with pytest.raises(ValueError, match="last is"):
-            kernel_calls.round_listed_sums(sums, out, 1.0, wrong)
+            kernel_calls.round_listed_sums((sums, sums), (out, out), (1.0, 1.0), (out, wrong))

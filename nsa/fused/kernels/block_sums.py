@@ -119,7 +119,8 @@ class ConvertBlockSums:
     def _convert(self, sums: _Sums, sizes: _Sizes, piece: Int32):
         if piece < sizes.pieces:
             vectors = const_expr(self.head_dim // VECTOR)
-            halves = [load_vector(sums.total, Int64(piece) * 2 * VECTOR + i * VECTOR) for i in range(2)]
+            start = Int64(piece) * 2 * VECTOR
+            halves = [load_vector(sums.total, start + i * VECTOR) for i in range(2)]
             row, rest = piece % _ROWS, piece // _ROWS
             vector, rest = rest % vectors, rest // vectors
             row += rest % (TILE_KEYS // WARP_ROWS) * WARP_ROWS

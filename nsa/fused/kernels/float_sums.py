@@ -106,13 +106,13 @@ class ConvertSums:
         if quad < sums.quads:
             offset = Int64(quad) * _QUAD_COLUMNS
             halves = [load_vector(sums.total, offset + i * VECTOR) for i in range(2)]
-            at, added = Int32(-1), []
+            at, added = Int32(-1), [[], []]
             if const_expr(sums.last is not None):
                 # Loads without a condition go out together; what is not wanted is not added.
                 entry = quad // sums.of_entry
                 at = quad - entry * sums.of_entry - (sums.of_entry - sums.of_last)
                 last = (Int64(entry) * sums.of_last + cutlass.max(at, 0)) * _QUAD_COLUMNS
-                added = [load_vector(sums.last, last + i * VECTOR) for i in range(2)]
+                added = [[load_vector(sums.last, last + i * VECTOR)] for i in range(2)]
             for i in cutlass.range_constexpr(2):
                 # Column 8 i + 2 t + c stands at 4 t + 2 i + c: thread t of the quad had it.
                 out = cute.make_rmem_tensor(VECTOR, Float32)
@@ -120,9 +120,9 @@ class ConvertSums:
                     for c in cutlass.range_constexpr(2):
                         out[2 * t + c] = halves[t // 2][t % 2 * 4 + 2 * i + c]
                 out.store(out.load() * sums.factor)
-                if const_expr(sums.last is not None):
+                for j in cutlass.range_constexpr(len(added[i])):
                     if at >= 0:
-                        out.store(out.load() + added[i].load().to(Float32))
+                        out.store(out.load() + added[i][j].load().to(Float32))
                 store_vector(out.load(), sums.out, offset + i * VECTOR)
 
 
