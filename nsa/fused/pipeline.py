@@ -239,7 +239,8 @@ def backward(
     shared = inputs.k_slc is None
     if not (shared and inputs.k_cmp is not None and plan.keys_in_place):
         keys = None
-    summed = shared and keys is None and not deterministic and leaves_sums(plan)
+    given = inputs.k_cmp is not None
+    summed = shared and keys is None and leaves_sums(plan, given=given, deterministic=deterministic)
     placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
     branches = saved.pop()
     k_cmp, v_cmp = branches.k_cmp, branches.v_cmp

@@ -249,28 +249,32 @@ def added(dq, dk, dv, sums, scale):
     return dq, *sums
 
 
-def round_listed_sums(sums, out, factor, last=None, dmean=None, block_size=1) -> None:
-    keys = sums.shape[-3]
-    assert keys % 64 == 0
-    assert sums.is_contiguous()
-    assert out.is_contiguous()
-    assert sums.shape == out.shape
-    total = sums * factor
-    if last is not None:
-        assert last.dtype == out.dtype
-        total[..., keys - last.shape[-3] :, :, :] += last
-    if dmean is not None:
-        assert dmean.dtype in (out.dtype, torch.float32)
-        share = dmean.to(total.dtype).repeat_interleave(block_size, dim=-3) / block_size
-        total[..., : share.shape[-3], :, :] += share
-    out.copy_(total)
+def round_listed_sums(sums, outs, factors, last=None, dmeans=None, block_size=1) -> None:
+    assert all(x.shape[-3] % 64 == 0 for x in sums)
+    _round_sums(sums, outs, factors, last, dmeans, block_size)
 
 
-def round_sums(sums, out, factor) -> None:
-    assert sums.is_contiguous()
-    assert out.is_contiguous()
-    assert sums.shape == out.shape
-    out.copy_(sums * factor)
+def round_sums(sums, outs, factors, last=None) -> None:
+    _round_sums(sums, outs, factors, last)
+
+
+def _round_sums(sums, outs, factors, last, dmeans=None, block_size=1) -> None:
+    """Each rounded once."""
+    lasts, means = ([None] * len(sums) if x is None else x for x in (last, dmeans))
+    assert len(sums) in (1, 2)
+    for total, out, factor, added, dmean in zip(sums, outs, factors, lasts, means, strict=True):
+        assert total.is_contiguous()
+        assert out.is_contiguous()
+        assert total.shape == out.shape
+        total = total * factor
+        if added is not None:
+            assert added.dtype == out.dtype
+            total[..., total.shape[-3] - added.shape[-3] :, :, :] += added
+        if dmean is not None:
+            assert dmean.dtype in (out.dtype, torch.float32)
+            share = dmean.to(total.dtype).repeat_interleave(block_size, dim=-3) / block_size
+            total[..., : share.shape[-3], :, :] += share
+        out.copy_(total)
 
 
 def query_gradient(

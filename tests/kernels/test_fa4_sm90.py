@@ -30,6 +30,7 @@ CLASSES = {
     "FlashAttentionBackwardSm90": "Backward",
     "BackwardThroughHeads": "Backward",
     "FlashAttentionBackwardPostprocess": "Postprocess",
+    "ConvertKeySums": "ConvertKeys",
     "CuSeqlensToBlocksKernel": "TileStarts",
 }
 
@@ -270,15 +271,15 @@ def test_kernels_of_a_call_write_and_read_the_same_memory(call, calls):
     if not grads:
         return
     (main,) = place["Backward"]
-    queries, *keys = place["Postprocess"]
+    (queries,) = place["Postprocess"]
     for padded in place.get("PadStatistics", ()):
         assert padded["mPaddedLse"] == main["mLSE"]
         assert padded["mPaddedDelta"] == main["mdPsum"]
     assert main["mdQaccum"] == queries["mdQaccum"]
     given = [main["mdK"], main["mdV"]]
-    if keys:
-        assert [x["mdQaccum"] for x in keys] == given
-        given = [x["mdQ"] for x in keys]
+    for both in place.get("ConvertKeys", ()):
+        assert [both["mdKaccum"], both["mdVaccum"]] == given
+        given = [both["mdK"], both["mdV"]]
     assert [queries["mdQ"], *given] == [x.data_ptr() for x in grads]
 
 

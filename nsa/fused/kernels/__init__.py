@@ -56,6 +56,7 @@ FlashAttention-4:
 - ``fa4_closing``: its forward that ends with the gated sum
 - ``fa4_heads``: its backward with CTAs that pass through several heads
 - ``fa4_near_blocks``: that of a window that attends near blocks too
+- ``fa4_key_sums``: its conversion of float32 sums, for keys and values at once
 
 Device functions that several kernels share:
 

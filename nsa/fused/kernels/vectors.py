@@ -175,6 +175,18 @@ def check_output(name: str, x: Tensor) -> None:
         )
 
 
+def check_added(name: str, x: Tensor, out: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise unless ``x (..., R, H, D)`` has at most as many rows as ``out``, and one of
+    ``dtypes``."""
+    *leading, rows, heads, dim = out.shape
+    fits = x.shape[:-3] == out.shape[:-3] and x.shape[-2:] == out.shape[-2:]
+    if not fits or x.ndim != out.ndim or x.shape[-3] > rows or x.dtype not in dtypes:
+        raise ValueError(
+            f"{name} is {tuple(x.shape)} of {x.dtype}; it must be "
+            f"{(*leading, f'at most {rows}', heads, dim)} of one of {dtypes}"
+        )
+
+
 def is_aligned(x: Tensor) -> bool:
     return x.data_ptr() % _ALIGNMENT == 0
 
