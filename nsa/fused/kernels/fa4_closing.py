@@ -11,7 +11,7 @@ while it ends one, the queries and the first keys of the next one arrive.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import cutlass
@@ -422,7 +422,7 @@ class ClosingForward(FlashAttentionForwardSm90):
         tiled_mma = cute.make_tiled_mma(warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16)))
         logits = cute.make_rmem_tensor(((2, 2), 1, 1), Float32)
         logits.fill(0.0)
-        for group in cutlass.range(self.tile_hdim // (QUAD * VECTOR), unroll=1):
+        for group in cutlass.range_constexpr(self.tile_hdim // (QUAD * VECTOR)):
             vector = group * QUAD + lane % QUAD
             weight = load_vector(mWeight, start + vector * VECTOR)
             q = []
@@ -707,6 +707,7 @@ def launch_closing(
     kernel(*_closing_arguments(call, out, lse, branches))
 
 
+@lru_cache(maxsize=256)
 def closing_ctas(tiles: int, processors: int) -> int:
     """CTAs that share the tiles, in equal parts. A processor has one CTA at a time, so their last
     wave costs as much as a full one."""
