@@ -79,6 +79,7 @@ def calls(monkeypatch, together):
         )
     # Tensors are on a CPU.
     monkeypatch.setattr(head_rows, "check_float", lambda *_: None)
+    monkeypatch.setattr(fa4_closing, "sm_count", lambda _: 4)
     return calls
 
 
@@ -292,9 +293,21 @@ def test_the_kernel_that_adds_up_reads_and_writes_what_the_caller_has(keep, call
     assert named["mLSE"] is lse
     branches = named["branches"]
     assert branches.heads == HEADS
+    # Of 2 sequences and 2 KV heads, 6 tiles each: 4 CTAs at a time.
+    assert branches.ctas == 4
     assert branches.strides == (HEADS * DIM, HEADS * DIM)
     assert (branches.o_win is None) == (o_win is None) == (not keep)
     assert not keep or branches.o_win.data_ptr() == o_win.data_ptr()
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 131, 132, 133, 1368, 2000, 21846, 10**6])
+def test_ctas_of_several_tiles_do_not_make_longer_waves(tiles):
+    ctas = fa4_closing.closing_ctas(tiles, 132)
+    part = -(-tiles // ctas)
+    assert -(-tiles // part) == ctas
+    # Nor more of them than a fortieth, where there are enough to choose from.
+    waves = -(-tiles // 132)
+    assert waves <= -(-ctas // 132) * part <= max(waves, -(-waves * 41 // 40))
 
 
 def test_two_kernels_add_up_where_shared_memory_has_no_room(calls, monkeypatch):
