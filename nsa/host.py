@@ -26,6 +26,10 @@ class RecordingMode(TorchDispatchMode):
         """Note a call of ``function`` that gave ``result``: a tensor, several, or None."""
         raise NotImplementedError
 
+    def mark(self, name: str, function: Callable[[], None]) -> None:
+        """Note a mark of :mod:`nsa.recorded_streams`, which ``function`` carries out later."""
+        raise NotImplementedError
+
 
 class NotRecordable(Exception):
     """Raised where a call does what may differ in a later call of the same form."""

@@ -44,7 +44,8 @@ class Step(NamedTuple):
     :class:`Nested`, or constants.
 
     ``made`` is the memory of its result, or of each of its results, None for what is not new.
-    ``done`` are memories that no later step uses.
+    ``done`` are memories that no later step uses. With a ``clause``, ``try`` or ``finally``, the
+    step begins that.
     """
 
     function: Callable
@@ -52,6 +53,7 @@ class Step(NamedTuple):
     keywords: dict[str, Any]
     made: int | tuple[int | None, ...] | None
     done: tuple[int, ...]
+    clause: str | None = None
 
 
 class Writer:
@@ -64,11 +66,12 @@ class Writer:
         self._values: dict[str, Any] = {"reinterpret": _reinterpret_tensor}
         self._names: dict[int, str] = {}
         self._number = count()
+        self._indent = "    "
 
     def take(self, memories: Sequence[int], source: str) -> None:
         """Take these memories from the end of the list ``source``, which it no longer holds."""
         for memory in reversed(memories):
-            self._lines.append(f"m{memory} = {source}.pop()")
+            self._write(f"m{memory} = {source}.pop()")
 
     def step(self, step: Step) -> None:
         """Call a function, and delete what no later one uses."""
@@ -80,9 +83,19 @@ class Writer:
             names = ["_" if memory is None else f"m{memory}" for memory in step.made]
             done += ["_"] if "_" in names else []
             line = f"[{', '.join(names)}] = {line}"
-        self._lines.append(line)
+        if step.clause == "finally":
+            self._indent = self._indent[4:]
+        if step.clause is not None:
+            self._write(f"{step.clause}:")
+            self._indent += "    "
+        self._write(line)
+        if step.clause == "finally":
+            self._indent = self._indent[4:]
         if done:
-            self._lines.append(f"del {', '.join(done)}")
+            self._write(f"del {', '.join(done)}")
+
+    def _write(self, line: str) -> None:
+        self._lines.append(self._indent + line)
 
     def call(self, function: Callable, arguments: Sequence, keywords: dict | None = None) -> str:
         written = [self.value(x) for x in arguments]
@@ -117,8 +130,9 @@ class Writer:
 
     def finish(self, parameters: str, result: str) -> Callable:
         """The function of ``parameters``, which gives ``result``."""
-        body = "".join(f"    {line}\n" for line in (*self._lines, f"return {result}"))
-        exec(f"def run({parameters}):\n{body}", self._values)
+        self._write(f"return {result}")
+        lines = (f"def run({parameters}):", *self._lines)
+        exec("\n".join(lines), self._values)
         return self._values.pop("run")
 
 

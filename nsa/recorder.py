@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from nsa.host import NotRecordable, RecordingMode
 from nsa.recorded_call import Recording
 from nsa.recorded_code import Base, Nested, Step, View, Writer, contiguous_strides
+from nsa.recorded_streams import Fork, in_order
 
 _ALIGNMENT = 512
 """Bytes to which PyTorch aligns memory on a GPU."""
@@ -44,6 +45,7 @@ class Recorder(RecordingMode):
         self._views: Counter[View] = Counter()
         # Steps that allocate, and whether they fill with zeros.
         self._allocations: dict[int, bool] = {}
+        self._marks: list[int] = []
         self._dout: int | None = None
         self._device = given[0].device
 
@@ -73,6 +75,15 @@ class Recorder(RecordingMode):
         self._steps.append(Step(function, arguments, keywords, made, ()))
         new = made if isinstance(made, tuple) else (made,)
         self._uses.append(uses.union(new) - {None})
+
+    def mark(self, name: str, function: Callable[[], None]) -> None:
+        """Note that ``function`` is to fork, enter a block, or join."""
+        if name != Fork._fields[len(self._marks) % len(Fork._fields)]:
+            raise NotRecordable("a fork is within another")
+        self._marks.append(len(self._steps))
+        clause = {"fork": "try", "join": "finally"}.get(name)
+        self._steps.append(Step(function, (), {}, None, (), clause))
+        self._uses.append(set())
 
     def end_forward(self, out: Tensor | list[Tensor]) -> None:
         """Note the output, or each of a list.
@@ -110,36 +121,61 @@ class Recorder(RecordingMode):
         places = [None if x is None else self._place(x, at_end) for x in grads]
         if not all(x is None or isinstance(x, View) for x in places):
             raise NotRecordable("a gradient is a constant")
-        first: dict[int, int] = {}
-        last: dict[int, int] = {}
-        for at, uses in enumerate((*self._uses, at_end)):
-            for number in uses:
-                first.setdefault(number, at)
-                last[number] = at
+        self._uses.append(at_end)
+        outputs = {number for number, _ in self._outputs}
+        forks = self._fork_where_safe(outputs)
+        first, last = self._lifetimes()
         in_backward = [number for number, at in last.items() if at >= self._split]
         early = (n for n in in_backward if n < self._num_given or first[n] < self._split)
         saved = tuple(sorted(early)) if grads else ()
-        outputs = {number for number, _ in self._outputs}
         if not outputs.isdisjoint(saved):
             raise NotRecordable("the backward needs the output")
-        steps = []
-        for at, (step, uses) in enumerate(zip(self._steps, self._uses, strict=True)):
+        forward: list[Step] = []
+        backward: list[Step] = []
+        unused = set(self._marks).difference(*forks)
+        for at in in_order(len(self._steps), forks, self._allocations):
+            if at in unused:
+                continue
+            step, uses = self._steps[at], self._uses[at]
             done = tuple(n for n in uses if last[n] == at and n not in outputs)
             function = step.function
             if at in self._allocations:
                 function = self._allocation(step.made, zeros=self._allocations[at])
+            steps = forward if at < self._split else backward
             steps.append(step._replace(function=function, done=done))
         results = outputs.union(saved, at_end)
         zeros = {self._steps[at].made for at, filled in self._allocations.items() if filled}
         forward, backward = (
-            self._join_zeros(part, zeros - results)
-            for part in (steps[: self._split], steps[self._split :])
+            self._join_zeros(part, zeros - results) for part in (forward, backward)
         )
         return Recording(
             run_forward=self._write_forward(forward, saved),
             saved=saved,
             run_backward=self._write_backward(backward, saved, places) if grads else None,
         )
+
+    def _lifetimes(self) -> tuple[dict[int, int], dict[int, int]]:
+        """The positions of the first and of the last use of each memory."""
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for at, uses in enumerate(self._uses):
+            for number in uses:
+                first.setdefault(number, at)
+                last[number] = at
+        return first, last
+
+    def _fork_where_safe(self, outputs: set[int]) -> list[Fork]:
+        """The forks that are safe, whose joins then use the memories that must live up to them."""
+        forks = []
+        _, last = self._lifetimes()
+        last |= dict.fromkeys(outputs, len(self._steps))
+        marks = iter(self._marks)
+        for fork in map(Fork, marks, marks, marks):
+            memories = fork.first_streams(self._steps, self._uses, self._allocations, last)
+            if memories is not None:
+                self._uses[fork.join] |= memories
+                forks.append(fork)
+        return forks
 
     def _write_forward(self, steps: Sequence[Step], saved: Sequence[int]) -> Callable:
         writer = Writer(self._bases)
@@ -177,8 +213,9 @@ class Recorder(RecordingMode):
         if zeros:
             return partial(torch.zeros, base.shape, **kind)
         if self._device.type == "cuda":
-            # As Inductor allocates, in half the time. A call runs on its device.
-            return partial(_empty_strided_cuda, base.shape, base.strides, base.dtype)
+            # As Inductor allocates, in half the time. A call runs on its device. PyTorch 2.11 takes
+            # tuples alone, not sizes.
+            return partial(_empty_strided_cuda, tuple(base.shape), tuple(base.strides), base.dtype)
         return partial(torch.empty_strided, base.shape, base.strides, **kind)
 
     def _join_zeros(self, steps: list[Step], zeros: set[Any]) -> list[Step]:
@@ -208,7 +245,7 @@ class Recorder(RecordingMode):
         self._bases.append(whole)
         view = View(number, whole.shape, whole.strides, 0)
         for place, base, start in zip(places, bases, ends, strict=False):
-            arguments = (view, tuple(base.shape), base.strides, start)
+            arguments = (view, tuple(base.shape), tuple(base.strides), start)
             place[0] = place[0]._replace(function=_reinterpret_tensor, arguments=arguments)
         places[-1][0] = places[-1][0]._replace(done=(*places[-1][0].done, number))
         fill = self._allocation(number, zeros=True)

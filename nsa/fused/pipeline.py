@@ -97,7 +97,7 @@ def attend(
         q_rows = plan.align_queries(q)
         if not token_mode and not selects_beside:
             block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
-        beside = SideStream(q) if selects_beside else nullcontext()
+        beside = SideStream(q, recorded=True) if selects_beside else nullcontext()
         o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
         if token_mode and block_indices is None:
             block_indices = _select_by_token(q, q_rows, k_cmp, lse_cmp, plan)
