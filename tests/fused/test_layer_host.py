@@ -40,7 +40,7 @@ def make_layer(mode, dtype=torch.bfloat16, **options):
 @modes
 @pytest.mark.parametrize(
     ("form", "most"),
-    [("batched", (13, 20)), ("packing", (13, 19)), ("boundaries", (13, 19)), ("bare", (14, 19))],
+    [("batched", (11, 18)), ("packing", (12, 17)), ("boundaries", (12, 17)), ("bare", (13, 17))],
 )
 def test_operations_of_a_step(mode, form, most, monkeypatch):
     calls = count_kernel_calls(monkeypatch)
