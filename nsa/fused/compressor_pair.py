@@ -43,14 +43,12 @@ def compress_pair_backward(
     dk: Tensor,
     dv: Tensor,
     saved: list[Tensor],
-    shape: Sequence[int],
-    places: BlockPlaces,
     parameters: Sequence[Tensor],
     *,
     trained: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of the ``x`` of this shape, and of the parameters if they are ``trained``, each in
-    memory of its own. ``saved`` is emptied."""
+    """Gradients of the rows of blocks, ``(2, M, H_kv, l, D)``, and of the parameters if they are
+    ``trained``, each in memory of its own. ``saved`` is emptied."""
     flat, hidden = saved
     saved.clear()
     shapes = _pair_shapes(parameters)
@@ -76,7 +74,7 @@ def compress_pair_backward(
             # Copies, because a view would keep the memory of all gradients.
             grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
             torch._foreach_copy_(grads, [x for both in found for x in both])
-        return kernel_calls.scatter_blocks(drows, tuple(shape), places), grads
+        return drows, grads
 
 
 def _pair_shapes(parameters: Sequence[Tensor]) -> list[torch.Size]:

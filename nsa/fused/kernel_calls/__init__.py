@@ -29,8 +29,10 @@ from nsa.fused.kernel_calls.layer_calls import (
     activation_gradient,
     column_sums,
     gather_blocks,
+    product_gradient,
     rotate,
     scatter_blocks,
+    split_product,
 )
 from nsa.fused.kernel_calls.plan_calls import (
     count_query_tiles,

@@ -1,4 +1,7 @@
-"""Parts of the layer: rotary embedding, tokens of compressed blocks, gradients of biases."""
+"""Parts of the layer: rotary embedding, tokens of compressed blocks, gradients of biases, and the
+product of all projections."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -99,3 +102,63 @@ def column_sums(x: Tensor, sums: Tensor, other: Tensor | None, other_sums: Tenso
         other, other_sums: another such pair, or None.
     """
     return kernels.load("column_sums").column_sums(**locals())
+
+
+def split_product(
+    product: Tensor,
+    heads: int,
+    kv_heads: int,
+    branches: int,
+    head_dim: int,
+    width: int,
+    bounds: Tensor | None,
+    theta: float,
+) -> tuple[Tensor, ...]:
+    """Queries, and keys and values of each branch, of a product that has them side by side.
+
+    Queries and keys are rotated as by :func:`rotate`, each row by its index in its sequence.
+
+    Args:
+        product: ``(B, T, C)``, bfloat16 or float16. Columns are those of ``H`` heads of queries,
+            then for each branch those of ``H_kv`` heads of keys and as many of values; any others
+            come last. Copied if it is not contiguous.
+        heads, kv_heads: ``H`` and ``H_kv``.
+        branches: those with keys of their own.
+        head_dim: channels D of a head, a multiple of 16 up to 256.
+        width: channels W of a head in the results, such a multiple too; those past D are 0.
+        bounds: int32 ``(S + 1,)``, where each packed sequence starts, then where the last ends.
+            None: each entry of a batch is one.
+        theta: base of the wavelengths, at least 1.
+
+    Returns:
+        Queries ``(B, T, H, W)``, and of each branch keys and values ``(B, T, H_kv, W)``.
+    """
+    return kernels.load("product").split_product(**locals())
+
+
+def product_gradient(
+    gradients: Sequence[Tensor],
+    dhidden: Tensor | None,
+    drows: Tensor | None,
+    places: BlockPlaces | None,
+    head_dim: int,
+    bounds: Tensor | None,
+    theta: float,
+) -> Tensor:
+    """The gradient of the ``product`` of :func:`split_product`, of which all columns are used.
+
+    Args:
+        gradients: of queries ``(B, T, H, W)``, and of keys and values of each branch
+            ``(B, T, H_kv, W)``, in one dtype, bfloat16 or float16. Slices of heads are read in
+            place.
+        dhidden: of the columns past those of heads, ``(B, T, .)`` or ``(B * T, .)``; None without
+            any.
+        drows: of the rows of compressed blocks of the first branch's keys and values,
+            ``(2, M, H_kv, l, D)``; None without a compressor. Copied if it is not contiguous.
+        places: the blocks, with ``drows``.
+        head_dim, bounds, theta: as in forward.
+
+    Returns:
+        ``(B, T, C)``, each element rounded once.
+    """
+    return kernels.load("product").product_gradient(**locals())
