@@ -107,8 +107,15 @@ class Packing:
         """
         return self if self._rounded is None else self._rounded
 
-    def unread(self, tokens: int) -> tuple[Tensor, int] | None:
-        """The boundaries and ``max_seqlen`` of :attr:`rounded`, for calls that do not read them.
+    @property
+    def bounds(self) -> list[Tensor]:
+        """The boundaries, and those of the keys if they may be others."""
+        if self.cu_seqlens_k is self.cu_seqlens:
+            return [self.cu_seqlens]
+        return [self.cu_seqlens, self.cu_seqlens_k]
+
+    def unread(self, tokens: int) -> "Packing | None":
+        """:attr:`rounded`, for calls that do not read its boundaries.
 
         None where calls would read them, if there are no such boundaries, and if there are not
         ``tokens`` in all.
@@ -120,8 +127,7 @@ class Packing:
             or sum(self.lengths or ()) != tokens
         ):
             return None
-        assert rounded.max_seqlen is not None  # as the lengths were read
-        return rounded.cu_seqlens, rounded.max_seqlen
+        return rounded
 
     def _round(self) -> "Packing | None":
         if not self.lengths or self.cu_seqlens_k is not self.cu_seqlens:

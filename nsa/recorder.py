@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch._ops import OpOverload
 from nsa.host import NotRecordable, RecordingMode
 from nsa.recorded_call import Recording
 from nsa.recorded_code import Base, Nested, Step, View, Writer, contiguous_strides
+from nsa.recorded_plan import NO_PLAN, Effect, PlanSteps, find_plan
 
 _ALIGNMENT = 512
 """Bytes to which PyTorch aligns memory on a GPU."""
@@ -27,20 +29,24 @@ memory lives."""
 
 
 class Recorder(RecordingMode):
-    """Notes the operations and launches on this thread, and on that of its backward."""
+    """Notes the operations and launches on this thread, and on that of its backward.
 
-    def __init__(self, given: Sequence[Tensor]):
+    Args:
+        given: the tensors that the call is for.
+        boundaries: which of them are the boundaries of a Packing.
+    """
+
+    def __init__(self, given: Sequence[Tensor], boundaries: Sequence[int] = ()):
         super().__init__()
         self._mark = object()
         self._bases: list[Base] = []
         self._steps: list[Step] = []
-        # Memories that each step uses or makes.
-        self._uses: list[set[int]] = []
+        self._effects: list[Effect] = []
         for x in given:
             if self._number_of(x) is not None:
                 raise NotRecordable("parameters share memory")
             self._add(x, given=True)
-        self._num_given = len(given)
+        self._num_given, self._boundaries = len(given), tuple(boundaries)
         self._views: Counter[View] = Counter()
         # Steps that allocate, and whether they fill with zeros.
         self._allocations: dict[int, bool] = {}
@@ -57,13 +63,25 @@ class Recorder(RecordingMode):
             if "zeros" in name and not result.is_contiguous():
                 raise NotRecordable("zeros have an order of their own")
             self._allocations[len(self._steps)] = "zeros" in name
-            self.note(func, (), {}, result)
+            self._add_step(func, (), {}, result, (), pure=True, allocates=True)
         elif func._schema.is_mutable or _makes_new(args, kwargs, result):
-            self.note(_DIRECT.get(func, func), args, kwargs, result)
+            written, pure = _written(func, args, kwargs), not func._schema.is_mutable
+            self._add_step(_DIRECT.get(func, func), args, kwargs, result, written, pure=pure)
         return result
 
     def note(self, function: Callable, args: Sequence, kwargs: dict, result: Any) -> None:
         """Note a call that gave ``result``: a tensor, several, or None."""
+        self._add_step(function, args, kwargs, result, (), pure=self.of_plan, launches=True)
+
+    def _add_step(
+        self,
+        function: Callable,
+        args: Sequence,
+        kwargs: dict,
+        result: Any,
+        written: Sequence,
+        **kind: bool,
+    ) -> None:
         uses: set[int] = set()
         arguments = tuple(self._place(x, uses) for x in args)
         keywords = {name: self._place(x, uses) for name, x in kwargs.items()}
@@ -71,8 +89,9 @@ class Recorder(RecordingMode):
         if isinstance(result, (tuple, list)):
             made = tuple(map(self._number_of_new, result))
         self._steps.append(Step(function, arguments, keywords, made, ()))
-        new = made if isinstance(made, tuple) else (made,)
-        self._uses.append(uses.union(new) - {None})
+        new = set(made if isinstance(made, tuple) else (made,)) - {None}
+        writes = {self._number_of(x) for x in tensors_in(written)} - {None}
+        self._effects.append(Effect(uses | new, new, writes, **kind))
 
     def end_forward(self, out: Tensor | list[Tensor]) -> None:
         """Note the output, or each of a list.
@@ -110,45 +129,69 @@ class Recorder(RecordingMode):
         places = [None if x is None else self._place(x, at_end) for x in grads]
         if not all(x is None or isinstance(x, View) for x in places):
             raise NotRecordable("a gradient is a constant")
+        outputs = {number for number, _ in self._outputs}
+        plan = self._find_plan(outputs | at_end)
+        rest = [at for at in range(len(self._steps)) if at not in set(plan.steps)]
+        order = [*plan.steps, *rest]
+        start = len(plan.steps)
+        end = start + sum(at < self._split for at in rest)
         first: dict[int, int] = {}
         last: dict[int, int] = {}
-        for at, uses in enumerate((*self._uses, at_end)):
+        for at, uses in enumerate((*(self._effects[i].uses for i in order), at_end)):
             for number in uses:
                 first.setdefault(number, at)
                 last[number] = at
-        in_backward = [number for number, at in last.items() if at >= self._split]
-        early = (n for n in in_backward if n < self._num_given or first[n] < self._split)
+        in_backward = [number for number, at in last.items() if at >= end]
+        early = (n for n in in_backward if n < self._num_given or first[n] < end)
         saved = tuple(sorted(early)) if grads else ()
-        outputs = {number for number, _ in self._outputs}
         if not outputs.isdisjoint(saved):
             raise NotRecordable("the backward needs the output")
         steps = []
-        for at, (step, uses) in enumerate(zip(self._steps, self._uses, strict=True)):
-            done = tuple(n for n in uses if last[n] == at and n not in outputs)
+        for at, i in enumerate(order):
+            step = self._steps[i]
+            done = tuple(n for n in self._effects[i].uses if last[n] == at and n not in outputs)
             function = step.function
-            if at in self._allocations:
-                function = self._allocation(step.made, zeros=self._allocations[at])
+            if i in self._allocations:
+                function = self._allocation(step.made, zeros=self._allocations[i])
             steps.append(step._replace(function=function, done=done))
-        results = outputs.union(saved, at_end)
+        results = outputs.union(saved, at_end, plan.memories)
         zeros = {self._steps[at].made for at, filled in self._allocations.items() if filled}
-        forward, backward = (
+        of_plan, forward, backward = (
             self._join_zeros(part, zeros - results)
-            for part in (steps[: self._split], steps[self._split :])
+            for part in (steps[:start], steps[start:end], steps[end:])
         )
         return Recording(
-            run_forward=self._write_forward(forward, saved),
+            run_plan=self._write_plan(of_plan, plan.memories) if plan.memories else None,
+            run_forward=self._write_forward(forward, saved, plan.memories),
             saved=saved,
             run_backward=self._write_backward(backward, saved, places) if grads else None,
         )
 
-    def _write_forward(self, steps: Sequence[Step], saved: Sequence[int]) -> Callable:
+    def _find_plan(self, results: set[int]) -> PlanSteps:
+        given = [*range(self._num_given), *([] if self._dout is None else [self._dout])]
+        others = [number for number in given if number not in self._boundaries]
+        if not self._boundaries:
+            return NO_PLAN
+        return find_plan(self._effects, self._boundaries, others, results)
+
+    def _write_plan(self, steps: Sequence[Step], memories: Sequence[int]) -> Callable:
+        """One function for all calls that have the same plan, by which a Packing keeps it."""
         writer = Writer(self._bases)
-        writer.take(range(self._num_given), "given")
+        writer.take(self._boundaries, "boundaries")
+        for step in steps:
+            writer.step(step)
+        return writer.finish("boundaries", f"[{', '.join(map(writer.memory, memories))}]", _plans)
+
+    def _write_forward(
+        self, steps: Sequence[Step], saved: Sequence[int], plan: Sequence[int]
+    ) -> Callable:
+        writer = Writer(self._bases)
+        writer.take([*range(self._num_given), *plan], "given")
         for step in steps:
             writer.step(step)
         outputs = [View(n, shape, contiguous_strides(shape), 0) for n, shape in self._outputs]
         output = writer.value(Nested(list, tuple(outputs)) if self._is_list else outputs[0])
-        return writer.finish("given", f"{output}, [{', '.join(f'm{n}' for n in saved)}]")
+        return writer.finish("given", f"{output}, [{', '.join(map(writer.memory, saved))}]")
 
     def _write_backward(
         self, steps: Sequence[Step], saved: Sequence[int], gradients: Sequence[View | None]
@@ -262,6 +305,8 @@ class Recorder(RecordingMode):
         return x
 
 
+_plans: WeakValueDictionary[Any, Callable] = WeakValueDictionary()
+
 _NOT_RECORDABLE = {
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
@@ -292,6 +337,13 @@ _DIRECT: dict[OpOverload, Callable] = {
     torch.ops.aten._foreach_copy_.default: torch._foreach_copy_,
 }
 """Functions that do the same as operations, and take less time to call."""
+
+
+def _written(func: OpOverload, args: tuple, kwargs: dict) -> tuple:
+    """The arguments that an operation writes."""
+    names = [x.name for x in func._schema.arguments if x.alias_info and x.alias_info.is_write]
+    given = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
+    return tuple(given[name] for name in names if name in given)
 
 
 def _makes_new(args: tuple, kwargs: dict, result: Any) -> bool:

@@ -1,12 +1,13 @@
 """Emulated kernels as steps of a recording, as the launches of real ones are."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nsa.fused import fa4, kernel_calls
-from nsa.host import RecordingMode
+from nsa.host import RecordingMode, launches_of_plan
 from nsa.recorder import tensors_in
 from tests.helpers import (
     emulated_fa4,
@@ -22,10 +23,13 @@ def note_kernels(replace: Callable):
     for module in (emulated_kernels, emulated_token_kernels, emulated_plan):
         names += [(kernel_calls, name) for name in module.NAMES]
     for module, name in names:
-        replace(module, name, _noted(getattr(module, name)))
+        replace(module, name, noted(getattr(module, name)))
 
 
-def _noted(function: Callable) -> Callable:
+def noted(function: Callable) -> Callable:
+    """``function`` as a step. A kernel says that it is of a plan as the real one does."""
+    of_plan = function.__name__ in emulated_plan.NAMES
+
     def results(*args, **kwargs) -> list:
         return list(tensors_in(function(*args, **kwargs)))
 
@@ -36,7 +40,8 @@ def _noted(function: Callable) -> Callable:
             return function(*args, **kwargs)
         with _disable_current_modes():
             result = function(*args, **kwargs)
-        recorder.note(results, args, kwargs, list(tensors_in(result)))
+        with launches_of_plan() if of_plan else nullcontext():
+            recorder.note(results, args, kwargs, list(tensors_in(result)))
         return result
 
     return call
