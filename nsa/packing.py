@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nsa.host import has_readable_values, is_capturing, may_keep
+from nsa.host import has_readable_values, is_capturing, may_keep, refuse_recording
 
 MAX_KEPT = 16
 """Results that a Packing keeps. Few, because index tensors are as long as the sequences."""
@@ -187,7 +187,11 @@ def find_packing(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None) -> Pack
         return None
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     same = _is_alias(cu_seqlens, packing.cu_seqlens)
-    return packing if same and _is_alias(cu_seqlens_k, packing.cu_seqlens_k) else None
+    if not same or not _is_alias(cu_seqlens_k, packing.cu_seqlens_k):
+        return None
+    # What it keeps would be constants of the recording, which is for other boundaries too.
+    refuse_recording("what a Packing keeps is for its boundaries alone")
+    return packing
 
 
 def _is_alias(x: Tensor, own: Tensor) -> bool:

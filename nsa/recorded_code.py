@@ -87,7 +87,8 @@ class Writer:
             line = f"[{', '.join(names)}] = {line}"
         self._lines.append(line)
         done = sorted(map(self.memory, step.done))
-        done += ["_"] if line.startswith("[") and None in step.made else []
+        if isinstance(step.made, tuple) and None in step.made:
+            done.append("_")
         if done:
             self._lines.append(f"del {', '.join(done)}")
 

@@ -2,9 +2,11 @@
 
 These make the plan: index tensors, which are the same for all layers and steps with these
 boundaries. So they are run apart from the others, and what they give is kept with the boundaries.
+Nothing else may write to that: of operations this is known, launches of a plan promise it
+(:func:`nsa.host.launches_of_plan`), and the recorder compares the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -39,61 +41,63 @@ class PlanSteps(NamedTuple):
 NO_PLAN = PlanSteps((), ())
 
 
-def find_plan(
-    effects: Sequence[Effect],
-    boundaries: Sequence[int],
-    others: Sequence[int],
-    results: set[int],
-) -> PlanSteps:
-    """The steps that depend on ``boundaries`` alone, not on the ``others`` that are given.
-
-    There are none if one of the ``results`` of the call, or of what other steps write, is of them.
-    Launches write to no memory of a plan, but those that make it.
-    """
-    search = _Search(boundaries, others)
-    for at, effect in enumerate(effects):
-        search.add(at, effect)
-    others_use = set().union(*(e.uses for at, e in enumerate(effects) if at not in search.steps))
-    written = set().union(*(e.writes for at, e in enumerate(effects) if at not in search.steps))
-    if not search.plan.isdisjoint(results | written):
-        return NO_PLAN
-    memories = sorted(others_use & search.plan - set(boundaries))
-    return PlanSteps(tuple(sorted(search.steps)), tuple(memories)) if memories else NO_PLAN
-
-
-class _Search:
-    """Takes steps in order.
+class PlanSearch:
+    """Finds the steps that depend on boundaries alone, from all steps in order.
 
     Of a memory that depends on nothing, such as an allocated one, the first step that uses it with
     another kind of memory decides: steps of the plan take it, with the steps that made it.
+
+    Args:
+        boundaries: their memories.
+        others: the memories of what else is given.
     """
 
-    def __init__(self, boundaries: Sequence[int], others: Sequence[int]):
-        self.steps: set[int] = set()
-        self.plan = set(boundaries)
-        self._others = set(others)
+    def __init__(self, boundaries: Iterable[int], others: Iterable[int]):
+        self.others = set(others)
+        self._boundaries = set(boundaries)
+        self._plan = set(self._boundaries)
+        self._steps: set[int] = set()
+        self._effects: list[Effect] = []
         # The steps that make a memory of neither, and the memories of these steps.
         self._origins: dict[int, tuple[set[int], set[int]]] = {}
         self._allocated: set[int] = set()
 
-    def add(self, at: int, effect: Effect) -> None:
-        inputs = effect.uses - effect.makes
+    def add(self, effect: Effect) -> bool:
+        """Take the next step; gives whether it is one of the plan."""
+        at, inputs = len(self._effects), effect.uses - effect.makes
+        self._effects.append(effect)
         if effect.allocates:
             self._allocated |= effect.makes
         free = [self._origins[n] for n in inputs if n in self._origins]
         steps = {at}.union(*(steps for steps, _ in free))
         memories = set(effect.uses).union(*(memories for _, memories in free))
-        # What an operation reads and a kernel may add to has other values in each call.
-        reads_allocated = not effect.launches and not self._allocated.isdisjoint(inputs - self.plan)
-        if not effect.pure or reads_allocated or not self._others.isdisjoint(memories):
-            self._others |= effect.uses - self.plan
-            for n in effect.uses:
-                self._origins.pop(n, None)
-        elif not self.plan.isdisjoint(memories):
-            self.steps |= steps
-            self.plan |= memories
-            for n in memories:
-                self._origins.pop(n, None)
+        # What an operation reads and a launch may add to has other values in each call.
+        added_to = self._allocated & inputs - self._plan
+        may_be = effect.pure and (effect.launches or not added_to)
+        if not may_be or not self.others.isdisjoint(memories):
+            self.others |= effect.uses - self._plan
+            decided = effect.uses
+        elif not self._plan.isdisjoint(memories):
+            self._steps |= steps
+            self._plan |= memories
+            decided = memories
         else:
-            for n in effect.uses if effect.launches else effect.makes:
-                self._origins[n] = steps, memories
+            made = effect.uses if effect.launches else effect.makes
+            self._origins |= dict.fromkeys(made, (steps, memories))
+            return False
+        for n in decided:
+            self._origins.pop(n, None)
+        return at in self._steps
+
+    def finish(self, results: set[int]) -> PlanSteps:
+        """The steps of the plan. There are none if one of the ``results`` of the call, or of what
+        other operations write, is of the plan."""
+        effects = [effect for at, effect in enumerate(self._effects) if at not in self._steps]
+        used, written = set[int](), set(results)
+        for effect in effects:
+            used |= effect.uses
+            written |= effect.writes
+        memories = sorted(used & self._plan - self._boundaries)
+        if not memories or not self._plan.isdisjoint(written):
+            return NO_PLAN
+        return PlanSteps(tuple(sorted(self._steps)), tuple(memories))

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from nsa.host import NotRecordable, RecordingMode
 from nsa.recorded_call import Recording
 from nsa.recorded_code import Base, Nested, Step, View, Writer, contiguous_strides
-from nsa.recorded_plan import NO_PLAN, Effect, PlanSteps, find_plan
+from nsa.recorded_plan import NO_PLAN, Effect, PlanSearch, PlanSteps
 
 _ALIGNMENT = 512
 """Bytes to which PyTorch aligns memory on a GPU."""
@@ -47,6 +47,12 @@ class Recorder(RecordingMode):
                 raise NotRecordable("parameters share memory")
             self._add(x, given=True)
         self._num_given, self._boundaries = len(given), tuple(boundaries)
+        self._plan = None
+        if self._boundaries:
+            others = set(range(len(given))).difference(self._boundaries)
+            self._plan = PlanSearch(self._boundaries, others)
+        # Results of its operations, and copies.
+        self._copies: list[tuple[Tensor, Tensor]] = []
         self._views: Counter[View] = Counter()
         # Steps that allocate, and whether they fill with zeros.
         self._allocations: dict[int, bool] = {}
@@ -89,9 +95,12 @@ class Recorder(RecordingMode):
         if isinstance(result, (tuple, list)):
             made = tuple(map(self._number_of_new, result))
         self._steps.append(Step(function, arguments, keywords, made, ()))
-        new = set(made if isinstance(made, tuple) else (made,)) - {None}
-        writes = {self._number_of(x) for x in tensors_in(written)} - {None}
-        self._effects.append(Effect(uses | new, new, writes, **kind))
+        new = {n for n in (made if isinstance(made, tuple) else (made,)) if n is not None}
+        writes = {n for n in map(self._number_of, tensors_in(written)) if n is not None}
+        effect = Effect(uses | new, new, writes, **kind)
+        self._effects.append(effect)
+        if self._plan is not None and self._plan.add(effect) and not effect.launches:
+            self._copies += [(x, x.clone()) for x in tensors_in((result,))]
 
     def end_forward(self, out: Tensor | list[Tensor]) -> None:
         """Note the output, or each of a list.
@@ -121,6 +130,8 @@ class Recorder(RecordingMode):
         """A gradient of the output to record the backward with."""
         dout = torch.zeros_like(out, memory_format=torch.contiguous_format)
         self._dout = self._add(dout, given=True)
+        if self._plan is not None:
+            self._plan.others.add(self._dout)
         return dout
 
     def finish(self, grads: Sequence[Tensor | None]) -> Recording:
@@ -168,11 +179,9 @@ class Recorder(RecordingMode):
         )
 
     def _find_plan(self, results: set[int]) -> PlanSteps:
-        given = [*range(self._num_given), *([] if self._dout is None else [self._dout])]
-        others = [number for number in given if number not in self._boundaries]
-        if not self._boundaries:
+        if self._plan is None or not all(torch.equal(*pair) for pair in self._copies):
             return NO_PLAN
-        return find_plan(self._effects, self._boundaries, others, results)
+        return self._plan.finish(results)
 
     def _write_plan(self, steps: Sequence[Step], memories: Sequence[int]) -> Callable:
         """One function for all calls that have the same plan, by which a Packing keeps it."""

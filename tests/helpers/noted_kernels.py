@@ -1,5 +1,6 @@
 """Emulated kernels as steps of a recording, as the launches of real ones are."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
@@ -23,10 +24,27 @@ def note_kernels(replace: Callable):
     for module in (emulated_kernels, emulated_token_kernels, emulated_plan):
         names += [(kernel_calls, name) for name in module.NAMES]
     for module, name in names:
-        replace(module, name, noted(getattr(module, name)))
+        replace(module, name, _noted(getattr(module, name)))
 
 
-def noted(function: Callable) -> Callable:
+def count_plan_kernels(replace: Callable) -> Counter:
+    """How often each kernel of plans runs from now on, in recordings too."""
+    found: Counter = Counter()
+
+    def counted(function: Callable) -> Callable:
+        @wraps(function)
+        def call(*args, **kwargs):
+            found[function.__name__] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in emulated_plan.NAMES:
+        replace(kernel_calls, name, _noted(counted(getattr(emulated_plan, name))))
+    return found
+
+
+def _noted(function: Callable) -> Callable:
     """``function`` as a step. A kernel says that it is of a plan as the real one does."""
     of_plan = function.__name__ in emulated_plan.NAMES
 

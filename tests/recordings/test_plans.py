@@ -2,8 +2,7 @@
 
 import gc
 import weakref
-from collections import Counter
-from functools import partial, wraps
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +10,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import nsa
 from nsa import recordings
-from nsa.fused import kernel_calls
 from nsa.host import launches_of_plan
 from nsa.testing import make_cu_seqlens
-from tests.helpers import emulated_plan
-from tests.helpers.noted_kernels import noted
+from tests.helpers.noted_kernels import count_plan_kernels
 from tests.helpers.recorded_layers import PRESETS, make_layer, modes, new_input, with_gradients
 
 FORMS = [[150, 1, 149], [0, 10, 255, 35], [140, 30, 130], [300 - 129, 128, 1, 0]]
@@ -23,22 +20,7 @@ FORMS = [[150, 1, 149], [0, 10, 255, 35], [140, 30, 130], [300 - 129, 128, 1, 0]
 
 @pytest.fixture
 def launches(emulated, unread, monkeypatch):
-    """How often each kernel of plans ran."""
-    found = Counter()
-
-    def count(name):
-        function = getattr(emulated_plan, name)
-
-        @wraps(function)
-        def counted(*args, **kwargs):
-            found[name] += 1
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(kernel_calls, name, noted(counted))
-
-    for name in emulated_plan.NAMES:
-        count(name)
-    return found
+    return count_plan_kernels(monkeypatch.setattr)
 
 
 def new_packing(lengths) -> nsa.Packing:
@@ -214,6 +196,12 @@ def written_after(x, bounds):
     return y * table
 
 
+def launched_at(x, bounds):
+    table = bounds[:3] * 2
+    recordings.launch(add, x.int(), bounds[:3], table)
+    return x * table
+
+
 def of_an_input_before(x, bounds):
     index = torch.arange(3, dtype=torch.int32)
     later = index * 2
@@ -238,6 +226,7 @@ def no_use(x, bounds):
         (filled_before, 1),
         (read_before, 0),
         (written_after, 0),
+        (launched_at, 0),
         (of_an_input_before, 0),
         (of_the_output, 0),
         (no_use, 0),
