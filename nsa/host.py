@@ -30,6 +30,10 @@ class RecordingMode(TorchDispatchMode):
         """Note a call of ``function`` that gave ``result``: a tensor, several, or None."""
         raise NotImplementedError
 
+    def mark(self, name: str, function: Callable[[], None]) -> None:
+        """Note a mark of :mod:`nsa.recorded_streams`, which ``function`` carries out later."""
+        raise NotImplementedError
+
 
 @contextmanager
 def launches_of_plan() -> Iterator[None]:

@@ -45,7 +45,8 @@ class Step(NamedTuple):
     :class:`Nested`, or constants.
 
     ``made`` is the memory of its result, or of each of its results, None for what is not new.
-    ``done`` are memories that no later step uses.
+    ``done`` are memories that no later step uses. With a ``clause``, ``try`` or ``finally``, the
+    step begins that.
     """
 
     function: Callable
@@ -53,6 +54,7 @@ class Step(NamedTuple):
     keywords: dict[str, Any]
     made: int | tuple[int | None, ...] | None
     done: tuple[int, ...]
+    clause: str | None = None
 
 
 class Writer:
@@ -67,11 +69,12 @@ class Writer:
         self._number = count()
         # In the order of their first use, so that calls which do the same have the same code.
         self._memories: dict[int, str] = {}
+        self._indent = "    "
 
     def take(self, memories: Sequence[int], source: str) -> None:
         """Take these memories from the end of the list ``source``, which it no longer holds."""
         for memory in reversed(memories):
-            self._lines.append(f"{self.memory(memory)} = {source}.pop()")
+            self._write(f"{self.memory(memory)} = {source}.pop()")
 
     def memory(self, number: int) -> str:
         """The variable of a memory."""
@@ -85,12 +88,22 @@ class Writer:
         elif step.made is not None:
             names = ["_" if memory is None else self.memory(memory) for memory in step.made]
             line = f"[{', '.join(names)}] = {line}"
-        self._lines.append(line)
+        if step.clause == "finally":
+            self._indent = self._indent[4:]
+        if step.clause is not None:
+            self._write(f"{step.clause}:")
+            self._indent += "    "
+        self._write(line)
+        if step.clause == "finally":
+            self._indent = self._indent[4:]
         done = sorted(map(self.memory, step.done))
         if isinstance(step.made, tuple) and None in step.made:
             done.append("_")
         if done:
-            self._lines.append(f"del {', '.join(done)}")
+            self._write(f"del {', '.join(done)}")
+
+    def _write(self, line: str) -> None:
+        self._lines.append(self._indent + line)
 
     def call(self, function: Callable, arguments: Sequence, keywords: dict | None = None) -> str:
         written = [self.value(x) for x in arguments]
@@ -128,11 +141,11 @@ class Writer:
     ) -> Callable:
         """The function of ``parameters``, which gives ``result``; one of the ``known`` if that does
         the same."""
-        body = "".join(f"    {line}\n" for line in (*self._lines, f"return {result}"))
-        key = (body, *map(_comparable, self._values.values()))
+        self._write(f"return {result}")
+        key = (*self._lines, *map(_comparable, self._values.values()))
         run = None if known is None else known.get(key)
         if run is None:
-            exec(f"def run({parameters}):\n{body}", self._values)
+            exec("\n".join((f"def run({parameters}):", *self._lines)), self._values)
             run = self._values.pop("run")
             if known is not None:
                 known[key] = run

@@ -6,8 +6,12 @@ Nothing else may write to that: of operations this is known, launches of a plan 
 (:func:`nsa.host.launches_of_plan`), and the recorder compares the rest.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
 
 
 class Effect(NamedTuple):
@@ -48,7 +52,7 @@ class PlanSearch:
     another kind of memory decides: steps of the plan take it, with the steps that made it.
 
     Args:
-        boundaries: their memories.
+        boundaries: their memories; without any there is no plan.
         others: the memories of what else is given.
     """
 
@@ -61,9 +65,19 @@ class PlanSearch:
         # The steps that make a memory of neither, and the memories of these steps.
         self._origins: dict[int, tuple[set[int], set[int]]] = {}
         self._allocated: set[int] = set()
+        # Results of operations of the plan, and copies.
+        self._results: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, effect: Effect) -> bool:
-        """Take the next step; gives whether it is one of the plan."""
+    def add(self, effect: Effect, results: Iterable[Tensor] = ()) -> None:
+        """Take the next step and its results."""
+        if not self._boundaries:
+            return
+        at = len(self._effects)
+        self._place(effect)
+        if at in self._steps and not effect.launches:
+            self._results += [(x, x.clone()) for x in results]
+
+    def _place(self, effect: Effect) -> None:
         at, inputs = len(self._effects), effect.uses - effect.makes
         self._effects.append(effect)
         if effect.allocates:
@@ -84,14 +98,15 @@ class PlanSearch:
         else:
             made = effect.uses if effect.launches else effect.makes
             self._origins |= dict.fromkeys(made, (steps, memories))
-            return False
+            decided = set()
         for n in decided:
             self._origins.pop(n, None)
-        return at in self._steps
 
     def finish(self, results: set[int]) -> PlanSteps:
         """The steps of the plan. There are none if one of the ``results`` of the call, or of what
-        other operations write, is of the plan."""
+        other steps write, is of the plan."""
+        if not all(torch.equal(x, copy) for x, copy in self._results):
+            return NO_PLAN
         effects = [effect for at, effect in enumerate(self._effects) if at not in self._steps]
         used, written = set[int](), set(results)
         for effect in effects:
@@ -101,3 +116,10 @@ class PlanSearch:
         if not memories or not self._plan.isdisjoint(written):
             return NO_PLAN
         return PlanSteps(tuple(sorted(self._steps)), tuple(memories))
+
+
+def written_by(func: OpOverload, args: Sequence, kwargs: dict[str, Any]) -> tuple:
+    """The arguments that an operation writes."""
+    names = [x.name for x in func._schema.arguments if x.alias_info and x.alias_info.is_write]
+    given = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
+    return tuple(given[name] for name in names if name in given)

@@ -18,7 +18,8 @@ from torch._ops import OpOverload
 from nsa.host import NotRecordable, RecordingMode
 from nsa.recorded_call import Recording
 from nsa.recorded_code import Base, Nested, Step, View, Writer, contiguous_strides
-from nsa.recorded_plan import NO_PLAN, Effect, PlanSearch, PlanSteps
+from nsa.recorded_plan import Effect, PlanSearch, PlanSteps, written_by
+from nsa.recorded_streams import Fork, in_order
 
 _ALIGNMENT = 512
 """Bytes to which PyTorch aligns memory on a GPU."""
@@ -41,21 +42,19 @@ class Recorder(RecordingMode):
         self._mark = object()
         self._bases: list[Base] = []
         self._steps: list[Step] = []
-        self._effects: list[Effect] = []
+        # Memories that each step uses or makes.
+        self._uses: list[set[int]] = []
         for x in given:
             if self._number_of(x) is not None:
                 raise NotRecordable("parameters share memory")
             self._add(x, given=True)
         self._num_given, self._boundaries = len(given), tuple(boundaries)
-        self._plan = None
-        if self._boundaries:
-            others = set(range(len(given))).difference(self._boundaries)
-            self._plan = PlanSearch(self._boundaries, others)
-        # Results of its operations, and copies.
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        others = set(range(len(given))).difference(self._boundaries)
+        self._plan = PlanSearch(self._boundaries, others)
         self._views: Counter[View] = Counter()
         # Steps that allocate, and whether they fill with zeros.
         self._allocations: dict[int, bool] = {}
+        self._marks: list[int] = []
         self._dout: int | None = None
         self._device = given[0].device
 
@@ -69,25 +68,18 @@ class Recorder(RecordingMode):
             if "zeros" in name and not result.is_contiguous():
                 raise NotRecordable("zeros have an order of their own")
             self._allocations[len(self._steps)] = "zeros" in name
-            self._add_step(func, (), {}, result, (), pure=True, allocates=True)
+            self._add_step((func, (), {}), result, pure=True, allocates=True)
         elif func._schema.is_mutable or _makes_new(args, kwargs, result):
-            written, pure = _written(func, args, kwargs), not func._schema.is_mutable
-            self._add_step(_DIRECT.get(func, func), args, kwargs, result, written, pure=pure)
+            written, pure = written_by(func, args, kwargs), not func._schema.is_mutable
+            self._add_step((_DIRECT.get(func, func), args, kwargs), result, written, pure=pure)
         return result
 
     def note(self, function: Callable, args: Sequence, kwargs: dict, result: Any) -> None:
         """Note a call that gave ``result``: a tensor, several, or None."""
-        self._add_step(function, args, kwargs, result, (), pure=self.of_plan, launches=True)
+        self._add_step((function, args, kwargs), result, pure=self.of_plan, launches=True)
 
-    def _add_step(
-        self,
-        function: Callable,
-        args: Sequence,
-        kwargs: dict,
-        result: Any,
-        written: Sequence,
-        **kind: bool,
-    ) -> None:
+    def _add_step(self, call: tuple, result: Any, written: Sequence = (), **kind: bool) -> None:
+        function, args, kwargs = call
         uses: set[int] = set()
         arguments = tuple(self._place(x, uses) for x in args)
         keywords = {name: self._place(x, uses) for name, x in kwargs.items()}
@@ -97,10 +89,18 @@ class Recorder(RecordingMode):
         self._steps.append(Step(function, arguments, keywords, made, ()))
         new = {n for n in (made if isinstance(made, tuple) else (made,)) if n is not None}
         writes = {n for n in map(self._number_of, tensors_in(written)) if n is not None}
-        effect = Effect(uses | new, new, writes, **kind)
-        self._effects.append(effect)
-        if self._plan is not None and self._plan.add(effect) and not effect.launches:
-            self._copies += [(x, x.clone()) for x in tensors_in((result,))]
+        self._uses.append(uses | new)
+        self._plan.add(Effect(uses | new, new, writes, **kind), tensors_in((result,)))
+
+    def mark(self, name: str, function: Callable[[], None]) -> None:
+        """Note that ``function`` is to fork, enter a block, or join."""
+        if name != Fork._fields[len(self._marks) % len(Fork._fields)]:
+            raise NotRecordable("a fork is within another")
+        self._marks.append(len(self._steps))
+        clause = {"fork": "try", "join": "finally"}.get(name)
+        self._steps.append(Step(function, (), {}, None, (), clause))
+        self._uses.append(set())
+        self._plan.add(Effect(set(), set(), set(), pure=False))
 
     def end_forward(self, out: Tensor | list[Tensor]) -> None:
         """Note the output, or each of a list.
@@ -130,8 +130,7 @@ class Recorder(RecordingMode):
         """A gradient of the output to record the backward with."""
         dout = torch.zeros_like(out, memory_format=torch.contiguous_format)
         self._dout = self._add(dout, given=True)
-        if self._plan is not None:
-            self._plan.others.add(self._dout)
+        self._plan.others.add(self._dout)
         return dout
 
     def finish(self, grads: Sequence[Tensor | None]) -> Recording:
@@ -141,35 +140,35 @@ class Recorder(RecordingMode):
         if not all(x is None or isinstance(x, View) for x in places):
             raise NotRecordable("a gradient is a constant")
         outputs = {number for number, _ in self._outputs}
-        plan = self._find_plan(outputs | at_end)
-        rest = [at for at in range(len(self._steps)) if at not in set(plan.steps)]
-        order = [*plan.steps, *rest]
-        start = len(plan.steps)
-        end = start + sum(at < self._split for at in rest)
-        first: dict[int, int] = {}
-        last: dict[int, int] = {}
-        for at, uses in enumerate((*(self._effects[i].uses for i in order), at_end)):
-            for number in uses:
-                first.setdefault(number, at)
-                last[number] = at
-        in_backward = [number for number, at in last.items() if at >= end]
-        early = (n for n in in_backward if n < self._num_given or first[n] < end)
+        plan = self._put_plan_first(outputs | at_end)
+        self._uses.append(at_end)
+        forks = self._fork_where_safe(outputs)
+        first, last = self._lifetimes()
+        in_backward = [number for number, at in last.items() if at >= self._split]
+        early = (n for n in in_backward if n < self._num_given or first[n] < self._split)
         saved = tuple(sorted(early)) if grads else ()
         if not outputs.isdisjoint(saved):
             raise NotRecordable("the backward needs the output")
-        steps = []
-        for at, i in enumerate(order):
-            step = self._steps[i]
-            done = tuple(n for n in self._effects[i].uses if last[n] == at and n not in outputs)
+        of_plan: list[Step] = []
+        forward: list[Step] = []
+        backward: list[Step] = []
+        unused = set(self._marks).difference(*forks)
+        for at in in_order(len(self._steps), forks, self._allocations):
+            if at in unused:
+                continue
+            step, uses = self._steps[at], self._uses[at]
+            done = tuple(n for n in uses if last[n] == at and n not in outputs)
             function = step.function
-            if i in self._allocations:
-                function = self._allocation(step.made, zeros=self._allocations[i])
+            if at in self._allocations:
+                function = self._allocation(step.made, zeros=self._allocations[at])
+            steps = forward if at < self._split else backward
+            if at < len(plan.steps):
+                steps = of_plan
             steps.append(step._replace(function=function, done=done))
         results = outputs.union(saved, at_end, plan.memories)
         zeros = {self._steps[at].made for at, filled in self._allocations.items() if filled}
         of_plan, forward, backward = (
-            self._join_zeros(part, zeros - results)
-            for part in (steps[:start], steps[start:end], steps[end:])
+            self._join_zeros(part, zeros - results) for part in (of_plan, forward, backward)
         )
         return Recording(
             run_plan=self._write_plan(of_plan, plan.memories) if plan.memories else None,
@@ -178,10 +177,41 @@ class Recorder(RecordingMode):
             run_backward=self._write_backward(backward, saved, places) if grads else None,
         )
 
-    def _find_plan(self, results: set[int]) -> PlanSteps:
-        if self._plan is None or not all(torch.equal(*pair) for pair in self._copies):
-            return NO_PLAN
-        return self._plan.finish(results)
+    def _lifetimes(self) -> tuple[dict[int, int], dict[int, int]]:
+        """The positions of the first and of the last use of each memory."""
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for at, uses in enumerate(self._uses):
+            for number in uses:
+                first.setdefault(number, at)
+                last[number] = at
+        return first, last
+
+    def _fork_where_safe(self, outputs: set[int]) -> list[Fork]:
+        """The forks that are safe, whose joins then use the memories that must live up to them."""
+        forks = []
+        _, last = self._lifetimes()
+        last |= dict.fromkeys(outputs, len(self._steps))
+        marks = iter(self._marks)
+        for fork in map(Fork, marks, marks, marks):
+            memories = fork.first_streams(self._steps, self._uses, self._allocations, last)
+            if memories is not None:
+                self._uses[fork.join] |= memories
+                forks.append(fork)
+        return forks
+
+    def _put_plan_first(self, results: set[int]) -> PlanSteps:
+        """Put the steps of the plan before all others."""
+        plan = self._plan.finish(results)
+        others = set(range(len(self._steps))).difference(plan.steps)
+        order = [*plan.steps, *sorted(others)]
+        position = {at: new for new, at in enumerate(order)}
+        self._steps = [self._steps[at] for at in order]
+        self._uses = [self._uses[at] for at in order]
+        self._allocations = {position[at]: zeros for at, zeros in self._allocations.items()}
+        self._marks = [position[at] for at in self._marks]
+        self._split = len(plan.steps) + sum(at < self._split for at in others)
+        return plan
 
     def _write_plan(self, steps: Sequence[Step], memories: Sequence[int]) -> Callable:
         """One function for all calls that have the same plan, by which a Packing keeps it."""
@@ -229,8 +259,9 @@ class Recorder(RecordingMode):
         if zeros:
             return partial(torch.zeros, base.shape, **kind)
         if self._device.type == "cuda":
-            # As Inductor allocates, in half the time. A call runs on its device.
-            return partial(_empty_strided_cuda, base.shape, base.strides, base.dtype)
+            # As Inductor allocates, in half the time. A call runs on its device. PyTorch 2.11 takes
+            # tuples alone, not sizes.
+            return partial(_empty_strided_cuda, tuple(base.shape), tuple(base.strides), base.dtype)
         return partial(torch.empty_strided, base.shape, base.strides, **kind)
 
     def _join_zeros(self, steps: list[Step], zeros: set[Any]) -> list[Step]:
@@ -260,7 +291,7 @@ class Recorder(RecordingMode):
         self._bases.append(whole)
         view = View(number, whole.shape, whole.strides, 0)
         for place, base, start in zip(places, bases, ends, strict=False):
-            arguments = (view, tuple(base.shape), base.strides, start)
+            arguments = (view, tuple(base.shape), tuple(base.strides), start)
             place[0] = place[0]._replace(function=_reinterpret_tensor, arguments=arguments)
         places[-1][0] = places[-1][0]._replace(done=(*places[-1][0].done, number))
         fill = self._allocation(number, zeros=True)
@@ -346,13 +377,6 @@ _DIRECT: dict[OpOverload, Callable] = {
     torch.ops.aten._foreach_copy_.default: torch._foreach_copy_,
 }
 """Functions that do the same as operations, and take less time to call."""
-
-
-def _written(func: OpOverload, args: tuple, kwargs: dict) -> tuple:
-    """The arguments that an operation writes."""
-    names = [x.name for x in func._schema.arguments if x.alias_info and x.alias_info.is_write]
-    given = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
-    return tuple(given[name] for name in names if name in given)
 
 
 def _makes_new(args: tuple, kwargs: dict, result: Any) -> bool:

@@ -118,7 +118,7 @@ def _parameters(layer: Layer, x: Tensor) -> list[Tensor | None] | None:
     plain, or do something else than those of which it has parameters."""
     if layer.rope_theta is None or layer.head_dim != layer.value_head_dim:
         return None
-    plain = plain_parameters(layer._modules, PLAIN_TYPES)
+    plain = plain_parameters(layer, PLAIN_TYPES)
     mlp, compressors = layer.gate_mlp, [layer.compress_k, layer.compress_v]
     compressors = [module for module in compressors if module is not None]
     kinds = [nn.Linear] * 4 + _OF_MLP * (mlp is not None) + _OF_COMPRESSOR * len(compressors)

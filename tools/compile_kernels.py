@@ -60,9 +60,11 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Our own kernels. A case has all forms of one file, for one dtype if the file has dtypes."""
     from nsa.fused.kernels import (
         block_rows,
+        column_sums,
         gated_sum,
         key_block_lists,
         means,
+        product,
         query_gradient,
         rotation,
         sequence_tables,
@@ -70,7 +72,8 @@ def own_cases(arch: str) -> Iterator[tuple[str, Callable[[], None]]]:
         top_blocks,
     )
 
-    by_dtype = [gated_sum, query_gradient, means, rotation, block_rows, tile_scores]
+    by_dtype = [gated_sum, query_gradient, means, rotation, block_rows, column_sums, product]
+    by_dtype += [tile_scores]
     others = [key_block_lists, top_blocks, sequence_tables]
     if arch == "sm_90a":
         # On Hopper's matrix instructions.

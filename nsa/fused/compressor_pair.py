@@ -43,14 +43,12 @@ def compress_pair_backward(
     dk: Tensor,
     dv: Tensor,
     saved: list[Tensor],
-    shape: Sequence[int],
-    places: BlockPlaces,
     parameters: Sequence[Tensor],
     *,
     trained: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of the ``x`` of this shape, and of the parameters if they are ``trained``, each in
-    memory of its own. ``saved`` is emptied."""
+    """Gradients of the rows of blocks, ``(2, M, H_kv, l, D)``, and of the parameters if they are
+    ``trained``, each in memory of its own. ``saved`` is emptied."""
     flat, hidden = saved
     saved.clear()
     shapes = _pair_shapes(parameters)
@@ -58,22 +56,25 @@ def compress_pair_backward(
         joined = _joined([*parameters[2:4], *parameters[6:8]], flat.dtype)
         weight, last_weight = _stacked(joined, shapes[1::2])
         dout = torch.cat((dk, dv)).view(2, -1, dk.shape[-1])
-        dhidden = torch.ops.aten.silu_backward(torch.bmm(dout, last_weight), hidden)
         found, grads = list[Tensor](), list[Tensor]()
         if trained:
             found = _stacked(flat.new_empty(sum(p.numel() for p in parameters)), shapes)
+        dbias = found[2] if trained else hidden.new_empty(2, hidden.shape[-1])
+        dhidden = torch.bmm(dout, last_weight)
+        active = kernel_calls.activation_gradient("silu", dhidden, hidden, dbias)
+        if trained:
+            assert active is not None
             torch.bmm(dhidden.mT, flat, out=found[1])
-            torch.sum(dhidden, 1, out=found[2])
-            torch.bmm(dout.mT, silu(hidden), out=found[3])
-            torch.sum(dout, 1, out=found[4])
-        del flat, hidden, dout
+            torch.bmm(dout.mT, active, out=found[3])
+        del flat, hidden, active
         drows = torch.bmm(dhidden, weight).view(2, *dk.shape[:2], *shapes[0])
         if trained:
-            torch.sum(drows, (1, 2), out=found[0])
+            rows = drows.flatten(1, 2).flatten(2)
+            kernel_calls.column_sums(dout, found[4], rows, found[0].flatten(1))
             # Copies, because a view would keep the memory of all gradients.
             grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
             torch._foreach_copy_(grads, [x for both in found for x in both])
-        return kernel_calls.scatter_blocks(drows, tuple(shape), places), grads
+        return drows, grads
 
 
 def _pair_shapes(parameters: Sequence[Tensor]) -> list[torch.Size]:

@@ -1,7 +1,7 @@
 """A call of FlashAttention-4's kernels: tensors, options, and the float32 sums of a backward."""
 
 import math
-from functools import partial
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -176,9 +176,7 @@ class Sums(NamedTuple):
         given = [] if dq is None else [dq]
         if not shapes:
             return cls(*given)
-        sizes = list(map(math.prod, shapes))
-        zeros = torch.zeros(sum(sizes), dtype=torch.float32, device=call.q.device).split(sizes)
-        return cls(*given, *(x.view(shape) for x, shape in zip(zeros, shapes, strict=True)))
+        return cls(*given, *_zeros(shapes, torch.float32, call.q.device))
 
 
 def new_query_sums(q: Tensor) -> Tensor:
@@ -208,17 +206,24 @@ class Semaphores(NamedTuple):
         """Zeros, or None where no CTA waits for another."""
         if not variant.deterministic:
             return cls()
-        zeros = partial(_zero_tiles, device=call.q.device)
-        dq = zeros(*rounded_rows(call.q, call.bounds[0], tile.queries), tile.queries)
-        if not variant.adds_keys:
-            return cls(dq)
-        leading, rows = rounded_rows(call.k, call.bounds[1], tile.keys)
-        return cls(dq, zeros(leading, rows, tile.keys), zeros(leading, rows, tile.keys))
+        shapes = [_tiles_shape(*rounded_rows(call.q, call.bounds[0], tile.queries), tile.queries)]
+        if variant.adds_keys:
+            rows = rounded_rows(call.k, call.bounds[1], tile.keys)
+            shapes += [_tiles_shape(*rows, tile.keys)] * 2
+        return cls(*_zeros(shapes, torch.int32, call.q.device))
 
 
-def _zero_tiles(leading: tuple[int, ...], rows: int, tile: int, device: torch.device) -> Tensor:
-    shape = (*(1,) * (2 - len(leading)), *leading, rows // tile, 1)
-    return torch.zeros(shape, dtype=torch.int32, device=device)
+def _tiles_shape(leading: tuple[int, ...], rows: int, tile: int) -> tuple[int, ...]:
+    return (*(1,) * (2 - len(leading)), *leading, rows // tile, 1)
+
+
+def _zeros(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> Iterator[Tensor]:
+    """Tensors of these shapes, filled at once."""
+    sizes = list(map(math.prod, shapes))
+    zeros = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
+    return (x.view(shape) for x, shape in zip(zeros, shapes, strict=True))
 
 
 def rounded_rows(x: Tensor, bounds: Tensor | None, tile: int) -> tuple[tuple[int, ...], int]:

@@ -10,6 +10,7 @@ from nsa.fused.compression import clear_unused, compress_pair_backward
 from nsa.fused.kernel_inputs import Pair
 from nsa.fused.key_sums import CallSums, round_sums
 from nsa.fused.plan import Plan
+from nsa.fused.strides import is_alone
 
 
 def key_gradients(
@@ -49,12 +50,17 @@ def key_gradients(
     else:
         found["k"], found["v"] = torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
     clear_unused(compressed, plan)
-    # Copies, because both may lie in one tensor, and results of a custom op must not.
-    dtype = inputs.k_cmp.dtype
-    copies = [x.new_empty(x.shape, dtype=dtype) for x in compressed]
-    torch._foreach_copy_(copies, compressed)
-    found["k_cmp"], found["v_cmp"] = copies
+    found["k_cmp"], found["v_cmp"] = _in_own_memory(compressed, inputs.k_cmp.dtype)
     return Inputs(**found)
+
+
+def _in_own_memory(gradients: Pair, dtype: torch.dtype) -> Pair:
+    """Copies, unless they are of the dtype and alone: who holds one would hold both."""
+    if all(x.dtype == dtype and is_alone(x) for x in gradients):
+        return gradients
+    dk, dv = copies = [x.new_empty(x.shape, dtype=dtype) for x in gradients]
+    torch._foreach_copy_(copies, gradients)  # in one launch
+    return dk, dv
 
 
 def _with_window(selected: Pair, window: Pair) -> Pair:

@@ -60,12 +60,13 @@ class KeySums:
         """Write the gradient of a run of keys (0) or values (1), without :meth:`windows`."""
         sums, factor = self._sums[which][keys], self._factors[which]
         if self._by_token:
-            kernel_calls.round_sums(sums, out, factor)
+            kernel_calls.round_sums((sums,), (out,), (factor,))
             return
         last = next((grad for end, grad in self._windows(which) if end == keys.stop), None)
         if last is not None:
             last = last[max(0, last.shape[0] - sums.shape[0]) :]
-        kernel_calls.round_listed_sums(sums, out, factor, last)
+        added = None if last is None else (last,)
+        kernel_calls.round_listed_sums((sums,), (out,), (factor,), added)
 
     def windows(self, which: int) -> Iterator[tuple[int, Tensor]]:
         """What must still be added: the window branch's gradients of consecutive keys (0) or values
@@ -84,10 +85,16 @@ class KeySums:
         return ((end, pair[which]) for end, call in self._calls for pair in call.windows)
 
 
-def leaves_sums(plan: Plan) -> bool:
-    """Whether the selected branch can leave sums of all keys, which :func:`round_sums` reads."""
+def leaves_sums(plan: Plan, *, given: bool, deterministic: bool) -> bool:
+    """Whether the selected branch can leave sums of all keys, which :func:`round_sums` reads.
+
+    ``given`` says whether compressed keys are: then there are no gradients of means.
+    """
+    if plan.config.selection == "token":
+        # Means may overlap, and another kernel adds their gradients.
+        return given
     keys = plan.geometry.keys
-    by_block = plan.config.selection == "tile" and goes_by_query(plan.key_block, plan.head_dim)
+    by_block = not deterministic and goes_by_query(plan.key_block, plan.head_dim)
     return by_block and keys.single and plan.keys.rows == keys.total
 
 
@@ -108,15 +115,15 @@ def round_sums(
         window: gradients of the last keys and values, ``(B, T', H_kv, D)``.
         dmeans: gradients of their means ``(B, M, H_kv, D)``; None if there are none.
     """
-    config, results = plan.config, []
+    config = plan.config
     factors = (config.softmax_scale(plan.head_dim), 1.0)
-    means = (None, None) if dmeans is None else dmeans
-    for total, factor, last, dmean in zip(sums, factors, window, means, strict=True):
-        out = torch.empty_like(total, dtype=dtype)
+    dk, dv = (torch.empty_like(total, dtype=dtype) for total in sums)
+    if config.selection == "token":
+        assert dmeans is None  # as for these no sums are left
+        kernel_calls.round_sums(sums, (dk, dv), factors, window)
+    else:
         size = config.compress_block_size
-        kernel_calls.round_listed_sums(total, out, factor, last, dmean, size)
-        results.append(out)
-    dk, dv = results
+        kernel_calls.round_listed_sums(sums, (dk, dv), factors, window, dmeans, size)
     return dk, dv
 
 

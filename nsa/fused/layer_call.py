@@ -1,7 +1,6 @@
 """The tensors of a layer of plain modules, what its backward needs, and what its calls do."""
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +66,7 @@ DIFFERENTIABLE = LayerInputs._fields[:-1]
 _FIRST_OF_COMPRESSORS = LayerInputs._fields.index("position_k")
 OF_COMPRESSORS = DIFFERENTIABLE[_FIRST_OF_COMPRESSORS:]
 OF_PRODUCT = ("q", "k", "v", "gate")
-KEYS_AND_VALUES = ("k", "v", "k_slc", "v_slc", "k_win", "v_win")
+OF_HEADS = ("q", "k", "v", "k_slc", "v_slc", "k_win", "v_win")
 
 
 class LayerSaved(NamedTuple):
@@ -146,13 +145,33 @@ class LayerCall(NamedTuple):
             schedule=schedule,
         )
 
-    def rotate(self, tensors: Sequence[Tensor], *, inverse: bool = False) -> list[Tensor]:
-        """Tokens rotated by their positions, or back; two in a launch."""
-        bounds, rotated = self.plan.cu_seqlens, list[Tensor]()
-        for x, other in zip_longest(tensors[::2], tensors[1::2]):
-            pair = kernel_calls.rotate(x, other, bounds, None, 0.0, 1, self.theta, inverse)
-            rotated += [x for x in pair if x is not None]
-        return rotated
+    def split(self, product: Tensor) -> dict[str, Tensor]:
+        """Queries, keys and values as attention gets them, rotated, of the product."""
+        heads = kernel_calls.split_product(
+            product if len(self.leading) == 2 else product[None],
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            branches=self.branches,
+            head_dim=self.head_dim,
+            width=self.kernel_dim,
+            bounds=self.plan.cu_seqlens,
+            theta=self.theta,
+        )
+        return dict(zip(OF_HEADS, heads, strict=False))
+
+    def join_gradients(self, found: Inputs, dhidden: Tensor | None, drows: Tensor | None) -> Tensor:
+        """The gradient of the product, from those of what is split from it, of ``hidden``, and of
+        the rows of the compressors."""
+        dproduct = kernel_calls.product_gradient(
+            [x for name in OF_HEADS if (x := getattr(found, name)) is not None],
+            dhidden,
+            drows,
+            None if drows is None else self.places,
+            head_dim=self.head_dim,
+            bounds=self.plan.cu_seqlens,
+            theta=self.theta,
+        )
+        return dproduct if len(self.leading) == 2 else dproduct[0]
 
     def rotate_blocks(self, x: Tensor, *, inverse: bool = False) -> Tensor:
         """Compressed tokens rotated by the positions of their centres, or back."""
@@ -163,11 +182,11 @@ class LayerCall(NamedTuple):
             x, None, places.block_bounds, None, centre, places.stride, self.theta, inverse
         )[0]
 
-    @property
-    def columns(self) -> list[int]:
-        """Columns of the product: of queries, and of keys and values of each branch."""
-        of_branch = 2 * self.kv_heads * self.head_dim
-        return [self.heads * self.head_dim, *(of_branch,) * self.branches]
+    def first_branch(self, product: Tensor) -> Tensor:
+        """Heads of keys and then of values of the first branch, a view of the product."""
+        first, count = self.heads * self.head_dim, 2 * self.kv_heads
+        both = product.narrow(-1, first, count * self.head_dim)
+        return both.unflatten(-1, (count, self.head_dim))
 
     def pieces(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Rows of the joint weight of the product, or of its gradient: views of those of each

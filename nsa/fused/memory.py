@@ -45,7 +45,7 @@ def backward_bytes(sizes: Sizes) -> int:
 
     While a branch runs, memory holds the output gradients, if written, of the branches still to
     come, the branch's own gradients, and those of the branches before it. The last pass needs less
-    than the last branch of tile mode: the same sums of keys, and fewer gradients of queries.
+    than the last branch where that leaves sums of keys: these, and fewer gradients of queries.
     """
     douts, query, keys = output_gradient_bytes(sizes), sizes.query, 2 * sizes.key
     dout_cmp, dout_slc, _ = douts
@@ -59,7 +59,9 @@ def backward_bytes(sizes: Sizes) -> int:
     selected = dout_slc + of_window + selected_backward_bytes(sizes)
     compressed = dout_cmp + of_window + compressed_backward_bytes(sizes)
     if sizes.token_mode and not sizes.sums_queries:
-        selected, compressed = selected + dout_cmp, compressed + query + keys
+        # Gradients of keys may be sums in float32.
+        sums = 8 * sizes.key // sizes.itemsize
+        selected, compressed = selected + dout_cmp, compressed + query + sums
     else:
         # Gradients of compressed keys and values may be in float32.
         of_compressed = query + 8 * sizes.key_cmp // sizes.itemsize

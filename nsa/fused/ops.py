@@ -22,7 +22,7 @@ from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan
 from nsa.fused.schedule import ChunkSchedule, fewest_chunks, run_backward, run_forward, split_heads
 from nsa.fused.sizes import make_sizes
-from nsa.fused.strides import as_rows
+from nsa.fused.strides import as_rows, is_alone
 from nsa.packing import find_packing, power_of_two
 from nsa.results import Results
 from nsa.validation import UnsupportedError
@@ -150,8 +150,7 @@ def owned(x: Tensor | None, like: Tensor) -> Tensor:
     if x.numel() == 0:
         # Two of them may share a storage, which is as empty as they are.
         return x.new_empty(x.shape)
-    alone = x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()
-    return x if alone else x.clone(memory_format=torch.contiguous_format)
+    return x if is_alone(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def check_pairs(tokens: int, num_kv_heads: int, options: OpOptions):

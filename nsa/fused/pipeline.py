@@ -97,7 +97,7 @@ def attend(
         q_rows = plan.align_queries(q)
         if not token_mode and not selects_beside:
             block_indices, groups = _select_missing(q_rows, k_cmp, block_indices, groups, plan)
-        beside = SideStream(q) if selects_beside else nullcontext()
+        beside = SideStream(q, recorded=True) if selects_beside else nullcontext()
         o_cmp, lse_cmp = compressed_attention(q, q_rows, k_cmp, v_cmp, groups, plan)
         if token_mode and block_indices is None:
             block_indices = _select_by_token(q, q_rows, k_cmp, lse_cmp, plan)
@@ -239,7 +239,8 @@ def backward(
     shared = inputs.k_slc is None
     if not (shared and inputs.k_cmp is not None and plan.keys_in_place):
         keys = None
-    summed = shared and keys is None and not deterministic and leaves_sums(plan)
+    given = inputs.k_cmp is not None
+    summed = shared and keys is None and leaves_sums(plan, given=given, deterministic=deterministic)
     placements = plan.query_placements(q.shape[2], inputs.k.shape[2])
     branches = saved.pop()
     k_cmp, v_cmp = branches.k_cmp, branches.v_cmp

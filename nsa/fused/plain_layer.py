@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from nsa.fused import kernel_calls
 from nsa.fused.call_tensors import Inputs, Saved
 from nsa.fused.compressor_pair import compress_pair, compress_pair_backward
 from nsa.fused.layer_call import (
     DIFFERENTIABLE,
-    KEYS_AND_VALUES,
     OF_COMPRESSORS,
+    OF_HEADS,
     OF_PRODUCT,
     LayerCall,
     LayerInputs,
@@ -46,34 +47,23 @@ def run_layer(
 
 def project(call: LayerCall, given: LayerInputs) -> LayerSaved:
     """The inputs of attention, and what the backward of what makes them needs; no output."""
-    x, sizes = given.x, call.columns
+    x, product = given.x, linear(given.x, call.joined(given))
+    hidden, gates, rows, rows_hidden, k_cmp, v_cmp = (None,) * 6
     if given.gate is not None:
-        sizes.append(len(given.gate))
-    product, *of_branches = linear(x, call.joined(given)).split(sizes, -1)
-    q, hidden, gates = product.unflatten(-1, (-1, call.head_dim)), None, None
-    if given.gate is not None:
-        hidden, gates = _gates(call, given, of_branches.pop())
-    pairs = [both.unflatten(-1, (-1, call.head_dim)) for both in of_branches]
-    keys = [both[..., : call.kv_heads, :] for both in pairs]
-    values = [both[..., call.kv_heads :, :] for both in pairs]
-    rows, rows_hidden, k_cmp, v_cmp = None, None, None, None
+        hidden, gates = _gates(call, given, product[..., -len(given.gate) :])
     if call.places is not None:
-        k_cmp, v_cmp, rows, rows_hidden = compress_pair(pairs[0], call.places, given.compressors)
+        both = call.first_branch(product)
+        k_cmp, v_cmp, rows, rows_hidden = compress_pair(both, call.places, given.compressors)
         shape = (*x.shape[:-2], -1, call.kv_heads, call.head_dim)
         k_cmp = call.kernel_form(call.rotate_blocks(k_cmp.view(shape)))
         v_cmp = call.kernel_form(v_cmp.view(shape))
-    q, *keys = call.rotate([q, *keys])
-    values = [v.clone() for v in values]  # a view would keep the product
-    heads = [call.kernel_form(x) for pair in zip(keys, values, strict=True) for x in pair]
-    named: dict[str, Any] = dict.fromkeys(KEYS_AND_VALUES)
-    named |= zip(KEYS_AND_VALUES, heads, strict=False)
+    heads: dict[str, Any] = dict.fromkeys(OF_HEADS) | call.split(product)
     return LayerSaved(
         out=None,
         rows=rows,
         rows_hidden=rows_hidden,
         hidden=hidden,
-        q=call.kernel_form(q),
-        **named,
+        **heads,
         gates=gates,
         k_cmp=k_cmp,
         v_cmp=v_cmp,
@@ -113,7 +103,8 @@ def run_layer_backward(
             assert kept.out is not None
             grads["out"] = dout.flatten(0, -2).mT @ kept.out.flatten(0, -2)
         if "out_bias" in names:
-            grads["out_bias"] = dout.flatten(0, -2).sum(0)
+            grads["out_bias"] = dout.new_empty(dout.shape[-1])
+            kernel_calls.column_sums(dout.flatten(0, -2), grads["out_bias"], None, None)
         dout = (dout @ given.out.to(x.dtype)).unflatten(-1, (call.heads, call.head_dim))
         inputs = kept.inputs(call.gate_weight(given))
         kept = kept._replace(out=None)
@@ -126,16 +117,15 @@ def run_layer_backward(
         if "gate_proj_weight" in names:
             assert found.gate_proj_weight is not None
             grads["gate_proj_weight"] = call.channels(found.gate_proj_weight)
-        dboth, dhidden = None, list[Tensor]()
+        drows, dhidden = None, None
         if of_rows:
-            dboth = _compressors_backward(call, given, found, of_rows, names, grads)
+            drows = _compressors_backward(call, given, found, of_rows, names, grads)
         if hidden is not None:
-            dlogits = torch.ops.aten.sigmoid_backward(found.gates, gates)
-            dhidden.append(_gates_backward(given, hidden, dlogits, names, grads))
-        last = [found]
-        del found
-        dproduct = _product_gradient(call, last, dhidden, dboth)
-        del dhidden, dboth
+            assert gates is not None
+            assert found.gates is not None
+            dhidden = _gates_backward(given, hidden, gates, found.gates, names, grads)
+        dproduct = call.join_gradients(found, dhidden, drows)
+        del found, dhidden, drows
         if "x" in names:
             grads["x"] = dproduct @ call.joined(given)
         if not names.isdisjoint(OF_PRODUCT):
@@ -147,43 +137,29 @@ def run_layer_backward(
 
 
 def _gates_backward(
-    given: LayerInputs, hidden: Tensor, dlogits: Tensor, names: set[str], grads: dict[str, Tensor]
+    given: LayerInputs,
+    hidden: Tensor,
+    gates: Tensor,
+    dgates: Tensor,
+    names: set[str],
+    grads: dict[str, Tensor],
 ) -> Tensor:
-    """The gradient of ``hidden``; puts those of the MLP's other parameters into ``grads``."""
+    """The gradient of ``hidden``; puts those of the MLP's other parameters into ``grads``.
+
+    That of the logits takes the place of ``dgates``.
+    """
     assert given.last_gate is not None
-    dlogits = dlogits.flatten(0, 1).flatten(1)
+    rows = hidden.flatten(0, -2)
+    gates, dlogits = (x.flatten(0, 1).flatten(1) for x in (gates, dgates))
+    sums = [x.new_empty(x.shape[-1]) for x in (dlogits, rows)]
+    kernel_calls.activation_gradient("sigmoid", dlogits, gates, sums[0])
+    dhidden = dlogits @ given.last_gate.to(dlogits.dtype)
+    active = kernel_calls.activation_gradient("silu", dhidden, rows, sums[1])
     if "last_gate" in names:
-        grads["last_gate"] = dlogits.mT @ silu(hidden).flatten(0, -2)
-    if "last_gate_bias" in names:
-        grads["last_gate_bias"] = dlogits.sum(0)
-    dactive = (dlogits @ given.last_gate.to(dlogits.dtype)).view(hidden.shape)
-    dhidden = torch.ops.aten.silu_backward(dactive, hidden)
-    if "gate_bias" in names:
-        grads["gate_bias"] = dhidden.flatten(0, -2).sum(0)
-    return dhidden
-
-
-def _product_gradient(
-    call: LayerCall,
-    found: list[Inputs],
-    dhidden: list[Tensor],
-    dboth: Tensor | None,
-) -> Tensor:
-    """The gradient of the product, from those of the inputs of attention, of ``hidden``, and of
-    what the compressors take. ``found`` is emptied."""
-    q, *last = (getattr(found[0], name) for name in ("q", *KEYS_AND_VALUES))
-    found.clear()
-    last = [call.layer_form(x) for x in last[: 2 * call.branches]]
-    values = last[1::2]
-    q, *keys = call.rotate([call.layer_form(q), *last[::2]], inverse=True)
-    del last
-    parts = [q, *(x for pair in zip(keys, values, strict=True) for x in pair)]
-    del q, keys, values
-    dproduct = torch.cat([*(x.flatten(-2) for x in parts), *dhidden], -1)
-    if dboth is not None:
-        first, columns = call.columns[:2]
-        dproduct.narrow(-1, first, columns).add_(dboth.flatten(-2))
-    return dproduct
+        assert active is not None
+        grads["last_gate"] = dlogits.mT @ active
+    grads |= {"last_gate_bias": sums[0], "gate_bias": sums[1]}
+    return dhidden.view(hidden.shape)
 
 
 def _compressors_backward(
@@ -194,23 +170,21 @@ def _compressors_backward(
     names: set[str],
     grads: dict[str, Tensor],
 ) -> Tensor:
-    """The gradient of what the compressors take; puts those of their parameters into ``grads``.
+    """The gradient of the rows that the compressors take; puts those of their parameters into
+    ``grads``.
 
     ``of_rows`` are what they saved. It is emptied.
     """
-    assert call.places is not None
     dk_cmp = call.rotate_blocks(call.layer_form(found.k_cmp), inverse=True)
-    dboth, of_compressors = compress_pair_backward(
+    drows, of_compressors = compress_pair_backward(
         dk_cmp.flatten(0, -3),
         call.layer_form(found.v_cmp).flatten(0, -3),
         of_rows,
-        (*call.leading, 2 * call.kv_heads, call.head_dim),
-        call.places,
         given.compressors,
         trained=not names.isdisjoint(OF_COMPRESSORS),
     )
     grads |= zip(OF_COMPRESSORS, of_compressors, strict=False)
-    return dboth
+    return drows
 
 
 def _weight_gradients(

@@ -20,3 +20,8 @@ def are_rows(x: Tensor) -> bool:
     dense = channel == 1 and head == channels and token >= heads * channels
     offsets = (token, x.storage_offset())
     return follow and dense and not any(at * x.element_size() % 16 for at in offsets)
+
+
+def is_alone(x: Tensor) -> bool:
+    """Whether ``x`` is contiguous and has its memory to itself."""
+    return x.is_contiguous() and x.nbytes == x.untyped_storage().nbytes()

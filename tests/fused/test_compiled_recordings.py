@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import nsa
 from nsa import recordings
@@ -114,6 +115,56 @@ def test_boundaries_of_a_form_share_a_recording(mode, form, monkeypatch):
             assert_same(compiled, model, x, *extra, monkeypatch=monkeypatch)
         assert recorded() == (set(OPS) if turn else set())
         assert len(recordings._recordings) == (len(OPS) if turn else 0)
+
+
+class Twice(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+CHANGES = {
+    "activation": lambda layer: setattr(layer.gate_mlp, "1", torch.nn.Tanh()),
+    "bias": lambda layer: setattr(layer, "k_proj", torch.nn.Linear(DIM, 32, dtype=torch.float64)),
+    "wrapper": lambda layer: setattr(
+        layer, "o_proj", torch.nn.Sequential(layer.o_proj, torch.nn.Tanh())
+    ),
+    "subclass": lambda layer: setattr(
+        layer.compress_k.mlp, "2", Twice(*layer.compress_k.mlp[2].weight.shape[::-1]).double()
+    ),
+    "none": lambda layer: (
+        setattr(layer, "gate_mlp", None)
+        or setattr(layer, "gate_proj_weight", torch.nn.Parameter(torch.randn(4, 3, 16).double()))
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_module_compiles_again(change):
+    layer = make_layers()[0]
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+    first = compiled(x)
+    torch.testing.assert_close(first, layer(x), rtol=1e-10, atol=1e-10)
+    CHANGES[change](layer)
+    got = compiled(x)
+    assert not torch.equal(got, first)
+    torch.testing.assert_close(got, layer(x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_compiled_layer_looks_at_few_attributes():
+    """Before each call: at types and parameters, not at hooks and the like of each module."""
+    layer = make_layers()[0]
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    compiled(torch.randn(1, TOKENS, DIM, dtype=torch.float64))
+    (entry,) = _debug_get_cache_entry_list(type(layer).forward.__code__)
+    guards = str(entry.guard_manager)
+    assert "q_proj" in guards
+    assert "_forward_hooks" not in guards
+    hooked = make_layers()[0]
+    calls = []
+    hooked.v_proj.register_forward_hook(lambda *_: calls.append(1))
+    torch.compile(hooked, backend="eager")(torch.randn(1, TOKENS, DIM, dtype=torch.float64))
+    assert calls
 
 
 def test_a_form_of_one_step_is_not_recorded(monkeypatch):

@@ -26,6 +26,8 @@ LAUNCHERS = {
     "query_sums": ("gradient_of_sums",),
     "rotation": ("rotate",),
     "block_rows": ("gather_blocks", "scatter_blocks"),
+    "column_sums": ("activation_gradient", "column_sums"),
+    "product": ("split_product", "product_gradient"),
     "means": ("mean_forward", "mean_backward"),
     "sequence_tables": ("sequence_bounds", "plan_tables"),
     "key_block_lists": ("list_key_blocks", "count_query_tiles", "list_query_tiles"),

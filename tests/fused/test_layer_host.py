@@ -40,7 +40,7 @@ def make_layer(mode, dtype=torch.bfloat16, **options):
 @modes
 @pytest.mark.parametrize(
     ("form", "most"),
-    [("batched", (13, 37)), ("packing", (13, 29)), ("boundaries", (13, 29)), ("bare", (14, 29))],
+    [("batched", (11, 17)), ("packing", (12, 16)), ("boundaries", (12, 16)), ("bare", (13, 16))],
 )
 def test_operations_of_a_step(mode, form, most, monkeypatch):
     calls = count_kernel_calls(monkeypatch)

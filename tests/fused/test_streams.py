@@ -1,6 +1,7 @@
 """The order of streams that run side by side, with stand-ins for CUDA's."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,28 @@ def test_one_stream_for_long_inputs_and_outside_of_a_graph(log, monkeypatch):
     monkeypatch.undo()
     run(log)
     assert log == ["first", "second", "after"]
+
+
+def test_marks_of_a_recorded_call(log, monkeypatch):
+    """The first stream is current again before it waits, so that it is if the wait fails."""
+    main = torch.cuda.current_stream(None)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: main)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append(f"on {stream.name}"))
+    marks = streams._marks.__wrapped__(torch.device("cuda", 1))
+    for name in ("fork", "enter", "join"):
+        marks[name]()
+    assert log == ["side waits for main", "on side", "on main", "main waits for side"]
+
+
+def test_recorded_calls_that_fork():
+    """Those that take the GPU longer than the host, and do not fill it."""
+    for numel, forks in {
+        streams.LEAST - 1: False, streams.LEAST: True,
+        streams.SHORT: True, streams.SHORT + 1: False,
+    }.items():  # fmt: skip
+        q = SimpleNamespace(is_cuda=True, numel=lambda numel=numel: numel)
+        assert streams._gains(q) == forks
+    assert not streams._gains(torch.zeros(1).expand(streams.LEAST))
 
 
 @pytest.mark.parametrize("groups", [None, 2])

@@ -27,6 +27,10 @@ NAMES = (
     "rotate",
     "gather_blocks",
     "scatter_blocks",
+    "activation_gradient",
+    "column_sums",
+    "split_product",
+    "product_gradient",
     "list_key_blocks",
     "count_query_tiles",
     "list_query_tiles",
@@ -128,6 +132,11 @@ def rotate(x, other, bounds, origin, start, step, theta, inverse):
         assert other.shape == (*x.shape[:-2], other.shape[-2], x.shape[-1])
         angles = (bounds, origin, start, step, theta, inverse)
         return rotate(x, None, *angles)[0], rotate(other, None, *angles)[0]
+    return _rotated(x, bounds, origin, start, step, theta, inverse).to(x.dtype), None
+
+
+def _rotated(x, bounds, origin, start, step, theta, inverse) -> Tensor:
+    """The same of one tensor, not rounded."""
     rows, half = x.shape[-3], x.shape[-1] // 2
     assert x.shape[-1] % 16 == 0
     assert theta >= 1
@@ -147,7 +156,7 @@ def rotate(x, other, bounds, origin, start, step, theta, inverse):
     angle = (bits.double() * (2 * torch.pi / 2**64)).to(accumulation_dtype(x.dtype))
     cos, sin = angle.cos()[:, None], angle.sin()[:, None] * (-1 if inverse else 1)
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype), None
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def gather_blocks(x, position, places) -> Tensor:
@@ -165,6 +174,11 @@ def gather_blocks(x, position, places) -> Tensor:
 
 
 def scatter_blocks(drows, shape, places) -> Tensor:
+    return _sums_over_blocks(drows, shape, places).to(drows.dtype)
+
+
+def _sums_over_blocks(drows, shape, places) -> Tensor:
+    """The same, not rounded."""
     tokens, real = _tokens_of_blocks(places, drows.device)
     if drows.ndim == 5:
         drows = drows.transpose(0, 1).flatten(1, 2)
@@ -172,7 +186,47 @@ def scatter_blocks(drows, shape, places) -> Tensor:
     rows = drows.transpose(1, 2).to(accumulation_dtype(drows.dtype))
     dx = rows.new_zeros(math.prod(shape[:-2]), *shape[-2:])
     dx.index_add_(0, tokens[real].flatten(), rows[real].flatten(0, 1))
-    return dx.to(drows.dtype).view(shape)
+    return dx.view(shape)
+
+
+def split_product(
+    product, heads, kv_heads, branches, head_dim, width, bounds, theta
+) -> tuple[Tensor, ...]:
+    assert product.ndim == 3
+    counts = [heads, *[kv_heads] * (2 * branches)]
+    assert product.shape[-1] >= sum(counts) * head_dim
+    parts = product[..., : sum(counts) * head_dim].unflatten(-1, (-1, head_dim)).split(counts, -2)
+    angles = (bounds, None, 0.0, 1, theta, False)
+    rotated = [
+        x if i and i % 2 == 0 else _rotated(x, *angles).to(x.dtype) for i, x in enumerate(parts)
+    ]
+    results = [x.new_zeros(*x.shape[:-1], width) for x in parts]
+    for result, x in zip(results, rotated, strict=True):
+        result[..., :head_dim] = x
+    return tuple(results)
+
+
+def product_gradient(gradients, dhidden, drows, places, head_dim, bounds, theta) -> Tensor:
+    q, *others = gradients
+    assert q.ndim == 4
+    assert all(x.shape == (*q.shape[:2], others[0].shape[-2], q.shape[-1]) for x in others)
+    angles = (bounds, None, 0.0, 1, theta, True)
+    dtype = accumulation_dtype(q.dtype)
+    parts = [
+        x.to(dtype) if i and i % 2 == 0 else _rotated(x, *angles)
+        for i, x in enumerate(x[..., :head_dim] for x in gradients)
+    ]
+    assert (drows is None) == (places is None)
+    if drows is not None and places is not None:
+        assert drows.shape[0] == 2
+        kv_heads = others[0].shape[-2]
+        dboth = _sums_over_blocks(drows, (*q.shape[:2], 2 * kv_heads, head_dim), places)
+        parts[1:3] = (a + b for a, b in zip(parts[1:3], dboth.split(kv_heads, -2), strict=True))
+    columns = [x.flatten(-2).to(q.dtype) for x in parts]
+    if dhidden is not None:
+        assert dhidden.dtype == q.dtype
+        columns.append(dhidden.view(*q.shape[:2], -1))
+    return torch.cat(columns, -1)
 
 
 def _tokens_of_blocks(places, device) -> tuple[Tensor, Tensor]:
@@ -188,6 +242,38 @@ def _tokens_of_blocks(places, device) -> tuple[Tensor, Tensor]:
         first, real = starts[owner], block < bounds[-1]
     first = first + local * places.stride
     return first[:, None] + torch.arange(places.block_size, device=device), real
+
+
+def activation_gradient(kind, dy, x, sums) -> Tensor | None:
+    assert kind in ("sigmoid", "silu")
+    assert (dy.shape, dy.dtype) == (x.shape, x.dtype)
+    assert dy.is_contiguous()
+    wide, active = x.to(accumulation_dtype(x.dtype)), None
+    if kind == "sigmoid":
+        derivative = wide * (1 - wide)
+    else:
+        share = wide.sigmoid()
+        active = wide * share
+        derivative = share + active * (1 - share)
+        active = active.to(x.dtype).contiguous()
+    dx = dy.to(wide.dtype) * derivative
+    _write_sums(dx, sums, x.dtype)
+    dy.copy_(dx)
+    return active
+
+
+def column_sums(x, sums, other, other_sums) -> None:
+    _write_sums(x, sums, x.dtype)
+    if other is not None:
+        _write_sums(other, other_sums, x.dtype)
+
+
+def _write_sums(x, sums, dtype) -> None:
+    assert x.ndim in (2, 3)
+    assert sums.shape == (*x.shape[:-2], x.shape[-1])
+    assert sums.dtype == dtype
+    assert sums.is_contiguous()
+    sums.copy_(x.to(accumulation_dtype(x.dtype)).sum(-2))
 
 
 def listed_backward(
@@ -215,28 +301,32 @@ def added(dq, dk, dv, sums, scale):
     return dq, *sums
 
 
-def round_listed_sums(sums, out, factor, last=None, dmean=None, block_size=1) -> None:
-    keys = sums.shape[-3]
-    assert keys % 64 == 0
-    assert sums.is_contiguous()
-    assert out.is_contiguous()
-    assert sums.shape == out.shape
-    total = sums * factor
-    if last is not None:
-        assert last.dtype == out.dtype
-        total[..., keys - last.shape[-3] :, :, :] += last
-    if dmean is not None:
-        assert dmean.dtype in (out.dtype, torch.float32)
-        share = dmean.to(total.dtype).repeat_interleave(block_size, dim=-3) / block_size
-        total[..., : share.shape[-3], :, :] += share
-    out.copy_(total)
+def round_listed_sums(sums, outs, factors, last=None, dmeans=None, block_size=1) -> None:
+    assert all(x.shape[-3] % 64 == 0 for x in sums)
+    _round_sums(sums, outs, factors, last, dmeans, block_size)
 
 
-def round_sums(sums, out, factor) -> None:
-    assert sums.is_contiguous()
-    assert out.is_contiguous()
-    assert sums.shape == out.shape
-    out.copy_(sums * factor)
+def round_sums(sums, outs, factors, last=None) -> None:
+    _round_sums(sums, outs, factors, last)
+
+
+def _round_sums(sums, outs, factors, last, dmeans=None, block_size=1) -> None:
+    """Each rounded once."""
+    lasts, means = ([None] * len(sums) if x is None else x for x in (last, dmeans))
+    assert len(sums) in (1, 2)
+    for total, out, factor, added, dmean in zip(sums, outs, factors, lasts, means, strict=True):
+        assert total.is_contiguous()
+        assert out.is_contiguous()
+        assert total.shape == out.shape
+        total = total * factor
+        if added is not None:
+            assert added.dtype == out.dtype
+            total[..., total.shape[-3] - added.shape[-3] :, :, :] += added
+        if dmean is not None:
+            assert dmean.dtype in (out.dtype, torch.float32)
+            share = dmean.to(total.dtype).repeat_interleave(block_size, dim=-3) / block_size
+            total[..., : share.shape[-3], :, :] += share
+        out.copy_(total)
 
 
 def query_gradient(

@@ -24,27 +24,38 @@ def as_added(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_are_rounded_with_what_is_added(dtype, dim, mean_dtype, last):
     """Of two entries, and blocks of means that end before the keys do."""
-    shape = (2, 192, 3, dim)
+    shape, factors = (2, 2, 192, 3, dim), (0.3, 1.0)
     sums = torch.randn(shape, device="cuda")
     added, exact = {}, {}
     if last is not None:
-        rows = torch.randn(2, last, 3, dim, device="cuda").to(dtype)
-        added["last"], exact["last"] = slice_of_heads(rows), rows.double()
+        rows = torch.randn(2, 2, last, 3, dim, device="cuda").to(dtype)
+        added["last"], exact["last"] = [slice_of_heads(x) for x in rows], rows.double()
     if mean_dtype is not None:
         dmean_dtype = dtype if mean_dtype == "own" else mean_dtype
-        dmean = torch.randn(2, 5, 3, dim, device="cuda").to(dmean_dtype)
-        added |= dict(dmean=dmean, block_size=32)
-        exact |= dict(dmean=dmean.double(), block_size=32)
+        dmeans = torch.randn(2, 2, 5, 3, dim, device="cuda").to(dmean_dtype)
+        added |= dict(dmeans=dmeans.unbind(), block_size=32)
+        exact |= dict(dmeans=dmeans.double(), block_size=32)
     out = torch.full(shape, torch.nan, dtype=dtype, device="cuda")
-    kernel_calls.round_listed_sums(as_added(sums), out, 0.3, **added)
+    kernel_calls.round_listed_sums([as_added(x) for x in sums], out.unbind(), factors, **added)
     expected = torch.empty(shape, dtype=torch.float64, device="cuda")
-    emulated_kernels.round_listed_sums(sums.double(), expected, 0.3, **exact)
+    emulated_kernels.round_listed_sums(sums.double(), expected, factors, **exact)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), expected, rtol=eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [None, 71])
+def test_those_of_keys_alone_are_the_same(last):
+    sums = torch.randn(2, 192, 3, 128, device="cuda")
+    both, alone, other = torch.full((3, *sums.shape), torch.nan, device="cuda").half()
+    added = [] if last is None else [both.new_ones(2, last, 3, 128)]
+    kernel_calls.round_listed_sums((sums,), (alone,), (0.3,), added or None)
+    kernel_calls.round_listed_sums((sums, sums), (both, other), (0.3, 1.0), 2 * added or None)
+    assert both.isfinite().all()
+    assert torch.equal(alone, both)
 
 
 def test_other_shapes_are_refused():
     sums, out = (torch.zeros(64, 2, 64, dtype=x, device="cuda") for x in (None, torch.float16))
     for wrong in (out[:, :1], out[None], out.float(), torch.cat((out, out))):
         with pytest.raises(ValueError, match="last is"):
-            kernel_calls.round_listed_sums(sums, out, 1.0, wrong)
+            kernel_calls.round_listed_sums((sums, sums), (out, out), (1.0, 1.0), (out, wrong))

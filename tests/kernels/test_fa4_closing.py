@@ -9,7 +9,9 @@ from tests.helpers import emulated_fa4, emulated_kernels
 from tests.helpers.gating_cases import make_problem
 from tests.helpers.gpu_cases import gpu_test, slice_of_heads
 from tests.helpers.poison import poisoned_memory
+from tests.helpers.requirements import import_fused
 
+fa4_closing = import_fused("nsa.fused.kernels.fa4_closing")
 pytestmark = gpu_test
 
 WINDOW = dict(causal=True, window_size=(99, None))
@@ -35,8 +37,11 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("processors", [2, 1000])
 @pytest.mark.parametrize("name", CASES)
-def test_as_accurate_as_the_emulation(name):
+def test_as_accurate_as_the_emulation(name, processors, monkeypatch):
+    # With few processors, a CTA has several tiles, of several heads and sequences.
+    monkeypatch.setattr(fa4_closing, "sm_count", lambda _: processors)
     group, kv_heads, dim, dtype, mask, (queries, keys), form, keep = CASES[name]
     torch.manual_seed(11)
     shape = (2, queries, group * kv_heads, dim)

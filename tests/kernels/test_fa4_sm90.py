@@ -30,6 +30,7 @@ CLASSES = {
     "FlashAttentionBackwardSm90": "Backward",
     "BackwardThroughHeads": "Backward",
     "FlashAttentionBackwardPostprocess": "Postprocess",
+    "ConvertKeySums": "ConvertKeys",
     "CuSeqlensToBlocksKernel": "TileStarts",
 }
 
@@ -78,6 +79,7 @@ def calls(monkeypatch, together):
         )
     # Tensors are on a CPU.
     monkeypatch.setattr(head_rows, "check_float", lambda *_: None)
+    monkeypatch.setattr(fa4_closing, "sm_count", lambda _: 4)
     return calls
 
 
@@ -270,15 +272,15 @@ def test_kernels_of_a_call_write_and_read_the_same_memory(call, calls):
     if not grads:
         return
     (main,) = place["Backward"]
-    queries, *keys = place["Postprocess"]
+    (queries,) = place["Postprocess"]
     for padded in place.get("PadStatistics", ()):
         assert padded["mPaddedLse"] == main["mLSE"]
         assert padded["mPaddedDelta"] == main["mdPsum"]
     assert main["mdQaccum"] == queries["mdQaccum"]
     given = [main["mdK"], main["mdV"]]
-    if keys:
-        assert [x["mdQaccum"] for x in keys] == given
-        given = [x["mdQ"] for x in keys]
+    for both in place.get("ConvertKeys", ()):
+        assert [both["mdKaccum"], both["mdVaccum"]] == given
+        given = [both["mdK"], both["mdV"]]
     assert [queries["mdQ"], *given] == [x.data_ptr() for x in grads]
 
 
@@ -291,9 +293,21 @@ def test_the_kernel_that_adds_up_reads_and_writes_what_the_caller_has(keep, call
     assert named["mLSE"] is lse
     branches = named["branches"]
     assert branches.heads == HEADS
+    # Of 2 sequences and 2 KV heads, 6 tiles each: 4 CTAs at a time.
+    assert branches.ctas == 4
     assert branches.strides == (HEADS * DIM, HEADS * DIM)
     assert (branches.o_win is None) == (o_win is None) == (not keep)
     assert not keep or branches.o_win.data_ptr() == o_win.data_ptr()
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 131, 132, 133, 1368, 2000, 21846, 10**6])
+def test_ctas_of_several_tiles_do_not_make_longer_waves(tiles):
+    ctas = fa4_closing.closing_ctas(tiles, 132)
+    part = -(-tiles // ctas)
+    assert -(-tiles // part) == ctas
+    # Nor more of them than a fortieth, where there are enough to choose from.
+    waves = -(-tiles // 132)
+    assert waves <= -(-ctas // 132) * part <= max(waves, -(-waves * 41 // 40))
 
 
 def test_two_kernels_add_up_where_shared_memory_has_no_room(calls, monkeypatch):

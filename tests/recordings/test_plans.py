@@ -12,7 +12,7 @@ import nsa
 from nsa import recordings
 from nsa.host import launches_of_plan
 from nsa.testing import make_cu_seqlens
-from tests.helpers.noted_kernels import count_plan_kernels
+from tests.helpers.noted_kernels import count_plan_kernels, note_kernels
 from tests.helpers.recorded_layers import PRESETS, make_layer, modes, new_input, with_gradients
 
 FORMS = [[150, 1, 149], [0, 10, 255, 35], [140, 30, 130], [300 - 129, 128, 1, 0]]
@@ -56,12 +56,15 @@ def test_new_boundaries_launch_once_for_all_layers(mode, compressor, launches):
 
 
 @modes
+@pytest.mark.parametrize("allocate", [False, True], ids=["made", "written"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"gate": "q", "compressor": "mean"}, {"separate_kv": True, "compressor": "mean"}],
     ids=["default", "q-mean", "separate"],
 )
-def test_kept_plans_give_the_same_bits(mode, options, launches):
+def test_kept_plans_give_the_same_bits(mode, options, allocate, emulated, unread, monkeypatch):
+    """Also where kernels write to memory that operations allocate, as on a GPU."""
+    note_kernels(monkeypatch.setattr, allocate=allocate)
     layer = make_layer(mode, **options)
     parameters = list(layer.parameters())
     packings = [new_packing(lengths) for lengths in FORMS]

@@ -25,7 +25,15 @@ from nsa.fused.kernel_calls.gating_calls import (
     gradient_of_sums,
     query_gradient,
 )
-from nsa.fused.kernel_calls.layer_calls import gather_blocks, rotate, scatter_blocks
+from nsa.fused.kernel_calls.layer_calls import (
+    activation_gradient,
+    column_sums,
+    gather_blocks,
+    product_gradient,
+    rotate,
+    scatter_blocks,
+    split_product,
+)
 from nsa.fused.kernel_calls.plan_calls import (
     count_query_tiles,
     list_key_blocks,

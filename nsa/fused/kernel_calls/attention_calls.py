@@ -1,5 +1,7 @@
 """Attention to listed blocks, and what its backward takes."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from nsa.fused import kernels
@@ -134,15 +136,21 @@ def selected_backward(
         q, k, v: arguments of the forward, like all others that it shares.
         statistics: float32 ``(T, H)``; not used for a token with no block.
         deterministic: give the same bits each time. Otherwise the last ones of dk and dv vary.
-        sums: float32 of the shapes of ``k`` and ``v``, contiguous, not if ``deterministic``: dk,
-            without the scale, and dv are added, in the layout that :func:`round_sums` reads.
+        sums: float32 of the shapes of ``k`` and ``v``, contiguous: dk, without the scale, and dv
+            are added, in the layout that :func:`round_sums` reads. Returned instead of these.
         others: what dq has beside, rounded once with it; D as of :func:`gradient_of_sums`.
     """
     return kernels.load("selected_backward").selected_backward(**locals())
 
 
-def round_sums(sums: Tensor, out: Tensor, factor: float) -> None:
-    """As :func:`round_listed_sums`, for sums that :func:`selected_backward` adds to."""
+def round_sums(
+    sums: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    factors: Sequence[float],
+    last: Sequence[Tensor] | None = None,
+) -> None:
+    """As :func:`round_listed_sums`, for sums that :func:`selected_backward` adds to, of any number
+    of keys. Those of values may have another dimension."""
     return kernels.load("float_sums").round_sums(**locals())
 
 
@@ -210,24 +218,25 @@ def listed_backward(
 
 
 def round_listed_sums(
-    sums: Tensor,
-    out: Tensor,
-    factor: float,
-    last: Tensor | None = None,
-    dmean: Tensor | None = None,
+    sums: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    factors: Sequence[float],
+    last: Sequence[Tensor] | None = None,
+    dmeans: Sequence[Tensor] | None = None,
     block_size: int = 1,
 ) -> None:
-    """Write ``factor * sums``, and what else is given, in the dtype and order of ``out``.
+    """Write ``factor * sums``, and what else is given, in the dtype and order of ``outs``.
 
     Args:
-        sums: float32 ``(..., T, H, D)``, contiguous, as :func:`listed_backward` adds to them: those
-            of some consecutive keys; ``T`` and where they begin are multiples of 64.
-        out: ``(..., T, H, D)``, contiguous, bfloat16 or float16.
-        factor: see above.
-        last: ``(..., T', H, D)`` in the dtype of ``out``, added for the last keys of each entry.
-        dmean: ``(..., M, H, D)``, in float32 or that dtype: gradients of means over blocks that lie
-            side by side from the first key of each entry on. A key gets its part of its block's.
-            Both are copied if they are not contiguous.
+        sums: of keys and of values, or of one of them: float32 ``(..., T, H, D)``, contiguous, as
+            :func:`listed_backward` adds to them: those of some consecutive keys; ``T`` and where
+            they begin are multiples of 64. All that follows is one for each of these.
+        outs: ``(..., T, H, D)``, contiguous, bfloat16 or float16.
+        factors: see above.
+        last: ``(..., T', H, D)`` in the dtype of ``outs``, added for the last keys of each entry.
+        dmeans: ``(..., M, H, D)``, in float32 or that dtype: gradients of means over blocks that
+            lie side by side from the first key of each entry on. A key gets its part of its
+            block's. Both are copied if they are not contiguous.
         block_size: keys of such a block.
     """
     return kernels.load("block_sums").round_listed_sums(**locals())

@@ -1,4 +1,7 @@
-"""Parts of the layer: the rotary embedding and the tokens of compressed blocks."""
+"""Parts of the layer: rotary embedding, tokens of compressed blocks, gradients of biases, and the
+product of all projections."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -68,3 +71,94 @@ def scatter_blocks(drows: Tensor, shape: tuple[int, ...], places: BlockPlaces) -
         ``shape`` in the dtype of ``drows``, summed in float32 and rounded once.
     """
     return kernels.load("block_rows").scatter_blocks(**locals())
+
+
+def activation_gradient(kind: str, dy: Tensor, x: Tensor, sums: Tensor) -> Tensor | None:
+    """The gradient of an activation, and its sums of columns: the gradient of a bias before it.
+
+    Args:
+        kind: ``"sigmoid"`` or ``"silu"``.
+        dy: the gradient of the output, in whose place that of the input is written. Like ``x``,
+            contiguous.
+        x: ``(rows, columns)`` or ``(parts, rows, columns)``, bfloat16 or float16: for ``"sigmoid"``
+            the output, for ``"silu"`` the input. Copied if it is not contiguous.
+        sums: ``(columns,)`` or ``(parts, columns)`` in the dtype of ``x``, contiguous. The sums of
+            the gradient over rows are written there. They are of float32 numbers, rounded once, in
+            an order that depends on the shape alone.
+
+    Returns:
+        For ``"silu"`` the output, else None.
+    """
+    return kernels.load("column_sums").activation_gradient(**locals())
+
+
+def column_sums(x: Tensor, sums: Tensor, other: Tensor | None, other_sums: Tensor | None) -> None:
+    """``sums = x.sum(-2)``, in float32 and rounded once, in an order that depends on shapes alone.
+
+    Args:
+        x: ``(rows, columns)`` or ``(parts, rows, columns)``, bfloat16 or float16. Copied if it is
+            not contiguous.
+        sums: ``(columns,)`` or ``(parts, columns)`` in the dtype of ``x``, contiguous: written.
+        other, other_sums: another such pair, or None.
+    """
+    return kernels.load("column_sums").column_sums(**locals())
+
+
+def split_product(
+    product: Tensor,
+    heads: int,
+    kv_heads: int,
+    branches: int,
+    head_dim: int,
+    width: int,
+    bounds: Tensor | None,
+    theta: float,
+) -> tuple[Tensor, ...]:
+    """Queries, and keys and values of each branch, of a product that has them side by side.
+
+    Queries and keys are rotated as by :func:`rotate`, each row by its index in its sequence.
+
+    Args:
+        product: ``(B, T, C)``, bfloat16 or float16. Columns are those of ``H`` heads of queries,
+            then for each branch those of ``H_kv`` heads of keys and as many of values; any others
+            come last. Copied if it is not contiguous.
+        heads, kv_heads: ``H`` and ``H_kv``.
+        branches: those with keys of their own.
+        head_dim: channels D of a head, a multiple of 16 up to 256.
+        width: channels W of a head in the results, such a multiple too; those past D are 0.
+        bounds: int32 ``(S + 1,)``, where each packed sequence starts, then where the last ends.
+            None: each entry of a batch is one.
+        theta: base of the wavelengths, at least 1.
+
+    Returns:
+        Queries ``(B, T, H, W)``, and of each branch keys and values ``(B, T, H_kv, W)``.
+    """
+    return kernels.load("product").split_product(**locals())
+
+
+def product_gradient(
+    gradients: Sequence[Tensor],
+    dhidden: Tensor | None,
+    drows: Tensor | None,
+    places: BlockPlaces | None,
+    head_dim: int,
+    bounds: Tensor | None,
+    theta: float,
+) -> Tensor:
+    """The gradient of the ``product`` of :func:`split_product`, of which all columns are used.
+
+    Args:
+        gradients: of queries ``(B, T, H, W)``, and of keys and values of each branch
+            ``(B, T, H_kv, W)``, in one dtype, bfloat16 or float16. Slices of heads are read in
+            place.
+        dhidden: of the columns past those of heads, ``(B, T, .)`` or ``(B * T, .)``; None without
+            any.
+        drows: of the rows of compressed blocks of the first branch's keys and values,
+            ``(2, M, H_kv, l, D)``; None without a compressor. Copied if it is not contiguous.
+        places: the blocks, with ``drows``.
+        head_dim, bounds, theta: as in forward.
+
+    Returns:
+        ``(B, T, C)``, each element rounded once.
+    """
+    return kernels.load("product").product_gradient(**locals())

@@ -16,6 +16,8 @@ Operations:
 - ``sequence_tables``: the index tensors of packed sequences
 - ``rotation``: rotary embedding, forward and backward
 - ``block_rows``: rows of the learned compression, gathered and scattered
+- ``column_sums``: gradients of activations and of biases
+- ``product``: the product of all projections of a layer, split into rotated heads, and its gradient
 - ``means``: means of blocks, forward and backward
 - ``gated_sum``: the gated sum of branches, forward and backward
 - ``few_keys``: the delta of queries that see a few compressed keys
@@ -55,6 +57,7 @@ FlashAttention-4:
 - ``fa4_closing``: its forward that ends with the gated sum
 - ``fa4_heads``: its backward with CTAs that pass through several heads
 - ``fa4_near_blocks``: that of a window that attends near blocks too
+- ``fa4_key_sums``: its conversion of float32 sums, for keys and values at once
 
 Device functions that several kernels share:
 
@@ -62,6 +65,8 @@ Device functions that several kernels share:
 - ``rows``: copies of rows of heads to shared memory
 - ``head_rows``: tiles of tensors ``(R, H, D)``
 - ``sequence_search``: the sequence of a row
+- ``rotary_angles``: angles of the rotary embedding
+- ``compressed_rows``: rows of compressed blocks, and their sums by token
 - ``forward_tiles``: a tile of 64 rows in the forward of token mode
 - ``pair_copies``: rows of pairs to shared memory by TMA, in that forward
 - ``partial_rows``: partial outputs between its kernels

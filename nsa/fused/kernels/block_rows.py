@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, const_expr
@@ -19,8 +18,9 @@ from torch import Tensor
 
 from nsa.blocks import BlockPlaces
 from nsa.fused.kernels.compiled import compile_kernel, kept
+from nsa.fused.kernels.compressed_rows import CompressedRows
 from nsa.fused.kernels.hopper import mlir_namedtuple
-from nsa.fused.kernels.sequence_search import find_sequence
+from nsa.fused.kernels.sequence_search import find_sequence, find_token
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     FLOAT_DTYPES,
@@ -59,13 +59,11 @@ class _Sizes(NamedTuple):
     entry_blocks: Int32
 
 
-class _BlockRows:
-    """Sizes of the blocks and of a head, and the launch."""
+class _BlockRows(CompressedRows):
+    """The threads, and the launch."""
 
     def __init__(self, block_size: int, stride: int, head_dim: int):
-        self.block_size = block_size
-        self.stride = stride
-        self.head_dim = head_dim
+        super().__init__(block_size, stride, head_dim)
         self.vectors = head_dim // VECTOR
 
     @cute.jit
@@ -75,12 +73,6 @@ class _BlockRows:
             block=[_THREADS, 1, 1],
             stream=stream,
         )
-
-    @cute.jit
-    def block_row(self, sizes: _Sizes, block: Int32, head: Int32) -> Int64:
-        """The row of a block and head; those of heads with one position follow each other."""
-        part = head // sizes.part_heads
-        return (Int64(part) * sizes.blocks + block) * sizes.part_heads + head % sizes.part_heads
 
     @cute.jit
     def split(self, sizes: _Sizes) -> tuple[Int64, Int32, Int32]:
@@ -118,7 +110,7 @@ class GatherBlocks(_BlockRows):
             if real:
                 source = Int64(start + index) * stride + (head * self.head_dim + column)
                 total.store(total.load() + load_vector(tensors.x, source).load().to(Float32))
-            row = self.block_row(sizes, block, head) * self.block_size + index
+            row = self.row(sizes.blocks, sizes.part_heads, block, head) * self.block_size + index
             store_vector(total.load(), tensors.rows, row * self.head_dim + column)
 
     @cute.jit
@@ -152,34 +144,15 @@ class ScatterBlocks(_BlockRows):
         row, head, column = self.split(sizes)
         token = Int32(row)
         if token < sizes.tokens:
-            local, base, count = self._place(bounds, sizes, token)
+            sequence, index = find_token(bounds.tokens, token, sizes.sequences, sizes.entry_tokens)
+            blocks = self.of_sequence(bounds.blocks, sequence, sizes.entry_blocks)
             total = cute.make_rmem_tensor(VECTOR, Float32)
             total.fill(0.0)
-            for part in cutlass.range_constexpr(self.block_size // self.stride):
-                block = local // self.stride - part
-                if block >= 0 and block < count:
-                    index = local % self.stride + part * self.stride
-                    source = self.block_row(sizes, base + block, head)
-                    offset = (source * self.block_size + index) * self.head_dim + column
-                    total.store(
-                        total.load() + load_vector(tensors.drows, offset).load().to(Float32)
-                    )
+            counts = (sizes.blocks, sizes.part_heads)
+            self.add(tensors.drows, counts, index, blocks, head, (column,), [[total]])
             store_vector(
                 total.load(), tensors.dx, (row * sizes.heads + head) * self.head_dim + column
             )
-
-    @cute.jit
-    def _place(self, bounds: _Bounds, sizes: _Sizes, token: Int32):
-        """The token's index in its sequence, the first block of that, and its number of blocks."""
-        local = token % sizes.entry_tokens
-        base = token // sizes.entry_tokens * sizes.entry_blocks
-        count = sizes.entry_blocks
-        if const_expr(bounds.tokens is not None):
-            sequence = find_sequence(bounds.tokens, token, sizes.sequences)
-            local = token - bounds.tokens[sequence]
-            base = bounds.blocks[sequence]
-            count = bounds.blocks[sequence + 1] - base
-        return local, base, count
 
 
 def _compile(kernel: _BlockRows, tensors: tuple, packed: bool) -> Callable:

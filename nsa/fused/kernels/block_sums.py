@@ -6,7 +6,7 @@ as fast as 64 bytes of each of 8 rows. The conversion to the result's dtype rest
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import cutlass
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from nsa.fused.hardware import QUAD, WARP, WARP_ROWS
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.hopper import atomic_add_fp32x4
+from nsa.fused.kernels.hopper import atomic_add_fp32x4, mlir_namedtuple
 from nsa.fused.kernels.rows import TILE_KEYS
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
     VECTOR,
+    check_added,
     fake_flat,
     flat,
     load_vector,
@@ -43,6 +44,26 @@ def add_block(acc: cute.Tensor, mSum: cute.Tensor, start: Int64, warp: Int32, la
         atomic_add_fp32x4(*values, pointer + i * _ADDED * WARP)
 
 
+@mlir_namedtuple
+class _Sums(NamedTuple):
+    """Sums of keys or of values, and what is made of them.
+
+    Attributes:
+        total: the sums.
+        out: where the gradients are written.
+        last: gradients of the last keys of each entry, which are added.
+        mean: gradients of means over blocks of keys, which are added.
+        factor: multiplies the sums.
+    """
+
+    total: cute.Tensor
+    out: cute.Tensor
+    last: cute.Tensor | None
+    mean: cute.Tensor | None
+    factor: Float32
+
+
+@mlir_namedtuple
 class _Sizes(NamedTuple):
     """Numbers of the conversion.
 
@@ -74,38 +95,32 @@ class ConvertBlockSums:
         self.head_dim = head_dim
 
     @cute.jit
-    def __call__(
-        self,
-        mSum: cute.Tensor,
-        mX: cute.Tensor,
-        mLast: cute.Tensor | None,
-        mMean: cute.Tensor | None,
-        sizes: _Sizes,
-        factor: Float32,
-        stream,
-    ):
-        self.kernel(mSum, mX, mLast, mMean, sizes, factor).launch(
-            grid=[cute.ceil_div(sizes.pieces, _THREADS), 1, 1],
+    def __call__(self, first: _Sums, second: _Sums | None, sizes: _Sizes, stream):
+        self.kernel(first, second, sizes).launch(
+            grid=[cute.ceil_div(sizes.pieces, _THREADS), 1 if second is None else 2, 1],
             block=[_THREADS, 1, 1],
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        mSum: cute.Tensor,
-        mX: cute.Tensor,
-        mLast: cute.Tensor | None,
-        mMean: cute.Tensor | None,
-        sizes: _Sizes,
-        factor: Float32,
-    ):
+    def kernel(self, first: _Sums, second: _Sums | None, sizes: _Sizes):
         tidx, _, _ = cute.arch.thread_idx()
-        bidx, _, _ = cute.arch.block_idx()
+        bidx, tensor, _ = cute.arch.block_idx()
         piece = bidx * _THREADS + tidx
+        if const_expr(second is None):
+            self._convert(first, sizes, piece)
+        else:
+            if tensor == 0:
+                self._convert(first, sizes, piece)
+            else:
+                self._convert(second, sizes, piece)
+
+    @cute.jit
+    def _convert(self, sums: _Sums, sizes: _Sizes, piece: Int32):
         if piece < sizes.pieces:
             vectors = const_expr(self.head_dim // VECTOR)
-            halves = [load_vector(mSum, Int64(piece) * 2 * VECTOR + i * VECTOR) for i in range(2)]
+            start = Int64(piece) * 2 * VECTOR
+            halves = [load_vector(sums.total, start + i * VECTOR) for i in range(2)]
             row, rest = piece % _ROWS, piece // _ROWS
             vector, rest = rest % vectors, rest // vectors
             row += rest % (TILE_KEYS // WARP_ROWS) * WARP_ROWS
@@ -119,16 +134,16 @@ class ConvertBlockSums:
             for r in cutlass.range_constexpr(2):
                 key = local + r * _ROWS
                 # Loads without a condition go out together; what is not wanted is not added.
-                if const_expr(mLast is not None):
+                if const_expr(sums.last is not None):
                     at = key - (sizes.blocks * TILE_KEYS - sizes.last)
                     last = Int64(entry) * sizes.last + cutlass.max(at, 0)
-                    added[r].append((at >= 0, 1.0, load_vector(mLast, last * width + column)))
-                if const_expr(mMean is not None):
+                    added[r].append((at >= 0, 1.0, load_vector(sums.last, last * width + column)))
+                if const_expr(sums.mean is not None):
                     at = key // sizes.mean
                     mean = Int64(entry) * sizes.means + cutlass.min(at, sizes.means - 1)
                     share = 1.0 / Float32(sizes.mean)
                     wanted = at < sizes.means
-                    added[r].append((wanted, share, load_vector(mMean, mean * width + column)))
+                    added[r].append((wanted, share, load_vector(sums.mean, mean * width + column)))
             for r in cutlass.range_constexpr(2):
                 # Lane t of a quad has columns 2 t and 2 t + 1 of a row, then those of the row 8
                 # after.
@@ -136,27 +151,35 @@ class ConvertBlockSums:
                 for t in cutlass.range_constexpr(QUAD):
                     for c in cutlass.range_constexpr(2):
                         out[2 * t + c] = halves[t // 2][t % 2 * _ADDED + 2 * r + c]
-                out.store(out.load() * factor)
+                out.store(out.load() * sums.factor)
                 for i in cutlass.range_constexpr(len(added[r])):
                     wanted, share, addend = added[r][i]
                     if wanted:
                         out.store(out.load() + addend.load().to(Float32) * share)
                 key = Int64(block) * TILE_KEYS + row + r * _ROWS
-                store_vector(out.load(), mX, key * width + column)
+                store_vector(out.load(), sums.out, key * width + column)
 
 
 @kept
 def compile_convert(
-    dtype: torch.dtype, head_dim: int, last: bool = False, mean_dtype: torch.dtype | None = None
+    dtype: torch.dtype,
+    head_dim: int,
+    tensors: int,
+    last: bool = False,
+    mean_dtype: torch.dtype | None = None,
 ) -> Callable:
-    """The kernel of a dtype, with gradients of last keys, and with those of means of a dtype."""
-    element = CUTE_DTYPES[dtype]
+    """The kernel of a dtype, for keys and values, or for one of them; with gradients of last keys,
+    and with those of means of a dtype."""
+    element, mean = CUTE_DTYPES[dtype], None if mean_dtype is None else CUTE_DTYPES[mean_dtype]
+
+    def fakes() -> _Sums:
+        elements = (Float32, element, element if last else None, mean)
+        return _Sums(*map(fake_flat, elements), Float32(1.0))
+
     return compile_kernel(
         ConvertBlockSums(head_dim),
-        *(fake_flat(Float32), fake_flat(element), fake_flat(element if last else None)),
-        fake_flat(None if mean_dtype is None else CUTE_DTYPES[mean_dtype]),
+        *(fakes(), fakes() if tensors == 2 else None),
         _Sizes(*(Int32(1) for _ in _Sizes._fields)),
-        Float32(1.0),
     )
 
 
@@ -165,49 +188,52 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         for dim in (64, 96, 128):
-            yield f"block-sums-{name}-{dim}", functools.partial(compile_convert, dtype, dim)
-            for mean_dtype in (None, dtype, torch.float32):
-                form = "last" if mean_dtype is None else str(mean_dtype).removeprefix("torch.")
-                added = functools.partial(compile_convert, dtype, dim, True, mean_dtype)
-                yield f"block-sums-{name}-{dim}-{form}", added
+            form = f"block-sums-{name}-{dim}"
+            for tensors in (1, 2):
+                plain = functools.partial(compile_convert, dtype, dim, tensors)
+                yield f"{form}-{tensors}", plain
+                yield f"{form}-{tensors}-last", functools.partial(plain, True)
+            for mean_dtype in (dtype, torch.float32):
+                added = functools.partial(compile_convert, dtype, dim, 2, True, mean_dtype)
+                yield f"{form}-means-{str(mean_dtype).removeprefix('torch.')}", added
 
 
 def round_listed_sums(
-    sums: Tensor,
-    out: Tensor,
-    factor: float,
-    last: Tensor | None = None,
-    dmean: Tensor | None = None,
+    sums: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    factors: Sequence[float],
+    last: Sequence[Tensor] | None = None,
+    dmeans: Sequence[Tensor] | None = None,
     block_size: int = 1,
 ) -> None:
     """See :func:`nsa.fused.kernel_calls.round_listed_sums`.
 
     ``sums`` are those of the heads of one block of keys after another.
     """
+    out = outs[0]
     if not out.numel():
         return
     keys, kv_heads, head_dim = out.shape[-3:]
-    _check("last", last, out, (out.dtype,))
-    _check("dmean", dmean, out, (out.dtype, torch.float32))
-    # Nothing to add is as if not given.
-    last, dmean = (None if x is None or not x.numel() else x for x in (last, dmean))
-    rows = [0 if x is None else x.shape[-3] for x in (last, dmean)]
-    mean_dtype = None if dmean is None else dmean.dtype
-    kernel = compile_convert(out.dtype, head_dim, last is not None, mean_dtype)
+    last = _given("last", last, out, (out.dtype,))
+    dmeans = _given("dmeans", dmeans, out, (out.dtype, torch.float32))
+    rows = [0 if x is None else x[0].shape[-3] for x in (last, dmeans)]
+    mean_dtype = None if dmeans is None else dmeans[0].dtype
+    kernel = compile_convert(out.dtype, head_dim, len(outs), last is not None, mean_dtype)
     # A piece is 8 columns of two rows.
     pieces = out.numel() // (2 * VECTOR)
     sizes = _Sizes(pieces, kv_heads, keys // TILE_KEYS, *rows, block_size)
-    kernel(sums.view(-1), out.view(-1), flat(last), flat(dmean), sizes, factor)
+    lasts, means = ([None] * len(outs) if x is None else map(flat, x) for x in (last, dmeans))
+    flats = [[x.view(-1) for x in tensors] for tensors in (sums, outs)]
+    first, second = (*map(_Sums, *flats, lasts, means, factors), None)[:2]
+    kernel(first, second, sizes)
 
 
-def _check(name: str, x: Tensor | None, out: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise unless the kernel can add ``x``, if given."""
-    if x is None:
-        return
-    *leading, keys, heads, dim = out.shape
-    fits = x.shape[:-3] == out.shape[:-3] and x.shape[-2:] == out.shape[-2:]
-    if not fits or x.ndim != out.ndim or x.shape[-3] > keys or x.dtype not in dtypes:
-        raise ValueError(
-            f"{name} is {tuple(x.shape)} of {x.dtype}; it must be "
-            f"{(*leading, f'at most {keys}', heads, dim)} of one of {dtypes}"
-        )
+def _given(
+    name: str, added: Sequence[Tensor] | None, out: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> Sequence[Tensor] | None:
+    """What the kernel adds; None if that is nothing."""
+    if added is None:
+        return None
+    for x in added:
+        check_added(name, x, out, dtypes)
+    return added if added[0].numel() else None

@@ -28,6 +28,7 @@ from nsa.fused.kernels.hopper import (
     store_shared_remote,
     store_shared_remote_x4,
 )
+from nsa.fused.kernels.vectors import load_peer, of_peer
 
 # Loads of parts that a thread has under way.
 _LOADS = 16
@@ -95,7 +96,7 @@ class ClusterOutputs(WarpOutputs):
             )
             for peer in cutlass.range_constexpr(tokens):
                 if const_expr(tokens > 1):
-                    vector = self._load(_of_peer(sO, peer, tokens), row, column)
+                    vector = self._load(of_peer(sO, peer, tokens), row, column)
                 else:
                     vector = self.sum_copies(sO, row, column, row_groups)
                 self._add(found[v], vector, factors[peer])
@@ -350,19 +351,6 @@ def recomputed(x: Int32, *, loc=None, ip=None) -> Int32:
         asm_dialect=llvm.AsmDialect.AD_ATT,
     )
     return Int32(found)
-
-
-def load_peer(sX: cute.Tensor, place: Int32, peer: int, cluster: int) -> cute.Numeric:
-    """Element ``place`` of what CTA ``peer`` of the cluster has where this one has ``sX``."""
-    pointer = _of_peer(sX.iterator, peer, cluster) + place
-    rX = cute.make_rmem_tensor(1, sX.element_type)
-    cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(1)), rX)
-    return rX[0]
-
-
-def _of_peer(pointer: cute.Pointer, peer: int, cluster: int) -> cute.Pointer:
-    """Where CTA ``peer`` of the cluster has what ``pointer`` points to."""
-    return cute.arch.map_dsmem_ptr(pointer, Int32(peer)) if cluster > 1 else pointer
 
 
 def _load_floats(pointer: cute.Pointer, offset: Int32 | Int64) -> cute.Tensor:

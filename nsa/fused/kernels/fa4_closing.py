@@ -6,12 +6,12 @@ while it computes: TMA copies them to shared memory, and three of the four produ
 FA4 leaves idle, compute the gates from the queries there. So no pass over memory is left for the
 sum, and where no backward needs the window's output, it is never written.
 
-A CTA of FA4's has one tile of queries, whose row r is head ``r % group`` of a token.
+Row r of a tile of queries is head ``r % group`` of a token. A CTA passes through several tiles:
+while it ends one, the queries and the first keys of the next one arrive.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import cutlass
@@ -23,15 +23,18 @@ from cutlass.tensor_utils import LayoutEnum
 from torch import Tensor
 
 from nsa.fused.fa4_call import Call
-from nsa.fused.fa4_variants import Variant
+from nsa.fused.fa4_variants import Variant, forward_tile
 from nsa.fused.hardware import LOG2_E, QUAD, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import IN_ORDER, Pair
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.fa4_fakes import Fakes
 from nsa.fused.kernels.fa4_sm90 import forward_kernel, ordered
 from nsa.fused.kernels.gated_sum import gating_form
+from nsa.fused.kernels.head_rows import sm_count
 from nsa.fused.kernels.hopper import (
     FlashAttentionForwardSm90,
+    SingleTileScheduler,
+    WorkTileInfo,
     get_smem_load_atom,
     get_smem_store_C,
     make_packgqa_tiled_tma_atom,
@@ -53,10 +56,15 @@ from nsa.fused.kernels.vectors import (
 
 # The first producer warp loads queries, keys and values.
 _PREPARING = WARPGROUP - WARP
-# FA4's forward uses those up to 6.
-_PREPARED = 7
+# Named barriers; FA4's forward uses those up to 6.
+_INITIALIZED, _SUMMED = 7, 8
 # Of FA4's pipeline of queries, and one more.
 _BARRIERS = 3
+# The most tiles of a CTA. With more, CTAs that start late, because another kernel holds their
+# processors, end later.
+_MOST_TILES = 16
+# Of a tile's time, what a CTA takes for itself, by estimate.
+_START = 0.2
 # Registers of a thread that computes, and of one that loads, by warp groups that compute. Of two,
 # FA4 gives 24 to those that load, too few for the gates.
 _REGISTERS = {2: (232, 40), 3: (160, 32)}
@@ -66,7 +74,8 @@ _REGISTERS = {2: (232, 40), 3: (160, 32)}
 class Branches(NamedTuple):
     """The outputs of the other branches, the gates or the weight, and the window's output to write.
 
-    ``strides`` are the elements from token to token of the first two; ``heads`` counts all heads.
+    ``strides`` are the elements from token to token of the first two; ``heads`` counts all heads,
+    ``ctas`` the CTAs.
     """
 
     o_cmp: cute.Tensor
@@ -76,6 +85,7 @@ class Branches(NamedTuple):
     o_win: cute.Tensor | None
     strides: tuple[Int64, Int64]
     heads: Int32
+    ctas: Int32
 
 
 def fake_branches(dtype: type[cutlass.Numeric], form: str, keep: bool) -> Branches:
@@ -88,12 +98,14 @@ def fake_branches(dtype: type[cutlass.Numeric], form: str, keep: bool) -> Branch
         fake_flat(dtype) if keep else None,
         (Int64(1), Int64(1)),
         Int32(1),
+        Int32(1),
     )
 
 
 @mlir_namedtuple
 class _Loaded(NamedTuple):
-    """The same in the kernel: TMA copies of the other branches' outputs, and what they copy."""
+    """The same in the kernel: TMA copies of the other branches' outputs and of the sum, and the
+    tensors that they read or write."""
 
     copies: tuple
     gates: cute.Tensor | None
@@ -143,12 +155,16 @@ class ClosingForward(FlashAttentionForwardSm90):
         branches: Branches,
         stream,
     ):
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        _, length, _, dim = mQ.shape
         others = zip(branches[:2], branches.strides, strict=True)
-        copies = [self._make_copy(x, stride, mQ.shape) for x, stride in others]
+        others = [(load, x, (stride * length, stride, dim)) for x, stride in others]
+        copies = [self._make_copy(*x, mQ.shape) for x in (*others, (store, mO, mO.stride[:3]))]
         self.branches = _Loaded(
-            (*copies[0], *copies[1]),
+            tuple(part for copy in copies for part in copy),
             *(branches.gates, branches.weight, branches.o_win, branches.heads),
         )
+        self.ctas = branches.ctas
         FlashAttentionForwardSm90.__call__(
             self,
             *(mQ, mK, mV, mO, mLSE, softmax_scale),
@@ -157,24 +173,27 @@ class ClosingForward(FlashAttentionForwardSm90):
             stream=stream,
         )
 
-    def _make_copy(self, mX: cute.Tensor, stride: Int64, shape: tuple) -> tuple:
-        """The copy of a tile of another branch's output, and the tensor that it copies."""
-        batch, length, heads, _ = shape
-        dim, stride = self.tile_hdimv, cute.assume(stride, divby=VECTOR)
-        layout = cute.make_layout(
-            (length, dim, heads, batch), stride=(stride, 1, dim, stride * length)
-        )
-        smem = make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, (self.tile_m, dim))
+    def kernel(self, *arguments):
+        """FA4's, launched with fewer CTAs."""
+        return _Launcher(super().kernel(*arguments), self.ctas)
+
+    def _make_copy(self, operation, mX: cute.Tensor, strides: tuple, shape: tuple) -> tuple:
+        """The copy of a tile of a branch's output or of the sum, and the tensor that it copies.
+        ``strides`` are those of batch, token and head."""
+        batch, length, heads, dim = shape
+        per_batch, token, head = (cute.assume(Int64(x), divby=VECTOR) for x in strides)
+        layout = cute.make_layout((length, dim, heads, batch), stride=(token, 1, head, per_batch))
+        smem = make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, (self.tile_m, self.tile_hdimv))
         make = cpasync.make_tiled_tma_atom
         if const_expr(self.pack_gqa):
             make = partial(
                 make_packgqa_tiled_tma_atom, qhead_per_kvhead=self.qhead_per_kvhead, head_idx=2
             )
         atom, tensor = make(
-            cpasync.CopyBulkTensorTileG2SOp(),
+            operation,
             cute.make_tensor(mX.iterator, layout),
             smem,
-            (self.tile_m, dim),
+            (self.tile_m, self.tile_hdimv),
         )
         return atom, tensor
 
@@ -231,29 +250,28 @@ class ClosingForward(FlashAttentionForwardSm90):
         return token, head_idx * self.qhead_per_kvhead + head
 
     def load(self, mQ, mK, mV, sQ, *arguments):
-        """FA4's loads by the first warp; the others prepare the sum."""
-        *_, pipeline_q, carrier, _, _, block_info, seqlen_info, scheduler = arguments
-        first = self._first_key(block_info, seqlen_info, scheduler)
-        mK, mV = (cute.domain_offset((first, 0, 0, 0), x) for x in (mK, mV))
-        from_first = partial(_keys_from, seqlen_info, first)
-        super().load(mQ, mK, mV, sQ, *arguments[:-2], from_first, scheduler)
+        """FA4's loads by the first warp; the others prepare the sum, and one stores it."""
+        *others, block_info, seqlen_info, scheduler = arguments
+        *_, pipeline_q, carrier, _, _ = others
+        seqlen_info = partial(self._from_first_key, block_info, seqlen_info)
+        scheduler = partial(_Tiles.start, *scheduler.args)
+        super().load(mQ, mK, mV, sQ, *others, block_info, seqlen_info, scheduler)
         self._prepare(sQ, pipeline_q, carrier.branches, seqlen_info, scheduler)
 
     @cute.jit
-    def _first_key(self, block_info, seqlen_info: Callable, scheduler: Callable) -> Int32:
-        """The first key that the tile's queries see.
+    def _from_first_key(self, block_info, seqlen_info: Callable, place: "_Place"):
+        """What FA4 knows of a tile's sequence, without keys before the first that the tile sees.
 
         Tiles of keys start there, so that there are fewer: of 48 queries with windows of 512 keys,
         7 of 80 keys, where 8 would hold them if they started at multiples of 80.
         """
-        m_block, _, batch, _ = scheduler().initial_work_tile_info().tile_idx
+        seqlen = seqlen_info(place.batch)
         first = Int32(0)
         if const_expr(block_info.window_size_left is not None):
-            seqlen = seqlen_info(batch)
-            query = m_block * self.tile_m // self.qhead_per_kvhead
+            query = place.m_block * self.tile_m // self.qhead_per_kvhead
             first = query + seqlen.seqlen_k - seqlen.seqlen_q - block_info.window_size_left
             first = cutlass.max(first, 0)
-        return first
+        return _FromFirstKey(seqlen, first)
 
     @cute.jit
     def _prepare(
@@ -264,68 +282,114 @@ class ClosingForward(FlashAttentionForwardSm90):
         seqlen_info: Callable,
         scheduler: Callable,
     ):
-        """Bring the other branches' outputs and the gates to shared memory."""
+        """Bring the other branches' outputs and the gates to shared memory, and store the sums."""
         tidx, _, _ = cute.arch.thread_idx()
         if tidx >= WARP:
             tidx = tidx - WARP
-            m_block, head_idx, batch, _ = scheduler().initial_work_tile_info().tile_idx
-            length = seqlen_info(batch).seqlen_q
-            # The queries and the first keys come first.
-            pipeline_q.consumer_wait_w_index_phase(0, Int32(0))
+            prepared = self._prepared(pipeline_q)
             if tidx < WARP:
-                self._copy_others(sQ, self._copied(pipeline_q), branches, m_block, head_idx, batch)
-            sGates = self._gates(pipeline_q)
-            if const_expr(self.form == "weight"):
-                first_head = head_idx * self.qhead_per_kvhead
-                for item in cutlass.range(tidx // WARP, self._gate_items, _PREPARING // WARP):
-                    self._compute_gates(branches.weight, sQ, sGates, first_head, item, tidx % WARP)
-            else:
-                for row in cutlass.range(tidx, self.tile_m, _PREPARING, unroll=1):
-                    token, head = self._place(row, m_block, head_idx)
-                    token = Int64(batch) * length + cutlass.min(token, length - 1)
-                    for i in cutlass.range_constexpr(3):
-                        sGates[row, i] = Float32(1.0 / 3.0)
-                        if const_expr(self.form == "gates"):
-                            place = (token * branches.heads + head) * 3 + i
-                            sGates[row, i] = branches.gates[place].to(Float32)
-            cute.arch.barrier_arrive(
-                barrier_id=_PREPARED, number_of_threads=_PREPARING + self.num_mma_threads
-            )
+                with cute.arch.elect_one():
+                    # Each warp arrives, and what the copies bring.
+                    cute.arch.mbarrier_init(prepared, _PREPARING // WARP + 1)
+                cute.arch.mbarrier_init_fence()
+                cute.arch.fence_view_async_shared()
+            self._wait_for_barriers()
+            tiles = scheduler()
+            tile = tiles.initial_work_tile_info()
+            while tile.is_valid_tile:
+                m_block, head_idx, place, _ = tile.tile_idx
+                # The queries and the first keys come first.
+                pipeline_q.consumer_wait_w_index_phase(0, place.turn)
+                if tidx < WARP:
+                    self._copy_others(sQ, prepared, branches, m_block, head_idx, place.batch)
+                sGates = self._gates(pipeline_q)
+                if const_expr(self.form == "weight"):
+                    first_head = head_idx * self.qhead_per_kvhead
+                    for item in cutlass.range(tidx // WARP, self._gate_items, _PREPARING // WARP):
+                        self._compute_gates(
+                            branches.weight, sQ, sGates, first_head, item, tidx % WARP
+                        )
+                else:
+                    length = seqlen_info(place).seqlen_q
+                    for row in cutlass.range(tidx, self.tile_m, _PREPARING, unroll=1):
+                        token, head = self._place(row, m_block, head_idx)
+                        token = Int64(place.batch) * length + cutlass.min(token, length - 1)
+                        for i in cutlass.range_constexpr(3):
+                            sGates[row, i] = Float32(1.0 / 3.0)
+                            if const_expr(self.form == "gates"):
+                                gate = (token * branches.heads + head) * 3 + i
+                                sGates[row, i] = branches.gates[gate].to(Float32)
+                cute.arch.sync_warp()
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(prepared)
+                # When all rows of the sum are there, the gates have been read too.
+                self._meet_sums(cute.arch.barrier)
+                if tidx < WARP:
+                    self._store_sum(sQ, branches, m_block, head_idx, place.batch)
+                tiles.advance_to_next_work()
+                tile = tiles.get_current_work()
 
-    def _copied(self, pipeline_q) -> cute.Pointer:
-        """The barrier at which the other branches' outputs arrive."""
+    def _prepared(self, pipeline_q) -> cute.Pointer:
+        """The barrier at which the other branches' outputs and the gates arrive."""
         return pipeline_q.sync_object_full.get_barrier(0) + 2
+
+    def _wait_for_barriers(self):
+        """Wait until the barrier is initialized."""
+        cute.arch.barrier(
+            barrier_id=_INITIALIZED, number_of_threads=_PREPARING + self.num_mma_threads
+        )
+
+    def _meet_sums(self, meet: Callable):
+        """Arrive where a tile's sum is complete, and perhaps wait."""
+        meet(barrier_id=_SUMMED, number_of_threads=_PREPARING + self.num_mma_threads)
+
+    def mma_init(self):
+        super().mma_init()
+        self._wait_for_barriers()
 
     @cute.jit
     def _copy_others(
         self,
         sQ: cute.Tensor,
-        copied: cute.Pointer,
+        prepared: cute.Pointer,
         branches: _Loaded,
         m_block: Int32,
         head_idx: Int32,
         batch: Int32,
     ):
-        """Start to copy them, by a warp. Others wait at another barrier before they use this one.
-
-        Rows past the last token are zeros, and not stored.
-        """
+        """Start to copy them, by a warp. Rows past the last token are zeros, and not stored."""
         tile = (self.tile_m, self.tile_hdimv)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_init(copied, 1)
-        cute.arch.mbarrier_init_fence()
-        cute.arch.fence_view_async_shared()
-        with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(
-                copied, 2 * tile[0] * tile[1] * self.dtype.width // 8
+                prepared, 2 * tile[0] * tile[1] * self.dtype.width // 8
             )
         for i in cutlass.range_constexpr(2):
-            atom, mX = branches.copies[2 * i], branches.copies[2 * i + 1]
+            atom, mX = branches.copies[2 * i : 2 * i + 2]
             source = cute.local_tile(mX[None, None, head_idx, batch], tile, (m_block, 0))
             copy, _, _ = tma_get_copy_fn(
                 *(atom, 0, cute.make_layout(1), source, self._other(sQ, i)), single_stage=True
             )
-            copy(tma_bar_ptr=copied)
+            copy(tma_bar_ptr=prepared)
+
+    @cute.jit
+    def _store_sum(
+        self,
+        sQ: cute.Tensor,
+        branches: _Loaded,
+        m_block: Int32,
+        head_idx: Int32,
+        batch: Int32,
+    ):
+        """Store the sum by a warp, for which it has been read when this returns."""
+        atom, mX = branches.copies[4:]
+        tile = (self.tile_m, self.tile_hdimv)
+        target = cute.local_tile(mX[None, None, head_idx, batch], tile, (m_block, 0))
+        copy, _, _ = tma_get_copy_fn(
+            *(atom, 0, cute.make_layout(1), self._other(sQ, 0), target), single_stage=True
+        )
+        copy()
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @property
     def _gate_items(self) -> int:
@@ -358,7 +422,7 @@ class ClosingForward(FlashAttentionForwardSm90):
         tiled_mma = cute.make_tiled_mma(warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16)))
         logits = cute.make_rmem_tensor(((2, 2), 1, 1), Float32)
         logits.fill(0.0)
-        for group in cutlass.range(self.tile_hdim // (QUAD * VECTOR), unroll=1):
+        for group in cutlass.range_constexpr(self.tile_hdim // (QUAD * VECTOR)):
             vector = group * QUAD + lane % QUAD
             weight = load_vector(mWeight, start + vector * VECTOR)
             q = []
@@ -390,46 +454,48 @@ class ClosingForward(FlashAttentionForwardSm90):
 
     def mma(self, *arguments):
         *others, block_info, seqlen_info, mask, scheduler, lists, aux, divisors = arguments
-        self.queries = arguments[12]
-        first = self._first_key(block_info, seqlen_info, scheduler)
-        from_first = partial(_keys_from, seqlen_info, first)
-        super().mma(*others, block_info, from_first, mask, scheduler, lists, aux, divisors)
+        self.queries, branches = others[12], others[13].branches
+        others[12] = _Queries(self.queries, self._prepared(self.queries), branches.o_win is None)
+        seqlen_info = partial(self._from_first_key, block_info, seqlen_info)
+        scheduler = partial(_Tiles.start, *scheduler.args)
+        super().mma(*others, block_info, seqlen_info, mask, scheduler, lists, aux, divisors)
 
-    def epilogue(self, acc_O, *arguments):
-        _, _, _, sO, seqlen, carrier, _, tiled_mma, tidx, m_block, head_idx, batch = arguments
-        sGates = self._gates(self.queries)
-        place = (seqlen.seqlen_q, m_block, head_idx, batch)
-        self._add_branches(acc_O, sO, sGates, carrier.branches, tiled_mma, tidx, place)
-        super().epilogue(acc_O, *arguments)
+    def epilogue(self, acc_O, lse, mO, mLSE, sO, seqlen, carrier, _, tiled_mma, tidx, *place):
+        m_block, head_idx, place = place
+        place = (seqlen.seqlen_q, m_block, head_idx, place)
+        self._add_branches(acc_O, sO, carrier.branches, tiled_mma, tidx, place)
+        self._store_lse(lse, mLSE, tiled_mma, tidx, place)
 
     @cute.jit
     def _add_branches(
         self,
         acc_O: cute.Tensor,
         sO: cute.Tensor,
-        sGates: cute.Tensor,
         branches: _Loaded,
         tiled_mma: cute.TiledMma,
         tidx: Int32,
-        place: tuple[Int32, Int32, Int32, Int32],
+        place: tuple,
     ):
-        """Turn the window's output into the gated sum."""
-        cute.arch.barrier(barrier_id=_PREPARED, number_of_threads=_PREPARING + self.num_mma_threads)
-        cute.arch.mbarrier_wait(self._copied(self.queries), 0)
-        rows = reshape_acc_to_mn(
-            tiled_mma.get_slice(tidx).partition_C(
-                cute.make_identity_tensor((self.tile_m, self.tile_hdimv))
-            )
-        )
+        """Turn the window's output into the gated sum, and leave it in shared memory.
+
+        A warp touches its own rows alone, so it waits for no other.
+        """
+        cute.arch.mbarrier_wait(self._prepared(self.queries), place[3].turn)
+        acc_mn = reshape_acc_to_mn(acc_O)
+        numbers = self._rows(tiled_mma, tidx)
+        rows = const_expr(cute.size(acc_mn, mode=[0]))
+        gates = self._gates(self.queries)
         if const_expr(branches.o_win is not None):
             # In place of its queries, which a warp alone still had a use for.
             store, _, _ = get_smem_store_C(tiled_mma, sO, tidx)
             store(acc_O)
             cute.arch.sync_warp()
             self._store_rows(sO, branches, tidx, place)
-        acc_mn = reshape_acc_to_mn(acc_O)
-        for r in cutlass.range_constexpr(cute.size(acc_mn, mode=[0])):
-            acc_mn[r, None].store(acc_mn[r, None].load() * sGates[rows[r, 0][0], 2])
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
+            self.queries.consumer_release_w_index(0)
+        for r in cutlass.range_constexpr(rows):
+            acc_mn[r, None].store(acc_mn[r, None].load() * gates[numbers[r, 0][0], 2])
         copy = cute.make_tiled_copy_C(get_smem_load_atom(self.dtype), tiled_mma)
         thread = copy.get_slice(tidx)
         for i in cutlass.range_constexpr(2):
@@ -438,9 +504,41 @@ class ClosingForward(FlashAttentionForwardSm90):
             other = cute.make_fragment_like(acc_O, self.dtype)
             cute.copy(copy, thread.partition_S(self._other(sO, i)), thread.retile(other))
             other = reshape_acc_to_mn(other)
-            for r in cutlass.range_constexpr(cute.size(acc_mn, mode=[0])):
-                part = other[r, None].load().to(Float32) * sGates[rows[r, 0][0], i]
+            for r in cutlass.range_constexpr(rows):
+                part = other[r, None].load().to(Float32) * gates[numbers[r, 0][0], i]
                 acc_mn[r, None].store(acc_mn[r, None].load() + part)
+        cute.arch.sync_warp()
+        store, _, _ = get_smem_store_C(tiled_mma, self._other(sO, 0), tidx)
+        store(acc_O)
+        cute.arch.fence_view_async_shared()
+        self._meet_sums(cute.arch.barrier_arrive)
+
+    def _rows(self, tiled_mma: cute.TiledMma, tidx: Int32) -> cute.Tensor:
+        """Which row and column of a tile each number of a thread's output is."""
+        places = cute.make_identity_tensor((self.tile_m, self.tile_hdimv))
+        return reshape_acc_to_mn(tiled_mma.get_slice(tidx).partition_C(places))
+
+    @cute.jit
+    def _store_lse(
+        self,
+        lse: cute.Tensor,
+        mLSE: cute.Tensor,
+        tiled_mma: cute.TiledMma,
+        tidx: Int32,
+        place: tuple,
+    ):
+        """Store the log-sum-exps, by the threads that have the first column."""
+        length, m_block, head_idx, place = place
+        numbers = self._rows(tiled_mma, tidx)
+        if tidx % QUAD == 0:
+            for r in cutlass.range_constexpr(cute.size(lse)):
+                token, head = self._place(numbers[r, 0][0], m_block, head_idx)
+                if token < length:
+                    if const_expr(self.pack_gqa):
+                        head = head - head_idx * self.qhead_per_kvhead
+                        mLSE[(head, token), head_idx, place.batch] = lse[r]
+                    else:
+                        mLSE[token, head, place.batch] = lse[r]
 
     @cute.jit
     def _store_rows(
@@ -448,17 +546,17 @@ class ClosingForward(FlashAttentionForwardSm90):
         sOutput: cute.Tensor,
         branches: _Loaded,
         tidx: Int32,
-        place: tuple[Int32, Int32, Int32, Int32],
+        place: tuple,
     ):
         """Store a warp's rows of the window's output."""
-        length, m_block, head_idx, batch = place
+        length, m_block, head_idx, place = place
         first, lane = tidx // WARP * WARP_ROWS, tidx % WARP
         lanes = const_expr(self.tile_hdimv // VECTOR)
         for i in cutlass.range(WARP_ROWS * lanes // WARP, unroll=1):
             row, column = first + (lane + i * WARP) // lanes, (lane + i * WARP) % lanes
             token, head = self._place(row, m_block, head_idx)
             if token < length:
-                token_head = (Int64(batch) * length + token) * branches.heads + head
+                token_head = (Int64(place.batch) * length + token) * branches.heads + head
                 offset = token_head * self.tile_hdimv + column * VECTOR
                 vector = cute.make_rmem_tensor(VECTOR, self.dtype)
                 tile = cute.local_tile(sOutput, (1, VECTOR), (row, column))
@@ -468,10 +566,121 @@ class ClosingForward(FlashAttentionForwardSm90):
                 cute.autovec_copy(vector, target)
 
 
-def _keys_from(seqlen_info: Callable, first: Int32, batch: Int32):
+class _Launcher:
+    """Launches a kernel with CTAs of its own number."""
+
+    def __init__(self, kernel, ctas: Int32):
+        self.kernel, self.ctas = kernel, ctas
+
+    def launch(self, *, grid: tuple, **options):
+        self.kernel.launch(grid=(self.ctas, 1, 1), **options)
+
+
+class _Place(NamedTuple):
+    """What FA4's loops take for the index of a tile's sequence; ``turn`` is 0 and 1 in turns."""
+
+    batch: Int32
+    m_block: Int32
+    turn: Int32
+
+
+class _Tile(WorkTileInfo):
+    """FA4's, with a :class:`_Place`."""
+
+    @property
+    def tile_idx(self) -> tuple:
+        m_block, head_idx, batch, turn = self._tile_idx
+        return m_block, head_idx, _Place(batch, m_block, turn), turn
+
+    def __extract_mlir_values__(self) -> list:
+        return cutlass.extract_mlir_values((*self._tile_idx, self._is_valid_tile))
+
+    def __new_from_mlir_values__(self, values: list) -> "_Tile":
+        numbers = (*self._tile_idx, self._is_valid_tile)
+        *tile_idx, valid = cutlass.new_from_mlir_values(numbers, values)
+        return _Tile(tuple(tile_idx), valid)
+
+
+class _Tiles:
+    """The tiles of a CTA, in place of FA4's scheduler: each as many after the last as there are
+    CTAs. So CTAs that run together have neighbouring tiles."""
+
+    def __init__(self, params: SingleTileScheduler.Params, index: Int32, turn: Int32):
+        self.params, self.index, self.turn = params, index, turn
+
+    @classmethod
+    def start(cls, params: SingleTileScheduler.Params) -> "_Tiles":
+        index, _, _ = cute.arch.block_idx()
+        return cls(params, index, Int32(0))
+
+    def get_current_work(self) -> _Tile:
+        blocks, heads = self.params.num_block, self.params.num_head
+        rest = self.index // blocks
+        batch = rest // heads
+        tile_idx = self.index - rest * blocks, rest - batch * heads, batch, self.turn
+        return _Tile(tile_idx, self.index < blocks * heads * self.params.num_batch)
+
+    def initial_work_tile_info(self) -> _Tile:
+        return self.get_current_work()
+
+    def prefetch_next_work(self):
+        """FA4 calls it, and tiles are known without."""
+
+    def advance_to_next_work(self):
+        ctas, _, _ = cute.arch.grid_dim()
+        self.index += ctas
+        self.turn ^= 1
+
+    def __extract_mlir_values__(self) -> list:
+        return cutlass.extract_mlir_values((self.index, self.turn))
+
+    def __new_from_mlir_values__(self, values: list) -> "_Tiles":
+        index, turn = cutlass.new_from_mlir_values((self.index, self.turn), values)
+        return _Tiles(self.params, index, turn)
+
+
+class _FromFirstKey:
     """What FA4 knows of a sequence, without its keys before the first that are wanted."""
-    found = seqlen_info(batch)
-    return replace(found, seqlen_k=found.seqlen_k - first)
+
+    def __init__(self, seqlen, first: Int32):
+        self.seqlen, self.first = seqlen, first
+        self.seqlen_k = seqlen.seqlen_k - first
+
+    def __getattr__(self, name: str):
+        return getattr(self.seqlen, name)
+
+    def offset_batch_Q(self, mX: cute.Tensor, place: _Place, **options) -> cute.Tensor:
+        return self.seqlen.offset_batch_Q(mX, place.batch, **options)
+
+    def offset_batch_K(self, mX: cute.Tensor, place: _Place, **options) -> cute.Tensor:
+        mX = self.seqlen.offset_batch_K(mX, place.batch, **options)
+        return cute.domain_offset((self.first, 0, 0), mX)
+
+
+class _Queries:
+    """The pipeline of queries, as FA4's computing warps see it.
+
+    They release a tile before its last product of values. Then the gates must be there, whose
+    computation reads the queries too. Without ``released``, they leave that to the sum.
+    """
+
+    def __init__(self, pipeline, prepared: cute.Pointer, released: bool):
+        self.pipeline, self.prepared, self.released = pipeline, prepared, released
+
+    def consumer_wait_w_index_phase(self, index: Int32, phase: Int32):
+        self.phase = phase
+        self.pipeline.consumer_wait_w_index_phase(index, phase)
+
+    def consumer_release_w_index(self, index: Int32):
+        if self.released:
+            cute.arch.mbarrier_wait(self.prepared, self.phase)
+            self.pipeline.consumer_release_w_index(index)
+
+    def __extract_mlir_values__(self) -> list:
+        return []
+
+    def __new_from_mlir_values__(self, values: list) -> "_Queries":
+        return self
 
 
 def launch_closing(
@@ -490,9 +699,31 @@ def launch_closing(
     tensors, strides = zip(*map(flat_rows, others), strict=True)
     weight = flat(weight) if form == "weight" else None
     written = None if o_win is None else o_win.view(-1)
-    branches = Branches(*tensors, flat(gates), weight, written, strides, call.q.shape[-2])
-    kernel = compile_closing(call.variant(), form, o_win is not None)
+    variant = call.variant()
+    heads = call.q.shape[-2]
+    ctas = closing_ctas(_tiles(call.q.shape, variant), sm_count(call.q.device))
+    branches = Branches(*tensors, flat(gates), weight, written, strides, heads, ctas)
+    kernel = compile_closing(variant, form, o_win is not None)
     kernel(*_closing_arguments(call, out, lse, branches))
+
+
+@lru_cache(maxsize=256)
+def closing_ctas(tiles: int, processors: int) -> int:
+    """CTAs that share the tiles, in equal parts. A processor has one CTA at a time, so their last
+    wave costs as much as a full one."""
+
+    def ctas(part: int) -> int:
+        return -(-tiles // part)
+
+    parts = range(1, _MOST_TILES + 1)
+    return ctas(min(parts, key=lambda part: -(-ctas(part) // processors) * (part + _START)))
+
+
+def _tiles(shape: tuple[int, ...], variant: Variant) -> int:
+    """Tiles of queries of a shape ``(B, N, H, D)``."""
+    batch, length, heads, _ = shape
+    rows, _ = forward_tile(variant)
+    return batch * (heads // variant.group) * -(-length * variant.group // rows)
 
 
 def _closing_arguments(call: Call, out: Tensor, lse: Tensor, branches: Branches) -> list:

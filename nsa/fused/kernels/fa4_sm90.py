@@ -40,6 +40,7 @@ from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.fa4_blocks import BackwardOfBlocks
 from nsa.fused.kernels.fa4_fakes import Fakes, fake
 from nsa.fused.kernels.fa4_heads import BackwardThroughHeads
+from nsa.fused.kernels.fa4_key_sums import ConvertKeySums
 from nsa.fused.kernels.fa4_near_blocks import BackwardWithNearBlocks
 from nsa.fused.kernels.fa4_seen_blocks import ForwardOfBlocks
 from nsa.fused.kernels.fa4_tall import TallForward
@@ -99,9 +100,8 @@ def launch_backward(
     if variant.adds_keys:
         if variant.mask.block_stride is not None and variant.deterministic:
             sums = sums._replace(dk=sums.dk.sum(0, True), dv=sums.dv.sum(0, True))
-        convert = kernels.convert_keys
-        convert(*_conversion_arguments(sums.dk, dk, call.scale, bounds_k, starts_k))
-        convert(*_conversion_arguments(sums.dv, dv, 1.0, bounds_k, starts_k))
+        arguments = (sums.dk, sums.dv, dk, dv, call.scale, bounds_k, starts_k)
+        kernels.convert_keys(*_key_conversion_arguments(*arguments))
 
 
 def _side_by_side(
@@ -180,12 +180,12 @@ def backward_kernels(variant: Variant) -> BackwardKernels:
     tile, plain = backward_tile(variant), variant.plain()
     threads = 128 if tile.one_group else _MMA_THREADS
     queries = (tile.queries, threads, tile.query_atoms, tile.swap_queries, tile.channels)
-    keys = (tile.keys, _MMA_THREADS, tile.key_atoms, tile.swap_keys, tile.channels)
+    keys = (tile.keys, tile.key_atoms, tile.swap_keys, tile.channels)
     return BackwardKernels(
         tile,
         compile_backward(variant),
         compile_conversion(plain, *queries),
-        compile_conversion(plain, *keys) if variant.adds_keys else None,
+        compile_key_conversion(plain, *keys) if variant.adds_keys else None,
         compile_tile_starts(tile.queries, 1) if variant.many else None,
         compile_tile_starts(tile.keys, 1) if variant.many else None,
     )
@@ -248,7 +248,6 @@ def _backward_arguments(
 def _conversion_arguments(
     total: Tensor, grad: Tensor, scale: float, bounds: Tensor | None, starts: Tensor | None
 ) -> list:
-    # Of keys and values too, the class has the names of queries.
     return ordered(
         FlashAttentionBackwardPostprocess,
         mdQaccum=total,
@@ -256,6 +255,27 @@ def _conversion_arguments(
         scale=scale,
         mCuSeqlensQ=bounds,
         mCuTotalMBlocks=starts,
+    )
+
+
+def _key_conversion_arguments(
+    dk_sums: Tensor,
+    dv_sums: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scale: float,
+    bounds: Tensor | None,
+    starts: Tensor | None,
+) -> list:
+    return ordered(
+        ConvertKeySums,
+        mdKaccum=dk_sums,
+        mdVaccum=dv_sums,
+        mdK=dk,
+        mdV=dv,
+        scale=scale,
+        mCuSeqlensK=bounds,
+        mCuTotalNBlocks=starts,
     )
 
 
@@ -392,8 +412,39 @@ class _InOneRow:
 def compile_conversion(
     plain: Variant, rows: int, threads: int, atoms: int, swap: bool, channels: int
 ) -> Callable:
-    """The compiled kernel that scales float32 sums and rounds them to a gradient."""
-    kernel = FlashAttentionBackwardPostprocess(
+    """The compiled kernel that scales float32 sums of queries and rounds them to a gradient."""
+    kernel = _conversion(
+        FlashAttentionBackwardPostprocess, plain, rows, threads, atoms, swap, channels
+    )
+    fakes = Fakes(plain)
+    arguments = (fakes.query_sums(), fakes.out(), Float32(1.0), fakes.bounds, fakes.starts)
+    return compile_kernel(kernel, *_conversion_arguments(*arguments))
+
+
+@kept
+def compile_key_conversion(
+    plain: Variant, rows: int, atoms: int, swap: bool, channels: int
+) -> Callable:
+    """The compiled kernel that does so with sums of keys and of values."""
+    kernel = _conversion(ConvertKeySums, plain, rows, _MMA_THREADS, atoms, swap, channels)
+    fakes = Fakes(plain)
+    # They have the shapes of those of queries.
+    sums, grads = ([make() for _ in range(2)] for make in (fakes.query_sums, fakes.out))
+    arguments = (*sums, *grads, Float32(1.0), fakes.bounds, fakes.starts)
+    return compile_kernel(kernel, *_key_conversion_arguments(*arguments))
+
+
+def _conversion(
+    kernel_class: Callable,
+    plain: Variant,
+    rows: int,
+    threads: int,
+    atoms: int,
+    swap: bool,
+    channels: int,
+) -> FlashAttentionBackwardPostprocess:
+    """A kernel for tiles of ``rows`` rows, to be compiled."""
+    return kernel_class(
         CUTE_DTYPES[plain.dtype],
         plain.head_dim,
         _ARCH,
@@ -403,9 +454,6 @@ def compile_conversion(
         dQ_swapAB=swap,
         hdim_multiple_of=channels,
     )
-    fakes = Fakes(plain)
-    arguments = (fakes.query_sums(), fakes.out(), Float32(1.0), fakes.bounds, fakes.starts)
-    return compile_kernel(kernel, *_conversion_arguments(*arguments))
 
 
 @kept

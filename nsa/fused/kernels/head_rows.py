@@ -148,7 +148,7 @@ class HeadRows:
 
 def num_ctas(steps: int, heads: int, device: torch.device) -> int:
     """CTAs that share the ``steps`` of a head: enough for the GPU, no more than there are steps."""
-    return min(steps, max(1, _sm_count(device) * _CTAS_PER_SM // heads))
+    return min(steps, max(1, sm_count(device) * _CTAS_PER_SM // heads))
 
 
 def vector_of(layout, head: Int32) -> Int32:
@@ -158,7 +158,8 @@ def vector_of(layout, head: Int32) -> Int32:
 
 
 @functools.lru_cache(maxsize=None)
-def _sm_count(device: torch.device) -> int:
+def sm_count(device: torch.device) -> int:
+    """Processors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -13,15 +13,19 @@ from flash_attn.cute.block_info import BlockInfo
 from flash_attn.cute.block_sparsity import BlockSparseTensors
 from flash_attn.cute.copy_utils import atomic_add_fp32x4
 from flash_attn.cute.cu_blocks_kernel import CuSeqlensToBlocksKernel
+from flash_attn.cute.cute_dsl_utils import assume_tensor_aligned
 from flash_attn.cute.flash_bwd_postprocess import FlashAttentionBackwardPostprocess
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.mask import mask_r2p_lambda, r2p_bitmask_below, sm90_col_to_r2p_idx
 from flash_attn.cute.named_barrier import NamedBarrierBwd
 from flash_attn.cute.pack_gqa import make_packgqa_tiled_tma_atom
+from flash_attn.cute.seqlen_info import SeqlenInfoQK
 from flash_attn.cute.tile_scheduler import (
     SingleTileLPTBwdScheduler,
     SingleTileScheduler,
+    SingleTileVarlenScheduler,
+    TileSchedulerArguments,
     WorkTileInfo,
 )
 from flash_attn.cute.utils import (
@@ -30,6 +34,8 @@ from flash_attn.cute.utils import (
     fadd_reduce,
     fmax,
     fmax_reduce,
+    get_smem_store_atom,
+    predicate_k,
     scalar_to_ssa,
 )
 from quack import copy_utils

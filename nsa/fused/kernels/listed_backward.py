@@ -564,8 +564,7 @@ def listed_backward(
         else:
             dk, dv = (_of_key_blocks(x, order.popular, num_blocks, k) for x in (dk, dv))
     grads = [torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (k, v)]
-    for total, grad, factor in zip((dk, dv), grads, (scale, 1.0), strict=True):
-        round_listed_sums(total, grad, factor)
+    round_listed_sums((dk, dv), grads, (scale, 1.0))
     return dq, *grads
 
 

@@ -1,10 +1,6 @@
 """Rotary position embedding of queries and keys, and its inverse, in one pass and without a table.
 
-A thread rotates 8 pairs of channels, ``c`` and ``c + D/2``, of up to four heads of a row. The angle
-of a pair is a fraction of a turn in 64-bit fixed point: ``2 * position`` is an integer, half of the
-frequency is a fraction of ``2**64``, and their product modulo ``2**64`` drops whole turns without
-rounding. Its upper 32 bits are the angle to 1.5e-9, at any position. A float32 angle would be wrong
-by some hundredths at a million tokens. A table would be as long as the sequence.
+A thread rotates 8 pairs of channels, ``c`` and ``c + D/2``, of up to four heads of a row.
 """
 
 import functools
@@ -15,11 +11,19 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Float64, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from torch import Tensor
 
 from nsa.fused.kernels.compiled import compile_kernel, kept
 from nsa.fused.kernels.hopper import mlir_namedtuple
+from nsa.fused.kernels.rotary_angles import (
+    MAX_HEAD_DIM,
+    ROTATED_DTYPES,
+    cos_sin,
+    fake_powers,
+    frequency_powers,
+    rotates_head_dim,
+)
 from nsa.fused.kernels.sequence_search import find_sequence
 from nsa.fused.kernels.vectors import (
     CUTE_DTYPES,
@@ -32,10 +36,7 @@ from nsa.fused.kernels.vectors import (
     store_vector,
 )
 
-DTYPES = (torch.bfloat16, torch.float16)
 _THREADS = 128
-_RADIANS = 2 * math.pi / 2**32  # of one unit of the upper 32 bits of an angle
-_BITS = 4  # of the index of a vector of VECTOR channels in half a head, which has at most 16
 
 
 @mlir_namedtuple
@@ -71,11 +72,7 @@ class _Angles(NamedTuple):
 
 
 class Rotation:
-    """``heads_at_once`` heads of a row, of either tensor, share the sines of a thread.
-
-    ``powers`` are ``2**63 / (2 * pi)`` times frequencies: of the first VECTOR channels, then those
-    of channels ``VECTOR * 2**b`` over that of channel 0.
-    """
+    """``heads_at_once`` heads of a row, of either tensor, share the sines of a thread."""
 
     def __init__(self, head_dim: int, heads_at_once: tuple[int, int]):
         self.head_dim = head_dim
@@ -159,7 +156,8 @@ class Rotation:
             loaded.append([load_vector(mX, start + i * self.half) for i in range(2)])
         # While the loads are under way.
         twice = self._twice_position(mBounds, mOrigin, row, sizes, angles)
-        cos, sin = self._turns(twice, vector, powers, angles.sign)
+        cos, sin = cos_sin(twice, vector, powers)
+        sin = sin * angles.sign
         for h in cutlass.range_constexpr(heads_at_once):
             a, b = (x.load().to(Float32) for x in loaded[h])
             start = Int64(row) * (heads * self.head_dim) + (first + h * self.head_dim)
@@ -180,22 +178,6 @@ class Rotation:
             sequence = find_sequence(mBounds, row, sizes.sequences)
             index = row - mOrigin[sequence]
         return Int64(angles.start) + Int64(angles.step) * index
-
-    @cute.jit
-    def _turns(self, twice: Int64, vector: Int32, powers: tuple, sign: Float32) -> tuple:
-        """Cosines, and sines times ``sign``, of the pairs of this thread, VECTOR each."""
-        scale = Float64(1.0)
-        for b in cutlass.range_constexpr(_BITS):
-            if (vector >> b) % 2 == 1:
-                scale = scale * powers[VECTOR + b]
-        cos, sin = (cute.make_rmem_tensor(VECTOR, Float32) for _ in range(2))
-        for i in cutlass.range_constexpr(VECTOR):
-            frequency = (powers[i] * scale).to(Int64)
-            turn = Int32((frequency * twice) >> 32)
-            angle = turn.to(Float32) * _RADIANS
-            cos[i] = cute.math.cos(angle, approx=True)
-            sin[i] = cute.math.sin(angle, approx=True)
-        return cos.load(), sin.load() * sign
 
 
 @kept
@@ -220,13 +202,13 @@ def compile_rotation(
         (Int64(1),) * 2,
         _Sizes(*(Int32(1) for _ in _Sizes._fields)),
         _Angles(Int32(0), Int32(1), Float32(1.0)),
-        (Float64(1.0),) * (VECTOR + _BITS),
+        fake_powers(),
     )
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and functions that compile what each names; no GPU is needed."""
-    for dtype in DTYPES:
+    for dtype in ROTATED_DTYPES:
         for head_dim in (64, 96, 128, 256):
             for heads in ((1, 0), (2, 0), (4, 1), (4, 4)):
                 for packed in (False, True):
@@ -261,15 +243,8 @@ def rotate(
     sequences = 0 if bounds is None else bounds.shape[0] - 1
     sizes = _Sizes(math.prod(leading), heads, other_heads, sequences, leading[-1])
     angles = _Angles(int(2 * start), 2 * step, -1.0 if inverse else 1.0)
-    kernel(tensors, (stride, other_stride), sizes, angles, _powers(theta, head_dim))
+    kernel(tensors, (stride, other_stride), sizes, angles, frequency_powers(theta, head_dim))
     return out, other_out
-
-
-@functools.lru_cache(maxsize=64)
-def _powers(theta: float, head_dim: int) -> tuple[float, ...]:
-    """See :class:`Rotation`."""
-    first = tuple(2**63 / (2 * math.pi) * theta ** (-2 * i / head_dim) for i in range(VECTOR))
-    return first + tuple(theta ** (-2 * VECTOR * 2**b / head_dim) for b in range(_BITS))
 
 
 def _check(
@@ -281,12 +256,14 @@ def _check(
     theta: float,
 ) -> None:
     """Raise on what the kernel cannot take."""
-    if x.dtype not in DTYPES or not x.is_cuda:
-        raise ValueError(f"x is {x.dtype} on {x.device}; it must be one of {DTYPES} on a GPU")
-    if x.ndim < 3 or x.shape[-1] % (2 * VECTOR) or x.shape[-1] > 2 * VECTOR * 2**_BITS:
+    if x.dtype not in ROTATED_DTYPES or not x.is_cuda:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device}; it must be one of {ROTATED_DTYPES} on a GPU"
+        )
+    if x.ndim < 3 or not rotates_head_dim(x.shape[-1]):
         raise ValueError(
             f"x has shape {tuple(x.shape)}; it must be (..., H, D) with D a multiple of "
-            f"{2 * VECTOR} up to {2 * VECTOR * 2**_BITS}"
+            f"{2 * VECTOR} up to {MAX_HEAD_DIM}"
         )
     if other is not None:
         wanted = (*x.shape[:-2], other.shape[-2], x.shape[-1])

@@ -37,7 +37,7 @@ from nsa.fused.fixed_order import order_pairs
 from nsa.fused.hardware import LOG2_E, QUAD, SHARED_BYTES, WARP, WARP_ROWS, WARPGROUP
 from nsa.fused.kernel_inputs import OtherGradients, Pair, RowStatistics
 from nsa.fused.kernels.compiled import compile_kernel, kept
-from nsa.fused.kernels.float_sums import add_row, convert_sums
+from nsa.fused.kernels.float_sums import add_row, round_sums
 from nsa.fused.kernels.hopper import (
     arrive_inc,
     cvt_f16,
@@ -628,8 +628,6 @@ def selected_backward(
         add(partials, index.position.view(-1), flat_dq, added, add_sizes, scale)
     if sums:
         return dq, *sums
-    dk, dv = (
-        convert_sums(x, shape, q.dtype, factor)
-        for x, shape, factor in zip(totals, shapes, (scale, 1.0), strict=True)
-    )
-    return dq, dk, dv
+    grads = [torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes]
+    round_sums(totals, grads, (scale, 1.0))
+    return dq, *grads

@@ -88,6 +88,19 @@ def exchange_in_quad(words: cute.Tensor, lane: Int32) -> cute.Tensor:
     return words
 
 
+def load_peer(sX: cute.Tensor, place: Int32, peer: int, cluster: int) -> cute.Numeric:
+    """Element ``place`` of what CTA ``peer`` of the cluster has where this one has ``sX``."""
+    pointer = of_peer(sX.iterator, peer, cluster) + place
+    rX = cute.make_rmem_tensor(1, sX.element_type)
+    cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(1)), rX)
+    return rX[0]
+
+
+def of_peer(pointer: cute.Pointer, peer: int, cluster: int) -> cute.Pointer:
+    """Where CTA ``peer`` of the cluster has what ``pointer`` points to."""
+    return cute.arch.map_dsmem_ptr(pointer, Int32(peer)) if cluster > 1 else pointer
+
+
 @cute.jit
 def dot(a: cute.TensorSSA, b: cute.TensorSSA) -> Float32:
     """Sum of products of two float32 vectors."""
@@ -159,6 +172,18 @@ def check_output(name: str, x: Tensor) -> None:
             f"{name} has shape {tuple(x.shape)}, strides {x.stride()} and address {x.data_ptr()}; "
             "it is written in place: heads and channels must be contiguous, rows must not overlap "
             f"and start at multiples of {VECTOR} elements, and the address of {_ALIGNMENT} bytes"
+        )
+
+
+def check_added(name: str, x: Tensor, out: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise unless ``x (..., R, H, D)`` has at most as many rows as ``out``, and one of
+    ``dtypes``."""
+    *leading, rows, heads, dim = out.shape
+    fits = x.shape[:-3] == out.shape[:-3] and x.shape[-2:] == out.shape[-2:]
+    if not fits or x.ndim != out.ndim or x.shape[-3] > rows or x.dtype not in dtypes:
+        raise ValueError(
+            f"{name} is {tuple(x.shape)} of {x.dtype}; it must be "
+            f"{(*leading, f'at most {rows}', heads, dim)} of one of {dtypes}"
         )
 
 
