@@ -12,25 +12,25 @@ from nsa.precision import without_autocast
 
 
 def compress_pair(
-    x: Tensor, places: BlockPlaces, parameters: Sequence[Tensor]
+    x: Tensor, places: BlockPlaces, parameters: Sequence[Tensor], joined: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The learned compression of the first half of the heads, and of the second; and two tensors
     for its backward.
 
-    One product does what two would. Parameters are copied into one tensor at once, because each
-    copy takes the host as long as an operation. The copy is not saved.
+    One product does what two would.
 
     Args:
         x: ``(..., 2 * H_kv, D)``.
         places: the blocks.
         parameters: of each compressor, in pairs: positions, then weight and bias of two layers.
+        joined: all elements of these one after the other, in the dtype of ``x``.
 
     Returns:
         ``(M, H_kv, D)`` each; and what :func:`compress_pair_backward` takes as ``saved``.
     """
     with torch.cuda.device_of(x), without_autocast(x.device):
-        joined = _stacked(_joined(parameters, x.dtype), _pair_shapes(parameters))
-        position, weight, bias, last_weight, last_bias = joined
+        stacked = _stacked(joined, _pair_shapes(parameters))
+        position, weight, bias, last_weight, last_bias = stacked
         rows = kernel_calls.gather_blocks(x, position, places)
         flat = rows.flatten(3).flatten(1, 2)
         hidden = torch.baddbmm(bias[:, None], flat, weight.mT)
@@ -44,16 +44,16 @@ def compress_pair_backward(
     dv: Tensor,
     saved: list[Tensor],
     parameters: Sequence[Tensor],
+    joined: Tensor,
     *,
     trained: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of the rows of blocks, ``(2, M, H_kv, l, D)``, and of the parameters if they are
-    ``trained``, each in memory of its own. ``saved`` is emptied."""
+    ``trained``: parts of one tensor. ``joined`` is of :func:`weights_of`. ``saved`` is emptied."""
     flat, hidden = saved
     saved.clear()
     shapes = _pair_shapes(parameters)
     with torch.cuda.device_of(flat), without_autocast(flat.device):
-        joined = _joined([*parameters[2:4], *parameters[6:8]], flat.dtype)
         weight, last_weight = _stacked(joined, shapes[1::2])
         dout = torch.cat((dk, dv)).view(2, -1, dk.shape[-1])
         found, grads = list[Tensor](), list[Tensor]()
@@ -71,9 +71,7 @@ def compress_pair_backward(
         if trained:
             rows = drows.flatten(1, 2).flatten(2)
             kernel_calls.column_sums(dout, found[4], rows, found[0].flatten(1))
-            # Copies, because a view would keep the memory of all gradients.
-            grads = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
-            torch._foreach_copy_(grads, [x for both in found for x in both])
+            grads = [x for both in found for x in both]
         return drows, grads
 
 
@@ -81,8 +79,9 @@ def _pair_shapes(parameters: Sequence[Tensor]) -> list[torch.Size]:
     return [p.shape for p in parameters[::2]]
 
 
-def _joined(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([p.flatten() for p in parameters]).to(dtype)
+def weights_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The weights of both layers, which backward takes."""
+    return [*parameters[2:4], *parameters[6:8]]
 
 
 def _stacked(joined: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

@@ -195,9 +195,19 @@ class LayerCall(NamedTuple):
         pairs = zip(k.chunk(self.branches), v.chunk(self.branches), strict=True)
         return [q, *(x for pair in pairs for x in pair), *gate]
 
-    def joined(self, given: LayerInputs) -> Tensor:
-        """The joint weight."""
-        return torch.cat(self.pieces(given.projections)).to(given.x.dtype)
+    def joined(
+        self, given: LayerInputs, of_compressors: Sequence[Tensor], *, product: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """The joint weight of the ``product``, and the elements of some parameters of the
+        compressors one after the other.
+
+        One copy makes both, because each copy takes the host as long as an operation.
+        """
+        pieces = self.pieces(given.projections) if product else []
+        parts = [x.flatten() for x in (*of_compressors, *pieces)]
+        count = sum(x.numel() for x in of_compressors)
+        joined = torch.cat(parts).to(given.x.dtype) if parts else given.x.new_empty(0)
+        return joined[count:].view(-1, given.q.shape[1]), joined[:count]
 
     @property
     def kernel_dim(self) -> int:

@@ -13,7 +13,7 @@ from torch.nn.functional import linear, silu
 
 from nsa.fused import kernel_calls
 from nsa.fused.call_tensors import Inputs, Saved
-from nsa.fused.compressor_pair import compress_pair, compress_pair_backward
+from nsa.fused.compressor_pair import compress_pair, compress_pair_backward, weights_of
 from nsa.fused.layer_call import (
     DIFFERENTIABLE,
     OF_COMPRESSORS,
@@ -47,13 +47,16 @@ def run_layer(
 
 def project(call: LayerCall, given: LayerInputs) -> LayerSaved:
     """The inputs of attention, and what the backward of what makes them needs; no output."""
-    x, product = given.x, linear(given.x, call.joined(given))
+    weight, joined = call.joined(given, given.compressors)
+    x, product = given.x, linear(given.x, weight)
     hidden, gates, rows, rows_hidden, k_cmp, v_cmp = (None,) * 6
     if given.gate is not None:
         hidden, gates = _gates(call, given, product[..., -len(given.gate) :])
     if call.places is not None:
         both = call.first_branch(product)
-        k_cmp, v_cmp, rows, rows_hidden = compress_pair(both, call.places, given.compressors)
+        k_cmp, v_cmp, rows, rows_hidden = compress_pair(
+            both, call.places, given.compressors, joined
+        )
         shape = (*x.shape[:-2], -1, call.kv_heads, call.head_dim)
         k_cmp = call.kernel_form(call.rotate_blocks(k_cmp.view(shape)))
         v_cmp = call.kernel_form(v_cmp.view(shape))
@@ -117,9 +120,12 @@ def run_layer_backward(
         if "gate_proj_weight" in names:
             assert found.gate_proj_weight is not None
             grads["gate_proj_weight"] = call.channels(found.gate_proj_weight)
-        drows, dhidden = None, None
+        weight, joined = call.joined(
+            given, weights_of(given.compressors) if of_rows else [], product="x" in names
+        )
+        drows, dhidden, parts = None, None, dict[str, Tensor]()
         if of_rows:
-            drows = _compressors_backward(call, given, found, of_rows, names, grads)
+            drows = _compressors_backward(call, given, found, of_rows, joined, names, parts)
         if hidden is not None:
             assert gates is not None
             assert found.gates is not None
@@ -127,9 +133,9 @@ def run_layer_backward(
         dproduct = call.join_gradients(found, dhidden, drows)
         del found, dhidden, drows
         if "x" in names:
-            grads["x"] = dproduct @ call.joined(given)
-        if not names.isdisjoint(OF_PRODUCT):
-            _weight_gradients(call, given, dproduct, names, grads)
+            grads["x"] = dproduct @ weight
+        del weight, joined
+        _weight_gradients(call, given, dproduct, names, grads, parts)
     named = zip(DIFFERENTIABLE, given, strict=False)
     return [
         None if t is None or name not in names else grads[name].to(t.dtype) for name, t in named
@@ -167,11 +173,12 @@ def _compressors_backward(
     given: LayerInputs,
     found: Inputs,
     of_rows: list[Tensor],
+    joined: Tensor,
     names: set[str],
-    grads: dict[str, Tensor],
+    parts: dict[str, Tensor],
 ) -> Tensor:
     """The gradient of the rows that the compressors take; puts those of their parameters into
-    ``grads``.
+    ``parts``.
 
     ``of_rows`` are what they saved. It is emptied.
     """
@@ -181,9 +188,10 @@ def _compressors_backward(
         call.layer_form(found.v_cmp).flatten(0, -3),
         of_rows,
         given.compressors,
+        joined,
         trained=not names.isdisjoint(OF_COMPRESSORS),
     )
-    grads |= zip(OF_COMPRESSORS, of_compressors, strict=False)
+    parts |= zip(OF_COMPRESSORS, of_compressors, strict=False)
     return drows
 
 
@@ -193,19 +201,31 @@ def _weight_gradients(
     dproduct: Tensor,
     names: set[str],
     grads: dict[str, Tensor],
+    parts: dict[str, Tensor],
 ):
-    """Puts the gradients of the projections' weights into ``grads``."""
-    weights = given.projections
+    """Puts the gradients of the projections' weights into ``grads``, and copies of those that are
+    ``parts`` of a tensor, because who holds one gradient would hold all. One launch copies all."""
+    targets = list(map(_contiguous_like, (getattr(given, name) for name in parts)))
+    sources = list(parts.values())
+    grads |= zip(parts, targets, strict=True)
     wanted = names.intersection(OF_PRODUCT)
-    # Copies, because who holds one gradient would hold all.
-    copies = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
-    targets = call.pieces(copies)
-    sizes, drows, rows = list(map(len, targets)), dproduct.flatten(0, -2), given.x.flatten(0, -2)
-    if len(wanted) == len(weights):
-        torch._foreach_copy_(targets, (drows.mT @ rows).split(sizes))  # in one launch
-    else:
-        owners = ["q", *("k", "v") * call.branches, "gate"]
-        for owner, target, part in zip(owners, targets, drows.split(sizes, -1), strict=False):
-            if owner in wanted:
-                target.copy_(part.mT @ rows)
-    grads |= zip(OF_PRODUCT, copies, strict=False)
+    if wanted:
+        weights = given.projections
+        copies = list(map(_contiguous_like, weights))
+        grads |= zip(OF_PRODUCT, copies, strict=False)
+        pieces = call.pieces(copies)
+        sizes, drows, rows = list(map(len, pieces)), dproduct.flatten(0, -2), given.x.flatten(0, -2)
+        if len(wanted) == len(weights):
+            targets += pieces
+            sources += (drows.mT @ rows).split(sizes)
+        else:
+            owners = ["q", *("k", "v") * call.branches, "gate"]
+            for owner, piece, part in zip(owners, pieces, drows.split(sizes, -1), strict=False):
+                if owner in wanted:
+                    piece.copy_(part.mT @ rows)
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -40,7 +40,7 @@ def make_layer(mode, dtype=torch.bfloat16, **options):
 @modes
 @pytest.mark.parametrize(
     ("form", "most"),
-    [("batched", (11, 17)), ("packing", (12, 16)), ("boundaries", (12, 16)), ("bare", (13, 16))],
+    [("batched", (10, 15)), ("packing", (11, 14)), ("boundaries", (11, 14)), ("bare", (12, 14))],
 )
 def test_operations_of_a_step(mode, form, most, monkeypatch):
     calls = count_kernel_calls(monkeypatch)
