@@ -1,6 +1,7 @@
 """What torch.compile, graph capture and autograd see, and when the host may read or keep values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 class RecordingMode(TorchDispatchMode):
     """A mode that records the operations of an eager call, see :mod:`nsa.recordings`."""
+
+    of_plan = False
+    """Whether launches are those of a plan, see :func:`launches_of_plan`."""
 
     @staticmethod
     def current() -> "RecordingMode | None":
@@ -29,6 +33,23 @@ class RecordingMode(TorchDispatchMode):
     def mark(self, name: str, function: Callable[[], None]) -> None:
         """Note a mark of :mod:`nsa.recorded_streams`, which ``function`` carries out later."""
         raise NotImplementedError
+
+
+@contextmanager
+def launches_of_plan() -> Iterator[None]:
+    """Say that launches write index tensors which no other launch writes to.
+
+    Those that follow from boundaries alone are then made once for all calls with a Packing.
+    """
+    recorder = RecordingMode.current()
+    if recorder is None:
+        yield
+        return
+    recorder.of_plan = True
+    try:
+        yield
+    finally:
+        recorder.of_plan = False
 
 
 class NotRecordable(Exception):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nsa.host import has_readable_values, is_capturing, may_keep
+from nsa.host import has_readable_values, is_capturing, may_keep, refuse_recording
 
 MAX_KEPT = 16
 """Results that a Packing keeps. Few, because index tensors are as long as the sequences."""
@@ -107,8 +107,15 @@ class Packing:
         """
         return self if self._rounded is None else self._rounded
 
-    def unread(self, tokens: int) -> tuple[Tensor, int] | None:
-        """The boundaries and ``max_seqlen`` of :attr:`rounded`, for calls that do not read them.
+    @property
+    def bounds(self) -> list[Tensor]:
+        """The boundaries, and those of the keys if they may be others."""
+        if self.cu_seqlens_k is self.cu_seqlens:
+            return [self.cu_seqlens]
+        return [self.cu_seqlens, self.cu_seqlens_k]
+
+    def unread(self, tokens: int) -> "Packing | None":
+        """:attr:`rounded`, for calls that do not read its boundaries.
 
         None where calls would read them, if there are no such boundaries, and if there are not
         ``tokens`` in all.
@@ -120,8 +127,7 @@ class Packing:
             or sum(self.lengths or ()) != tokens
         ):
             return None
-        assert rounded.max_seqlen is not None  # as the lengths were read
-        return rounded.cu_seqlens, rounded.max_seqlen
+        return rounded
 
     def _round(self) -> "Packing | None":
         if not self.lengths or self.cu_seqlens_k is not self.cu_seqlens:
@@ -181,7 +187,11 @@ def find_packing(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None) -> Pack
         return None
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     same = _is_alias(cu_seqlens, packing.cu_seqlens)
-    return packing if same and _is_alias(cu_seqlens_k, packing.cu_seqlens_k) else None
+    if not same or not _is_alias(cu_seqlens_k, packing.cu_seqlens_k):
+        return None
+    # What it keeps would be constants of the recording, which is for other boundaries too.
+    refuse_recording("what a Packing keeps is for its boundaries alone")
+    return packing
 
 
 def _is_alias(x: Tensor, own: Tensor) -> bool:

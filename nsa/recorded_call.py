@@ -7,12 +7,14 @@ numbers are those of the given tensors.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsa.derivatives import FirstDerivatives
+from nsa.packing import Packing
 from nsa.precision import without_autocast
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -24,6 +26,9 @@ class Recording(NamedTuple):
     """A recorded call. The first memories are the tensors that are given.
 
     Attributes:
+        run_plan: gives a list of what follows from boundaries alone and :attr:`run_forward` takes
+            after the given tensors, from a list of the boundaries, which it empties; None if that
+            is nothing.
         run_forward: gives the output, a tensor or a list of them, and a list of what the backward
             needs, from a list of the given tensors, which it empties.
         saved: the memories of what the backward needs.
@@ -31,14 +36,21 @@ class Recording(NamedTuple):
             the output's gradient and one of what is saved, which it empties. None without any.
     """
 
+    run_plan: Callable[[list[Tensor]], list[Tensor]] | None
     run_forward: Callable[[list[Tensor]], tuple[Any, list[Tensor]]]
     saved: tuple[int, ...]
     run_backward: Callable[[list[Tensor], list[Tensor]], list[Tensor | None]] | None
 
-    def forward(self, given: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    def plan(self, packing: Packing | None) -> list[Tensor]:
+        """What follows from the boundaries alone, which the Packing keeps."""
+        if packing is None or self.run_plan is None:
+            return []
+        return packing.keep(self.run_plan, partial(_make_plan, self.run_plan, packing.bounds))
+
+    def forward(self, given: Sequence[Tensor], plan: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
         """The output, and what the backward needs."""
         with torch.cuda.device_of(given[0]), without_autocast(given[0].device), _below_autograd():
-            return self.run_forward(list(given))
+            return self.run_forward([*given, *plan])
 
     def backward(self, dout: Tensor, saved: list[Tensor]) -> list[Tensor | None]:
         """The gradients of the given tensors. ``saved`` is emptied, so that steps free memory."""
@@ -53,6 +65,11 @@ class Recording(NamedTuple):
             return self.run_backward(douts, saved)
 
 
+def _make_plan(run_plan: Callable, bounds: list[Tensor]) -> list[Tensor]:
+    with torch.cuda.device_of(bounds[0]), _below_autograd():
+        return run_plan(bounds)
+
+
 def _plain(dout: Tensor) -> Tensor:
     """A copy of a subclass, which launches could not read, and whose operations give more of it."""
     with torch._C.DisableTorchFunctionSubclass():
@@ -64,8 +81,8 @@ def _plain(dout: Tensor) -> Tensor:
 
 class RecordingNode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, recording: Recording, *given):
-        out, saved = recording.forward(given)
+    def forward(ctx, recording: Recording, plan: list[Tensor], *given):
+        out, saved = recording.forward(given, plan)
         # Of a leaf, a view keeps the memory that it has now, as `leaf.data` may be set to another.
         # The leaves themselves connect the gradients of `create_graph` to them.
         num_given = len(given)
@@ -85,8 +102,8 @@ class RecordingNode(torch.autograd.Function):
             def run(dout: Tensor, *saved: Tensor) -> list[Tensor | None]:
                 return recording.backward(dout, list(saved[:num_saved]))
 
-            return None, *FirstDerivatives.apply(run, dout, *ctx.saved_tensors)
+            return None, None, *FirstDerivatives.apply(run, dout, *ctx.saved_tensors)
         saved = list(ctx.saved_tensors[:num_saved])
         # Unless there may be another backward.
         ctx.maybe_clear_saved_tensors()
-        return None, *recording.backward(dout, saved)
+        return None, None, *recording.backward(dout, saved)

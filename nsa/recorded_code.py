@@ -4,7 +4,8 @@ A line takes the host about a third of what a loop over steps does. Memories are
 and are deleted after their last use.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -66,22 +67,26 @@ class Writer:
         self._values: dict[str, Any] = {"reinterpret": _reinterpret_tensor}
         self._names: dict[int, str] = {}
         self._number = count()
+        # In the order of their first use, so that calls which do the same have the same code.
+        self._memories: dict[int, str] = {}
         self._indent = "    "
 
     def take(self, memories: Sequence[int], source: str) -> None:
         """Take these memories from the end of the list ``source``, which it no longer holds."""
         for memory in reversed(memories):
-            self._write(f"m{memory} = {source}.pop()")
+            self._write(f"{self.memory(memory)} = {source}.pop()")
+
+    def memory(self, number: int) -> str:
+        """The variable of a memory."""
+        return self._memories.setdefault(number, f"m{len(self._memories)}")
 
     def step(self, step: Step) -> None:
         """Call a function, and delete what no later one uses."""
         line = self.call(step.function, step.arguments, step.keywords)
-        done = [f"m{memory}" for memory in step.done]
         if isinstance(step.made, int):
-            line = f"m{step.made} = {line}"
+            line = f"{self.memory(step.made)} = {line}"
         elif step.made is not None:
-            names = ["_" if memory is None else f"m{memory}" for memory in step.made]
-            done += ["_"] if "_" in names else []
+            names = ["_" if memory is None else self.memory(memory) for memory in step.made]
             line = f"[{', '.join(names)}] = {line}"
         if step.clause == "finally":
             self._indent = self._indent[4:]
@@ -91,6 +96,9 @@ class Writer:
         self._write(line)
         if step.clause == "finally":
             self._indent = self._indent[4:]
+        done = sorted(map(self.memory, step.done))
+        if isinstance(step.made, tuple) and None in step.made:
+            done.append("_")
         if done:
             self._write(f"del {', '.join(done)}")
 
@@ -115,7 +123,7 @@ class Writer:
         return repr(x) if type(x) in (int, bool, type(None)) else self._name(x)
 
     def _view(self, memory: int, shape: torch.Size, strides: tuple[int, ...], offset: int) -> str:
-        base, name = self._bases[memory], f"m{memory}"
+        base, name = self._bases[memory], self.memory(memory)
         if (shape, strides, offset) == (base.shape, base.strides, 0):
             return name
         return f"reinterpret({name}, {tuple(shape)}, {tuple(strides)}, {offset})"
@@ -128,12 +136,32 @@ class Writer:
             self._values[name] = x
         return name
 
-    def finish(self, parameters: str, result: str) -> Callable:
-        """The function of ``parameters``, which gives ``result``."""
+    def finish(
+        self, parameters: str, result: str, known: MutableMapping[Any, Callable] | None = None
+    ) -> Callable:
+        """The function of ``parameters``, which gives ``result``; one of the ``known`` if that does
+        the same."""
         self._write(f"return {result}")
-        lines = (f"def run({parameters}):", *self._lines)
-        exec("\n".join(lines), self._values)
-        return self._values.pop("run")
+        key = (*self._lines, *map(_comparable, self._values.values()))
+        run = None if known is None else known.get(key)
+        if run is None:
+            exec("\n".join((f"def run({parameters}):", *self._lines)), self._values)
+            run = self._values.pop("run")
+            if known is not None:
+                known[key] = run
+        return run
+
+
+def _comparable(x: Any) -> Hashable:
+    """Equal for values of the same meaning, as long as they live."""
+    if isinstance(x, partial):
+        keywords = ((name, _comparable(value)) for name, value in x.keywords.items())
+        return x.func, *map(_comparable, x.args), *keywords
+    try:
+        hash(x)
+    except TypeError:
+        return id(x)
+    return type(x), x
 
 
 def contiguous_strides(shape: torch.Size) -> tuple[int, ...]:

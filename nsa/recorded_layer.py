@@ -33,16 +33,16 @@ def run_recorded(layer: Layer, x: Any, cu_seqlens: Tensor | Packing | None) -> T
     )
     if cu_seqlens is None:
         return recordings.run(form, layer._forward, (x,), parameters)
-    unread = None
+    packing = None
     if type(cu_seqlens) is Packing and x.ndim == 2:
-        unread = cu_seqlens.unread(x.shape[0])
-    if unread is None:
+        packing = cu_seqlens.unread(x.shape[0])
+    if packing is None:
         return None
     # A recording is for other values of the boundaries too, so it reads none. Step by step, the
-    # Packing is faster: what it keeps serves all layers and steps.
-    bounds, most = unread
+    # Packing itself is faster.
+    most = packing.max_seqlen
     function = partial(layer._forward, max_seqlen=most)
-    return recordings.run((*form, most), function, (x, bounds), parameters)
+    return recordings.run((*form, most), function, (x,), parameters, packing)
 
 
 def _parameters_to_record(layer: Layer, x: Any) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch._ops import OpOverload
 from nsa.host import NotRecordable, RecordingMode
 from nsa.recorded_call import Recording
 from nsa.recorded_code import Base, Nested, Step, View, Writer, contiguous_strides
+from nsa.recorded_plan import Effect, PlanSearch, PlanSteps, written_by
 from nsa.recorded_streams import Fork, in_order
 
 _ALIGNMENT = 512
@@ -28,9 +30,14 @@ memory lives."""
 
 
 class Recorder(RecordingMode):
-    """Notes the operations and launches on this thread, and on that of its backward."""
+    """Notes the operations and launches on this thread, and on that of its backward.
 
-    def __init__(self, given: Sequence[Tensor]):
+    Args:
+        given: the tensors that the call is for.
+        boundaries: which of them are the boundaries of a Packing.
+    """
+
+    def __init__(self, given: Sequence[Tensor], boundaries: Sequence[int] = ()):
         super().__init__()
         self._mark = object()
         self._bases: list[Base] = []
@@ -41,7 +48,9 @@ class Recorder(RecordingMode):
             if self._number_of(x) is not None:
                 raise NotRecordable("parameters share memory")
             self._add(x, given=True)
-        self._num_given = len(given)
+        self._num_given, self._boundaries = len(given), tuple(boundaries)
+        others = set(range(len(given))).difference(self._boundaries)
+        self._plan = PlanSearch(self._boundaries, others)
         self._views: Counter[View] = Counter()
         # Steps that allocate, and whether they fill with zeros.
         self._allocations: dict[int, bool] = {}
@@ -59,13 +68,18 @@ class Recorder(RecordingMode):
             if "zeros" in name and not result.is_contiguous():
                 raise NotRecordable("zeros have an order of their own")
             self._allocations[len(self._steps)] = "zeros" in name
-            self.note(func, (), {}, result)
+            self._add_step((func, (), {}), result, pure=True, allocates=True)
         elif func._schema.is_mutable or _makes_new(args, kwargs, result):
-            self.note(_DIRECT.get(func, func), args, kwargs, result)
+            written, pure = written_by(func, args, kwargs), not func._schema.is_mutable
+            self._add_step((_DIRECT.get(func, func), args, kwargs), result, written, pure=pure)
         return result
 
     def note(self, function: Callable, args: Sequence, kwargs: dict, result: Any) -> None:
         """Note a call that gave ``result``: a tensor, several, or None."""
+        self._add_step((function, args, kwargs), result, pure=self.of_plan, launches=True)
+
+    def _add_step(self, call: tuple, result: Any, written: Sequence = (), **kind: bool) -> None:
+        function, args, kwargs = call
         uses: set[int] = set()
         arguments = tuple(self._place(x, uses) for x in args)
         keywords = {name: self._place(x, uses) for name, x in kwargs.items()}
@@ -73,8 +87,10 @@ class Recorder(RecordingMode):
         if isinstance(result, (tuple, list)):
             made = tuple(map(self._number_of_new, result))
         self._steps.append(Step(function, arguments, keywords, made, ()))
-        new = made if isinstance(made, tuple) else (made,)
-        self._uses.append(uses.union(new) - {None})
+        new = {n for n in (made if isinstance(made, tuple) else (made,)) if n is not None}
+        writes = {n for n in map(self._number_of, tensors_in(written)) if n is not None}
+        self._uses.append(uses | new)
+        self._plan.add(Effect(uses | new, new, writes, **kind), tensors_in((result,)))
 
     def mark(self, name: str, function: Callable[[], None]) -> None:
         """Note that ``function`` is to fork, enter a block, or join."""
@@ -84,6 +100,7 @@ class Recorder(RecordingMode):
         clause = {"fork": "try", "join": "finally"}.get(name)
         self._steps.append(Step(function, (), {}, None, (), clause))
         self._uses.append(set())
+        self._plan.add(Effect(set(), set(), set(), pure=False))
 
     def end_forward(self, out: Tensor | list[Tensor]) -> None:
         """Note the output, or each of a list.
@@ -113,6 +130,7 @@ class Recorder(RecordingMode):
         """A gradient of the output to record the backward with."""
         dout = torch.zeros_like(out, memory_format=torch.contiguous_format)
         self._dout = self._add(dout, given=True)
+        self._plan.others.add(self._dout)
         return dout
 
     def finish(self, grads: Sequence[Tensor | None]) -> Recording:
@@ -121,8 +139,9 @@ class Recorder(RecordingMode):
         places = [None if x is None else self._place(x, at_end) for x in grads]
         if not all(x is None or isinstance(x, View) for x in places):
             raise NotRecordable("a gradient is a constant")
-        self._uses.append(at_end)
         outputs = {number for number, _ in self._outputs}
+        plan = self._put_plan_first(outputs | at_end)
+        self._uses.append(at_end)
         forks = self._fork_where_safe(outputs)
         first, last = self._lifetimes()
         in_backward = [number for number, at in last.items() if at >= self._split]
@@ -130,6 +149,7 @@ class Recorder(RecordingMode):
         saved = tuple(sorted(early)) if grads else ()
         if not outputs.isdisjoint(saved):
             raise NotRecordable("the backward needs the output")
+        of_plan: list[Step] = []
         forward: list[Step] = []
         backward: list[Step] = []
         unused = set(self._marks).difference(*forks)
@@ -142,14 +162,17 @@ class Recorder(RecordingMode):
             if at in self._allocations:
                 function = self._allocation(step.made, zeros=self._allocations[at])
             steps = forward if at < self._split else backward
+            if at < len(plan.steps):
+                steps = of_plan
             steps.append(step._replace(function=function, done=done))
-        results = outputs.union(saved, at_end)
+        results = outputs.union(saved, at_end, plan.memories)
         zeros = {self._steps[at].made for at, filled in self._allocations.items() if filled}
-        forward, backward = (
-            self._join_zeros(part, zeros - results) for part in (forward, backward)
+        of_plan, forward, backward = (
+            self._join_zeros(part, zeros - results) for part in (of_plan, forward, backward)
         )
         return Recording(
-            run_forward=self._write_forward(forward, saved),
+            run_plan=self._write_plan(of_plan, plan.memories) if plan.memories else None,
+            run_forward=self._write_forward(forward, saved, plan.memories),
             saved=saved,
             run_backward=self._write_backward(backward, saved, places) if grads else None,
         )
@@ -177,14 +200,37 @@ class Recorder(RecordingMode):
                 forks.append(fork)
         return forks
 
-    def _write_forward(self, steps: Sequence[Step], saved: Sequence[int]) -> Callable:
+    def _put_plan_first(self, results: set[int]) -> PlanSteps:
+        """Put the steps of the plan before all others."""
+        plan = self._plan.finish(results)
+        others = set(range(len(self._steps))).difference(plan.steps)
+        order = [*plan.steps, *sorted(others)]
+        position = {at: new for new, at in enumerate(order)}
+        self._steps = [self._steps[at] for at in order]
+        self._uses = [self._uses[at] for at in order]
+        self._allocations = {position[at]: zeros for at, zeros in self._allocations.items()}
+        self._marks = [position[at] for at in self._marks]
+        self._split = len(plan.steps) + sum(at < self._split for at in others)
+        return plan
+
+    def _write_plan(self, steps: Sequence[Step], memories: Sequence[int]) -> Callable:
+        """One function for all calls that have the same plan, by which a Packing keeps it."""
         writer = Writer(self._bases)
-        writer.take(range(self._num_given), "given")
+        writer.take(self._boundaries, "boundaries")
+        for step in steps:
+            writer.step(step)
+        return writer.finish("boundaries", f"[{', '.join(map(writer.memory, memories))}]", _plans)
+
+    def _write_forward(
+        self, steps: Sequence[Step], saved: Sequence[int], plan: Sequence[int]
+    ) -> Callable:
+        writer = Writer(self._bases)
+        writer.take([*range(self._num_given), *plan], "given")
         for step in steps:
             writer.step(step)
         outputs = [View(n, shape, contiguous_strides(shape), 0) for n, shape in self._outputs]
         output = writer.value(Nested(list, tuple(outputs)) if self._is_list else outputs[0])
-        return writer.finish("given", f"{output}, [{', '.join(f'm{n}' for n in saved)}]")
+        return writer.finish("given", f"{output}, [{', '.join(map(writer.memory, saved))}]")
 
     def _write_backward(
         self, steps: Sequence[Step], saved: Sequence[int], gradients: Sequence[View | None]
@@ -298,6 +344,8 @@ class Recorder(RecordingMode):
             return Nested(make, tuple(self._place(part, uses) for part in x))
         return x
 
+
+_plans: WeakValueDictionary[Any, Callable] = WeakValueDictionary()
 
 _NOT_RECORDABLE = {
     torch.Tag.data_dependent_output,

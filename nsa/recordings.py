@@ -11,10 +11,8 @@ Constants are the index tensors that plans keep. Only the fused backend has them
 does not write to them. A recording keeps them alive, as its plan does.
 """
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import attrgetter
 from threading import Lock
@@ -24,13 +22,13 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
-from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from nsa.host import NotRecordable, RecordingMode, may_keep
-from nsa.precision import autocast_dtype, without_autocast
+from nsa.host import RecordingMode, may_keep
+from nsa.packing import Packing
+from nsa.precision import autocast_dtype
 from nsa.recorded_call import Recording, RecordingNode
-from nsa.recorder import MARK, Recorder
+from nsa.rehearsal import record_call
 
 ENABLED = True
 """Whether calls are recorded. ``nsa.recordings.ENABLED = False`` turns it off, also for layers that
@@ -52,14 +50,13 @@ MAX_ELEMENTS = 1 << 26
 channels. The host is faster than the GPU in larger ones, and recording takes the memory and time of
 a forward and backward more."""
 
-_logger = logging.getLogger("nsa")
-
 
 def run(
     key: Hashable,
     function: Callable[..., Tensor],
     tensors: Sequence[Tensor],
     parameters: Sequence[Tensor] = (),
+    packing: Packing | None = None,
 ) -> Tensor | None:
     """``function(*tensors)``, without its Python from the third call of a form on.
 
@@ -73,7 +70,12 @@ def run(
             kept for all calls of the key.
         tensors: at least one.
         parameters: leaves that ``function`` has at hand.
+        packing: its :attr:`~nsa.Packing.bounds` are given to ``function`` after the ``tensors``.
+            What follows from them alone is computed once, and kept there. The key says whether
+            there is one.
     """
+    bounds = [] if packing is None else packing.bounds
+    tensors = (*tensors, *bounds)
     given = (*tensors, *parameters)
     recording = _find_again(key, given, parameters)
     if recording is None:
@@ -82,19 +84,23 @@ def run(
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
         form = _form_of_call(key, given, differentiable)
         seen = _Seen(ref(parameters[0]) if parameters else None)
-        record = partial(_record, function, tensors, parameters, differentiable)
+        record = partial(
+            record_call, function, tensors, parameters, differentiable, num_bounds=len(bounds)
+        )
         recording = _find(form, given, seen, record, lambda first: first.by_same(parameters))
     if recording is None:
         return None
+    plan = recording.plan(packing)
     if recording.run_backward is not None:
-        return RecordingNode.apply(recording, *given)
-    return recording.forward(given)[0]
+        return RecordingNode.apply(recording, plan, *given)
+    return recording.forward(given, plan)[0]
 
 
 def run_op(
     key: Hashable,
     function: Callable[..., list[Tensor]],
     tensors: Sequence[Tensor],
+    packing: Packing | None = None,
     *,
     trains: bool,
     backward: bool = False,
@@ -104,12 +110,14 @@ def run_op(
     The results are new, contiguous tensors, each in memory of its own, and have no gradients.
 
     Args:
-        key, function, tensors: as in :func:`run`.
+        key, function, tensors, packing: as in :func:`run`.
         trains: whether the call is, or will be followed by, a ``backward``. A form is then recorded
             in the second step that has it.
         backward: whether the op is a backward.
     """
     step = _steps.number(backward=backward)
+    bounds = [] if packing is None else packing.bounds
+    tensors = (*tensors, *bounds)
     with torch.no_grad():
         recording = _find_again(key, tensors, ())
         if recording is None:
@@ -117,9 +125,13 @@ def run_op(
                 return None
             form = _form_of_call(key, tensors, False)
             seen = _Seen(None, step if trains else -1)
-            record = partial(_record, function, tensors, (), False, rehearse=True)
+            record = partial(
+                record_call, function, tensors, (), False, num_bounds=len(bounds), rehearse=True
+            )
             recording = _find(form, tensors, seen, record, lambda first: first.step < step)
-        return None if recording is None else recording.forward(tensors)[0]
+        if recording is None:
+            return None
+        return recording.forward(tensors, recording.plan(packing))[0]
 
 
 def _form_of_call(key: Hashable, given: Sequence[Tensor], differentiable: bool) -> tuple:
@@ -153,7 +165,7 @@ def _find(
     form: tuple,
     given: Sequence[Tensor],
     seen: "_Seen",
-    record: Callable[[], Any],
+    record: Callable[[], Recording | None],
     is_again: Callable[["_Seen"], bool],
 ) -> Recording | None:
     """The recording of a form, that of the ``given`` tensors, if there is one.
@@ -182,7 +194,7 @@ def _find(
     finally:
         _one_records.release()
     with _lock:
-        if recording is _REFUSED:
+        if recording is None:
             _seen[form] = _REFUSED
             return None
         _seen.pop(form, None)
@@ -330,77 +342,3 @@ def _are_in_order(given: Sequence[Tensor]) -> bool:
 
 _form = attrgetter("shape", "dtype")
 _form_with_gradients = attrgetter("shape", "dtype", "requires_grad")
-
-
-def _record(
-    function: Callable[..., Any],
-    tensors: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    differentiable: bool,
-    *,
-    rehearse: bool = False,
-) -> Any:
-    """The recording of a call, or ``_REFUSED``. With gradients it is rehearsed."""
-    given: tuple[Tensor, ...] = ()
-    grads: list[Tensor | None] = []
-    try:
-        leaves = [_own_leaf(x, tensors, differentiable) for x in tensors]
-        given = (*leaves, *parameters)
-        wanted = [x for x in given if x.requires_grad] if differentiable else []
-        if wanted:
-            with _Rehearsal():
-                out = function(*leaves)
-                with without_autocast(out.device):
-                    torch.autograd.grad(out, wanted, torch.zeros_like(out), allow_unused=True)
-        elif rehearse:
-            with _Rehearsal():
-                function(*leaves)
-        recorder = Recorder(given)
-        with torch.set_grad_enabled(differentiable), _uncached_autocast(given[0].device), recorder:
-            out = function(*leaves)
-        recorder.end_forward(out)
-        if wanted:
-            dout = recorder.new_output_gradient(out)
-            with without_autocast(out.device), recorder:
-                found = iter(torch.autograd.grad(out, wanted, dout, allow_unused=True))
-            grads = [next(found) if x.requires_grad else None for x in given]
-        return recorder.finish(grads)
-    except Exception as error:
-        # Step by step the call may run, and else it raises what it should.
-        _logger.debug("calls of a form are not recorded: %r", error)
-        return _REFUSED
-    finally:
-        for x in given:
-            vars(x.untyped_storage()).pop(MARK, None)
-
-
-def _uncached_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast as it is, but weights are cast in the call, not kept by PyTorch from one before."""
-    dtype = autocast_dtype(device)
-    if dtype is None:
-        return nullcontext()
-    return torch.autocast(device.type, dtype, cache_enabled=False)
-
-
-def _own_leaf(x: Tensor, tensors: Sequence[Tensor], differentiable: bool) -> Tensor:
-    """``x`` as a leaf, in memory of its own."""
-    places = [other.untyped_storage()._cdata for other in tensors]
-    if places.count(x.untyped_storage()._cdata) > 1:
-        if any(not stride and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-            raise NotRecordable("tensors share memory and overlap themselves")
-        copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        return copy.copy_(x.detach()).requires_grad_(differentiable and x.requires_grad)
-    return x.detach().requires_grad_(differentiable and x.requires_grad)
-
-
-class _Rehearsal(RecordingMode):
-    """Notes nothing. After it, what forward and backward keep for all calls is there."""
-
-    def __torch_dispatch__(self, func: OpOverload, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-    def note(self, function: Callable, args: Sequence, kwargs: dict, result: Any) -> None:
-        pass
-
-    def mark(self, name: str, function: Callable[[], None]) -> None:
-        pass

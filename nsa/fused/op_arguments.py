@@ -84,8 +84,11 @@ class OpOptions(NamedTuple):
     @property
     def returned_bounds(self) -> list[Tensor]:
         """The boundaries of which the forward returns copies."""
-        if not self.save or self.owned:
-            return []
+        return [] if not self.save or self.owned else self.bounds
+
+    @property
+    def bounds(self) -> list[Tensor]:
+        """The boundaries that there are."""
         return [x for x in (self.cu_seqlens, self.cu_seqlens_k) if x is not None]
 
     def plan(self, q: Tensor, k: Tensor) -> Plan:

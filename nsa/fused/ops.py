@@ -23,7 +23,7 @@ from nsa.fused.planning import make_plan
 from nsa.fused.schedule import ChunkSchedule, fewest_chunks, run_backward, run_forward, split_heads
 from nsa.fused.sizes import make_sizes
 from nsa.fused.strides import as_rows, is_alone
-from nsa.packing import power_of_two
+from nsa.packing import find_packing, power_of_two
 from nsa.results import Results
 from nsa.validation import UnsupportedError
 
@@ -110,8 +110,9 @@ def run_recorded(
 
     ``inputs`` are a NamedTuple of tensors or None. A backward has ``others``.
     """
-    optional = (*inputs, options.block_indices, options.cu_seqlens, options.cu_seqlens_k)
-    present = [x is not None for x in optional]
+    optional, bounds = (*inputs, options.block_indices), options.bounds
+    present = [x is not None for x in (*optional, options.cu_seqlens, options.cu_seqlens_k)]
+    packing = find_packing(*bounds) if options.owned else None
     longest = options.max_seqlen_k
     if longest is not None:
         # One recording for some bounds, as for eager calls; the results have the same shapes.
@@ -119,19 +120,24 @@ def run_recorded(
     plain = options._replace(
         block_indices=None, cu_seqlens=None, cu_seqlens_k=None, max_seqlen_k=longest
     )
+    num_bounds = len(bounds)
 
     def call(*tensors: Tensor) -> list[Tensor]:
-        following = iter(tensors)
-        *parts, blocks, first, second = (next(following) if x else None for x in present)
+        end = len(tensors) - num_bounds
+        following = iter(tensors[:end])
         # Copies, which no Packing owns: its plan would be of its boundaries alone.
-        first, second = (None if x is None else x.clone() for x in (first, second))
+        copies = [x.clone() for x in tensors[end:]]
+        *parts, blocks = (next(following) if x else None for x in present[:-2])
+        first, second = (*copies, None, None)[:2]
         own = plain._replace(block_indices=blocks, cu_seqlens=first, cu_seqlens_k=second)
         return function(*constants, inputs._make(parts), own, *following)
 
+    given = [*(x for x in optional if x is not None), *others]
     return recordings.run_op(
-        (function, *constants, plain, *present),
+        (function, *constants, plain, *present, packing is not None),
         call,
-        [*(x for x in optional if x is not None), *others],
+        given if packing is not None else [*given, *bounds],
+        packing,
         trains=options.save,
         backward=len(others) > 0,
     )

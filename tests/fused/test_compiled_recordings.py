@@ -8,7 +8,7 @@ import nsa
 from nsa import recordings
 from nsa.fused import compressed_forms, plain_layer, plain_layer_ops, schedule
 from nsa.testing import make_cu_seqlens
-from tests.helpers.noted_kernels import note_kernels
+from tests.helpers.noted_kernels import count_plan_kernels, note_kernels
 
 TOKENS, DIM = 200, 64
 PRESETS = {"token": nsa.NSAConfig.paper, "tile": nsa.NSAConfig}
@@ -229,3 +229,24 @@ def test_under_autocast_and_with_frozen_parameters(mode, monkeypatch):
             found.append([y.detach(), *(g for g in grads.values() if g is not None)])
         torch.testing.assert_close(*found)
     assert recorded() == set(OPS)
+
+
+@pytest.mark.parametrize("mode", PRESETS)
+def test_a_packing_keeps_the_plan_of_all_layers(mode, monkeypatch):
+    """One of their forwards, and one of their backwards."""
+    launches = count_plan_kernels(monkeypatch.setattr)
+    model = make_layers(mode, layers=3)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    packings = [
+        nsa.Packing(make_cu_seqlens(x)) for x in ([150, 1, 49], [20, 140, 40], [0, 30, 170])
+    ]
+    for turn, packing in enumerate((*packings, packings[2], packings[1])):
+        x = torch.randn(TOKENS, DIM, dtype=torch.float64)
+        launches.clear()
+        monkeypatch.setattr(recordings, "ENABLED", True)
+        got = a_step(compiled, model, x, packing)
+        if turn > 1:
+            assert launches == (dict(sequence_bounds=2, plan_tables=2) if turn == 2 else {})
+        monkeypatch.setattr(recordings, "ENABLED", False)
+        wanted = a_step(model, model, x, packing)
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)

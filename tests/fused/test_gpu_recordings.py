@@ -127,6 +127,27 @@ def test_packings(form):
         assert is_recorded() == (turn > 0)
 
 
+@pytest.mark.parametrize("form", LAYERS)
+def test_kept_plans(form):
+    """What a Packing keeps for recordings stays as it was made, and is right when used again."""
+    layer = make_layer(**LAYERS[form])
+    parameters = list(layer.parameters())
+    forms = [[700, 1, 799], [0, 900, 500, 100], [1024, 60, 416]]
+    packings = [nsa.Packing(make_cu_seqlens(lengths, "cuda")) for lengths in forms]
+    plans: dict[int, list] = {}
+    for at in (0, 1, 2, 1, 2, 1):
+        call = partial(layer, cu_seqlens=packings[at])
+        x = torch.randn(TOKENS, DIM, device="cuda", dtype=parameters[0].dtype)
+        got = with_gradients(call, [x], parameters)
+        wanted = step_by_step(with_gradients, call, [x], parameters)
+        assert_near(without_rounding(got, layer), without_rounding(wanted, layer))
+        kept = [x for key, x in packings[at].rounded._kept.items() if callable(key)]
+        assert len(kept) == (at > 0)
+        for plan in kept:
+            copies = plans.setdefault(at, [x.clone() for x in plan])
+            assert all(map(torch.equal, plan, copies))
+
+
 @pytest.mark.parametrize("form", ["paper", "tile"])
 def test_stack_in_autocast(form):
     stack = [make_layer(**LAYERS[form] | {"dtype": torch.float32}) for _ in range(3)]

@@ -1,6 +1,8 @@
 """Emulated kernels as steps of a recording, as the launches of real ones are."""
 
+from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 
 import torch
@@ -8,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from nsa.fused import fa4, kernel_calls
-from nsa.host import RecordingMode
+from nsa.host import RecordingMode, launches_of_plan
 from nsa.recorder import tensors_in
 from tests.helpers import (
     emulated_fa4,
@@ -31,6 +33,28 @@ def note_kernels(replace: Callable, *, allocate: bool = False):
         replace(module, name, note(getattr(module, name)))
 
 
+def count_plan_kernels(replace: Callable) -> Counter:
+    """How often each kernel of plans runs from now on, in recordings too."""
+    found: Counter = Counter()
+
+    def counted(function: Callable) -> Callable:
+        @wraps(function)
+        def call(*args, **kwargs):
+            found[function.__name__] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in emulated_plan.NAMES:
+        replace(kernel_calls, name, _noted(counted(getattr(emulated_plan, name))))
+    return found
+
+
+def _saying(function: Callable) -> AbstractContextManager:
+    """A kernel of plans says that it is one, as the real one does."""
+    return launches_of_plan() if function.__name__ in emulated_plan.NAMES else nullcontext()
+
+
 def _noted(function: Callable) -> Callable:
     def results(*args, **kwargs) -> list:
         return list(tensors_in(function(*args, **kwargs)))
@@ -42,7 +66,8 @@ def _noted(function: Callable) -> Callable:
             return function(*args, **kwargs)
         with _disable_current_modes():
             result = function(*args, **kwargs)
-        recorder.note(results, args, kwargs, list(tensors_in(result)))
+        with _saying(function):
+            recorder.note(results, args, kwargs, list(tensors_in(result)))
         return result
 
     return call
@@ -71,7 +96,8 @@ def _allocated_and_noted(function: Callable) -> Callable:
         with _disable_current_modes():
             for x in new:
                 targets[id(x)].copy_(x)
-        recorder.note(write, ([targets[id(x)] for x in new], *args), kwargs, None)
+        with _saying(function):
+            recorder.note(write, ([targets[id(x)] for x in new], *args), kwargs, None)
         return tree_map_only(torch.Tensor, lambda x: targets.get(id(x), x), result)
 
     return call

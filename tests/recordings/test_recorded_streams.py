@@ -6,7 +6,7 @@ import torch
 import nsa
 from nsa import recorded_streams, recorder, recordings
 from nsa.fused import compressed_forms, pipeline, selection, streams
-from nsa.testing import make_inputs
+from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.noted_kernels import note_kernels
 from tests.helpers.recorded_layers import run
 from tests.helpers.small_configs import tile_config
@@ -33,13 +33,14 @@ def tile_mode(fused_on_cpu, monkeypatch):
     monkeypatch.setattr(selection, "FEW_SCORES", 0)
 
 
-def run_again(order, tensors) -> torch.Tensor:
+def run_again(order, tensors, packing=None) -> torch.Tensor:
     """The recording that there is, with tensors that nothing else holds."""
     (recording,) = recordings._recordings.values()
     order.log.clear()
     given = [x.detach().clone() for x in tensors]
     with torch.no_grad(), order:
-        out, _ = recording.run_forward(given)
+        plan = recording.plan(packing)
+        out, _ = recording.run_forward(given + plan)
     assert order.current == "first"
     return out
 
@@ -152,6 +153,28 @@ def test_memory_that_the_block_uses_must_live_up_to_the_join(order, monkeypatch)
     monkeypatch.setattr(recorded_streams.Fork, "first_streams", lambda *_: set())
     with pytest.raises(OrderError, match="first frees what second still uses"):
         recorded_parts(order)
+
+
+def test_a_plan_is_made_before_the_fork(order):
+    """Though the block makes it step by step; so it may outlive the block."""
+
+    def function(x, bounds):
+        beside = streams.SideStream(x, recorded=True)
+        total = x + x
+        with beside:
+            table = bounds.diff() * 2
+            product = torch.empty_like(x)
+            product.copy_(x).mul_(table)
+        return total.add_(product).add_(table)
+
+    x = torch.randn(3)
+    for lengths in [1, 2, 0], [3, 0, 1], [0, 0, 2], [0, 2, 5]:
+        packing = nsa.Packing(make_cu_seqlens(lengths))
+        recordings.run("plan", function, [x], packing=packing)
+        if recordings._recordings:
+            got = run_again(order, [x, packing.cu_seqlens], nsa.Packing(packing.cu_seqlens))
+            assert torch.equal(got, function(x, packing.cu_seqlens))
+            assert order.log == FORKED
 
 
 def test_joins_after_an_error(order):

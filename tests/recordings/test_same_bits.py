@@ -97,8 +97,9 @@ def test_packings_of_other_tokens_raise(emulated, unread):
 )
 def test_rounded_packings(lengths, bounds, most, unread):
     given = nsa.Packing(make_cu_seqlens(lengths))
-    found, longest = given.unread(sum(lengths))
-    assert (found.tolist(), found.dtype, longest) == (bounds, torch.int32, most)
+    found = given.unread(sum(lengths))
+    (rounded,) = found.bounds
+    assert (rounded.tolist(), rounded.dtype, found.max_seqlen) == (bounds, torch.int32, most)
     assert given.unread(sum(lengths) + 1) is None
     longer = nsa.Packing(make_cu_seqlens(lengths), make_cu_seqlens([x + 1 for x in lengths]))
     assert longer.unread(sum(lengths)) is None

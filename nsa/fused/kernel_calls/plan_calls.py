@@ -4,6 +4,7 @@ from torch import Tensor
 
 from nsa.fused import kernels
 from nsa.fused.plan_tables import TableRule, Tables
+from nsa.host import launches_of_plan
 
 
 def sequence_bounds(cu_seqlens: Tensor, cu_seqlens_k: Tensor, rule: TableRule) -> Tensor:
@@ -17,7 +18,9 @@ def sequence_bounds(cu_seqlens: Tensor, cu_seqlens_k: Tensor, rule: TableRule) -
     Returns:
         int32 ``(7, S + 1)``: a row for each of :data:`nsa.fused.plan_tables.BOUNDS`.
     """
-    return kernels.load("sequence_tables").sequence_bounds(**locals())
+    given = locals()
+    with launches_of_plan():
+        return kernels.load("sequence_tables").sequence_bounds(**given)
 
 
 def plan_tables(
@@ -31,7 +34,9 @@ def plan_tables(
         rule: what the tables depend on.
         means: whether the tables for means of blocks are wanted, or all others.
     """
-    return kernels.load("sequence_tables").plan_tables(**locals())
+    given = locals()
+    with launches_of_plan():
+        return kernels.load("sequence_tables").plan_tables(**given)
 
 
 def list_key_blocks(
