@@ -21,7 +21,7 @@ from nsa.cached_layer import (
     is_first_call,
     one_or_three,
 )
-from nsa.compressor import BlockCompressor, kept_items
+from nsa.compressor import PLAIN_TYPES, BlockCompressor, kept_items
 from nsa.config import NSAConfig
 from nsa.host import needs_gradients
 from nsa.layer_checks import check_choice, check_input, check_rope, check_sizes
@@ -34,6 +34,7 @@ from nsa.linears import (
     to_one_dtype,
 )
 from nsa.packing import Packing, read_once
+from nsa.plain_modules import PlainNames, constant_when_compiled, plain_names
 from nsa.precision import autocast_dtype
 from nsa.recorded_layer import run_recorded
 from nsa.rope import Positions
@@ -406,6 +407,13 @@ class NativeSparseAttention(nn.Module):
         # That of FSDP computes none.
         kind, plain = type(self), NativeSparseAttention
         return kind is not plain and any(getattr(kind, x) is not getattr(plain, x) for x in _PARTS)
+
+    @constant_when_compiled
+    def plain_names(self) -> PlainNames | None:
+        """Which modules the layer has, if all are plain. A compiled call does not look again at
+        each of their attributes, some hundred; hooks that are added later are not seen, as in
+        PyTorch."""
+        return plain_names(self, PLAIN_TYPES)
 
     def _run(self, module: nn.Module, *arguments) -> Tensor:
         """``module(*arguments)``, with ``recompute`` once more in backward."""

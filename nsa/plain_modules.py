@@ -1,10 +1,9 @@
 """The parameters of modules that do what their type says, and nothing else."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -14,21 +13,43 @@ Types = Mapping[type[nn.Module], tuple[str, ...]]
 
 
 def plain_parameters(
-    layer: nn.Module, types: Types
+    modules: dict[str, nn.Module | None], types: Types
 ) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:
-    """The parameters of the modules of ``layer`` and all modules in them; None if one is not plain.
+    """The parameters of ``modules`` and all modules in them; None if one is not plain.
 
     A plain module has one of the ``types``, no hooks, no ``forward`` of its own, and no buffer or
     bare tensor where its type has a parameter. Beside the parameters this gives what tells which
     modules they are of: the names and types of all modules.
     """
-    if not torch.compiler.is_dynamo_compiling():
-        return _plain_parameters(layer, types)
-    found = _plain_names(layer, types)
+    if nn.modules.module._has_any_global_hook():
+        return None
+    found: list[Tensor] = []
+    kinds: list[Hashable] = []
+    return (found, tuple(kinds)) if _collect(modules, types, found, kinds) else None
+
+
+Name = tuple[str, ...]
+PlainNames = tuple[tuple[Name, ...], tuple[Name, ...], tuple[Hashable, ...]]
+
+
+def plain_names(layer: nn.Module, types: Types) -> PlainNames | None:
+    """Names of the parameters that :func:`plain_parameters` gives for the modules of ``layer``;
+    names of these modules; and what tells which they are. None if one is not plain."""
+    found = plain_parameters(layer._modules, types)
     if found is None:
         return None
-    parameters, modules, kinds = found
-    # What is read is guarded, so that another module compiles again.
+    parameters, kinds = found
+    names = {id(x): tuple(name.split(".")) for name, x in layer.named_parameters()}
+    modules = tuple(tuple(name.split(".")) for name, _ in layer.named_modules() if name)
+    return tuple(names[id(x)] for x in parameters), modules, kinds
+
+
+def parameters_by_name(
+    layer: nn.Module, names: PlainNames
+) -> tuple[list[Tensor], tuple[Hashable, ...]]:
+    """What :func:`plain_parameters` gives."""
+    parameters, modules, kinds = names
+    # torch.compile guards what is read, so another module compiles again.
     for name in modules:
         _attribute(layer, name)
     return [_attribute(layer, name) for name in parameters], kinds
@@ -38,36 +59,14 @@ def _attribute(layer: Any, name: Sequence[str]) -> Any:
     return reduce(getattr, name, layer)
 
 
-Names = tuple[tuple[str, ...], ...]
+def constant_when_compiled(method: Callable) -> Callable:
+    """Decorate a method without arguments whose result torch.compile may take for a constant.
 
-
-def _plain_names(
-    layer: nn.Module, types: Types
-) -> tuple[Names, Names, tuple[Hashable, ...]] | None:
-    """The names of :func:`plain_parameters`, and of the modules; for torch.compile a constant.
-
-    Otherwise each attribute that is read would be looked at again before each compiled call, some
-    hundred a layer. As in PyTorch, hooks that are added after compilation are not seen.
+    What the method reads is not guarded then. :func:`torch.compiler.assume_constant_result` does
+    the same, but imports TorchDynamo, which takes seconds.
     """
-    found = _plain_parameters(layer, types)
-    if found is None:
-        return None
-    parameters, kinds = found
-    names = {id(x): tuple(name.split(".")) for name, x in layer.named_parameters()}
-    modules = tuple(tuple(name.split(".")) for name, _ in layer.named_modules() if name)
-    return tuple(names[id(x)] for x in parameters), modules, kinds
-
-
-# As torch.compiler.assume_constant_result does, which imports TorchDynamo: that takes seconds.
-vars(_plain_names)["_dynamo_marked_constant"] = True
-
-
-def _plain_parameters(layer: Any, types: Types) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:
-    if nn.modules.module._has_any_global_hook():
-        return None
-    found: list[Tensor] = []
-    kinds: list[Hashable] = []
-    return (found, tuple(kinds)) if _collect(layer._modules, types, found, kinds) else None
+    vars(method)["_dynamo_marked_constant"] = True
+    return method
 
 
 def _collect(modules: dict, types: Types, found: list[Tensor], kinds: list[Hashable]) -> bool:

@@ -51,7 +51,7 @@ def _parameters_to_record(layer: Layer, x: Any) -> tuple[list[Tensor], tuple[Has
         return None
     if not isinstance(x, Tensor) or layer.backend == "reference":
         return None
-    plain = plain_parameters(layer, PLAIN_TYPES)
+    plain = plain_parameters(layer._modules, PLAIN_TYPES)
     if plain is None or layer.gate_proj_weight is None:
         return plain
     parameters, kinds = plain

@@ -1,6 +1,6 @@
 """Which calls of the layer run as a whole, see :mod:`nsa.fused.plain_layer`."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from nsa.host import is_traced, needs_gradients
 from nsa.layer_checks import check_input
 from nsa.linears import MLP
 from nsa.packing import Packing
-from nsa.plain_modules import plain_parameters
+from nsa.plain_modules import parameters_by_name, plain_parameters
 from nsa.precision import autocast_dtype
 from nsa.validation import check_config, check_deterministic
 
@@ -118,7 +118,7 @@ def _parameters(layer: Layer, x: Tensor) -> list[Tensor | None] | None:
     plain, or do something else than those of which it has parameters."""
     if layer.rope_theta is None or layer.head_dim != layer.value_head_dim:
         return None
-    plain = plain_parameters(layer, PLAIN_TYPES)
+    plain = _plain_parameters(layer)
     mlp, compressors = layer.gate_mlp, [layer.compress_k, layer.compress_v]
     compressors = [module for module in compressors if module is not None]
     kinds = [nn.Linear] * 4 + _OF_MLP * (mlp is not None) + _OF_COMPRESSOR * len(compressors)
@@ -141,6 +141,14 @@ def _parameters(layer: Layer, x: Tensor) -> list[Tensor | None] | None:
     last = [weight, layer.o_proj.weight, layer.o_proj.bias]
     none: list[Tensor | None] = [None] * 10
     return [*weights, *(of_gates or none[:4]), *last, *(of_compressors or none)]
+
+
+def _plain_parameters(layer: Layer) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:
+    """See :func:`nsa.plain_modules.plain_parameters`."""
+    if not torch.compiler.is_dynamo_compiling():
+        return plain_parameters(layer._modules, PLAIN_TYPES)
+    names = layer.plain_names()
+    return None if names is None else parameters_by_name(layer, names)
 
 
 def _of_mlps(mlps: Sequence[MLP]) -> list[Tensor]:

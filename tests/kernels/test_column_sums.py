@@ -23,7 +23,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def unwritten_sums(x: torch.Tensor, before: int = 0) -> torch.Tensor:
     """NaN; not aligned if there are numbers ``before``."""
-    shape = (*x.shape[:-2], x.shape[-1])
+    shape = torch.Size((*x.shape[:-2], x.shape[-1]))
     return x.new_full((before + shape[:-1].numel() * shape[-1],), torch.nan)[before:].view(shape)
 
 
