@@ -3,16 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import (  # type: ignore[attr-defined]
-    _empty_strided_cuda,
-    _reinterpret_tensor,
-)
+from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 from torch._ops import OpOverload
 
 from nsa.host import NotRecordable, RecordingMode
@@ -20,9 +16,7 @@ from nsa.recorded_call import Recording
 from nsa.recorded_code import Base, Nested, Step, View, Writer, contiguous_strides
 from nsa.recorded_plan import Effect, PlanSearch, PlanSteps, written_by
 from nsa.recorded_streams import Fork, in_order
-
-_ALIGNMENT = 512
-"""Bytes to which PyTorch aligns memory on a GPU."""
+from nsa.recorded_zeros import join_zeros
 
 MARK = "_nsa_memory"
 """Attribute of a storage, with its recorder's mark and its number. PyTorch keeps it as long as the
@@ -168,7 +162,8 @@ class Recorder(RecordingMode):
         results = outputs.union(saved, at_end, plan.memories)
         zeros = {self._steps[at].made for at, filled in self._allocations.items() if filled}
         of_plan, forward, backward = (
-            self._join_zeros(part, zeros - results) for part in (of_plan, forward, backward)
+            join_zeros(part, zeros - results, self._bases, self._device)
+            for part in (of_plan, forward, backward)
         )
         return Recording(
             run_plan=self._write_plan(of_plan, plan.memories) if plan.memories else None,
@@ -263,39 +258,6 @@ class Recorder(RecordingMode):
             # tuples alone, not sizes.
             return partial(_empty_strided_cuda, tuple(base.shape), tuple(base.strides), base.dtype)
         return partial(torch.empty_strided, base.shape, base.strides, **kind)
-
-    def _join_zeros(self, steps: list[Step], zeros: set[Any]) -> list[Step]:
-        """Steps that fill these memories at once, those of one dtype, which lie in one tensor.
-
-        A fill takes the host as long as a launch.
-        """
-        places: dict[torch.dtype, list[int]] = {}
-        for at, step in enumerate(steps):
-            number: Any = step.made
-            if number in zeros:
-                places.setdefault(self._bases[number].dtype, []).append(at)
-        joined = {at: [step] for at, step in enumerate(steps)}
-        for dtype, found in places.items():
-            if len(found) > 1:
-                self._place_in_one([joined[at] for at in found], dtype)
-        return [step for at in range(len(steps)) for step in joined[at]]
-
-    def _place_in_one(self, places: list[list[Step]], dtype: torch.dtype) -> None:
-        """Replace each place's step, which allocates zeros, by one that takes a part of a tensor;
-        the first place allocates it."""
-        bases = [self._bases[step.made] for [step] in places]  # type: ignore[index]
-        aligned = _ALIGNMENT // dtype.itemsize
-        ends = [0, *accumulate(-(-base.shape.numel() // aligned) * aligned for base in bases)]
-        whole = Base(torch.Size(ends[-1:]), (1,), 0, dtype, contiguous=True, given=False)
-        number = len(self._bases)
-        self._bases.append(whole)
-        view = View(number, whole.shape, whole.strides, 0)
-        for place, base, start in zip(places, bases, ends, strict=False):
-            arguments = (view, tuple(base.shape), tuple(base.strides), start)
-            place[0] = place[0]._replace(function=_reinterpret_tensor, arguments=arguments)
-        places[-1][0] = places[-1][0]._replace(done=(*places[-1][0].done, number))
-        fill = self._allocation(number, zeros=True)
-        places[0].insert(0, Step(fill, (), {}, number, ()))
 
     def _add(self, x: Tensor, *, given: bool = False) -> int:
         """The number of the memory of ``x``, which has none yet."""

@@ -282,7 +282,7 @@ LAYERS = [
     {"boundaries"},
     {"validation", "rope", "recorded_code", "recorded_plan"},
     {"block_index_checks", "derivatives"},
-    {"recorded_call", "recorded_streams"},
+    {"recorded_call", "recorded_streams", "recorded_zeros"},
     {"recorder"},
     {"rehearsal"},
     {"recordings"},

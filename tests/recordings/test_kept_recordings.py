@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nsa import recordings
+from nsa import recorded_zeros, recordings
 from nsa.recorder import MARK
 from tests.helpers.recorded_layers import (
     recorded,
@@ -133,9 +133,12 @@ def test_tensors_of_one_form_are_known_by_what_they_require(monkeypatch):
     assert got.requires_grad
 
 
-def test_zeros_are_filled_at_once():
-    """Those of one dtype that are no results: each in its place, though written to between."""
+@pytest.mark.parametrize("large", [False, True])
+def test_zeros_are_filled_at_once(large, monkeypatch):
+    """Small ones of one dtype that are no results: each in its place, though written to between."""
     filled = []
+    if large:
+        monkeypatch.setattr(recorded_zeros, "MOST_ELEMENTS", 12)
 
     def add(x, *targets):
         filled.append([y.untyped_storage().data_ptr() for y in targets])
@@ -160,7 +163,8 @@ def test_zeros_are_filled_at_once():
         assert got.item() == 1 * 22 + 10 * 25 + 4
         (first, second), (again, third), *_ = filled[-4:]
         assert first == again
-        assert (first == second == third) == (turn > 0)
+        assert (second == third) == (turn > 0)
+        assert (first == second) == (turn > 0 and not large)
 
 
 def test_those_called_last_are_kept(monkeypatch):
