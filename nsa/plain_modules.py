@@ -29,25 +29,29 @@ def plain_parameters(
 
 
 Name = tuple[str, ...]
-PlainNames = tuple[tuple[Name, ...], tuple[Name, ...], tuple[Hashable, ...]]
+PlainNames = tuple[tuple[Name, ...], tuple[Name, ...], str]
 
 
 def plain_names(layer: nn.Module, types: Types) -> PlainNames | None:
     """Names of the parameters that :func:`plain_parameters` gives for the modules of ``layer``;
-    names of these modules; and what tells which they are. None if one is not plain."""
+    names of these modules; and names of their types. None if one is not plain."""
     found = plain_parameters(layer._modules, types)
     if found is None:
         return None
     parameters, kinds = found
     names = {id(x): tuple(name.split(".")) for name, x in layer.named_parameters()}
     modules = tuple(tuple(name.split(".")) for name, _ in layer.named_modules() if name)
-    return tuple(names[id(x)] for x in parameters), modules, kinds
+    return tuple(names[id(x)] for x in parameters), modules, names_of_types(kinds)
 
 
-def parameters_by_name(
-    layer: nn.Module, names: PlainNames
-) -> tuple[list[Tensor], tuple[Hashable, ...]]:
-    """What :func:`plain_parameters` gives."""
+def names_of_types(kinds: Sequence[Hashable]) -> str:
+    """Of what :func:`plain_parameters` gives beside the parameters."""
+    # TorchDynamo of PyTorch 2.11 compares strings that are constants, but no tuples of them.
+    return " ".join(kind[1].__name__ for kind in kinds if isinstance(kind, tuple))
+
+
+def parameters_by_name(layer: nn.Module, names: PlainNames) -> tuple[list[Tensor], str]:
+    """The parameters that :func:`plain_parameters` gives, and names of types."""
     parameters, modules, kinds = names
     # torch.compile guards what is read, so another module compiles again.
     for name in modules:
@@ -60,7 +64,8 @@ def _attribute(layer: Any, name: Sequence[str]) -> Any:
 
 
 def constant_when_compiled(method: Callable) -> Callable:
-    """Decorate a method without arguments whose result torch.compile may take for a constant.
+    """Decorate a method without arguments whose result torch.compile may take for a constant:
+    strings alone, in tuples.
 
     What the method reads is not guarded then. :func:`torch.compiler.assume_constant_result` does
     the same, but imports TorchDynamo, which takes seconds.

@@ -1,6 +1,6 @@
 """Which calls of the layer run as a whole, see :mod:`nsa.fused.plain_layer`."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from nsa.host import is_traced, needs_gradients
 from nsa.layer_checks import check_input
 from nsa.linears import MLP
 from nsa.packing import Packing
-from nsa.plain_modules import parameters_by_name, plain_parameters
+from nsa.plain_modules import names_of_types, parameters_by_name, plain_parameters
 from nsa.precision import autocast_dtype
 from nsa.validation import check_config, check_deterministic
 
@@ -122,7 +122,7 @@ def _parameters(layer: Layer, x: Tensor) -> list[Tensor | None] | None:
     mlp, compressors = layer.gate_mlp, [layer.compress_k, layer.compress_v]
     compressors = [module for module in compressors if module is not None]
     kinds = [nn.Linear] * 4 + _OF_MLP * (mlp is not None) + _OF_COMPRESSOR * len(compressors)
-    if plain is None or [kind[1] for kind in plain[1] if isinstance(kind, tuple)] != kinds:
+    if plain is None or plain[1] != " ".join(kind.__name__ for kind in kinds):
         return None
     linears = [layer.q_proj, layer.k_proj, layer.v_proj]
     weights = [linear.weight for linear in linears]
@@ -143,10 +143,11 @@ def _parameters(layer: Layer, x: Tensor) -> list[Tensor | None] | None:
     return [*weights, *(of_gates or none[:4]), *last, *(of_compressors or none)]
 
 
-def _plain_parameters(layer: Layer) -> tuple[list[Tensor], tuple[Hashable, ...]] | None:
-    """See :func:`nsa.plain_modules.plain_parameters`."""
+def _plain_parameters(layer: Layer) -> tuple[list[Tensor], str] | None:
+    """See :func:`nsa.plain_modules.plain_parameters`; here with names of types."""
     if not torch.compiler.is_dynamo_compiling():
-        return plain_parameters(layer._modules, PLAIN_TYPES)
+        found = plain_parameters(layer._modules, PLAIN_TYPES)
+        return None if found is None else (found[0], names_of_types(found[1]))
     names = layer.plain_names()
     return None if names is None else parameters_by_name(layer, names)
 
