@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import reduce
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_parts = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+    "_parameters", "_modules",
+)  # fmt: skip
 
 Types = Mapping[type[nn.Module], tuple[str, ...]]
 """The plain types, and the names of the parameters that each has."""
@@ -80,15 +84,17 @@ def _collect(modules: dict, types: Types, found: list[Tensor], kinds: list[Hasha
             continue
         kind, state = type(module), vars(module)
         needed = types.get(kind)
-        if needed is None or "forward" in state or any(map(state.get, _HOOKS)):
+        if needed is None or "forward" in state:
             return False
-        parameters = state["_parameters"]
+        # At once, because eager calls pass through here.
+        *hooks, parameters, inner = _parts(state)
+        if any(hooks):
+            return False
         for x in needed:
             if x not in parameters or x in state:
                 return False
         found += [x for x in parameters.values() if x is not None]
         kinds.append((name, kind))
-        inner = state["_modules"]
         if inner and not _collect(inner, types, found, kinds):
             return False
     kinds.append(None)

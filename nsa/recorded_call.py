@@ -107,3 +107,7 @@ class RecordingNode(torch.autograd.Function):
         # Unless there may be another backward.
         ctx.maybe_clear_saved_tensors()
         return None, None, *recording.backward(dout, saved)
+
+
+# Without what its class adds for transforms of torch.func, in which nothing is recorded.
+run_node = super(torch.autograd.Function, RecordingNode).apply

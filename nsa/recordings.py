@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from nsa.host import RecordingMode, may_keep
 from nsa.packing import Packing
 from nsa.precision import autocast_dtype
-from nsa.recorded_call import Recording, RecordingNode
+from nsa.recorded_call import Recording, run_node
 from nsa.rehearsal import record_call
 
 ENABLED = True
@@ -92,7 +92,7 @@ def run(
         return None
     plan = recording.plan(packing)
     if recording.run_backward is not None:
-        return RecordingNode.apply(recording, plan, *given)
+        return run_node(recording, plan, *given)
     return recording.forward(given, plan)[0]
 
 
@@ -316,6 +316,7 @@ def _may_record(given: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
 
 def _is_unobserved(x: Tensor, parameters: Sequence[Tensor]) -> bool:
     """What :func:`_may_record` asks of the call; the rest is about its tensors."""
+    # Lists of one attribute, which take the host less time than a generator.
     return (
         ENABLED
         and may_keep(x)
@@ -326,13 +327,13 @@ def _is_unobserved(x: Tensor, parameters: Sequence[Tensor]) -> bool:
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.is_anomaly_enabled()
-        and all(p.is_leaf and not p._backward_hooks for p in parameters)
+        and True not in [bool(p._backward_hooks) for p in parameters]
+        and False not in [p.is_leaf for p in parameters]
     )
 
 
 def _are_in_order(given: Sequence[Tensor]) -> bool:
     """Whether tensors have strides, without which guards end the process, and aligned memory."""
-    # Lists of one attribute, which take the host less time than a generator.
     return (
         True not in [x.is_nested for x in given]
         and [x.layout for x in given].count(torch.strided) == len(given)
