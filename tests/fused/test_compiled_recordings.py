@@ -168,6 +168,17 @@ def test_a_compiled_layer_looks_at_few_attributes():
     assert calls
 
 
+def test_layers_that_save_other_numbers_of_tensors(monkeypatch):
+    """But are told apart by no argument of the op."""
+    models = [make_layers(separate_kv=separate) for separate in (False, True)]
+    compiled = [torch.compile(x, fullgraph=True, backend="aot_eager") for x in models]
+    for _ in range(3):
+        for call, model in zip(compiled, models, strict=True):
+            x = torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+            assert_same(call, model, x, monkeypatch=monkeypatch)
+    assert len(recordings._recordings) == 2 * len(OPS)
+
+
 def test_a_form_of_one_step_is_not_recorded(monkeypatch):
     """As where each step has another number of tokens."""
     # What is not in the ops takes Dynamo long with symbols for sizes.
