@@ -123,6 +123,10 @@ class Twice(torch.nn.Linear):
 
 
 CHANGES = {
+    "forward": lambda layer: setattr(layer.gate_mlp[1], "forward", torch.tanh),
+    "forward of a linear": lambda layer: setattr(
+        layer.k_proj, "forward", lambda x: 2 * torch.nn.Linear.forward(layer.k_proj, x)
+    ),
     "activation": lambda layer: setattr(layer.gate_mlp, "1", torch.nn.Tanh()),
     "bias": lambda layer: setattr(layer, "k_proj", torch.nn.Linear(DIM, 32, dtype=torch.float64)),
     "wrapper": lambda layer: setattr(
