@@ -62,7 +62,7 @@ class PlanSearch:
         self._plan = set(self._boundaries)
         self._steps: set[int] = set()
         self._effects: list[Effect] = []
-        # The steps that make a memory of neither, and the memories of these steps.
+        # The steps that made a memory while it was of neither, and the memories of these steps.
         self._origins: dict[int, tuple[set[int], set[int]]] = {}
         self._allocated: set[int] = set()
         # Results of operations of the plan, and copies.
@@ -90,17 +90,12 @@ class PlanSearch:
         may_be = effect.pure and (effect.launches or not added_to)
         if not may_be or not self.others.isdisjoint(memories):
             self.others |= effect.uses - self._plan
-            decided = effect.uses
         elif not self._plan.isdisjoint(memories):
             self._steps |= steps
             self._plan |= memories
-            decided = memories
         else:
             made = effect.uses if effect.launches else effect.makes
             self._origins |= dict.fromkeys(made, (steps, memories))
-            decided = set()
-        for n in decided:
-            self._origins.pop(n, None)
 
     def finish(self, results: set[int]) -> PlanSteps:
         """The steps of the plan. There are none if one of the ``results`` of the call, or of what

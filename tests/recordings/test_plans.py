@@ -126,6 +126,16 @@ def test_backward_has_the_plan_of_its_forward(mode, launches):
         assert turn == 0 or not launches
 
 
+@modes
+def test_longer_sequences_have_a_recording_of_their_own(mode, emulated, unread):
+    layer = make_layer(mode)
+    for turn, lengths in enumerate([[100, 90, 110]] * 3 + [[297, 1, 2]] * 3):
+        x = new_input()[0]
+        got, wanted = layer(x, new_packing(lengths)), layer._forward(x, new_packing(lengths))
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+        assert len(recordings._recordings) == (0, 1, 1, 1, 2, 2)[turn]
+
+
 def test_retained_graphs_and_second_derivatives(launches):
     layer = make_layer()
     for lengths in FORMS[:3]:
@@ -216,6 +226,35 @@ def of_the_output(x, bounds):
     return bounds[:3] * 2.0
 
 
+def also_the_output(x, bounds):
+    table = bounds[:3] * 2.0
+    recordings.launch(add, x, table, x * table)
+    return table
+
+
+def launched_and_written(x, bounds):
+    table = launched_table(bounds)
+    y = x + table
+    table.add_(1)
+    return y * table
+
+
+def launched_without_boundaries(x, bounds):
+    first = launched_table(torch.ones(3, dtype=torch.int32))
+    second = torch.zeros(3, dtype=torch.int32)
+    with launches_of_plan():
+        recordings.launch(add, bounds, first, second)
+    return x * second
+
+
+def launched_after_a_use(x, bounds):
+    ones, index = torch.ones(3, dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+    before = index * 2
+    with launches_of_plan():
+        recordings.launch(add, ones, ones, index)
+    return x * (bounds[:3] + before) * (bounds[:3] + index)
+
+
 def no_use(x, bounds):
     return x * 2
 
@@ -232,13 +271,17 @@ def no_use(x, bounds):
         (launched_at, 0),
         (of_an_input_before, 0),
         (of_the_output, 0),
+        (also_the_output, 0),
+        (launched_and_written, 0),
+        (launched_without_boundaries, 1),
+        (launched_after_a_use, 2),
         (no_use, 0),
     ],
 )
 def test_steps_of_plans(function, kept, unread):
     """What a plan keeps is what no other step writes to."""
     packings = [new_packing(lengths).rounded for lengths in ([1, 3], [2, 2], [4, 0])]
-    needs = function is not of_the_output
+    needs = function not in (of_the_output, also_the_output)
     for turn, at in enumerate((0, 1, 2, 1, 2, 0)):
         x, packing = torch.randn(3).mul(10).requires_grad_(needs), packings[at]
         got = recordings.run("key", function, (x,), packing=packing)
