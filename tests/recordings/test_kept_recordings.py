@@ -104,6 +104,17 @@ def test_forms_are_told_apart():
                 assert got.requires_grad == needs
 
 
+def test_autocast_is_told_apart():
+    x, y = torch.randn(3, 4), torch.randn(4, 5)
+    for _ in range(3):
+        for dtype in (None, torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                got, wanted = run("key", torch.mm, (x, y)), x @ y
+            assert torch.equal(got, wanted)
+            assert got.dtype == wanted.dtype
+    assert len(recorded()) == 3
+
+
 def test_numbers_of_tensors_are_told_apart():
     """As of layers of which one has biases."""
     tensors = [torch.randn(3, requires_grad=True) for _ in range(3)]
