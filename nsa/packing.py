@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,6 +15,8 @@ MAX_KEPT = 16
 """Results that a Packing keeps. Few, because index tensors are as long as the sequences."""
 
 Kept = TypeVar("Kept")
+
+_MISSING: Any = object()
 
 
 class Packing:
@@ -91,12 +93,15 @@ class Packing:
         """
         if not may_keep(self.cu_seqlens):
             return make()
-        if key not in self._kept:
+        found = self._kept.get(key, _MISSING)
+        if found is _MISSING:
+            with torch.inference_mode(False):
+                found = make()
             if len(self._kept) >= MAX_KEPT:
                 self._kept.clear()
-            with torch.inference_mode(False):
-                self._kept[key] = make()
-        return self._kept[key]
+            # Not read again: another thread may clear it.
+            self._kept[key] = found
+        return found
 
     @property
     def rounded(self) -> "Packing":

@@ -57,9 +57,9 @@ def names_of_types(kinds: Sequence[Hashable]) -> str:
 def parameters_by_name(layer: nn.Module, names: PlainNames) -> tuple[list[Tensor], str]:
     """The parameters that :func:`plain_parameters` gives, and names of types."""
     parameters, modules, kinds = names
-    # torch.compile guards what is read, so another module compiles again.
+    # torch.compile guards what is read, so another module compiles again, or a `forward` of its own.
     for name in modules:
-        _attribute(layer, name)
+        _attribute(layer, (*name, "forward"))
     return [_attribute(layer, name) for name in parameters], kinds
 
 

@@ -149,7 +149,7 @@ def _find_again(
 
     PyTorch compares the tensors, in a third of the time that it takes to write down their form.
     """
-    entries = _entries.get(_key_of_entry(key, given[0]))
+    entries = _entries.get(_key_of_entry(key, given))
     if not entries or not _is_unobserved(given[0], parameters) or not _are_in_order(given):
         return None
     for entry in entries:
@@ -206,7 +206,7 @@ def _find(
 
 
 def _add_entry(form: tuple, recording: Recording, given: Sequence[Tensor]) -> None:
-    key = _key_of_entry(form[0], given[0])
+    key = _key_of_entry(form[0], given)
     entries = _entries.get(key, ())
     if len(entries) < MAX_ENTRIES:
         dims: dict[str, Any] = dict(
@@ -225,8 +225,9 @@ def _remove_entries(form: tuple) -> None:
             del _entries[key]
 
 
-def _key_of_entry(key: Hashable, x: Tensor) -> Hashable:
-    return key, autocast_dtype(x.device), torch.is_grad_enabled()
+def _key_of_entry(key: Hashable, given: Sequence[Tensor]) -> Hashable:
+    # Guards raise for another number of tensors, such as those of a layer with biases.
+    return key, len(given), autocast_dtype(given[0].device), torch.is_grad_enabled()
 
 
 def _forget(forms: OrderedDict[Any, Any], most: int) -> list:

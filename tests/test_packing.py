@@ -391,6 +391,23 @@ def test_a_packing_can_be_copied_and_pickled(copied):
     assert_same(run(other, "tile", "fused"), expected)
 
 
+def test_threads_may_clear_what_a_packing_keeps(monkeypatch):
+    """As when one keeps the last that there is room for, while another has just made its own."""
+    monkeypatch.setattr(packing, "MAX_KEPT", 1)
+    given = nsa.Packing(make_cu_seqlens([3, 4]))
+
+    class Cleared(dict):
+        def __setitem__(self, key, value):
+            super().__setitem__(key, value)
+            if key == "own":
+                given.keep("of another thread", list)
+
+    given._kept = Cleared()
+    assert given.keep("own", lambda: 1) == 1
+    assert given.keep("own", lambda: None) is None
+    assert "own" not in given._kept
+
+
 def test_an_address_finds_its_packing_alone():
     given = nsa.Packing(make_cu_seqlens(LENGTHS))
     found = packing.find_packing(given.cu_seqlens.detach())

@@ -123,6 +123,10 @@ class Twice(torch.nn.Linear):
 
 
 CHANGES = {
+    "forward": lambda layer: setattr(layer.gate_mlp[1], "forward", torch.tanh),
+    "forward of a linear": lambda layer: setattr(
+        layer.k_proj, "forward", lambda x: 2 * torch.nn.Linear.forward(layer.k_proj, x)
+    ),
     "activation": lambda layer: setattr(layer.gate_mlp, "1", torch.nn.Tanh()),
     "bias": lambda layer: setattr(layer, "k_proj", torch.nn.Linear(DIM, 32, dtype=torch.float64)),
     "wrapper": lambda layer: setattr(
@@ -166,6 +170,17 @@ def test_a_compiled_layer_looks_at_few_attributes():
     hooked.v_proj.register_forward_hook(lambda *_: calls.append(1))
     torch.compile(hooked, backend="eager")(torch.randn(1, TOKENS, DIM, dtype=torch.float64))
     assert calls
+
+
+def test_layers_that_save_other_numbers_of_tensors(monkeypatch):
+    """But are told apart by no argument of the op."""
+    models = [make_layers(separate_kv=separate) for separate in (False, True)]
+    compiled = [torch.compile(x, fullgraph=True, backend="aot_eager") for x in models]
+    for _ in range(3):
+        for call, model in zip(compiled, models, strict=True):
+            x = torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+            assert_same(call, model, x, monkeypatch=monkeypatch)
+    assert len(recordings._recordings) == 2 * len(OPS)
 
 
 def test_a_form_of_one_step_is_not_recorded(monkeypatch):

@@ -104,6 +104,16 @@ def test_forms_are_told_apart():
                 assert got.requires_grad == needs
 
 
+def test_numbers_of_tensors_are_told_apart():
+    """As of layers of which one has biases."""
+    tensors = [torch.randn(3, requires_grad=True) for _ in range(3)]
+    for _ in range(3):
+        for count in (1, 3, 2):
+            got = run("key", lambda *given: sum(given) * 2, tensors[:count])
+            assert torch.equal(got, sum(tensors[:count]) * 2)
+    assert len(recorded()) == 3
+
+
 def test_few_are_kept(monkeypatch):
     monkeypatch.setattr(recordings, "MAX_RECORDINGS", 4)
     for size in range(1, 10):
