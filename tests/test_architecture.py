@@ -244,7 +244,7 @@ def tuples_of(function: ast.FunctionDef) -> set[str]:
     }
 
 
-OPS = {"apply", "save_for_backward", "_gradients", "plain_layer"}
+OPS = {"apply", "run_node", "save_for_backward", "_gradients", "plain_layer"}
 """Autograd nodes and custom ops, whose arguments have positions alone."""
 
 OF_ANY_NUMBER = {"autocast_tensors", "needs_gradients", "empty"}

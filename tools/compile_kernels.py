@@ -142,10 +142,12 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield name, partial(ends, block_ends=(64, 63))
     for dim, group, form, keep, dtype in (
         (128, 4, "weight", False, "bfloat16"),
+        (128, 64, "weight", False, "bfloat16"),
         (128, 16, "weight", True, "bfloat16"),
         (128, 1, "weight", True, "bfloat16"),
         (128, 4, "gates", True, "float16"),
         (64, 8, "mean", False, "float16"),
+        (64, 3, "gates", True, "float16"),
         (64, 1, "weight", False, "bfloat16"),
     ):
         name = f"closing window D={dim} G={group} {form} {'kept' if keep else 'alone'} {dtype}"

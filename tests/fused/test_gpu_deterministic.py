@@ -29,7 +29,10 @@ CONFIGS = {
     "sparse": SPARSE,
     "non-causal": nsa.NSAConfig(num_selected_blocks=4, causal=False, tile_summary="mean"),
     "token": nsa.NSAConfig.paper(),
+    # Which leave sums of keys, to which those of the window are added.
+    "token, compressed given": nsa.NSAConfig.paper(),
 }
+COMPRESSORS = {"token": "weights", "token, compressed given": "given"}
 PACKS = {
     "batched": dict(batch=2, lengths=(4096,)),
     "one sequence": dict(batch=1, lengths=(5000,)),
@@ -39,7 +42,7 @@ PACKS = {
 
 
 def make_case(config: str, pack: str) -> Case:
-    compressor = "weights" if config == "token" else "mean"
+    compressor = COMPRESSORS.get(config, "mean")
     changes = dict(config=CONFIGS[config], compressor=compressor, variant=WIDE, num_kv_heads=2)
     return default_case(**changes, **PACKS[pack])
 

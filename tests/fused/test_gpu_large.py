@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import nsa
-from nsa.testing import assert_as_accurate, make_inputs
+from nsa.fused import kernel_calls
+from nsa.testing import assert_as_accurate, make_cu_seqlens, make_inputs
 from tests.helpers.gpu_cases import gpu_test
 
 pytestmark = [*gpu_test, pytest.mark.large, pytest.mark.filterwarnings("default")]
@@ -82,3 +83,38 @@ def test_more_than_2_to_the_31_elements():
         atol=0,
     )
     assert dk.isfinite().all()
+
+
+def test_products_of_a_layer_of_more_than_2_to_the_31_elements():
+    """Those of the last sequence, past the limit, are the same as those of it alone."""
+    heads, kv_heads, theta = 64, 2, 10000.0
+    rows, columns = 2**31 // (heads * DIM) + 2 * LAST, (heads + 2 * kv_heads) * DIM
+    product = torch.zeros(1, rows, columns, dtype=torch.bfloat16, device="cuda")
+    product[:, -LAST:].normal_()
+    call, bounds = (heads, kv_heads, 1, DIM, DIM), make_cu_seqlens([rows - LAST, LAST], "cuda")
+    found = kernel_calls.split_product(product, *call, bounds, theta)
+    wanted = kernel_calls.split_product(product[:, -LAST:], *call, None, theta)
+    for whole, alone in zip(found, wanted, strict=True):
+        assert torch.equal(whole[:, -LAST:], alone)
+        assert not whole[:, :-LAST].any()
+    del product
+    gradient = kernel_calls.product_gradient(found, None, None, None, DIM, bounds, theta)
+    alone = kernel_calls.product_gradient(wanted, None, None, None, DIM, None, theta)
+    assert torch.equal(gradient[:, -LAST:], alone)
+    assert not gradient[:, :-LAST].any()
+
+
+def test_gradients_of_activations_of_more_than_2_to_the_31_elements():
+    columns = 1024
+    rows = 2**31 // columns + 2 * LAST
+    x, dy = torch.zeros(2, rows, columns, dtype=torch.bfloat16, device="cuda")
+    for tensor in (x, dy):
+        tensor[-LAST:].normal_()
+    last, sums, expected = dy[-LAST:].clone(), *torch.empty_like(x[:2])
+    wanted = kernel_calls.activation_gradient("silu", last, x[-LAST:], expected)
+    active = kernel_calls.activation_gradient("silu", dy, x, sums)
+    for whole, alone in ((active, wanted), (dy, last)):
+        assert torch.equal(whole[-LAST:], alone)
+        assert not whole[:-LAST].any()
+    # Other CTAs add up other rows.
+    torch.testing.assert_close(sums, expected, rtol=2**-7, atol=1e-3)

@@ -20,7 +20,8 @@ class ProductCase(NamedTuple):
     """``lengths`` are of packed sequences, or of entries of a batch, and then equal.
 
     ``blocks`` are tokens of a compressed block and from block to block; None without a compressor.
-    ``hidden`` are columns of the gates' MLP, 0 without.
+    ``hidden`` are columns of the gates' MLP, 0 without. ``spare`` are rows past the last packed
+    sequence.
     """
 
     lengths: tuple[int, ...]
@@ -31,10 +32,13 @@ class ProductCase(NamedTuple):
     branches: int
     blocks: tuple[int, int] | None
     hidden: int
+    spare: int = 0
 
     @property
     def leading(self) -> tuple[int, int]:
-        return (1, sum(self.lengths)) if self.packed else (len(self.lengths), self.lengths[0])
+        if self.packed:
+            return 1, sum(self.lengths) + self.spare
+        return len(self.lengths), self.lengths[0]
 
     @property
     def counts(self) -> list[int]:
@@ -88,6 +92,7 @@ def product_cases(draw) -> ProductCase:
         branches=draw(st.sampled_from([1, 3])),
         blocks=draw(st.sampled_from([None, (32, 16), (64, 16), (64, 64)])),
         hidden=draw(st.sampled_from([0, 13, 48, 200])),
+        spare=draw(st.sampled_from([0, 1, 70])) if packed else 0,
     )
 
 
@@ -99,7 +104,10 @@ def split_product(case: ProductCase, product: Tensor) -> list[Tensor]:
     """What :func:`nsa.fused.kernel_calls.split_product` gives, but for channels of zeros."""
     index = torch.arange(case.leading[1], device=product.device)
     if case.packed:
-        index = torch.cat([torch.arange(length) for length in case.lengths]).to(product.device)
+        # Rows past the end count as the last sequence's.
+        *lengths, last = case.lengths
+        indices = map(torch.arange, (*lengths, last + case.spare))
+        index = torch.cat(list(indices)).to(product.device)
     heads = product[..., : case.columns].unflatten(-1, (-1, case.head_dim)).split(case.counts, -2)
     return [x if i and i % 2 == 0 else apply_rope(x, index, THETA) for i, x in enumerate(heads)]
 

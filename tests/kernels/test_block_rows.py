@@ -12,6 +12,7 @@ from tests.helpers.gpu_cases import gpu_test, slice_of_heads
 pytestmark = [*gpu_test, pytest.mark.usefixtures("poisoned_memory")]
 
 LENGTHS = [70, 0, 31, 1, 200, 64]
+SPARE = 9  # tokens past the last packed sequence
 
 
 def make_places(size: int, stride: int, packed: bool) -> tuple[tuple[int, ...], BlockPlaces]:
@@ -19,7 +20,7 @@ def make_places(size: int, stride: int, packed: bool) -> tuple[tuple[int, ...], 
     counts = [max(0, (length - size) // stride + 1) for length in LENGTHS]
     if not packed:
         return (2, 200), BlockPlaces(size, stride, 2 * counts[4], 200, counts[4], None, None)
-    total, rows = sum(LENGTHS), sum(counts) + 3
+    total, rows = sum(LENGTHS) + SPARE, sum(counts) + 3
     bounds = (make_cu_seqlens(x, "cuda") for x in (LENGTHS, counts))
     return (total,), BlockPlaces(size, stride, rows, total, rows, *bounds)
 

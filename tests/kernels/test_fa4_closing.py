@@ -24,6 +24,9 @@ CASES = {
     "every head": (1, 3, 128, torch.bfloat16, WINDOW, (300, 300), "weight", True),
     "64 channels": (8, 1, 64, torch.float16, WINDOW, (200, 200), "weight", True),
     "64 channels, every head": (1, 2, 64, torch.bfloat16, WINDOW, (500, 500), "weight", False),
+    # Of which a tile has 64 tokens, or 3.
+    "three heads, 64 channels": (3, 2, 64, torch.float16, WINDOW, (200, 200), "gates", True),
+    "64 heads": (64, 1, 128, torch.bfloat16, WINDOW, (50, 50), "weight", False),
     "last queries": (4, 2, 128, torch.bfloat16, WINDOW, (70, 900), "weight", False),
     "one token": (4, 2, 128, torch.bfloat16, WINDOW, (1, 1), "weight", False),
     "more queries than keys": (4, 2, 128, torch.bfloat16, WINDOW, (300, 40), "weight", True),
@@ -65,6 +68,27 @@ def test_as_accurate_as_the_emulation(name, processors, monkeypatch):
         if found[0] is not None:
             finite = [x.nan_to_num(neginf=-1e4) for x in found]
             assert_as_accurate(which, *finite)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_bits_are_the_same_for_any_number_of_tiles_of_a_cta(keep, monkeypatch):
+    """Of some hundred tiles, again and again: a tile that overtakes another would show in some."""
+    torch.manual_seed(12)
+    (o_cmp, o_slc, _), q, _, weight, _ = make_problem(
+        "weight", (2, 8000, 8, 128), torch.bfloat16, "cuda"
+    )
+    k, v = (torch.randn_like(q[:, :, :2]) for _ in "kv")
+    call = dict(WINDOW, scale=128**-0.5, keep=keep)
+    expected = None
+    for processors in (10**6, 1, 7, 132):
+        monkeypatch.setattr(fa4_closing, "sm_count", lambda _, count=processors: count)
+        for _ in range(4):
+            with poisoned_memory():
+                results = fa4.closing_forward(q, k, v, (o_cmp, o_slc), None, weight / 11, **call)
+            results = [x for x in results if x is not None]
+            expected = expected or results
+            assert all(map(torch.equal, results, expected))
+    assert all(x.isfinite().all() for x in expected)
 
 
 def emulated(tensors, cast, call):

@@ -300,6 +300,19 @@ def test_the_kernel_that_adds_up_reads_and_writes_what_the_caller_has(keep, call
     assert not keep or branches.o_win.data_ptr() == o_win.data_ptr()
 
 
+@pytest.mark.parametrize("processors", [4, 1000])
+def test_ctas_share_the_tiles_of_all_sequences_and_heads(processors, calls, monkeypatch):
+    monkeypatch.setattr(fa4_closing, "sm_count", lambda _: processors)
+    tiles = []
+    for form, group in (("weight", 4), ("gates", 1)):
+        # 192 rows, each of a group's four heads of a token, or 128 of one head.
+        closing(group, form)
+        ((_, arguments),) = calls
+        tiles.append(arguments[-1].ctas)
+        calls.clear()
+    assert tiles == ([4, 4] if processors == 4 else [2 * 2 * 6, 2 * 8 * 2])
+
+
 @pytest.mark.parametrize("tiles", [1, 3, 131, 132, 133, 1368, 2000, 21846, 10**6])
 def test_ctas_of_several_tiles_do_not_make_longer_waves(tiles):
     ctas = fa4_closing.closing_ctas(tiles, 132)

@@ -20,12 +20,12 @@ CASES = [
     ProductCase((1000, 1000), False, 4, 16, 128, 1, (32, 16), 192),
     ProductCase((1000,), False, 3, 1, 256, 1, None, 48),
     ProductCase(PACKED, True, 2, 3, 64, 1, (32, 16), 13),
-    ProductCase(PACKED, True, 4, 4, 128, 1, (32, 16), 192),
+    ProductCase(PACKED, True, 4, 4, 128, 1, (32, 16), 192, 70),
     ProductCase(PACKED, True, 1, 16, 96, 3, (64, 64), 48),
     ProductCase(PACKED, True, 4, 1, 80, 3, None, 0),
     # No block in any sequence, and in none of the last ones.
     ProductCase((31, 0, 1), True, 2, 4, 64, 1, (32, 16), 48),
-    ProductCase((500, 31, 0), True, 2, 4, 16, 1, (32, 16), 48),
+    ProductCase((500, 31, 0), True, 2, 4, 16, 1, (32, 16), 48, 9),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[1:])))
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -42,6 +42,19 @@ def test_heads_of_a_product(case, dtype):
 def test_gradient_of_a_product(case, dtype):
     check_gradient(case, dtype, "cuda")
     check_gradient(case, dtype, "cuda", slice_of_heads)
+
+
+def test_a_product_in_another_tensor_is_copied():
+    """Whose rows lie apart, or begin between multiples of 16 bytes."""
+    columns, call = 6 * 64, (4, 1, 1, 64, 64, None, THETA)
+    wide = torch.randn(2, 33, columns + 16, device="cuda").bfloat16()
+    begun = wide.view(-1)[1 : 1 + 66 * columns].view(2, 33, columns)
+    for given in (wide[..., 8 : 8 + columns], wide[..., 3 : 3 + columns], begun):
+        found = kernel_calls.split_product(given, *call)
+        wanted = kernel_calls.split_product(
+            given.clone(memory_format=torch.contiguous_format), *call
+        )
+        assert all(map(torch.equal, found, wanted))
 
 
 def test_no_rows():
