@@ -182,8 +182,9 @@ def test_zeros_are_filled_at_once(large, monkeypatch):
         filled.clear()
         got = run("key", function, (x, y))
         assert got.item() == 1 * 22 + 10 * 25 + 4
-        (first, second), (again, third), *_ = filled[-4:]
+        (first, second), (again, third), _, (own,) = filled[-4:]
         assert first == again
+        assert own != first  # of the result
         assert (second == third) == (turn > 0)
         assert (first == second) == (turn > 0 and not large)
 
