@@ -116,7 +116,11 @@ def check_boundaries(
 
 
 def _with_bounds(found: Boundaries, max_seqlen: int | None, max_seqlen_k: int | None) -> Boundaries:
-    return found._replace(max_seqlen=max_seqlen, max_seqlen_k=max_seqlen_k)
+    # TorchDynamo of PyTorch 2.11 cannot carry what `_replace` gives across a graph break.
+    cu_seqlens, lengths, _, packing, cu_seqlens_k, lengths_k, _ = found
+    return Boundaries(
+        cu_seqlens, lengths, max_seqlen, packing, cu_seqlens_k, lengths_k, max_seqlen_k
+    )
 
 
 def _limited(found: Boundaries, most: int, most_k: int) -> Boundaries:
