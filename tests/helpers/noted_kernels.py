@@ -55,9 +55,9 @@ def _saying(function: Callable) -> AbstractContextManager:
     return launches_of_plan() if function.__name__ in emulated_plan.NAMES else nullcontext()
 
 
-def _noted(function: Callable) -> Callable:
-    def results(*args, **kwargs) -> list:
-        return list(tensors_in(function(*args, **kwargs)))
+def _in_recordings(function: Callable, note: Callable) -> Callable:
+    """``function``, which gives ``note(recorder, result, args, kwargs)`` while a call is recorded:
+    its result, of which a step was noted."""
 
     @wraps(function)
     def call(*args, **kwargs):
@@ -66,11 +66,21 @@ def _noted(function: Callable) -> Callable:
             return function(*args, **kwargs)
         with _disable_current_modes():
             result = function(*args, **kwargs)
+        return note(recorder, result, args, kwargs)
+
+    return call
+
+
+def _noted(function: Callable) -> Callable:
+    def results(*args, **kwargs) -> list:
+        return list(tensors_in(function(*args, **kwargs)))
+
+    def note(recorder: RecordingMode, result, args: tuple, kwargs: dict):
         with _saying(function):
             recorder.note(results, args, kwargs, list(tensors_in(result)))
         return result
 
-    return call
+    return _in_recordings(function, note)
 
 
 def _allocated_and_noted(function: Callable) -> Callable:
@@ -84,13 +94,7 @@ def _allocated_and_noted(function: Callable) -> Callable:
         for target, x in zip(targets, new_results(result, args, kwargs), strict=True):
             target.copy_(x)
 
-    @wraps(function)
-    def call(*args, **kwargs):
-        recorder = RecordingMode.current()
-        if recorder is None:
-            return function(*args, **kwargs)
-        with _disable_current_modes():
-            result = function(*args, **kwargs)
+    def note(recorder: RecordingMode, result, args: tuple, kwargs: dict):
         new = new_results(result, args, kwargs)
         targets = {id(x): torch.empty(x.shape, dtype=x.dtype) for x in new}
         with _disable_current_modes():
@@ -100,4 +104,4 @@ def _allocated_and_noted(function: Callable) -> Callable:
             recorder.note(write, ([targets[id(x)] for x in new], *args), kwargs, None)
         return tree_map_only(torch.Tensor, lambda x: targets.get(id(x), x), result)
 
-    return call
+    return _in_recordings(function, note)
