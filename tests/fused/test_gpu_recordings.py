@@ -257,7 +257,8 @@ def test_graph_capture_after_a_recording():
     assert torch.equal(y, wanted)
 
 
-def test_saved_memory_is_no_more_than_step_by_step():
+def test_memory_is_no_more_than_step_by_step():
+    """But for the workspace of products in graphs, which there is once for all."""
     layer = make_layer("paper")
     x = torch.randn(1, 8192, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
@@ -267,9 +268,10 @@ def test_saved_memory_is_no_more_than_step_by_step():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         layer(x).sum().backward()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
 
-    for _ in range(3):
+    for _ in range(8):
         recorded = peak()
     assert recorded <= 1.02 * step_by_step(peak)

@@ -1,0 +1,132 @@
+"""Where the memories of recorded calls lie, and what a backward may write to."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import _disable_current_modes
+
+from nsa import recordings
+from nsa.recorded_memory import ALIGNMENT, Arena, Memory, place
+from tests.helpers.recorded_layers import make_layer, modes, new_input, run
+
+LIVES = st.tuples(st.integers(0, 12), st.integers(0, 12)).map(sorted)
+MEMORIES = st.lists(st.tuples(st.integers(0, 3000), LIVES), max_size=20)
+
+
+def as_memories(drawn, start=0) -> list[Memory]:
+    return [Memory(number, size, *life) for number, (size, life) in enumerate(drawn, start)]
+
+
+def shares(x: Memory, y: Memory) -> bool:
+    return x.first <= y.last and y.first <= x.last
+
+
+@given(MEMORIES, MEMORIES)
+def test_no_two_memories_have_the_same_bytes_at_a_time(saved, drawn):
+    arenas = [Arena(grows=False), Arena()]
+    kept = as_memories(saved)
+    found = {x.number: (0, arenas[0].append(x)) for x in kept}
+    total = arenas[0].size
+    others = as_memories(drawn, len(kept))
+    found |= place(others, arenas)
+    memories = kept + others
+    assert arenas[0].size == total
+    for x in memories:
+        at, offset = found[x.number]
+        assert offset % ALIGNMENT == 0
+        assert offset + x.size <= arenas[at].size
+        for y in memories:
+            other, start = found[y.number]
+            if x.number < y.number and at == other and shares(x, y):
+                apart = offset + x.size <= start or start + y.size <= offset
+                assert apart or not x.size or not y.size
+
+
+@given(MEMORIES)
+def test_memories_that_live_in_turn_take_as_much_as_the_largest(drawn):
+    turns = [Memory(at, size, at, at) for at, (size, _) in enumerate(drawn)]
+    arena = Arena()
+    place(turns, [arena])
+    assert arena.size == -(-max((x.size for x in turns), default=0) // ALIGNMENT) * ALIGNMENT
+
+
+def allocated(monkeypatch) -> list[int]:
+    """The bytes of each tensor that recordings allocate from now on."""
+    found, empty = [], torch.empty_strided
+
+    def noted(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        found.append(x.nbytes)
+        return x
+
+    monkeypatch.setattr(torch, "empty_strided", noted)
+    return found
+
+
+def test_what_lives_in_turn_shares_memory(monkeypatch):
+    """The input of a launch is the output of the one before, which is not needed again."""
+
+    def kernel(x, y):
+        with _disable_current_modes():  # as a kernel, whose work no mode sees
+            y.copy_(x + 1)
+
+    def function(x):
+        for _ in range(5):
+            y = torch.empty_like(x)
+            recordings.launch(kernel, x, y)
+            x = y
+        return y
+
+    for _ in range(2):
+        run("key", function, (torch.zeros(128),))
+    found = allocated(monkeypatch)
+    assert torch.equal(run("key", function, (torch.zeros(128),)), torch.full((128,), 5.0))
+    # The output, and two in turn.
+    assert found == [512, 2 * 512]
+
+
+def saved_arena(y) -> torch.Tensor:
+    recording = y.grad_fn.recording
+    return y.grad_fn.saved_tensors[len(recording.saved)]
+
+
+@modes
+@pytest.mark.parametrize("keep", ["retain_graph", "create_graph", None])
+def test_backward_writes_to_what_is_saved_unless_it_is_kept(mode, keep, emulated):
+    layer = make_layer(mode)
+    for _ in range(2):
+        layer(new_input().requires_grad_()).sum().backward()
+    x = new_input().requires_grad_()
+    y = layer(x)
+    arena = saved_arena(y)
+    before = arena.clone()
+    options = {} if keep is None else {keep: True}
+    first = torch.autograd.grad(y.sum(), [x, *layer.parameters()], **options)
+    assert torch.equal(arena, before) == (keep is not None)
+    if keep:
+        second = torch.autograd.grad(y.sum(), [x, *layer.parameters()])
+        assert all(map(torch.equal, first, second))
+        assert not torch.equal(arena, before)
+    with pytest.raises(RuntimeError, match="a second time"):
+        y.sum().backward()
+
+
+@modes
+def test_what_is_saved_makes_room_for_others(mode, emulated, monkeypatch):
+    layer, sizes = make_layer(mode), []
+    find = Arena.find
+    for has_room in (True, False):
+        recordings.clear()
+        monkeypatch.setattr(
+            Arena,
+            "find",
+            lambda self, x, room=has_room: find(self, x) if room or self._grows else None,
+        )
+        for _ in range(2):
+            layer(new_input().requires_grad_()).sum().backward()
+        with monkeypatch.context() as patch:
+            found = allocated(patch)
+            layer(new_input().requires_grad_()).sum().backward()
+        sizes.append(sum(found))
+    assert sizes[0] < sizes[1]
