@@ -109,6 +109,16 @@ def _copy(x: Tensor, *, out: Tensor, **_: Any) -> None:
     out.copy_(x)
 
 
+def _pad(x: Tensor, sizes: Sequence[int], value: float = 0, *, out: Tensor) -> None:
+    """As PyTorch pads: it fills all, and copies the inner part. Negative sizes cut."""
+    inner = out.fill_(value)
+    for dim, (before, after) in enumerate(zip(sizes[::2], sizes[1::2], strict=True), 1):
+        cut = max(-before, 0)
+        x = x.narrow(-dim, cut, x.shape[-dim] - cut - max(-after, 0))
+        inner = inner.narrow(-dim, max(before, 0), x.shape[-dim])
+    inner.copy_(x)
+
+
 _aten = torch.ops.aten
 INTO: dict[Callable, Callable] = {
     _aten.mm.default: torch.mm,
@@ -116,13 +126,25 @@ INTO: dict[Callable, Callable] = {
     _aten.bmm.default: torch.bmm,
     _aten.baddbmm.default: torch.baddbmm,
     _aten.cat.default: torch.cat,
+    _aten.stack.default: torch.stack,
+    _aten.index_select.default: torch.index_select,
+    _aten.arange.default: torch.arange,
     _aten.add.Tensor: torch.add,
     _aten.mul.Tensor: torch.mul,
+    _aten.ge.Tensor: torch.ge,
+    _aten.ge.Scalar: torch.ge,
+    _aten.where.self: torch.where,
+    _aten.scalar_tensor.default: lambda value, *, out, **_: out.fill_(value),
     _aten.sum.dim_IntList: torch.sum,
     _aten.silu.default: _aten.silu.out,
+    _aten.silu_backward.default: lambda *x, out: _aten.silu_backward.grad_input(*x, grad_input=out),
+    _aten.sigmoid_backward.default: (
+        lambda *x, out: _aten.sigmoid_backward.grad_input(*x, grad_input=out)
+    ),
     _aten.sigmoid.default: torch.sigmoid,
     _aten.clone.default: _copy,
     _aten._to_copy.default: _copy,
+    _aten.constant_pad_nd.default: _pad,
 }
 """Functions that write what operations make."""
 

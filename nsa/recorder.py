@@ -51,6 +51,10 @@ class Recorder(RecordingMode):
 
     def __torch_dispatch__(self, func: OpOverload, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func._can_decompose() and not self._has_kernel(func):
+            # Custom ops run below autograd, which elsewhere takes such operations apart.
+            with self:
+                return func.decompose(*args, **kwargs)
         if not _NOT_RECORDABLE.isdisjoint(func.tags):
             raise NotRecordable(f"{func} may give something else")
         result = func(*args, **kwargs)
@@ -64,6 +68,10 @@ class Recorder(RecordingMode):
             written, pure = written_by(func, args, kwargs), not func._schema.is_mutable
             self._add_step((DIRECT.get(func, func), args, kwargs), result, written, pure=pure)
         return result
+
+    def _has_kernel(self, func: OpOverload) -> bool:
+        key = self._device.type.upper()
+        return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
     def note(self, function: Callable, args: Sequence, kwargs: dict, result: Any) -> None:
         """Note a call that gave ``result``: a tensor, several, or None."""
