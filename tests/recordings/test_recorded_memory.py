@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nsa import recordings
-from nsa.recorded_memory import ALIGNMENT, Arena, Memory, place
+from nsa import recorded_parts, recordings
+from nsa.recorded_memory import ALIGNMENT, Arena, Memory, place, whole_units
 from tests.helpers.recorded_layers import make_layer, modes, new_input, run
 
 LIVES = st.tuples(st.integers(0, 12), st.integers(0, 12)).map(sorted)
@@ -130,3 +130,31 @@ def test_what_is_saved_makes_room_for_others(mode, emulated, monkeypatch):
             layer(new_input().requires_grad_()).sum().backward()
         sizes.append(sum(found))
     assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_results_and_temporaries_of_any_size(backward, monkeypatch):
+    """Such as a result whose bytes are no multiple of those of what lies in it before, and
+    memories without any."""
+    monkeypatch.setattr(recorded_parts, "ROOMY", 1)
+
+    def function(x):
+        total = torch.cat([x.double(), x.double()[:0] * 2]).sum()
+        return x * total.to(x.dtype)
+
+    for size in (1, 1023, 1025):
+        for _ in range(3):
+            x = torch.randn(size).bfloat16().requires_grad_(backward)
+            got, wanted = run(str(size), function, (x,)), function(x)
+            assert torch.equal(got, wanted)
+            if backward:
+                grads = [torch.autograd.grad(y.sum(), x)[0] for y in (got, wanted)]
+                assert torch.equal(*grads)
+
+
+def test_what_lies_in_a_result_has_no_bytes_behind_it():
+    """Of 1025 bytes the last belongs to no unit of an arena."""
+    arena = Arena(grows=False)
+    arena.append(Memory(0, whole_units(1025), 5, 9))
+    assert arena.find(Memory(1, 1024, 0, 4)) == 0
+    assert arena.find(Memory(1, 1025, 0, 4)) is None
