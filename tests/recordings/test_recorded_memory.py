@@ -158,3 +158,42 @@ def test_what_lies_in_a_result_has_no_bytes_behind_it():
     arena.append(Memory(0, whole_units(1025), 5, 9))
     assert arena.find(Memory(1, 1024, 0, 4)) == 0
     assert arena.find(Memory(1, 1025, 0, 4)) is None
+
+
+def test_a_backward_that_fails_is_not_tried_again():
+    """What is saved may be overwritten by then."""
+    fails = []
+
+    def kernel(x, y):
+        if fails:
+            raise ValueError("inside")
+        with _disable_current_modes():
+            y.copy_(x)
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            half = x / 2
+            ctx.save_for_backward(half)
+            return half + 1
+
+        @staticmethod
+        def backward(ctx, dy):
+            (half,) = ctx.saved_tensors
+            dx = torch.empty_like(dy)
+            recordings.launch(kernel, dy * half * 3 + 1, dx)
+            return dx + 1
+
+    for _ in range(3):
+        x = torch.randn(1000, requires_grad=True)
+        y = run("key", Node.apply, (x,))
+    (wanted,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    fails.append(True)
+    for options in ({"retain_graph": True}, {}):
+        with pytest.raises(ValueError, match="inside"):
+            torch.autograd.grad(y.sum(), x, **options)
+    fails.clear()
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(y.sum(), x)
+    again = run("key", Node.apply, (x,))
+    assert torch.equal(torch.autograd.grad(again.sum(), x)[0], wanted)
