@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nsa
-from nsa import recorded_call, recorded_graphs, recorded_parts, recordings
+from nsa import recorded_call, recorded_graphs, recorded_parts, recorder, recordings
 from nsa.recorded_graphs import Graphs
 from nsa.testing import make_cu_seqlens
 from tests.helpers.recorded_layers import make_layer, modes, new_input, run, with_gradients
@@ -161,23 +161,27 @@ def test_few_addresses_are_remembered(captures, monkeypatch):
 
 def test_threads_take_turns(captures, monkeypatch):
     """A graph runs once at a time, and so does a capture."""
-    inside, most = [], []
+    clashes = []
 
-    def slow(function):
+    def alone(function, lock):
         def call(*args):
-            inside.append(1)
-            most.append(len(inside))
-            result = function(*args)
+            if not lock.acquire(blocking=False):
+                clashes.append(function)
+                return function(*args)
             threading.Event().wait(0.001)
-            inside.pop()
-            return result
+            try:
+                return function(*args)
+            finally:
+                lock.release()
 
         return call
 
-    def capture(function, tensors):
-        return slow(captures.capture(function, tensors))
+    replaying, capturing = threading.Lock(), threading.Lock()
 
-    monkeypatch.setattr(recorded_graphs, "capture", slow(capture))
+    def capture(function, tensors):
+        return alone(captures.capture(function, tensors), replaying)
+
+    monkeypatch.setattr(recorded_graphs, "capture", alone(capture, capturing))
     graphs = Graphs(double)
 
     def work():
@@ -191,6 +195,7 @@ def test_threads_take_turns(captures, monkeypatch):
     for thread in threads:
         thread.join()
     assert captures
+    assert not clashes
 
 
 def train(layer, call, x, dy, turn, begin) -> list[torch.Tensor]:
@@ -251,3 +256,12 @@ def test_calls_without_gradients(captures, same_addresses):
         got = run("key", lambda x, y: x @ y + x.sum() * y, [x.fill_(turn), y])
         assert torch.equal(got, x @ y + x.sum() * y)
     assert captures == [2]
+
+
+def test_large_calls_are_not_captured(captures, same_addresses, monkeypatch):
+    monkeypatch.setattr(recorder, "MAX_ELEMENTS", 2)
+    for _ in range(6):
+        same_addresses()
+        run("key", lambda x: x * 2, [torch.ones(3)])
+    assert recordings._recordings
+    assert not captures

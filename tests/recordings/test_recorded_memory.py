@@ -2,14 +2,20 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nsa import recorded_parts, recordings
+from nsa.recorded_call import RecordedPart
 from nsa.recorded_memory import ALIGNMENT, Arena, Memory, place, whole_units
 from tests.helpers.recorded_layers import make_layer, modes, new_input, run
 
+KINDS = ["add", "cast", "turn", "launch", "launch to zeros", "in place"]
+STEPS = st.lists(
+    st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), max_size=14
+)
+NEXT = {torch.float32: torch.float64, torch.float64: torch.bfloat16, torch.bfloat16: torch.float32}
 LIVES = st.tuples(st.integers(0, 12), st.integers(0, 12)).map(sorted)
 MEMORIES = st.lists(st.tuples(st.integers(0, 3000), LIVES), max_size=20)
 
@@ -197,3 +203,97 @@ def test_a_backward_that_fails_is_not_tried_again():
         torch.autograd.grad(y.sum(), x)
     again = run("key", Node.apply, (x,))
     assert torch.equal(torch.autograd.grad(again.sum(), x)[0], wanted)
+
+
+def add_to(y, x):
+    with _disable_current_modes():  # as a kernel, whose work no mode sees
+        y.add_(x * 3)
+
+
+def run_steps(steps, given) -> list[torch.Tensor]:
+    """What some steps make, each of two tensors given or made before."""
+    made: list[torch.Tensor] = []
+    for kind, i, j in steps:
+        x, y = ([*given, *made][at % (len(given) + len(made))] for at in (i, j))
+        if kind == "add":
+            made.append(x + y)
+        elif kind == "cast":
+            made.append(x.to(NEXT[x.dtype]))
+        elif kind == "turn":
+            made.append(torch.cat([x[1:], y[:1].to(x.dtype)]))
+        elif kind == "in place" and made:
+            made[j % len(made)].mul_(x)
+        else:
+            new = torch.zeros_like(x) if kind == "launch to zeros" else torch.empty_like(x).copy_(y)
+            recordings.launch(add_to, new, x)
+            made.append(new)
+    return made
+
+
+class AnySteps(torch.autograd.Function):
+    """Saves every second tensor that the forward makes. One gradient comes before the steps."""
+
+    @staticmethod
+    def forward(ctx, x, _, forward, backward):
+        made = run_steps(forward, [x.detach()])
+        ctx.save_for_backward(x, *made[::2])
+        ctx.steps = backward
+        return x * 2 + (made[-1] if made else 1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        first = dy * 3
+        made = run_steps(ctx.steps, [dy, *(x.detach() for x in ctx.saved_tensors)])
+        return sum(x.to(dy.dtype) for x in [dy, *made]) * 2, first, None, None
+
+
+@settings(max_examples=40)
+@given(STEPS, STEPS, st.sampled_from([1, 63, 700, 1025]))
+def test_any_steps_give_the_same_bits(forward, backward, size):
+    """Of memory that holds anything before."""
+    allocate = RecordedPart.allocate
+
+    def poisoned(self):
+        return [x.fill_(torch.nan if x.is_floating_point() else 0xFF) for x in allocate(self)]
+
+    def call(x, y):
+        return AnySteps.apply(x, y, forward, backward)
+
+    recordings.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorded_parts, "ROOMY", 1)
+        patch.setattr(RecordedPart, "allocate", poisoned)
+        for _ in range(3):
+            leaves = [torch.randn(size, requires_grad=True) for _ in range(2)]
+            results = []
+            for y in (run("key", call, leaves), call(*leaves)):
+                results += [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+            for got, wanted in zip(results[:3], results[3:], strict=True):
+                torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+    assert recordings._recordings
+
+
+class GivesSaved(torch.autograd.Function):
+    """Its gradient is what the forward has saved."""
+
+    @staticmethod
+    def forward(ctx, x):
+        half = x / 2
+        ctx.save_for_backward(half)
+        return half + 1
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("function", [torch.exp, GivesSaved.apply], ids=["output", "gradient"])
+def test_results_do_not_lie_in_what_is_saved(function):
+    for _ in range(3):
+        x = torch.randn(5, requires_grad=True)
+        got, wanted = (
+            [y.detach().clone(), *torch.autograd.grad(y.sum(), x)]
+            for y in (run("key", function, (x,)), function(x))
+        )
+        assert all(map(torch.equal, got, wanted))
+    assert not recordings._recordings
