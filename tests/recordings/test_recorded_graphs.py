@@ -183,13 +183,15 @@ def test_threads_take_turns(captures, monkeypatch):
 
     monkeypatch.setattr(recorded_graphs, "capture", alone(capture, capturing))
     graphs = Graphs(double)
+    places = [[torch.ones(3), torch.empty(3)] for _ in range(4)]
 
-    def work():
-        tensors = [torch.ones(3), torch.empty(3)]
+    def work(tensors):
         for _ in range(20):
             graphs.run(tensors)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    for tensors in places[:2]:
+        work(tensors)
+    threads = [threading.Thread(target=work, args=(tensors,)) for tensors in places]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -259,9 +261,10 @@ def test_calls_without_gradients(captures, same_addresses):
 
 
 def test_large_calls_are_not_captured(captures, same_addresses, monkeypatch):
-    monkeypatch.setattr(recorder, "MAX_ELEMENTS", 2)
-    for _ in range(6):
-        same_addresses()
-        run("key", lambda x: x * 2, [torch.ones(3)])
-    assert recordings._recordings
-    assert not captures
+    for most in (2, 3):
+        monkeypatch.setattr(recorder, "MAX_ELEMENTS", most)
+        x = torch.ones(3)
+        for _ in range(6):
+            same_addresses()
+            run(most, lambda x: x * 2, [x])
+        assert bool(captures) == (most == 3)
