@@ -136,6 +136,14 @@ def test_what_cannot_be_captured_runs_step_by_step(captures, monkeypatch):
     assert len(tried) == 1
 
 
+@pytest.mark.parametrize("backend", ["native", "pluggable"])
+def test_allocators_without_pools(backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    with pytest.raises(RuntimeError, match=r"pools (of|keep no) memory"):
+        recorded_graphs._Streams(torch.device("cuda"))
+
+
 def test_few_graphs_are_kept_and_captured_ever_later(captures, monkeypatch):
     monkeypatch.setattr(recorded_graphs, "MAX_GRAPHS", 4)
     graphs = Graphs(double)
