@@ -129,7 +129,9 @@ class RecordingNode(torch.autograd.Function):
 
             return None, None, *FirstDerivatives.apply(run, dout, *ctx.saved_tensors)
         saved = ctx.saved_tensors[:num_saved]
-        # There may be another backward of this node.
+        # Unless the graph is kept, no other backward may take what this one writes to, also if it
+        # fails in the middle.
+        ctx.maybe_clear_saved_tensors()
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         return None, None, *recording.backward(dout, saved, keep=keep)
 

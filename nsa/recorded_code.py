@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 
-from nsa.recorded_memory import Place
+from nsa.recorded_memory import Place, whole_units
 
 
 class View(NamedTuple):
@@ -251,7 +251,7 @@ class Writer:
         """The variable of an arena, which a line before makes of a tensor."""
         name, number = f"a{whole.arena}", self._whole.pop(whole.arena, None)
         if number is not None:
-            size = self._bases[number].size
+            size = whole_units(self._bases[number].size)
             as_bytes = f"cast({self._memories[number]}, {self._name(torch.uint8)})"
             self._write(f"{name} = reinterpret({as_bytes}, ({size},), (1,), 0)")
         return name

@@ -12,6 +12,7 @@ may share it.
 """
 
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ it has in turn."""
 
 MAX_SEEN = 1024
 """Addresses without a graph to remember: those that were called last."""
+
+_UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 
 Run = Callable[[list[Tensor]], None]
 
@@ -166,6 +169,9 @@ class _Streams:
         backend = torch.cuda.get_allocator_backend()
         if backend != "native":
             raise RuntimeError(f"only PyTorch's own allocator has pools of memory, not {backend}")
+        if _UNCACHED in os.environ:
+            # What a capture frees would be nobody's, though the graph writes to it.
+            raise RuntimeError(f"{_UNCACHED} is set, so pools keep no memory")
         runtime = _runtime()
         self.first, self.second = (
             torch.cuda.ExternalStream(

@@ -77,3 +77,8 @@ def place(memories: Iterable[Memory], arenas: Sequence[Arena]) -> dict[int, Plac
 
 def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def whole_units(size: int) -> int:
+    """The bytes of an allocation of this size in which others may lie, of any dtype."""
+    return size // ALIGNMENT * ALIGNMENT

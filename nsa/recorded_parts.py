@@ -19,7 +19,7 @@ from nsa.recorded_code import (
     Writer,
     contiguous_strides,
 )
-from nsa.recorded_memory import Arena, Memory, Place, place
+from nsa.recorded_memory import Arena, Memory, Place, place, whole_units
 from nsa.recorded_streams import find_forks, fork_where_safe
 from nsa.recorded_zeros import join_zeros
 
@@ -128,7 +128,7 @@ class PartWriter:
         alone = {*given, *own, *(saved or ())}
         noted, zeros = join_zeros(fork_where_safe(noted), alone, self._bases)
         lives = _lives(noted)
-        layout = self._lay_out(lives, own, saved or (), is_backward=is_backward)
+        layout = self._lay_out(lives, own, saved, is_backward=is_backward)
         others = [self._memory(n, *lives[n]) for n in lives.keys() - alone]
         places = layout.places | place(others, layout.arenas)
         for number, (whole, offset) in zeros.items():
@@ -158,13 +158,15 @@ class PartWriter:
         self,
         lives: Mapping[int, tuple[int, int]],
         own: Sequence[int],
-        saved: Sequence[int],
+        saved: Sequence[int] | None,
         *,
         is_backward: bool,
     ) -> ArenaLayout:
-        """Arenas of what is saved, of large results before they are written, and of others."""
-        arenas, places = [Arena(grows=False)], dict[int, Place]()
-        for number in saved:
+        """Arenas of what is saved, if there is one, of large results before they are written, and
+        of others."""
+        arenas = [] if saved is None else [Arena(grows=False)]
+        places = dict[int, Place]()
+        for number in saved or ():
             first, last = lives.get(number, (0, 0))
             life = (-_ALWAYS, last) if is_backward else (first, _ALWAYS)
             offset = arenas[0].append(self._memory(number, *life))
@@ -175,7 +177,7 @@ class PartWriter:
             if number in lives and base.contiguous and base.size >= ROOMY:
                 of_results[number] = len(arenas)
                 arenas.append(Arena(grows=False))
-                arenas[-1].append(self._memory(number, lives[number][0], _ALWAYS))
+                arenas[-1].append(Memory(number, whole_units(base.size), lives[number][0], _ALWAYS))
         return ArenaLayout([*arenas, Arena()], places, of_results)
 
     def _memory(self, number: int, first: float, last: float) -> Memory:

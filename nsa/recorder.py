@@ -30,7 +30,7 @@ class Recorder(RecordingMode):
 
     def __init__(self, given: Sequence[Tensor], boundaries: Sequence[int] = ()):
         super().__init__()
-        self._mark = object()
+        self._mark, self._device = object(), given[0].device
         self._bases: list[Base] = []
         self._steps: list[Step] = []
         # Memories that each step uses or makes.
@@ -46,7 +46,6 @@ class Recorder(RecordingMode):
         self._allocations: dict[int, bool] = {}
         self._marks: list[int] = []
         self._dout: int | None = None
-        self._device = given[0].device
         self._as_graphs = given[0].numel() <= MAX_ELEMENTS
 
     def __torch_dispatch__(self, func: OpOverload, types, args=(), kwargs=None):
@@ -190,6 +189,8 @@ class Recorder(RecordingMode):
 
     def _add(self, x: Tensor, *, given: bool = False) -> int:
         """The number of the memory of ``x``, which has none yet."""
+        if x.device != self._device:
+            raise NotRecordable(f"memory is on {x.device}")
         number = len(self._bases)
         setattr(x.untyped_storage(), MARK, (self._mark, number))
         self._bases.append(
@@ -238,6 +239,8 @@ class Recorder(RecordingMode):
             base = self._bases[number]
             if x.dtype != base.dtype:
                 raise NotRecordable(f"memory of {base.dtype} is read as {x.dtype}")
+            if x.untyped_storage().nbytes() != base.size:
+                raise NotRecordable("memory gets another size")
             uses.add(number)
             return self._view(x, number)
         if isinstance(x, (tuple, list)) and next(tensors_in(x), None) is not None:

@@ -44,8 +44,10 @@ def test_large_calls_and_a_switch(monkeypatch):
         lambda x: x.view(-1),
         lambda x: (x * 2)[1:],
         lambda x: ((x * 2).view(torch.int32) + 1).view(torch.float32),
+        lambda x: torch.mul(x, 2, out=torch.empty(0)) * torch.add(x, 1, out=torch.empty(0)),
+        lambda x: x * torch.empty(3, device="meta").add(1).numel(),
     ],
-    ids=["item", "random", "shape", "view", "part", "dtype"],
+    ids=["item", "random", "shape", "view", "part", "dtype", "size", "device"],
 )
 def test_what_may_differ_is_not_recorded(function):
     for _ in range(3):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nsa
-from nsa import recorded_call, recorded_graphs, recorded_parts, recordings
+from nsa import recorded_call, recorded_graphs, recorded_parts, recorder, recordings
 from nsa.recorded_graphs import Graphs
 from nsa.testing import make_cu_seqlens
 from tests.helpers.recorded_layers import make_layer, modes, new_input, run, with_gradients
@@ -136,6 +136,14 @@ def test_what_cannot_be_captured_runs_step_by_step(captures, monkeypatch):
     assert len(tried) == 1
 
 
+@pytest.mark.parametrize("backend", ["native", "pluggable"])
+def test_allocators_without_pools(backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    with pytest.raises(RuntimeError, match=r"pools (of|keep no) memory"):
+        recorded_graphs._Streams(torch.device("cuda"))
+
+
 def test_few_graphs_are_kept_and_captured_ever_later(captures, monkeypatch):
     monkeypatch.setattr(recorded_graphs, "MAX_GRAPHS", 4)
     graphs = Graphs(double)
@@ -161,36 +169,43 @@ def test_few_addresses_are_remembered(captures, monkeypatch):
 
 def test_threads_take_turns(captures, monkeypatch):
     """A graph runs once at a time, and so does a capture."""
-    inside, most = [], []
+    clashes = []
 
-    def slow(function):
+    def alone(function, lock):
         def call(*args):
-            inside.append(1)
-            most.append(len(inside))
-            result = function(*args)
+            if not lock.acquire(blocking=False):
+                clashes.append(function)
+                return function(*args)
             threading.Event().wait(0.001)
-            inside.pop()
-            return result
+            try:
+                return function(*args)
+            finally:
+                lock.release()
 
         return call
 
+    replaying, capturing = threading.Lock(), threading.Lock()
+
     def capture(function, tensors):
-        return slow(captures.capture(function, tensors))
+        return alone(captures.capture(function, tensors), replaying)
 
-    monkeypatch.setattr(recorded_graphs, "capture", slow(capture))
+    monkeypatch.setattr(recorded_graphs, "capture", alone(capture, capturing))
     graphs = Graphs(double)
+    places = [[torch.ones(3), torch.empty(3)] for _ in range(4)]
 
-    def work():
-        tensors = [torch.ones(3), torch.empty(3)]
+    def work(tensors):
         for _ in range(20):
             graphs.run(tensors)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    for tensors in places[:2]:
+        work(tensors)
+    threads = [threading.Thread(target=work, args=(tensors,)) for tensors in places]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert captures
+    assert not clashes
 
 
 def train(layer, call, x, dy, turn, begin) -> list[torch.Tensor]:
@@ -251,3 +266,13 @@ def test_calls_without_gradients(captures, same_addresses):
         got = run("key", lambda x, y: x @ y + x.sum() * y, [x.fill_(turn), y])
         assert torch.equal(got, x @ y + x.sum() * y)
     assert captures == [2]
+
+
+def test_large_calls_are_not_captured(captures, same_addresses, monkeypatch):
+    for most in (2, 3):
+        monkeypatch.setattr(recorder, "MAX_ELEMENTS", most)
+        x = torch.ones(3)
+        for _ in range(6):
+            same_addresses()
+            run(most, lambda x: x * 2, [x])
+        assert bool(captures) == (most == 3)

@@ -2,14 +2,20 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nsa import recordings
-from nsa.recorded_memory import ALIGNMENT, Arena, Memory, place
+from nsa import recorded_parts, recordings
+from nsa.recorded_call import RecordedPart
+from nsa.recorded_memory import ALIGNMENT, Arena, Memory, place, whole_units
 from tests.helpers.recorded_layers import make_layer, modes, new_input, run
 
+KINDS = ["add", "cast", "turn", "launch", "launch to zeros", "in place"]
+STEPS = st.lists(
+    st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 9)), max_size=14
+)
+NEXT = {torch.float32: torch.float64, torch.float64: torch.bfloat16, torch.bfloat16: torch.float32}
 LIVES = st.tuples(st.integers(0, 12), st.integers(0, 12)).map(sorted)
 MEMORIES = st.lists(st.tuples(st.integers(0, 3000), LIVES), max_size=20)
 
@@ -130,3 +136,164 @@ def test_what_is_saved_makes_room_for_others(mode, emulated, monkeypatch):
             layer(new_input().requires_grad_()).sum().backward()
         sizes.append(sum(found))
     assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_results_and_temporaries_of_any_size(backward, monkeypatch):
+    """Such as a result whose bytes are no multiple of those of what lies in it before, and
+    memories without any."""
+    monkeypatch.setattr(recorded_parts, "ROOMY", 1)
+
+    def function(x):
+        total = torch.cat([x.double(), x.double()[:0] * 2]).sum()
+        return x * total.to(x.dtype)
+
+    for size in (1, 1023, 1025):
+        for _ in range(3):
+            x = torch.randn(size).bfloat16().requires_grad_(backward)
+            got, wanted = run(str(size), function, (x,)), function(x)
+            assert torch.equal(got, wanted)
+            if backward:
+                grads = [torch.autograd.grad(y.sum(), x)[0] for y in (got, wanted)]
+                assert torch.equal(*grads)
+
+
+def test_what_lies_in_a_result_has_no_bytes_behind_it():
+    """Of 1025 bytes the last belongs to no unit of an arena."""
+    arena = Arena(grows=False)
+    arena.append(Memory(0, whole_units(1025), 5, 9))
+    assert arena.find(Memory(1, 1024, 0, 4)) == 0
+    assert arena.find(Memory(1, 1025, 0, 4)) is None
+
+
+def test_a_backward_that_fails_is_not_tried_again():
+    """What is saved may be overwritten by then."""
+    fails = []
+
+    def kernel(x, y):
+        if fails:
+            raise ValueError("inside")
+        with _disable_current_modes():
+            y.copy_(x)
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            half = x / 2
+            ctx.save_for_backward(half)
+            return half + 1
+
+        @staticmethod
+        def backward(ctx, dy):
+            (half,) = ctx.saved_tensors
+            dx = torch.empty_like(dy)
+            recordings.launch(kernel, dy * half * 3 + 1, dx)
+            return dx + 1
+
+    for _ in range(3):
+        x = torch.randn(1000, requires_grad=True)
+        y = run("key", Node.apply, (x,))
+    (wanted,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    fails.append(True)
+    for options in ({"retain_graph": True}, {}):
+        with pytest.raises(ValueError, match="inside"):
+            torch.autograd.grad(y.sum(), x, **options)
+    fails.clear()
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(y.sum(), x)
+    again = run("key", Node.apply, (x,))
+    assert torch.equal(torch.autograd.grad(again.sum(), x)[0], wanted)
+
+
+def add_to(y, x):
+    with _disable_current_modes():  # as a kernel, whose work no mode sees
+        y.add_(x * 3)
+
+
+def run_steps(steps, given) -> list[torch.Tensor]:
+    """What some steps make, each of two tensors given or made before."""
+    made: list[torch.Tensor] = []
+    for kind, i, j in steps:
+        x, y = ([*given, *made][at % (len(given) + len(made))] for at in (i, j))
+        if kind == "add":
+            made.append(x + y)
+        elif kind == "cast":
+            made.append(x.to(NEXT[x.dtype]))
+        elif kind == "turn":
+            made.append(torch.cat([x[1:], y[:1].to(x.dtype)]))
+        elif kind == "in place" and made:
+            made[j % len(made)].mul_(x)
+        else:
+            new = torch.zeros_like(x) if kind == "launch to zeros" else torch.empty_like(x).copy_(y)
+            recordings.launch(add_to, new, x)
+            made.append(new)
+    return made
+
+
+class AnySteps(torch.autograd.Function):
+    """Saves every second tensor that the forward makes. One gradient comes before the steps."""
+
+    @staticmethod
+    def forward(ctx, x, _, forward, backward):
+        made = run_steps(forward, [x.detach()])
+        ctx.save_for_backward(x, *made[::2])
+        ctx.steps = backward
+        return x * 2 + (made[-1] if made else 1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        first = dy * 3
+        made = run_steps(ctx.steps, [dy, *(x.detach() for x in ctx.saved_tensors)])
+        return sum(x.to(dy.dtype) for x in [dy, *made]) * 2, first, None, None
+
+
+@settings(max_examples=40)
+@given(STEPS, STEPS, st.sampled_from([1, 63, 700, 1025]))
+def test_any_steps_give_the_same_bits(forward, backward, size):
+    """Of memory that holds anything before."""
+    allocate = RecordedPart.allocate
+
+    def poisoned(self):
+        return [x.fill_(torch.nan if x.is_floating_point() else 0xFF) for x in allocate(self)]
+
+    def call(x, y):
+        return AnySteps.apply(x, y, forward, backward)
+
+    recordings.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorded_parts, "ROOMY", 1)
+        patch.setattr(RecordedPart, "allocate", poisoned)
+        for _ in range(3):
+            leaves = [torch.randn(size, requires_grad=True) for _ in range(2)]
+            results = []
+            for y in (run("key", call, leaves), call(*leaves)):
+                results += [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+            for got, wanted in zip(results[:3], results[3:], strict=True):
+                torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+    assert recordings._recordings
+
+
+class GivesSaved(torch.autograd.Function):
+    """Its gradient is what the forward has saved."""
+
+    @staticmethod
+    def forward(ctx, x):
+        half = x / 2
+        ctx.save_for_backward(half)
+        return half + 1
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("function", [torch.exp, GivesSaved.apply], ids=["output", "gradient"])
+def test_results_do_not_lie_in_what_is_saved(function):
+    for _ in range(3):
+        x = torch.randn(5, requires_grad=True)
+        got, wanted = (
+            [y.detach().clone(), *torch.autograd.grad(y.sum(), x)]
+            for y in (run("key", function, (x,)), function(x))
+        )
+        assert all(map(torch.equal, got, wanted))
+    assert not recordings._recordings

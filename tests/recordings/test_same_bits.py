@@ -314,6 +314,37 @@ def test_gradient_of_the_output_of_a_subclass(emulated, mesh):
         y.backward(DTensor.from_local(dy, mesh))
 
 
+class Launched(torch.autograd.Function):
+    """Its backward is a launch of ``kernel``."""
+
+    @staticmethod
+    def forward(_, x):
+        return x + 1
+
+    @staticmethod
+    def backward(_, dy):
+        dx = torch.empty_like(dy)
+        recordings.launch(Launched.kernel, dy, dx)
+        return dx
+
+
+def test_launches_read_an_aligned_gradient_of_the_output(monkeypatch):
+    addresses = []
+
+    def kernel(dy, dx):
+        addresses.append(dy.data_ptr())
+        dx.copy_(dy)
+
+    monkeypatch.setattr(Launched, "kernel", kernel, raising=False)
+    for _ in range(3):
+        x, dy = torch.ones(5, requires_grad=True), torch.randn(6)[1:]
+        y = run("key", Launched.apply, (x,))
+        addresses.clear()
+        assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy)
+    assert recordings._recordings
+    assert [x % 16 for x in addresses] == [0]
+
+
 def test_output_may_be_changed(emulated):
     layer = make_layer()
     for _ in range(3):
