@@ -158,6 +158,12 @@ def test_results_and_temporaries_of_any_size(backward, monkeypatch):
                 assert torch.equal(*grads)
 
 
+def test_a_result_that_no_step_writes():
+    for _ in range(3):
+        assert run("key", lambda x: x.new_empty(40000), (torch.ones(3),)).shape == (40000,)
+    assert recordings._recordings
+
+
 def test_what_lies_in_a_result_has_no_bytes_behind_it():
     """Of 1025 bytes the last belongs to no unit of an arena."""
     arena = Arena(grows=False)
