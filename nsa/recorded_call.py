@@ -25,7 +25,7 @@ host longer than the views themselves."""
 
 
 class RecordedPart:
-    """A function of a recording: of a list of tensors, which it empties.
+    """A function of a recording: of a list of tensors.
 
     Args:
         allocate: gives its results and arenas.
@@ -39,7 +39,6 @@ class RecordedPart:
 
     def __call__(self, given: list[Tensor]) -> Any:
         memories = given + self.allocate()
-        given.clear()
         self._run(memories)
         return self._give(memories)
 

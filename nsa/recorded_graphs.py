@@ -20,7 +20,7 @@ from functools import lru_cache, partial
 from importlib import import_module
 from threading import Lock, local
 from typing import Any
-from weakref import finalize
+from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor
@@ -34,9 +34,8 @@ MAX_ELEMENTS = 1 << 24
 """Elements of the first tensor up to which calls are captured, such as 16K tokens of 1024 channels.
 In larger ones the host is ahead of the GPU, which starts a graph some 25 us later than a kernel."""
 
-MAX_GRAPHS = 512
-"""Graphs of a function to keep, some 0.2 MiB each. A layer has one for each set of addresses that
-it has in turn."""
+MAX_GRAPHS = 2048
+"""Graphs to keep, some 0.2 MiB each. A layer has two for each set of addresses that it has."""
 
 MAX_SEEN = 1024
 """Addresses without a graph to remember: those that were called last."""
@@ -50,10 +49,12 @@ class Graphs:
     """A function of tensors that allocates nothing, and its graphs.
 
     A graph is captured in the third call with the same addresses. Where addresses change so often
-    that ``MAX_GRAPHS`` are not enough, all are forgotten, and the next ones are captured later.
+    that ``MAX_GRAPHS`` are not enough, those of all functions are forgotten, and the next ones are
+    captured later.
     """
 
     def __init__(self, run: Run):
+        _all.add(self)
         self._run = run
         self._replays: dict[Hashable, Callable[[], None]] = {}
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
@@ -65,7 +66,7 @@ class Graphs:
         if not ENABLED or not may_capture(tensors):
             self._run(tensors)
             return
-        key = tuple([x.data_ptr() for x in tensors])
+        key = (*[x.data_ptr() for x in tensors], *_settings())
         # Graphs must not be launched by two threads at once. A thread that waits needs no others.
         with self._lock:
             replay = self._replays.get(key)
@@ -99,11 +100,30 @@ class Graphs:
             return
         finally:
             _one_captures.release()
+        functions = list(_all)
+        if sum(len(graphs._replays) for graphs in functions) >= MAX_GRAPHS:
+            for graphs in functions:
+                graphs._forget()
         with self._lock:
-            if len(self._replays) >= MAX_GRAPHS:
-                self._replays.clear()
-                self._least *= 2
             self._replays[key] = replay
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._replays.clear()
+            self._least *= 2
+
+
+_all: WeakSet[Graphs] = WeakSet()
+
+
+def _settings() -> tuple[Hashable, ...]:
+    """What else PyTorch's operations in 16 bits go by."""
+    return (
+        torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
+        torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
+        torch._C._get_blas_preferred_backend(),
+        torch._C._get_deterministic_algorithms(),
+    )
 
 
 def may_capture(tensors: Sequence[Tensor]) -> bool:
@@ -149,6 +169,8 @@ class _Graph:
             error = raised
         result = runtime.cudaStreamEndCapture(stream.cuda_stream)
         if error is not None:
+            if not int(result[0]):
+                runtime.cudaGraphDestroy(result[1])
             # PyTorch would raise it at its next launch.
             runtime.cudaGetLastError()
             raise error
@@ -172,15 +194,16 @@ class _Streams:
         if _UNCACHED in os.environ:
             # What a capture frees would be nobody's, though the graph writes to it.
             raise RuntimeError(f"{_UNCACHED} is set, so pools keep no memory")
-        runtime = _runtime()
-        self.first, self.second = (
-            torch.cuda.ExternalStream(
-                int(*_check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))),
-                device,
-            )
-            for _ in range(2)
-        )
+        # As in nsa.fused.streams, the second has a high priority.
+        self.first, self.second = (_new_stream(device, priority) for priority in (0, -1))
         self.pool = torch.cuda.MemPool()
+
+
+def _new_stream(device: torch.device, priority: int) -> torch.cuda.Stream:
+    runtime = _runtime()
+    flags = runtime.cudaStreamNonBlocking
+    (stream,) = _check(runtime.cudaStreamCreateWithPriority(flags, priority))
+    return torch.cuda.ExternalStream(int(stream), device)
 
 
 @lru_cache(maxsize=None)

@@ -95,7 +95,7 @@ class PartWriter:
         views = [view for view in gradients if view is not None]
         own = dict.fromkeys(view.memory for view in views if view.memory not in given)
         for view in views:
-            if view.memory in own and view.offset == 0:
+            if view.memory in own:
                 self._describe(view)
         result = Nested(list, tuple(gradients))
         return self._write(noted, given, list(own), result, arena, is_backward=True)

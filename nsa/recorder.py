@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from nsa import recorded_graphs
 from nsa.host import NotRecordable, RecordingMode
 from nsa.recorded_call import Recording
 from nsa.recorded_code import DIRECT, Base, Nested, Noted, Step, View, contiguous_strides
-from nsa.recorded_graphs import MAX_ELEMENTS
 from nsa.recorded_parts import PartWriter
 from nsa.recorded_plan import Effect, PlanSearch, PlanSteps, written_by
 from nsa.recorded_streams import Fork
@@ -46,7 +46,7 @@ class Recorder(RecordingMode):
         self._allocations: dict[int, bool] = {}
         self._marks: list[int] = []
         self._dout: int | None = None
-        self._as_graphs = given[0].numel() <= MAX_ELEMENTS
+        self._as_graphs = given[0].numel() <= recorded_graphs.MAX_ELEMENTS
 
     def __torch_dispatch__(self, func: OpOverload, types, args=(), kwargs=None):
         kwargs = kwargs or {}

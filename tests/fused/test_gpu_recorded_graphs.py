@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nsa
-from nsa import recorded_graphs, recorder, recordings
+from nsa import recorded_graphs, recordings
 from nsa.testing import make_cu_seqlens
 from tests.helpers.gpu_cases import gpu_test
 
@@ -112,7 +112,7 @@ def test_training(config, packed, compiled, captures, monkeypatch):
 def test_tile_mode_on_two_streams(tokens, captures, monkeypatch):
     """As long calls have them; a graph forks too."""
     q = torch.randn(1, tokens, 32, 128, **KIND)
-    monkeypatch.setattr(recorder, "MAX_ELEMENTS", q.numel())
+    monkeypatch.setattr(recorded_graphs, "MAX_ELEMENTS", q.numel())
     k, v = torch.randn(2, 1, tokens, 8, 128, **KIND)
     weight = torch.randn(32, 3, 128, **KIND) / 16
     call = partial(nsa.forward, config=CONFIGS["tile"], gate_proj_weight=weight)

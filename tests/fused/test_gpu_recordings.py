@@ -257,8 +257,9 @@ def test_graph_capture_after_a_recording():
     assert torch.equal(y, wanted)
 
 
-def test_memory_is_no_more_than_step_by_step():
-    """But for the workspace of products in graphs, which there is once for all."""
+def test_memory_is_little_more_than_step_by_step():
+    """Results lie in memory from the start of a call, so parameters' gradients come on top. The
+    workspace of products in graphs is there once for all, before."""
     layer = make_layer("paper")
     x = torch.randn(1, 8192, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
@@ -274,4 +275,9 @@ def test_memory_is_no_more_than_step_by_step():
 
     for _ in range(8):
         recorded = peak()
-    assert recorded <= 1.02 * step_by_step(peak)
+    gradients = sum(p.nbytes for p in layer.parameters())
+    allowed = 1.02 * step_by_step(peak) + gradients
+    print(
+        f"recorded {recorded >> 10} KiB, allowed {int(allowed) >> 10}, gradients {gradients >> 10}"
+    )
+    assert recorded <= allowed

@@ -3,12 +3,13 @@
 import ctypes
 import threading
 from functools import partial
+from weakref import WeakSet
 
 import pytest
 import torch
 
 import nsa
-from nsa import recorded_call, recorded_graphs, recorded_parts, recorder, recordings
+from nsa import recorded_call, recorded_graphs, recorded_parts, recordings
 from nsa.recorded_graphs import Graphs
 from nsa.testing import make_cu_seqlens
 from tests.helpers.recorded_layers import make_layer, modes, new_input, run, with_gradients
@@ -145,17 +146,41 @@ def test_allocators_without_pools(backend, monkeypatch):
 
 
 def test_few_graphs_are_kept_and_captured_ever_later(captures, monkeypatch):
+    monkeypatch.setattr(recorded_graphs, "_all", WeakSet())
     monkeypatch.setattr(recorded_graphs, "MAX_GRAPHS", 4)
-    graphs = Graphs(double)
-    places = [[torch.ones(3), torch.empty(3)] for _ in range(10)]
+    functions = [Graphs(double), Graphs(double)]
+    places = [[torch.ones(3), torch.empty(3)] for _ in range(5)]
     counts = []
     for _ in range(40):
         for tensors in places:
-            graphs.run(tensors)
+            for graphs in functions:
+                graphs.run(tensors)
         counts.append(len(captures))
-    assert len(graphs._replays) <= 4
+        assert sum(len(graphs._replays) for graphs in functions) <= 4
     # A quarter of the turns would capture all again and again.
     assert counts[-1] < 60
+
+
+SETTINGS = {
+    "reduction": partial(
+        setattr, torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    ),
+    "deterministic": torch.use_deterministic_algorithms,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_other_settings_are_another_graph(name, captures):
+    graphs, tensors, change = Graphs(double), [torch.ones(3), torch.empty(3)], SETTINGS[name]
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    try:
+        for turn in range(8):
+            change(turn < 4)
+            graphs.run(tensors)
+    finally:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+        torch.use_deterministic_algorithms(False)
+    assert captures == [1, 1]
 
 
 def test_few_addresses_are_remembered(captures, monkeypatch):
@@ -270,7 +295,7 @@ def test_calls_without_gradients(captures, same_addresses):
 
 def test_large_calls_are_not_captured(captures, same_addresses, monkeypatch):
     for most in (2, 3):
-        monkeypatch.setattr(recorder, "MAX_ELEMENTS", most)
+        monkeypatch.setattr(recorded_graphs, "MAX_ELEMENTS", most)
         x = torch.ones(3)
         for _ in range(6):
             same_addresses()
