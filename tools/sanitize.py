@@ -42,8 +42,11 @@ MODES = {"token": nsa.NSAConfig.paper, "tile": nsa.NSAConfig}
 DONE = "all steps ran"
 
 # FlashAttention-4's backward loads log-sum-exps with cp.async.bulk, and the class derived from it
-# loads more of them so. racecheck does not follow their order after an mbarrier across warps.
-KNOWN = {"racecheck": r"FlashAttentionBackwardSm90|flash_bwd_sm90|BackwardWithNearBlocks"}
+# loads more of them so. racecheck does not follow their order after an mbarrier across warps, nor
+# that of the products of cuBLAS, whose kernels are named nvjet.
+KNOWN = {
+    "racecheck": r"FlashAttentionBackwardSm90|flash_bwd_sm90|BackwardWithNearBlocks|at nvjet_sm90_"
+}
 
 MARK = "========="
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
