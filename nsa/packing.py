@@ -7,7 +7,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from nsa.host import has_readable_values, is_capturing, may_keep, refuse_recording
 
@@ -74,8 +73,10 @@ class Packing:
         self._kept: dict = {}
         self._rounded: Packing | None = None
         if has_readable_values(cu_seqlens):
+            # Before the host waits for a GPU, which else would wait for the host.
+            longer = _with_empty_sequences(self.cu_seqlens)
             self._set_lengths(*read_both(self.cu_seqlens, self.cu_seqlens_k))
-            self._rounded = self._round()
+            self._rounded = self._round(longer)
             _by_address[_address(self.cu_seqlens)] = self
 
     def _set_lengths(self, lengths: list[int], lengths_k: list[int]):
@@ -134,16 +135,16 @@ class Packing:
             return None
         return rounded
 
-    def _round(self) -> "Packing | None":
+    def _round(self, longer: Tensor) -> "Packing | None":
         if not self.lengths or self.cu_seqlens_k is not self.cu_seqlens:
             return None
-        total, missing = sum(self.lengths), power_of_two(len(self.lengths)) - len(self.lengths)
         # Nothing is read again, so the constructor does not run.
         other = object.__new__(Packing)
-        with torch.inference_mode(False):
-            other.cu_seqlens = other.cu_seqlens_k = pad(self.cu_seqlens, (0, missing), value=total)
+        other.cu_seqlens = other.cu_seqlens_k = longer
+        missing = longer.shape[0] - 1 - len(self.lengths)
         other.lengths = other.lengths_k = self.lengths + [0] * missing
-        other.max_seqlen = other.max_seqlen_k = min(total, power_of_two(max(self.lengths)))
+        most = power_of_two(max(self.lengths))
+        other.max_seqlen = other.max_seqlen_k = min(sum(self.lengths), most)
         other._kept, other._rounded = {}, None
         _by_address[_address(other.cu_seqlens)] = other
         return other
@@ -162,6 +163,14 @@ class Packing:
         if self.cu_seqlens_k is not self.cu_seqlens:
             text += f", keys={sum(self.lengths_k)}, max_seqlen_k={self.max_seqlen_k}"
         return f"Packing({text})"
+
+
+def _with_empty_sequences(cu_seqlens: Tensor) -> Tensor:
+    """A copy of boundaries, with empty sequences at the end up to a power of two in all."""
+    count = cu_seqlens.shape[0] - 1
+    # A tensor made in inference mode cannot be saved for backward.
+    with torch.inference_mode(False):
+        return torch.cat((cu_seqlens, cu_seqlens[-1:].expand(power_of_two(count) - count)))
 
 
 def power_of_two(number: int) -> int:

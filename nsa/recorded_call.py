@@ -2,8 +2,8 @@
 
 It knows tensors by their memory. The memory of each tensor that is given, and of each that an
 operation allocates, has a number; all others are constants. An argument of a step is a view of a
-memory. What PyTorch allocates is allocated in each call, and freed after its last use. The first
-numbers are those of the given tensors.
+memory. The first numbers are those of the given tensors. Each call allocates its results, what it
+saves, and one arena in which all others lie, see :mod:`nsa.recorded_memory`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,34 @@ from torch import Tensor
 from nsa.derivatives import FirstDerivatives
 from nsa.packing import Packing
 from nsa.precision import without_autocast
+from nsa.recorded_code import Code
+from nsa.recorded_graphs import Graphs
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 """Without it autograd keeps account of views and versions of what nobody else sees, which takes the
 host longer than the views themselves."""
+
+
+class RecordedPart:
+    """A function of a recording: of a list of tensors.
+
+    Args:
+        allocate: gives its results and arenas.
+        code: of the list and these.
+        as_graphs: whether it is to be captured.
+    """
+
+    def __init__(self, allocate: Callable[[], list[Tensor]], code: Code, *, as_graphs: bool):
+        self._allocate, self._give = allocate, code.give
+        self._run = Graphs(code.run).run if as_graphs else code.run
+
+    def __call__(self, given: list[Tensor]) -> Any:
+        memories = given + self.allocate()
+        self._run(memories)
+        return self._give(memories)
+
+    def allocate(self) -> list[Tensor]:
+        return self._allocate()
 
 
 class Recording(NamedTuple):
@@ -27,19 +51,19 @@ class Recording(NamedTuple):
 
     Attributes:
         run_plan: gives a list of what follows from boundaries alone and :attr:`run_forward` takes
-            after the given tensors, from a list of the boundaries, which it empties; None if that
-            is nothing.
+            after the given tensors, from the boundaries; None if that is nothing.
         run_forward: gives the output, a tensor or a list of them, and a list of what the backward
-            needs, from a list of the given tensors, which it empties.
-        saved: the memories of what the backward needs.
-        run_backward: gives the gradients of the given tensors, None for one without, from a list of
-            the output's gradient and one of what is saved, which it empties. None without any.
+            needs, from the given tensors.
+        saved: the memories of what the backward needs. After them, in one arena, comes all that the
+            forward makes for it.
+        run_backward: gives the gradients of the given tensors, None for one without, from the
+            output's gradient and what is saved. It writes to the arena. None without any.
     """
 
-    run_plan: Callable[[list[Tensor]], list[Tensor]] | None
-    run_forward: Callable[[list[Tensor]], tuple[Any, list[Tensor]]]
+    run_plan: RecordedPart | None
+    run_forward: RecordedPart
     saved: tuple[int, ...]
-    run_backward: Callable[[list[Tensor], list[Tensor]], list[Tensor | None]] | None
+    run_backward: RecordedPart | None
 
     def plan(self, packing: Packing | None) -> list[Tensor]:
         """What follows from the boundaries alone, which the Packing keeps."""
@@ -52,17 +76,17 @@ class Recording(NamedTuple):
         with torch.cuda.device_of(given[0]), without_autocast(given[0].device), _below_autograd():
             return self.run_forward([*given, *plan])
 
-    def backward(self, dout: Tensor, saved: list[Tensor]) -> list[Tensor | None]:
-        """The gradients of the given tensors. ``saved`` is emptied, so that steps free memory."""
+    def backward(self, dout: Tensor, saved: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
+        """The gradients of the given tensors; ``keep`` says whether what is ``saved`` is needed
+        again."""
         if type(dout) is not Tensor:
             dout = _plain(dout)
         if not dout.is_contiguous() or dout.data_ptr() % 16:
             dout = dout.clone(memory_format=torch.contiguous_format)
         assert self.run_backward is not None  # as there is a gradient
         with torch.cuda.device_of(dout), without_autocast(dout.device), _below_autograd():
-            douts = [dout]
-            del dout
-            return self.run_backward(douts, saved)
+            *tensors, arena = saved
+            return self.run_backward([dout, *tensors, arena.clone() if keep else arena])
 
 
 def _make_plan(run_plan: Callable, bounds: list[Tensor]) -> list[Tensor]:
@@ -96,17 +120,19 @@ class RecordingNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        recording, num_saved = ctx.recording, len(ctx.recording.saved)
+        recording, num_saved = ctx.recording, len(ctx.recording.saved) + 1
         if torch.is_grad_enabled():  # create_graph
 
             def run(dout: Tensor, *saved: Tensor) -> list[Tensor | None]:
-                return recording.backward(dout, list(saved[:num_saved]))
+                return recording.backward(dout, saved[:num_saved], keep=True)
 
             return None, None, *FirstDerivatives.apply(run, dout, *ctx.saved_tensors)
-        saved = list(ctx.saved_tensors[:num_saved])
-        # Unless there may be another backward.
+        saved = ctx.saved_tensors[:num_saved]
+        # Unless the graph is kept, no other backward may take what this one writes to, also if it
+        # fails in the middle.
         ctx.maybe_clear_saved_tensors()
-        return None, None, *recording.backward(dout, saved)
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        return None, None, *recording.backward(dout, saved, keep=keep)
 
 
 # Without what its class adds for transforms of torch.func, in which nothing is recorded.

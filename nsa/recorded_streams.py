@@ -7,22 +7,19 @@ A fork is three marks among the steps:
   the fork to here run beside it.
 - ``join``: the first becomes current again, and waits for the second; after an error too.
 
-PyTorch allocates memory for the current stream. As soon as the host frees it, the next allocation
-for this stream gets it, as the stream's order keeps the uses apart. So a block uses two kinds of
-memory:
-
-- That of the first stream is allocated before the fork and freed after the join. What used it
-  before then ends before the block, and what uses it next begins after the block.
-- That of the second stream, which operations of the block make. Only blocks use it.
+All memory is allocated for the first stream, before the steps run. What the block uses keeps its
+place from the fork to the join: what had the place before ends before the block, and what has it
+next begins after the block. Memory of steps beside it is used again in the order of the first
+stream.
 
 Threads share the second stream. Each wait is for an event of its own, so that one may wait for
 another's block, but never too little.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from nsa.recorded_code import Step
+from nsa.recorded_code import Noted
 
 
 class Fork(NamedTuple):
@@ -40,40 +37,29 @@ class Fork(NamedTuple):
     def block(self) -> range:
         return range(self.enter + 1, self.join)
 
-    def first_streams(
-        self,
-        steps: Sequence[Step],
-        uses: Sequence[set[int]],
-        allocations: Container[int],
-        last: dict[int, int],
-    ) -> set[int] | None:
-        """The memories of the first stream that the block uses; None if it must not fork.
-
-        That is if it uses what steps beside it make, or leaves what its operations make.
-
-        Args:
-            steps: all of the recording.
-            uses: memories that each step uses or makes.
-            allocations: positions of steps that only allocate.
-            last: the position of each memory's last use.
-        """
-        beside = _made(steps[at] for at in self.beside)
-        own = _made(steps[at] for at in self.block if at not in allocations)
-        used = set().union(*(uses[at] for at in self.block))
-        if not used.isdisjoint(beside) or any(last[n] > self.join for n in own):
-            return None
-        return used - own
+    def is_safe(self, noted: Sequence[Noted]) -> bool:
+        """Whether the block uses nothing that steps beside it make."""
+        beside: set[int] = set().union(*(noted[at].made for at in self.beside))
+        return all(noted[at].uses.isdisjoint(beside) for at in self.block)
 
 
-def in_order(count: int, forks: Sequence[Fork], allocations: Container[int]) -> list[int]:
-    """The positions of ``count`` steps as they run: allocations of a block come before its fork."""
-    early = {at: x.fork - 0.5 for x in forks for at in x.block if at in allocations}
-    return sorted(range(count), key=lambda at: early.get(at, at))
+def find_forks(noted: Sequence[Noted]) -> Iterator[Fork]:
+    marks = iter([at for at, x in enumerate(noted) if x.is_mark])
+    return map(Fork, marks, marks, marks)
 
 
-def _made(steps) -> set[int]:
-    """The memories that some steps make."""
-    made: set[int | None] = set()
-    for step in steps:
-        made.update(step.made if isinstance(step.made, tuple) else (step.made,))
-    return {n for n in made if n is not None}
+def fork_where_safe(noted: Sequence[Noted]) -> list[Noted]:
+    """The steps with the marks of safe forks alone.
+
+    What a block allocates with zeros is filled before its fork, as a step beside the block may fill
+    it with others.
+    """
+    order = {at: float(at) for at in range(len(noted))}
+    for fork in find_forks(noted):
+        if fork.is_safe(noted):
+            fills = [at for at in fork.block if noted[at].fills]
+            order |= dict.fromkeys(fills, fork.fork - 0.5)
+        else:
+            for at in fork:
+                del order[at]
+    return [noted[at] for at in sorted(order, key=order.__getitem__)]

@@ -1,22 +1,19 @@
 """Records the operations and launches of a call, by the memories of their tensors."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 from torch._ops import OpOverload
 
+from nsa import recorded_graphs
 from nsa.host import NotRecordable, RecordingMode
 from nsa.recorded_call import Recording
-from nsa.recorded_code import Base, Nested, Step, View, Writer, contiguous_strides
+from nsa.recorded_code import DIRECT, Base, Nested, Noted, Step, View, contiguous_strides
+from nsa.recorded_parts import PartWriter
 from nsa.recorded_plan import Effect, PlanSearch, PlanSteps, written_by
-from nsa.recorded_streams import Fork, in_order
-from nsa.recorded_zeros import join_zeros
+from nsa.recorded_streams import Fork
 
 MARK = "_nsa_memory"
 """Attribute of a storage, with its recorder's mark and its number. PyTorch keeps it as long as the
@@ -33,7 +30,7 @@ class Recorder(RecordingMode):
 
     def __init__(self, given: Sequence[Tensor], boundaries: Sequence[int] = ()):
         super().__init__()
-        self._mark = object()
+        self._mark, self._device = object(), given[0].device
         self._bases: list[Base] = []
         self._steps: list[Step] = []
         # Memories that each step uses or makes.
@@ -45,15 +42,18 @@ class Recorder(RecordingMode):
         self._num_given, self._boundaries = len(given), tuple(boundaries)
         others = set(range(len(given))).difference(self._boundaries)
         self._plan = PlanSearch(self._boundaries, others)
-        self._views: Counter[View] = Counter()
         # Steps that allocate, and whether they fill with zeros.
         self._allocations: dict[int, bool] = {}
         self._marks: list[int] = []
         self._dout: int | None = None
-        self._device = given[0].device
+        self._as_graphs = given[0].numel() <= recorded_graphs.MAX_ELEMENTS
 
     def __torch_dispatch__(self, func: OpOverload, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func._can_decompose() and not self._has_kernel(func):
+            # Custom ops run below autograd, which elsewhere takes such operations apart.
+            with self:
+                return func.decompose(*args, **kwargs)
         if not _NOT_RECORDABLE.isdisjoint(func.tags):
             raise NotRecordable(f"{func} may give something else")
         result = func(*args, **kwargs)
@@ -65,8 +65,12 @@ class Recorder(RecordingMode):
             self._add_step((func, (), {}), result, pure=True, allocates=True)
         elif func._schema.is_mutable or _makes_new(args, kwargs, result):
             written, pure = written_by(func, args, kwargs), not func._schema.is_mutable
-            self._add_step((_DIRECT.get(func, func), args, kwargs), result, written, pure=pure)
+            self._add_step((DIRECT.get(func, func), args, kwargs), result, written, pure=pure)
         return result
+
+    def _has_kernel(self, func: OpOverload) -> bool:
+        key = self._device.type.upper()
+        return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
     def note(self, function: Callable, args: Sequence, kwargs: dict, result: Any) -> None:
         """Note a call that gave ``result``: a tensor, several, or None."""
@@ -77,13 +81,12 @@ class Recorder(RecordingMode):
         uses: set[int] = set()
         arguments = tuple(self._place(x, uses) for x in args)
         keywords = {name: self._place(x, uses) for name, x in kwargs.items()}
-        made: Any = self._number_of_new(result)
-        if isinstance(result, (tuple, list)):
-            made = tuple(map(self._number_of_new, result))
-        self._steps.append(Step(function, arguments, keywords, made, ()))
-        new = {n for n in (made if isinstance(made, tuple) else (made,)) if n is not None}
-        writes = {n for n in map(self._number_of, tensors_in(written)) if n is not None}
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        made = self._views_of_new(results)
+        self._steps.append(Step(function, arguments, keywords, made))
+        new = {view.memory for view in made if view is not None}
         self._uses.append(uses | new)
+        writes = {n for n in map(self._number_of, tensors_in(written)) if n is not None}
         self._plan.add(Effect(uses | new, new, writes, **kind), tensors_in((result,)))
 
     def mark(self, name: str, function: Callable[[], None]) -> None:
@@ -92,7 +95,7 @@ class Recorder(RecordingMode):
             raise NotRecordable("a fork is within another")
         self._marks.append(len(self._steps))
         clause = {"fork": "try", "join": "finally"}.get(name)
-        self._steps.append(Step(function, (), {}, None, (), clause))
+        self._steps.append(Step(function, (), {}, clause=clause))
         self._uses.append(set())
         self._plan.add(Effect(set(), set(), set(), pure=False))
 
@@ -130,70 +133,46 @@ class Recorder(RecordingMode):
     def finish(self, grads: Sequence[Tensor | None]) -> Recording:
         """The recording; ``grads`` are the gradients of what was given."""
         at_end: set[int] = set()
-        places = [None if x is None else self._place(x, at_end) for x in grads]
+        places: Any = [None if x is None else self._place(x, at_end) for x in grads]
         if not all(x is None or isinstance(x, View) for x in places):
             raise NotRecordable("a gradient is a constant")
         outputs = {number for number, _ in self._outputs}
         plan = self._put_plan_first(outputs | at_end)
-        self._uses.append(at_end)
-        forks = self._fork_where_safe(outputs)
-        first, last = self._lifetimes()
-        in_backward = [number for number, at in last.items() if at >= self._split]
-        early = (n for n in in_backward if n < self._num_given or first[n] < self._split)
-        saved = tuple(sorted(early)) if grads else ()
-        if not outputs.isdisjoint(saved):
-            raise NotRecordable("the backward needs the output")
-        of_plan: list[Step] = []
-        forward: list[Step] = []
-        backward: list[Step] = []
-        unused = set(self._marks).difference(*forks)
-        for at in in_order(len(self._steps), forks, self._allocations):
-            if at in unused:
-                continue
-            step, uses = self._steps[at], self._uses[at]
-            done = tuple(n for n in uses if last[n] == at and n not in outputs)
-            function = step.function
-            if at in self._allocations:
-                function = self._allocation(step.made, zeros=self._allocations[at])
-            steps = forward if at < self._split else backward
-            if at < len(plan.steps):
-                steps = of_plan
-            steps.append(step._replace(function=function, done=done))
-        results = outputs.union(saved, at_end, plan.memories)
-        zeros = {self._steps[at].made for at, filled in self._allocations.items() if filled}
-        of_plan, forward, backward = (
-            join_zeros(part, zeros - results, self._bases, self._device)
-            for part in (of_plan, forward, backward)
-        )
-        return Recording(
-            run_plan=self._write_plan(of_plan, plan.memories) if plan.memories else None,
-            run_forward=self._write_forward(forward, saved, plan.memories),
+        split, num_plan = self._split, len(plan.steps)
+        before = set[int]().union(*self._uses[:split])
+        given = [*range(self._num_given), *plan.memories]
+        needed = at_end.union(*self._uses[split:])
+        early = sorted(needed & before.union(given)) if grads else []
+        saved = tuple(n for n in early if n in given)
+        # What the backward needs first makes room for others at one end.
+        ends = {n: at for at, uses in enumerate(self._uses) for n in uses}
+        arena = sorted((n for n in early if n not in given), key=lambda n: (ends[n], n))
+        if not (outputs | at_end).isdisjoint(arena):
+            raise NotRecordable("the backward needs the output, or the forward has its results")
+        parts = PartWriter(self._bases, self._device, as_graphs=self._as_graphs)
+        run_plan = run_backward = None
+        if plan.memories:
+            run_plan = parts.write_plan(self._noted(0, num_plan), self._boundaries, plan.memories)
+        run_forward = parts.write_forward(
+            self._noted(num_plan, split),
+            given,
+            [View(n, shape, contiguous_strides(shape), 0) for n, shape in self._outputs],
             saved=saved,
-            run_backward=self._write_backward(backward, saved, places) if grads else None,
+            arena=arena if grads else None,
+            is_list=self._is_list,
         )
+        if grads:
+            assert self._dout is not None  # as there is a backward
+            backward = self._noted(split, len(self._steps))
+            run_backward = parts.write_backward(backward, [self._dout, *saved], places, arena)
+        return Recording(run_plan, run_forward, saved, run_backward)
 
-    def _lifetimes(self) -> tuple[dict[int, int], dict[int, int]]:
-        """The positions of the first and of the last use of each memory."""
-        first: dict[int, int] = {}
-        last: dict[int, int] = {}
-        for at, uses in enumerate(self._uses):
-            for number in uses:
-                first.setdefault(number, at)
-                last[number] = at
-        return first, last
-
-    def _fork_where_safe(self, outputs: set[int]) -> list[Fork]:
-        """The forks that are safe, whose joins then use the memories that must live up to them."""
-        forks = []
-        _, last = self._lifetimes()
-        last |= dict.fromkeys(outputs, len(self._steps))
-        marks = iter(self._marks)
-        for fork in map(Fork, marks, marks, marks):
-            memories = fork.first_streams(self._steps, self._uses, self._allocations, last)
-            if memories is not None:
-                self._uses[fork.join] |= memories
-                forks.append(fork)
-        return forks
+    def _noted(self, start: int, end: int) -> list[Noted]:
+        """The steps of a part."""
+        return [
+            Noted(step, frozenset(self._uses[at]), self._allocations.get(at), at in self._marks)
+            for at, step in enumerate(self._steps[start:end], start)
+        ]
 
     def _put_plan_first(self, results: set[int]) -> PlanSteps:
         """Put the steps of the plan before all others."""
@@ -208,59 +187,10 @@ class Recorder(RecordingMode):
         self._split = len(plan.steps) + sum(at < self._split for at in others)
         return plan
 
-    def _write_plan(self, steps: Sequence[Step], memories: Sequence[int]) -> Callable:
-        """One function for all calls that have the same plan, by which a Packing keeps it."""
-        writer = Writer(self._bases)
-        writer.take(self._boundaries, "boundaries")
-        for step in steps:
-            writer.step(step)
-        return writer.finish("boundaries", f"[{', '.join(map(writer.memory, memories))}]", _plans)
-
-    def _write_forward(
-        self, steps: Sequence[Step], saved: Sequence[int], plan: Sequence[int]
-    ) -> Callable:
-        writer = Writer(self._bases)
-        writer.take([*range(self._num_given), *plan], "given")
-        for step in steps:
-            writer.step(step)
-        outputs = [View(n, shape, contiguous_strides(shape), 0) for n, shape in self._outputs]
-        output = writer.value(Nested(list, tuple(outputs)) if self._is_list else outputs[0])
-        return writer.finish("given", f"{output}, [{', '.join(map(writer.memory, saved))}]")
-
-    def _write_backward(
-        self, steps: Sequence[Step], saved: Sequence[int], gradients: Sequence[View | None]
-    ) -> Callable:
-        writer = Writer(self._bases)
-        writer.take(saved, "saved")
-        assert self._dout is not None  # as there is a backward
-        writer.take([self._dout], "douts")
-        for step in steps:
-            writer.step(step)
-        return writer.finish("douts, saved", f"[{', '.join(map(writer.value, gradients))}]")
-
-    def _allocation(self, number: Any, *, zeros: bool) -> Callable[[], Tensor]:
-        """Allocates a memory in the shape that most steps take, of those that have all of it."""
-        base = self._bases[number]
-        if base.contiguous:
-            times = {base.shape: 0}
-            for view in (view for view in self._views if view.memory == number):
-                is_all = view.shape.numel() == base.shape.numel()
-                if is_all and contiguous_strides(view.shape) == view.strides:
-                    times[view.shape] = self._views[view]
-            shape = max(times, key=times.__getitem__)
-            base = base._replace(shape=shape, strides=contiguous_strides(shape))
-            self._bases[number] = base
-        kind: dict[str, Any] = dict(dtype=base.dtype, device=self._device)
-        if zeros:
-            return partial(torch.zeros, base.shape, **kind)
-        if self._device.type == "cuda":
-            # As Inductor allocates, in half the time. A call runs on its device. PyTorch 2.11 takes
-            # tuples alone, not sizes.
-            return partial(_empty_strided_cuda, tuple(base.shape), tuple(base.strides), base.dtype)
-        return partial(torch.empty_strided, base.shape, base.strides, **kind)
-
     def _add(self, x: Tensor, *, given: bool = False) -> int:
         """The number of the memory of ``x``, which has none yet."""
+        if x.device != self._device:
+            raise NotRecordable(f"memory is on {x.device}")
         number = len(self._bases)
         setattr(x.untyped_storage(), MARK, (self._mark, number))
         self._bases.append(
@@ -271,6 +201,7 @@ class Recorder(RecordingMode):
                 dtype=x.dtype,
                 contiguous=x.is_contiguous(),
                 given=given,
+                size=x.untyped_storage().nbytes(),
             )
         )
         return number
@@ -280,11 +211,22 @@ class Recorder(RecordingMode):
         mark, number = getattr(x.untyped_storage(), MARK, (None, None))
         return number if mark is self._mark else None
 
-    def _number_of_new(self, x: Any) -> int | None:
-        """The number of the memory of a result, if it is new."""
-        if not isinstance(x, Tensor) or self._number_of(x) is not None:
-            return None
-        return self._add(x)
+    def _views_of_new(self, results: Sequence) -> tuple[View | None, ...]:
+        """Where results lie; None for those in memories that were there before."""
+        known = len(self._bases)
+        numbers = [self._number_or_add(x) if isinstance(x, Tensor) else -1 for x in results]
+        return tuple(
+            self._view(x, number) if number >= known else None
+            for x, number in zip(results, numbers, strict=True)
+        )
+
+    def _number_or_add(self, x: Tensor) -> int:
+        number = self._number_of(x)
+        return self._add(x) if number is None else number
+
+    def _view(self, x: Tensor, number: int) -> View:
+        offset = int(x.storage_offset()) - self._bases[number].offset
+        return View(number, x.shape, x.stride(), offset)
 
     def _place(self, x: Any, uses: set[int]) -> Any:
         """``x`` with a :class:`View` for each tensor; adds the memories to ``uses``."""
@@ -297,17 +239,15 @@ class Recorder(RecordingMode):
             base = self._bases[number]
             if x.dtype != base.dtype:
                 raise NotRecordable(f"memory of {base.dtype} is read as {x.dtype}")
+            if x.untyped_storage().nbytes() != base.size:
+                raise NotRecordable("memory gets another size")
             uses.add(number)
-            view = View(number, x.shape, x.stride(), int(x.storage_offset()) - base.offset)
-            self._views[view] += 1
-            return view
+            return self._view(x, number)
         if isinstance(x, (tuple, list)) and next(tensors_in(x), None) is not None:
             make = getattr(type(x), "_make", type(x))
             return Nested(make, tuple(self._place(part, uses) for part in x))
         return x
 
-
-_plans: WeakValueDictionary[Any, Callable] = WeakValueDictionary()
 
 _NOT_RECORDABLE = {
     torch.Tag.data_dependent_output,
@@ -319,26 +259,6 @@ _ALLOCATIONS = frozenset((
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "zeros", "zeros_like",
     "new_zeros",
 ))  # fmt: skip
-
-_DIRECT: dict[OpOverload, Callable] = {
-    torch.ops.aten.mm.default: torch.mm,
-    torch.ops.aten.addmm.default: torch.addmm,
-    torch.ops.aten.bmm.default: torch.bmm,
-    torch.ops.aten.bmm.out: torch.bmm,
-    torch.ops.aten.baddbmm.default: torch.baddbmm,
-    torch.ops.aten.cat.default: torch.cat,
-    torch.ops.aten.add.Tensor: torch.add,
-    torch.ops.aten.add_.Tensor: Tensor.add_,
-    torch.ops.aten.sum.dim_IntList: torch.sum,
-    torch.ops.aten.sum.IntList_out: torch.sum,
-    torch.ops.aten.silu.default: torch.nn.functional.silu,
-    torch.ops.aten.sigmoid.default: torch.sigmoid,
-    torch.ops.aten.clone.default: torch.clone,
-    torch.ops.aten.zero_.default: Tensor.zero_,
-    torch.ops.aten._foreach_add_.List: torch._foreach_add_,
-    torch.ops.aten._foreach_copy_.default: torch._foreach_copy_,
-}
-"""Functions that do the same as operations, and take less time to call."""
 
 
 def _makes_new(args: tuple, kwargs: dict, result: Any) -> bool:

@@ -7,11 +7,13 @@ gain nothing, because their kernels fill the GPU, and their workspace would be s
 
 from collections.abc import Callable
 from functools import lru_cache
+from threading import local
 
 import torch
 from torch import Tensor
 
 from nsa.host import RecordingMode, is_capturing
+from nsa.recorded_graphs import second_stream
 
 SHORT = 1 << 27
 """The most elements of the queries for which a second stream is used: 32K tokens, H=32, D=128."""
@@ -74,20 +76,21 @@ def _gains(q: Tensor) -> bool:
 def _marks(device: torch.device) -> dict[str, Callable[[], None]]:
     """What the marks of :mod:`nsa.recorded_streams` do.
 
-    The first stream is the default one, on which alone recordings run, see
-    :func:`nsa.host.may_keep`. Each wait makes an event of its own.
+    Each wait makes an event of its own.
     """
-    first, second = torch.cuda.default_stream(device), _side_streams(device)[0]
+    on_thread = local()
 
     def fork() -> None:
-        second.wait_stream(first)
+        on_thread.first = torch.cuda.current_stream(device)
+        on_thread.second = second_stream() or _side_streams(device)[0]
+        on_thread.second.wait_stream(on_thread.first)
 
     def enter() -> None:
-        torch.cuda.set_stream(second)
+        torch.cuda.set_stream(on_thread.second)
 
     def join() -> None:
-        torch.cuda.set_stream(first)
-        first.wait_stream(second)
+        torch.cuda.set_stream(on_thread.first)
+        on_thread.first.wait_stream(on_thread.second)
 
     return dict(fork=fork, enter=enter, join=join)
 

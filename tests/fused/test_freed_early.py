@@ -3,13 +3,10 @@
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa
-from nsa import recordings
-from nsa.fused import compressed_forms, pipeline
+from nsa.fused import pipeline
 from nsa.testing import make_inputs
-from tests.helpers.noted_kernels import note_kernels
 
 CONFIGS = {"token": nsa.NSAConfig.paper(), "tile": nsa.NSAConfig()}
 modes = pytest.mark.parametrize("mode", CONFIGS)
@@ -60,44 +57,3 @@ def test_not_of_a_graph_that_is_kept(mode, keep, outputs):
     assert not any(outputs[0])
     assert all(outputs[1])
     assert all(map(torch.equal, first, second))
-
-
-@modes
-def test_of_recordings(mode, fused_on_cpu, monkeypatch):
-    """A step frees what no later one uses; a kept graph keeps it."""
-    note_kernels(monkeypatch.setattr)
-    monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
-    recordings.clear()
-    monkeypatch.setattr(recordings, "ENABLED", True)
-    for _ in range(2):
-        inputs, out = call(mode)
-        out.sum().backward()
-    inputs, out = call(mode)
-    recording = out.grad_fn.recording
-    given = len(inputs)
-    saved = out.grad_fn.saved_tensors
-    own = [
-        StorageWeakRef(x.untyped_storage())
-        for x, number in zip(saved, recording.saved, strict=False)
-        if number >= given
-    ]
-    del saved
-    assert own
-    alive = []
-
-    class Spy(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            alive.append(sum(not x.expired() for x in own))
-            return func(*args, **(kwargs or {}))
-
-    first = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
-    assert not any(x.expired() for x in own)
-    total = out.sum()
-    with Spy():
-        second = torch.autograd.grad(total, inputs)
-    # The last operation uses none of them.
-    assert alive[0] == len(own)
-    assert alive[-1] == 0
-    assert all(map(torch.equal, first, second))
-    recordings.clear()
-    assert not recordings._recordings

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -14,21 +15,30 @@ class OrderError(AssertionError):
     """Two uses of a memory that nothing keeps apart."""
 
 
-class _Memory:
-    """A storage: the stream that it is of, its last write, and its last use on each stream."""
+class _Use(NamedTuple):
+    """Of some bytes of a storage, from the first to behind the last."""
 
-    def __init__(self, storage: torch.UntypedStorage, stream: str, at: int):
+    first: int
+    end: int
+    stream: str
+    at: int
+    writes: bool
+
+
+class _Memory:
+    """A storage: the stream that it is of, and its uses."""
+
+    def __init__(self, storage: torch.UntypedStorage, stream: str):
         self.ref = StorageWeakRef(storage)
         self.stream = stream
-        self.written = (stream, at)
-        self.used = {stream: at}
+        self.uses: list[_Use] = []
 
 
 class StreamOrder(TorchDispatchMode):
     """Checks each operation, and each memory that is freed, while work goes to two streams.
 
     A stream knows how far another had come when it last waited for it. An operation that reads
-    needs to know the last write of its memory; one that writes, all uses. PyTorch gives a memory to
+    needs to know all writes of its bytes; one that writes, all uses. PyTorch gives a memory to
     the next allocation of its stream as soon as it is freed. So uses by other streams must be known
     to that stream then, and its allocation to other streams that use it, as a use on it before.
     """
@@ -69,37 +79,42 @@ class StreamOrder(TorchDispatchMode):
         kwargs = kwargs or {}
         self._launched[self.current] += 1
         written = {
-            x.untyped_storage()._cdata
+            id(x)
             for argument, value in _named(func._schema, args, kwargs)
             if argument.alias_info is not None and argument.alias_info.is_write
             for x in tensors_in((value,))
         }
+        # Views of a memory are made without work.
+        works = func._schema.is_mutable or not func.is_view
         for x in tensors_in((*args, *kwargs.values())):
-            storage = x.untyped_storage()
-            self._use(storage, write=storage._cdata in written)
+            if works:
+                self._use(x, writes=id(x) in written)
         result = func(*args, **kwargs)
         for x in tensors_in((result,)):
-            storage = x.untyped_storage()
-            if storage._cdata not in self._memories:
-                at = self._launched[self.current]
-                self._memories[storage._cdata] = _Memory(storage, self.current, at)
+            if x.untyped_storage()._cdata not in self._memories:
+                self._use(x, writes=True)
         return result
 
     def __exit__(self, *error):
         super().__exit__(*error)
         self._free()
 
-    def _use(self, storage: torch.UntypedStorage, *, write: bool):
+    def _use(self, x: torch.Tensor, *, writes: bool):
+        storage = x.untyped_storage()
         # What is there before the first operation was made by the first stream.
-        memory = self._memories.setdefault(storage._cdata, _Memory(storage, "first", 0))
-        stream, at = self.current, self._launched[self.current]
-        earlier = memory.used.items() if write else [memory.written]
-        for other, then in earlier:
-            if not self._knows(stream, other, then):
-                raise OrderError(f"{stream} does not wait for what {other} did with a memory")
-        memory.used[stream] = at
-        if write:
-            memory.written = (stream, at)
+        memory = self._memories.setdefault(storage._cdata, _Memory(storage, self.current))
+        if not x.numel():
+            return
+        first = x.storage_offset() * x.itemsize
+        extent = 1 + sum((n - 1) * m for n, m in zip(x.shape, x.stride(), strict=True))
+        at = self._launched[self.current]
+        use = _Use(first, first + extent * x.itemsize, self.current, at, writes)
+        for other in memory.uses:
+            overlap = other.first < use.end and use.first < other.end
+            if overlap and (writes or other.writes) and not self._knows(self.current, *other[2:4]):
+                text = f"{use.stream} does not wait for what {other.stream} did with a memory"
+                raise OrderError(text)
+        memory.uses.append(use)
 
     def _knows(self, stream: str, other: str, at: int) -> bool:
         return stream == other or self._known[stream][other] >= at
@@ -109,9 +124,9 @@ class StreamOrder(TorchDispatchMode):
         for number, memory in list(self._memories.items()):
             if memory.ref.expired():
                 del self._memories[number]
-                for other, at in memory.used.items():
-                    if not self._knows(memory.stream, other, at):
-                        raise OrderError(f"{memory.stream} frees what {other} still uses")
+                for use in memory.uses:
+                    if not self._knows(memory.stream, use.stream, use.at):
+                        raise OrderError(f"{memory.stream} frees what {use.stream} still uses")
 
 
 def _named(schema, args: tuple, kwargs: dict) -> Iterator[tuple]:

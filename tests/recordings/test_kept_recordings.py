@@ -1,8 +1,7 @@
 """Which calls are recorded, and which recordings and memory are kept."""
 
 import contextlib
-import gc
-import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,8 +44,10 @@ def test_large_calls_and_a_switch(monkeypatch):
         lambda x: x.view(-1),
         lambda x: (x * 2)[1:],
         lambda x: ((x * 2).view(torch.int32) + 1).view(torch.float32),
+        lambda x: torch.mul(x, 2, out=torch.empty(0)) * torch.add(x, 1, out=torch.empty(0)),
+        lambda x: x * torch.empty(3, device="meta").add(1).numel(),
     ],
-    ids=["item", "random", "shape", "view", "part", "dtype"],
+    ids=["item", "random", "shape", "view", "part", "dtype", "size", "device"],
 )
 def test_what_may_differ_is_not_recorded(function):
     for _ in range(3):
@@ -56,34 +57,6 @@ def test_what_may_differ_is_not_recorded(function):
         torch.manual_seed(1)
         assert torch.equal(got, function(x))
     assert not recorded()
-
-
-def test_memory_is_freed_after_its_last_use():
-    # Collections then look only at what is made here.
-    gc.freeze()
-    alive = []
-
-    def kernel(*tensors):
-        gc.collect()
-        alive.append(sum(ref() is not None for ref in refs))
-        refs.extend(weakref.ref(x.untyped_storage()) for x in tensors)
-        tensors[-1].copy_(tensors[0] + 1)
-
-    def function(x):
-        for _ in range(4):
-            y = torch.empty_like(x)
-            recordings.launch(kernel, x, y)
-            x = y
-        return y
-
-    for _ in range(3):
-        refs: list = []
-        alive.clear()
-        x = torch.zeros(3)
-        assert torch.equal(run("key", function, (x,)), x + 4)
-    assert recorded()
-    # The input, and in turn what a launch reads. The output of the step before is written.
-    assert max(alive) <= 2
 
 
 def test_forms_are_told_apart():
@@ -156,13 +129,18 @@ def test_tensors_of_one_form_are_known_by_what_they_require(monkeypatch):
 
 @pytest.mark.parametrize("large", [False, True])
 def test_zeros_are_filled_at_once(large, monkeypatch):
-    """Small ones of one dtype that are no results: each in its place, though written to between."""
-    filled = []
+    """Small ones that are no results: each in its place, though written to between."""
     if large:
-        monkeypatch.setattr(recorded_zeros, "MOST_ELEMENTS", 12)
+        monkeypatch.setattr(recorded_zeros, "MOST_BYTES", 12)
+    filled = []
+
+    def zero(x):
+        filled.append(x.nbytes)
+        return x.zero_()
+
+    monkeypatch.setattr(recorded_zeros, "Tensor", SimpleNamespace(zero_=zero))
 
     def add(x, *targets):
-        filled.append([y.untyped_storage().data_ptr() for y in targets])
         with _disable_current_modes():  # as a kernel, whose work no mode sees
             for y in targets:
                 y += x
@@ -182,11 +160,8 @@ def test_zeros_are_filled_at_once(large, monkeypatch):
         filled.clear()
         got = run("key", function, (x, y))
         assert got.item() == 1 * 22 + 10 * 25 + 4
-        (first, second), (again, third), _, (own,) = filled[-4:]
-        assert first == again
-        assert own != first  # of the result
-        assert (second == third) == (turn > 0)
-        assert (first == second) == (turn > 0 and not large)
+        if turn > 0:
+            assert filled == ([60, 28, 16, 40, 4] if large else [4 * 512, 4])
 
 
 def test_those_called_last_are_kept(monkeypatch):

@@ -293,3 +293,18 @@ def test_steps_of_plans(function, kept, unread):
         if needs:
             assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (got, wanted)))
         assert list(map(len, kept_plans(packing))) == [kept] * (kept > 0)
+
+
+def test_plans_of_other_shapes_are_others():
+    """Though their steps are written alike."""
+
+    def function(x, bounds):
+        return x.sum() + bounds * 2
+
+    x = torch.ones(3)
+    for lengths in [1, 2], [1, 1, 1]:
+        for _ in range(3):
+            packing = nsa.Packing(make_cu_seqlens(lengths))
+            got = recordings.run("key", function, [x], packing=packing)
+        assert torch.equal(got, function(x, packing.cu_seqlens))
+    assert len({id(recording.run_plan) for recording in recordings._recordings.values()}) == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import nsa
-from nsa import recorded_streams, recorder, recordings
+from nsa import recorded_parts, recorded_streams, recordings
 from nsa.fused import compressed_forms, pipeline, selection, streams
 from nsa.testing import make_cu_seqlens, make_inputs
 from tests.helpers.noted_kernels import note_kernels
@@ -58,13 +58,13 @@ CALLS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("call", CALLS)
 def test_tile_mode(call, dtype, batch, length, order, tile_mode):
-    """But for the outputs of several sequences that end within a tile, which operations move."""
+    """Also where operations move the outputs of several sequences that end within a tile."""
     config = tile_config(**CALLS[call])
     tensors = make_inputs((batch, length), 4, 2, 16, dtype=dtype)
     for _ in range(3):
         wanted = nsa.forward(*tensors, config=config, backend="fused")
     assert torch.equal(run_again(order, tensors), wanted)
-    assert order.log == ([] if batch > 1 and length % 64 else FORKED)
+    assert order.log == FORKED
 
 
 def test_with_gradients(order, tile_mode):
@@ -102,10 +102,10 @@ def two_parts(x, y, *, leak=False, give=False, depend=False):
     """A call with a fork: a sum beside, and a product in a block."""
     doubled = x + x
     beside = streams.SideStream(x, recorded=True)
-    total = x.new_empty(x.shape)
-    torch.add(x, y, out=total)
+    total, zeros = x.new_empty(x.shape), x.new_zeros(x.shape)
+    torch.add(x * 3, zeros.add_(y), out=total)
     with beside:
-        product = torch.empty_like(x)
+        product = torch.zeros_like(x)
         product.copy_(doubled).mul_(total if depend else y)
         rest = (product * 2).neg()
     if give:
@@ -115,7 +115,7 @@ def two_parts(x, y, *, leak=False, give=False, depend=False):
     return total.add_(product)
 
 
-def recorded_parts(order, **options):
+def two_recorded_parts(order, **options):
     x, y = torch.randn(2, 3, 16, dtype=torch.float64)
     for _ in range(3):
         wanted = run(str(options), lambda a, b: two_parts(a, b, **options), [x, y])
@@ -123,36 +123,40 @@ def recorded_parts(order, **options):
 
 
 def test_a_fork(order):
-    wanted, got = recorded_parts(order)
+    wanted, got = two_recorded_parts(order)
     assert torch.equal(got, wanted)
     assert order.log == FORKED
 
 
-@pytest.mark.parametrize("option", ["leak", "give", "depend"])
-def test_unsafe_blocks_do_not_fork(option, order):
-    """Those that leave memory of the second stream, and those that need what is beside them."""
-    wanted, got = recorded_parts(order, **{option: True})
+@pytest.mark.parametrize("option", ["leak", "give"])
+def test_what_a_block_makes_may_leave_it(option, order):
+    wanted, got = two_recorded_parts(order, **{option: True})
+    assert torch.equal(got, wanted)
+    assert order.log == FORKED
+
+
+def test_a_block_that_needs_what_is_beside_it_does_not_fork(order):
+    wanted, got = two_recorded_parts(order, depend=True)
     assert torch.equal(got, wanted)
     assert order.log == []
 
 
-@pytest.mark.parametrize("option", ["leak", "depend"])
-def test_they_would_be_unsafe(option, order, monkeypatch):
-    monkeypatch.setattr(recorded_streams.Fork, "first_streams", lambda *_: set())
+def test_it_would_be_unsafe(order, monkeypatch):
+    monkeypatch.setattr(recorded_streams.Fork, "is_safe", lambda *_: True)
     with pytest.raises(OrderError):
-        recorded_parts(order, **{option: True})
+        two_recorded_parts(order, depend=True)
 
 
-def test_memory_of_the_block_must_be_allocated_first(order, monkeypatch):
-    monkeypatch.setattr(recorder, "in_order", lambda count, *_: range(count))
-    with pytest.raises(OrderError, match="second frees what first still uses"):
-        recorded_parts(order)
+def test_zeros_of_the_block_must_be_filled_before_it(order, monkeypatch):
+    monkeypatch.setattr(recorded_parts, "fork_where_safe", list)
+    with pytest.raises(OrderError, match="second does not wait for what first did"):
+        two_recorded_parts(order)
 
 
-def test_memory_that_the_block_uses_must_live_up_to_the_join(order, monkeypatch):
-    monkeypatch.setattr(recorded_streams.Fork, "first_streams", lambda *_: set())
-    with pytest.raises(OrderError, match="first frees what second still uses"):
-        recorded_parts(order)
+def test_memory_of_the_block_must_be_kept_from_the_fork_to_the_join(order, monkeypatch):
+    monkeypatch.setattr(recorded_parts, "find_forks", lambda _: iter(()))
+    with pytest.raises(OrderError, match="second does not wait for what first did"):
+        two_recorded_parts(order)
 
 
 def test_a_plan_is_made_before_the_fork(order):

@@ -20,6 +20,7 @@ from tests.helpers.recorded_layers import (
     modes,
     new_input,
     recorded,
+    run,
     with_gradients,
 )
 
@@ -313,8 +314,81 @@ def test_gradient_of_the_output_of_a_subclass(emulated, mesh):
         y.backward(DTensor.from_local(dy, mesh))
 
 
+class Launched(torch.autograd.Function):
+    """Its backward is a launch of ``kernel``."""
+
+    @staticmethod
+    def forward(_, x):
+        return x + 1
+
+    @staticmethod
+    def backward(_, dy):
+        dx = torch.empty_like(dy)
+        recordings.launch(Launched.kernel, dy, dx)
+        return dx
+
+
+def test_launches_read_an_aligned_gradient_of_the_output(monkeypatch):
+    addresses = []
+
+    def kernel(dy, dx):
+        addresses.append(dy.data_ptr())
+        dx.copy_(dy)
+
+    monkeypatch.setattr(Launched, "kernel", kernel, raising=False)
+    for _ in range(3):
+        x, dy = torch.ones(5, requires_grad=True), torch.randn(6)[1:]
+        y = run("key", Launched.apply, (x,))
+        addresses.clear()
+        assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy)
+    assert recordings._recordings
+    assert [x % 16 for x in addresses] == [0]
+
+
 def test_output_may_be_changed(emulated):
     layer = make_layer()
     for _ in range(3):
         y = layer(new_input().requires_grad_())
         y.mul_(2).sum().backward()
+
+
+SOME = torch.randn(2, 6, 8, dtype=torch.float64)
+OPERATIONS = {
+    "mm": lambda x: x[0].mm(x[1].T),
+    "addmm": lambda x: torch.addmm(x[0, :, :6], x[0], x[1].T, beta=2, alpha=3),
+    "bmm": lambda x: x.bmm(x.mT),
+    "baddbmm": lambda x: torch.baddbmm(x[:, :, :6], x, x.mT, alpha=0.5),
+    "cat": lambda x: torch.cat((x, x * 2), 1),
+    "stack": lambda x: torch.stack((x, x * 2), -1),
+    "index_select": lambda x: x.index_select(1, torch.arange(4) + 1),
+    "add": lambda x: torch.add(x, x, alpha=3) + 1,
+    "ge": lambda x: x * (x >= 0) + (x >= x * 2),
+    "where": lambda x: torch.where(x >= 0, x, torch.scalar_tensor(2, dtype=x.dtype)),
+    "sum": lambda x: x.sum((0, 2)),
+    "mean": lambda x: x.mean(1, keepdim=True),
+    "silu": lambda x: torch.nn.functional.silu(x),
+    "sigmoid": lambda x: x.mT.sigmoid().contiguous(),
+    "clone": lambda x: x.mT.clone(memory_format=torch.contiguous_format),
+    "to": lambda x: x.float().double(),
+    "pad": lambda x: torch.nn.functional.pad(x, (1, 2, 0, 3), value=5),
+    "cut": lambda x: torch.nn.functional.pad(x, (-1, 2, -2, -3)),
+    "linear": lambda x: torch.nn.functional.linear(x, x[0], x[0, :, 0]),
+    "matmul": lambda x: x @ x[0].T,
+    "topk": lambda x: x.topk(3).values.clone(),
+    "cumsum": lambda x: x.cumsum(1),
+}
+"""Of those which write their results are some for which the recording does it, see ``INTO``."""
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_operations_write_what_they_make(name, grad):
+    for turn in range(4):
+        x = (SOME * (turn + 1)).requires_grad_(grad)
+        got = run(name, OPERATIONS[name], [x])
+        wanted = OPERATIONS[name](x)
+        assert torch.equal(got, wanted)
+        if grad:
+            seed = torch.linspace(-1, 1, wanted.numel(), dtype=wanted.dtype).view(wanted.shape)
+            assert torch.equal(*(torch.autograd.grad(y, x, seed)[0] for y in (got, wanted)))
+    assert recordings._recordings

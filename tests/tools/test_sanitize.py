@@ -47,6 +47,8 @@ def races(*kernels: str) -> str:
         ("racecheck", races(), True, (0, 0)),
         ("racecheck", races(FA4, FA4), True, (0, 2)),
         ("racecheck", races(FA4, "ours"), False, (1, 1)),
+        ("racecheck", races("nvjet_sm90_tst_64x8_64x16_2x4_h_badd_TNT", FA4), True, (0, 2)),
+        ("racecheck", races("ours_nvjet_sm90_"), False, (1, 0)),
         # It does not excuse what another tool says.
         ("memcheck", BAD_ACCESS.replace("ours", FA4), False, (1, 0)),
     ],
