@@ -54,12 +54,13 @@ class Graphs:
     """
 
     def __init__(self, run: Run):
-        _all.add(self)
         self._run = run
         self._replays: dict[Hashable, Callable[[], None]] = {}
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
         self._least: float = 2
         self._lock = Lock()
+        with _lock_of_all:
+            _all.add(self)
 
     def run(self, tensors: list[Tensor]) -> None:
         """Run the function, as a graph where there is one."""
@@ -100,7 +101,8 @@ class Graphs:
             return
         finally:
             _one_captures.release()
-        functions = list(_all)
+        with _lock_of_all:
+            functions = list(_all)
         if sum(len(graphs._replays) for graphs in functions) >= MAX_GRAPHS:
             for graphs in functions:
                 graphs._forget()
@@ -114,6 +116,7 @@ class Graphs:
 
 
 _all: WeakSet[Graphs] = WeakSet()
+_lock_of_all = Lock()
 
 
 def _settings() -> tuple[Hashable, ...]:
