@@ -15,7 +15,8 @@ The CSV has one row for each shape, side, way to run and form of input, written 
   ("dense"); recompute: whether nsa's layers recompute
 - run: "eager", "compiled" (torch.compile), or "graphs" (torch.compile(mode="reduce-overhead"))
 - form: "batch"; the same tokens as packed sequences of mixed length, with one Packing for all steps
-  ("packing") or other boundaries in each step ("boundaries"); not for the dense twin
+  ("packing") or other boundaries in each step, on the GPU ("boundaries") or as a data loader has
+  them ("loaded"); not for the dense twin
 - wall_p50_ms, wall_p95_ms: from the end of a step to the end of the next
 - gpu_ms, launches: time during which some kernel runs, and kernels and copies, in one step
 - peak_gib: peak allocated memory of a step, weights included
@@ -44,7 +45,7 @@ HEADS = {1024: (16, 1), 4096: (32, 2)}
 """Query and KV heads by ``dim``."""
 
 RUNS = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}
-FORMS = ("batch", "packing", "boundaries")
+FORMS = ("batch", "packing", "boundaries", "loaded")
 FIELDS = (
     "dim", "heads", "kv_heads", "layers", "batch", "tokens", "side", "recompute", "run", "form",
     "wall_p50_ms", "wall_p95_ms", "gpu_ms", "launches", "peak_gib", "repeats", "note",
@@ -157,12 +158,12 @@ def make_boundaries(form: str, total: int) -> Callable[[], tuple]:
     if form == "batch":
         return tuple
     orders = [packed_lengths(total, first) for first in range(len(SHARES))]
-    tensors = [make_cu_seqlens(lengths, "cuda") for lengths in orders]
+    tensors = [make_cu_seqlens(x, "cpu" if form == "loaded" else "cuda") for x in orders]
     if form == "packing":
         packing = nsa.Packing(tensors[0])
         return lambda: (packing,)
     turns = cycle(tensors)
-    return lambda: (nsa.Packing(next(turns)),)
+    return lambda: (nsa.Packing(next(turns), device="cuda"),)
 
 
 def packed_lengths(total: int, first: int) -> list[int]:

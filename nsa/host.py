@@ -77,7 +77,12 @@ def is_traced(*tensors: Tensor | None) -> bool:
 
 def is_capturing(x: Tensor) -> bool:
     """Whether a CUDA graph captures the work on the device of ``x``."""
-    if torch.compiler.is_compiling() or not x.is_cuda:
+    return x.is_cuda and is_capturing_on(x.device)
+
+
+def is_capturing_on(device: torch.device) -> bool:
+    """Whether a CUDA graph captures the work on a device."""
+    if torch.compiler.is_compiling() or device.type != "cuda":
         return False
     return torch.cuda.is_current_stream_capturing()
 

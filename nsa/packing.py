@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from nsa.host import has_readable_values, is_capturing, may_keep, refuse_recording
+from nsa.host import has_readable_values, is_capturing_on, may_keep, refuse_recording
 
 MAX_KEPT = 16
 """Results that a Packing keeps. Few, because index tensors are as long as the sequences."""
@@ -38,9 +38,11 @@ class Packing:
         max_seqlen: an upper bound on the queries of a sequence; by default the largest number.
         max_seqlen_k: an upper bound on the keys of a sequence; by default the largest number. Only
             with ``cu_seqlens_k``; otherwise ``max_seqlen`` holds for both.
+        device: where the copies are to be; by default where the arguments are. From arguments on
+            the CPU, as a data loader has them, the host reads them without waiting for the GPU.
 
     Attributes:
-        cu_seqlens, cu_seqlens_k: the copies, on the device of the arguments. Do not write to them.
+        cu_seqlens, cu_seqlens_k: the copies. Do not write to them.
             They are one tensor if each sequence has as many queries as keys, as far as was read.
         max_seqlen, max_seqlen_k: the upper bounds; None if values cannot be read (torch.compile,
             fake tensors).
@@ -56,16 +58,19 @@ class Packing:
         cu_seqlens_k: Tensor | None = None,
         max_seqlen: int | None = None,
         max_seqlen_k: int | None = None,
+        *,
+        device: torch.device | str | int | None = None,
     ):
         check_bound_tensors(cu_seqlens, cu_seqlens_k)
         check_bounds_given(max_seqlen, max_seqlen_k, cu_seqlens_k)
-        if is_capturing(cu_seqlens):
+        target = cu_seqlens.device if device is None else checked_device(device)
+        if is_capturing_on(target):
             raise ValueError("a Packing must be made before, not while a CUDA graph is captured")
         # A tensor made in inference mode cannot be saved for backward.
         with torch.inference_mode(False):
-            self.cu_seqlens = self.cu_seqlens_k = cu_seqlens.detach().clone()
+            self.cu_seqlens = self.cu_seqlens_k = _copy(cu_seqlens, target)
             if cu_seqlens_k is not None:
-                self.cu_seqlens_k = cu_seqlens_k.detach().clone()
+                self.cu_seqlens_k = _copy(cu_seqlens_k, target)
         self.lengths: list[int] | None = None
         self.lengths_k: list[int] | None = None
         self.max_seqlen = max_seqlen
@@ -75,7 +80,8 @@ class Packing:
         if has_readable_values(cu_seqlens):
             # Before the host waits for a GPU, which else would wait for the host.
             longer = _with_empty_sequences(self.cu_seqlens)
-            self._set_lengths(*read_both(self.cu_seqlens, self.cu_seqlens_k))
+            keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+            self._set_lengths(*read_both(cu_seqlens, keys))
             self._rounded = self._round(longer)
             _by_address[_address(self.cu_seqlens)] = self
 
@@ -163,6 +169,24 @@ class Packing:
         if self.cu_seqlens_k is not self.cu_seqlens:
             text += f", keys={sum(self.lengths_k)}, max_seqlen_k={self.max_seqlen_k}"
         return f"Packing({text})"
+
+
+def checked_device(device: Any) -> torch.device:
+    """A device by its name or number."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch.device or its name, got {device!r}") from error
+
+
+def _copy(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device, for which the host does not wait."""
+    x = x.detach()
+    if x.device == device:
+        return x.clone()
+    if x.is_cpu and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _with_empty_sequences(cu_seqlens: Tensor) -> Tensor:

@@ -308,9 +308,37 @@ def test_a_packing_is_checked_against_every_call():
 
 
 def test_a_packing_cannot_be_made_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setattr(packing, "is_capturing", lambda _: True)
+    monkeypatch.setattr(packing, "is_capturing_on", lambda _: True)
     with pytest.raises(ValueError, match="before, not while a CUDA graph is captured"):
         nsa.Packing(make_cu_seqlens(LENGTHS))
+
+
+@pytest.mark.parametrize("more", [(), (MORE,)], ids=["same", "more keys"])
+def test_boundaries_for_another_device_are_read_where_they_are(more, monkeypatch):
+    """The copies for the device have no values that the host could read."""
+    read, bounds = [], [make_cu_seqlens(lengths) for lengths in (LENGTHS, *more)]
+    both = packing.read_both
+    monkeypatch.setattr(packing, "read_both", lambda *given: read.extend(given) or both(*given))
+    given = nsa.Packing(*bounds, device="meta")
+    assert read[0] is bounds[0]
+    assert read[1] is bounds[-1]
+    assert (given.lengths, given.lengths_k) == (LENGTHS, [*more, LENGTHS][0])
+    assert {given.cu_seqlens.device.type, given.cu_seqlens_k.device.type} == {"meta"}
+    assert given.rounded.cu_seqlens.is_meta
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
+def test_the_device_of_a_packing(device):
+    cu_seqlens = make_cu_seqlens(LENGTHS)
+    given = nsa.Packing(cu_seqlens, device=device)
+    cu_seqlens.zero_()
+    assert given.cu_seqlens.tolist() == make_cu_seqlens(LENGTHS).tolist()
+    assert given.cu_seqlens.device.type == "cpu"
+    for wrong in ("nope", 1.5):
+        with pytest.raises(
+            ValueError, match=f"device must be a torch.device or its name, got.*{wrong}"
+        ):
+            nsa.Packing(cu_seqlens, device=wrong)
 
 
 UNREAD = {

@@ -127,6 +127,21 @@ def test_packings(form):
         assert is_recorded() == (turn > 0)
 
 
+def test_boundaries_of_the_host():
+    """The host waits for nothing when it reads them, and they are those of a GPU."""
+    layer = make_layer("paper")
+    for lengths in [700, 1, 799], [0, 900, 500, 100], [1024, 60, 416], [3, 997, 500]:
+        x = torch.randn(TOKENS, DIM, device="cuda", dtype=torch.bfloat16)
+        wanted = layer(x, nsa.Packing(make_cu_seqlens(lengths, "cuda")))
+        given = make_cu_seqlens(lengths)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = layer(x, nsa.Packing(given, device="cuda"))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("form", LAYERS)
 def test_kept_plans(form):
     """What a Packing keeps for recordings stays as it was made, and is right when used again."""

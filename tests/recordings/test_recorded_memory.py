@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from nsa import recorded_parts, recordings
 from nsa.recorded_call import RecordedPart
 from nsa.recorded_memory import ALIGNMENT, Arena, Memory, place, whole_units
+from tests.helpers.profiles import examples
 from tests.helpers.recorded_layers import make_layer, modes, new_input, run
 
 KINDS = ["add", "cast", "turn", "launch", "launch to zeros", "in place"]
@@ -253,7 +254,7 @@ class AnySteps(torch.autograd.Function):
         return sum(x.to(dy.dtype) for x in [dy, *made]) * 2, first, None, None
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(STEPS, STEPS, st.sampled_from([1, 63, 700, 1025]))
 def test_any_steps_give_the_same_bits(forward, backward, size):
     """Of memory that holds anything before."""
