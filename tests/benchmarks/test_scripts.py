@@ -196,8 +196,8 @@ def test_lengths_of_packed_sequences():
 def test_rows_of_the_layer():
     options = bench_layer.parse_arguments(["--dims", "1024", "--shapes", "4x4096", "1x16384"])
     rows = list(bench_layer.cases(options))
-    # Two shapes, three ways to run; two modes with three forms of input, and the dense twin.
-    assert len(rows) == 2 * 3 * (2 * 3 + 1)
+    # Two shapes, three ways to run; two modes with four forms of input, and the dense twin.
+    assert len(rows) == 2 * 3 * (2 * 4 + 1)
     assert all(tuple(row) == bench_layer.FIELDS[: len(row)] for row in rows)
     assert {(row["heads"], row["kv_heads"]) for row in rows} == {(16, 1)}
     with pytest.raises(SystemExit):
