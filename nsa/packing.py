@@ -182,11 +182,11 @@ def checked_device(device: Any) -> torch.device:
 def _copy(x: Tensor, device: torch.device) -> Tensor:
     """A copy on a device, for which the host does not wait."""
     x = x.detach()
-    if x.device == device:
-        return x.clone()
     if x.is_cpu and device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+        # The GPU reads it later, also if the caller has pinned memory and writes to it before.
+        return x.clone().pin_memory().to(device, non_blocking=True)
+    # "cuda" is the device "cuda:0" too, of which nothing is copied without being asked for.
+    return x.to(device, copy=True)
 
 
 def _with_empty_sequences(cu_seqlens: Tensor) -> Tensor:

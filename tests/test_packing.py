@@ -341,6 +341,25 @@ def test_the_device_of_a_packing(device):
             nsa.Packing(cu_seqlens, device=wrong)
 
 
+@pytest.mark.parametrize("device", ["cuda", torch.device("cuda", 0)])
+def test_what_is_on_the_device_or_pinned_is_copied_too(device, monkeypatch):
+    """PyTorch gives the tensor itself where "cuda" is where it is, or where it is pinned."""
+    x = make_cu_seqlens(LENGTHS)
+    sent = []
+
+    def to(x, device, *, non_blocking=False, copy=False):
+        sent.append(x.clone() if copy else x)
+        return sent[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for target in (torch.device(device), torch.device("cpu", 0)):
+        copied = packing._copy(x, target)
+        assert copied is sent[-1]
+        assert copied.data_ptr() != x.data_ptr()
+        assert torch.equal(copied, x)
+
+
 UNREAD = {
     "wrong heads": lambda x: x[:-1] if x.shape[0] < 10 else x[:, :-1],
     "wrong slots": lambda x: x[..., :-1],
