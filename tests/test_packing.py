@@ -311,6 +311,10 @@ def test_a_packing_cannot_be_made_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(packing, "is_capturing_on", lambda _: True)
     with pytest.raises(ValueError, match="before, not while a CUDA graph is captured"):
         nsa.Packing(make_cu_seqlens(LENGTHS))
+    # Of boundaries on the GPU neither, wherever the copies are to be.
+    monkeypatch.setattr(packing, "is_capturing_on", lambda device: device.type == "meta")
+    with pytest.raises(ValueError, match="before, not while a CUDA graph is captured"):
+        nsa.Packing(make_cu_seqlens(LENGTHS, "meta"), device="cpu")
 
 
 @pytest.mark.parametrize("more", [(), (MORE,)], ids=["same", "more keys"])
@@ -325,6 +329,17 @@ def test_boundaries_for_another_device_are_read_where_they_are(more, monkeypatch
     assert (given.lengths, given.lengths_k) == (LENGTHS, [*more, LENGTHS][0])
     assert {given.cu_seqlens.device.type, given.cu_seqlens_k.device.type} == {"meta"}
     assert given.rounded.cu_seqlens.is_meta
+    # All tensors without memory have one address.
+    for x in (given.cu_seqlens, given.rounded.cu_seqlens):
+        assert packing.find_packing(torch.empty_like(x)) is None
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda", 0), 0])
+def test_a_packing_for_a_gpu_that_is_not_there(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # A number needs an accelerator, of which PyTorch for CPUs has none.
+    with pytest.raises(ValueError, match=r"device must be .*(no GPU was found|accelerator)"):
+        nsa.Packing(make_cu_seqlens(LENGTHS), device=device)
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
