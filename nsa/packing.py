@@ -64,7 +64,7 @@ class Packing:
         check_bound_tensors(cu_seqlens, cu_seqlens_k)
         check_bounds_given(max_seqlen, max_seqlen_k, cu_seqlens_k)
         target = cu_seqlens.device if device is None else checked_device(device)
-        if is_capturing_on(target):
+        if is_capturing_on(cu_seqlens.device) or is_capturing_on(target):
             raise ValueError("a Packing must be made before, not while a CUDA graph is captured")
         # A tensor made in inference mode cannot be saved for backward.
         with torch.inference_mode(False):
@@ -83,7 +83,7 @@ class Packing:
             keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
             self._set_lengths(*read_both(cu_seqlens, keys))
             self._rounded = self._round(longer)
-            _by_address[_address(self.cu_seqlens)] = self
+            _know(self)
 
     def _set_lengths(self, lengths: list[int], lengths_k: list[int]):
         self.lengths, self.lengths_k = lengths, lengths_k
@@ -152,7 +152,7 @@ class Packing:
         most = power_of_two(max(self.lengths))
         other.max_seqlen = other.max_seqlen_k = min(sum(self.lengths), most)
         other._kept, other._rounded = {}, None
-        _by_address[_address(other.cu_seqlens)] = other
+        _know(other)
         return other
 
     def __reduce__(self):
@@ -172,21 +172,27 @@ class Packing:
 
 
 def checked_device(device: Any) -> torch.device:
-    """A device by its name or number."""
+    """A device by its name or number, on which tensors can be."""
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be a torch.device or its name, got {device!r}") from error
+        text = f"device must be a torch.device or its name, got {device!r}"
+        if type(device) is int:
+            text += f": {error}"
+        raise ValueError(text) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that is there, got {device!r} and no GPU was found")
+    return found
 
 
 def _copy(x: Tensor, device: torch.device) -> Tensor:
     """A copy on a device, for which the host does not wait."""
     x = x.detach()
-    if x.device == device:
-        return x.clone()
     if x.is_cpu and device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+        # The GPU reads it later, also if the caller has pinned memory and writes to it before.
+        return x.clone().pin_memory().to(device, non_blocking=True)
+    # "cuda" is the device "cuda:0" too, of which nothing is copied without being asked for.
+    return x.to(device, copy=True)
 
 
 def _with_empty_sequences(cu_seqlens: Tensor) -> Tensor:
@@ -213,6 +219,12 @@ def _make_packing(
 
 # Custom ops take tensors only, so they find a Packing by its address, unique while it lives.
 _by_address: WeakValueDictionary = WeakValueDictionary()
+
+
+def _know(packing: Packing) -> None:
+    """Have :func:`find_packing` find it, unless all of its device have one address."""
+    if not packing.cu_seqlens.is_meta:
+        _by_address[_address(packing.cu_seqlens)] = packing
 
 
 def find_packing(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None) -> Packing | None:

@@ -122,6 +122,7 @@ _lock_of_all = Lock()
 def _settings() -> tuple[Hashable, ...]:
     """What else PyTorch's operations in 16 bits go by."""
     return (
+        torch._C._get_cublas_allow_fp16_accumulation(),
         torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
         torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
         torch._C._get_blas_preferred_backend(),

@@ -311,6 +311,10 @@ def test_a_packing_cannot_be_made_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(packing, "is_capturing_on", lambda _: True)
     with pytest.raises(ValueError, match="before, not while a CUDA graph is captured"):
         nsa.Packing(make_cu_seqlens(LENGTHS))
+    # Of boundaries on the GPU neither, wherever the copies are to be.
+    monkeypatch.setattr(packing, "is_capturing_on", lambda device: device.type == "meta")
+    with pytest.raises(ValueError, match="before, not while a CUDA graph is captured"):
+        nsa.Packing(make_cu_seqlens(LENGTHS, "meta"), device="cpu")
 
 
 @pytest.mark.parametrize("more", [(), (MORE,)], ids=["same", "more keys"])
@@ -325,6 +329,17 @@ def test_boundaries_for_another_device_are_read_where_they_are(more, monkeypatch
     assert (given.lengths, given.lengths_k) == (LENGTHS, [*more, LENGTHS][0])
     assert {given.cu_seqlens.device.type, given.cu_seqlens_k.device.type} == {"meta"}
     assert given.rounded.cu_seqlens.is_meta
+    # All tensors without memory have one address.
+    for x in (given.cu_seqlens, given.rounded.cu_seqlens):
+        assert packing.find_packing(torch.empty_like(x)) is None
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda", 0), 0])
+def test_a_packing_for_a_gpu_that_is_not_there(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # A number needs an accelerator, of which PyTorch for CPUs has none.
+    with pytest.raises(ValueError, match=r"device must be .*(no GPU was found|accelerator)"):
+        nsa.Packing(make_cu_seqlens(LENGTHS), device=device)
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
@@ -339,6 +354,25 @@ def test_the_device_of_a_packing(device):
             ValueError, match=f"device must be a torch.device or its name, got.*{wrong}"
         ):
             nsa.Packing(cu_seqlens, device=wrong)
+
+
+@pytest.mark.parametrize("device", ["cuda", torch.device("cuda", 0)])
+def test_what_is_on_the_device_or_pinned_is_copied_too(device, monkeypatch):
+    """PyTorch gives the tensor itself where "cuda" is where it is, or where it is pinned."""
+    x = make_cu_seqlens(LENGTHS)
+    sent = []
+
+    def to(x, device, *, non_blocking=False, copy=False):
+        sent.append(x.clone() if copy else x)
+        return sent[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for target in (torch.device(device), torch.device("cpu", 0)):
+        copied = packing._copy(x, target)
+        assert copied is sent[-1]
+        assert copied.data_ptr() != x.data_ptr()
+        assert torch.equal(copied, x)
 
 
 UNREAD = {

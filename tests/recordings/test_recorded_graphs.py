@@ -161,24 +161,26 @@ def test_few_graphs_are_kept_and_captured_ever_later(captures, monkeypatch):
     assert counts[-1] < 60
 
 
-SETTINGS = {
-    "reduction": partial(
-        setattr, torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
-    ),
-    "deterministic": torch.use_deterministic_algorithms,
-}
+PRODUCTS = (
+    "allow_fp16_accumulation",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+)
+SETTINGS = {name: partial(setattr, torch.backends.cuda.matmul, name) for name in PRODUCTS}
+SETTINGS["deterministic"] = torch.use_deterministic_algorithms
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_other_settings_are_another_graph(name, captures):
     graphs, tensors, change = Graphs(double), [torch.ones(3), torch.empty(3)], SETTINGS[name]
-    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    before = {name: getattr(torch.backends.cuda.matmul, name) for name in PRODUCTS}
     try:
         for turn in range(8):
             change(turn < 4)
             graphs.run(tensors)
     finally:
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+        for setting, value in before.items():
+            setattr(torch.backends.cuda.matmul, setting, value)
         torch.use_deterministic_algorithms(False)
     assert captures == [1, 1]
 
