@@ -186,7 +186,7 @@ def checked_device(device: Any) -> torch.device:
 
 
 def _copy(x: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device, for which the host does not wait."""
+    """A copy on a device. If that is a GPU, the host does not wait for it."""
     x = x.detach()
     if x.is_cpu and device.type == "cuda":
         # The GPU reads it later, also if the caller has pinned memory and writes to it before.

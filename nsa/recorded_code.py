@@ -53,8 +53,8 @@ class Step(NamedTuple):
     """A call of ``function``. Arguments are a :class:`View` for a tensor of a memory,
     :class:`Nested`, or constants.
 
-    ``made`` are its results that are new, each in a memory of its own, into which the step is to
-    write them; None in the place of others. With a ``clause``, ``try`` or ``finally``, the step
+    ``made`` are its results in new memories, into which the step is to write them; None in the
+    place of others. With a ``clause``, ``try`` or ``finally``, the step
     begins that.
     """
 
@@ -238,7 +238,7 @@ class Writer:
             return self._memories[number]
         name, base, at = self._tensor(number), self._bases[number], self._places[number]
         arena = self._arena(WholeArena(at.arena))
-        typed = f"{arena}_{base.dtype.itemsize}_{self._name(base.dtype)}"
+        typed = f"{arena}_{self._name(base.dtype)}"
         if typed not in self._typed:
             self._typed.add(typed)
             self._write(f"{typed} = cast({arena}, {self._name(base.dtype)})")

@@ -166,19 +166,16 @@ class _Graph:
         # Another mode forbids this thread what it may do on other streams.
         relaxed = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         _check(runtime.cudaStreamBeginCapture(stream.cuda_stream, relaxed))
-        error = None
         try:
             run()
-        except BaseException as raised:
-            error = raised
-        result = runtime.cudaStreamEndCapture(stream.cuda_stream)
-        if error is not None:
-            if not int(result[0]):
-                runtime.cudaGraphDestroy(result[1])
+        except BaseException:
+            code, graph = runtime.cudaStreamEndCapture(stream.cuda_stream)
+            if not int(code):
+                runtime.cudaGraphDestroy(graph)
             # PyTorch would raise it at its next launch.
             runtime.cudaGetLastError()
-            raise error
-        (graph,) = _check(result)
+            raise
+        (graph,) = _check(runtime.cudaStreamEndCapture(stream.cuda_stream))
         try:
             (self.launched,) = _check(runtime.cudaGraphInstantiate(graph, 0))
         finally:

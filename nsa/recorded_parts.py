@@ -1,12 +1,10 @@
 """Makes the functions of a recording, each of a part of its steps."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
-from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
 from nsa.host import NotRecordable
 from nsa.recorded_call import RecordedPart
@@ -147,11 +145,11 @@ class PartWriter:
             for x in allocated
         ]
         if known is None:
-            return RecordedPart(self._allocation(forms), code, as_graphs=self._as_graphs)
+            return RecordedPart(forms, self._device, code, as_graphs=self._as_graphs)
         key = (code.key, tuple(forms), self._device)
         part = known.get(key)
         if part is None:
-            part = known[key] = RecordedPart(self._allocation(forms), code, as_graphs=False)
+            part = known[key] = RecordedPart(forms, self._device, code, as_graphs=False)
         return part
 
     def _lay_out(
@@ -188,18 +186,6 @@ class PartWriter:
         if base.shape.numel() * base.dtype.itemsize != base.size:
             raise NotRecordable("a result is a part of a tensor")
         return tuple(base.shape), tuple(base.strides), base.dtype
-
-    def _allocation(self, forms: Sequence[tuple]) -> Callable[[], list[Tensor]]:
-        """Allocates tensors of some shapes, strides and dtypes."""
-        if self._device.type == "cuda":
-            # As Inductor allocates, in half the time. A call runs on its device. PyTorch 2.11 takes
-            # tuples alone, not sizes.
-            return lambda: [_empty_strided_cuda(*form) for form in forms]
-        device = self._device
-        return lambda: [
-            torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            for shape, strides, dtype in forms
-        ]
 
 
 def _lives(noted: Sequence[Noted]) -> dict[int, tuple[int, int]]:

@@ -69,9 +69,8 @@ def train(layers, steps, packings=None, tokens=TOKENS) -> list[torch.Tensor]:
         for layer in layers:
             y = y + layer(y, *bounds)
         grads = torch.autograd.grad(y, [x, *parameters], torch.ones_like(y))
-        found.append([x.clone() for x in (y.detach(), *grads)])
-        # Held results would ask for other memory in each step.
-        found[-1] = [x.cpu() for x in found[-1]]
+        # Results that stay on the GPU would have other memory asked for in each step.
+        found.append([x.cpu() for x in (y.detach(), *grads)])
         del x, y, grads, bounds
         with torch.no_grad():
             for p in parameters:

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nsa import recorded_parts, recordings
-from nsa.recorded_call import RecordedPart
 from nsa.recorded_memory import ALIGNMENT, Arena, Memory, place, whole_units
 from tests.helpers.profiles import examples
 from tests.helpers.recorded_layers import make_layer, modes, new_input, run
@@ -173,6 +172,16 @@ def test_what_lies_in_a_result_has_no_bytes_behind_it():
     assert arena.find(Memory(1, 1025, 0, 4)) is None
 
 
+class SavesHalf(torch.autograd.Function):
+    """The forward of nodes that save what it has made."""
+
+    @staticmethod
+    def forward(ctx, x):
+        half = x / 2
+        ctx.save_for_backward(half)
+        return half + 1
+
+
 def test_a_backward_that_fails_is_not_tried_again():
     """What is saved may be overwritten by then."""
     fails = []
@@ -183,13 +192,7 @@ def test_a_backward_that_fails_is_not_tried_again():
         with _disable_current_modes():
             y.copy_(x)
 
-    class Node(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            half = x / 2
-            ctx.save_for_backward(half)
-            return half + 1
-
+    class Node(SavesHalf):
         @staticmethod
         def backward(ctx, dy):
             (half,) = ctx.saved_tensors
@@ -257,11 +260,7 @@ class AnySteps(torch.autograd.Function):
 @settings(max_examples=examples(40))
 @given(STEPS, STEPS, st.sampled_from([1, 63, 700, 1025]))
 def test_any_steps_give_the_same_bits(forward, backward, size):
-    """Of memory that holds anything before."""
-    allocate = RecordedPart.allocate
-
-    def poisoned(self):
-        return [x.fill_(torch.nan if x.is_floating_point() else 0xFF) for x in allocate(self)]
+    """Of memory that holds anything before, see the fixture ``poisoned``."""
 
     def call(x, y):
         return AnySteps.apply(x, y, forward, backward)
@@ -269,7 +268,6 @@ def test_any_steps_give_the_same_bits(forward, backward, size):
     recordings.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorded_parts, "ROOMY", 1)
-        patch.setattr(RecordedPart, "allocate", poisoned)
         for _ in range(3):
             leaves = [torch.randn(size, requires_grad=True) for _ in range(2)]
             results = []
@@ -280,14 +278,8 @@ def test_any_steps_give_the_same_bits(forward, backward, size):
     assert recordings._recordings
 
 
-class GivesSaved(torch.autograd.Function):
+class GivesSaved(SavesHalf):
     """Its gradient is what the forward has saved."""
-
-    @staticmethod
-    def forward(ctx, x):
-        half = x / 2
-        ctx.save_for_backward(half)
-        return half + 1
 
     @staticmethod
     def backward(ctx, _):
