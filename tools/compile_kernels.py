@@ -136,9 +136,13 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         for group, step in ((1, 64), (4, 16)):
             name = f"seen blocks D={dim} G={group} step={step}"
             yield name, partial(compile_seen_blocks, dim, group, step)
-        for group, dtype in ((1, "float16"), (4, "bfloat16")):
-            name = f"block ends D={dim} G={group} {dtype}"
-            ends = partial(compile_dense, dim, group, False, False, (None, None), dtype)
+        for group, packed, dtype in (
+            (1, False, "float16"),
+            (4, False, "bfloat16"),
+            (16, True, "bfloat16"),
+        ):
+            name = f"block ends D={dim} G={group} {'packed' if packed else 'batched'} {dtype}"
+            ends = partial(compile_dense, dim, group, packed, False, (None, None), dtype)
             yield name, partial(ends, block_ends=(64, 63))
     for dim, group, form, keep, dtype in (
         (128, 4, "weight", False, "bfloat16"),

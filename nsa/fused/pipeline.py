@@ -189,7 +189,7 @@ def select(
 
 def _select_by_token(q: Tensor, q_rows: Tensor, k_cmp: Tensor, lse: Tensor, plan: Plan) -> Tensor:
     """Token mode's blocks, from the log-sum-exp of :func:`compressed_attention`."""
-    return select_blocks(q_rows, k_cmp, compressed_lse(lse, q, k_cmp, plan), plan)
+    return select_blocks(q_rows, k_cmp, compressed_lse(lse, q, plan), plan)
 
 
 def _select_missing(

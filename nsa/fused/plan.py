@@ -110,8 +110,12 @@ class Plan:
     @property
     def skips_key_tiles(self) -> bool:
         """See :func:`nsa.fused.compressed_forms.skips_key_tiles`."""
-        count = self.geometry.compressed.total
-        return skips_key_tiles(self.compressed_form, count, self.config, whole=self.whole)
+        count, longest = self.geometry.compressed.total, self.geometry.keys.total
+        if self.max_seqlen_k is not None:
+            longest = self.max_seqlen_k
+        return skips_key_tiles(
+            self.compressed_form, count, self.config, whole=self.whole, longest=longest
+        )
 
     def sums_queries(self, num_heads: int, num_kv_heads: int) -> bool:
         """See :func:`nsa.fused.compressed_forms.sums_queries`."""
@@ -184,7 +188,7 @@ class Plan:
         selected = self.queries.placement(num_heads)
         if self.compressed_form is CompressedForm.LISTED:
             return selected, selected
-        if self.compressed_form is CompressedForm.FOLDED_ROWS:
+        if self.compressed_form is CompressedForm.PACKED:
             return self.folded.placement(num_heads, num_kv_heads), selected
         return None, selected
 
@@ -205,7 +209,7 @@ class Plan:
             compressed = None
         elif self.compressed_form is CompressedForm.LISTED:
             compressed = selected
-        elif self.compressed_form is CompressedForm.FOLDED_ROWS:
+        elif self.compressed_form is CompressedForm.PACKED and not self.in_order:
             compressed = self.folded.placement(num_heads, num_kv_heads)
         return compressed, selected, by_head
 

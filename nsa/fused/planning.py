@@ -12,6 +12,7 @@ from nsa.config import NSAConfig
 from nsa.fused.compressed_forms import (
     CompressedForm,
     compressed_form,
+    skips_key_tiles,
 )
 from nsa.fused.fa4_variants import choose_key_block
 from nsa.fused.kernel_inputs import MOST_FEW_KEYS
@@ -95,6 +96,10 @@ def _packed_plan(
 ) -> Plan:
     geometry = Geometry.packed(cu_seqlens, cu_seqlens_k, num_queries, num_keys, config, exact=False)
     form = compressed_form(config, packed=True, num_compressed=geometry.compressed.total)
+    whole = cu_seqlens is cu_seqlens_k
+    folds = skips_key_tiles(
+        form, geometry.compressed.total, config, whole=whole, longest=max_seqlen_k
+    )
     has_few = config.causal and form is not CompressedForm.NONE
     key_block = choose_key_block(config.select_block_size, config, head_dim)
     cmp_key_block = choose_key_block(config.cmp_group_size, config, head_dim)
@@ -103,8 +108,9 @@ def _packed_plan(
         num_queries=num_queries,
         num_keys=num_keys,
         sequences=cu_seqlens.shape[0] - 1,
-        whole=cu_seqlens is cu_seqlens_k,
+        whole=whole,
         form=form,
+        folds=folds,
         token_tile=tile_tokens,
         key_blocks=(key_block, cmp_key_block),
         most_few_keys=MOST_FEW_KEYS if has_few else 1,

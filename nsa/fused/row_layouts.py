@@ -4,6 +4,7 @@ Tensors are ``(B, T, H, D)``. The host reads no lengths, so sizes that depend on
 bounds.
 """
 
+import math
 from collections.abc import Callable
 from functools import cached_property, partial
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from nsa.blocks import covered_tokens
 from nsa.fused import kernel_calls
 from nsa.fused.compressed_forms import extra_rows, num_folded_rows
-from nsa.fused.kernel_inputs import Placement
+from nsa.fused.kernel_inputs import Placement, RowStatistics
 from nsa.fused.plan_tables import NO_TABLES, Tables
 from nsa.geometry import Geometry
 from nsa.segments import CountedSegments, QuerySegments, Segments, SingleSegment
@@ -258,9 +259,18 @@ class FoldedQueries:
         return Placement(self._places[num_kv_heads], group, group, self.size * group)
 
     def unfold_lse(self, lse: Tensor, num_kv_heads: int) -> Tensor:
-        """``(rows, H_kv * d * G)`` to ``(1, H, T)``; undefined for queries left out."""
+        """``(rows, H_kv * d * G)`` to ``(H, T)``; undefined for queries left out."""
         by_head = lse.unflatten(1, (num_kv_heads, self.size, -1)).permute(1, 3, 0, 2).flatten(2)
-        return by_head.index_select(2, self.lse_place).flatten(0, 1)[None]
+        return by_head.index_select(2, self.lse_place).flatten(0, 1)
+
+    def fold_statistics(self, statistics: RowStatistics, num_kv_heads: int) -> RowStatistics:
+        """``(H, T)`` to ``(H_kv * d * G, rows)``. P is 0 in empty slots."""
+        query = self.query_of_slot
+        lse_log2, delta = (x.index_select(1, query.clamp(min=0)) for x in statistics)
+        folded = (lse_log2.masked_fill(query < 0, math.inf), delta)
+        shape = (num_kv_heads, -1, self.rows.total, self.size)
+        by_row = (x.view(shape).permute(0, 3, 1, 2) for x in folded)
+        return RowStatistics(*(x.reshape(-1, self.rows.total) for x in by_row))
 
 
 def _count_left_out(queries: QuerySegments, lead: int, size: int) -> Tensor:

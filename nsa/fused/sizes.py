@@ -16,6 +16,7 @@ from nsa.fused.compressed_forms import (
     num_compressed_bound,
     num_folded_rows,
     results_in_order,
+    skips_key_tiles,
     sums_queries,
 )
 
@@ -133,6 +134,12 @@ class Sizes(NamedTuple):
         return compressed_form(self.config, packed=self.packed, num_compressed=bound)
 
     @property
+    def skips_key_tiles(self) -> bool:
+        """As :attr:`nsa.fused.plan.Plan.skips_key_tiles`."""
+        keys, longest = self.compressed // self.batch, min(self.longest, self.keys)
+        return skips_key_tiles(self.form, keys, self.config, whole=self.whole, longest=longest)
+
+    @property
     def sums_queries(self) -> bool:
         """As :meth:`nsa.fused.plan.Plan.sums_queries`."""
         keys = self.compressed // self.batch
@@ -186,12 +193,11 @@ class Sizes(NamedTuple):
             return out, (0,)
         if self.form is CompressedForm.LISTED:
             return self._selected_shapes()
-        if self.form is CompressedForm.FOLDED_ROWS:
+        if self.form is CompressedForm.PACKED and not self.in_order:
             assert self.sequences is not None  # as of all packed input
             rows = num_folded_rows(self.length, self.sequences, self.config, whole=self.whole)
             heads = self.num_heads * self.config.compress_stride
-            folded = (1, rows, heads, self.head_dim)
-            return out if self.in_order else folded, (rows, heads)
+            return (1, rows, heads, self.head_dim), (rows, heads)
         return out, self._lse_in_order
 
     def _selected_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -199,7 +199,7 @@ def stages_of(inputs: Inputs, plan, sizes) -> dict[str, Stage]:
     # Of gradients of the outputs of 0.
     lses = [getattr(branches, f"lse_{x}") for x in names]
     statistics = dict(zip(names, map(statistics_of, lses), strict=True))
-    lse = compressed_lse(branches.lse_cmp, q, k_cmp, plan) if sizes.token_mode else None
+    lse = compressed_lse(branches.lse_cmp, q, plan) if sizes.token_mode else None
     config, token_mode = sizes.config, sizes.token_mode
     compressed_inside = compressed_sums_bytes(sizes)
     if sizes.form is CompressedForm.LISTED:

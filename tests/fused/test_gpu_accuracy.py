@@ -65,7 +65,9 @@ def test_masks_of_two_tiles_of_compressed_keys(mode, length, monkeypatch):
     count = num_compressed_blocks(length, case.config)
     form = CompressedForm.BATCH
     assert count > compressed_forms.ONE_TILE
-    assert not compressed_forms.skips_key_tiles(form, count, case.config, whole=True)
+    assert not compressed_forms.skips_key_tiles(
+        form, count, case.config, whole=True, longest=length
+    )
     check_against_reference(case, monkeypatch)
 
 

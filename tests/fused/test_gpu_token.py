@@ -101,6 +101,7 @@ def cases(draw, form: Form) -> Case:
         gates=draw(st.sampled_from(["none", "q", "given"])),
         compressor=draw(st.sampled_from(["mean", "mean", "weights", "given"])),
         seed=draw(st.integers(0, 2**16)),
+        folded=packed and draw(st.booleans()),
         queries=queries,
     )
 
@@ -115,6 +116,22 @@ def test_output_and_gradients(form):
             check_against_reference(case, monkeypatch)
 
     check_case()
+
+
+PACKS_OF_BOTH_WAYS = {"mixed": (4096, 31, 0, 1, 33, 1000, 2900), "many": (70, 5, 300) * 90}
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["masked", "folded"])
+@pytest.mark.parametrize("pack", PACKS_OF_BOTH_WAYS)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[2], FORMS[8]], ids=form_id)
+def test_packed_sequences_are_masked_or_folded(form, pack, folded, monkeypatch):
+    variant = Variant(form.head_dim, form.value_dim, form.group, form.dtype, 0)
+    config = nsa.NSAConfig.paper(**form.changes)
+    lengths = PACKS_OF_BOTH_WAYS[pack]
+    case = paper_case(
+        variant=variant, config=config, lengths=lengths, packed=True, num_kv_heads=1, folded=folded
+    )
+    check_against_reference(case, monkeypatch)
 
 
 # The band's kernel adds up to 32 partial results; more have a kernel of their own.

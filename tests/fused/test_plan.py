@@ -136,5 +136,18 @@ def test_two_tiles_of_compressed_keys_are_masked_in_short_sequences():
         (tile, 128, False),
         (tile, 129, True),
     ):
-        assert compressed_forms.skips_key_tiles(form, count, config, whole=True) == folded
-        assert compressed_forms.skips_key_tiles(form, count, config, whole=False)
+        sizes = dict(longest=count * config.compress_stride)
+        assert compressed_forms.skips_key_tiles(form, count, config, whole=True, **sizes) == folded
+        assert compressed_forms.skips_key_tiles(form, count, config, whole=False, **sizes)
+
+
+def test_packed_queries_are_folded_over_many_keys():
+    form = compressed_forms.CompressedForm.PACKED
+    for config, longest, whole, folded in (
+        (nsa.NSAConfig.paper(), 8192 + 15, True, False),
+        (nsa.NSAConfig.paper(), 8192 + 16, True, True),
+        (nsa.NSAConfig.paper(), 100, False, True),
+        (nsa.NSAConfig(), 100, True, True),
+    ):
+        sizes = dict(whole=whole, longest=longest)
+        assert compressed_forms.skips_key_tiles(form, 10000, config, **sizes) == folded

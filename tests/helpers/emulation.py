@@ -40,6 +40,7 @@ def compute_compressed(replace: Callable, calls: str):
     """Compute the compressed branch in a way of ``COMPRESSED_CALLS``."""
     if calls != "masked":
         replace(compressed_forms, "ONE_TILE", 0)
+        replace(compressed_forms, "FEW_PACKED_KEYS", 0)
     least = 0 if calls == "sums of queries" else 1 << 60
     for name in ("UNFOLDED_CTAS", "SINGLE_CTAS"):
         replace(compressed_forms, name, least)
@@ -54,9 +55,10 @@ def compressed(calls: str) -> Iterator[None]:
 
 
 def batched_in_all_ways_and_packed(test: Callable) -> Callable:
-    """Give a test the parameter ``packed``: batches meet all ways, and packs have one."""
-    cases = [("masked", False), ("folded", False), ("sums of queries", False), ("folded", True)]
-    names = ["masked", "folded", "sums of queries", "packed"]
+    """Give a test the parameter ``packed``: batches meet all ways, and packs have two."""
+    batched = [(calls, False) for calls in COMPRESSED_CALLS]
+    cases = [*batched, ("masked", True), ("folded", True)]
+    names = [*COMPRESSED_CALLS, "masked packed", "packed"]
     parametrize = pytest.mark.parametrize(
         ("compressed_calls", "packed"), cases, ids=names, indirect=["compressed_calls"]
     )

@@ -80,7 +80,7 @@ class Case(NamedTuple):
     gates: str
     compressor: str
     seed: int
-    folded: bool = False  # fold the compressed branch of a batch even if keys are few
+    folded: bool = False  # fold the compressed branch even if keys are few
     summed: bool | None = None  # whether backward adds to sums of queries; None for the default
     queries: tuple[int, ...] | None = None  # of each sequence, its last tokens; None: all
     closing: bool = False  # the window's kernel adds the branches up, of few tokens too
@@ -301,6 +301,7 @@ def check_against_reference(case: Case, monkeypatch) -> None:
     arguments, config = make_tensors(case), case.config
     if case.folded:
         monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
+        monkeypatch.setattr(compressed_forms, "FEW_PACKED_KEYS", 0)
     if case.summed is not None:
         for name in ("UNFOLDED_CTAS", "SINGLE_CTAS"):
             monkeypatch.setattr(compressed_forms, name, 0 if case.summed else 1 << 60)

@@ -28,6 +28,7 @@ CASES = {
     "causal": (64, 1, 128, CAUSAL, (700,), False),
     "packed, causal": (16, 2, 96, CAUSAL, (300, 1, 500), True),
     "all keys": (4, 2, 128, ALL, (300, 300), False),
+    "packed, block ends": (*(16, 1, 64, ALL | dict(block_ends=(16, 31)), (300, 1, 20, 500), True),),
     "block ends": (8, 2, 64, ALL | dict(block_ends=(4, 3)), (400, 400), False),
 }
 

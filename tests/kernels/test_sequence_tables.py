@@ -55,6 +55,7 @@ def test_bounds_and_tables(config, lengths, whole):
         sequences=len(keys),
         whole=whole,
         form=_form(config),
+        folds=_form(config) is CompressedForm.PACKED,
         token_tile=24,
         key_blocks=(64, 64),
         most_few_keys=MOST_FEW_KEYS if config.causal else 1,
@@ -76,4 +77,4 @@ def test_bounds_and_tables(config, lengths, whole):
 def _form(config) -> CompressedForm:
     if config.num_cmp_selected_blocks is not None:
         return CompressedForm.LISTED
-    return CompressedForm.FOLDED_ROWS if config.causal else CompressedForm.ALL
+    return CompressedForm.PACKED if config.causal else CompressedForm.ALL

@@ -3,6 +3,8 @@
 Shapes as in :mod:`nsa.fused.attention`; ``k_cmp`` and ``v_cmp`` are ``(B, M, H_kv, D)``.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from nsa.fused.attention.fa4_calls import (
 )
 from nsa.fused.attention.folded import folded_attention, folded_attention_backward
 from nsa.fused.block_lists import compressed_lists
-from nsa.fused.compressed_forms import CompressedForm, num_folded_rows, skips_key_tiles
+from nsa.fused.compressed_forms import CompressedForm, num_folded_rows
 from nsa.fused.fa4_call import more_segments_bytes, query_sums_bytes, sums_bytes
 from nsa.fused.fa4_variants import choose_key_block
 from nsa.fused.kernel_inputs import RowStatistics
@@ -50,10 +52,9 @@ def compressed_attention(
         lists = compressed_lists(groups, plan)
         k_rows, v_rows = plan.compressed.pack(k_cmp), plan.compressed.pack(v_cmp)
         return sparse_forward(q_rows, k_rows, v_rows, lists, _compressed_mask(q_rows, plan), plan)
-    if form is CompressedForm.FOLDED_ROWS:
-        return folded_attention(q, k_cmp, v_cmp, plan)
     if plan.skips_key_tiles:
-        return _forward_of_blocks(q, k_cmp, v_cmp, plan)
+        attend = folded_attention if plan.packed else _forward_of_blocks
+        return attend(q, k_cmp, v_cmp, plan)
     return dense_forward(q, k_cmp, v_cmp, plan, **_compressed_call(plan))
 
 
@@ -76,16 +77,13 @@ def _block_ends(q: Tensor, plan: Plan) -> tuple[int, int]:
     return config.compress_stride, first
 
 
-def compressed_lse(lse: Tensor, q: Tensor, k_cmp: Tensor, plan: Plan) -> Tensor:
-    """The log-sum-exp of :func:`compressed_attention` without groups, as ``(B, H, T)``.
+def compressed_lse(lse: Tensor, q: Tensor, plan: Plan) -> Tensor:
+    """Token mode's log-sum-exp of :func:`compressed_attention`, as ``(B, H, T)``.
 
     It is undefined for queries that see no compressed token.
     """
-    form = plan.compressed_form
-    if form is CompressedForm.NONE:
+    if plan.compressed_form is CompressedForm.NONE:
         return lse.new_zeros(q.shape[0], q.shape[2], q.shape[1])
-    if form is CompressedForm.FOLDED_ROWS:
-        return plan.folded.unfold_lse(lse, k_cmp.shape[2])
     return by_entry(lse, len(q))
 
 
@@ -178,16 +176,14 @@ def _correct_few_keys(
 
 def _compressed_call(plan: Plan) -> dict:
     """Mask and lengths of the dense compressed branch of few compressed tokens, or of all."""
-    config, call = plan.config, dict(causal=False, window_size=(None, None))
-    if plan.compressed_form is CompressedForm.BATCH:
+    config = plan.config
+    call: dict[str, Any] = dict(causal=False, window_size=(None, None))
+    if plan.compressed_form is not CompressedForm.ALL:
         first = covered_tokens(config, config.compressed_visibility) - 1
-        return call | dict(block_ends=(config.compress_stride, first))
-    if not plan.packed:
-        return call
-    return call | dict(
-        cu_seqlens_q=plan.cu_seqlens,
-        cu_seqlens_k=plan.compressed_bounds,
-    )
+        call["block_ends"] = (config.compress_stride, first)
+    if plan.packed:
+        call |= dict(cu_seqlens_q=plan.cu_seqlens, cu_seqlens_k=plan.compressed_bounds)
+    return call
 
 
 def _compressed_mask(q_rows: Tensor, plan: Plan) -> dict:
@@ -219,7 +215,7 @@ def compressed_backward_bytes(sizes: Sizes) -> int:
         return 2 * sizes.key_cmp + sums - query_sums_bytes(sizes.batch, heads, dim, length)
     copies = _copies(sizes, queries=3 if sizes.token_mode else 1)
     # Each query head may have its own keys. This adds their gradients, and the sum in float32.
-    folded = sizes.form is CompressedForm.FOLDED_ROWS and not sizes.in_order
+    folded = sizes.form is CompressedForm.PACKED and not sizes.in_order
     query = sizes.query_folded if folded else sizes.query
     gradients = query + 4 * sizes.key_cmp + (0 if sizes.packed else copies)
     return copies + gradients + compressed_sums_bytes(sizes)
@@ -229,11 +225,11 @@ def compressed_sums_bytes(sizes: Sizes) -> int:
     """Bytes of FA4's sums where groups are not listed."""
     heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
     keys, stride = sizes.compressed // sizes.batch, sizes.config.compress_stride
-    if sizes.form is CompressedForm.FOLDED_ROWS:
+    if sizes.form is CompressedForm.PACKED and sizes.skips_key_tiles:
         assert sizes.sequences is not None
         rows = num_folded_rows(sizes.length, sizes.sequences, sizes.config, whole=sizes.whole)
         return sums_bytes(heads * stride, kv_heads, dim, rows, keys, sizes.sequences)
-    if skips_key_tiles(sizes.form, keys, sizes.config, whole=sizes.whole):
+    if sizes.skips_key_tiles:
         # One entry after another. Each query head has the keys to itself.
         return heads * sums_bytes(stride, 1, dim, -(-sizes.length // stride), keys)
     return sizes.batch * sums_bytes(heads, kv_heads, dim, sizes.length, keys, sizes.sequences)
@@ -243,8 +239,8 @@ def _copies(sizes: Sizes, queries: int) -> int:
     """Bytes of ``queries`` folded or unfolded tensors of queries, and of copies of keys."""
     if sizes.form is CompressedForm.LISTED:
         return (queries - 1) * sizes.query_copy + 2 * sizes.key_bytes(_key_rows(sizes))
-    if sizes.form is CompressedForm.FOLDED_ROWS:
-        return queries * sizes.query_folded
+    if sizes.form is CompressedForm.PACKED:
+        return queries * sizes.query_folded if sizes.skips_key_tiles else 0
     if sizes.form is CompressedForm.BATCH:
         # A folded batch copies the keys for each query head. Otherwise keys are few.
         return 2 * sizes.group * sizes.key_cmp

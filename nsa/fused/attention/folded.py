@@ -5,7 +5,7 @@ the plain causal mask, and FA4 skips tiles in forward and backward. Row ``r`` of
 the ``d`` queries that see the blocks ``0 .. r``.
 
 Packed queries are gathered (:class:`nsa.fused.row_layouts.FoldedQueries`), because their sequences
-start anywhere. In tile mode their outputs and gradients stay folded. In the backward of a batch,
+start anywhere. In tile mode their results and gradients stay folded. In the backward of a batch,
 all sequences have their rows at the same positions, so folding is a view. The ``d`` queries of a
 row are FA4's heads, and query heads are its batch. Each query head has its own copy of the
 compressed keys and values. The last queries, which see all blocks, are a separate call, and so are
@@ -32,8 +32,8 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
 
     Returns:
         ``out`` like ``q``, 0 for queries that see no block; unless ``plan.in_order`` it is
-        ``(1, rows, H_kv * d * G, D)`` as in ``FoldedQueries.placement``. And the log-sum-exp of
-        folded rows, ``(rows, H_kv * d * G)``.
+        ``(1, rows, H_kv * d * G, D)`` as in ``FoldedQueries.placement``. And the log-sum-exp,
+        ``(H, T)`` or folded ``(rows, H_kv * d * G)``; undefined for queries that see no block.
     """
     scale, num_kv_heads = plan.config.softmax_scale(q.shape[-1]), k_cmp.shape[2]
     folded = plan.folded.fold(q, num_kv_heads)
@@ -41,7 +41,8 @@ def folded_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, plan: Plan) -> tup
     out, _ = fa4.dense_forward(
         folded[0], k_cmp[0], v_cmp[0], scale=scale, lse=lse.mT, **_packed_call(plan)
     )
-    return plan.folded_queries(out[None], num_kv_heads), lse
+    out = plan.folded_queries(out[None], num_kv_heads)
+    return out, plan.folded.unfold_lse(lse, num_kv_heads) if plan.in_order else lse
 
 
 def folded_attention_backward(
@@ -208,9 +209,11 @@ def _packed_backward(
     scale, num_kv_heads = plan.config.softmax_scale(q.shape[-1]), k_cmp.shape[2]
     if plan.in_order:
         dout = plan.folded.fold(dout, num_kv_heads)
+        by_head = plan.folded.fold_statistics(statistics, num_kv_heads)
+    else:
+        by_head = RowStatistics(*(x.mT for x in statistics))
     folded = plan.folded.fold(q, num_kv_heads)
     call = _packed_call(plan) | dict(deterministic=deterministic)
-    by_head = RowStatistics(*(x.mT for x in statistics))
     dq, dk, dv = fa4.dense_backward(
         dout[0], folded[0], k_cmp[0], v_cmp[0], by_head, scale=scale, **call
     )
