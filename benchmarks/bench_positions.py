@@ -13,9 +13,9 @@ A query's time has a part that grows with its position, in the compressed branch
 and one that does not. The whole sequence's time of each part follows from its time and that of half
 the length. The share of queries ``start`` to ``end - 1`` of ``N`` is then
 ``(a * (end^2 - start^2) / N^2 + b * (end - start) / N) / (a + b)``, for parts ``a`` and ``b``.
-Whole, half and pieces take turns. The host may take longer for a chunk of tile mode than the GPU,
-so the prefill is also timed as CUDA graphs. Nothing is reported unless the fused output and
-gradients first pass against the float64 reference.
+Whole, half and pieces take turns, eight times. The host may take longer for a chunk of tile mode
+than the GPU, so the prefill is also timed as CUDA graphs. Nothing is reported unless the fused
+output and gradients first pass against the float64 reference.
 
 The CSV has one row for each case, piece and pass, written when measured:
 
@@ -88,6 +88,9 @@ def main(argv: list[str] | None = None):
             tqdm.write(describe(row), file=sys.stdout)
 
 
+BLOCKS = 8
+"""Turns of the whole, the half and the pieces."""
+
 CASES = ("prefill", "pieces", "shared", "end")
 
 
@@ -101,7 +104,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=1048576, help="tokens before the last chunk")
     workloads.add_shape_arguments(parser)
     parser.set_defaults(selection="token", heads=64, kv_heads=4)
-    parser.add_argument("--repeats", type=int, default=10, help="at most; fewer where one is long")
+    parser.add_argument("--repeats", type=int, default=40, help="at most; fewer where one is long")
     parser.add_argument("--seconds", type=float, default=3, help="for each call and its repeats")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     return parser.parse_args(argv)
@@ -141,7 +144,7 @@ def bench(cases: list[Case], pass_name: str, config: nsa.NSAConfig, options) -> 
     whole = Case("", tokens, 0, tokens, tokens)
     half = Case("", tokens // 2, 0, tokens // 2, tokens // 2)
     steps = {case: make_step(case, tensors, compressed, config) for case in (whole, half, *cases)}
-    limits = dict(repeats=options.repeats, seconds=options.seconds)
+    limits = dict(repeats=options.repeats, seconds=options.seconds, blocks=BLOCKS)
     graphs = (whole, *cases) if cases[0].name == "prefill" else ()
     timings = timing.measure(steps, **limits, graphs=graphs, once=(whole,))
     sides = (timings[whole], timings[half])

@@ -56,6 +56,7 @@ def measure(
     seconds: float,
     graphs: Collection[str] = (),
     once: Collection[str] = (),
+    blocks: int = BLOCKS,
 ) -> dict[str, Timing]:
     """Time some steps, each in blocks of repetitions that alternate with the others'.
 
@@ -65,6 +66,8 @@ def measure(
         seconds: time limit of each step. Repetitions are reduced to fit it, but to no less than 3.
         graphs: names of steps to time as CUDA graphs too.
         once: names of steps that are called only once if that takes over ``LONG_SECONDS``.
+        blocks: blocks of repetitions of each step. A ratio of few per cent needs more of them,
+            because the GPU's clock drifts by as much within seconds.
     """
     timings = {name: Timing() for name in steps}
     counts = {}
@@ -79,14 +82,14 @@ def measure(
         if name in once and first > 1000 * LONG_SECONDS:
             timings[name].eager.append(first)
             counts[name] = counts[name]._replace(repeats=0)
-    _alternate({name: steps[name] for name in counts}, counts, timings, "eager")
+    _alternate({name: steps[name] for name in counts}, counts, timings, "eager", blocks)
     replays = {}
     for name in (name for name in graphs if name in counts and counts[name].repeats):
         try:
             replays[name] = capture(steps[name])
         except RuntimeError as error:
             timings[name].note = f"no CUDA graph: {error}"
-    _alternate(replays, counts, timings, "graph")
+    _alternate(replays, counts, timings, "graph", blocks)
     return timings
 
 
@@ -172,11 +175,15 @@ def _first_call(step: Step, timing: Timing) -> float | None:
 
 
 def _alternate(
-    steps: dict[str, Step], counts: dict[str, _Counts], timings: dict[str, Timing], kind: str
+    steps: dict[str, Step],
+    counts: dict[str, _Counts],
+    timings: dict[str, Timing],
+    kind: str,
+    blocks: int,
 ):
-    for block in range(BLOCKS):
+    for block in range(blocks):
         for name, step in steps.items():
-            done, rest = divmod(counts[name].repeats, BLOCKS)
+            done, rest = divmod(counts[name].repeats, blocks)
             repeats = done + (block < rest)
             if not repeats:
                 continue
