@@ -19,7 +19,8 @@ The CSV has one row for each shape, side, way to run and form of input, written 
   them ("loaded"); not for the dense twin
 - wall_p50_ms, wall_p95_ms: from the end of a step to the end of the next
 - gpu_ms, launches: time during which some kernel runs, and kernels and copies, in one step
-- peak_gib: peak allocated memory of a step, weights included
+- peak_gib: peak allocated memory of a step, weights included; of "graphs" without what lies in the
+  memory of torch.compile's graphs, which is all but weights and inputs
 - repeats, note, gpu, host, torch, cuda, flash_attn_4, cutlass_dsl, nsa_commit, time
 """
 

@@ -149,7 +149,8 @@ class Packing:
         other.cu_seqlens = other.cu_seqlens_k = longer
         missing = longer.shape[0] - 1 - len(self.lengths)
         other.lengths = other.lengths_k = self.lengths + [0] * missing
-        most = power_of_two(max(self.lengths))
+        # Of the bound, by which calls step by step choose their kernels.
+        most = power_of_two(self.max_seqlen or 0)
         other.max_seqlen = other.max_seqlen_k = min(sum(self.lengths), most)
         other._kept, other._rounded = {}, None
         _know(other)

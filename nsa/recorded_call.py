@@ -24,6 +24,9 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 """Without it autograd keeps account of views and versions of what nobody else sees, which takes the
 host longer than the views themselves."""
 
+_no_modes = torch._C.DisableTorchFunction
+"""Without it the mode of a default device sees each step, which takes the host longer."""
+
 
 class RecordedPart:
     """A function of a recording: of a list of tensors.
@@ -85,7 +88,8 @@ class Recording(NamedTuple):
 
     def forward(self, given: Sequence[Tensor], plan: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
         """The output, and what the backward needs."""
-        with torch.cuda.device_of(given[0]), without_autocast(given[0].device), _below_autograd():
+        x = given[0]
+        with torch.cuda.device_of(x), without_autocast(x.device), _below_autograd(), _no_modes():
             return self.run_forward([*given, *plan])
 
     def backward(self, dout: Tensor, saved: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
@@ -96,7 +100,12 @@ class Recording(NamedTuple):
         if not dout.is_contiguous() or dout.data_ptr() % 16:
             dout = dout.clone(memory_format=torch.contiguous_format)
         assert self.run_backward is not None  # as there is a gradient
-        with torch.cuda.device_of(dout), without_autocast(dout.device), _below_autograd():
+        with (
+            torch.cuda.device_of(dout),
+            without_autocast(dout.device),
+            _below_autograd(),
+            _no_modes(),
+        ):
             *tensors, arena = saved
             return self.run_backward([dout, *tensors, arena.clone() if keep else arena])
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from nsa.host import RecordingMode, may_keep
 from nsa.packing import Packing
@@ -322,7 +323,7 @@ def _is_unobserved(x: Tensor, parameters: Sequence[Tensor]) -> bool:
         ENABLED
         and may_keep(x)
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
+        and not _sees_functions()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
@@ -331,6 +332,13 @@ def _is_unobserved(x: Tensor, parameters: Sequence[Tensor]) -> bool:
         and True not in [bool(p._backward_hooks) for p in parameters]
         and False not in [p.is_leaf for p in parameters]
     )
+
+
+def _sees_functions() -> bool:
+    """Whether a mode sees functions of PyTorch, but for that of a default device."""
+    depth = torch._C._len_torch_function_stack()
+    at = torch._C._get_function_stack_at
+    return depth > 0 and any(type(at(i)) is not DeviceContext for i in range(depth))
 
 
 def _are_in_order(given: Sequence[Tensor]) -> bool:

@@ -83,7 +83,8 @@ def skips_key_tiles(
     """
     # Not part of the form, because torch.compile would then recompile for longer inputs.
     if form is CompressedForm.PACKED:
-        few = longest // config.compress_stride <= FEW_PACKED_KEYS
+        # In tokens, so that a power of two decides: a recording knows the next one alone.
+        few = longest <= FEW_PACKED_KEYS * config.compress_stride
         return not (few and whole and results_in_order(config, packed=True))
     if form is not CompressedForm.BATCH:
         return False

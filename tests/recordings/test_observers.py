@@ -15,6 +15,7 @@ from nsa.recorder import Recorder
 from tests.helpers.recorded_layers import (
     DIM,
     HEADS,
+    assert_recorded,
     make_layer,
     new_input,
     recorded,
@@ -131,6 +132,19 @@ def test_who_looks_at_operations_sees_them(context):
         for _ in range(3):
             run("key", function, (torch.ones(3, requires_grad=True),))
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("enter", ["set", "with"])
+def test_a_default_device_sees_nothing(enter, emulated):
+    """Scripts set it for the whole training."""
+    layer = make_layer()
+    with contextlib.ExitStack() as stack:
+        if enter == "set":
+            torch.set_default_device("cpu")
+            stack.callback(torch.set_default_device, None)
+        else:
+            stack.enter_context(torch.device("cpu"))
+        assert_recorded(layer)
 
 
 def test_threads_that_record_one_layer(emulated, monkeypatch):

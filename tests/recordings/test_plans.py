@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import nsa
 from nsa import recordings
+from nsa.fused import compressed_forms
 from nsa.host import launches_of_plan
 from nsa.testing import make_cu_seqlens
 from tests.helpers.noted_kernels import count_plan_kernels, note_kernels
@@ -53,6 +54,20 @@ def test_new_boundaries_launch_once_for_all_layers(mode, compressor, launches):
         if turn > 1:
             assert launches == (wanted if turn < len(FORMS) else {})
             assert len(kept_plans(packing)) == 1
+
+
+@pytest.mark.parametrize("bound", [None, 200, 300])
+@pytest.mark.parametrize("longest", [127, 128, 129, 143, 144])
+def test_the_same_kernels_on_both_sides_of_a_limit(longest, bound, emulated, unread, monkeypatch):
+    """Recordings know a bound by its next power of two; what is chosen by it has the same bits."""
+    monkeypatch.setattr(compressed_forms, "FEW_PACKED_KEYS", 8)  # 128 tokens
+    layer = make_layer()
+    packing = nsa.Packing(make_cu_seqlens([longest, 300 - 2 * longest, longest]), max_seqlen=bound)
+    call, by_steps = (partial(f, cu_seqlens=packing) for f in (layer, layer._forward))
+    for _ in range(3):
+        x, parameters = new_input()[0], list(layer.parameters())
+        wanted = with_gradients(by_steps, x, parameters)
+        assert all(map(torch.equal, with_gradients(call, x, parameters), wanted))
 
 
 @modes
