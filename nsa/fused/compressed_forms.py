@@ -83,8 +83,9 @@ def skips_key_tiles(
     """
     # Not part of the form, because torch.compile would then recompile for longer inputs.
     if form is CompressedForm.PACKED:
-        few = longest // config.compress_stride <= FEW_PACKED_KEYS
-        return not (few and whole and results_in_order(config, packed=True))
+        # First what no length decides, for torch.compile.
+        may_mask = whole and results_in_order(config, packed=True)
+        return not (may_mask and longest // config.compress_stride <= FEW_PACKED_KEYS)
     if form is not CompressedForm.BATCH:
         return False
     is_short = num_compressed * config.compress_stride <= FEW_TOKENS
