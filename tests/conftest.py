@@ -117,7 +117,7 @@ def fused_on_cpu(monkeypatch):
 
 @pytest.fixture(params=COMPRESSED_CALLS)
 def compressed_calls(monkeypatch, request):
-    """All ways to compute the compressed branch of a batch. A pack has one."""
+    """All ways to compute the compressed branch of a batch. A pack has the first two."""
     from tests.helpers.emulation import compute_compressed
 
     compute_compressed(monkeypatch.setattr, request.param)

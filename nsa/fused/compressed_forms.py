@@ -83,9 +83,10 @@ def skips_key_tiles(
     """
     # Not part of the form, because torch.compile would then recompile for longer inputs.
     if form is CompressedForm.PACKED:
-        # In tokens, so that a power of two decides: a recording knows the next one alone.
-        few = longest <= FEW_PACKED_KEYS * config.compress_stride
-        return not (few and whole and results_in_order(config, packed=True))
+        # First what no length decides, for torch.compile. Then tokens, so that a power of two
+        # decides: a recording knows the next one alone.
+        may_mask = whole and results_in_order(config, packed=True)
+        return not (may_mask and longest <= FEW_PACKED_KEYS * config.compress_stride)
     if form is not CompressedForm.BATCH:
         return False
     is_short = num_compressed * config.compress_stride <= FEW_TOKENS

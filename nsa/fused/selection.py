@@ -13,7 +13,7 @@ from nsa.blocks import num_selection_blocks
 from nsa.fused import kernel_calls
 from nsa.fused.plan import Plan
 from nsa.fused.sizes import Sizes
-from nsa.fused.token_inputs import Rule, choose_shape
+from nsa.fused.token_inputs import Rule, choose_shape, find_shape
 from nsa.precision import accumulation_dtype
 
 TILE_SCORES = 1 << 26
@@ -296,8 +296,9 @@ def scored_tokens(
 
     A tile that lies in two chunks is computed twice.
     """
+    choose = find_shape if torch.compiler.is_compiling() else choose_shape
     # As ints, which a traced call may not have.
-    tile_tokens = choose_shape(int(head_dim), int(num_heads // num_kv_heads)).tile_tokens
+    tile_tokens = choose(int(head_dim), int(num_heads // num_kv_heads)).tile_tokens
     fitting = TOKEN_SCORES // (batch * num_kv_heads * width * tile_tokens)
     return min(max(1, fitting), -(-length // tile_tokens)) * tile_tokens, tile_tokens
 

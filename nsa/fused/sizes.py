@@ -5,6 +5,7 @@ The lengths of packed sequences are not read, so sizes that depend on them are u
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nsa.blocks import most_query_tiles, num_compressed_blocks, num_query_tiles
@@ -135,7 +136,13 @@ class Sizes(NamedTuple):
 
     @property
     def skips_key_tiles(self) -> bool:
-        """As :attr:`nsa.fused.plan.Plan.skips_key_tiles`."""
+        """As :attr:`nsa.fused.plan.Plan.skips_key_tiles`.
+
+        While torch.compile traces, packed sequences count as long ones, which take more memory: it
+        would guard their lengths.
+        """
+        if self.packed and torch.compiler.is_compiling():
+            return self.form is CompressedForm.PACKED
         keys, longest = self.compressed // self.batch, min(self.longest, self.keys)
         return skips_key_tiles(self.form, keys, self.config, whole=self.whole, longest=longest)
 

@@ -107,8 +107,7 @@ class Shape(NamedTuple):
         return -(-per_lane // 32) * 32 + 4
 
 
-@functools.lru_cache(maxsize=None)
-def choose_shape(head_dim: int, group: int) -> Shape:
+def find_shape(head_dim: int, group: int) -> Shape:
     """The largest shape that fits shared memory and still loads keys ahead."""
     for per_lane, parts in ((32, 2), (32, 1), (16, 2), (16, 1)):
         tokens = max(1, per_lane // group)
@@ -120,6 +119,10 @@ def choose_shape(head_dim: int, group: int) -> Shape:
             return shape._replace(stages=min(stages, 5))
     # At least two stages fit, at the largest head dimension and group.
     return shape._replace(stages=stages)
+
+
+choose_shape = functools.lru_cache(maxsize=None)(find_shape)
+"""The same, kept. torch.compile would warn of it."""
 
 
 def _bytes_but_keys(shape: Shape, head_dim: int) -> int:

@@ -4,6 +4,8 @@ A unit is a KV head and a chunk of tokens; a wave is the units whose partial res
 workspace. See :mod:`nsa.fused.kernels.inverted_index`.
 """
 
+import torch
+
 from nsa.fused.hardware import WGMMA_ROWS
 
 WORKSPACE_BYTES = 27 << 26
@@ -20,10 +22,14 @@ GRADIENT_BYTES = 9 << 27
 def choose_chunk_tokens(total: int, group: int, blocks: int, slots: int, row_bytes: int) -> int:
     """Tokens of a chunk, a power of two. The queries of a KV head and chunk take about 16 MiB of
     L2, and so do output gradients, beside data that streams through. More if a block's keys would
-    serve too few tokens."""
+    serve too few tokens. While torch.compile traces, an upper bound."""
     fits = (16 << 20) // (group * row_bytes)
     enough = 16 * blocks // slots
-    return 1 << min(max(fits, enough, 64) - 1, max(total - 1, 63)).bit_length()
+    most = min(max(fits, enough, 64) - 1, max(total - 1, 63))
+    if torch.compiler.is_compiling():
+        # Its bits would be guarded, so each length would compile again.
+        return 2 * most
+    return 1 << most.bit_length()
 
 
 def partial_words(head_dim_v: int, is_packed: bool) -> int:

@@ -24,7 +24,6 @@ pytestmark = pytest.mark.unmeasured
 def _emulated(fused_on_cpu, monkeypatch):
     note_kernels(monkeypatch.setattr)
     monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
-    monkeypatch.setattr(compressed_forms, "FEW_PACKED_KEYS", 0)
     recordings.clear()
     monkeypatch.setattr(recordings, "_steps", recordings._Steps())
     torch._dynamo.reset()

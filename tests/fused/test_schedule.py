@@ -8,7 +8,7 @@ import torch
 import nsa
 from nsa import recordings
 from nsa.blocks import num_compressed_blocks
-from nsa.fused import entry, ops
+from nsa.fused import compressed_forms, entry, ops
 from nsa.fused.call_tensors import Inputs
 from nsa.fused.memory import workspace_bytes
 from nsa.fused.schedule import ALWAYS_FITS, ChunkSchedule, make_schedule, run_forward
@@ -166,10 +166,13 @@ def test_fakes_agree_with_the_ops(form, schedule, packed, scheduled, monkeypatch
 
 @pytest.mark.unmeasured
 @pytest.mark.usefixtures("fused_on_cpu")
+@pytest.mark.parametrize("mode", ["token", "tile"])
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
-def test_max_workspace_bytes_compiles_once_for_all_lengths(packed):
+def test_max_workspace_bytes_compiles_once_for_all_lengths(packed, mode, monkeypatch):
     torch._dynamo.reset()
-    config = tile_config()
+    # Packs on both sides of the limit.
+    monkeypatch.setattr(compressed_forms, "FEW_PACKED_KEYS", 12)
+    config = token_config() if mode == "token" else tile_config()
     # Packed heads run one by one; Dynamo takes 10 s more to read the choice for two.
     heads, kv_heads = (4, 2) if packed else (2, 1)
     weight = torch.randn(heads, 3, 8, dtype=DOUBLE, requires_grad=True)

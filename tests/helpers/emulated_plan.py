@@ -59,7 +59,8 @@ def _ceil_div(size, step):
 
 
 def _config(rule) -> nsa.NSAConfig:
-    visibility = "complete" if rule.covered == rule.complete else "started"
+    # Of blocks of one token both cover one.
+    visibility = "started" if rule.extra_rows else "complete"
     return nsa.NSAConfig(
         selection="token" if rule.token else "tile",
         compress_block_size=rule.complete,

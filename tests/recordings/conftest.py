@@ -22,7 +22,6 @@ def emulated(fused_on_cpu, monkeypatch):
     """The fused backend on a CPU, whose kernels are steps of recordings."""
     note_kernels(monkeypatch.setattr)
     monkeypatch.setattr(compressed_forms, "ONE_TILE", 0)
-    monkeypatch.setattr(compressed_forms, "FEW_PACKED_KEYS", 0)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 import nsa
 from nsa import recordings
+from nsa.fused import compressed_forms
 from nsa.testing import make_cu_seqlens
 from tests.helpers.recorded_layers import (
     HEADS,
@@ -47,7 +48,9 @@ def test_batch(mode, emulated):
 
 
 @modes
-def test_packings_of_a_form_share_a_recording(mode, emulated, unread):
+@pytest.mark.parametrize("few", [0, 512], ids=["folded", "masked"])
+def test_packings_of_a_form_share_a_recording(mode, few, emulated, unread, monkeypatch):
+    monkeypatch.setattr(compressed_forms, "FEW_PACKED_KEYS", few)
     layer = make_layer(mode)
     parameters = list(layer.parameters())
     packings = [[150, 1, 149], [0, 10, 255, 35], [140, 30, 130], [300 - 129, 128, 1, 0]]
