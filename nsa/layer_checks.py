@@ -5,6 +5,7 @@ from typing import Any
 from nsa.backends import check_no_transform
 from nsa.config import check_positive
 from nsa.linears import weight_dtype
+from nsa.packing import Packing
 from nsa.precision import autocast_dtype
 from nsa.validation import check_dense, check_size
 
@@ -47,6 +48,9 @@ def check_input(layer: Any, x, cu_seqlens):
     rank, form = (3, "(B, N, {})") if cu_seqlens is None else (2, "(T, {}) with cu_seqlens")
     if x.ndim != rank or x.shape[-1] != layer.dim:
         raise ValueError(f"x must have shape {form.format(layer.dim)}, got {tuple(x.shape)}")
+    # torch.compile would guard lengths if they were looked at.
+    if isinstance(cu_seqlens, Packing) and cu_seqlens.cu_seqlens_k is not cu_seqlens.cu_seqlens:
+        _check_equal_lengths(cu_seqlens)
     # Before the projections, whose nodes on a GPU have no rules for transforms either.
     check_no_transform()
     wanted = weight_dtype(layer.q_proj)
@@ -57,3 +61,14 @@ def check_input(layer: Any, x, cu_seqlens):
         raise ValueError(f"x must be on the device of the weights, {device}, got {x.device}")
     if x.dtype != wanted and not (autocast_dtype(x.device) and x.is_floating_point()):
         raise TypeError(f"x must have the dtype of the weights, {wanted}, got {x.dtype}")
+
+
+def _check_equal_lengths(packing: Packing):
+    pairs = zip(packing.lengths or (), packing.lengths_k or (), strict=True)
+    for at, (queries, keys) in enumerate(pairs):
+        if queries != keys:
+            raise ValueError(
+                "cu_seqlens must have as many keys as queries in each sequence, for a layer makes "
+                f"both of x, got {queries} queries and {keys} keys in sequence {at}; for new "
+                "tokens behind others pass a cache"
+            )
