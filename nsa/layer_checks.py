@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from nsa.backends import check_no_transform
 from nsa.config import check_positive
 from nsa.linears import weight_dtype
@@ -48,8 +50,8 @@ def check_input(layer: Any, x, cu_seqlens):
     rank, form = (3, "(B, N, {})") if cu_seqlens is None else (2, "(T, {}) with cu_seqlens")
     if x.ndim != rank or x.shape[-1] != layer.dim:
         raise ValueError(f"x must have shape {form.format(layer.dim)}, got {tuple(x.shape)}")
-    # torch.compile would guard lengths if they were looked at.
-    if isinstance(cu_seqlens, Packing) and cu_seqlens.cu_seqlens_k is not cu_seqlens.cu_seqlens:
+    # torch.compile would guard the lengths.
+    if isinstance(cu_seqlens, Packing) and not torch.compiler.is_compiling():
         _check_equal_lengths(cu_seqlens)
     # Before the projections, whose nodes on a GPU have no rules for transforms either.
     check_no_transform()
@@ -64,6 +66,8 @@ def check_input(layer: Any, x, cu_seqlens):
 
 
 def _check_equal_lengths(packing: Packing):
+    if packing.cu_seqlens_k is packing.cu_seqlens:
+        return
     pairs = zip(packing.lengths or (), packing.lengths_k or (), strict=True)
     for at, (queries, keys) in enumerate(pairs):
         if queries != keys:

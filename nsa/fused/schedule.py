@@ -27,6 +27,10 @@ ALWAYS_FITS = 1 / 32
 """Part of the GPU's memory that a workspace may take without a query of the free memory. A query
 takes some 0.04 ms, and a call that depends on it cannot be recorded."""
 
+DETERMINISTIC_SHARE = 1 / 2
+"""Part of the GPU's memory that the workspace may take if gradients have a fixed order. Some sums
+have other bits in other numbers of chunks, which must not follow from what is free."""
+
 USABLE = 0.9
 """Fraction of the free memory to use. The rest is lost to fragmentation and rounding."""
 
@@ -53,9 +57,10 @@ def make_schedule(
         inputs: inputs in the layout of the kernels.
         sizes: sizes of the call.
         save: whether there will be a backward.
-        max_workspace_bytes: limit of the workspace. None means the free memory minus the results;
-            while torch.compile traces or a CUDA graph is captured, the free memory is not queried
-            and there is no limit.
+        max_workspace_bytes: limit of the workspace. None means the free memory minus the results,
+            or if gradients have a fixed order ``DETERMINISTIC_SHARE`` of all memory; while
+            torch.compile traces or a CUDA graph is captured, the free memory is not queried and
+            there is no limit.
     """
     q = inputs.q
     if max_workspace_bytes is not None:
@@ -69,6 +74,8 @@ def make_schedule(
     workspace = _whole_bytes(sizes, save)
     if workspace <= ALWAYS_FITS * _total_bytes(q.device):
         return whole
+    if sizes.deterministic:
+        return choose(sizes, save, int(DETERMINISTIC_SHARE * _total_bytes(q.device)))
     refuse_recording("the schedule depends on the free memory")
     # The results are the output; with a backward, also its gradient and those of the inputs.
     results = q.nbytes

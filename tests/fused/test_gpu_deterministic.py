@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nsa
+from nsa.fused import schedule
 from nsa.testing import make_cu_seqlens
 from tests.helpers.gpu_cases import (
     Case,
@@ -49,7 +50,9 @@ def make_case(config: str, pack: str) -> Case:
 
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_results_have_the_same_bits_each_time(config, pack):
+def test_results_have_the_same_bits_each_time(config, pack, monkeypatch):
+    # Other tests run beside this one, and FA4's sums of many short sequences take 40 GiB.
+    monkeypatch.setattr(schedule, "DETERMINISTIC_SHARE", 1 / 8)
     case = make_case(config, pack)
     arguments = make_tensors(case)
     dout = torch.randn_like(arguments["q"])

@@ -232,6 +232,11 @@ def test_a_limit_asks_for_no_free_memory(monkeypatch):
     monkeypatch.setattr("nsa.fused.schedule._total_bytes", lambda _: 80 << 30)
     with pytest.raises(AssertionError, match="free memory"):
         make_schedule(**call, max_workspace_bytes=None)
+    # Nor does a fixed order, whose bits would follow from it: half of all memory is the limit.
+    call["sizes"] = sizes._replace(deterministic=True)
+    chosen = make_schedule(**call, max_workspace_bytes=None)
+    assert chosen == make_schedule(**call, max_workspace_bytes=40 << 30)
+    assert chosen != make_schedule(**call, max_workspace_bytes=80 << 30)
 
 
 @pytest.mark.parametrize("config", [nsa.NSAConfig.paper(), nsa.NSAConfig()], ids=["token", "tile"])
