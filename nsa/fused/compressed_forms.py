@@ -24,9 +24,9 @@ and 2.46. With 256 compressed keys of 16K tokens folding took 2.09 ms, else 2.25
 FEW_PACKED_KEYS = 4 * ONE_TILE
 """Compressed keys of a packed sequence up to which token mode skips no tile of them.
 
-Folding packed queries copies them twice in a forward and three times in a backward. Four layers of
-dim 1024 of sequences of up to 7045 tokens, 16K in all, took it 0.4 ms of the GPU's 9.9, and the
-tiles that it skips, half of those of the longest sequence, are less.
+Folding packed queries makes two copies of their size in a forward and three in a backward. In four
+layers of dim 1024 these took 0.4 ms of the GPU's 9.9, with sequences of up to 7045 tokens, 16K in
+all. Attending the tiles that folding skips, half of those of the longest sequence, takes less.
 """
 
 UNFOLDED_CTAS = 256
@@ -77,9 +77,9 @@ def skips_key_tiles(
     folds.
 
     A batch skips tiles if it has more than one tile of compressed keys (more than two, up to
-    ``FEW_TOKENS`` keys), or if its queries are not the ``whole`` sequences. Packed sequences do if
-    one may have more than ``FEW_PACKED_KEYS`` of its ``longest`` keys, if results stay folded, and
-    again if they are not whole. Otherwise a mask compares positions.
+    ``FEW_TOKENS`` keys), or if its queries are not the ``whole`` sequences. Packed sequences skip
+    tiles in three cases: results stay folded, queries are not the whole sequences, or ``longest``
+    keys have more than ``FEW_PACKED_KEYS`` compressed ones. Otherwise a mask compares positions.
     """
     # Not part of the form, because torch.compile would then recompile for longer inputs.
     if form is CompressedForm.PACKED:

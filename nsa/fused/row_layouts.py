@@ -266,8 +266,11 @@ class FoldedQueries:
     def fold_statistics(self, statistics: RowStatistics, num_kv_heads: int) -> RowStatistics:
         """``(H, T)`` to ``(H_kv * d * G, rows)``. P is 0 in empty slots."""
         query = self.query_of_slot
-        lse_log2, delta = (x.index_select(1, query.clamp(min=0)) for x in statistics)
-        folded = (lse_log2.masked_fill(query < 0, math.inf), delta)
+        # Not the first query's delta, which may be NaN and would reach the keys of all sequences.
+        folded = (
+            x.index_select(1, query.clamp(min=0)).masked_fill(query < 0, empty)
+            for x, empty in zip(statistics, (math.inf, 0), strict=True)
+        )
         shape = (num_kv_heads, -1, self.rows.total, self.size)
         by_row = (x.view(shape).permute(0, 3, 1, 2) for x in folded)
         return RowStatistics(*(x.reshape(-1, self.rows.total) for x in by_row))

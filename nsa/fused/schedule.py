@@ -58,9 +58,9 @@ def make_schedule(
         sizes: sizes of the call.
         save: whether there will be a backward.
         max_workspace_bytes: limit of the workspace. None means the free memory minus the results,
-            or if gradients have a fixed order ``DETERMINISTIC_SHARE`` of all memory; while
-            torch.compile traces or a CUDA graph is captured, the free memory is not queried and
-            there is no limit.
+            or if gradients have a fixed order ``DETERMINISTIC_SHARE`` of all memory. There is no
+            limit then while torch.compile traces, nor in a CUDA graph capture without that order,
+            for the free memory is not queried.
     """
     q = inputs.q
     if max_workspace_bytes is not None:
@@ -69,13 +69,16 @@ def make_schedule(
         # torch.compile would guard a limit on a length.
         return ChunkSchedule(1, False)
     whole = ChunkSchedule(_fewest(sizes), False)
-    if not q.is_cuda or is_capturing(q):
+    if not q.is_cuda:
         return whole
     workspace = _whole_bytes(sizes, save)
     if workspace <= ALWAYS_FITS * _total_bytes(q.device):
         return whole
     if sizes.deterministic:
+        # Also in a capture, whose replays then have the bits of other calls.
         return choose(sizes, save, int(DETERMINISTIC_SHARE * _total_bytes(q.device)))
+    if is_capturing(q):
+        return whole
     refuse_recording("the schedule depends on the free memory")
     # The results are the output; with a backward, also its gradient and those of the inputs.
     results = q.nbytes

@@ -11,8 +11,10 @@ from torch._subclasses import FakeTensorMode
 import nsa
 from nsa.boundaries import boundaries_of
 from nsa.fused import compressed_forms
+from nsa.fused.kernel_inputs import RowStatistics
 from nsa.fused.plan import Plan
 from nsa.fused.planning import make_plan
+from nsa.fused.row_layouts import FoldedQueries
 from nsa.geometry import Geometry
 from nsa.packing import MAX_KEPT
 from nsa.testing import make_cu_seqlens
@@ -151,3 +153,19 @@ def test_packed_queries_are_folded_over_many_keys():
     ):
         sizes = dict(whole=whole, longest=longest)
         assert compressed_forms.skips_key_tiles(form, 10000, config, **sizes) == folded
+
+
+def test_empty_slots_of_folded_rows_have_no_statistics():
+    """A NaN of the first query would else reach the keys of other sequences."""
+    heads, kv_heads, bounds = 4, 2, make_cu_seqlens([70, 45])
+    geometry = Geometry.packed(bounds, bounds, 115, 115, nsa.NSAConfig.paper())
+    folded = FoldedQueries(geometry)
+    given = torch.randn(2, heads, 115)
+    given[:, :, 0] = torch.nan
+    statistics = folded.fold_statistics(RowStatistics(*given), kv_heads)
+    real = (folded.query_of_slot >= 0).view(-1, 1, folded.size, 1).expand(-1, 2, -1, 2).flatten(1)
+    assert 0 < real.sum() < real.numel()
+    for x, empty in zip(statistics, (torch.inf, 0), strict=True):
+        assert x.shape == real.mT.shape
+        assert x[real.mT].isfinite().all()
+        assert (x[~real.mT] == empty).all()

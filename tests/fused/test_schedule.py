@@ -237,6 +237,11 @@ def test_a_limit_asks_for_no_free_memory(monkeypatch):
     chosen = make_schedule(**call, max_workspace_bytes=None)
     assert chosen == make_schedule(**call, max_workspace_bytes=40 << 30)
     assert chosen != make_schedule(**call, max_workspace_bytes=80 << 30)
+    # A captured step has the bits of an eager one.
+    monkeypatch.setattr("nsa.fused.schedule.is_capturing", lambda _: True)
+    assert make_schedule(**call, max_workspace_bytes=None) == chosen
+    call["sizes"] = sizes
+    assert make_schedule(**call, max_workspace_bytes=None) == ChunkSchedule(1, False)
 
 
 @pytest.mark.parametrize("config", [nsa.NSAConfig.paper(), nsa.NSAConfig()], ids=["token", "tile"])
