@@ -128,10 +128,10 @@ def forward(
             It is the branch that is computed fastest. The reference ignores this.
         deterministic: give the same bits each time on a device, in every gradient too. Backward
             then takes somewhat longer. None: as ``torch.use_deterministic_algorithms`` says when
-            this is called. The reference on a GPU needs that; in tile mode the fused backend needs
-            ``D`` and ``Dv`` of at most 128 for it, and its workspace may take half of the GPU's
-            memory unless ``max_workspace_bytes`` is given, because the bits must not follow from
-            what is free.
+            this is called. The reference on a GPU needs that. In tile mode the fused backend needs
+            ``D`` and ``Dv`` of at most 128 for it. In both modes its workspace may then take half
+            of the GPU's memory, unless ``max_workspace_bytes`` is given: free memory must not
+            change bits.
         backend: ``"reference"``, ``"fused"``, or ``"auto"``: fused if it can do this, else
             reference, with the reason logged once.
 

@@ -72,7 +72,7 @@ def _check_equal_lengths(packing: Packing):
     for at, (queries, keys) in enumerate(pairs):
         if queries != keys:
             raise ValueError(
-                "cu_seqlens must have as many keys as queries in each sequence, for a layer makes "
-                f"both of x, got {queries} queries and {keys} keys in sequence {at}; for new "
-                "tokens behind others pass a cache"
+                "cu_seqlens must have as many keys as queries in each sequence, because a layer "
+                f"computes both from x, got {queries} queries and {keys} keys in sequence {at}; "
+                "for new tokens behind others pass a cache"
             )

@@ -63,7 +63,8 @@ def measure(
     Args:
         steps: what to time, by name.
         repeats: the most repetitions of each step.
-        seconds: time limit of each step. Repetitions are reduced to fit it, but to no less than 3.
+        seconds: time limit of each step. Repetitions are reduced to fit it, but to no less than 3
+            and one a block.
         graphs: names of steps to time as CUDA graphs too.
         once: names of steps that are called only once if that takes over ``LONG_SECONDS``.
         blocks: blocks of repetitions of each step. A ratio of few per cent needs more of them,
@@ -76,7 +77,7 @@ def measure(
         if first is None:
             continue
         counts[name] = _Counts(
-            repeats=max(3, min(repeats, int(1000 * seconds / first))),
+            repeats=max(3, blocks, min(repeats, int(1000 * seconds / first))),
             settle=min(SETTLE_CALLS, math.ceil(SETTLE_MILLISECONDS / first)),
         )
         if name in once and first > 1000 * LONG_SECONDS:

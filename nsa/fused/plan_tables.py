@@ -79,7 +79,7 @@ def make_rule(
     sequences: int,
     whole: bool,
     form: CompressedForm = CompressedForm.NONE,
-    folds: bool = False,
+    folded: bool = False,
     token_tile: int = 1,
     key_blocks: tuple[int, int] = (1, 1),
     most_few_keys: int = 1,
@@ -92,7 +92,7 @@ def make_rule(
         sequences: how many.
         whole: whether each has as many queries as keys.
         form: of the compressed branch.
-        folds: whether that folds queries.
+        folded: whether that folds queries.
         token_tile: tokens of a tile whose scores are computed together, in token mode.
         key_blocks: keys of a key block in the selected and in the sparse compressed branch.
         most_few_keys: compressed keys that are few; 1 if queries of few keys are not wanted.
@@ -116,7 +116,7 @@ def make_rule(
         token=token,
         causal=config.causal,
         by_first=config.tile_summary == "first",
-        folded=folds,
+        folded=folded,
         listed=form is CompressedForm.LISTED,
         whole=whole,
     )

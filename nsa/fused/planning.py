@@ -97,7 +97,7 @@ def _packed_plan(
     geometry = Geometry.packed(cu_seqlens, cu_seqlens_k, num_queries, num_keys, config, exact=False)
     form = compressed_form(config, packed=True, num_compressed=geometry.compressed.total)
     whole = cu_seqlens is cu_seqlens_k
-    folds = skips_key_tiles(
+    folded = skips_key_tiles(
         form, geometry.compressed.total, config, whole=whole, longest=max_seqlen_k
     )
     has_few = config.causal and form is not CompressedForm.NONE
@@ -110,7 +110,7 @@ def _packed_plan(
         sequences=cu_seqlens.shape[0] - 1,
         whole=whole,
         form=form,
-        folds=folds,
+        folded=folded,
         token_tile=tile_tokens,
         key_blocks=(key_block, cmp_key_block),
         most_few_keys=MOST_FEW_KEYS if has_few else 1,

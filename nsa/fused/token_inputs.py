@@ -122,7 +122,7 @@ def find_shape(head_dim: int, group: int) -> Shape:
 
 
 choose_shape = functools.lru_cache(maxsize=None)(find_shape)
-"""The same, kept. torch.compile would warn of it."""
+""":func:`find_shape`, cached. torch.compile warns about cached functions."""
 
 
 def _bytes_but_keys(shape: Shape, head_dim: int) -> int:

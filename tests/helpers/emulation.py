@@ -58,7 +58,7 @@ def batched_in_all_ways_and_packed(test: Callable) -> Callable:
     """Give a test the parameter ``packed``: batches meet all ways, and packs have two."""
     batched = [(calls, False) for calls in COMPRESSED_CALLS]
     cases = [*batched, ("masked", True), ("folded", True)]
-    names = [*COMPRESSED_CALLS, "masked packed", "packed"]
+    names = [*COMPRESSED_CALLS, "masked packed", "folded packed"]
     parametrize = pytest.mark.parametrize(
         ("compressed_calls", "packed"), cases, ids=names, indirect=["compressed_calls"]
     )

@@ -55,7 +55,7 @@ def test_bounds_and_tables(config, lengths, whole):
         sequences=len(keys),
         whole=whole,
         form=_form(config),
-        folds=_form(config) is CompressedForm.PACKED,
+        folded=_form(config) is CompressedForm.PACKED,
         token_tile=24,
         key_blocks=(64, 64),
         most_few_keys=MOST_FEW_KEYS if config.causal else 1,
