@@ -88,8 +88,8 @@ def main(argv: list[str] | None = None):
             tqdm.write(describe(row), file=sys.stdout)
 
 
-BLOCKS = 8
-"""Turns of the whole, the half and the pieces."""
+TURNS = 8
+"""Those of the whole, the half and the pieces."""
 
 CASES = ("prefill", "pieces", "shared", "end")
 
@@ -144,7 +144,7 @@ def bench(cases: list[Case], pass_name: str, config: nsa.NSAConfig, options) -> 
     whole = Case("", tokens, 0, tokens, tokens)
     half = Case("", tokens // 2, 0, tokens // 2, tokens // 2)
     steps = {case: make_step(case, tensors, compressed, config) for case in (whole, half, *cases)}
-    limits = dict(repeats=options.repeats, seconds=options.seconds, blocks=BLOCKS)
+    limits = dict(repeats=options.repeats, seconds=options.seconds, blocks=TURNS)
     graphs = (whole, *cases) if cases[0].name == "prefill" else ()
     timings = timing.measure(steps, **limits, graphs=graphs, once=(whole,))
     sides = (timings[whole], timings[half])

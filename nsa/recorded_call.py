@@ -6,7 +6,7 @@ memory. The first numbers are those of the given tensors. Each call allocates it
 saves, and one arena in which all others lie, see :mod:`nsa.recorded_memory`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,9 +45,11 @@ class RecordedPart:
         self._run = Graphs(code.run).run if as_graphs else code.run
 
     def __call__(self, given: list[Tensor]) -> Any:
-        memories = given + self.allocate()
-        self._run(memories)
-        return self._give(memories)
+        x = given[0]
+        with torch.cuda.device_of(x), without_autocast(x.device), _below_autograd(), _no_modes():
+            memories = given + self.allocate()
+            self._run(memories)
+            return self._give(memories)
 
     def allocate(self) -> list[Tensor]:
         """The results and arenas."""
@@ -84,13 +86,11 @@ class Recording(NamedTuple):
         """What follows from the boundaries alone, which the Packing keeps."""
         if packing is None or self.run_plan is None:
             return []
-        return packing.keep(self.run_plan, partial(_make_plan, self.run_plan, packing.bounds))
+        return packing.keep(self.run_plan, partial(self.run_plan, packing.bounds))
 
     def forward(self, given: Sequence[Tensor], plan: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
         """The output, and what the backward needs."""
-        x = given[0]
-        with torch.cuda.device_of(x), without_autocast(x.device), _below_autograd(), _no_modes():
-            return self.run_forward([*given, *plan])
+        return self.run_forward([*given, *plan])
 
     def backward(self, dout: Tensor, saved: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
         """The gradients of the given tensors; ``keep`` says whether what is ``saved`` is needed
@@ -100,19 +100,8 @@ class Recording(NamedTuple):
         if not dout.is_contiguous() or dout.data_ptr() % 16:
             dout = dout.clone(memory_format=torch.contiguous_format)
         assert self.run_backward is not None  # as there is a gradient
-        with (
-            torch.cuda.device_of(dout),
-            without_autocast(dout.device),
-            _below_autograd(),
-            _no_modes(),
-        ):
-            *tensors, arena = saved
-            return self.run_backward([dout, *tensors, arena.clone() if keep else arena])
-
-
-def _make_plan(run_plan: Callable, bounds: list[Tensor]) -> list[Tensor]:
-    with torch.cuda.device_of(bounds[0]), _below_autograd():
-        return run_plan(bounds)
+        *tensors, arena = saved
+        return self.run_backward([dout, *tensors, arena.clone() if keep else arena])
 
 
 def _plain(dout: Tensor) -> Tensor:

@@ -110,12 +110,9 @@ class Plan:
     @property
     def skips_key_tiles(self) -> bool:
         """See :func:`nsa.fused.compressed_forms.skips_key_tiles`."""
-        count, longest = self.geometry.compressed.total, self.geometry.keys.total
-        if self.max_seqlen_k is not None:
-            longest = self.max_seqlen_k
-        return skips_key_tiles(
-            self.compressed_form, count, self.config, whole=self.whole, longest=longest
-        )
+        form, total, most = self.compressed_form, self.geometry.compressed.total, self.max_seqlen_k
+        longest = self.geometry.keys.total if most is None else most
+        return skips_key_tiles(form, total, self.config, whole=self.whole, longest=longest)
 
     def sums_queries(self, num_heads: int, num_kv_heads: int) -> bool:
         """See :func:`nsa.fused.compressed_forms.sums_queries`."""
