@@ -69,8 +69,8 @@ def test_the_same_kernels_on_both_sides_of_a_limit(longest, bound, emulated, unr
         wanted = with_gradients(by_steps, x, parameters)
         got = with_gradients(call, x, parameters)
         if turn == 0:
-            # What is recorded is chosen now. The next calls have their tensors elsewhere in memory,
-            # and on some CPUs the bits of a product depend on where its operands lie.
+            # What is recorded is chosen now. The next calls may lay operands out in another way,
+            # and on some CPUs the bits of a product depend on that.
             assert all(map(torch.equal, got, wanted))
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
