@@ -50,6 +50,24 @@ def count_plan_kernels(replace: Callable) -> Counter:
     return found
 
 
+def note_folded_calls(replace: Callable, tokens: int) -> list[tuple[str, bool]]:
+    """Each call of FlashAttention from now on, in recordings too, and whether its queries, or their
+    gradients, lie in other rows than the ``tokens`` of the layer."""
+    found: list[tuple[str, bool]] = []
+
+    def noted(function: Callable) -> Callable:
+        @wraps(function)
+        def call(x, *args, **kwargs):
+            found.append((function.__name__, x.shape[0] != tokens))
+            return function(x, *args, **kwargs)
+
+        return call
+
+    for name in ("dense_forward", "dense_backward"):
+        replace(fa4, name, _noted(noted(getattr(emulated_fa4, name))))
+    return found
+
+
 def _saying(function: Callable) -> AbstractContextManager:
     """A kernel of plans says that it is one, as the real one does."""
     return launches_of_plan() if function.__name__ in emulated_plan.NAMES else nullcontext()
