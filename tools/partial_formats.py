@@ -33,7 +33,6 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 from unittest import mock
@@ -48,7 +47,7 @@ import nsa
 from lm.data import load_corpus, random_batch
 from lm.model import ByteTransformer, ModelConfig
 
-CONFIG = replace(nsa.NSAConfig.paper(), num_selected_blocks=8, window_size=256)
+CONFIG = nsa.NSAConfig.paper(num_selected_blocks=8, window_size=256)
 MODEL = ModelConfig(dim=256, num_layers=4, num_heads=4, num_kv_heads=1, nsa_config=CONFIG)
 BATCH = 2
 VECTOR = 8
